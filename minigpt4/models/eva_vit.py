@@ -1,0 +1,104 @@
+"""The EVA-CLIP vision encoder on timm's `Eva` (EVA, Fang et al. 2022; LAVIS's `eva_clip_g`).
+
+timm's parameter names are the published ones. What differs from timm's own EVA models: absolute positions only, no
+final norm, no head, and position embeddings resized by plain bicubic interpolation (timm's own is antialiased).
+"""
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from timm.models.eva import Eva
+
+# Sizes by name. `eva_clip_g` is the published 1B encoder; the first 39 of its 40 blocks are used.
+VIT_MODELS = {
+    "eva_clip_g": {"patch_size": 14, "embed_dim": 1408, "depth": 39, "num_heads": 16, "mlp_ratio": 4.3637},
+    "eva_tiny": {"patch_size": 8, "embed_dim": 256, "depth": 6, "num_heads": 4, "mlp_ratio": 3.0},
+}
+
+
+class EvaViT(Eva):
+    """Images [B,3,S,S] to image tokens [B,1+(S/patch)^2,D], the class token first."""
+
+    def __init__(
+        self,
+        image_size: int,
+        patch_size: int,
+        embed_dim: int,
+        depth: int,
+        num_heads: int,
+        mlp_ratio: float,
+        drop_path_rate: float = 0.0,
+    ):
+        if image_size % patch_size:
+            raise ValueError(f"image_size={image_size} is not a multiple of the encoder's patch_size={patch_size}.")
+        super().__init__(
+            img_size=image_size,
+            patch_size=patch_size,
+            embed_dim=embed_dim,
+            depth=depth,
+            num_heads=num_heads,
+            mlp_ratio=mlp_ratio,
+            drop_path_rate=drop_path_rate,
+            qkv_bias=True,
+            use_abs_pos_emb=True,
+            use_rot_pos_emb=False,
+            use_post_transformer_norm=False,
+            use_fc_norm=False,
+            num_classes=0,
+            global_pool="",
+        )
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return self.forward_features(image)
+
+
+def create_vit(
+    vit_model: str | Mapping, image_size: int, drop_path_rate: float = 0.0, use_grad_checkpoint: bool = False
+) -> EvaViT:
+    """Build the encoder from a name in `VIT_MODELS` or from a mapping of its sizes. Weights are random.
+
+    Raises ValueError for an unknown name, and for a mapping with missing or unknown sizes.
+    """
+    if isinstance(vit_model, str):
+        if vit_model not in VIT_MODELS:
+            raise ValueError(
+                f"vit_model={vit_model!r} is not known. Use one of {sorted(VIT_MODELS)}, or a mapping of "
+                f"{sorted(VIT_MODELS['eva_clip_g'])}."
+            )
+        sizes = VIT_MODELS[vit_model]
+    else:
+        sizes = dict(vit_model)
+        if set(sizes) != set(VIT_MODELS["eva_clip_g"]):
+            raise ValueError(
+                f"vit_model needs exactly the sizes {sorted(VIT_MODELS['eva_clip_g'])}; it has {sorted(sizes)}."
+            )
+    vit = EvaViT(image_size, drop_path_rate=drop_path_rate, **sizes)
+    vit.set_grad_checkpointing(use_grad_checkpoint)
+    return vit
+
+
+def resize_pos_embed(pos_embed: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    """Resize a position table [1,1+G*G,D] to [1,num_tokens,D] by bicubic interpolation; the class position stays."""
+    if pos_embed.shape[1] == num_tokens:
+        return pos_embed
+    old, new = (int((n - 1) ** 0.5) for n in (pos_embed.shape[1], num_tokens))
+    grid = pos_embed[:, 1:].float().unflatten(1, (old, old)).permute(0, 3, 1, 2)  # [1,D,G,G]
+    grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
+    grid = grid.permute(0, 2, 3, 1).flatten(1, 2)
+    return torch.cat([pos_embed[:, :1], grid.to(pos_embed.dtype)], dim=1)
+
+
+def checkpoint_filter_fn(state_dict: dict, vit: EvaViT) -> dict:
+    """Adapt published encoder weights to `vit`: drop surplus blocks, final norm and head, resize positions."""
+    depth = len(vit.blocks)
+
+    def used(key: str) -> bool:
+        if key.startswith("blocks."):
+            return int(key.split(".")[1]) < depth
+        return not key.startswith(("norm.", "fc_norm.", "head."))
+
+    state_dict = {key: value for key, value in state_dict.items() if used(key)}
+    if "pos_embed" in state_dict:
+        state_dict["pos_embed"] = resize_pos_embed(state_dict["pos_embed"], vit.pos_embed.shape[1])
+    return state_dict
