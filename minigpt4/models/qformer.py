@@ -7,9 +7,17 @@ head) plays no part once BLIP-2's first stage is over. Module names are those of
 B batch, Q queries, N image tokens, D width, H heads.
 """
 
+import re
+
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+# What else the BLIP-2 file holds: the text branch, the language head, T5's projection.
+SURPLUS = re.compile(
+    r"Qformer\.cls\.|Qformer\.bert\.embeddings\.(word|position)_embeddings\.|"
+    r"Qformer\.bert\.encoder\.layer\.\d+\.(intermediate|output)\.|t5_proj\."
+)
 
 
 class SelfOutput(nn.Module):
@@ -159,3 +167,8 @@ class QFormer(nn.Module):
 
     def forward(self, query_tokens: torch.Tensor, image_embeds: torch.Tensor) -> torch.Tensor:
         return self.bert.encoder(self.bert.embeddings(query_tokens), image_embeds)
+
+
+def checkpoint_filter_fn(state_dict: dict) -> dict:
+    """The queries, ln_vision and the Q-Former's query path out of a BLIP-2 file; its known surplus is dropped."""
+    return {key: value for key, value in state_dict.items() if not SURPLUS.match(key)}

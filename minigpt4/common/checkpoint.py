@@ -1,0 +1,109 @@
+"""Reading and writing weights: the only place that calls torch.load and torch.save.
+
+A checkpoint holds the trainable tensors alone, under the names of the first release:
+``{"model", "optimizer", "config", "scaler", "epoch"}``, and beside them what an exact resume needs.
+"""
+
+import logging
+import os
+import pickle
+import re
+import zipfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file as load_safetensors
+from torch import nn
+
+# Buffers that first-release checkpoints hold and that carry no learnt value.
+TOLERATED = re.compile(r"(^|\.)(position_ids|rotary_emb\.inv_freq)$")
+
+
+class CheckpointError(ValueError):
+    """A file that holds no weights, or weights that do not fit the model."""
+
+
+def read_file(path: Path) -> dict:
+    """Everything in a .pth or .safetensors file, tensors on the CPU. Raises CheckpointError for any other content."""
+    try:
+        if path.suffix == ".safetensors":
+            return load_safetensors(path)
+        mmap = zipfile.is_zipfile(path)  # only the current format of torch.save can be mapped
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except (pickle.UnpicklingError, EOFError, RuntimeError, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{path} ({path.stat().st_size:,} bytes) cannot be read as weights: {reason}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, not a dict of tensors.")
+    return content
+
+
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a weights file; those under "model" or "state_dict" where it has such a key."""
+    content = read_file(path)
+    for key in ("model", "state_dict"):
+        if isinstance(content.get(key), dict):
+            content = content[key]
+    return {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
+
+
+def load_weights(module: nn.Module, weights: dict[str, torch.Tensor], source: str, required: set[str]) -> None:
+    """Copy `weights` into `module` in place, and say what was loaded.
+
+    Args:
+        weights: tensors by name, as in `module.state_dict()`; dtypes may differ.
+        source: where they come from, for messages.
+        required: the names that must be among them.
+
+    Raises:
+        CheckpointError: a required tensor is missing, one has another shape, or one is unknown to the module.
+    """
+    weights = {name: value for name, value in weights.items() if not TOLERATED.search(name)}
+    own = module.state_dict()
+    missing = sorted(required - weights.keys())
+    unexpected = sorted(weights.keys() - own.keys())
+    reshaped = sorted(n for n in weights.keys() & own.keys() if weights[n].shape != own[n].shape)
+    problems = [
+        *(f"{name} is missing" for name in missing),
+        *(f"{name} is not part of the model" for name in unexpected),
+        *(f"{name} has shape {tuple(weights[name].shape)}, the model's {tuple(own[name].shape)}" for name in reshaped),
+    ]
+    if problems:
+        more = f"\n  … and {len(problems) - 10} more" if len(problems) > 10 else ""
+        raise CheckpointError(f"{source} does not fit the model:\n  " + "\n  ".join(problems[:10]) + more)
+    module.load_state_dict(weights, strict=False)
+    logging.info("Loaded %d tensors, %s parameters from %s", len(weights), f"{_numel(weights.values()):,}", source)
+
+
+def resolve(path: str) -> Path:
+    """The checkpoint file that `path` means: itself, or the newest checkpoint_N.pth of a run's folder.
+
+    Raises FileNotFoundError when there is none.
+    """
+    resolved = Path(path).expanduser()
+    if not resolved.exists():
+        raise FileNotFoundError(f"Checkpoint {path} does not exist.")
+    if resolved.is_file():
+        return resolved
+    numbered = {int(m[1]): p for p in resolved.iterdir() if (m := re.fullmatch(r"checkpoint_(\d+)\.pth", p.name))}
+    if not numbered:
+        raise FileNotFoundError(f"{path} is a folder without a checkpoint_N.pth. Give a file, or a run's own folder.")
+    return numbered[max(numbered)]
+
+
+
+def save(content: dict, path: Path) -> None:
+    """Write a checkpoint atomically: a run that is killed meanwhile leaves the file before or the whole new one."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with open(part, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _numel(tensors) -> int:
+    return sum(t.numel() for t in tensors)

@@ -1,0 +1,98 @@
+"""Processes and devices: one process per GPU, started by torchrun, or a single one."""
+
+import logging
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+# A rank that waits longer than this for the others stops with an error instead of hanging.
+TIMEOUT = timedelta(minutes=20)
+
+
+def is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def get_rank() -> int:
+    return dist.get_rank() if is_distributed() else 0
+
+
+def get_world_size() -> int:
+    return dist.get_world_size() if is_distributed() else 1
+
+
+def is_main_process() -> bool:
+    return get_rank() == 0
+
+
+def select_device(name: str) -> torch.device:
+    """The device of this rank. `cuda` without a GPU falls back to the CPU with a warning.
+
+    Raises ValueError for another unknown or absent device.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        logging.warning("run.device=cuda, but there is no GPU: running on the CPU.")
+        name = "cpu"
+    device = torch.device(name)
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("run.device=mps, but this machine has no Apple GPU. Use cpu or cuda.")
+    if device.type not in ("cuda", "cpu", "mps"):
+        raise ValueError(f"run.device={name!r} is not one of cuda, cpu, mps.")
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+def select_dtype(device: torch.device, amp: bool = True, amp_dtype: str = "auto") -> torch.dtype:
+    """The run's computing type: float32 off the GPU or without amp, otherwise bfloat16 or float16."""
+    known = {"bf16": torch.bfloat16, "fp16": torch.float16, "auto": None}
+    if amp_dtype not in known:
+        raise ValueError(f"run.amp_dtype={amp_dtype!r} is not one of {', '.join(known)}.")
+    if device.type != "cuda" or not amp:
+        return torch.float32
+    bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    return known[amp_dtype] or (torch.bfloat16 if bf16 else torch.float16)
+
+
+def init_process_group(device: torch.device, backend: str | None = None) -> None:
+    """Join the process group that torchrun announces in the environment; without one, do nothing."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return
+    backend = backend or ("nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group(backend, timeout=TIMEOUT, device_id=device if backend == "nccl" else None)
+
+
+def destroy_process_group() -> None:
+    if is_distributed():
+        dist.destroy_process_group()
+
+
+def broadcast_object(value):
+    """Rank 0's `value`, on every rank."""
+    if not is_distributed():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gather_objects(value) -> list:
+    """The `value` of every rank, in rank order, on every rank."""
+    if not is_distributed():
+        return [value]
+    box = [None] * get_world_size()
+    dist.all_gather_object(box, value)
+    return box
+
+
+def all_reduce_sum(value: torch.Tensor) -> torch.Tensor:
+    """The sum of `value` over the ranks, on the device of `value`."""
+    if not is_distributed():
+        return value
+    total = value.to("cuda" if dist.get_backend() == "nccl" else "cpu", copy=True)
+    dist.all_reduce(total)
+    return total.to(value.device)

@@ -1,0 +1,184 @@
+"""Every key of the YAML files, with its type, default and meaning.
+
+`common/config.py` checks a user's file against these classes; a key that is not here is an error with a suggestion.
+Keys that the first release had and that no longer do anything are marked *inert*: they are accepted, so that its files
+load unchanged.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+BLIP2_URL = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/blip2_pretrained_flant5xxl.pth"
+
+
+@dataclass
+class RunConfig:
+    """The `run:` section."""
+
+    task: str = "image_text_pretrain"
+    """Registered name of the task."""
+    runner: str = "runner_base"
+    """Registered name of the runner."""
+    imports: list[str] = field(default_factory=list)
+    """Modules to import first, so that plug-ins can register themselves. `--import` adds to them."""
+
+    lr_sched: str = "linear_warmup_cosine_lr"
+    """Registered name of the learning-rate schedule."""
+    init_lr: float = 1e-4
+    """Learning rate at the end of the warm-up."""
+    min_lr: float = 8e-5
+    """Learning rate at the end of the run."""
+    warmup_lr: float = -1.0
+    """Learning rate at the first step; negative: `init_lr`."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up, counted inside the epoch."""
+    lr_decay_rate: float = 1.0
+    """Factor per epoch of `linear_warmup_step_lr`."""
+    weight_decay: float = 0.05
+    """AdamW's weight decay, on weight matrices only."""
+    beta2: float = 0.999
+    """AdamW's second beta."""
+
+    max_epoch: int = 1
+    """Epochs; each is `iters_per_epoch` steps and ends with a checkpoint."""
+    iters_per_epoch: int | None = None
+    """Micro-batches per epoch and rank; null: once through the data, which a stream of shards does not allow."""
+    accum_grad_iters: int = 1
+    """Micro-batches per optimiser step. N of them equal one batch N times as large."""
+    batch_size_train: int = 16
+    """Samples per rank and micro-batch."""
+    batch_size_eval: int = 2
+    """Samples per rank and batch in validation and test."""
+    num_workers: int = 4
+    """Data-loading processes per rank and dataset."""
+    log_freq: int = 50
+    """Steps between two log lines."""
+    seed: int = 42
+    """Seed of python, numpy and torch (plus the rank), and of the data order."""
+
+    train_splits: list[str] = field(default_factory=lambda: ["train"])
+    """Splits to train on."""
+    valid_splits: list[str] = field(default_factory=list)
+    """Splits to validate on after each epoch; the best checkpoint is kept as checkpoint_best.pth."""
+    test_splits: list[str] = field(default_factory=list)
+    """Splits to evaluate after training, or alone with `evaluate`."""
+    evaluate: bool = False
+    """Evaluate the test splits and do not train."""
+
+    output_dir: str = "output"
+    """Folder of the runs, relative to the working directory. Each run makes a folder of its own in it."""
+    resume_ckpt_path: str | None = None
+    """Checkpoint of an unfinished run to go on from."""
+
+    amp: bool = True
+    """Mixed precision on a GPU. On a CPU everything is float32."""
+    amp_dtype: str = "auto"
+    """`bf16`, `fp16` (with a loss scaler), or `auto`: bf16 where the GPU has it."""
+    device: str = "cuda"
+    """`cuda`, `cpu` or `mps`. Without a GPU, `cuda` falls back to the CPU with a warning."""
+    distributed: bool = True
+    """Use several processes when torchrun starts them."""
+
+    dist_backend: str | None = None
+    """Backend of torch.distributed; null: nccl on GPUs, gloo on CPUs."""
+    dist_url: str = "env://"
+    """*Inert*: torchrun sets the rendezvous."""
+    world_size: int = 1
+    """*Inert*: torchrun sets the number of processes."""
+    gpu: int | None = None
+    """*Inert*: the local rank decides."""
+    rank: int | None = None
+    """*Inert*: torchrun sets it."""
+    use_dist_eval_sampler: bool = True
+    """*Inert*: evaluation is always spread over the ranks, each sample once."""
+
+
+@dataclass
+class MiniGPT4Config:
+    """The `model:` section with `arch: mini_gpt4`."""
+
+    arch: str = "mini_gpt4"
+    """Registered name of the model."""
+    model_type: str = "pretrain_vicuna"
+    """Which default YAML of the model to start from: `pretrain_vicuna` or `tiny`."""
+
+    image_size: int = 224
+    """Side of the square input image, in pixels."""
+    vit_model: Any = "eva_clip_g"
+    """`eva_clip_g`, `eva_tiny`, or a mapping {embed_dim, depth, num_heads, mlp_ratio, patch_size}."""
+    vit_weights: str | None = "published"
+    """Path or URL of the encoder's weights; `published`: those of the named encoder; null: random."""
+    vit_precision: str = "fp16"
+    """`fp16`: the run's 16-bit type on a GPU, float32 on a CPU. `fp32`: float32 everywhere."""
+    freeze_vit: bool = True
+    """Keep encoder and ln_vision as they are."""
+    drop_path_rate: float = 0.0
+    """Stochastic depth of an encoder that trains."""
+    use_grad_checkpoint: bool = False
+    """Recompute the encoder's activations in the backward pass, for an encoder that trains."""
+
+    q_former_model: str | None = BLIP2_URL
+    """Path or URL of the Q-Former's weights, which hold ln_vision and the queries too; null: random."""
+    qformer: dict[str, Any] = field(default_factory=dict)
+    """Sizes that differ from bert-base: {hidden_size, num_hidden_layers, num_attention_heads, intermediate_size,
+    cross_attention_freq, hidden_dropout_prob, attention_probs_dropout_prob}."""
+    num_query_token: int = 32
+    """Vectors per image."""
+    freeze_qformer: bool = True
+    """Keep the Q-Former and its queries as they are."""
+
+    llama_model: str = "/path/to/vicuna/weights/"
+    """Folder (or hub id) of the language model, in Hugging Face format."""
+    low_resource: bool = False
+    """Load the language model in 8 bit."""
+    load_in: str | None = None
+    """`16bit`, `8bit` or `4bit`; says it more precisely than `low_resource` and wins."""
+    device_8bit: int | None = None
+    """*Inert*: the quantised model lies on the rank's own device."""
+
+    ckpt: str | None = None
+    """MiniGPT-4 weights to start from: a file, or a run's folder (its newest checkpoint)."""
+    prompt: str | None = ""
+    """*Inert*, as in the first release; prompts come from `prompt_path`."""
+    prompt_path: str | None = None
+    """Text file of prompts, one a line; lines without <ImageHere> are left out."""
+    prompt_template: str | None = "{}"
+    """How a prompt is wrapped; `{}` stands for the prompt."""
+    max_txt_len: int = 32
+    """Most tokens of a caption, end_sym included; the rest is cut."""
+    end_sym: str = "\n"
+    """Text that ends a caption, learnt with it."""
+
+
+@dataclass
+class DatasetConfig:
+    """A section `datasets.<name>`."""
+
+    data_type: str = "images"
+    """Kind of data; only `images` is known."""
+    type: str = "default"
+    """Which default YAML of the dataset to start from."""
+    build_info: dict[str, Any] = field(default_factory=dict)
+    """`storage`: the shards (brace range, tar, list, glob, URL, pipe:) or the folder."""
+    vis_processor: dict[str, Any] = field(default_factory=dict)
+    """Image processor per split: {train: {name, image_size, …}, eval: {…}}."""
+    text_processor: dict[str, Any] = field(default_factory=dict)
+    """Text processor per split: {train: {name, …}, eval: {…}}."""
+    sample_ratio: float = 1.0
+    """Weight of this dataset when several are mixed: each batch comes from one, drawn by these."""
+
+
+@dataclass
+class PreprocessConfig:
+    """The `preprocess:` section: processors of datasets that name none."""
+
+    vis_processor: dict[str, Any] = field(default_factory=dict)
+    text_processor: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class EnvConfig:
+    """The `env:` section."""
+
+    cache_root: str | None = None
+    """*Inert*: published weights are cached under TORCH_HOME, those of the language model under HF_HOME."""

@@ -1,0 +1,225 @@
+"""MiniGPT-4 (Zhu et al. 2023): image -> EVA-ViT -> Q-Former -> one linear layer -> language model.
+
+B batch, Q query tokens, N image tokens, D width of the language model, S sequence, V vocabulary.
+"""
+
+import logging
+import random
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from minigpt4.common import checkpoint, weights
+from minigpt4.common.registry import registry
+from minigpt4.common.schema import MiniGPT4Config
+from minigpt4.models import eva_vit, llm, prompt, qformer
+from minigpt4.models.base_model import BaseModel
+from minigpt4.models.generation import StopOnText, clean_answer
+from minigpt4.models.tokenizer import load_tokenizer
+
+
+@registry.register_model("mini_gpt4")
+class MiniGPT4(BaseModel):
+    """The whole model; only `llama_proj` trains, unless `freeze_vit` or `freeze_qformer` is False.
+
+    Args:
+        visual_encoder, Qformer, llama_model, tokenizer: the parts.
+        num_query_token: vectors per image (Q).
+        prompt_list: prompts with an image slot; one, drawn at random, serves a training batch. Empty: the image alone.
+        max_txt_len: most tokens of a training text, `end_sym` included.
+        end_sym: text that ends every training text.
+        dtype: computing type of the vision side.
+    """
+
+    PRETRAINED_MODEL_CONFIG_DICT = {
+        "pretrain_vicuna": "configs/models/minigpt4.yaml",
+        "tiny": "configs/models/minigpt4_tiny.yaml",
+    }
+    config_class = MiniGPT4Config
+
+    def __init__(
+        self,
+        visual_encoder: eva_vit.EvaViT,
+        Qformer: qformer.QFormer,
+        llama_model: nn.Module,
+        tokenizer,
+        num_query_token: int = 32,
+        prompt_list: list[str] | None = None,
+        max_txt_len: int = 32,
+        end_sym: str = "\n",
+        freeze_vit: bool = True,
+        freeze_qformer: bool = True,
+        dtype: torch.dtype = torch.float32,
+    ):
+        super().__init__()
+        self.visual_encoder = visual_encoder
+        self.ln_vision = LayerNorm(visual_encoder.embed_dim)
+        self.query_tokens = nn.Parameter(torch.empty(1, num_query_token, Qformer.hidden_size).normal_(0, 0.02))
+        self.Qformer = Qformer
+        self.llama_proj = nn.Linear(Qformer.hidden_size, llama_model.get_input_embeddings().embedding_dim)
+        self.llama_model = llama_model
+        self.tokenizer = tokenizer
+        self.prompt_list = prompt_list or []
+        self.max_txt_len, self.end_sym, self.dtype = max_txt_len, end_sym, dtype
+
+        self._frozen = [self.llama_model]
+        self._frozen += [self.visual_encoder, self.ln_vision] if freeze_vit else []
+        self._frozen += [self.Qformer] if freeze_qformer else []
+        for part in self._frozen:
+            part.requires_grad_(False)
+        self.query_tokens.requires_grad_(not freeze_qformer)
+        self.train(self.training)
+
+    def forward(self, samples: dict) -> dict:
+        """The loss of a batch {"image": [B,3,H,W], "text_input": [str] * B}.
+
+        Returns {"loss": mean cross-entropy over the labelled tokens, "num_labels": how many those are}.
+        """
+        image_embeds, _ = self.encode_img(samples["image"])  # [B,Q,D]
+        text = random.choice(self.prompt_list) if self.prompt_list else prompt.IMAGE_SLOT
+        batch = prompt.training_batch(
+            self.tokenizer, text, samples["text_input"], image_embeds.shape[1], self.max_txt_len, self.end_sym
+        )
+        # Padding stands on the right, after every label, so causal attention needs no mask.
+        positions, targets = batch.label_positions()  # [K], [B,K]
+        logits = self.llama_model(
+            inputs_embeds=self.embed(batch, image_embeds),  # [B,S,D]
+            logits_to_keep=positions.to(self.device),
+            use_cache=False,
+        ).logits  # [B,K,V]
+        targets = targets.to(self.device)
+        loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=prompt.IGNORE_INDEX)
+        return {"loss": loss, "num_labels": batch.num_labels}
+
+    def encode_img(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images [B,3,H,W] to vectors [B,Q,D] in the language model's space, and their attention mask [B,Q] of ones."""
+        with torch.autocast(image.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            image_tokens = self.ln_vision(self.visual_encoder(image))  # [B,N,vision width]
+            queries = self.query_tokens.expand(len(image), -1, -1)
+            image_embeds = self.llama_proj(self.Qformer(queries, image_tokens))
+        return image_embeds, torch.ones(image_embeds.shape[:2], dtype=torch.long, device=image.device)
+
+    def embed(self, batch: prompt.TokenBatch, image_embeds: torch.Tensor) -> torch.Tensor:
+        """The sequences [B,S,D]: token embeddings, with `image_embeds` [images,Q,D] in the image slots, in order."""
+        token_embeds = self.llama_model.get_input_embeddings()(batch.input_ids.to(self.device))
+        image_mask = batch.image_mask.to(self.device).unsqueeze(-1)
+        return token_embeds.masked_scatter(image_mask, image_embeds.to(token_embeds.dtype))
+
+    @torch.inference_mode()
+    def generate(self, images: torch.Tensor, prompts: list[str], stop: str | None = None, **options) -> list[str]:
+        """Continue each prompt, greedily unless `options` say otherwise.
+
+        Args:
+            images: [images,3,H,W], one for each image slot of the prompts, in order.
+            prompts: texts with `<ImageHere>` where an image goes.
+            stop: text that ends an answer; None: `end_sym`.
+            options: as for transformers' `generate`, for example max_new_tokens=60, num_beams=5, do_sample=True.
+
+        Returns:
+            The answers, without `stop` and what follows it, stripped.
+        """
+        stop = self.end_sym if stop is None else stop
+        image_embeds, _ = self.encode_img(images)
+        batch = prompt.generation_batch(self.tokenizer, prompts, image_embeds.shape[1])
+        ids = self.llama_model.generate(
+            inputs_embeds=self.embed(batch, image_embeds),
+            attention_mask=batch.attention_mask.to(self.device),
+            pad_token_id=self.tokenizer.eos_token_id,
+            stopping_criteria=[StopOnText(self.tokenizer, stop)],
+            **{"do_sample": False, "max_new_tokens": 300} | options,
+        )
+        return [clean_answer(self.tokenizer.decode(row), stop) for row in ids.tolist()]
+
+    def train(self, mode: bool = True) -> "MiniGPT4":
+        """Frozen parts stay in eval mode whatever `mode` says."""
+        super().train(mode)
+        for part in self._frozen:
+            part.eval()
+        return self
+
+    @classmethod
+    def build(cls, cfg, device: torch.device, dtype: torch.dtype) -> "MiniGPT4":
+        return cls.from_config(cfg, device, dtype)
+
+    @classmethod
+    def from_config(cls, cfg, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> "MiniGPT4":
+        """Build the model from the `model:` section, its frozen parts straight on `device`.
+
+        Args:
+            cfg: a mapping with the keys of `MiniGPT4Config`; absent ones have its defaults.
+            device: where the model lies.
+            dtype: computing type of the frozen parts (float16 or bfloat16 on a GPU). `vit_precision: fp32` exempts the
+                encoder.
+
+        Raises:
+            CheckpointError: weights that do not fit.
+        """
+        cfg = MiniGPT4Config(**cfg)
+        prompts = prompt.read_prompts(cfg.prompt_path, cfg.prompt_template) if cfg.prompt_path else []
+        trained = _read_ckpt(cfg.ckpt, cfg.llama_model) if cfg.ckpt else None
+        load_in = cfg.load_in or ("8bit" if cfg.low_resource else "16bit")
+        with torch.device(device):
+            vit = eva_vit.create_vit(cfg.vit_model, cfg.image_size, cfg.drop_path_rate, cfg.use_grad_checkpoint)
+            model = cls(
+                visual_encoder=vit,
+                Qformer=qformer.QFormer(vit.embed_dim, **cfg.qformer),
+                llama_model=llm.load_llm(cfg.llama_model, torch.device(device), dtype, load_in),
+                tokenizer=load_tokenizer(cfg.llama_model),
+                num_query_token=cfg.num_query_token,
+                prompt_list=prompts,
+                max_txt_len=cfg.max_txt_len,
+                end_sym=cfg.end_sym,
+                freeze_vit=cfg.freeze_vit,
+                freeze_qformer=cfg.freeze_qformer,
+                dtype=dtype if cfg.vit_precision == "fp16" else torch.float32,
+            )
+        model._load_frozen(weights.vit_weights(cfg.vit_model, cfg.vit_weights), cfg.q_former_model)
+        if trained is not None:
+            checkpoint.load_weights(model, trained, cfg.ckpt, {"llama_proj.weight", "llama_proj.bias"})
+        if cfg.freeze_vit:
+            _cast_matrices(vit, model.dtype)
+        return model
+
+    def _load_frozen(self, vit_source: str | None, qformer_source: str | None) -> None:
+        """Load the encoder's and the Q-Former's published weights; None leaves them random."""
+        if vit_source:
+            state = checkpoint.read_weights(weights.fetch(vit_source))
+            state = eva_vit.checkpoint_filter_fn(state, self.visual_encoder)
+            checkpoint.load_weights(self.visual_encoder, state, vit_source, set(self.visual_encoder.state_dict()))
+        if qformer_source:
+            state = qformer.checkpoint_filter_fn(checkpoint.read_weights(weights.fetch(qformer_source)))
+            own = {name for name in self.state_dict() if name.startswith(("Qformer.", "ln_vision.", "query_tokens"))}
+            checkpoint.load_weights(self, state, qformer_source, own)
+        if not (vit_source and qformer_source):
+            logging.warning("Parts of the vision side have random weights, as the config asks.")
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm computed in float32 and returned in the type of its input."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.float()).to(x.dtype)
+
+
+def _cast_matrices(module: nn.Module, dtype: torch.dtype) -> None:
+    """Cast linear and convolution layers, weights and biases; norms, positions and the q and v biases stay."""
+    for part in module.modules():
+        if isinstance(part, (nn.Linear, nn.Conv2d)):
+            part.to(dtype)
+
+
+def _read_ckpt(path: str, llama_model: str) -> dict[str, torch.Tensor]:
+    """The trained weights, checked against the language model's width before that is loaded."""
+    file = checkpoint.resolve(path)
+    trained = checkpoint.read_weights(file)
+    width = llm.hidden_size(llama_model)
+    projection = trained.get("llama_proj.weight")
+    if projection is not None and projection.shape[0] != width:
+        known = {4096: " (as in Vicuna-7B)", 5120: " (as in Vicuna-13B)"}
+        theirs = projection.shape[0]
+        raise checkpoint.CheckpointError(
+            f"{file} was trained with a language model {theirs}{known.get(theirs, '')} wide; {llama_model} is "
+            f"{width}{known.get(width, '')} wide. Change model.ckpt or model.llama_model so that they match."
+        )
+    return trained

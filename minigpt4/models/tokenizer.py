@@ -1,0 +1,67 @@
+"""Text to token ids, a segment at a time, and back.
+
+The published weights were trained with SentencePiece's own segmentation, where each segment starts with its dummy
+prefix "▁". Where a model's folder holds `tokenizer.model`, SentencePiece itself does the work; transformers 5's
+tokenizer of the same file gives other ids for segments such as " ###". Elsewhere transformers' tokenizer is used.
+"""
+
+import json
+import re
+from pathlib import Path
+
+
+def load_tokenizer(llama_model: str):
+    """The tokenizer of a language model's folder or hub id."""
+    if (Path(llama_model) / "tokenizer.model").is_file():
+        return SentencePieceTokenizer(Path(llama_model))
+    return HuggingFaceTokenizer(llama_model)
+
+
+class HuggingFaceTokenizer:
+    """transformers' tokenizer, without special tokens of its own accord."""
+
+    def __init__(self, llama_model: str):
+        from transformers import AutoTokenizer
+
+        self._tokenizer = AutoTokenizer.from_pretrained(llama_model)
+        self.bos_token_id: int | None = self._tokenizer.bos_token_id
+        self.eos_token_id: int = self._tokenizer.eos_token_id
+        if self.eos_token_id is None:
+            raise ValueError(f"The tokenizer of {llama_model} has no end-of-sequence token, which pads batches.")
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False)
+
+    def decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+
+class SentencePieceTokenizer:
+    """`tokenizer.model` through SentencePiece, split first at the texts of special tokens (`</s>` is id 2)."""
+
+    def __init__(self, folder: Path):
+        from sentencepiece import SentencePieceProcessor
+
+        self._model = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+        self.bos_token_id: int | None = self._model.bos_id()
+        self.eos_token_id: int = self._model.eos_id()
+        control = {i for i in range(len(self._model)) if self._model.IsControl(i) or self._model.IsUnknown(i)}
+        self._special = {self._model.IdToPiece(i): i for i in control}
+        added_file = folder / "added_tokens.json"  # Vicuna v0 adds a pad token there
+        if added_file.is_file():
+            self._special |= json.loads(added_file.read_text(encoding="utf-8"))
+        self._special_ids = set(self._special.values())
+        longest_first = sorted(self._special, key=len, reverse=True)
+        self._split = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = []
+        for piece in self._split.split(text):
+            if piece in self._special:
+                ids.append(self._special[piece])
+            elif piece:
+                ids.extend(self._model.encode(piece))
+        return ids
+
+    def decode(self, ids: list[int]) -> str:
+        return self._model.decode([i for i in ids if i not in self._special_ids])

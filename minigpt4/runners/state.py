@@ -1,0 +1,53 @@
+"""Random states, and moving a batch: what the training loop keeps out of sight."""
+
+import logging
+import random
+
+import numpy as np
+import torch
+
+from minigpt4.common import dist_utils
+
+
+def seed_everything(seed: int) -> None:
+    """Seed python, numpy and torch with `seed` plus the rank."""
+    seed += dist_utils.get_rank()
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def rng_states() -> list[dict]:
+    """The random states of every rank, in types that `torch.load(weights_only=True)` reads."""
+    version, keys, position, *gauss = np.random.get_state()
+    own = {
+        "python": random.getstate(),
+        "numpy": (version, torch.from_numpy(keys.astype(np.int64)), int(position), int(gauss[0]), float(gauss[1])),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
+    }
+    return dist_utils.gather_objects(own)
+
+
+def restore_rng_states(states: list[dict] | None) -> None:
+    """Restore this rank's state. A checkpoint without states, or of another number of ranks, is only reported."""
+    if states is None or len(states) != dist_utils.get_world_size():
+        found = "no random states" if states is None else f"those of {len(states)} ranks"
+        logging.warning("The checkpoint holds %s: the run goes on with other random numbers.", found)
+        return
+    own = states[dist_utils.get_rank()]
+    version, internal, gauss = own["python"]
+    random.setstate((version, tuple(internal), gauss))
+    version, keys, *rest = own["numpy"]
+    np.random.set_state((version, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(own["torch"])
+    if own["cuda"] is not None and torch.cuda.is_initialized():
+        torch.cuda.set_rng_state(own["cuda"])
+
+
+def to_device(samples: dict, device: torch.device) -> dict:
+    """The batch with its tensors on `device`."""
+    return {
+        key: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+        for key, value in samples.items()
+    }

@@ -1,0 +1,46 @@
+"""A task says what is built from a config, and what happens with one batch."""
+
+import torch
+
+from minigpt4.common.registry import registry
+from minigpt4.models.base_model import BaseModel
+
+
+class BaseTask:
+    """Builds datasets and model, and takes one training or validation step. Subclasses change what they need to."""
+
+    config_class: type | None = None
+    """Dataclass of the `run:` section, a subclass of RunConfig, for a task with keys of its own."""
+
+    @classmethod
+    def setup_task(cls, cfg) -> "BaseTask":
+        """The task of a `Config`."""
+        return cls()
+
+    def build_datasets(self, cfg) -> dict[str, dict]:
+        """{dataset name: {split: dataset}} for each section of `datasets:`.
+
+        Raises ValueError when there is none.
+        """
+        if not cfg.datasets_cfg:
+            raise ValueError("The config has no dataset. Add a section such as datasets: {cc_sbu_align: {...}}.")
+        return {
+            name: registry.get_builder_class(name)(section).build_datasets()
+            for name, section in cfg.datasets_cfg.items()
+        }
+
+    def build_model(self, cfg, device: torch.device, dtype: torch.dtype) -> BaseModel:
+        """The model of `model:` on `device`, its frozen parts computing in `dtype`."""
+        return registry.get_model_class(cfg.model_cfg.arch).build(cfg.model_cfg, device, dtype)
+
+    def train_step(self, model, samples: dict) -> dict:
+        """{"loss": …} of a batch, with gradient; "num_labels" beside it weights the loss."""
+        return model(samples)
+
+    def valid_step(self, model, samples: dict) -> dict:
+        """{"loss": …} of a batch, without gradient."""
+        return model(samples)
+
+    def agg_metrics(self, loss: float) -> float:
+        """What decides on the best checkpoint, higher is better; it may be negative."""
+        return -loss

@@ -1,0 +1,9 @@
+"""Learn to write the text of an image: stage 1 and stage 2 alike."""
+
+from minigpt4.common.registry import registry
+from minigpt4.tasks.base_task import BaseTask
+
+
+@registry.register_task("image_text_pretrain")
+class ImageTextPretrainTask(BaseTask):
+    """The loss is the model's own."""

@@ -1,0 +1,186 @@
+"""Merge order, types, and the message for every kind of mistake."""
+
+from types import SimpleNamespace
+
+import pytest
+from conftest import ROOT
+
+from minigpt4.common.config import CONFIGS, Config, ConfigError, load_yaml, parse_options
+
+STAGE1 = ROOT / "train_configs/minigpt4_stage1_pretrain.yaml"
+STAGE2 = ROOT / "train_configs/minigpt4_stage2_finetune.yaml"
+SHIPPED = sorted([*ROOT.glob("train_configs/*.yaml"), *ROOT.glob("eval_configs/*.yaml")])
+
+
+def load(path=STAGE1, *options):
+    return Config(SimpleNamespace(cfg_path=str(path), options=list(options)))
+
+
+def write(tmp_path, text):
+    path = tmp_path / "run.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.name)
+def test_shipped_files_load(path):
+    cfg = load(path)
+    assert cfg.model_cfg.arch == "mini_gpt4"
+    assert cfg.datasets_cfg
+    assert cfg.to_dict()["run"]["task"] == "image_text_pretrain"
+
+
+def test_every_original_file_is_there():
+    names = {p.name for p in SHIPPED}
+    assert {"minigpt4_stage1_pretrain.yaml", "minigpt4_stage2_finetune.yaml", "minigpt4_eval.yaml"} <= names
+
+
+def test_stage1_values():
+    cfg = load()
+    run = cfg.run_cfg
+    assert (run.init_lr, run.min_lr, run.warmup_lr, run.weight_decay) == (1e-4, 8e-5, 1e-6, 0.05)
+    assert (run.max_epoch, run.batch_size_train, run.iters_per_epoch, run.warmup_steps) == (3, 16, 500, 500)
+    assert (cfg.datasets_cfg.laion.sample_ratio, cfg.datasets_cfg.cc_sbu.sample_ratio) == (115, 14)
+    assert cfg.datasets_cfg.laion.build_info.storage.endswith("{00000..10488}.tar")
+    assert cfg.model_cfg.num_query_token == 32
+    assert (cfg.model_cfg.max_txt_len, cfg.model_cfg.end_sym) == (32, "\n")
+
+
+def test_stage2_and_eval_values():
+    model = load(STAGE2).model_cfg
+    assert (model.max_txt_len, model.end_sym, model.prompt_template) == (160, "###", "###Human: {} ###Assistant: ")
+    assert load(ROOT / "eval_configs/minigpt4_eval.yaml").model_cfg.low_resource is True
+
+
+def test_merge_order(tmp_path):
+    path = write(tmp_path, "model: {arch: mini_gpt4, image_size: 448}\ndatasets: {cc_sbu: {sample_ratio: 3}}\n")
+    cfg = load(path, "model.image_size=112")
+    assert cfg.model_cfg.image_size == 112  # --options over the file
+    assert load(path).model_cfg.image_size == 448  # the file over the model's default
+    assert cfg.model_cfg.vit_precision == "fp16"  # the model's default
+    assert cfg.datasets_cfg.cc_sbu.sample_ratio == 3
+    assert cfg.datasets_cfg.cc_sbu.build_info.storage.endswith(".tar")  # the dataset's default
+    assert cfg.run_cfg.seed == 42  # the schema's default
+
+
+def test_origin_names_the_file(tmp_path):
+    path = write(tmp_path, "model: {arch: mini_gpt4, llama_model: /nowhere/at/all}\n")
+    cfg = load(path, "model.ckpt=/nowhere/either.pth")
+    assert cfg.origin("model.llama_model") == str(path)
+    assert cfg.origin("model.ckpt") == "--options"
+    assert cfg.origin("model.num_query_token").endswith("minigpt4.yaml")
+
+
+@pytest.mark.parametrize("number", ["1e-4", '"1e-4"', "0.0001", "1.0e-4"])
+def test_numbers_in_any_spelling(tmp_path, number):
+    assert load(write(tmp_path, f"run: {{init_lr: {number}}}\n")).run_cfg.init_lr == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("option", "expected"),
+    [
+        ("model.end_sym=###", "###"),
+        ("model.end_sym=#", "#"),
+        ("model.prompt_template=###Human: {} ###Assistant: ", "###Human: {} ###Assistant: "),
+        ("model.prompt_template=Human: {} Assistant: ", "Human: {} Assistant: "),
+        ("model.prompt_template=a {} #b ", "a {} #b "),
+        ('model.end_sym="\\n"', "\n"),
+        ("model.end_sym=' '", " "),
+        ("model.ckpt=null", None),
+        ("model.low_resource=True", True),
+        ("run.init_lr=1e-4", 1e-4),
+        ("run.train_splits=[train,val]", ["train", "val"]),
+        ("model.vit_model={depth: 2}", {"depth": 2}),
+        ("model.ckpt=s3://bucket/a=b.pth", "s3://bucket/a=b.pth"),
+    ],
+)
+def test_option_values(option, expected):
+    section, name = option.split("=")[0].split(".")
+    assert parse_options([option])[section][name] == expected
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("run.int_lr=1", r"Unknown key run\.int_lr in --options\. Did you mean 'init_lr'\?"),
+        ("rnu.init_lr=1", r"Unknown key rnu in --options\. Did you mean 'run'\?"),
+        ("model.lama_model=x", r"Did you mean 'llama_model'\?"),
+        ("datasets.laion.sample_rate=2", r"Did you mean 'sample_ratio'\?"),
+        ("run.init_lr=fast", r"run\.init_lr = 'fast' \(set in --options\) is not of type float"),
+        ("run.max_epoch=2.5", r"run\.max_epoch = 2\.5 .* is not of type int"),
+        ("run.train_splits=train", r"is not of type list\[str\]"),
+        ("model.ckpt=", r"has no value.*model\.ckpt=null"),
+        ("model.ckpt", r"not of the form section\.key=value"),
+        ("nonsense", r"not of the form"),
+        ("model.vit_model={depth: 2", r"not valid YAML"),
+        ("model.arch=mini_gpt5", r"Did you mean 'mini_gpt4'\?"),
+        ("model.model_type=tyny", r"model_type='tyny' is not known"),
+        ("datasets.cc_sbu_alig.sample_ratio=1", r"Did you mean 'cc_sbu_align'\?"),
+        ("run.task=image_text_pretraining", r"Did you mean 'image_text_pretrain'\?"),
+        ("run.imports=[no.such.module]", r"Cannot import 'no\.such\.module'"),
+        ("run=3", r"not of the form"),
+    ],
+)
+def test_mistakes_on_the_command_line(option, message):
+    with pytest.raises(ConfigError, match=message):
+        load(STAGE1, option)
+
+
+def test_mistakes_in_files(tmp_path):
+    with pytest.raises(ConfigError, match=r"Cannot read nowhere\.yaml"):
+        load("nowhere.yaml")
+    with pytest.raises(ConfigError, match="is not valid YAML"):
+        load(write(tmp_path, "run: [1, 2\n"))
+    with pytest.raises(ConfigError, match="must hold a mapping"):
+        load(write(tmp_path, "- run\n"))
+    with pytest.raises(ConfigError, match="run in .* must be a mapping"):
+        load(write(tmp_path, "run: 3\n"))
+    path = write(tmp_path, "run: {batch_size: 3}\n")
+    with pytest.raises(ConfigError, match=f"Unknown key run.batch_size in {path}"):
+        load(path)
+
+
+def test_missing_paths_are_listed_together():
+    cfg = load(STAGE2, "model.prompt_path=nope.txt")
+    with pytest.raises(ConfigError) as error:
+        cfg.check_paths()
+    message = str(error.value)
+    assert "model.llama_model = '/path/to/vicuna/weights/'" in message
+    assert str(CONFIGS / "models/minigpt4.yaml") in message
+    assert "model.ckpt = '/path/to/stage1/checkpoint/'" in message
+    assert str(STAGE2) in message
+    assert "--options model.prompt_path=/where/it/is" in message
+
+
+def test_hub_ids_and_urls_pass_the_path_check(tmp_path):
+    cfg = load(STAGE1, "model.llama_model=lmsys/vicuna-7b-v1.5", "model.q_former_model=https://x.org/a.pth")
+    cfg.check_paths()
+
+
+def test_preprocess_serves_datasets_without_processors(tmp_path):
+    cfg = load(write(tmp_path, "model: {arch: mini_gpt4}\ndatasets: {cc_sbu: {}}\n"))
+    assert cfg.datasets_cfg.cc_sbu.vis_processor.train.name == "blip2_image_train"
+
+
+def test_shipped_defaults_agree_with_the_classes():
+    from minigpt4.common.registry import registry
+
+    for path in CONFIGS.glob("models/*.yaml"):
+        model = load_yaml(path).model
+        cls = registry.get_model_class(model.arch)
+        assert cls.default_config_path(model.model_type) == path
+    for path in CONFIGS.glob("datasets/*/*.yaml"):
+        for name in load_yaml(path).datasets:
+            assert registry.get_builder_class(name).default_config_path() == path
+
+
+def test_pretty_print_has_the_headings_people_grep(caplog):
+    caplog.set_level("INFO")
+    load().pretty_print()
+    for heading in (
+        "=====  Running Parameters    =====",
+        "======  Dataset Attributes  ======",
+        "======  Model Attributes  ======",
+    ):
+        assert heading in caplog.text
+    assert '    "init_lr": 0.0001' in caplog.text

@@ -1,0 +1,89 @@
+"""Shared fixtures: the golden data, and the tiny random model it was made with as a Hugging Face folder."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parents[1]
+GOLDEN = ROOT / "tests" / "golden"
+VIT = {"patch_size": 14, "embed_dim": 32, "depth": 3, "num_heads": 4, "mlp_ratio": 4.3637}
+QFORMER = {
+    "hidden_size": 24,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """Reader of the golden files: golden("vision") gives (json content, tensors)."""
+
+    def read(name: str):
+        described, tensors = GOLDEN / f"{name}.json", GOLDEN / f"{name}.safetensors"
+        content = json.loads(described.read_text(encoding="utf-8")) if described.exists() else None
+        return content, load_file(tensors) if tensors.exists() else None
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def golden_weights():
+    return load_file(GOLDEN / "tiny_weights.safetensors")
+
+
+@pytest.fixture(scope="session")
+def golden_llm_folder(tmp_path_factory, golden_weights) -> Path:
+    """The language model of the golden data as a Hugging Face folder."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = json.loads((GOLDEN / "tiny_config.json").read_text())["llama"]
+    llm = LlamaForCausalLM(LlamaConfig(**{k: v for k, v in sizes.items() if k != "rope_theta"}))
+    prefix = "llama_model."
+    weights = {k.removeprefix(prefix): v for k, v in golden_weights.items() if k.startswith(prefix)}
+    llm.load_state_dict({k: v for k, v in weights.items() if not k.endswith("inv_freq")})
+    folder = tmp_path_factory.mktemp("llm")
+    llm.save_pretrained(folder)
+    for file in (GOLDEN / "tokenizer").iterdir():
+        shutil.copy(file, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def build_golden_model(golden_llm_folder, golden_weights):
+    """Builder of the golden model: keyword arguments are YAML keys of `model:`."""
+    from minigpt4.models import MiniGPT4
+
+    def build(**cfg) -> MiniGPT4:
+        image_size = cfg.setdefault("image_size", 28)
+        model = MiniGPT4.from_config(
+            {
+                "vit_model": VIT,
+                "qformer": QFORMER,
+                "num_query_token": 8,
+                "vit_weights": None,
+                "q_former_model": None,
+                "llama_model": str(golden_llm_folder),
+                **cfg,
+            }
+        )
+        weights = dict(golden_weights)
+        if image_size == 56:
+            weights |= load_file(GOLDEN / "tiny_weights_56_vision.safetensors")
+        own = model.state_dict()
+        model.load_state_dict({k: v for k, v in weights.items() if k in own})
+        return model
+
+    return build
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """The golden numbers were made on one thread; and tests share two cores."""
+    torch.set_num_threads(1)

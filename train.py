@@ -1,0 +1,61 @@
+"""Train MiniGPT-4.
+
+    torchrun --nproc_per_node 4 train.py --cfg-path train_configs/minigpt4_stage1_pretrain.yaml
+    torchrun --nproc_per_node 1 train.py --cfg-path train_configs/minigpt4_stage2_finetune.yaml
+    python train.py --cfg-path train_configs/minigpt4_tiny_stage1_pretrain.yaml      # one process, CPU or GPU
+
+Any key of the YAML files can be given on the command line:
+
+    … --options run.batch_size_train=8 model.llama_model=/weights/vicuna-7b
+"""
+
+import argparse
+import logging
+import sys
+from datetime import datetime
+
+from minigpt4.common.config import Config, ConfigError
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cfg-path", required=True, metavar="FILE", help="the run's YAML file")
+    parser.add_argument("--options", nargs="+", metavar="KEY=VALUE", help="settings that override the file's")
+    parser.add_argument("--import", nargs="+", dest="imports", metavar="MODULE", help="modules of plug-ins to import")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Read the config, build task, datasets and model, and run."""
+    cfg = Config(parse_args(argv))
+    cfg.check_paths()
+
+    # Imported late: a mistake in the config is reported before torch and transformers are even loaded.
+    from minigpt4.common import dist_utils
+    from minigpt4.common.logger import setup_logger
+    from minigpt4.common.registry import registry
+    from minigpt4.runners.state import seed_everything
+
+    device = dist_utils.select_device(cfg.run_cfg.device)
+    dist_utils.init_process_group(device, cfg.run_cfg.dist_backend)
+    try:
+        setup_logger()
+        seed_everything(cfg.run_cfg.seed)
+        cfg.pretty_print()
+        job_id = dist_utils.broadcast_object(datetime.now().strftime("%Y%m%d%H%M%S"))
+        task = registry.get_task_class(cfg.run_cfg.task).setup_task(cfg=cfg)
+        datasets = task.build_datasets(cfg)
+        dtype = dist_utils.select_dtype(device, cfg.run_cfg.amp, cfg.run_cfg.amp_dtype)
+        model = task.build_model(cfg, device, dtype)
+        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        logging.info("number of trainable parameters: %d", trainable)
+        registry.get_runner_class(cfg.run_cfg.runner)(cfg, task, model, datasets, job_id).train()
+    finally:
+        dist_utils.destroy_process_group()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ConfigError as error:
+        sys.exit(f"Error: {error}")
