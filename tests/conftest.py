@@ -6,20 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import GOLDEN, QFORMER, VIT
 from safetensors.torch import load_file
-
-ROOT = Path(__file__).resolve().parents[1]
-GOLDEN = ROOT / "tests" / "golden"
-VIT = {"patch_size": 14, "embed_dim": 32, "depth": 3, "num_heads": 4, "mlp_ratio": 4.3637}
-QFORMER = {
-    "hidden_size": 24,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "intermediate_size": 48,
-    "hidden_dropout_prob": 0.0,
-    "attention_probs_dropout_prob": 0.0,
-}
-
 
 @pytest.fixture(scope="session")
 def golden():

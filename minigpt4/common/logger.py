@@ -2,6 +2,7 @@
 
 import datetime
 import logging
+import math
 import time
 from collections.abc import Iterable, Iterator
 
@@ -58,15 +59,26 @@ class MetricLogger:
             data_time += time.perf_counter() - item_end
             yield item
             if i % log_freq == 0 or i == length - 1:
-                values = [f"{name}: {_format(name, value)}" for name, value in self.latest().items()]
+                latest = self.latest()
+                values = [f"{name}: {_format(name, value)}" for name, value in latest.items()]
                 now, items = time.perf_counter(), i - last_logged
                 eta = _hms((now - start) / (i + 1) * (length - i - 1))
                 times = [f"time: {(now - last_line) / items:.4f}", f"data: {data_time / items:.4f}", *_max_memory()]
                 logging.info("  ".join([f"{header}  [{i:{width}d}/{length}]  eta: {eta}", *values, *times]))
                 last_line, data_time, last_logged = now, 0.0, i
+                _check_finite(latest, f"{header} step {i}")
             item_end = time.perf_counter()
         total = time.perf_counter() - start
         logging.info("%s Total time: %s (%.4f s / it)", header, _hms(total), total / max(length, 1))
+
+
+def _check_finite(values: dict[str, float], where: str) -> None:
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise FloatingPointError(
+                f"{where}: {name} is {value}. Nothing was saved since. Lower run.init_lr, or check the weights that were "
+                "loaded; with fp16, try run.amp_dtype=bf16."
+            )
 
 
 def _hms(seconds: float) -> str:

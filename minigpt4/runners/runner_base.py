@@ -5,10 +5,12 @@ import datetime
 import json
 import logging
 import time
+import warnings
 from pathlib import Path
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import IterableDataset
 
 from minigpt4.common import checkpoint, dist_utils
 from minigpt4.common.logger import MetricLogger
@@ -52,10 +54,10 @@ class RunnerBase:
 
     def _prepare_training(self) -> None:
         run = self.run
-        ratios = {name: section.sample_ratio for name, section in self.cfg.datasets_cfg.items()}
+        datasets = {name: dataset for split in run.train_splits for name, dataset in self._split(split).items()}
         self.loader = TrainLoader(
-            {name: dataset for split in run.train_splits for name, dataset in self._split(split).items()},
-            ratios,
+            datasets,
+            {name: section.sample_ratio for name, section in self.cfg.datasets_cfg.items()},
             run.batch_size_train,
             run.num_workers,
             run.seed,
@@ -63,7 +65,7 @@ class RunnerBase:
             world_size=self.world_size,
             pin_memory=self.device.type == "cuda",
         )
-        self.iters_per_epoch = run.iters_per_epoch or self.loader.batches_per_pass()
+        self.iters_per_epoch = run.iters_per_epoch or self._batches_per_pass(datasets)
         self.optimizer = create_optimizer(self.module, run.init_lr, run.weight_decay, run.beta2)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.lr_sched = registry.get_lr_scheduler_class(run.lr_sched)(
@@ -79,10 +81,7 @@ class RunnerBase:
         if run.resume_ckpt_path:
             self._resume(checkpoint.resolve(run.resume_ckpt_path))
         if self.world_size > 1:
-            # Frozen weights are the same on every rank already; sending 7B of them around would only take time.
-            for parameter in self._trainable().values():
-                torch.distributed.broadcast(parameter, src=0)
-            self.model = DistributedDataParallel(self.module, init_sync=False, broadcast_buffers=False)
+            self.model = self._distributed()
 
     def train(self) -> None:
         """Train the epochs that are left, with a checkpoint after each; then evaluate the test splits."""
@@ -205,6 +204,28 @@ class RunnerBase:
             known = {name: list(splits) for name, splits in self.datasets.items()}
             raise ValueError(f"No dataset has the split {split!r}; there are {known}. Change run.*_splits.")
         return found
+
+    def _distributed(self) -> DistributedDataParallel:
+        """The module with gradients exchanged between ranks, all of which start from rank 0's trainable weights.
+
+        Frozen weights are the same everywhere already; sending 7B of them around would only take time.
+        """
+        for parameter in self._trainable().values():
+            torch.distributed.broadcast(parameter.data, src=0)
+        with warnings.catch_warnings():
+            # torch 2.14 announces another name for broadcast_buffers, one that torch 2.11 does not have
+            warnings.simplefilter("ignore", FutureWarning)
+            return DistributedDataParallel(self.module, init_sync=False, broadcast_buffers=False)
+
+    def _batches_per_pass(self, datasets: dict) -> int:
+        """Batches that make one pass over the data. Raises ValueError for a stream, which has no end."""
+        streams = [name for name, dataset in datasets.items() if isinstance(dataset, IterableDataset)]
+        if streams:
+            raise ValueError(
+                f"{', '.join(streams)}: a stream of shards has no end, so run.iters_per_epoch must say how long an "
+                "epoch is. For example: --options run.iters_per_epoch=500"
+            )
+        return sum(map(len, datasets.values())) // (self.run.batch_size_train * self.world_size)
 
     def _trainable(self) -> dict[str, torch.nn.Parameter]:
         return {name: p for name, p in self.module.named_parameters() if p.requires_grad}

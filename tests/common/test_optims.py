@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import GOLDEN
+from helpers import GOLDEN
 from torch import nn
 
 from minigpt4.common.optims import create_optimizer

@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from conftest import GOLDEN, QFORMER, VIT
+from helpers import GOLDEN, QFORMER, VIT
 from safetensors.torch import load_file
 
 from minigpt4.models import MiniGPT4, prompt

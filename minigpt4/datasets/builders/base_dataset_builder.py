@@ -1,0 +1,78 @@
+"""What the builders of all datasets share: the default YAML and the processors."""
+
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from omegaconf import OmegaConf
+from torch.utils.data import Dataset
+
+from minigpt4 import PACKAGE_ROOT
+from minigpt4.common.registry import did_you_mean, registry
+from minigpt4.processors import BaseProcessor
+
+
+class BaseDatasetBuilder:
+    """Makes datasets from a section `datasets.<name>`. Subclasses implement `build`."""
+
+    name: str = ""
+    """The name it is registered under, which messages use."""
+    DATASET_CONFIG_DICT: dict[str, str] = {}
+    """{type: default YAML, relative to the package `minigpt4`, or absolute}."""
+    train_dataset_cls: type[Dataset] | None = None
+
+    def __init__(self, cfg: Mapping[str, Any] | None = None) -> None:
+        """cfg: the section with the keys data_type, build_info, vis_processor, text_processor; None: the default's."""
+        if cfg is None:
+            datasets = OmegaConf.load(self.default_config_path()).datasets
+            cfg = datasets.get(self.name) or next(iter(datasets.values()))
+        self.config = cfg
+        self.vis_processors: dict[str, BaseProcessor] = {}
+        self.text_processors: dict[str, BaseProcessor] = {}
+
+    @classmethod
+    def default_config_path(cls, type: str = "default") -> str | None:
+        """The default YAML of a type; None for a builder without any. Raises KeyError that lists the known types."""
+        if not cls.DATASET_CONFIG_DICT:
+            return None
+        if type not in cls.DATASET_CONFIG_DICT:
+            known = ", ".join(cls.DATASET_CONFIG_DICT)
+            raise KeyError(f"{cls.name or cls.__name__} has no type {type!r}. Known: {known}.")
+        return os.path.join(PACKAGE_ROOT, cls.DATASET_CONFIG_DICT[type])
+
+    def build_datasets(self) -> dict[str, Dataset]:
+        """{split: dataset}."""
+        self.build_processors()
+        return self.build()
+
+    def build(self) -> dict[str, Dataset]:
+        """{split: dataset}, from `self.config`, `self.vis_processors` and `self.text_processors`."""
+        raise NotImplementedError(f"{type(self).__name__} must define build(self) -> {{split: dataset}}.")
+
+    def build_processors(self) -> None:
+        """Fill `vis_processors` and `text_processors`; where the config names none, one that changes nothing."""
+        self.vis_processors = self._processors("vis_processor")
+        self.text_processors = self._processors("text_processor")
+
+    def _processors(self, kind: str) -> dict[str, BaseProcessor]:
+        section = self.config.get(kind) or {}
+        splits = ("train", "eval")
+        self.check_keys(kind, section, splits)
+        return {split: self._processor(f"{kind}.{split}", section.get(split)) for split in splits}
+
+    def _processor(self, key: str, cfg: Mapping[str, Any] | None) -> BaseProcessor:
+        if not cfg:
+            return BaseProcessor()
+        if not isinstance(cfg, Mapping) or not cfg.get("name"):
+            known = ", ".join(registry.list_processors())
+            raise ValueError(f"datasets.{self.name}.{key} has no key 'name', the processor's. Known: {known}.")
+        return registry.get_processor_class(cfg.get("name")).from_config(cfg)
+
+    def check_keys(self, section: str, keys: Iterable[str], known: Iterable[str]) -> None:
+        """Raise ValueError for a key of `datasets.<name>.<section>` that is not among the known ones."""
+        for key in keys:
+            if key not in known:
+                raise ValueError(
+                    f"Unknown key datasets.{self.name}.{section}.{key}.{did_you_mean(key, known)} "
+                    f"Known: {', '.join(known)}."
+                )

@@ -1,0 +1,59 @@
+"""laion, cc_sbu (streams of shards) and cc_sbu_align (a folder with a list of captions)."""
+
+from torch.utils.data import Dataset
+
+from minigpt4.common.registry import registry
+from minigpt4.datasets.builders.base_dataset_builder import BaseDatasetBuilder
+from minigpt4.datasets.datasets.cc_sbu_dataset import CCSBUAlignDataset
+from minigpt4.datasets.datasets.image_text_stream import ImageTextStream
+
+
+class ImageTextPairBuilder(BaseDatasetBuilder):
+    """`build_info.storage` and the train processors become the split "train"."""
+
+    train_dataset_cls = ImageTextStream
+
+    def build(self) -> dict[str, Dataset]:
+        return {"train": self.train_dataset_cls(self.storage(), name=self.name, **self.processors())}
+
+    def processors(self) -> dict:
+        """The processors that the dataset takes."""
+        return {"vis_processor": self.vis_processors["train"], "text_processor": self.text_processors["train"]}
+
+    def storage(self) -> str | list[str]:
+        """`build_info.storage`. Raises ValueError if it is missing or has unknown neighbours."""
+        build_info = self.config.get("build_info") or {}
+        self.check_keys("build_info", build_info, ("storage",))
+        storage = build_info.get("storage")
+        if not storage:
+            key = f"datasets.{self.name}.build_info.storage"
+            raise ValueError(f"{key} is not set. Set it in the YAML or with --options {key}=/data/{self.name}/…")
+        return storage if isinstance(storage, str) else list(storage)
+
+
+@registry.register_builder("laion")
+class LaionBuilder(ImageTextPairBuilder):
+    """Laion, filtered and recaptioned by BLIP, as img2dataset's tars."""
+
+    name = "laion"
+    DATASET_CONFIG_DICT = {"default": "configs/datasets/laion/defaults.yaml"}
+
+
+@registry.register_builder("cc_sbu")
+class CCSBUBuilder(ImageTextPairBuilder):
+    """Conceptual Captions and SBU, filtered and recaptioned by BLIP, as img2dataset's tars."""
+
+    name = "cc_sbu"
+    DATASET_CONFIG_DICT = {"default": "configs/datasets/cc_sbu/defaults.yaml"}
+
+
+@registry.register_builder("cc_sbu_align")
+class CCSBUAlignBuilder(ImageTextPairBuilder):
+    """The descriptions of stage 2. Its captions are taken as they are, whatever `text_processor` says."""
+
+    name = "cc_sbu_align"
+    train_dataset_cls = CCSBUAlignDataset
+    DATASET_CONFIG_DICT = {"default": "configs/datasets/cc_sbu/align.yaml"}
+
+    def processors(self) -> dict:
+        return {"vis_processor": self.vis_processors["train"]}

@@ -1,0 +1,1 @@
+"""The datasets: streams of shards, and a folder with a list of captions."""

@@ -1,0 +1,127 @@
+"""cc_sbu_align, the well-written descriptions of stage 2, and any other folder of the same form."""
+
+import json
+import logging
+import os
+from collections.abc import Callable
+from typing import Any
+
+from PIL import Image
+from torch.utils.data import Dataset
+
+from minigpt4.datasets.datasets.packed_strings import PackedStrings
+from minigpt4.processors import to_rgb
+
+log = logging.getLogger(__name__)
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+
+
+class CCSBUAlignDataset(Dataset):
+    """The records of `<storage>/filter_cap.json` with the pictures `<storage>/image/<image_id>.jpg` (.jpeg .png .webp).
+
+    filter_cap.json: `{"annotations": [{"image_id": "2", "caption": "…"}, …]}`. Captions are taken as they are.
+    Item: `{"image": vis_processor(picture), "text_input": str, "image_id": str}`. A file that is not a picture, or is
+    broken, is left out with a warning and the next record takes its place (its `image_id` says so); where
+    `MAX_BAD_IN_A_ROW` records in a row are bad, the item raises RuntimeError.
+    """
+
+    MAX_BAD_IN_A_ROW = 10
+
+    def __init__(self, storage: str, vis_processor: Callable[[Image.Image], Any], name: str = "cc_sbu_align") -> None:
+        """name: the dataset's name in the YAML, for messages.
+
+        Raises FileNotFoundError for a missing folder, filter_cap.json or picture, ValueError for a malformed record.
+        """
+        self.name = name
+        self.vis_processor = vis_processor
+        storage = os.path.expanduser(str(storage))
+        self.annotation_file = os.path.join(storage, "filter_cap.json")
+        self.image_folder = os.path.join(storage, "image")
+        if not os.path.isfile(self.annotation_file) or not os.path.isdir(self.image_folder):
+            paths = (storage, self.annotation_file, self.image_folder)
+            key = f"datasets.{name}.build_info.storage"
+            raise FileNotFoundError(
+                f"{key}={storage}: there is no {next(path for path in paths if not os.path.exists(path))}. "
+                f"Set it in the YAML or with --options {key}=/data/{name}"
+            )
+        image_ids, captions = read_annotations(self.annotation_file)
+        self.files = PackedStrings(self._find_pictures(image_ids))
+        self.image_ids = PackedStrings(image_ids)
+        self.captions = PackedStrings(captions)
+        self._warned: set[int] = set()
+        log.info("%s: %d records.", name, len(self))
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        tries = min(self.MAX_BAD_IN_A_ROW, len(self))
+        for candidate in range(index, index + tries):
+            candidate %= len(self)
+            image = self._read_picture(candidate)
+            if image is not None:
+                return {
+                    "image": self.vis_processor(image),
+                    "text_input": self.captions[candidate],
+                    "image_id": self.image_ids[candidate],
+                }
+        raise RuntimeError(
+            f"datasets.{self.name}: the pictures of {tries} records in a row, from annotations[{index}] on, cannot be "
+            f"read, e.g. {self._path(index)}. Are these files really pictures?"
+        )
+
+    def _path(self, index: int) -> str:
+        return os.path.join(self.image_folder, self.files[index])
+
+    def _read_picture(self, index: int) -> Image.Image | None:
+        try:
+            with Image.open(self._path(index)) as file:
+                return to_rgb(file)
+        except Exception as error:  # Pillow's plug-ins raise nearly every kind of error on broken files
+            if index not in self._warned:
+                self._warned.add(index)
+                log.warning(
+                    "%s: left out %s, an image that is not one, or is broken: %s", self.name, self._path(index), error
+                )
+            return None
+
+    def _find_pictures(self, image_ids: list[str]) -> list[str]:
+        """The file name of every record, from one look into the folder."""
+        with os.scandir(self.image_folder) as entries:
+            names = sorted(entry.name for entry in entries)
+        by_stem: dict[str, str] = {}
+        for suffix in SUFFIXES:
+            for name in names:
+                stem, own_suffix = os.path.splitext(name)
+                if own_suffix.lower() == suffix:
+                    by_stem.setdefault(stem, name)
+        missing = [image_id for image_id in image_ids if image_id not in by_stem]
+        if missing:
+            raise FileNotFoundError(
+                f"datasets.{self.name}: {len(missing)} of {len(image_ids)} records have no picture, e.g. "
+                f"{os.path.join(self.image_folder, missing[0])}{{{','.join(SUFFIXES)}}}. "
+                f"Add them, or take these records out of {self.annotation_file}."
+            )
+        return [by_stem[image_id] for image_id in image_ids]
+
+
+def read_annotations(path: str) -> tuple[list[str], list[str]]:
+    """Image ids and captions of a filter_cap.json. Raises ValueError that names the file and the place."""
+    form = 'Expected {"annotations": [{"image_id": "2", "caption": "…"}, …]}.'
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON in UTF-8: {error}. {form}") from error
+    records = content.get("annotations") if isinstance(content, dict) else None
+    if not isinstance(records, list) or not records:
+        raise ValueError(f"{path} has no records under the key 'annotations'. {form}")
+    for number, record in enumerate(records):
+        if not isinstance(record, dict) or not isinstance(record.get("image_id"), str | int):
+            raise ValueError(
+                f"{path}: annotations[{number}] has no 'image_id' that is a string or a whole number. {form}"
+            )
+        if not isinstance(record.get("caption"), str):
+            raise ValueError(f"{path}: annotations[{number}] has no 'caption' that is a string. {form}")
+    return [str(record["image_id"]) for record in records], [record["caption"] for record in records]

@@ -1,0 +1,224 @@
+"""Pictures with captions streamed from webdataset shards without end: laion and cc_sbu."""
+
+import io
+import json
+import logging
+import os
+import random
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from itertools import chain
+from typing import Any, NamedTuple
+
+import webdataset as wds
+from PIL import Image
+from torch.utils.data import IterableDataset, get_worker_info
+
+from minigpt4.datasets.datasets.shards import expand_shards, is_local
+from minigpt4.datasets.seeding import derive_seed
+from minigpt4.processors import to_rgb
+
+log = logging.getLogger(__name__)
+
+IMAGE_KEYS = ("jpg", "jpeg", "png", "webp")
+
+
+class RawSample(NamedTuple):
+    """A sample as it waits in the shuffle buffer: the picture not decoded."""
+
+    shard: str
+    key: str
+    image: bytes
+    caption: str
+    size: int  # in the tar, bytes
+
+
+class ImageTextStream(IterableDataset):
+    """An endless stream of `{"image": vis_processor(picture), "text_input": text_processor(caption), "image_id": str}`.
+
+    Shards are drawn with replacement and pass a shuffle buffer of undecoded samples. The stream is a function of
+    (seed, epoch, rank, worker): the same four give the same samples, any other four give others. It starts anywhere in
+    its first shard, so that short epochs do not see the heads of large shards only (from a local file; what comes
+    through a URL or `pipe:` is read from its start). Samples without caption or picture, pictures that cannot be
+    decoded, and shards that cannot be read are left out with a warning and counted; when nearly all samples are left
+    out, iteration raises RuntimeError that names the causes and a shard.
+    """
+
+    def __init__(
+        self,
+        storage: str | Iterable[str],
+        vis_processor: Callable[[Image.Image], Any],
+        text_processor: Callable[[str], str],
+        name: str = "image_text",
+        shuffle_buffer: int = 1000,
+    ) -> None:
+        """storage: see `expand_shards`. name: the dataset's name in the YAML, for messages."""
+        self.shards = expand_shards(storage, name)
+        self.vis_processor = vis_processor
+        self.text_processor = text_processor
+        self.name = name
+        self.shuffle_buffer = shuffle_buffer
+        self.read = Gate(name, len(self.shards))
+        self.decoded = Gate(name, len(self.shards))
+        self.epoch = 0
+        self.set_seed(0)
+        log.info("%s: streaming %d shard%s.", name, len(self.shards), "" if len(self.shards) == 1 else "s")
+
+    def set_seed(self, seed: int, rank: int = 0, world_size: int = 1) -> None:
+        """Set where the randomness comes from. Ranks draw their own shards, so their number does not matter here."""
+        self.seed, self.rank = seed, rank
+
+    def set_epoch(self, epoch: int) -> None:
+        """Let the next `iter` give the stream of this epoch."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        worker = get_worker_info()
+        seed = derive_seed(self.seed, self.epoch, self.rank, worker.id if worker else 0)
+        rng = random.Random(seed)
+        self.read.open_window()
+        self.decoded.open_window()
+        # Our own shard list and seeds: webdataset's come from the time and the process id, or collide.
+        pipeline = wds.DataPipeline(
+            lambda: self._draw_shards(rng),
+            wds.tarfile_to_samples(handler=self._on_shard_error),
+            self._with_fields,
+            lambda samples: _start_anywhere(samples, rng),
+            wds.shuffle(self.shuffle_buffer, initial=self.shuffle_buffer, seed=derive_seed(seed, "shuffle")),
+            self._decode,
+        )
+        return iter(pipeline)
+
+    def _draw_shards(self, rng: random.Random) -> Iterator[dict[str, Any]]:
+        while True:
+            self.read.check()
+            self.decoded.check()
+            source = {"url": rng.choice(self.shards)}
+            self._current = source["url"]
+            seen = self.read.seen
+            try:
+                yield source
+                self._check_end(source, any_sample=self.read.seen > seen)
+            finally:  # webdataset opens the stream and never closes it
+                with suppress(OSError):
+                    if "stream" in source:
+                        source["stream"].close()
+
+    def _check_end(self, source: dict[str, Any], any_sample: bool) -> None:
+        """Count a shard that held nothing, or that goes on where tarfile took a broken header for the end."""
+        if not any_sample:
+            self.read.drop("a shard without samples", source["url"])
+        elif "stream" in source:
+            with suppress(OSError):
+                if any(block.strip(b"\0") for block in iter(lambda: source["stream"].read(1 << 20), b"")):
+                    self.read.drop("the rest of a corrupt tar", source["url"])
+
+    def _on_shard_error(self, error: Exception) -> bool:
+        detail = f"{type(error).__name__}: {error.args[0] if error.args else ''}"
+        self.read.drop("a shard, or a part of it, that cannot be read", self._current, detail)
+        return True
+
+    def _with_fields(self, samples: Iterator[dict[str, Any]]) -> Iterator[RawSample]:
+        for sample in samples:
+            shard, key = sample["__url__"], sample["__key__"]
+            image = next((sample[k] for k in IMAGE_KEYS if k in sample), None)
+            caption = read_caption(sample)
+            if image is not None and caption is not None:
+                self.read.keep()
+                size = sum(512 + -len(v) % 512 + len(v) for v in sample.values() if isinstance(v, bytes))
+                yield RawSample(shard, key, image, caption, size)
+                continue
+            has = ", ".join("." + k for k in sample if not k.startswith("__"))
+            if caption is None:
+                self.read.drop('a sample without caption (.json with "caption", or .txt)', shard, f"{key} has {has}")
+            else:
+                self.read.drop(f"a sample without picture (.{', .'.join(IMAGE_KEYS)})", shard, f"{key} has {has}")
+
+    def _decode(self, samples: Iterator[RawSample]) -> Iterator[dict[str, Any]]:
+        for sample in samples:
+            try:
+                image = to_rgb(Image.open(io.BytesIO(sample.image)))
+            except Exception as error:  # Pillow's plug-ins raise nearly every kind of error on broken files
+                self.decoded.drop("an image that is not one, or is broken", sample.shard, f"{sample.key}: {error}")
+                continue
+            self.decoded.keep()
+            yield {
+                "image": self.vis_processor(image),
+                "text_input": self.text_processor(sample.caption),
+                "image_id": f"{os.path.basename(sample.shard)}/{sample.key}",
+            }
+
+
+def read_caption(sample: dict[str, Any]) -> str | None:
+    """`"caption"` of the sample's .json, otherwise its .txt; None if there is neither, or nothing but blanks."""
+    with suppress(ValueError, TypeError, KeyError):
+        caption = json.loads(sample["json"])["caption"]
+        if isinstance(caption, str) and caption.strip():
+            return caption
+    caption = sample.get("txt", b"").decode("utf-8", errors="replace")
+    return caption if caption.strip() else None
+
+
+def _start_anywhere(samples: Iterator[RawSample], rng: random.Random) -> Iterator[RawSample]:
+    """Pass over a part of the first shard, so that each place in it is as likely to be the start as any other."""
+    first = next(samples)
+    to_pass = rng.random() * (os.path.getsize(first.shard) if is_local(first.shard) else 0)
+    for sample in chain([first], samples):
+        if to_pass > 0 and sample.shard == first.shard:
+            to_pass -= sample.size
+        else:
+            to_pass = 0
+            yield sample
+
+
+class Gate:
+    """Counts what passes a stage of a stream and what it leaves out. Warns at the 1st, 10th, 100th … of each cause."""
+
+    WINDOW = 1000  # samples judged together
+    ENOUGH = 100  # samples, and
+    SHARDS = 3  # shards (or all, where there are fewer) that must be affected before a stream is given up
+    LEAST_GOOD = 0.05
+
+    def __init__(self, name: str, num_shards: int) -> None:
+        self.name = name
+        self.num_shards = num_shards
+        self.left_out: Counter[str] = Counter()  # by cause, since the start of the process
+        self.open_window()
+
+    def open_window(self) -> None:
+        """Begin to judge afresh."""
+        self.seen = self.kept = 0
+        self.causes: Counter[str] = Counter()
+        self.bad_shards: Counter[str] = Counter()
+
+    def keep(self) -> None:
+        """Count a sample that passes."""
+        self.seen += 1
+        self.kept += 1
+
+    def drop(self, cause: str, shard: str, detail: str = "") -> None:
+        """Count a sample, or a shard, that is left out. Never raises: webdataset calls it from its handlers."""
+        self.seen += 1
+        self.causes[cause] += 1
+        self.bad_shards[shard] += 1
+        self.left_out[cause] += 1
+        count = self.left_out[cause]
+        if count == 10 ** (len(str(count)) - 1):
+            detail = f" ({detail})" if detail else ""
+            log.warning("%s: left out %s: %s%s. So far in this process: %d.", self.name, cause, shard, detail, count)
+
+    def check(self) -> None:
+        """Raise RuntimeError if nearly everything in the window was left out."""
+        if self.seen < self.ENOUGH or len(self.bad_shards) < min(self.SHARDS, self.num_shards):
+            return
+        if self.kept <= self.LEAST_GOOD * self.seen:
+            causes = ", ".join(f"{count} × {cause}" for cause, count in self.causes.most_common())
+            shard, count = self.bad_shards.most_common(1)[0]
+            raise RuntimeError(
+                f"datasets.{self.name}: of the last {self.seen} samples only {self.kept} could be used: {causes}; "
+                f"in {len(self.bad_shards)} of {self.num_shards} shards, e.g. {shard} ({count} times). "
+                f"Check the shards, or name others with --options datasets.{self.name}.build_info.storage=…"
+            )
+        if self.seen >= self.WINDOW:
+            self.open_window()

@@ -1,0 +1,203 @@
+"""Batches: endless and mixed for training, every sample once for evaluation.
+
+`TrainLoader` plans an epoch in the main process: which dataset each batch comes from and, where the dataset has a
+length, which samples. The workers make whole batches as planned. The plan and all randomness follow from
+(seed, epoch, rank), so an epoch is the same whether or not the process has run the ones before it.
+"""
+
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, default_collate
+
+from minigpt4.datasets.seeding import derive_seed, seeded
+
+
+class BatchRequest(NamedTuple):
+    """What a worker needs to know to make one batch."""
+
+    dataset: str
+    epoch: int
+    number: int  # of the batch in the epoch
+    turn: int  # how many batches of this dataset its worker has made in this epoch
+    indices: list[int] | None  # None: the next samples of the stream
+
+
+class TrainLoader:
+    """Endless training batches of one rank from one or more datasets.
+
+    Datasets with a length are walked pass after pass, each in an order of its own, on from epoch to epoch; ranks take
+    every world_size-th sample. Streams (IterableDataset) begin anew with every epoch and worker: those with
+    `set_seed(seed, rank, world_size)` and `set_epoch(epoch)` are told where they are.
+    """
+
+    def __init__(
+        self,
+        datasets: Mapping[str, Dataset],
+        sample_ratios: Mapping[str, float] | None,
+        batch_size: int,
+        num_workers: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        pin_memory: bool = False,
+    ) -> None:
+        """sample_ratios: how often each dataset is drawn, relative to the others (left out: 1). batch_size: per rank.
+
+        Raises ValueError for no datasets, ratios that cannot be drawn by, or a dataset smaller than a batch.
+        """
+        self.names = list(datasets)
+        self.ratios = [float((sample_ratios or {}).get(name, 1.0)) for name in self.names]
+        self.batch_size, self.num_workers = batch_size, num_workers
+        self.seed, self.rank, self.world_size = seed, rank, world_size
+        self._check_sizes(datasets)
+        self._walks = {
+            name: EndlessWalk(len(dataset), derive_seed(seed, name))
+            for name, dataset in datasets.items()
+            if not isinstance(dataset, IterableDataset)
+        }
+        for name, dataset in datasets.items():
+            if hasattr(dataset, "set_seed"):
+                dataset.set_seed(derive_seed(seed, name), rank, world_size)
+        self._plan: list[BatchRequest] = []  # the sampler; filled anew for each epoch
+        self._loader = DataLoader(
+            BatchMaker(dict(datasets), batch_size, derive_seed(seed, "batch", rank)),
+            sampler=self._plan,
+            batch_size=None,
+            collate_fn=_as_it_is,
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
+            pin_memory=pin_memory,
+        )
+
+    def epoch(self, epoch: int, num_batches: int) -> Iterator[dict[str, Any]]:
+        """Exactly `num_batches` batches, those of this epoch: `{"image": [B, 3, S, S], "text_input": [str] * B, …}`.
+
+        For a walk to go on where it ended, earlier epochs are taken to have had `num_batches` batches too. An iterator
+        that was not used up is void once the next one is asked for.
+        """
+        self._plan[:] = self._requests(epoch, num_batches)
+        return iter(self._loader)
+
+    def _requests(self, epoch: int, num_batches: int) -> list[BatchRequest]:
+        done = sum((Counter(self._draw(earlier, num_batches)) for earlier in range(epoch)), Counter())
+        turns: Counter[tuple[str, int]] = Counter()
+        requests = []
+        for number, name in enumerate(self._draw(epoch, num_batches)):
+            worker = number % max(self.num_workers, 1)  # a DataLoader deals its requests out in turn
+            indices = self._next_indices(name, done[name]) if name in self._walks else None
+            requests.append(BatchRequest(name, epoch, number, turns[name, worker], indices))
+            turns[name, worker] += 1
+            done[name] += 1
+        return requests
+
+    def _draw(self, epoch: int, num_batches: int) -> list[str]:
+        """The dataset of each batch of an epoch."""
+        rng = random.Random(derive_seed(self.seed, epoch, self.rank))
+        return rng.choices(self.names, self.ratios, k=num_batches)
+
+    def _next_indices(self, name: str, batches_done: int) -> list[int]:
+        first = batches_done * self.batch_size
+        walk = self._walks[name]
+        return [walk[p * self.world_size + self.rank] for p in range(first, first + self.batch_size)]
+
+    def _check_sizes(self, datasets: Mapping[str, Dataset]) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size_train={self.batch_size} must be at least 1.")
+        if not self.names or min(self.ratios) < 0 or not 0 < sum(self.ratios) < float("inf"):
+            ratios = dict(zip(self.names, self.ratios, strict=True))
+            raise ValueError(f"Nothing to draw batches from: the datasets and their sample_ratio are {ratios}.")
+        for name, dataset in datasets.items():
+            if isinstance(dataset, IterableDataset):
+                continue
+            per_rank = len(dataset) // self.world_size
+            if per_rank < self.batch_size:
+                share = f" ({per_rank} for each of {self.world_size} ranks)" if self.world_size > 1 else ""
+                raise ValueError(
+                    f"batch_size_train={self.batch_size} needs at least {self.batch_size} samples per rank; "
+                    f"{name} has {len(dataset)}{share}. Lower run.batch_size_train (--options "
+                    f"run.batch_size_train={max(per_rank, 1)}) or add data to datasets.{name}.build_info.storage."
+                )
+
+
+class EndlessWalk:
+    """Walks a dataset pass after pass: `walk[position]` is an index, each pass in an order of its own."""
+
+    def __init__(self, length: int, seed: int) -> None:
+        self.length, self.seed = length, seed
+        self._pass, self._order = -1, torch.empty(0)
+
+    def __getitem__(self, position: int) -> int:
+        number, offset = divmod(position, self.length)
+        if number != self._pass:
+            generator = torch.Generator().manual_seed(derive_seed(self.seed, number))
+            self._pass, self._order = number, torch.randperm(self.length, generator=generator)
+        return int(self._order[offset])
+
+
+class BatchMaker(Dataset):
+    """Makes whole batches on request: what runs inside the workers. Each batch has a seed of its own."""
+
+    def __init__(self, datasets: dict[str, Dataset], batch_size: int, seed: int) -> None:
+        self.datasets, self.batch_size, self.seed = datasets, batch_size, seed
+        self._streams: dict[str, Iterator[Any]] = {}
+        self._turns: dict[str, tuple[int, int]] = {}
+
+    def __getitem__(self, request: BatchRequest) -> Any:
+        dataset = self.datasets[request.dataset]
+        with seeded(derive_seed(self.seed, request.epoch, request.number)):
+            if request.indices is None:
+                samples = list(islice(self._stream(request), self.batch_size))
+            else:
+                samples = [dataset[index] for index in request.indices]
+            return collate_fn_of(dataset)(samples)
+
+    def _stream(self, request: BatchRequest) -> Iterator[Any]:
+        name = request.dataset
+        if request.turn == 0:
+            self._streams[name] = _endless(self.datasets[name], name, request.epoch)
+        else:
+            assert self._turns[name] == (request.epoch, request.turn - 1), "batches were not dealt out in turn"
+        self._turns[name] = request.epoch, request.turn
+        return self._streams[name]
+
+
+def eval_loader(dataset: Dataset, batch_size: int, num_workers: int, rank: int = 0, world_size: int = 1) -> DataLoader:
+    """Batches of a dataset in order, every sample once; over several ranks each takes every world_size-th sample.
+
+    The last batch may be smaller, and a rank may have none. Raises ValueError for a stream.
+    """
+    if isinstance(dataset, IterableDataset):
+        name = getattr(dataset, "name", type(dataset).__name__)
+        raise ValueError(
+            f"{name} is a stream without end; it cannot be a validation or test split, which needs a dataset with a "
+            "length. Take it out of run.valid_splits and run.test_splits."
+        )
+    part = Subset(dataset, range(rank, len(dataset), world_size))
+    return DataLoader(part, batch_size=batch_size, num_workers=num_workers, collate_fn=collate_fn_of(dataset))
+
+
+def collate_fn_of(dataset: Dataset) -> Callable[[list[Any]], Any]:
+    """The dataset's own `collater` (LAVIS) or `collate_fn`, otherwise torch's: tensors stacked, strings in a list."""
+    return getattr(dataset, "collater", None) or getattr(dataset, "collate_fn", None) or default_collate
+
+
+def _endless(dataset: IterableDataset, name: str, epoch: int) -> Iterator[Any]:
+    """The samples of a stream; one that ends is begun again. Raises ValueError for one without samples."""
+    if hasattr(dataset, "set_epoch"):
+        dataset.set_epoch(epoch)
+    while True:
+        samples = iter(dataset)
+        first = list(islice(samples, 1))
+        if not first:
+            raise ValueError(f"{name} is a stream without any sample.")
+        yield from first
+        yield from samples
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch

@@ -1,0 +1,6 @@
+"""What turns a picture into a tensor and a caption into training text, by name. Importing it registers ours."""
+
+from minigpt4.processors.base_processor import BaseProcessor, to_rgb
+from minigpt4.processors.blip_processors import Blip2ImageEvalProcessor, Blip2ImageTrainProcessor, BlipCaptionProcessor
+
+__all__ = ["BaseProcessor", "Blip2ImageEvalProcessor", "Blip2ImageTrainProcessor", "BlipCaptionProcessor", "to_rgb"]

@@ -1,0 +1,85 @@
+"""The processors of BLIP and BLIP-2 (Li et al., 2022 and 2023), as LAVIS names them."""
+
+import re
+from collections.abc import Sequence
+
+import torch
+from PIL import Image
+from torchvision import transforms
+from torchvision.transforms.functional import InterpolationMode
+
+from minigpt4.common.registry import registry
+from minigpt4.processors.base_processor import BaseProcessor, to_rgb
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@registry.register_processor("blip_caption")
+class BlipCaptionProcessor(BaseProcessor):
+    """Caption → `prompt` + the caption in lower case, without `. ! " ( ) * # : ; ~`, at most `max_words` words."""
+
+    def __init__(self, prompt: str = "", max_words: int = 50) -> None:
+        if not isinstance(max_words, int) or max_words < 1:
+            raise ValueError(f"blip_caption: max_words={max_words!r} must be a whole number of at least 1.")
+        self.prompt = prompt
+        self.max_words = max_words
+
+    def __call__(self, caption: str) -> str:
+        caption = re.sub(r"[.!\"()*#:;~]", " ", caption.lower())
+        caption = re.sub(r"\s{2,}", " ", caption).rstrip("\n").strip(" ")
+        return self.prompt + " ".join(caption.split(" ")[: self.max_words])
+
+
+class _Blip2ImageProcessor(BaseProcessor):
+    """PIL image of any mode and size → float32 [3, image_size, image_size]: resized, in [0, 1], normalised."""
+
+    def __init__(self, resize: torch.nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
+        self.transform = transforms.Compose(
+            [resize, transforms.ToTensor(), transforms.Normalize(list(mean), list(std))],
+        )
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        return self.transform(to_rgb(image))
+
+
+def _checked_size(image_size: int) -> tuple[int, int]:
+    if not isinstance(image_size, int) or image_size < 1:
+        raise ValueError(f"image_size={image_size!r} of a vis_processor must be a whole number of at least 1.")
+    return image_size, image_size
+
+
+@registry.register_processor("blip2_image_train")
+class Blip2ImageTrainProcessor(_Blip2ImageProcessor):
+    """A random crop of `min_scale` to `max_scale` of the area, resized (bicubic); no flip. → float32 [3, S, S].
+
+    The crop is drawn from torch's global generator.
+    """
+
+    def __init__(
+        self,
+        image_size: int = 224,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        min_scale: float = 0.5,
+        max_scale: float = 1.0,
+    ) -> None:
+        if not 0 < min_scale <= max_scale <= 1:
+            raise ValueError(
+                f"blip2_image_train: 0 < min_scale <= max_scale <= 1 must hold; got {min_scale!r} and {max_scale!r}."
+            )
+        crop = transforms.RandomResizedCrop(
+            _checked_size(image_size), scale=(min_scale, max_scale), interpolation=InterpolationMode.BICUBIC
+        )
+        super().__init__(crop, mean or CLIP_MEAN, std or CLIP_STD)
+
+
+@registry.register_processor("blip2_image_eval")
+class Blip2ImageEvalProcessor(_Blip2ImageProcessor):
+    """The whole picture resized (bicubic), its aspect ratio given up. → float32 [3, S, S]."""
+
+    def __init__(
+        self, image_size: int = 224, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
+    ) -> None:
+        resize = transforms.Resize(_checked_size(image_size), interpolation=InterpolationMode.BICUBIC)
+        super().__init__(resize, mean or CLIP_MEAN, std or CLIP_STD)

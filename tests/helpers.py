@@ -1,0 +1,41 @@
+"""What several test modules share."""
+
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+GOLDEN = ROOT / "tests" / "golden"
+VIT = {"patch_size": 14, "embed_dim": 32, "depth": 3, "num_heads": 4, "mlp_ratio": 4.3637}
+QFORMER = {
+    "hidden_size": 24,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
+
+
+class Pictures(torch.utils.data.Dataset):
+    """Pictures and captions held in memory."""
+
+    def __init__(self, images, captions):
+        self.images, self.captions = images, captions
+
+    def __len__(self):
+        return len(self.captions)
+
+    def __getitem__(self, index):
+        return {"image": self.images[index], "text_input": self.captions[index]}
+
+
+class FixedBatches:
+    """Stands for the loader: the same samples in the same order as the golden run."""
+
+    def __init__(self, images, captions, indices):
+        self.images, self.captions, self.indices = images, captions, indices
+
+    def epoch(self, epoch, num_batches):
+        for row in self.indices[epoch * num_batches : (epoch + 1) * num_batches]:
+            yield {"image": self.images[row], "text_input": [self.captions[i] for i in row]}
