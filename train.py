@@ -36,10 +36,10 @@ def main(argv: list[str] | None = None) -> None:
     from minigpt4.common.registry import registry
     from minigpt4.runners.state import seed_everything
 
+    setup_logger()
     device = dist_utils.select_device(cfg.run_cfg.device)
     dist_utils.init_process_group(device, cfg.run_cfg.dist_backend)
     try:
-        setup_logger()
         seed_everything(cfg.run_cfg.seed)
         cfg.pretty_print()
         job_id = dist_utils.broadcast_object(datetime.now().strftime("%Y%m%d%H%M%S"))

@@ -1,6 +1,7 @@
 """Shared fixtures: the golden data, and the tiny random model it was made with as a Hugging Face folder."""
 
 import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from helpers import GOLDEN, QFORMER, VIT
 from safetensors.torch import load_file
+
 
 @pytest.fixture(scope="session")
 def golden():
@@ -72,6 +74,10 @@ def build_golden_model(golden_llm_folder, golden_weights):
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
-    """The golden numbers were made on one thread; and tests share two cores."""
+def _alone():
+    """One thread, as the golden numbers were made on; and what train.py does to logging ends with the test."""
     torch.set_num_threads(1)
+    level = logging.getLogger().level
+    yield
+    logging.getLogger().setLevel(level)
+    logging.captureWarnings(False)

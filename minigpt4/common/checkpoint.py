@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file as load_safetensors
 from torch import nn
 
@@ -30,7 +31,7 @@ def read_file(path: Path) -> dict:
             return load_safetensors(path)
         mmap = zipfile.is_zipfile(path)  # only the current format of torch.save can be mapped
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except (pickle.UnpicklingError, EOFError, RuntimeError, OSError, ValueError) as error:
+    except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError, OSError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{path} ({path.stat().st_size:,} bytes) cannot be read as weights: {reason}") from error
     if not isinstance(content, dict):
@@ -89,7 +90,6 @@ def resolve(path: str) -> Path:
     if not numbered:
         raise FileNotFoundError(f"{path} is a folder without a checkpoint_N.pth. Give a file, or a run's own folder.")
     return numbered[max(numbered)]
-
 
 
 def save(content: dict, path: Path) -> None:

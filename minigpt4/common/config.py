@@ -23,7 +23,13 @@ from minigpt4.common.schema import DatasetConfig, EnvConfig, MiniGPT4Config, Pre
 
 PACKAGE_ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = PACKAGE_ROOT / "configs"
-SECTIONS = {"run": RunConfig, "model": MiniGPT4Config, "datasets": None, "preprocess": PreprocessConfig, "env": EnvConfig}
+SECTIONS = {
+    "run": RunConfig,
+    "model": MiniGPT4Config,
+    "datasets": None,
+    "preprocess": PreprocessConfig,
+    "env": EnvConfig,
+}
 # Keys whose value is a path; all may also be a URL, and llama_model a hub id.
 PATH_KEYS = (
     "model.llama_model",

@@ -3,18 +3,22 @@
 import datetime
 import logging
 import math
+import os
 import time
 from collections.abc import Iterable, Iterator
 
 import torch
 
-from minigpt4.common.dist_utils import all_reduce_sum, is_main_process
+from minigpt4.common.dist_utils import all_reduce_sum
 
 
 def setup_logger() -> None:
-    """Rank 0 logs from INFO up, the others from WARNING up, in the tutorial's format."""
-    level = logging.INFO if is_main_process() else logging.WARNING
-    logging.basicConfig(level=level, format="%(asctime)s [%(levelname)s] %(message)s", force=True)
+    """Rank 0 logs from INFO up, the others from WARNING up, in the tutorial's format.
+
+    The rank is torchrun's, so that this can come first of all, before there is a process group.
+    """
+    logging.basicConfig(format="%(asctime)s [%(levelname)s] %(message)s")
+    logging.getLogger().setLevel(logging.INFO if int(os.environ.get("RANK", 0)) == 0 else logging.WARNING)
     logging.captureWarnings(True)
 
 
@@ -76,8 +80,8 @@ def _check_finite(values: dict[str, float], where: str) -> None:
     for name, value in values.items():
         if not math.isfinite(value):
             raise FloatingPointError(
-                f"{where}: {name} is {value}. Nothing was saved since. Lower run.init_lr, or check the weights that were "
-                "loaded; with fp16, try run.amp_dtype=bf16."
+                f"{where}: {name} is {value}. The last checkpoint is from before. Lower run.init_lr, or check the "
+                "weights that were loaded; with fp16, try run.amp_dtype=bf16."
             )
 
 

@@ -8,7 +8,9 @@ load unchanged.
 from dataclasses import dataclass, field
 from typing import Any
 
-BLIP2_URL = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/blip2_pretrained_flant5xxl.pth"
+BLIP2_URL = (
+    "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/blip2_pretrained_flant5xxl.pth"
+)
 
 
 @dataclass
@@ -50,7 +52,7 @@ class RunConfig:
     batch_size_eval: int = 2
     """Samples per rank and batch in validation and test."""
     num_workers: int = 4
-    """Data-loading processes per rank and dataset."""
+    """Data-loading processes per rank."""
     log_freq: int = 50
     """Steps between two log lines."""
     seed: int = 42

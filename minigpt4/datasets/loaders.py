@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, default_collate
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from minigpt4.datasets.seeding import derive_seed, seeded
 
@@ -64,15 +65,8 @@ class TrainLoader:
             if hasattr(dataset, "set_seed"):
                 dataset.set_seed(derive_seed(seed, name), rank, world_size)
         self._plan: list[BatchRequest] = []  # the sampler; filled anew for each epoch
-        self._loader = DataLoader(
-            BatchMaker(dict(datasets), batch_size, derive_seed(seed, "batch", rank)),
-            sampler=self._plan,
-            batch_size=None,
-            collate_fn=_as_it_is,
-            num_workers=num_workers,
-            persistent_workers=num_workers > 0,
-            pin_memory=pin_memory,
-        )
+        maker = BatchMaker(dict(datasets), batch_size, derive_seed(seed, "batch", rank))
+        self._loader = _data_loader(maker, self._plan, num_workers, pin_memory)
 
     def epoch(self, epoch: int, num_batches: int) -> Iterator[dict[str, Any]]:
         """Exactly `num_batches` batches, those of this epoch: `{"image": [B, 3, S, S], "text_input": [str] * B, …}`.
@@ -129,13 +123,13 @@ class EndlessWalk:
 
     def __init__(self, length: int, seed: int) -> None:
         self.length, self.seed = length, seed
-        self._pass, self._order = -1, torch.empty(0)
+        self._pass, self._order = -1, np.empty(0)
 
     def __getitem__(self, position: int) -> int:
         number, offset = divmod(position, self.length)
         if number != self._pass:
             generator = torch.Generator().manual_seed(derive_seed(self.seed, number))
-            self._pass, self._order = number, torch.randperm(self.length, generator=generator)
+            self._pass, self._order = number, torch.randperm(self.length, generator=generator).numpy()
         return int(self._order[offset])
 
 
@@ -169,7 +163,8 @@ class BatchMaker(Dataset):
 def eval_loader(dataset: Dataset, batch_size: int, num_workers: int, rank: int = 0, world_size: int = 1) -> DataLoader:
     """Batches of a dataset in order, every sample once; over several ranks each takes every world_size-th sample.
 
-    The last batch may be smaller, and a rank may have none. Raises ValueError for a stream.
+    The last batch may be smaller, and a rank may have none. What is random is the same each time.
+    Raises ValueError for a stream.
     """
     if isinstance(dataset, IterableDataset):
         name = getattr(dataset, "name", type(dataset).__name__)
@@ -177,8 +172,10 @@ def eval_loader(dataset: Dataset, batch_size: int, num_workers: int, rank: int =
             f"{name} is a stream without end; it cannot be a validation or test split, which needs a dataset with a "
             "length. Take it out of run.valid_splits and run.test_splits."
         )
-    part = Subset(dataset, range(rank, len(dataset), world_size))
-    return DataLoader(part, batch_size=batch_size, num_workers=num_workers, collate_fn=collate_fn_of(dataset))
+    part = range(rank, len(dataset), world_size)
+    starts = range(0, len(part), batch_size)
+    plan = [BatchRequest("", 0, number, 0, list(part[i : i + batch_size])) for number, i in enumerate(starts)]
+    return _data_loader(BatchMaker({"": dataset}, batch_size, derive_seed("eval", rank)), plan, num_workers)
 
 
 def collate_fn_of(dataset: Dataset) -> Callable[[list[Any]], Any]:
@@ -197,6 +194,19 @@ def _endless(dataset: IterableDataset, name: str, epoch: int) -> Iterator[Any]:
             raise ValueError(f"{name} is a stream without any sample.")
         yield from first
         yield from samples
+
+
+def _data_loader(maker: BatchMaker, plan: list[BatchRequest], num_workers: int, pin_memory: bool = False) -> DataLoader:
+    return DataLoader(
+        maker,
+        sampler=plan,
+        batch_size=None,
+        collate_fn=_as_it_is,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        pin_memory=pin_memory,
+        generator=torch.Generator(),  # otherwise each epoch would draw from the process's own
+    )
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -1,26 +1,136 @@
-"""Where an answer ends: on its text, whatever the tokenizer makes of it."""
+"""From a prompt's embeddings to an answer's text: captioning and chat take this one way.
+
+Where an answer ends is decided on its text, row by row, whatever the tokenizer makes of that text. The first release
+compared token ids of one tokenizer, on row 0 only.
+
+B batch, S sequence, T new tokens, D width of the language model.
+"""
+
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
 
 class StopOnText:
-    """Stopping criterion for transformers' `generate`: a row is done once `stop` stands in its new text.
-
-    The first release compared token ids of one tokenizer, on row 0 only.
-    """
+    """Stopping criterion for transformers' `generate`: a row is done once `stop` stands in its new text."""
 
     def __init__(self, tokenizer, stop: str):
         self._tokenizer = tokenizer
         self._stop = stop
-        # A token is at least one byte of text, or a special token that decodes to none.
+        # A token is at least one byte of text.
         self._tail = len(stop.encode()) + 8
 
     def __call__(self, input_ids: torch.Tensor, scores, **kwargs) -> torch.Tensor:
         tails = input_ids[:, -self._tail :].tolist()
-        done = [self._stop in self._tokenizer.decode(tail) for tail in tails]
+        done = [self._stop in self._tokenizer.decode(tail, skip_special_tokens=False) for tail in tails]
         return torch.tensor(done, device=input_ids.device)
 
 
-def clean_answer(text: str, stop: str) -> str:
-    """The text before `stop`, stripped."""
-    return text.split(stop)[0].strip()
+class Tap:
+    """Stopping criterion that shows the ids of row 0 after each token, and ends the generation when told to."""
+
+    def __init__(self, show: Callable[[list[int]], None], told_to_end: Callable[[], bool]):
+        self._show = show
+        self._told_to_end = told_to_end
+
+    def __call__(self, input_ids: torch.Tensor, scores, **kwargs) -> torch.Tensor:
+        self._show(input_ids[0].tolist())
+        return torch.full((len(input_ids),), self._told_to_end(), device=input_ids.device)
+
+
+@torch.inference_mode()
+def continue_embeds(
+    llm,
+    tokenizer,
+    inputs_embeds: torch.Tensor,
+    attention_mask: torch.Tensor,
+    stop: str,
+    criteria: Iterable = (),
+    **options,
+) -> torch.Tensor:
+    """Continue the sequences [B,S,D], padded on the left, by transformers' `generate`; greedily by default.
+
+    Args:
+        attention_mask: [B,S], 0 on padding.
+        stop: text that ends a row; it is part of what is returned.
+        criteria: further stopping criteria.
+        options: as for transformers' `generate`, for example max_new_tokens=60, num_beams=5, do_sample=True.
+
+    Returns:
+        The new token ids [B,T]; a row that ended early is filled up with the eos id.
+    """
+    return llm.generate(
+        inputs_embeds=inputs_embeds,
+        attention_mask=attention_mask,
+        pad_token_id=tokenizer.eos_token_id,
+        stopping_criteria=[StopOnText(tokenizer, stop), *criteria],
+        **{"do_sample": False, "max_new_tokens": 300} | options,
+    )
+
+
+def stream(
+    run: Callable[[Tap], torch.Tensor], told_to_end: Callable[[], bool] = lambda: False, show: bool = True
+) -> Iterator[tuple[list[int], bool]]:
+    """Call `run(tap)`, which generates for one prompt with the stopping criterion `tap`, in a thread.
+
+    Yields the new ids so far and False, and last of all those of the result of `run`, [1,T], and True. The generation
+    ends early when `told_to_end()` is true or this iterator is closed. Raises what `run` raises.
+
+    Args:
+        show: False: only the result; beams have no "so far".
+    """
+    feed: queue.SimpleQueue = queue.SimpleQueue()
+    closed = threading.Event()
+    tap = Tap(lambda ids: show and feed.put(ids), lambda: closed.is_set() or told_to_end())
+
+    def work() -> None:
+        try:
+            feed.put(run(tap))
+        except BaseException as error:  # handed to the reader, who would wait for ever otherwise
+            feed.put(error)
+
+    thread = threading.Thread(target=work, name="generate", daemon=True)
+    thread.start()
+    try:
+        while isinstance(item := feed.get(), list):
+            if feed.empty():  # a slow reader gets the newest ids only
+                yield item, False
+        if isinstance(item, BaseException):
+            raise item
+        yield item[0].tolist(), True
+    finally:
+        closed.set()
+        thread.join()
+
+
+def strip_leading(tokenizer, ids: list[int]) -> list[int]:
+    """The ids without one unk and then one bos in front, which some models put there."""
+    for special in (tokenizer.unk_token_id, tokenizer.bos_token_id):
+        if ids and special is not None and ids[0] == special:
+            ids = ids[1:]
+    return ids
+
+
+def answer_text(tokenizer, ids: list[int], stop: str, label: str | None = None, complete: bool = True) -> str:
+    """The answer that stands in new token ids, stripped.
+
+    It ends before `stop`, or before a control token other than unk and bos, such as eos. What precedes the last
+    `label` ("Assistant:") goes too: models repeat it. Of an answer that is not `complete`, a tail that may become
+    `stop` or `label`, or half a character, is held back.
+    """
+    ends = set(tokenizer.special_tokens.values()) - {tokenizer.unk_token_id, tokenizer.bos_token_id}
+    ids = strip_leading(tokenizer, ids)
+    end = next((n for n, i in enumerate(ids) if i in ends), len(ids))
+    text = tokenizer.decode(ids[:end], skip_special_tokens=False)
+    if not complete and stop not in text:
+        text = text.rstrip("\ufffd")
+        text = text[: len(text) - max(_overlap(text, marker) for marker in (stop, label or ""))]
+    text = text.split(stop)[0]
+    return (text.split(label)[-1] if label else text).strip()
+
+
+def _overlap(text: str, marker: str) -> int:
+    """Length of the longest end of `text` that `marker` begins with, short of the whole."""
+    return next((n for n in range(len(marker) - 1, 0, -1) if text.endswith(marker[:n])), 0)

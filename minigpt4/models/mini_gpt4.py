@@ -15,7 +15,7 @@ from minigpt4.common.registry import registry
 from minigpt4.common.schema import MiniGPT4Config
 from minigpt4.models import eva_vit, llm, prompt, qformer
 from minigpt4.models.base_model import BaseModel
-from minigpt4.models.generation import StopOnText, clean_answer
+from minigpt4.models.generation import answer_text, continue_embeds
 from minigpt4.models.tokenizer import load_tokenizer
 
 
@@ -107,29 +107,42 @@ class MiniGPT4(BaseModel):
         return token_embeds.masked_scatter(image_mask, image_embeds.to(token_embeds.dtype))
 
     @torch.inference_mode()
-    def generate(self, images: torch.Tensor, prompts: list[str], stop: str | None = None, **options) -> list[str]:
+    def generate(
+        self, images: torch.Tensor | None, prompts: list[str], stop: str | None = None, **options
+    ) -> list[str]:
         """Continue each prompt, greedily unless `options` say otherwise.
 
         Args:
-            images: [images,3,H,W], one for each image slot of the prompts, in order.
-            prompts: texts with `<ImageHere>` where an image goes.
+            images: [images,3,H,W], one for each image slot of the prompts, in order; None: the prompts have no slots.
+            prompts: texts with `<ImageHere>` where an image goes, of any lengths.
             stop: text that ends an answer; None: `end_sym`.
             options: as for transformers' `generate`, for example max_new_tokens=60, num_beams=5, do_sample=True.
 
         Returns:
             The answers, without `stop` and what follows it, stripped.
+
+        Raises:
+            ValueError: not as many images as slots.
         """
         stop = self.end_sym if stop is None else stop
-        image_embeds, _ = self.encode_img(images)
-        batch = prompt.generation_batch(self.tokenizer, prompts, image_embeds.shape[1])
-        ids = self.llama_model.generate(
-            inputs_embeds=self.embed(batch, image_embeds),
-            attention_mask=batch.attention_mask.to(self.device),
-            pad_token_id=self.tokenizer.eos_token_id,
-            stopping_criteria=[StopOnText(self.tokenizer, stop)],
-            **{"do_sample": False, "max_new_tokens": 300} | options,
-        )
-        return [clean_answer(self.tokenizer.decode(row), stop) for row in ids.tolist()]
+        image_embeds = [] if images is None else self.encode_img(images)[0].unsqueeze(1)
+        context, attention_mask = self.context(prompts, image_embeds)
+        rows = continue_embeds(self.llama_model, self.tokenizer, context, attention_mask, stop, **options)
+        return [answer_text(self.tokenizer, row, stop) for row in rows.tolist()]
+
+    def context(self, prompts: list[str], image_embeds: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Prompts to be continued, as embeddings [B,S,D] padded on the left, and their attention mask [B,S].
+
+        `image_embeds` holds one [1,Q,D] for each image slot of the prompts, in order. Raises ValueError if it does not.
+        """
+        slots = sum(text.count(prompt.IMAGE_SLOT) for text in prompts)
+        if slots != len(image_embeds):
+            raise ValueError(
+                f"The prompts have {slots} image slots ({prompt.IMAGE_SLOT}), but {len(image_embeds)} images are given."
+            )
+        batch = prompt.generation_batch(self.tokenizer, prompts, self.query_tokens.shape[1])
+        images = torch.cat([*image_embeds]) if slots else self.query_tokens.new_empty(0)
+        return self.embed(batch, images.to(self.device)), batch.attention_mask.to(self.device)
 
     def train(self, mode: bool = True) -> "MiniGPT4":
         """Frozen parts stay in eval mode whatever `mode` says."""
@@ -178,7 +191,7 @@ class MiniGPT4(BaseModel):
         if trained is not None:
             checkpoint.load_weights(model, trained, cfg.ckpt, {"llama_proj.weight", "llama_proj.bias"})
         if cfg.freeze_vit:
-            _cast_matrices(vit, model.dtype)
+            cast_matrices(vit, model.dtype)
         return model
 
     def _load_frozen(self, vit_source: str | None, qformer_source: str | None) -> None:
@@ -202,7 +215,7 @@ class LayerNorm(nn.LayerNorm):
         return super().forward(x.float()).to(x.dtype)
 
 
-def _cast_matrices(module: nn.Module, dtype: torch.dtype) -> None:
+def cast_matrices(module: nn.Module, dtype: torch.dtype) -> None:
     """Cast linear and convolution layers, weights and biases; norms, positions and the q and v biases stay."""
     for part in module.modules():
         if isinstance(part, (nn.Linear, nn.Conv2d)):

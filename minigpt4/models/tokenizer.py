@@ -5,6 +5,7 @@ prefix "▁". Where a model's folder holds `tokenizer.model`, SentencePiece itse
 tokenizer of the same file gives other ids for segments such as " ###". Elsewhere transformers' tokenizer is used.
 """
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -26,14 +27,17 @@ class HuggingFaceTokenizer:
         self._tokenizer = AutoTokenizer.from_pretrained(llama_model)
         self.bos_token_id: int | None = self._tokenizer.bos_token_id
         self.eos_token_id: int = self._tokenizer.eos_token_id
+        self.unk_token_id: int | None = self._tokenizer.unk_token_id
+        added = self._tokenizer.added_tokens_decoder.items()
+        self.special_tokens: dict[str, int] = {token.content: i for i, token in added if token.special}
         if self.eos_token_id is None:
             raise ValueError(f"The tokenizer of {llama_model} has no end-of-sequence token, which pads batches.")
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False)
 
-    def decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=True)
+    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
 
 
 class SentencePieceTokenizer:
@@ -45,23 +49,27 @@ class SentencePieceTokenizer:
         self._model = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
         self.bos_token_id: int | None = self._model.bos_id()
         self.eos_token_id: int = self._model.eos_id()
+        self.unk_token_id: int | None = self._model.unk_id()
         control = {i for i in range(len(self._model)) if self._model.IsControl(i) or self._model.IsUnknown(i)}
-        self._special = {self._model.IdToPiece(i): i for i in control}
+        self.special_tokens: dict[str, int] = {self._model.IdToPiece(i): i for i in control}
         added_file = folder / "added_tokens.json"  # Vicuna v0 adds a pad token there
         if added_file.is_file():
-            self._special |= json.loads(added_file.read_text(encoding="utf-8"))
-        self._special_ids = set(self._special.values())
-        longest_first = sorted(self._special, key=len, reverse=True)
+            self.special_tokens |= json.loads(added_file.read_text(encoding="utf-8"))
+        self._special_text = {i: text for text, i in self.special_tokens.items()}
+        longest_first = sorted(self.special_tokens, key=len, reverse=True)
         self._split = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = []
         for piece in self._split.split(text):
-            if piece in self._special:
-                ids.append(self._special[piece])
+            if piece in self.special_tokens:
+                ids.append(self.special_tokens[piece])
             elif piece:
                 ids.extend(self._model.encode(piece))
         return ids
 
-    def decode(self, ids: list[int]) -> str:
-        return self._model.decode([i for i in ids if i not in self._special_ids])
+    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
+        if skip_special_tokens:
+            return self._model.decode([i for i in ids if i not in self._special_text])
+        runs = itertools.groupby(ids, key=self._special_text.get)
+        return "".join(self._model.decode(list(run)) if text is None else text * len(list(run)) for text, run in runs)

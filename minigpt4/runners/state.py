@@ -18,7 +18,7 @@ def seed_everything(seed: int) -> None:
 
 
 def rng_states() -> list[dict]:
-    """The random states of every rank, in types that `torch.load(weights_only=True)` reads."""
+    """The random states of every rank, in types that can be read without running pickled code."""
     version, keys, position, *gauss = np.random.get_state()
     own = {
         "python": random.getstate(),

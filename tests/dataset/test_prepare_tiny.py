@@ -1,8 +1,10 @@
 import io
 import json
 import logging
+import shutil
 import sys
 import tarfile
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -31,11 +33,15 @@ def small():
         yield patch
 
 
-def prepare(output: Path) -> Path:
-    """Prepare `output` with mirrored pictures of Noto's as OpenMoji's, which a test machine need not have."""
+@cache
+def stand_in() -> list[tuple[str, bytes]]:
+    """Mirrored pictures of Noto's in place of OpenMoji's, which a test machine need not have."""
     noto = read_pictures(TINY_DIR / "noto.tar.gz")
-    mirrored = ((f"{c.id}.webp", encode_webp(noto[c.id].transpose(Image.Transpose.FLIP_LEFT_RIGHT))) for c in CONCEPTS)
-    write_tar(output / "openmoji.tar", mirrored)
+    return [(f"{c.id}.webp", encode_webp(noto[c.id].transpose(Image.Transpose.FLIP_LEFT_RIGHT))) for c in CONCEPTS]
+
+
+def prepare(output: Path) -> Path:
+    write_tar(output / "openmoji.tar", stand_in())
     prepare_tiny.prepare(output)
     return output
 
@@ -43,6 +49,12 @@ def prepare(output: Path) -> Path:
 @pytest.fixture(scope="module")
 def prepared(small, tmp_path_factory):
     return prepare(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def own_copy(prepared, tmp_path):
+    """A prepared folder that a test may damage."""
+    return shutil.copytree(prepared, tmp_path / "tiny")
 
 
 def samples(folder: Path) -> list[dict]:
@@ -153,33 +165,31 @@ def test_a_complete_output_is_left_alone(prepared, caplog, monkeypatch):
 
 
 @pytest.mark.parametrize("damage", ["laion/00000.tar", "cc_sbu_align/image/2.jpg", "heldout/filter_cap.json"])
-def test_a_damaged_output_is_written_again(small, tmp_path, damage):
-    output = prepare(tmp_path)
-    before = everything(output)
-    (output / damage).unlink()
-    prepare_tiny.prepare(output)
-    assert everything(output) == before
+def test_a_damaged_output_is_written_again(own_copy, damage):
+    before = everything(own_copy)
+    (own_copy / damage).unlink()
+    prepare_tiny.prepare(own_copy)
+    assert everything(own_copy) == before
 
 
-def test_other_settings_are_written_again(small, tmp_path, monkeypatch):
-    output = prepare(tmp_path)
+def test_other_settings_are_written_again(own_copy, monkeypatch):
     monkeypatch.setattr(prepare_tiny, "fingerprint", lambda: "another")
-    assert not prepare_tiny.is_complete(output)
-    prepare_tiny.prepare(output)
-    assert prepare_tiny.is_complete(output)
+    assert not prepare_tiny.is_complete(own_copy)
+    prepare_tiny.prepare(own_copy)
+    assert prepare_tiny.is_complete(own_copy)
 
 
-def test_an_interrupted_run_leaves_nothing_half_done(small, tmp_path, monkeypatch):
-    before = everything(prepare(tmp_path))
-    (tmp_path / "heldout" / "filter_cap.json").unlink()
+def test_an_interrupted_run_leaves_nothing_half_done(own_copy, monkeypatch):
+    before = everything(own_copy)
+    (own_copy / "heldout" / "filter_cap.json").unlink()
     with monkeypatch.context() as patch:
         patch.setattr(prepare_tiny, "align_records", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            prepare_tiny.prepare(tmp_path)
-    assert not list(tmp_path.glob(".partial*")) and not prepare_tiny.is_complete(tmp_path)
-    assert (tmp_path / "laion" / "00000.tar").read_bytes() == before["laion/00000.tar"]
-    prepare_tiny.prepare(tmp_path)
-    assert everything(tmp_path) == before
+            prepare_tiny.prepare(own_copy)
+    assert not list(own_copy.glob(".partial*")) and not prepare_tiny.is_complete(own_copy)
+    assert (own_copy / "laion" / "00000.tar").read_bytes() == before["laion/00000.tar"]
+    prepare_tiny.prepare(own_copy)
+    assert everything(own_copy) == before
 
 
 def test_missing_openmoji_says_what_to_install(small, tmp_path, monkeypatch):

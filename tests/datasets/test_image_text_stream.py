@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import tarfile
 from collections import Counter
 from itertools import islice
@@ -230,8 +231,9 @@ def test_a_bad_data_set_is_noticed_late_too(tmp_path):
     assert len(list(islice(samples, 1500))) == 1500
     for path in tmp_path.glob("*.tar"):
         path.unlink()
-    with pytest.raises(RuntimeError, match="a shard, or a part of it, that cannot be read"):
+    with pytest.raises(RuntimeError, match="a shard, or a part of it, that cannot be read") as error:
         list(islice(samples, 3000))
+    assert int(re.search(r"of the last (\d+) samples", str(error.value))[1]) < 1000  # the good ones are long past
 
 
 BAD_TARS = {

@@ -111,9 +111,7 @@ def test_sequences_and_logits(golden, build_golden_model, name):
     case = cases["forward_cases"][name]
     model = build_golden_model(image_size=case["image_size"])
     text = case["prompt"] or prompt.IMAGE_SLOT
-    batch = prompt.training_batch(
-        model.tokenizer, text, case["text_input"], 8, case["max_txt_len"], case["end_sym"]
-    )
+    batch = prompt.training_batch(model.tokenizer, text, case["text_input"], 8, case["max_txt_len"], case["end_sym"])
     image_embeds, _ = model.encode_img(tensors[f"{name}.image"])
     embeds = model.embed(batch, image_embeds)
     assert_close(image_embeds, tensors[f"{name}.img_embeds"], 2e-4)

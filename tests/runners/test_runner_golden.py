@@ -47,7 +47,11 @@ def test_golden_parameter_groups(golden_runner, name):
     runner, case = golden_runner(name)
     names = {id(p): n for n, p in runner._trainable().items()}
     own = [
-        {**{k: g[k] for k in ("weight_decay", "eps")}, "betas": list(g["betas"]), "params": [names[id(p)] for p in g["params"]]}
+        {
+            **{k: g[k] for k in ("weight_decay", "eps")},
+            "betas": list(g["betas"]),
+            "params": [names[id(p)] for p in g["params"]],
+        }
         for g in runner.optimizer.param_groups
     ]
     assert own == case["param_groups"]
@@ -69,7 +73,8 @@ def test_golden_log_and_checkpoint(golden_runner, caplog):
     messages = [r.getMessage() for r in caplog.records]
     for pattern in (
         r"^Start training epoch 0, 10 iters per inner epoch\.$",
-        r"^Train: data epoch: \[0\]  \[ 0/10\]  eta: 0:00:0\d  lr: 0\.000100  loss: 7\.3287  time: \d\.\d{4}  data: \d\.\d{4}$",
+        r"^Train: data epoch: \[0\]  \[ 0/10\]  eta: 0:00:0\d  lr: 0\.000100  loss: 7\.3287  "
+        r"time: \d\.\d{4}  data: \d\.\d{4}(  max mem: \d+)?$",
         r"^Train: data epoch: \[2\]  \[ 9/10\]  eta: 0:00:00  lr: 0\.008005  loss: 5\.1387 ",
         r"^Train: data epoch: \[0\] Total time: 0:00:0\d \(\d\.\d{4} s / it\)$",
         rf"^Averaged stats: lr: 0\.0046  loss: {sum(case['loss'][:10]) / 10:.4f}$",

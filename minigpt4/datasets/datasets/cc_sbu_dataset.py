@@ -56,6 +56,7 @@ class CCSBUAlignDataset(Dataset):
         return len(self.captions)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        index = range(len(self))[index]
         tries = min(self.MAX_BAD_IN_A_ROW, len(self))
         for candidate in range(index, index + tries):
             candidate %= len(self)

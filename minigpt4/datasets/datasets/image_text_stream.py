@@ -61,6 +61,7 @@ class ImageTextStream(IterableDataset):
         self.shuffle_buffer = shuffle_buffer
         self.read = Gate(name, len(self.shards))
         self.decoded = Gate(name, len(self.shards))
+        self._current = ""  # the shard being read
         self.epoch = 0
         self.set_seed(0)
         log.info("%s: streaming %d shard%s.", name, len(self.shards), "" if len(self.shards) == 1 else "s")
@@ -106,13 +107,18 @@ class ImageTextStream(IterableDataset):
                         source["stream"].close()
 
     def _check_end(self, source: dict[str, Any], any_sample: bool) -> None:
-        """Count a shard that held nothing, or that goes on where tarfile took a broken header for the end."""
+        """Count a shard without samples, and one that broke off: tarfile takes a broken header for the end."""
+        shard, stream = source["url"], source.get("stream")
         if not any_sample:
-            self.read.drop("a shard without samples", source["url"])
-        elif "stream" in source:
+            self.read.drop("a shard without samples", shard)
+        elif stream is not None:
             with suppress(OSError):
-                if any(block.strip(b"\0") for block in iter(lambda: source["stream"].read(1 << 20), b"")):
-                    self.read.drop("the rest of a corrupt tar", source["url"])
+                if any(block.strip(b"\0") for block in iter(lambda: stream.read(1 << 20), b"")):
+                    self.read.drop("the rest of a corrupt tar", shard)
+                elif is_local(shard) and shard.endswith(".tar"):
+                    stream.seek(-1024, os.SEEK_END)  # a tar ends with two blocks of zeros
+                    if stream.read().strip(b"\0"):
+                        self.read.drop("the rest of a tar that was cut off", shard)
 
     def _on_shard_error(self, error: Exception) -> bool:
         detail = f"{type(error).__name__}: {error.args[0] if error.args else ''}"

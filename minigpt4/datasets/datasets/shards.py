@@ -69,4 +69,5 @@ def _key(name: str) -> str:
 
 
 def _advice(name: str) -> str:
-    return f"Set it in the YAML or with --options {_key(name)}=/data/{name}/{{00000..00099}}.tar"
+    # in quotes, or the shell would expand the braces
+    return f"Set it in the YAML or with --options '{_key(name)}=/data/{name}/{{00000..00099}}.tar'"

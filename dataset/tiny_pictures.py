@@ -1,0 +1,78 @@
+"""The pictures of the `tiny` default: drawing an SVG at 64 px, and tars of pictures that come out the same every time.
+
+Shared by render_emoji.py (maintainers), prepare_tiny.py (users) and whatever wants the pictures of one artist:
+
+    from tiny_pictures import read_pictures
+    pictures = read_pictures("dataset/tiny/noto.tar.gz")      # {"1f34e": <PIL.Image 64x64 RGB>, ...}
+"""
+
+import contextlib
+import gzip
+import io
+import os
+import re
+import tarfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from PIL import Image
+
+TINY_DIR = Path(__file__).resolve().parent / "tiny"
+SIZE = 64
+SKIN_TONES = frozenset({"1f3fb", "1f3fc", "1f3fd", "1f3fe", "1f3ff"})
+
+
+def concept_id(code_points: str) -> str:
+    """The key of a concept: hex code points joined by "-", lower-case, without the invisible U+FE0F."""
+    return "-".join(part for part in re.split(r"[-\s]+", code_points.lower().strip()) if part != "fe0f")
+
+
+def render_svg(svg: str, size: int = SIZE) -> Image.Image:
+    """Draw an SVG as a `size` x `size` RGB picture on white. Uses resvg, and no font of the machine."""
+    import resvg_py
+
+    png = resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size, background="#ffffff", skip_system_fonts=True)
+    drawn = Image.open(io.BytesIO(bytes(png))).convert("RGB")
+    if drawn.size == (size, size):
+        return drawn
+    drawn.thumbnail((size, size), Image.Resampling.LANCZOS)
+    canvas = Image.new("RGB", (size, size), "white")
+    canvas.paste(drawn, ((size - drawn.width) // 2, (size - drawn.height) // 2))
+    return canvas
+
+
+def encode_webp(picture: Image.Image) -> bytes:
+    """The picture as lossless WebP, which is half the size of an optimised PNG here."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "WEBP", lossless=True, quality=75, method=4)
+    return buffer.getvalue()
+
+
+def write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> None:
+    """Write (name, content) pairs in the order given, with no trace of when and by whom; appears whole or not at all.
+
+    A path ending in .gz is compressed, which spares the half that a tar of small files spends on headers and padding.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "wb") as raw, contextlib.ExitStack() as stack:
+            stream = raw
+            if path.suffix == ".gz":
+                stream = stack.enter_context(gzip.GzipFile("", "wb", compresslevel=9, fileobj=raw, mtime=0))
+            tar = stack.enter_context(tarfile.open(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT))
+            for name, content in members:
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                info.mode = 0o644
+                tar.addfile(info, io.BytesIO(content))
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_pictures(path: str | Path) -> dict[str, Image.Image]:
+    """All pictures of one artist's tar: concept id -> 64x64 RGB picture, in the order of the ids."""
+    with tarfile.open(path) as tar:
+        files = {member.name.rsplit(".", 1)[0]: tar.extractfile(member).read() for member in tar}
+    return {key: Image.open(io.BytesIO(files[key])).convert("RGB") for key in sorted(files)}

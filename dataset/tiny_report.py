@@ -1,0 +1,176 @@
+"""Measure the tiny default on the held-out artist, and show what it does: figures, a contact sheet, a loss curve.
+
+    python dataset/tiny_report.py --stage1 output/minigpt4_tiny_stage1_pretrain/<job id> \
+                                  --stage2 output/minigpt4_tiny_stage2_finetune/<job id>
+
+`make quickstart` runs it. Fluent's drawings, which nothing was trained on, are what is measured.
+"""
+
+import argparse
+import json
+import random
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+from PIL import Image
+from tiny_text import exact, full_sentence, named
+
+from minigpt4.common.config import Config
+from minigpt4.common.registry import registry
+from minigpt4.models import MiniGPT4
+from minigpt4.models.generation import answer_text, continue_embeds
+from minigpt4.models.prompt import IMAGE_SLOT
+
+ROOT = Path(__file__).resolve().parents[1]
+HELD_OUT = ROOT / "data" / "tiny" / "heldout"
+EVAL_CONFIG = ROOT / "eval_configs" / "minigpt4_tiny_eval.yaml"
+SHOWCASE_SEED = 2023
+BATCH_SIZE = 64
+TRAIN_LINE = re.compile(r"data epoch: \[(\d+)\]\s+\[\s*(\d+)/(\d+)\].* loss: ([\d.]+)")
+
+
+@dataclass
+class Answer:
+    """What the model says about one picture. stopped: it ended by itself."""
+
+    text: str
+    stopped: bool
+
+
+def held_out() -> list[dict]:
+    """Records {"image_id", "caption": the concept's name} of the held-out pictures."""
+    return json.loads((HELD_OUT / "filter_cap.json").read_text(encoding="utf-8"))["annotations"]
+
+
+def showcase(records: list[dict], count: int = 12) -> list[int]:
+    """Indices of the pictures that are shown: drawn by a fixed seed, whatever a model makes of them."""
+    return random.Random(SHOWCASE_SEED).sample(range(len(records)), count)
+
+
+def load_model(ckpt: str | Path | None) -> MiniGPT4:
+    """The tiny model with the projection of a run (None: untrained)."""
+    options = [f"model.ckpt={ckpt or 'null'}"]
+    cfg = Config(SimpleNamespace(cfg_path=EVAL_CONFIG, options=options))
+    cfg.check_paths()
+    torch.manual_seed(0)
+    return MiniGPT4.from_config(cfg.model_cfg).eval()
+
+
+@torch.inference_mode()
+def describe_all(model: MiniGPT4, records: list[dict], prompt: str, stop: str, max_new_tokens: int) -> list[Answer]:
+    """The greedy answer to each held-out picture, in the order of the records."""
+    processor = registry.get_processor_class("blip2_image_eval")(image_size=64)
+    answers = []
+    for first in range(0, len(records), BATCH_SIZE):
+        batch = records[first : first + BATCH_SIZE]
+        files = (HELD_OUT / "image" / f"{record['image_id']}.jpg" for record in batch)
+        images = torch.stack([processor(Image.open(file)) for file in files])
+        embeds, mask = model.context([prompt] * len(batch), model.encode_img(images)[0].unsqueeze(1))
+        rows = continue_embeds(
+            model.llama_model, model.tokenizer, embeds, mask, stop, max_new_tokens=max_new_tokens
+        ).tolist()
+        answers += [
+            Answer(answer_text(model.tokenizer, row, stop), stop in model.tokenizer.decode(row)) for row in rows
+        ]
+    return answers
+
+
+def stage1_answers(model: MiniGPT4, records: list[dict]) -> list[Answer]:
+    """Captions in the form of stage 1: the image alone, ended by a newline."""
+    return describe_all(model, records, IMAGE_SLOT, "\n", max_new_tokens=30)
+
+
+def stage2_answers(model: MiniGPT4, records: list[dict]) -> list[Answer]:
+    """Answers in the form of stage 2: the first prompt in the chat template, ended by ###."""
+    return describe_all(model, records, model.prompt_list[0], model.end_sym, max_new_tokens=100)
+
+
+def percent(hits) -> float:
+    hits = list(hits)
+    return round(100 * sum(hits) / len(hits), 1)
+
+
+def measure(records: list[dict], untrained: list[Answer], stage1: list[Answer], stage2: list[Answer]) -> dict:
+    """The figures, in per cent of the held-out pictures."""
+    names = [record["caption"] for record in records]
+    shuffled = random.Random(0).sample(names, len(names))
+    return {
+        "pictures": len(names),
+        "exact name, untrained": percent(exact(a.text, n) for a, n in zip(untrained, names, strict=True)),
+        "exact name, stage 1": percent(exact(a.text, n) for a, n in zip(stage1, names, strict=True)),
+        "exact name, stage 1, names shuffled": percent(exact(a.text, n) for a, n in zip(stage1, shuffled, strict=True)),
+        "named, stage 2": percent(named(a.text, n) for a, n in zip(stage2, names, strict=True)),
+        "full sentences, stage 2": percent(full_sentence(a.text) for a in stage2),
+        "stopped at ### by themselves, stage 2": percent(a.stopped for a in stage2),
+    }
+
+
+def draw_sheet(path: Path, records: list[dict], columns: dict[str, list[Answer]]) -> None:
+    """A contact sheet: picture, its name, and what each model says."""
+    figure, axes = plt.subplots(4, 3, figsize=(15, 11))
+    for axis, index in zip(axes.flat, showcase(records), strict=True):
+        record = records[index]
+        axis.imshow(Image.open(HELD_OUT / "image" / f"{record['image_id']}.jpg"), extent=(0, 1, 0, 1))
+        axis.set_xlim(0, 3.6)
+        axis.set_axis_off()
+        lines = [("truth", record["caption"])] + [(title, answers[index].text) for title, answers in columns.items()]
+        for row, (title, text) in enumerate(lines):
+            y = 0.98 - row * 0.27
+            axis.text(1.08, y, title, fontsize=8, color="gray", va="top")
+            shown = text if len(text) < 84 else text[:83] + "…"
+            wrapped = "\n".join(re.findall(r".{1,42}(?:\s+|$)", shown.replace("\n", "⏎"))) or "(nothing)"
+            axis.text(1.08, y - 0.075, wrapped, fontsize=9, va="top", wrap=False)
+    figure.suptitle("Drawings of an artist the model has never seen (Fluent Emoji, Microsoft, MIT licence)")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def draw_curve(path: Path, logs: dict[str, Path]) -> None:
+    """Loss against step, from the progress lines of the runs' logs."""
+    figure, axes = plt.subplots(1, len(logs), figsize=(11, 4), squeeze=False)
+    for axis, (title, log) in zip(axes.flat, logs.items(), strict=True):
+        lines = TRAIN_LINE.findall(log.read_text(encoding="utf-8"))
+        steps = [int(epoch) * int(length) + int(step) for epoch, step, length, _ in lines]
+        axis.plot(steps, [float(loss) for *_, loss in lines])
+        axis.set(title=title, xlabel="step", ylabel="loss (nats per token)")
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def report(stage1: Path, stage2: Path, output: Path) -> dict:
+    """Measure untrained, stage 1 and stage 2; write the sheet and the figures; return the figures."""
+    records = held_out()
+    untrained = stage1_answers(load_model(None), records)
+    first = stage1_answers(load_model(stage1), records)
+    second = stage2_answers(load_model(stage2), records)
+    figures = measure(records, untrained, first, second)
+    output.mkdir(parents=True, exist_ok=True)
+    columns = {"before training": untrained, "after stage 1": first, "after stage 2": second}
+    draw_sheet(output / "contact_sheet.png", records, columns)
+    (output / "figures.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    return figures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stage1", type=Path, required=True, help="run folder or checkpoint of stage 1")
+    parser.add_argument("--stage2", type=Path, required=True, help="run folder or checkpoint of stage 2")
+    parser.add_argument("--output", type=Path, default=ROOT / "output" / "quickstart", help="where the files go")
+    args = parser.parse_args()
+    for name, value in report(args.stage1, args.stage2, args.output).items():
+        print(f"{name}: {value}")
+
+
+if __name__ == "__main__":
+    main()

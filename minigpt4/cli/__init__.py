@@ -1,0 +1,1 @@
+"""What `python -m minigpt4 …` and `demo.py` are made of."""

@@ -1,0 +1,260 @@
+"""The web page (gradio 6): pictures on the left, the conversation on the right; below each other on a phone."""
+
+import logging
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+import gradio as gr
+
+from minigpt4.cli.drawings import save_drawings
+from minigpt4.cli.visit import Visit, Visits
+from minigpt4.conversation import Chat
+
+TITLE = "MiniGPT-4"
+HIDDEN = {"show_progress": "hidden", "api_visibility": "private"}
+CSS = """
+.gradio-container {max-width: 1200px !important; margin: 0 auto !important}
+#header {align-items: center}
+#header h1 {margin: 0}
+#notice {min-height: 1.5em; font-size: 0.9em; opacity: 0.8}
+#chatbot .message-content span {white-space: pre-wrap; overflow-wrap: anywhere}
+#chatbot img {max-height: 160px; width: auto}
+#chatbot button[aria-label="Share"] {display: none}
+#examples .grid-container {grid-template-columns: repeat(4, minmax(0, 1fr)) !important}
+#examples .thumbnail-item {min-width: 0; width: 100%}
+@media (max-width: 700px) {
+  .gradio-container main {padding: 8px !important}
+  #chatbot {height: 60vh !important}
+  /* pictures, then the conversation, then the settings */
+  #left {display: contents}
+  #left > * {width: 100%}
+  #right {order: 1}
+  #settings {order: 2}
+}
+"""
+TOGGLE_DARK = "() => { document.body.classList.toggle('dark') }"
+# System fonts: the page loads nothing from elsewhere.
+THEME = gr.themes.Soft(
+    primary_hue="indigo",
+    font=["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"],
+    font_mono=["ui-monospace", "Consolas", "monospace"],
+)
+
+
+class Page:
+    """The page, and the state of its visitors.
+
+    It can be served before the model is there: `chat` is set when it is, and until then the page shows `progress`.
+
+    Args:
+        concurrency: how many visitors the model serves at the same time; the others wait in line.
+    """
+
+    def __init__(self, concurrency: int = 1):
+        self.chat: Chat | None = None
+        self.progress = "Starting"
+        self._started = time.monotonic()
+        self._visits = Visits()
+        self._model = {"concurrency_id": "model", "concurrency_limit": concurrency, **HIDDEN}
+        self._folder = Path(tempfile.mkdtemp(prefix="minigpt4-examples-"))
+        self._examples = [path for path, _ in save_drawings(self._folder)]
+        self.blocks = self._build()
+
+    def close(self) -> None:
+        """Stop serving, and remove the example pictures."""
+        self.blocks.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    # What the page looks like
+
+    def _build(self) -> gr.Blocks:
+        with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(600, 86400), fill_width=True) as blocks:
+            with gr.Row(elem_id="header"):
+                gr.Markdown(f"# {TITLE}", container=False)
+                dark = gr.Button("Light / dark", size="sm", scale=0, min_width=110)
+            self._status = gr.Markdown(self._status_text(), elem_id="status")
+            with gr.Row():
+                with gr.Column(scale=2, min_width=280, elem_id="left"):
+                    self._build_left()
+                with gr.Column(scale=3, min_width=320, elem_id="right"):
+                    self._build_right()
+            self._timer = gr.Timer(1)
+            dark.click(None, js=TOGGLE_DARK, api_visibility="private")
+            self._connect()
+            blocks.load(self._ready, None, [self._status, self._start, self._timer], queue=False, **HIDDEN)
+            blocks.unload(self._leave)
+        return blocks
+
+    def _build_left(self) -> None:
+        self._picker = gr.Gallery(
+            label="Pictures", type="filepath", file_types=["image"], columns=2, height=250, object_fit="contain",
+            fit_columns=False, interactive=True, elem_id="picker", buttons=[],
+        )  # fmt: skip
+        self._start = gr.Button("Upload & Start Chat", variant="primary", interactive=False, elem_id="start")
+        self._restart = gr.Button("Restart", elem_id="restart")
+        gr.Markdown("Or take an example:", container=False)
+        self._example_gallery = gr.Gallery(
+            self._examples, label="Examples", show_label=False, columns=4, height=120, object_fit="contain",
+            interactive=False, allow_preview=False, elem_id="examples", buttons=[],
+        )  # fmt: skip
+        with gr.Column(elem_id="settings"):
+            self._build_settings()
+
+    def _build_settings(self) -> None:
+        beams = gr.Slider(1, 10, value=1, step=1, label="Beam search numbers", elem_id="beams")
+        temperature = gr.Slider(0.1, 2.0, value=1.0, step=0.1, label="Temperature", elem_id="temperature")
+        with gr.Accordion("More settings", open=False):
+            sample = gr.Checkbox(True, label="Sample", info="Off: always the likeliest answer")
+            top_p = gr.Slider(0.05, 1.0, value=0.9, step=0.05, label="Top p")
+            new_tokens = gr.Slider(1, 1000, value=300, step=1, label="Longest answer, in tokens")
+            repetition = gr.Slider(1.0, 2.0, value=1.0, step=0.05, label="Repetition penalty")
+            length = gr.Slider(-2.0, 2.0, value=1.0, step=0.1, label="Length penalty", info="With beam search")
+            seed = gr.Number(None, label="Seed", info="Makes an answer repeatable", precision=0)
+        self._settings = [beams, temperature, sample, top_p, new_tokens, repetition, length, seed]
+
+    def _build_right(self) -> None:
+        self._chatbot = gr.Chatbot(
+            label="Conversation", height=600, elem_id="chatbot", editable="user", buttons=["copy", "copy_all"],
+            render_markdown=False, feedback_options=None, layout="bubble",
+            placeholder="Choose a picture and press **Upload & Start Chat**.",
+        )  # fmt: skip
+        self._notice = gr.Markdown("", elem_id="notice")
+        self._box = gr.MultimodalTextbox(
+            **self._waiting_box(), show_label=False, file_types=["image"], file_count="multiple", sources=["upload"],
+            max_plain_text_length=100_000, elem_id="box", interactive=False, autofocus=False,
+        )  # fmt: skip
+
+    @staticmethod
+    def _waiting_box() -> dict:
+        return {"value": None, "placeholder": "Please upload your image first"}
+
+    # What happens when
+
+    def _connect(self) -> None:
+        view = [self._chatbot, self._notice]
+        begun = self._start.click(
+            self._begin, self._picker, [*view, self._picker, self._start, self._box], **self._model
+        )
+        self._example_gallery.select(self._add_example, self._picker, self._picker, queue=False, **HIDDEN)
+        said = self._box.submit(self._say, self._box, [*view, self._box], **HIDDEN)
+        retried = self._chatbot.retry(self._retry, None, [*view, self._box], **HIDDEN)
+        edited = self._chatbot.edit(self._edit, None, [*view, self._box], **HIDDEN)
+        running = [begun, said, retried, edited]
+        for asked in (said, retried, edited):
+            answered = asked.success(self._answer, self._settings, view, **self._model)
+            answered.then(self._open_box, None, [*view, self._box], queue=False, **HIDDEN)
+            running.append(answered)
+        self._box.stop(self._stop, None, None, queue=False, **HIDDEN)
+        gr.on(
+            [self._restart.click, self._chatbot.clear], self._begin_again, None,
+            [*view, self._picker, self._start, self._box], cancels=running, queue=False, **HIDDEN,
+        )  # fmt: skip
+        self._timer.tick(self._ready, None, [self._status, self._start, self._timer], queue=False, **HIDDEN)
+
+    def _ready(self, request: gr.Request):
+        if self.chat is None:
+            return self._status_text(), gr.skip(), gr.skip()
+        started = self._visits.of(request.session_hash).started
+        return "", gr.Button(interactive=not started), gr.Timer(active=False)
+
+    def _status_text(self) -> str:
+        return "" if self.chat else f"⏳ {self.progress} … ({time.monotonic() - self._started:.0f} s)"
+
+    def _begin(self, pictures: list[tuple[str, str | None]] | None, request: gr.Request):
+        """Upload & Start Chat."""
+        visit = self._visit(request)
+        if not pictures:
+            raise gr.Error("Choose a picture first.", print_exception=False)
+        _warn(visit.show(self._loaded(), [path for path, _ in pictures]))
+        opened = visit.started
+        box = gr.MultimodalTextbox(interactive=True, placeholder="Type and press Enter") if opened else gr.skip()
+        return visit.history, visit.notice, gr.Gallery(interactive=not opened), gr.Button(interactive=not opened), box
+
+    def _add_example(self, pictures, selected: gr.SelectData):
+        chosen = [path for path, _ in pictures or []]
+        return [*chosen, self._examples[selected.index]]
+
+    def _say(self, message: dict, request: gr.Request):
+        """A question from the text box, perhaps with more pictures."""
+        visit = self._visit(request)
+        if not visit.started:
+            raise gr.Error("Please upload your image first.", print_exception=False)
+        _warn(visit.show(self._loaded(), message["files"]))
+        return self._ask(visit, message["text"])
+
+    def _retry(self, request: gr.Request):
+        visit = self._visit(request)
+        if visit.question is None:
+            raise gr.Error("There is no question to answer again.", print_exception=False)
+        return self._ask(visit, visit.take_back())
+
+    def _edit(self, edit: gr.EditData, request: gr.Request):
+        visit = self._visit(request)
+        if edit.index != visit.question_index:
+            gr.Info("Only the last question can be edited.")
+            return visit.history, visit.notice, gr.skip()
+        visit.take_back()
+        return self._ask(visit, str(edit.value))
+
+    @staticmethod
+    def _ask(visit: Visit, text: str):
+        try:
+            visit.ask(text)
+        except ValueError as error:
+            gr.Warning(str(error))
+        busy = visit.pending
+        return visit.history, visit.notice, gr.MultimodalTextbox(value=None, submit_btn=not busy, stop_btn=busy)
+
+    def _answer(self, beams, temperature, sample, top_p, new_tokens, repetition, length, seed, request: gr.Request):
+        visit, session = self._visit(request), request.session_hash
+        if not visit.pending:
+            return
+        settings = {
+            "num_beams": int(beams), "temperature": temperature, "do_sample": sample, "top_p": top_p,
+            "max_new_tokens": int(new_tokens), "repetition_penalty": repetition, "length_penalty": length,
+            "seed": None if seed is None else int(seed),
+        }  # fmt: skip
+        try:
+            for _ in visit.answer(self._loaded(), settings):
+                if not self._visits.is_current(session, visit):
+                    return
+                yield visit.history, visit.notice
+        except ValueError as error:
+            visit.take_back()
+            gr.Warning(str(error))
+        except Exception:
+            logging.exception("An answer failed.")
+            visit.take_back()
+            gr.Warning("The model failed on this question. The server's log says why.")
+
+    def _open_box(self, request: gr.Request):
+        visit = self._visit(request)
+        return visit.history, visit.notice, gr.MultimodalTextbox(submit_btn=True, stop_btn=False)
+
+    def _stop(self, request: gr.Request) -> None:
+        self._visit(request).end()
+
+    def _begin_again(self, request: gr.Request):
+        """Restart."""
+        self._leave(request)
+        box = gr.MultimodalTextbox(**self._waiting_box(), interactive=False, submit_btn=True, stop_btn=False)
+        picker, start = gr.Gallery(value=None, interactive=True), gr.Button(interactive=self.chat is not None)
+        return [], "", picker, start, box
+
+    def _leave(self, request: gr.Request) -> None:
+        self._visits.close(request.session_hash)
+
+    def _visit(self, request: gr.Request) -> Visit:
+        return self._visits.of(request.session_hash)
+
+    def _loaded(self) -> Chat:
+        if self.chat is None:
+            raise gr.Error("The model is still being loaded.", print_exception=False)
+        return self.chat
+
+
+def _warn(problems: list[str]) -> None:
+    for problem in problems:
+        gr.Warning(problem)

@@ -1,0 +1,298 @@
+"""Batches: mixing, epochs that do not depend on one another, ranks that share nothing, collation, refusals."""
+
+import pickle
+import random
+from collections import Counter
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from dataset_files import TEXT, VIS, write_align, write_shards
+from torch.utils.data import Dataset, IterableDataset
+
+from minigpt4.common.registry import registry
+from minigpt4.datasets.loaders import TrainLoader, eval_loader
+from minigpt4.datasets.seeding import derive_seed, seeded
+
+
+class Numbers(Dataset):
+    """Samples with their index, and a random number from each of the three global generators."""
+
+    def __init__(self, length: int):
+        self.length = length
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, index):
+        draws = torch.tensor([torch.rand(()), random.random(), np.random.rand()], dtype=torch.float64)
+        return {"image": draws, "text_input": str(index)}
+
+
+class Ticks(IterableDataset):
+    """A plug-in's stream that ends after 5 samples and knows nothing of seeds or epochs."""
+
+    def __iter__(self):
+        for i in range(5):
+            yield {"image": torch.rand(2), "text_input": f"tick {i}"}
+
+
+@pytest.fixture(scope="module")
+def datasets(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    storage = {"laion": f"{write_shards(folder / 'a')}/*.tar", "cc_sbu": f"{write_shards(folder / 'b', 2)}/*.tar"}
+    storage["cc_sbu_align"] = str(write_align(folder / "c"))
+
+    def build(*names):
+        cfg = {"vis_processor": VIS, "text_processor": TEXT}
+        builders = {n: registry.get_builder_class(n)({**cfg, "build_info": {"storage": storage[n]}}) for n in names}
+        return {name: builder.build_datasets()["train"] for name, builder in builders.items()}
+
+    return build
+
+
+def flat(batches) -> list[str]:
+    return [text for batch in batches for text in batch["text_input"]]
+
+
+def same(first: list[dict], second: list[dict]) -> bool:
+    pairs = zip(first, second, strict=True)
+    return all(a["text_input"] == b["text_input"] and torch.equal(a["image"], b["image"]) for a, b in pairs)
+
+
+# --- epochs
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_epoch_does_not_depend_on_earlier_ones(datasets, num_workers):
+    """Exact resume at an epoch boundary: order of the samples, crops, and the mix of the datasets."""
+
+    def loader():
+        ratios = {"laion": 2, "cc_sbu": 1, "cc_sbu_align": 1}
+        return TrainLoader(datasets(*ratios), ratios, batch_size=4, num_workers=num_workers, seed=42)
+
+    one = loader()
+    epochs = [list(one.epoch(e, 12)) for e in range(3)]
+    assert [len(batches) for batches in epochs] == [12, 12, 12]
+    resumed = loader()
+    torch.manual_seed(123)  # the process's own generators play no part
+    assert same(list(resumed.epoch(2, 12)), epochs[2])
+    assert same(list(resumed.epoch(1, 12)), epochs[1])
+    assert len({tuple(flat(batches)) for batches in epochs}) == 3
+    batch = epochs[0][0]
+    assert batch["image"].shape == (4, 3, 16, 16) and batch["image"].dtype == torch.float32
+    assert isinstance(batch["text_input"], list) and len(batch["text_input"]) == len(batch["image_id"]) == 4
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_epoch_that_was_broken_off_leaves_no_trace(datasets, num_workers):
+    loader = TrainLoader(datasets("laion", "cc_sbu_align"), None, batch_size=4, num_workers=num_workers, seed=42)
+    whole = list(loader.epoch(0, 8))
+    assert len(list(islice(loader.epoch(0, 8), 3))) == 3
+    assert same(list(loader.epoch(0, 8)), whole)
+
+
+def test_no_worker_is_like_one_worker_and_walks_do_not_depend_on_workers(datasets):
+    def batches(names, num_workers):
+        return list(TrainLoader(datasets(*names), None, 4, num_workers, seed=1).epoch(1, 6))
+
+    assert same(batches(["laion", "cc_sbu_align"], 0), batches(["laion", "cc_sbu_align"], 1))
+    assert same(batches(["cc_sbu_align"], 0), batches(["cc_sbu_align"], 2))
+
+
+def test_seeds_ranks_and_epochs_differ(datasets):
+    def batches(seed=0, rank=0, epoch=0):
+        loader = TrainLoader(datasets("laion"), None, 4, 0, seed=seed, rank=rank, world_size=2)
+        return flat(loader.epoch(epoch, 5))
+
+    assert len({tuple(batches(**kwargs)) for kwargs in ({}, {"seed": 1}, {"rank": 1}, {"epoch": 1})}) == 4
+    assert batches() == batches()
+
+
+def test_workers_of_a_stream_read_different_samples(datasets):
+    batches = list(TrainLoader(datasets("laion"), None, 8, 2, seed=0).epoch(0, 8))
+    assert flat(batches[0::2]) != flat(batches[1::2])
+
+
+def test_two_streams_over_the_same_shards_differ(datasets):
+    both = {"a": datasets("laion")["laion"], "b": datasets("laion")["laion"]}
+    loader = TrainLoader(both, None, 8, 0, seed=0)
+    names, batches = loader._draw(0, 20), list(loader.epoch(0, 20))
+    first = {name: batches[names.index(name)]["text_input"] for name in both}
+    assert first["a"] != first["b"]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_the_global_generators_are_left_alone(num_workers):
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    batches = list(TrainLoader({"n": Numbers(10)}, None, 2, num_workers, seed=0).epoch(0, 5))
+    list(eval_loader(Numbers(10), 2, num_workers))
+    assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == states
+    draws = torch.cat([batch["image"] for batch in batches])
+    assert len(set(draws.flatten().tolist())) == draws.numel()  # no two samples drew the same number
+
+
+# --- walks through datasets with a length
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_ranks_share_a_pass_without_repeats(world_size):
+    """3 epochs of 2 batches of 2 for each rank: 12 samples a rank, one pass for each rank's share of 12 · ranks."""
+    loaders = [
+        TrainLoader({"n": Numbers(12 * world_size)}, None, 2, 0, 7, rank, world_size) for rank in range(world_size)
+    ]
+    for pass_number in range(2):
+        epochs = range(3 * pass_number, 3 * pass_number + 3)
+        seen = [flat(batch for e in epochs for batch in loader.epoch(e, 2)) for loader in loaders]
+        assert sorted(map(int, sum(seen, []))) == list(range(12 * world_size))
+
+
+def test_passes_differ_in_order_and_run_on_over_epochs():
+    loader = TrainLoader({"n": Numbers(10)}, None, 4, 0, seed=7)
+    texts = flat(batch for epoch in range(3) for batch in loader.epoch(epoch, 5))
+    passes = [texts[i : i + 10] for i in range(0, 60, 10)]
+    assert all(sorted(map(int, p)) == list(range(10)) for p in passes)
+    assert len(set(map(tuple, passes))) == 6
+
+
+def test_mixed_walks_run_on_over_epochs():
+    """What a walk has done before an epoch follows from the draws of the epochs before."""
+    loader = TrainLoader({"a": Numbers(6), "b": Numbers(8)}, {"a": 1, "b": 3}, 2, 0, seed=3)
+    batches = [
+        (name, batch) for e in range(5) for name, batch in zip(loader._draw(e, 7), loader.epoch(e, 7), strict=True)
+    ]
+    for name, length in (("a", 6), ("b", 8)):
+        texts = flat(batch for drawn, batch in batches if drawn == name)
+        for start in range(0, len(texts) - length + 1, length):
+            assert sorted(map(int, texts[start : start + length])) == list(range(length))
+
+
+# --- mixing
+
+
+def test_each_batch_is_whole_and_drawn_by_ratio(datasets):
+    loader = TrainLoader({"a": Numbers(50), "ticks": Ticks()}, {"a": 3, "ticks": 1}, 4, 0, seed=0)
+    kinds = []
+    for batch in loader.epoch(0, 400):
+        (kind,) = {text.startswith("tick") for text in batch["text_input"]}
+        kinds.append(kind)
+    assert 0.19 < sum(kinds) / 400 < 0.31
+
+
+def test_missing_ratio_is_one_zero_is_never_and_others_are_ignored():
+    def counts(ratios):
+        return Counter(TrainLoader({"a": Numbers(9), "b": Numbers(9)}, ratios, 3, 0, seed=0)._draw(0, 1000))
+
+    assert 420 < counts(None)["a"] < 580 and 420 < counts({"a": 1})["a"] < 580
+    assert counts({"a": 0, "not_in_this_split": 9}) == {"b": 1000}
+
+
+@pytest.mark.parametrize("ratios", [{"a": 0}, {"a": -1}, {"a": float("nan")}, {"a": float("inf")}])
+def test_ratios_that_cannot_be_drawn_by(ratios):
+    with pytest.raises(ValueError, match="sample_ratio are {'a': "):
+        TrainLoader({"a": Numbers(9)}, ratios, 3, 0, seed=0)
+
+
+def test_no_datasets():
+    with pytest.raises(ValueError, match="Nothing to draw batches from"):
+        TrainLoader({}, None, 3, 0, seed=0)
+
+
+# --- refusals and plug-ins
+
+
+def test_dataset_smaller_than_a_batch():
+    with pytest.raises(
+        ValueError, match=r"^batch_size_train=96 needs at least 96 samples per rank; few has 14\. Lower run"
+    ):
+        TrainLoader({"few": Numbers(14)}, None, 96, 0, seed=0)
+    with pytest.raises(ValueError, match=r"few has 14 \(7 for each of 2 ranks\).*run.batch_size_train=7"):
+        TrainLoader({"few": Numbers(14)}, None, 8, 0, seed=0, world_size=2)
+    with pytest.raises(ValueError, match="batch_size_train=0 must be at least 1"):
+        TrainLoader({"few": Numbers(14)}, None, 0, 0, seed=0)
+    assert len(flat(TrainLoader({"few": Numbers(14)}, None, 14, 0, seed=0).epoch(0, 3))) == 42
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_errors_of_a_stream_reach_the_caller(tmp_path, num_workers):
+    write_shards(tmp_path, count=1)
+    builder = registry.get_builder_class("laion")({"build_info": {"storage": f"{tmp_path}/00000.tar"}})
+    loader = TrainLoader({"laion": builder.build_datasets()["train"]}, None, 4, num_workers, seed=0)
+    (tmp_path / "00000.tar").write_bytes(b"not a tar")
+    with pytest.raises(RuntimeError, match="datasets.laion: of the last 100 samples only 0 could be used"):
+        list(loader.epoch(0, 2))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_stream_that_ends_begins_again(num_workers):
+    batches = list(TrainLoader({"t": Ticks()}, None, 3, num_workers, seed=0).epoch(0, 6))
+    worker_0 = flat(batches[:: max(num_workers, 1)])
+    assert worker_0[:6] == [f"tick {i}" for i in (0, 1, 2, 3, 4, 0)]
+
+
+def test_a_stream_without_samples():
+    class Nothing(IterableDataset):
+        def __iter__(self):
+            return iter(())
+
+    with pytest.raises(ValueError, match="nothing is a stream without any sample"):
+        list(TrainLoader({"nothing": Nothing()}, None, 2, 0, seed=0).epoch(0, 1))
+
+
+@pytest.mark.parametrize("name", ["collater", "collate_fn"])
+def test_a_dataset_may_collate_itself(name):
+    dataset = Numbers(8)
+    setattr(dataset, name, lambda samples: {"texts": [sample["text_input"] for sample in samples]})
+    assert all(list(batch) == ["texts"] for batch in TrainLoader({"n": dataset}, None, 2, 0, seed=0).epoch(0, 3))
+    assert [batch["texts"] for batch in eval_loader(dataset, 5, 0)] == [["0", "1", "2", "3", "4"], ["5", "6", "7"]]
+
+
+def test_what_goes_to_the_workers_can_be_pickled(datasets):
+    """Python 3.14 starts workers by forkserver, and macOS by spawn."""
+    loader = TrainLoader(datasets("laion", "cc_sbu_align"), None, 4, 0, seed=0)
+    copy = pickle.loads(pickle.dumps(loader._loader.dataset))
+    request = loader._requests(0, 1)[0]
+    assert same([copy[request]], list(loader.epoch(0, 1)))
+
+
+# --- evaluation
+
+
+@pytest.mark.parametrize(("world_size", "num_workers"), [(1, 0), (1, 2), (2, 2), (3, 0), (9, 0)])
+def test_eval_takes_every_sample_once(world_size, num_workers):
+    parts = [flat(eval_loader(Numbers(7), 2, num_workers, rank, world_size)) for rank in range(world_size)]
+    assert sorted(map(int, sum(parts, []))) == list(range(7))
+    assert parts[0] == [str(i) for i in range(0, 7, world_size)]
+
+
+def test_eval_refuses_a_stream(datasets):
+    with pytest.raises(ValueError, match="laion is a stream without end.*run.valid_splits"):
+        eval_loader(datasets("laion")["laion"], 2, 0)
+
+
+# --- seeds
+
+
+def test_derived_seeds():
+    seeds = {
+        derive_seed(*parts)
+        for parts in [(s, e, r, w) for s in range(4) for e in range(9) for r in range(9) for w in range(9)]
+    }
+    assert len(seeds) == 4 * 9**3 and all(0 <= seed < 2**63 for seed in seeds)
+    assert derive_seed(1, 23) != derive_seed(12, 3)
+    assert derive_seed(42, 0, 0, 0) == 4193219165860551584  # a change would change every run
+
+
+def test_seeded_is_the_same_each_time_and_puts_everything_back():
+    def draws():
+        return random.random(), np.random.rand(), float(torch.rand(()))
+
+    with seeded(5):
+        first = draws()
+    before = draws()
+    with seeded(5):
+        assert draws() == first != before
+    with pytest.raises(KeyError), seeded(5):
+        raise KeyError
+    assert draws() != first

@@ -1,0 +1,77 @@
+"""SentencePiece's own segmentation, as the slow tokenizer of transformers 4.28 had it."""
+
+import json
+
+import pytest
+
+from minigpt4.models.prompt import IMAGE_ID, encode_with_images
+from minigpt4.models.tokenizer import SentencePieceTokenizer, load_tokenizer
+
+TEXTS = ["describe this image in detail", "a red bus on the street", "###Human: what is it? ###Assistant: a bus"] * 30
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    import sentencepiece
+
+    folder = tmp_path_factory.mktemp("spm")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=300,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+        hard_vocab_limit=False,
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder):
+    return load_tokenizer(str(folder))
+
+
+def test_sentencepiece_is_used_where_there_is_a_tokenizer_model(tokenizer):
+    assert isinstance(tokenizer, SentencePieceTokenizer)
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 2)
+
+
+@pytest.mark.parametrize("text", [" ###", "###Assistant: ", "</Img> Describe", "é 日本", "\n", "", " "])
+def test_each_segment_is_sentencepieces_own(folder, tokenizer, text):
+    import sentencepiece
+
+    oracle = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    assert tokenizer.encode(text) == oracle.encode(text)
+
+
+def test_every_segment_starts_with_the_dummy_prefix(tokenizer):
+    assert [tokenizer._model.IdToPiece(i) for i in tokenizer.encode(" ###")] == ["▁", "▁###"]
+    assert tokenizer.decode(tokenizer.encode(" ###")) == " ###"
+
+
+def test_special_texts_become_their_ids(tokenizer):
+    ids = tokenizer.encode("a bus</s>a bus<unk>")
+    assert ids.count(2) == 1
+    assert ids.count(0) == 1
+    after = ids[ids.index(2) + 1 :]
+    assert after[:-1] == tokenizer.encode("a bus")  # the piece after it gets its own dummy prefix
+    assert tokenizer.decode(ids) == "a bus a bus"
+
+
+def test_added_tokens_of_vicuna_v0(folder, tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes((folder / "tokenizer.model").read_bytes())
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"[PAD]": 32000}))
+    tokenizer = load_tokenizer(str(tmp_path))
+    assert 32000 in tokenizer.encode("a [PAD]")
+    assert "PAD" not in tokenizer.decode([*tokenizer.encode("a bus"), 32000])
+
+
+def test_image_slots(tokenizer):
+    ids = encode_with_images(tokenizer, "<Img><ImageHere></Img> a bus <ImageHere>", 4)
+    assert ids[0] == 1
+    assert ids.count(IMAGE_ID) == 8
+    assert ids[-4:] == [IMAGE_ID] * 4
+    assert ids.count(1) == 1

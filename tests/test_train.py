@@ -1,0 +1,243 @@
+"""train.py as its users run it: both stages on the CPU, alone and under torchrun, and every kind of bad input."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from dataset_files import picture_bytes, write_align, write_shards, write_tar
+from helpers import QFORMER, ROOT, VIT
+from omegaconf import OmegaConf
+from safetensors.torch import save_file
+
+from minigpt4.common.checkpoint import CheckpointError
+from minigpt4.common.config import ConfigError
+from train import main
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory, golden_weights, golden_llm_folder):
+    """Weights of the frozen parts in files of the published form, shards, and a cc_sbu_align folder."""
+    folder = tmp_path_factory.mktemp("parts")
+    vit = {k.removeprefix("visual_encoder."): v for k, v in golden_weights.items() if k.startswith("visual_encoder.")}
+    torch.save(vit, folder / "vit.pth")
+    qformer = {k: v for k, v in golden_weights.items() if k.startswith(("Qformer.", "ln_vision.", "query_tokens"))}
+    surplus = {"t5_proj.weight": torch.zeros(2), "Qformer.cls.predictions.bias": torch.zeros(3)}
+    torch.save({"model": qformer | surplus}, folder / "blip2.pth")
+    write_shards(folder / "laion", samples=40)
+    write_shards(folder / "cc_sbu", samples=40)
+    write_align(folder / "align", records=20)
+    return {"folder": folder, "llm": golden_llm_folder}
+
+
+@pytest.fixture
+def configs(parts, tmp_path):
+    """The shipped stage-1 and stage-2 files, with the paths and sizes of the small model."""
+    folder = parts["folder"]
+    model = {
+        "image_size": 28,
+        "vit_model": VIT,
+        "vit_weights": str(folder / "vit.pth"),
+        "q_former_model": str(folder / "blip2.pth"),
+        "qformer": QFORMER,
+        "num_query_token": 8,
+        "llama_model": str(parts["llm"]),
+    }
+    processors = {"vis_processor": {"train": {"image_size": 28}}}
+    run = {"device": "cpu", "num_workers": 2, "batch_size_train": 4, "iters_per_epoch": 4, "max_epoch": 2}
+    run |= {"warmup_steps": 2, "init_lr": 0.01, "log_freq": 2}
+    changes = {
+        "stage1": {
+            "model": model,
+            "datasets": {
+                name: processors | {"build_info": {"storage": f"{folder}/{name}/{{00000..00003}}.tar"}}
+                for name in ("laion", "cc_sbu")
+            },
+            "run": run | {"output_dir": str(tmp_path / "stage1")},
+        },
+        "stage2": {
+            "model": model
+            | {"prompt_path": str(ROOT / "prompts/alignment.txt"), "ckpt": str(tmp_path / "missing.pth")},
+            "datasets": {"cc_sbu_align": processors | {"build_info": {"storage": str(folder / "align")}}},
+            "run": run | {"output_dir": str(tmp_path / "stage2")},
+        },
+    }
+    files = {}
+    for stage, name in (("stage1", "minigpt4_stage1_pretrain"), ("stage2", "minigpt4_stage2_finetune")):
+        shipped = OmegaConf.load(ROOT / f"train_configs/{name}.yaml")
+        files[stage] = tmp_path / f"{stage}.yaml"
+        OmegaConf.save(OmegaConf.merge(shipped, changes[stage]), files[stage])
+    return files
+
+
+def run_folder(tmp_path, stage):
+    (folder,) = (tmp_path / stage).iterdir()
+    return folder
+
+
+def test_stage1_then_stage2_then_captions(configs, tmp_path, caplog):
+    caplog.set_level("INFO")
+    main(["--cfg-path", str(configs["stage1"])])
+    stage1 = run_folder(tmp_path, "stage1")
+    assert {p.name for p in stage1.iterdir()} == {"checkpoint_0.pth", "checkpoint_1.pth", "log.txt"}
+    main(["--cfg-path", str(configs["stage2"]), "--options", f"model.ckpt={stage1}/checkpoint_1.pth"])
+    stage2 = run_folder(tmp_path, "stage2")
+    text = "\n".join(r.getMessage() for r in caplog.records)
+    for line in (
+        "=====  Running Parameters    =====",
+        "number of trainable parameters: 1000",
+        f"Loaded 2 tensors, 1,000 parameters from {stage1}/checkpoint_1.pth",
+        "Start training epoch 1, 4 iters per inner epoch.",
+        "Averaged stats: lr: ",
+        f"Saving checkpoint at epoch 1 to {stage2}/checkpoint_1.pth.",
+    ):
+        assert line in text
+    first, second = (torch.load(folder / "checkpoint_1.pth", weights_only=True) for folder in (stage1, stage2))
+    assert not torch.equal(first["model"]["llama_proj.weight"], second["model"]["llama_proj.weight"])
+    assert second["config"]["model"]["end_sym"] == "###"
+    stats = [json.loads(line) for line in (stage2 / "log.txt").read_text().splitlines()[-2:]]
+    assert [set(s) for s in stats] == [{"train_lr", "train_loss"}] * 2
+
+    from types import SimpleNamespace
+
+    from minigpt4.common.config import Config
+    from minigpt4.models import MiniGPT4
+
+    options = [f"model.ckpt={stage2}"]
+    model = MiniGPT4.from_config(Config(SimpleNamespace(cfg_path=configs["stage2"], options=options)).model_cfg)
+    assert torch.equal(model.llama_proj.weight.data, second["model"]["llama_proj.weight"])
+    answers = model.generate(torch.randn(2, 3, 28, 28), model.prompt_list[:2], max_new_tokens=5)
+    assert [type(a) for a in answers] == [str, str]
+
+
+def test_a_run_is_repeatable_and_its_seed_matters(configs, tmp_path):
+    losses = []
+    for i, seed in enumerate((1, 1, 2)):
+        options = [f"run.output_dir={tmp_path}/{i}", f"run.seed={seed}", "run.max_epoch=1"]
+        main(["--cfg-path", str(configs["stage1"]), "--options", *options])
+        losses.append(run_folder(tmp_path, str(i)).joinpath("log.txt").read_text().splitlines()[-1])
+    assert losses[0] == losses[1] != losses[2]
+
+
+@pytest.mark.slow
+def test_torchrun_with_two_ranks(configs, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py"]
+    done = subprocess.run(
+        [*command, "--cfg-path", str(configs["stage1"]), "--options", "run.max_epoch=1", "run.num_workers=1"],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (run_folder(tmp_path, "stage1") / "checkpoint_0.pth").exists()
+    assert done.stderr.count("Start training epoch 0") == 1  # rank 0 alone logs
+
+
+def test_resume_through_the_command_line(configs, tmp_path, caplog):
+    caplog.set_level("INFO")
+    path = str(configs["stage1"])
+    main(["--cfg-path", path])
+    whole = run_folder(tmp_path, "stage1")
+    resume = [f"run.resume_ckpt_path={whole}/checkpoint_0.pth", f"run.output_dir={tmp_path}/resumed"]
+    main(["--cfg-path", path, "--options", *resume])
+    resumed = run_folder(tmp_path, "resumed")
+    assert "Resuming after epoch 0" in caplog.text
+    first, second = (torch.load(f / "checkpoint_1.pth", weights_only=True) for f in (whole, resumed))
+    for name, value in first["model"].items():
+        assert torch.equal(value, second["model"][name])
+
+
+def fails(configs, stage, *options, error=ConfigError, match):
+    with pytest.raises(error, match=match):
+        main(["--cfg-path", str(configs[stage]), "--options", *options])
+
+
+def test_missing_paths(configs):
+    fails(configs, "stage2", "run.seed=1", match=r"model\.ckpt = .*missing\.pth.*stage2\.yaml.*--options model\.ckpt=")
+    fails(
+        configs, "stage1", "model.llama_model=/no/such", match=r"model\.llama_model = '/no/such' \(set in --options\)"
+    )
+    key = "datasets.laion.build_info.storage"
+    fails(
+        configs,
+        "stage1",
+        f"{key}=/no/such/{{00..09}}.tar",
+        error=FileNotFoundError,
+        match="10 of 10 shards are missing",
+    )
+
+
+def test_a_checkpoint_of_another_width(configs, tmp_path):
+    path = tmp_path / "13b.pth"
+    torch.save({"model": {"llama_proj.weight": torch.zeros(5120, 24), "llama_proj.bias": torch.zeros(5120)}}, path)
+    fails(
+        configs,
+        "stage2",
+        f"model.ckpt={path}",
+        error=CheckpointError,
+        match=r"13b\.pth was trained with a language model 5120 \(as in Vicuna-13B\) wide; .* is 40 wide",
+    )
+
+
+def test_a_checkpoint_without_projection(configs, tmp_path):
+    save_file({"something.weight": torch.zeros(2)}, tmp_path / "other.safetensors")
+    option = f"model.ckpt={tmp_path}/other.safetensors"
+    fails(configs, "stage2", option, error=CheckpointError, match=r"llama_proj\.bias is missing")
+
+
+def test_weights_of_another_encoder(configs):
+    option = "model.vit_model={patch_size: 14, embed_dim: 32, depth: 4, num_heads: 4, mlp_ratio: 4.3637}"
+    fails(configs, "stage1", option, error=CheckpointError, match=r"blocks\.3\..* is missing")
+    option = "model.vit_model={patch_size: 14, embed_dim: 48, depth: 3, num_heads: 4, mlp_ratio: 4.3637}"
+    fails(configs, "stage1", option, error=CheckpointError, match=r"has shape .*, the model's")
+
+
+def test_vision_settings_that_make_no_sense(configs):
+    fails(
+        configs, "stage1", "model.vit_model=eva_clip_h", error=ValueError, match="vit_model='eva_clip_h' is not known"
+    )
+    fails(configs, "stage1", "model.vit_model={width: 2}", error=ValueError, match="needs exactly the sizes")
+    fails(configs, "stage1", "model.image_size=30", error=ValueError, match="image_size=30 is not a multiple")
+    fails(configs, "stage1", "model.vit_weights=published", error=ValueError, match="vit_weights is required")
+    fails(configs, "stage1", "model.load_in=3bit", error=ValueError, match="load_in='3bit' is not one of")
+
+
+def test_a_prompt_without_image_slot(configs, tmp_path, parts):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("Describe this image.\n")
+    ckpt = tmp_path / "ckpt.pth"
+    torch.save({"model": {"llama_proj.weight": torch.zeros(40, 24), "llama_proj.bias": torch.zeros(40)}}, ckpt)
+    options = [f"model.prompt_path={prompts}", f"model.ckpt={ckpt}"]
+    fails(configs, "stage2", *options, error=ValueError, match=r"No line of model\.prompt_path=.*holds <ImageHere>")
+    options = [f"model.ckpt={ckpt}", "model.prompt_template=Human:"]
+    fails(configs, "stage2", *options, error=ValueError, match=r"prompt_template='Human:' has no \{\}")
+
+
+def test_a_dataset_smaller_than_a_batch(configs, tmp_path):
+    ckpt = tmp_path / "ckpt.pth"
+    torch.save({"model": {"llama_proj.weight": torch.zeros(40, 24), "llama_proj.bias": torch.zeros(40)}}, ckpt)
+    options = [f"model.ckpt={ckpt}", "run.batch_size_train=96"]
+    match = "batch_size_train=96 needs at least 96 samples per rank; cc_sbu_align has 20"
+    fails(configs, "stage2", *options, error=ValueError, match=match)
+
+
+def test_shards_without_captions(configs, tmp_path):
+    members = [(f"{i:09d}.png", picture_bytes(i)) for i in range(200)]
+    write_tar(tmp_path / "0.tar", members)
+    options = [f"datasets.{name}.build_info.storage={tmp_path}/0.tar" for name in ("laion", "cc_sbu")]
+    fails(configs, "stage1", *options, "run.num_workers=0", error=RuntimeError, match="a sample without caption")
+
+
+def test_the_command_line_prints_an_error_without_a_traceback(configs):
+    done = subprocess.run(
+        [sys.executable, "train.py", "--cfg-path", str(configs["stage1"]), "--options", "run.int_lr=1"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("Error: Unknown key run.int_lr in --options. Did you mean 'init_lr'?")
+    assert "Traceback" not in done.stderr
