@@ -27,7 +27,8 @@ lint: $(VENV)/.installed-test
 
 # The tested versions: run this in an environment where `make test` passes.
 lock: $(VENV)/.installed-test
-	$(BIN)/python -m pip freeze --exclude-editable | grep -viE '^(nvidia-|triton|cuda-|minigpt4)' > requirements.lock
+	echo '# The versions that were tested together, on Python 3.11. Made by `make lock`.' > requirements.lock
+	$(BIN)/python -m pip freeze --exclude-editable | grep -viE '^(nvidia-|triton|cuda-|minigpt4)' >> requirements.lock
 
 clean:
 	rm -rf $(VENV) data output
@@ -40,5 +41,5 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 	touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	$(PIP) --constraint requirements.lock --editable '.[tiny,demo,test]'
+	$(PIP) --constraint requirements.lock --editable '.[tiny,test]'
 	touch $@

@@ -13,9 +13,10 @@ from pathlib import Path
 
 def load_tokenizer(llama_model: str):
     """The tokenizer of a language model's folder or hub id."""
-    if (Path(llama_model) / "tokenizer.model").is_file():
-        return SentencePieceTokenizer(Path(llama_model))
-    return HuggingFaceTokenizer(llama_model)
+    from transformers.utils import cached_file
+
+    model_file = cached_file(llama_model, "tokenizer.model", _raise_exceptions_for_missing_entries=False)
+    return SentencePieceTokenizer(Path(model_file).parent) if model_file else HuggingFaceTokenizer(llama_model)
 
 
 class HuggingFaceTokenizer:
