@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
 
     setup_logger()
     device = dist_utils.select_device(cfg.run_cfg.device)
-    dist_utils.init_process_group(device, cfg.run_cfg.dist_backend)
+    dist_utils.init_process_group(device, cfg.run_cfg.dist_backend, cfg.run_cfg.distributed)
     try:
         seed_everything(cfg.run_cfg.seed)
         cfg.pretty_print()

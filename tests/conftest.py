@@ -81,3 +81,24 @@ def _alone():
     yield
     logging.getLogger().setLevel(level)
     logging.captureWarnings(False)
+
+
+@pytest.fixture
+def golden_config(golden_llm_folder, tmp_path) -> Path:
+    """A YAML file for a model of the golden sizes, its vision side random."""
+    from omegaconf import OmegaConf
+
+    model = {
+        "arch": "mini_gpt4",
+        "image_size": 28,
+        "vit_model": VIT,
+        "vit_weights": None,
+        "q_former_model": None,
+        "qformer": QFORMER,
+        "num_query_token": 8,
+        "llama_model": str(golden_llm_folder),
+    }
+    eval_processor = {"vis_processor": {"eval": {"name": "blip2_image_eval", "image_size": 28}}}
+    path = tmp_path / "golden.yaml"
+    OmegaConf.save({"model": model, "preprocess": eval_processor, "run": {"task": "image_text_pretrain"}}, path)
+    return path

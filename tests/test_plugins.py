@@ -137,8 +137,8 @@ def test_model_of_its_own(run):
     done = run(["my_dataset", "my_small_model"], {"model": {"arch": "caption_length", "model_type": "small"}})
     assert set(done["model"]) == {"conv.weight", "conv.bias", "head.weight", "head.bias"}
     assert done["config"]["model"]["width"] == 16
-    wrong = {"model": {"arch": "caption_length", "model_type": "small", "widht": 8}}
-    with pytest.raises(ConfigError, match=r"Unknown key model\.widht .*Did you mean 'width'\?"):
+    wrong = {"model": {"arch": "caption_length", "model_type": "small", "widthh": 8}}
+    with pytest.raises(ConfigError, match=r"Unknown key model\.widthh .*Did you mean 'width'\?"):
         run(["my_dataset", "my_small_model"], wrong)
 
 

@@ -199,10 +199,29 @@ def test_vision_settings_that_make_no_sense(configs):
     fails(
         configs, "stage1", "model.vit_model=eva_clip_h", error=ValueError, match="vit_model='eva_clip_h' is not known"
     )
-    fails(configs, "stage1", "model.vit_model={width: 2}", error=ValueError, match="needs exactly the sizes")
+    fails(configs, "stage1", "model.vit_model={width: 2}", match=r"Unknown key model\.vit_model\.width")
     fails(configs, "stage1", "model.image_size=30", error=ValueError, match="image_size=30 is not a multiple")
     fails(configs, "stage1", "model.vit_weights=published", error=ValueError, match="vit_weights is required")
     fails(configs, "stage1", "model.load_in=3bit", error=ValueError, match="load_in='3bit' is not one of")
+
+
+def test_pictures_of_another_size_than_the_encoders(configs):
+    options = [f"datasets.{name}.vis_processor.train.image_size=42" for name in ("laion", "cc_sbu")]
+    match = r"images are 42 x 42 pixels, the encoder takes 28 x 28\. Set model\.image_size"
+    fails(configs, "stage1", *options, error=ValueError, match=match)
+
+
+def test_numbers_that_no_run_can_have(configs):
+    for name in ("batch_size_train", "log_freq", "accum_grad_iters", "max_epoch"):
+        fails(configs, "stage1", f"run.{name}=0", error=ValueError, match=f"run.{name}=0 must be at least 1")
+    fails(configs, "stage1", "run.evaluate=True", error=ValueError, match="needs run.test_splits")
+    fails(configs, "stage1", "run.amp_dtype=fp8", error=ValueError, match="amp_dtype='fp8' is not one of")
+    fails(configs, "stage1", "run.device=tpu", error=ValueError, match="'tpu' is not one of cuda, cpu, mps")
+
+
+def test_undistributed_run_under_torchrun(configs, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    fails(configs, "stage1", "run.distributed=False", error=ValueError, match="torchrun started 2 processes")
 
 
 def test_a_prompt_without_image_slot(configs, tmp_path, parts):

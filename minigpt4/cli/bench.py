@@ -15,13 +15,18 @@ import random
 import statistics
 import tempfile
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 WORK = {"S1/16": (1, 16), "S1/64": (1, 64), "S2/12": (2, 12)}
 VOCABULARY = 32000
+TRAIN_CONFIGS = Path(__file__).resolve().parents[2] / "train_configs"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="minigpt4 bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--work", nargs="+", default=list(WORK), choices=list(WORK), help="workloads (full size)")
     parser.add_argument("--cfg-path", metavar="FILE", help="time this training config on its own data instead")
     parser.add_argument("--options", nargs="+", metavar="KEY=VALUE", help="settings, as for train.py")
@@ -30,9 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--small", action="store_true", help="small random model, to try the script on a CPU")
     parser.add_argument("--baseline", metavar="FILE", help="script with `Baseline` and `measure(model, work)`")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    return parser.parse_args(argv)
 
 
-def main(args: argparse.Namespace) -> int:
+def main(argv: list[str] | None = None) -> int:
+    """Time what the arguments name, and print a line for each workload."""
+    args = parse_args(argv)
     if args.cfg_path:
         report(time_config(args), args.json)
         return 0
@@ -87,7 +95,7 @@ def time_full_size(args: argparse.Namespace) -> list[dict]:
         name = {1: "stage1_pretrain", 2: "stage2_finetune"}[stage]
         with tempfile.TemporaryDirectory() as folder:
             options = [*(args.options or []), f"run.output_dir={folder}", "run.num_workers=0"]
-            cfg = Config(SimpleNamespace(cfg_path=f"train_configs/minigpt4_{name}.yaml", options=options))
+            cfg = Config(SimpleNamespace(cfg_path=TRAIN_CONFIGS / f"minigpt4_{name}.yaml", options=options))
             dtype = dist_utils.select_dtype(device, cfg.run_cfg.amp, cfg.run_cfg.amp_dtype)
             model = model or random_model(device, dtype, args.small)
             model.max_txt_len, model.end_sym = cfg.model_cfg.max_txt_len, " ."

@@ -1,5 +1,6 @@
 """Example pictures for the web page, drawn by this code."""
 
+import tarfile
 from pathlib import Path
 
 from PIL import Image, ImageDraw
@@ -42,16 +43,26 @@ def _shapes(draw: ImageDraw.ImageDraw) -> None:
     draw.polygon(((128, 145), (60, 230), (196, 230)), fill="#f2b01e")
 
 
-DRAWINGS = {"house": _house, "boat": _boat, "apple tree": _tree, "shapes": _shapes}
+DRAWINGS = {"house": _house, "boat": _boat, "tree": _tree, "shapes": _shapes}
 
 
-def save_drawings(folder: Path) -> list[tuple[str, str]]:
-    """Draw all examples as PNG files into `folder`. Returns (path, name) of each."""
-    files = []
+# Emoji by Microsoft's artists (Fluent, MIT), whom the tiny model has never seen; in a checkout of the repository.
+EMOJI_TAR = Path(__file__).resolve().parents[2] / "dataset" / "tiny" / "fluent.tar.gz"
+EMOJI = ("1f431", "1f34e", "26f5", "1f697")
+
+
+def save_examples(folder: Path, emoji: bool = False) -> list[Path]:
+    """Put example pictures into `folder`, our drawings or, in a checkout that has them, emoji. Returns their paths."""
+    if emoji and EMOJI_TAR.is_file():
+        with tarfile.open(EMOJI_TAR) as tar:
+            names = [f"{code}.webp" for code in EMOJI]
+            for name in names:
+                (folder / name).write_bytes(tar.extractfile(name).read())
+        return [folder / name for name in names]
+    paths = []
     for name, draw in DRAWINGS.items():
         image = Image.new("RGB", (SIZE, SIZE))
         draw(ImageDraw.Draw(image))
-        path = folder / f"{name.replace(' ', '_')}.png"
-        image.save(path)
-        files.append((str(path), name))
-    return files
+        paths.append(folder / f"{name}.png")
+        image.save(paths[-1])
+    return paths

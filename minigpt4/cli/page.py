@@ -1,14 +1,13 @@
 """The web page (gradio 6): pictures on the left, the conversation on the right; below each other on a phone."""
 
 import logging
-import shutil
 import tempfile
 import time
 from pathlib import Path
 
 import gradio as gr
 
-from minigpt4.cli.drawings import save_drawings
+from minigpt4.cli.drawings import save_examples
 from minigpt4.cli.visit import Visit, Visits
 from minigpt4.conversation import Chat
 
@@ -50,34 +49,31 @@ class Page:
 
     Args:
         concurrency: how many visitors the model serves at the same time; the others wait in line.
+        emoji: offer emoji as examples, which is what the tiny model knows.
     """
 
-    def __init__(self, concurrency: int = 1):
+    def __init__(self, concurrency: int = 1, emoji: bool = False):
         self.chat: Chat | None = None
         self.progress = "Starting"
         self._started = time.monotonic()
-        self._visits = Visits()
         self._model = {"concurrency_id": "model", "concurrency_limit": concurrency, **HIDDEN}
-        self._folder = Path(tempfile.mkdtemp(prefix="minigpt4-examples-"))
-        self._examples = [path for path, _ in save_drawings(self._folder)]
-        self.blocks = self._build()
-
-    def close(self) -> None:
-        """Stop serving, and remove the example pictures."""
-        self.blocks.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        with tempfile.TemporaryDirectory() as folder:
+            self.blocks = self._build(save_examples(Path(folder), emoji))
+        # gradio has made copies
+        self._examples = [entry["image"]["path"] for entry in self._example_gallery.value]
+        self._visits = Visits(keep=self._examples)
 
     # What the page looks like
 
-    def _build(self) -> gr.Blocks:
-        with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(600, 86400), fill_width=True) as blocks:
+    def _build(self, examples: list[Path]) -> gr.Blocks:
+        with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(600, 21600), fill_width=True) as blocks:
             with gr.Row(elem_id="header"):
                 gr.Markdown(f"# {TITLE}", container=False)
                 dark = gr.Button("Light / dark", size="sm", scale=0, min_width=110)
             self._status = gr.Markdown(self._status_text(), elem_id="status")
             with gr.Row():
                 with gr.Column(scale=2, min_width=280, elem_id="left"):
-                    self._build_left()
+                    self._build_left(examples)
                 with gr.Column(scale=3, min_width=320, elem_id="right"):
                     self._build_right()
             self._timer = gr.Timer(1)
@@ -87,7 +83,7 @@ class Page:
             blocks.unload(self._leave)
         return blocks
 
-    def _build_left(self) -> None:
+    def _build_left(self, examples: list[Path]) -> None:
         self._picker = gr.Gallery(
             label="Pictures", type="filepath", file_types=["image"], columns=2, height=250, object_fit="contain",
             fit_columns=False, interactive=True, elem_id="picker", buttons=[],
@@ -96,7 +92,7 @@ class Page:
         self._restart = gr.Button("Restart", elem_id="restart")
         gr.Markdown("Or take an example:", container=False)
         self._example_gallery = gr.Gallery(
-            self._examples, label="Examples", show_label=False, columns=4, height=120, object_fit="contain",
+            examples, label="Examples", show_label=False, columns=4, height=120, object_fit="contain",
             interactive=False, allow_preview=False, elem_id="examples", buttons=[],
         )  # fmt: skip
         with gr.Column(elem_id="settings"):
@@ -137,6 +133,7 @@ class Page:
         begun = self._start.click(
             self._begin, self._picker, [*view, self._picker, self._start, self._box], **self._model
         )
+        self._picker.upload(self._note, self._picker, None, queue=False, **HIDDEN)
         self._example_gallery.select(self._add_example, self._picker, self._picker, queue=False, **HIDDEN)
         said = self._box.submit(self._say, self._box, [*view, self._box], **HIDDEN)
         retried = self._chatbot.retry(self._retry, None, [*view, self._box], **HIDDEN)
@@ -171,6 +168,10 @@ class Page:
         opened = visit.started
         box = gr.MultimodalTextbox(interactive=True, placeholder="Type and press Enter") if opened else gr.skip()
         return visit.history, visit.notice, gr.Gallery(interactive=not opened), gr.Button(interactive=not opened), box
+
+    def _note(self, pictures: list[tuple[str, str | None]] | None, request: gr.Request) -> None:
+        """Remember uploads, so that they are deleted even if the visitor leaves without a word."""
+        self._visit(request).files |= {Path(path) for path, _ in pictures or []}
 
     def _add_example(self, pictures, selected: gr.SelectData):
         chosen = [path for path, _ in pictures or []]

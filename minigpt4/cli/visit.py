@@ -3,7 +3,7 @@
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -120,9 +120,10 @@ class Visit:
 
 
 class Visits:
-    """The visits in progress, by session."""
+    """The visits in progress, by session. The files `keep` are never deleted."""
 
-    def __init__(self) -> None:
+    def __init__(self, keep: Iterable[str] = ()) -> None:
+        self._keep = {Path(path) for path in keep}
         self._visits: dict[str, Visit] = {}
         self._lock = threading.Lock()
 
@@ -141,6 +142,6 @@ class Visits:
         if visit is None:
             return
         visit.end()
-        for path in visit.files - others:
+        for path in visit.files - others - self._keep:
             path.unlink(missing_ok=True)
         logging.info("A visit ended; %d are in progress.", len(self._visits))

@@ -91,7 +91,7 @@ class Config:
     def origin(self, key: str) -> str:
         """The file, or `--options`, that set `key` last."""
         for where, source in reversed(self._sources):
-            if OmegaConf.select(source, key, throw_on_missing=False) is not None:
+            if _sets(source, key):
                 return str(where)
         return "the built-in default"
 
@@ -154,6 +154,9 @@ class Config:
             OmegaConf.resolve(typed)
         except OmegaConfBaseException as error:
             raise self._type_error(section, schema, error) from None
+        for field in fields(schema):
+            if "keys" in field.metadata and isinstance(typed[field.name], DictConfig):
+                self._check_names(f"{section}.{field.name}.", typed[field.name], field.metadata["keys"])
         return typed
 
     def _type_error(self, section: str, schema: type, error: OmegaConfBaseException) -> ConfigError:
@@ -163,7 +166,8 @@ class Config:
             return ConfigError(f"{section} (set in {self.origin(section)}): {str(error).splitlines()[0]}")
         hint = hints[name]
         key, expected = f"{section}.{name}", hint.__name__ if type(hint) is type else hint
-        value = next(v for _, s in reversed(self._sources) if (v := OmegaConf.select(s, key)) is not None)
+        value = next((s for _, s in reversed(self._sources) if _sets(s, key)), {})
+        value = OmegaConf.select(value, key)
         return ConfigError(f"{key} = {value!r} (set in {self.origin(key)}) is not of type {expected}.")
 
     def _check_names(self, prefix: str, values: DictConfig, known) -> None:
@@ -227,9 +231,8 @@ def import_plugins(modules: list[str]) -> None:
         try:
             importlib.import_module(module)
         except ModuleNotFoundError as error:
-            raise ConfigError(
-                f"Cannot import {module!r} (--import, run.imports): {error}. Is its folder on PYTHONPATH?"
-            ) from error
+            hint = " Is its folder on PYTHONPATH?" if error.name and module.startswith(error.name) else ""
+            raise ConfigError(f"Cannot import {module!r} (--import, run.imports): {error}.{hint}") from error
 
 
 def default_sources(request: DictConfig) -> list[tuple[Path, DictConfig]]:
@@ -253,7 +256,8 @@ def _model_default(arch: str, model_type: str) -> Path | None:
             types[model.get("model_type", MiniGPT4Config.model_type)] = path
     if not types:
         try:
-            return registry.get_model_class(arch).default_config_path(model_type)
+            model = registry.get_model_class(arch)
+            return model.default_config_path(model_type) if model.PRETRAINED_MODEL_CONFIG_DICT else None
         except KeyError as error:
             raise ConfigError(f"model.arch: {error.args[0]}") from None
     if model_type not in types:
@@ -274,6 +278,13 @@ def _dataset_default(name: str, config_type: str) -> list[Path]:
     except KeyError as error:
         raise ConfigError(f"datasets.{name}: {error.args[0]}") from None
     return [path] if path else []
+
+
+def _sets(source: DictConfig, key: str) -> bool:
+    """Whether a source has `key`, be its value null."""
+    section, _, name = key.rpartition(".")
+    parent = OmegaConf.select(source, section) if section else source
+    return isinstance(parent, DictConfig) and name in parent
 
 
 def _exists(value: str) -> bool:

@@ -35,11 +35,11 @@ def select_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         logging.warning("run.device=cuda, but there is no GPU: running on the CPU.")
         name = "cpu"
+    if name.split(":")[0] not in ("cuda", "cpu", "mps"):
+        raise ValueError(f"run.device={name!r} is not one of cuda, cpu, mps.")
     device = torch.device(name)
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ValueError("run.device=mps, but this machine has no Apple GPU. Use cpu or cuda.")
-    if device.type not in ("cuda", "cpu", "mps"):
-        raise ValueError(f"run.device={name!r} is not one of cuda, cpu, mps.")
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     if device.type == "cuda":
@@ -58,10 +58,16 @@ def select_dtype(device: torch.device, amp: bool = True, amp_dtype: str = "auto"
     return known[amp_dtype] or (torch.bfloat16 if bf16 else torch.float16)
 
 
-def init_process_group(device: torch.device, backend: str | None = None) -> None:
-    """Join the process group that torchrun announces in the environment; without one, do nothing."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+def init_process_group(device: torch.device, backend: str | None = None, distributed: bool = True) -> None:
+    """Join the process group that torchrun announces in the environment; without one, do nothing.
+
+    Raises ValueError when there are several processes and `distributed` is False: each would train by itself.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if world_size == 1:
         return
+    if not distributed:
+        raise ValueError(f"run.distributed=False, but torchrun started {world_size} processes. Set it to True.")
     backend = backend or ("nccl" if device.type == "cuda" else "gloo")
     dist.init_process_group(backend, timeout=TIMEOUT, device_id=device if backend == "nccl" else None)
 

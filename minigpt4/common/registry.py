@@ -44,7 +44,7 @@ class Registry:
 
         def decorator(cls: type) -> type:
             owner = self._classes[kind].setdefault(name, cls)
-            # The same definition may arrive twice (a module run as a script and imported, a notebook cell run again).
+            # The same definition may arrive twice, when a notebook cell is run again or a module reloaded.
             if (owner.__module__, owner.__qualname__) != (cls.__module__, cls.__qualname__):
                 raise KeyError(
                     f"{kind} {name!r} is already registered by {owner.__module__}.{owner.__qualname__}; "

@@ -12,6 +12,18 @@ BLIP2_URL = (
     "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/blip2_pretrained_flant5xxl.pth"
 )
 
+# Keys of `model.vit_model` when it is a mapping, and of `model.qformer`.
+VIT_KEYS = ("embed_dim", "depth", "num_heads", "mlp_ratio", "patch_size")
+QFORMER_KEYS = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "cross_attention_freq",
+    "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
+)
+
 
 @dataclass
 class RunConfig:
@@ -65,7 +77,7 @@ class RunConfig:
     test_splits: list[str] = field(default_factory=list)
     """Splits to evaluate after training, or alone with `evaluate`."""
     evaluate: bool = False
-    """Evaluate the test splits and do not train."""
+    """Evaluate `test_splits` and do not train."""
 
     output_dir: str = "output"
     """Folder of the runs, relative to the working directory. Each run makes a folder of its own in it."""
@@ -79,7 +91,7 @@ class RunConfig:
     device: str = "cuda"
     """`cuda`, `cpu` or `mps`. Without a GPU, `cuda` falls back to the CPU with a warning."""
     distributed: bool = True
-    """Use several processes when torchrun starts them."""
+    """Work together with the other processes that torchrun started; False with several is an error."""
 
     dist_backend: str | None = None
     """Backend of torch.distributed; null: nccl on GPUs, gloo on CPUs."""
@@ -106,7 +118,7 @@ class MiniGPT4Config:
 
     image_size: int = 224
     """Side of the square input image, in pixels."""
-    vit_model: Any = "eva_clip_g"
+    vit_model: Any = field(default="eva_clip_g", metadata={"keys": VIT_KEYS})
     """`eva_clip_g`, `eva_tiny`, or a mapping {embed_dim, depth, num_heads, mlp_ratio, patch_size}."""
     vit_weights: str | None = "published"
     """Path or URL of the encoder's weights; `published`: those of the named encoder; null: random."""
@@ -121,9 +133,8 @@ class MiniGPT4Config:
 
     q_former_model: str | None = BLIP2_URL
     """Path or URL of the Q-Former's weights, which hold ln_vision and the queries too; null: random."""
-    qformer: dict[str, Any] = field(default_factory=dict)
-    """Sizes that differ from bert-base: {hidden_size, num_hidden_layers, num_attention_heads, intermediate_size,
-    cross_attention_freq, hidden_dropout_prob, attention_probs_dropout_prob}."""
+    qformer: dict[str, Any] = field(default_factory=dict, metadata={"keys": QFORMER_KEYS})
+    """Sizes that differ from bert-base."""
     num_query_token: int = 32
     """Vectors per image."""
     freeze_qformer: bool = True
@@ -157,9 +168,9 @@ class DatasetConfig:
     """A section `datasets.<name>`."""
 
     data_type: str = "images"
-    """Kind of data; only `images` is known."""
+    """*Inert*: a builder knows its kind of data."""
     type: str = "default"
-    """Which default YAML of the dataset to start from."""
+    """Which default YAML of a plug-in's dataset to start from."""
     build_info: dict[str, Any] = field(default_factory=dict)
     """`storage`: the shards (brace range, tar, list, glob, URL, pipe:) or the folder."""
     vis_processor: dict[str, Any] = field(default_factory=dict)

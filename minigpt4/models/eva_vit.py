@@ -48,8 +48,15 @@ class EvaViT(Eva):
             num_classes=0,
             global_pool="",
         )
+        self.image_size = image_size
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
+        if image.shape[-2:] != (self.image_size, self.image_size):
+            height, width = image.shape[-2:]
+            raise ValueError(
+                f"The images are {height} x {width} pixels, the encoder takes {self.image_size} x {self.image_size}. "
+                "Set model.image_size and the image_size of every vis_processor to the same number."
+            )
         return self.forward_features(image)
 
 

@@ -168,7 +168,7 @@ class MiniGPT4(BaseModel):
         Raises:
             CheckpointError: weights that do not fit.
         """
-        cfg = MiniGPT4Config(**cfg)
+        cfg = cls.config_class(**cfg)
         prompts = prompt.read_prompts(cfg.prompt_path, cfg.prompt_template) if cfg.prompt_path else []
         trained = _read_ckpt(cfg.ckpt, cfg.llama_model) if cfg.ckpt else None
         load_in = cfg.load_in or ("8bit" if cfg.low_resource else "16bit")
@@ -189,7 +189,8 @@ class MiniGPT4(BaseModel):
             )
         model._load_frozen(weights.vit_weights(cfg.vit_model, cfg.vit_weights), cfg.q_former_model)
         if trained is not None:
-            checkpoint.load_weights(model, trained, cfg.ckpt, {"llama_proj.weight", "llama_proj.bias"})
+            projection = {name for name in model.state_dict() if name.startswith("llama_proj.")}
+            checkpoint.load_weights(model, trained, cfg.ckpt, required=projection)
         if cfg.freeze_vit:
             cast_matrices(vit, model.dtype)
         return model

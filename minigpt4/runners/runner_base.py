@@ -44,6 +44,7 @@ class RunnerBase:
         self.world_size = dist_utils.get_world_size()
         self.output_dir = Path(self.run.output_dir) / job_id
         self.start_epoch, self.best_metric, self.num_labels = 0, float("-inf"), 0
+        _check_settings(self.run)
         for split in (*self.run.valid_splits, *self.run.test_splits):
             self._split(split)
         if not self.run.evaluate:
@@ -105,10 +106,10 @@ class RunnerBase:
         batches = self.loader.epoch(epoch, self.iters_per_epoch)
         header = f"Train: data epoch: [{epoch}]"
         for i, samples in enumerate(metrics.log_every(batches, self.iters_per_epoch, self.run.log_freq, header)):
-            lr = self.lr_sched.step(cur_epoch=epoch, cur_step=i)
+            self.lr_sched.step(cur_epoch=epoch, cur_step=i)
             is_update = (i + 1) % self.run.accum_grad_iters == 0 or i + 1 == self.iters_per_epoch
             loss = self.train_step(samples, is_update)
-            metrics.update(lr=lr, loss=loss)
+            metrics.update(lr=self.optimizer.param_groups[0]["lr"], loss=loss)
         stats = metrics.global_avg()
         logging.info("Averaged stats: %s", "  ".join(f"{name}: {value:.4f}" for name, value in stats.items()))
         return stats
@@ -242,3 +243,15 @@ class RunnerBase:
         if dist_utils.is_main_process():
             with open(self.output_dir / "log.txt", "a", encoding="utf-8") as file:
                 file.write(json.dumps(entry, indent=indent) + "\n")
+
+
+def _check_settings(run) -> None:
+    """Raise ValueError for numbers that no run can have, before anything is written."""
+    for name in ("batch_size_train", "batch_size_eval", "accum_grad_iters", "log_freq", "max_epoch", "iters_per_epoch"):
+        value = run[name]
+        if value is not None and value < 1:
+            raise ValueError(f"run.{name}={value} must be at least 1.")
+    if run.num_workers < 0:
+        raise ValueError(f"run.num_workers={run.num_workers} must be at least 0.")
+    if run.evaluate and not run.test_splits:
+        raise ValueError("run.evaluate=True needs run.test_splits, the splits to evaluate. For example: [test]")

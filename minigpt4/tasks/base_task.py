@@ -24,10 +24,12 @@ class BaseTask:
         """
         if not cfg.datasets_cfg:
             raise ValueError("The config has no dataset. Add a section such as datasets: {cc_sbu_align: {...}}.")
-        return {
-            name: registry.get_builder_class(name)(section).build_datasets()
-            for name, section in cfg.datasets_cfg.items()
-        }
+        datasets = {}
+        for name, section in cfg.datasets_cfg.items():
+            builder = registry.get_builder_class(name)(section)
+            builder.name = name  # for messages, whatever a plug-in calls itself
+            datasets[name] = builder.build_datasets()
+        return datasets
 
     def build_model(self, cfg, device: torch.device, dtype: torch.dtype) -> BaseModel:
         """The model of `model:` on `device`, its frozen parts computing in `dtype`."""

@@ -119,6 +119,10 @@ def test_option_values(option, expected):
         ("run.task=image_text_pretraining", r"Did you mean 'image_text_pretrain'\?"),
         ("run.imports=[no.such.module]", r"Cannot import 'no\.such\.module'"),
         ("run=3", r"not of the form"),
+        ("run.seed=null", r"run\.seed = None \(set in --options\) is not of type int"),
+        ("model.max_txt_len=null", r"model\.max_txt_len = None \(set in --options\) is not of type int"),
+        ("model.qformer={hiden_size: 3}", r"Unknown key model\.qformer\.hiden_size.*Did you mean 'hidden_size'\?"),
+        ("model.vit_model={dept: 3}", r"Unknown key model\.vit_model\.dept.*Did you mean 'depth'\?"),
     ],
 )
 def test_mistakes_on_the_command_line(option, message):

@@ -1,0 +1,39 @@
+"""python -m minigpt4 <command> …
+
+    python -m minigpt4 chat cat.jpg --cfg-path eval_configs/minigpt4_tiny_eval.yaml
+    python -m minigpt4 caption --dir photos --out captions.jsonl --cfg-path eval_configs/minigpt4_eval.yaml
+"""
+
+import importlib
+import sys
+
+# command, a module of minigpt4.cli with a main(argv) -> what it does; imported when called, so that help is quick
+COMMANDS = {
+    "chat": "talk about pictures in the terminal",
+    "caption": "describe pictures, a folder or shards, into a JSONL file",
+}
+
+
+def main(argv: list[str] | None = None) -> int | str | None:
+    """Run a command. Returns the process's exit status, or a message for stderr."""
+    command, *arguments = sys.argv[1:] if argv is None else argv or ["--help"]
+    if command in ("-h", "--help"):
+        return _help()
+    if command not in COMMANDS:
+        return f"Unknown command {command!r}. Known: {', '.join(COMMANDS)}."
+    from minigpt4.common.config import ConfigError
+
+    try:
+        return importlib.import_module(f"minigpt4.cli.{command}").main(arguments)
+    except ConfigError as error:
+        return f"Error: {error}"
+
+
+def _help() -> None:
+    from minigpt4.cli import print_help
+
+    print_help(__doc__, COMMANDS)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

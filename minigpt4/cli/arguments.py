@@ -1,0 +1,48 @@
+"""Command-line arguments that several commands share."""
+
+import argparse
+
+from minigpt4.conversation.decoding import Decoding
+
+DECODING_HELP = {
+    "max_new_tokens": "most tokens of an answer",
+    "num_beams": "answers pursued side by side",
+    "min_length": "fewest tokens of an answer",
+    "top_p": "sample from the likeliest tokens that together have this probability",
+    "top_k": "sample from at most so many tokens; 0: from all",
+    "temperature": "below 1: likelier tokens are favoured",
+    "repetition_penalty": "above 1: fewer repetitions",
+    "length_penalty": "with beams: above 0 favours long answers",
+    "seed": "makes sampling repeatable",
+}
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """`--cfg-path`, `--options`, `--import` and `--gpu-id`."""
+    parser.add_argument("--cfg-path", required=True, metavar="FILE", help="YAML file of the model")
+    parser.add_argument("--options", nargs="+", metavar="KEY=VALUE", help="settings that override the file's")
+    parser.add_argument("--import", nargs="+", dest="imports", metavar="MODULE", help="modules of plug-ins to import")
+    parser.add_argument("--gpu-id", type=int, metavar="N", help="GPU to use (0); without one, the CPU is")
+
+
+def add_decoding_arguments(parser: argparse.ArgumentParser, **defaults) -> None:
+    """A flag for each setting of `Decoding`, with its default or the one given here, and `--sample`."""
+    group = parser.add_argument_group("decoding")
+    for name, text in DECODING_HELP.items():
+        default = defaults.get(name, getattr(Decoding, name))
+        kind = int if name == "seed" else type(default)
+        flag = f"--{name.replace('_', '-')}"
+        group.add_argument(flag, type=kind, default=default, metavar="N", help=_help(text, default))
+    sample = defaults.get("do_sample", Decoding.do_sample)
+    group.add_argument(
+        "--sample", action=argparse.BooleanOptionalAction, default=sample, help="sample, or take the likeliest answer"
+    )
+
+
+def _help(text: str, default) -> str:
+    return text if default is None else f"{text} (%(default)s)"
+
+
+def decoding_settings(args: argparse.Namespace) -> dict:
+    """The settings of `Decoding` that the arguments give."""
+    return {name: getattr(args, name) for name in DECODING_HELP} | {"do_sample": args.sample}

@@ -1,0 +1,170 @@
+"""Talk with MiniGPT-4 about pictures, in the terminal.
+
+    python -m minigpt4 chat cat.jpg --cfg-path eval_configs/minigpt4_tiny_eval.yaml
+
+Type a question, or a command: /image PATH, /reset, /retry, /help, /quit. Ctrl-C stops an answer, Ctrl-D leaves. The
+arrow keys bring back earlier questions.
+"""
+
+import argparse
+import logging
+import os
+import shlex
+from contextlib import closing
+from pathlib import Path
+
+from minigpt4.cli.arguments import add_decoding_arguments, add_model_arguments, decoding_settings
+from minigpt4.common.config import Config
+
+COMMANDS = """\
+  /image PATH …   show pictures; they belong to the next question
+  /reset          start anew
+  /retry          answer the last question again
+  /help           show this
+  /quit           leave"""
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="minigpt4 chat", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("images", nargs="*", metavar="IMAGE", help="pictures to begin with")
+    add_model_arguments(parser)
+    add_decoding_arguments(parser)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Load the model and talk until the end of the input."""
+    args = parse_args(argv)
+    cfg = Config(args)
+    cfg.check_paths()
+    from minigpt4.conversation.loading import load_chat, select_gpu
+
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    print("Loading the model …", flush=True)
+    terminal = Terminal(load_chat(cfg, select_gpu(cfg, args.gpu_id or 0)), decoding_settings(args))
+    if args.images:
+        terminal.show(args.images)
+    print("Ask something, or /help.")
+    history = _history()
+    try:
+        terminal.run()
+    finally:
+        history()
+
+
+class Terminal:
+    """A conversation in the terminal.
+
+    Args:
+        chat: the model.
+        settings: of `Decoding`.
+    """
+
+    def __init__(self, chat, settings: dict):
+        self.chat, self.settings = chat, settings
+        self.reset()
+
+    def reset(self) -> None:
+        from minigpt4.conversation import CONV_VISION
+
+        self.conv, self.img_list = CONV_VISION.copy(), []
+
+    def run(self) -> None:
+        """Read lines and obey them, until /quit or the end of the input."""
+        while True:
+            try:
+                line = input("> ").strip()
+            except EOFError:
+                print()
+                return
+            except KeyboardInterrupt:
+                print("\nCtrl-D or /quit leaves.")
+                continue
+            if line == "/quit":
+                return
+            if line:
+                self.obey(line)
+
+    def obey(self, line: str) -> None:
+        """Carry out a command, or answer a question."""
+        command, _, argument = line.partition(" ")
+        if command == "/image":
+            self.show(_paths(argument))
+        elif command == "/reset":
+            self.reset()
+        elif command == "/retry":
+            self.retry()
+        elif command.startswith("/"):
+            print(COMMANDS)
+        else:
+            self.chat.ask(line, self.conv)
+            self.answer()
+
+    def show(self, paths: list[str]) -> None:
+        from minigpt4.conversation import PictureError
+
+        for path in paths:
+            try:
+                self.chat.upload_img(Path(path).expanduser(), self.conv, self.img_list)
+                print(f"[image {len(self.img_list)}: {path}]")
+            except PictureError as error:
+                print(error)
+
+    def retry(self) -> None:
+        if self.conv.messages and self.conv.messages[-1][0] == self.conv.roles[1]:
+            self.conv.messages.pop()
+            self.answer()
+        else:
+            print("There is no answer yet.")
+
+    def answer(self) -> None:
+        """Print the answer while it is being written; Ctrl-C ends it."""
+        printed = ""
+        answering = self.chat.stream_answer(
+            self.conv, self.img_list, notify=lambda text: print(f"\n[{text}]"), **self.settings
+        )
+        try:
+            with closing(answering):
+                for text in answering:
+                    print(text[len(printed) :] if text.startswith(printed) else f"\n{text}", end="", flush=True)
+                    printed = text
+        except KeyboardInterrupt:
+            print(" [stopped]", end="")
+        except ValueError as error:
+            self.conv.messages.pop()
+            print(error, end="")
+        print()
+
+
+def _paths(argument: str) -> list[str]:
+    """The paths after /image: one with spaces as it is, if there is such a file, otherwise as a shell reads them."""
+    if Path(argument).expanduser().is_file():
+        return [argument]
+    try:
+        return shlex.split(argument)
+    except ValueError:
+        return [argument]
+
+
+def _history():
+    """Let the arrow keys bring back questions, of earlier talks too. Returns the function that saves them."""
+    try:
+        import readline
+    except ImportError:  # Windows
+        return lambda: None
+    folder = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "minigpt4"
+    file = folder / "chat_history"
+    if file.is_file():
+        readline.read_history_file(file)
+    readline.set_history_length(1000)
+
+    def save() -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            readline.write_history_file(file)
+        except OSError as error:
+            logging.warning("The history was not saved: %s", error)
+
+    return save

@@ -1,0 +1,19 @@
+"""Talking with a model about pictures. The names are imported when first used: help texts need no torch."""
+
+import importlib
+
+_HOMES = {
+    "CONV_VISION": "conversation",
+    "Chat": "conversation",
+    "Conversation": "conversation",
+    "Decoding": "decoding",
+    "PictureError": "pictures",
+    "open_picture": "pictures",
+}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,0 +1,52 @@
+"""From a config to a `Chat`."""
+
+import logging
+
+import torch
+
+from minigpt4.common import dist_utils
+from minigpt4.common.checkpoint import CheckpointError
+from minigpt4.common.config import Config, ConfigError
+from minigpt4.common.registry import registry
+from minigpt4.conversation.conversation import Chat
+
+
+def load_chat(cfg: Config, device: torch.device) -> Chat:
+    """Build the model and its image processor on `device`. Raises ConfigError for weights that do not fit."""
+    dtype = dist_utils.select_dtype(device, cfg.run_cfg.amp, cfg.run_cfg.amp_dtype)
+    try:
+        model = registry.get_model_class(cfg.model_cfg.arch).build(cfg.model_cfg, device, dtype)
+    except CheckpointError as error:
+        raise ConfigError(str(error)) from None
+    return Chat(model, load_vis_processor(cfg), device)
+
+
+def load_vis_processor(cfg: Config):
+    """The image processor of a chat: the first dataset's for training, as the file gives it, else the default one.
+
+    An evaluation file of the first release has `blip2_image_eval` there. Raises ConfigError for an unknown name.
+    """
+    dataset = next(iter(cfg.datasets_cfg.values()), None)
+    default = cfg.preprocess_cfg.vis_processor
+    of_dataset = dataset.vis_processor.get("train") if dataset and dataset.vis_processor != default else None
+    settings = of_dataset or default.get("eval") or {"name": "blip2_image_eval", "image_size": cfg.model_cfg.image_size}
+    try:
+        return registry.get_processor_class(settings["name"]).from_config(settings)
+    except KeyError as error:
+        raise ConfigError(f"vis_processor: {error.args[0]}") from None
+
+
+def select_gpu(cfg: Config, gpu_id: int) -> torch.device:
+    """GPU `gpu_id`, or the CPU with a warning where there is none, unless `run.device` names another device.
+
+    Raises ConfigError for a GPU that this machine lacks.
+    """
+    if cfg.run_cfg.device != "cuda":
+        return dist_utils.select_device(cfg.run_cfg.device)
+    if not torch.cuda.is_available():
+        logging.warning("There is no GPU: running on the CPU.")
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if not 0 <= gpu_id < count:
+        raise ConfigError(f"--gpu-id {gpu_id}: this machine's GPUs are 0 to {count - 1}.")
+    return dist_utils.select_device(f"cuda:{gpu_id}")

@@ -1,0 +1,121 @@
+"""Visitors of the page, without the page."""
+
+import pytest
+from helpers import GOLDEN
+
+from minigpt4.cli.visit import MAX_CHARACTERS, MAX_PICTURES, Visit, Visits
+from minigpt4.conversation import Chat
+from minigpt4.processors import Blip2ImageEvalProcessor
+
+PICTURE = str(GOLDEN / "images" / "rgb.png")
+SETTINGS = {"num_beams": 1, "do_sample": False, "max_new_tokens": 12}
+
+
+@pytest.fixture(scope="module")
+def chat(build_golden_model):
+    return Chat(build_golden_model(), Blip2ImageEvalProcessor(28))
+
+
+def answer(visit, chat, **settings):
+    for _ in visit.answer(chat, SETTINGS | settings):
+        pass
+    return visit.history[-1]["content"]
+
+
+def test_questions_and_answers(chat):
+    visit = Visit()
+    assert not visit.started
+    assert visit.show(chat, [PICTURE]) == []
+    visit.ask("One?")
+    assert visit.pending
+    first = answer(visit, chat)
+    assert not visit.pending
+    visit.ask("Two?")
+    answer(visit, chat)
+    assert [entry["role"] for entry in visit.history] == ["user", "user", "assistant", "user", "assistant"]
+    assert visit.history[2]["content"] == first
+    assert [role for role, _ in visit.conv.messages] == ["Human", "Assistant"] * 2
+
+
+def test_taking_back(chat):
+    visit = Visit()
+    visit.show(chat, [PICTURE])
+    visit.ask("One?")
+    answer(visit, chat)
+    before = visit.conv.copy()
+    visit.ask("Two?")
+    answer(visit, chat)
+    assert visit.take_back() == "Two?"
+    assert visit.conv == before
+    assert visit.question is None
+    visit.ask("Three?")
+    assert visit.take_back() == "Three?"  # before it was answered
+    assert visit.conv == before
+
+
+def test_pictures_between_questions(chat):
+    visit = Visit()
+    visit.show(chat, [PICTURE, PICTURE])
+    visit.ask("One?")
+    answer(visit, chat)
+    visit.show(chat, [PICTURE])
+    visit.ask("Two?")
+    answer(visit, chat)
+    visit.take_back()
+    visit.ask("Three?")
+    answer(visit, chat)
+    assert len(visit.img_list) == visit.conv.get_prompt().count("<ImageHere>") == 3
+
+
+def test_limits(chat, tmp_path):
+    visit = Visit()
+    problems = visit.show(chat, [PICTURE] * (MAX_PICTURES + 1))
+    assert problems == [f"rgb.png is one too many: at most {MAX_PICTURES} in a conversation."]
+    for text, message in (("  ", "Ask something"), ("x" * (MAX_CHARACTERS + 1), "at most 20,000")):
+        with pytest.raises(ValueError, match=message):
+            visit.ask(text)
+        assert not visit.pending
+    visit = Visit()
+    (tmp_path / "bad.png").write_text("x")
+    assert "bad.png" in visit.show(chat, [str(tmp_path / "bad.png")])[0]
+    assert not visit.started
+
+
+def test_an_answer_that_does_not_fit_leaves_the_question(chat):
+    visit = Visit()
+    visit.show(chat, [PICTURE])
+    visit.ask("a dog " * 3000)
+    with pytest.raises(ValueError, match="the model holds"):
+        answer(visit, chat)
+    assert visit.take_back().startswith("a dog")
+    visit.ask("Short?")
+    answer(visit, chat)
+
+
+def test_notices(chat):
+    visit = Visit()
+    visit.show(chat, [PICTURE])
+    visit.ask("One?")
+    seen = []
+    for _ in visit.answer(chat, SETTINGS | {"num_beams": 2}):
+        seen.append(visit.notice)
+    assert "Beam search" in seen[0]
+    assert "tokens/s" in seen[-1]
+
+
+def test_visits_end(chat, tmp_path):
+    visits = Visits()
+    shared, own = tmp_path / "shared.png", tmp_path / "own.png"
+    for path in (shared, own):
+        path.write_bytes((GOLDEN / "images" / "rgb.png").read_bytes())
+    visits.of("a").show(chat, [str(shared), str(own)])
+    visits.of("b").show(chat, [str(shared)])
+    assert visits.of("a") is not visits.of("b")
+    visit = visits.of("a")
+    visits.close("a")
+    assert not visits.is_current("a", visit)
+    assert not own.exists()
+    assert shared.exists()  # another visitor's too
+    visits.close("b")
+    assert not shared.exists()
+    visits.close("b")

@@ -1,0 +1,62 @@
+"""From a config to a chat."""
+
+import argparse
+
+import pytest
+import torch
+from helpers import GOLDEN, ROOT
+
+from minigpt4.common.config import Config, ConfigError
+from minigpt4.conversation import CONV_VISION
+from minigpt4.conversation.loading import load_chat, load_vis_processor, select_gpu
+from minigpt4.processors import Blip2ImageEvalProcessor, Blip2ImageTrainProcessor
+
+
+def config(path, *options):
+    return Config(argparse.Namespace(cfg_path=str(path), options=list(options)))
+
+
+def test_load_chat(golden_config):
+    cfg = config(golden_config)
+    chat = load_chat(cfg, select_gpu(cfg, 0))
+    assert not chat.model.training
+    conv, img_list = CONV_VISION.copy(), []
+    chat.upload_img(GOLDEN / "images" / "rgb.png", conv, img_list)
+    chat.ask("What is it?", conv)
+    assert isinstance(chat.answer(conv, img_list, max_new_tokens=5)[0], str)
+
+
+def test_the_processor_is_the_first_datasets_as_in_the_first_release():
+    path = ROOT / "eval_configs/minigpt4_eval.yaml"
+    assert isinstance(load_vis_processor(config(path)), Blip2ImageEvalProcessor)
+    key = "datasets.cc_sbu_align.vis_processor.train.name=blip2_image_train"
+    assert isinstance(
+        load_vis_processor(config(path, key)), Blip2ImageTrainProcessor
+    )
+
+
+def test_without_one_of_its_own_the_default_for_evaluation_serves(tmp_path, golden_config):
+    (tmp_path / "eval.yaml").write_text("model:\n  arch: mini_gpt4\ndatasets:\n  cc_sbu_align: {}\n")
+    processor = load_vis_processor(config(tmp_path / "eval.yaml"))
+    assert isinstance(processor, Blip2ImageEvalProcessor)
+    (tmp_path / "eval.yaml").write_text("model:\n  arch: mini_gpt4\n")
+    assert isinstance(load_vis_processor(config(tmp_path / "eval.yaml")), Blip2ImageEvalProcessor)
+
+
+def test_an_unknown_processor(golden_config):
+    with pytest.raises(ConfigError, match="blip2_image_evil.*blip2_image_eval"):
+        load_vis_processor(config(golden_config, "preprocess.vis_processor.eval.name=blip2_image_evil"))
+
+
+def test_select_gpu(golden_config, monkeypatch, caplog):
+    cfg = config(golden_config)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert select_gpu(cfg, 3).type == "cpu"
+    assert "There is no GPU" in caplog.text
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    assert select_gpu(cfg, 1) == torch.device("cuda", 1)
+    with pytest.raises(ConfigError, match="--gpu-id 2: this machine's GPUs are 0 to 1"):
+        select_gpu(cfg, 2)
+    assert select_gpu(config(golden_config, "run.device=cpu"), 1).type == "cpu"

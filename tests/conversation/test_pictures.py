@@ -1,0 +1,74 @@
+"""Pictures from strangers."""
+
+import io
+
+import pytest
+from helpers import GOLDEN
+from PIL import Image
+
+from minigpt4.conversation import PictureError, open_picture
+from minigpt4.conversation.pictures import FORMATS
+
+
+def save(path, mode="RGB", size=(30, 20), **options):
+    Image.effect_noise(size, 60).convert(mode).save(path, **options)
+    return path
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_formats(tmp_path, format):
+    picture = open_picture(save(tmp_path / f"picture.{format.lower()}"))
+    assert (picture.mode, picture.size) == ("RGB", (30, 20))
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGBA", "LA", "I;16"])
+def test_modes(tmp_path, mode):
+    picture = Image.new(mode, (9, 7))
+    picture.save(tmp_path / "picture.png")
+    assert open_picture(tmp_path / "picture.png").mode == "RGB"
+
+
+def test_phones_hold_pictures_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    assert open_picture(save(tmp_path / "phone.jpg", exif=exif)).size == (20, 30)
+
+
+def test_of_an_animation_the_first_frame(tmp_path):
+    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "green")]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    assert open_picture(tmp_path / "a.gif").getpixel((3, 3)) == (255, 0, 0)
+
+
+def test_open_files(tmp_path):
+    content = (GOLDEN / "images" / "rgb.png").read_bytes()
+    assert open_picture(io.BytesIO(content), "rgb.png").size == open_picture(GOLDEN / "images" / "rgb.png").size
+    with pytest.raises(PictureError, match="^shard/3.jpg is not a picture"):
+        open_picture(io.BytesIO(b"x"), "shard/3.jpg")
+
+
+def test_too_many_pixels(tmp_path):
+    path = save(tmp_path / "large.png", size=(200, 100))
+    with pytest.raises(PictureError, match=r"large.png is 200 × 100 pixels; at most 0.01 million are accepted"):
+        open_picture(path, max_pixels=10_000)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("keep", [0, 10, 40, 200, 0.5, 0.9])
+def test_damaged_files_raise_nothing_else(tmp_path, format, keep):
+    path = save(tmp_path / f"picture.{format.lower()}", size=(64, 64))
+    content = path.read_bytes()
+    for cut in (content[: keep if isinstance(keep, int) else int(keep * len(content))], b"\xff" * 20 + content[20:]):
+        path.write_bytes(cut)
+        try:
+            open_picture(path)
+        except PictureError as error:
+            assert path.name in str(error)
+            assert str(tmp_path) not in str(error)
+
+
+def test_other_files(tmp_path):
+    (tmp_path / "eps.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n")
+    for path in (tmp_path / "eps.png", tmp_path / "absent.png", tmp_path):
+        with pytest.raises(PictureError, match=path.name):
+            open_picture(path)

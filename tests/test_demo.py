@@ -1,0 +1,446 @@
+"""demo.py: the page in headless Chromium (Debian's), on the golden model."""
+
+import io
+import re
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+import urllib.request
+import zlib
+
+import pytest
+from helpers import GOLDEN, ROOT
+from PIL import Image
+
+import demo
+
+CHROMIUM = shutil.which("chromium")
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium (apt-get install chromium)")
+PICTURE = GOLDEN / "images" / "rgb.png"
+
+
+def free_port():
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def uploads(tmp_path_factory):
+    return tmp_path_factory.mktemp("uploads")
+
+
+@pytest.fixture(scope="module")
+def page(uploads):
+    """The page, served, without a model."""
+    pytest.importorskip("gradio")
+    args = demo.parse_args(["--cfg-path", "unused.yaml", "--port", str(free_port()), "--max-upload-mb", "1"])
+    page = demo.serve(args, str(uploads))
+    page.url = page.blocks.local_url
+    yield page
+    page.blocks.close()
+
+
+@pytest.fixture(scope="module")
+def chat(build_golden_model):
+    """The golden model, slow enough to be watched, greedy and never silent."""
+    from minigpt4.conversation import Chat
+    from minigpt4.processors import Blip2ImageEvalProcessor
+
+    model = build_golden_model()
+    forward = model.llama_model.forward
+
+    def slow(*args, **kwargs):
+        time.sleep(0.03)
+        return forward(*args, **kwargs)
+
+    model.llama_model.forward = slow
+    return Chat(model, Blip2ImageEvalProcessor(28))
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(browser, page, chat):
+    """visit() opens the page for a new visitor."""
+    page.chat = chat
+    contexts, elsewhere = [], []
+
+    def open_page(**options):
+        context = browser.new_context(**options)
+        contexts.append(context)
+        tab = context.new_page()
+        tab.set_default_timeout(20_000)
+        tab.on("request", lambda r: None if r.url.startswith((page.url, "blob:", "data:")) else elsewhere.append(r.url))
+        tab.goto(page.url)
+        tab.wait_for_selector("#start:not([disabled])")
+        return tab
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert elsewhere == []  # the page works offline and calls nobody
+
+
+def upload(tab, *files):
+    tab.set_input_files("#picker input[type=file]", [str(file) for file in files])
+    tab.wait_for_selector("#picker img")
+    tab.click("#start")
+    tab.wait_for_selector("#box textarea:not([disabled])")
+
+
+def ask(tab, text):
+    tab.fill("#box textarea", text)
+    tab.keyboard.press("Enter")
+
+
+def answers(tab):
+    return [text.strip() for text in tab.locator("#chatbot [data-testid=bot]").all_inner_texts()]
+
+
+def questions(tab):
+    return [text.strip() for text in tab.locator("#chatbot [data-testid=user]").all_inner_texts() if text.strip()]
+
+
+def wait_for_end(tab, count=1):
+    tab.wait_for_function("(document.querySelector('#notice')?.innerText ?? '').includes('tokens/s')")
+    tab.wait_for_function("n => document.querySelectorAll('#chatbot [data-testid=bot]').length == n", arg=count)
+
+
+def toast(tab):
+    tab.wait_for_selector(".toast-body")
+    text = tab.inner_text(".toast-body")
+    tab.click(".toast-close")
+    tab.wait_for_selector(".toast-body", state="detached")
+    return text
+
+
+@needs_chromium
+def test_the_page_is_there_before_the_model(browser, page, chat):
+    page.chat, page.progress = None, "Loading the language model"
+    tab = browser.new_page()
+    tab.goto(page.url)
+    tab.wait_for_function("(document.querySelector('#status')?.innerText ?? '').includes('Loading the language model')")
+    assert tab.is_disabled("#start")
+    assert tab.is_disabled("#box textarea")
+    page.chat = chat
+    tab.wait_for_selector("#start:not([disabled])")
+    tab.wait_for_function("(document.querySelector('#status')?.innerText ?? '').trim() == ''")
+    assert tab.is_disabled("#box textarea")  # waits for a picture
+    tab.close()
+
+
+@needs_chromium
+def test_a_conversation(visit):
+    tab = visit()
+    upload(tab, PICTURE)
+    assert tab.is_disabled("#start")
+    ask(tab, "What is in this image?")
+    seen = []
+    while "tokens/s" not in tab.inner_text("#notice"):
+        seen += [text for text in answers(tab) if text not in seen]
+        tab.wait_for_timeout(50)
+    wait_for_end(tab)
+    (first,) = answers(tab)
+    grown = [text for text in seen if text]
+    assert len(grown) > 3  # it streams
+    assert all(first.startswith(text) for text in grown)
+    assert re.search(r"\d+ tokens, [\d.]+ tokens/s", tab.inner_text("#notice"))
+    ask(tab, "Why?")
+    wait_for_end(tab, 2)
+    assert answers(tab)[0] == first
+    assert questions(tab) == ["What is in this image?", "Why?"]
+    tab.click("#restart")
+    tab.wait_for_function("document.querySelectorAll('#chatbot [data-testid=bot]').length == 0")
+    tab.wait_for_selector("#box textarea[disabled]")
+    upload(tab, PICTURE)
+    ask(tab, "And now?")
+    wait_for_end(tab)
+    assert questions(tab) == ["And now?"]
+
+
+@needs_chromium
+def test_two_visitors_have_states_of_their_own(page, visit):
+    first, second = visit(), visit()
+    upload(first, PICTURE)
+    upload(second, GOLDEN / "images" / "wide.png")
+    ask(first, "I am the first.")
+    ask(second, "I am the second.")
+    wait_for_end(first)
+    wait_for_end(second)
+    assert questions(first) == ["I am the first."]
+    assert questions(second) == ["I am the second."]
+    prompts = [state.conv.get_prompt() for state in page._visits._visits.values() if state.history]
+    assert sorted("I am the first." in prompt for prompt in prompts) == [False, True]
+    assert not any("I am the first." in prompt and "I am the second." in prompt for prompt in prompts)
+    first.click("#restart")
+    first.wait_for_selector("#box textarea[disabled]")
+    assert len(answers(second)) == 1
+    ask(second, "Still here?")
+    wait_for_end(second, 2)
+
+
+@needs_chromium
+def test_retry_and_edit(page, visit):
+    tab = visit()
+    upload(tab, PICTURE)
+    ask(tab, "First?")
+    wait_for_end(tab)
+    ask(tab, "Second?")
+    wait_for_end(tab, 2)
+    tab.locator("#chatbot button[aria-label=Retry]").last.click()
+    tab.wait_for_function("!(document.querySelector('#notice')?.innerText ?? '').includes('tokens/s')")
+    wait_for_end(tab, 2)
+    assert questions(tab) == ["First?", "Second?"]
+    tab.locator("#chatbot button[aria-label=Edit]").last.click()
+    tab.locator("#chatbot textarea").last.fill("Third?")
+    tab.locator("#chatbot button[aria-label=Submit]").last.click()
+    tab.wait_for_function("!(document.querySelector('#notice')?.innerText ?? '').includes('tokens/s')")
+    wait_for_end(tab, 2)
+    assert questions(tab) == ["First?", "Third?"]
+    (conv,) = [state.conv for state in page._visits._visits.values() if state.question == "Third?"]
+    assert [text for role, text in conv.messages if role == "Human"][1:] == ["Third?"]
+    assert len(conv.messages) == 4
+
+
+@needs_chromium
+def test_stop(visit, chat, monkeypatch):
+    endless = chat.model.llama_model.generate
+    monkeypatch.setattr(
+        chat.model.llama_model, "generate", lambda **options: endless(**options | {"min_new_tokens": 300})
+    )
+    tab = visit()
+    upload(tab, PICTURE)
+    ask(tab, "Go on for ever.")
+    tab.wait_for_function("document.querySelectorAll('#chatbot [data-testid=bot]').length == 1")
+    tab.click("#box button.stop-button")
+    wait_for_end(tab)
+    assert "Stopped." in tab.inner_text("#notice")
+    assert tab.is_visible("#box button.submit-button")
+    monkeypatch.undo()
+    ask(tab, "And now?")
+    tab.wait_for_function("!(document.querySelector('#notice')?.innerText ?? '').includes('Stopped')")
+    wait_for_end(tab, 2)
+
+
+@needs_chromium
+def test_several_pictures_and_beams(page, visit):
+    tab = visit()
+    upload(tab, PICTURE, GOLDEN / "images" / "wide.png")
+    tab.set_input_files("#box input[type=file]", str(GOLDEN / "images" / "gray.png"))
+    tab.wait_for_selector("#box .thumbnail-item")
+    tab.fill("#beams input[type=number]", "2")
+    tab.keyboard.press("Tab")
+    ask(tab, "Compare them.")
+    tab.wait_for_function("(document.querySelector('#notice')?.innerText ?? '').includes('Beam search')")
+    wait_for_end(tab)
+    (state,) = [state for state in page._visits._visits.values() if state.question == "Compare them."]
+    assert len(state.img_list) == 3
+    assert state.conv.messages[0][1].count("<ImageHere>") == 3
+    assert tab.locator("#chatbot img").count() == 3
+
+
+@needs_chromium
+def test_examples(page, visit):
+    for _ in range(2):  # the second visitor still finds them
+        tab = visit()
+        assert tab.evaluate("[...document.querySelectorAll('#examples img')].every(i => i.naturalWidth > 0)")
+        tab.click("#examples button >> nth=0")
+        tab.wait_for_selector("#picker img")
+        tab.click("#start")
+        tab.wait_for_selector("#box textarea:not([disabled])")
+        visits = len(page._visits._visits)
+        tab.close()
+        wait_until(lambda: len(page._visits._visits) < visits)  # noqa: B023
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+def claims_to_be(side):
+    """A PNG of a hundred bytes that claims `side` × `side` pixels."""
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    body = zlib.compress(b"\0" * 10_000)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+
+
+def truncated():
+    buffer = io.BytesIO()
+    Image.effect_noise((64, 64), 50).save(buffer, "PNG")
+    return buffer.getvalue()[:600]
+
+
+@needs_chromium
+def test_bad_uploads_get_a_message_and_the_server_lives_on(visit, tmp_path):
+    cases = {
+        "text.png": (b"this is no picture", "is not a picture that can be read"),
+        "bomb.png": (claims_to_be(60_000), "too many pixels"),
+        "large.png": (claims_to_be(9_000), "9000 × 9000 pixels"),
+        "cut.png": (truncated(), "damaged or cut short"),
+        "page.svg": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not a picture that can be read"),
+        "empty.jpg": (b"", "not a picture that can be read"),
+    }
+    tab = visit()
+    for name, (content, message) in cases.items():
+        (tmp_path / name).write_bytes(content)
+        tab.set_input_files("#picker input[type=file]", str(tmp_path / name))
+        tab.wait_for_selector("#picker .grid-wrap button", state="attached")
+        tab.click("#start")
+        assert message in toast(tab), name
+        assert tab.is_disabled("#box textarea"), name
+        tab.click("#restart")
+        tab.wait_for_selector("#picker .grid-wrap", state="detached")
+    frames = [Image.new("RGB", (20, 20), color) for color in ("red", "green", "blue")]
+    frames[0].save(tmp_path / "animated.gif", save_all=True, append_images=frames[1:])
+    upload(tab, tmp_path / "animated.gif")
+    ask(tab, "What is it?")
+    wait_for_end(tab)
+
+
+@needs_chromium
+def test_a_file_that_is_too_large_is_refused(visit, tmp_path):
+    (tmp_path / "large.bmp").write_bytes(b"BM" + bytes(2 * 2**20))
+    tab = visit()
+    tab.set_input_files("#picker input[type=file]", str(tmp_path / "large.bmp"))
+    assert "1" in toast(tab)
+    tab.click("#restart")
+
+
+@needs_chromium
+def test_uploads_are_deleted_after_the_visit(visit, uploads):
+    tab = visit()
+    content = io.BytesIO()
+    Image.effect_noise((50, 40), 80).save(content, "PNG")
+    before = set(uploads.rglob("*.png"))
+    tab.set_input_files(
+        "#picker input[type=file]", {"name": "mine.png", "mimeType": "image/png", "buffer": content.getvalue()}
+    )
+    tab.wait_for_selector("#picker img")
+    tab.click("#start")
+    tab.wait_for_selector("#box textarea:not([disabled])")
+    assert {path.name for path in set(uploads.rglob("*.png")) - before} == {"mine.png"}
+    tab.context.close()
+    wait_until(lambda: not any(path.name == "mine.png" for path in uploads.rglob("*.png")))
+
+
+@needs_chromium
+def test_uploads_that_were_never_shown_are_deleted_too(visit, uploads):
+    tab = visit()
+    content = io.BytesIO()
+    Image.effect_noise((50, 40), 80).save(content, "PNG")
+    file = {"name": "unused.png", "mimeType": "image/png", "buffer": content.getvalue()}
+    with tab.expect_response(lambda response: "/queue/" in response.url or "/run/" in response.url):
+        tab.set_input_files("#picker input[type=file]", file)
+    tab.wait_for_selector("#picker img")
+    tab.wait_for_timeout(1000)
+    assert any(path.name == "unused.png" for path in uploads.rglob("*.png"))
+    tab.context.close()
+    wait_until(lambda: not any(path.name == "unused.png" for path in uploads.rglob("*.png")))
+
+
+def test_forged_requests_reach_no_file_and_no_server(page, tmp_path):
+    """A client that sends what the page never would: an error for it, nothing else."""
+    import httpx
+
+    for path in ("/etc/passwd", str(ROOT / "demo.py"), "../demo.py"):
+        assert httpx.get(f"{page.url}gradio_api/file={path}").status_code in (403, 404)
+    endpoints = httpx.get(f"{page.url}config").json()["dependencies"]
+    for forged in ({"path": "/etc/passwd"}, {"path": str(PICTURE)}, {"path": f"{page.url}x.png"}, {"url": page.url}):
+        picture = {"image": forged | {"meta": {"_type": "gradio.FileData"}}, "caption": None}
+        for endpoint in endpoints:
+            if [target[1] for target in endpoint["targets"]] == ["click"] and len(endpoint["inputs"]) == 1:
+                body = {"data": [[picture]], "fn_index": endpoint["id"], "session_hash": "forger"}
+                assert httpx.post(f"{page.url}gradio_api/queue/join", json=body).status_code == 200
+                url = f"{page.url}gradio_api/queue/data?session_hash=forger"
+                with httpx.stream("GET", url, timeout=20) as lines:
+                    (end,) = [line for line in lines.iter_lines() if "process_completed" in line]
+                assert '"success":false' in end
+                assert str(ROOT) not in end
+    assert not page._visits.of("forger").started
+    assert httpx.get(page.url).status_code == 200
+
+
+@needs_chromium
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_phone(visit, scheme):
+    tab = visit(viewport={"width": 390, "height": 844}, color_scheme=scheme, is_mobile=True, has_touch=True)
+    upload(tab, PICTURE)
+    ask(tab, "What is in this image?")
+    wait_for_end(tab)
+    assert tab.evaluate("document.documentElement.scrollWidth") == 390  # nothing to scroll to the side
+    dark = "document.body.classList.contains('dark')"
+    assert tab.evaluate(dark) is (scheme == "dark")
+    tab.click("text=Light / dark")
+    assert tab.evaluate(dark) is (scheme != "dark")
+
+
+def test_the_whole_command(golden_config):
+    """demo.py in a process of its own serves, loads the model of a YAML file, and ends on Ctrl-C."""
+    port = free_port()
+    command = [sys.executable, "demo.py", "--cfg-path", str(golden_config), "--port", str(port)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if "The model is ready" in line:
+            break
+    output = "".join(lines)
+    assert "The model is ready" in output, output
+    assert urllib.request.urlopen(f"http://127.0.0.1:{port}", timeout=10).status == 200
+    process.send_signal(signal.SIGINT)
+    assert process.wait(20) is not None
+
+
+def test_a_wrong_path_is_reported_before_anything_is_served(tmp_path):
+    (tmp_path / "eval.yaml").write_text("model:\n  arch: mini_gpt4\n  ckpt: /nowhere.pth\n")
+    command = [sys.executable, "demo.py", "--cfg-path", str(tmp_path / "eval.yaml")]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 1
+    assert "model.ckpt = '/nowhere.pth'" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--auth", "alice"], "not of the form USER:PASSWORD"),
+        (["--concurrency", "0"], "--concurrency must be more than 0"),
+        (["--max-upload-mb", "-1"], "--max-upload-mb must be more than 0"),
+    ],
+)
+def test_wrong_arguments(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        demo.parse_args(["--cfg-path", "x", *arguments])
+    assert message in capsys.readouterr().err
+
+
+def test_defaults_are_local():
+    args = demo.parse_args(["--cfg-path", "x"])
+    assert (args.host, args.share, args.auth, args.gpu_id) == ("127.0.0.1", False, None, 0)
+    assert demo.parse_args(["--cfg-path", "x", "--auth", "a:b", "c:d:e"]).auth == [("a", "b"), ("c", "d:e")]
+
+
+def test_help_is_quick():
+    start = time.monotonic()
+    code = "import sys, demo\ntry: demo.parse_args(['--help'])\nexcept SystemExit: pass\n"
+    code += "sys.exit('torch' in sys.modules or 'gradio' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
+    assert time.monotonic() - start < 10
