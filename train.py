@@ -14,21 +14,24 @@ import logging
 import sys
 from datetime import datetime
 
-from minigpt4.common.config import Config, ConfigError
+from minigpt4.common.config import Config
+from minigpt4.common.errors import ConfigError
+from minigpt4.common.registry import UnknownNameError
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cfg-path", required=True, metavar="FILE", help="the run's YAML file")
-    parser.add_argument("--options", nargs="+", metavar="KEY=VALUE", help="settings that override the file's")
-    parser.add_argument("--import", nargs="+", dest="imports", metavar="MODULE", help="modules of plug-ins to import")
+    several = {"nargs": "+", "action": "extend"}
+    parser.add_argument("--options", **several, metavar="KEY=VALUE", help="settings that override the file's")
+    parser.add_argument("--import", **several, dest="imports", metavar="MODULE", help="plug-ins to import first")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Read the config, build task, datasets and model, and run."""
     cfg = Config(parse_args(argv))
-    cfg.check_paths()
+    cfg.check_paths(datasets=True)
 
     # Imported late: a mistake in the config is reported before torch and transformers are even loaded.
     from minigpt4.common import dist_utils
@@ -40,16 +43,18 @@ def main(argv: list[str] | None = None) -> None:
     device = dist_utils.select_device(cfg.run_cfg.device)
     dist_utils.init_process_group(device, cfg.run_cfg.dist_backend, cfg.run_cfg.distributed)
     try:
-        seed_everything(cfg.run_cfg.seed)
+        seed_everything(cfg.run_cfg.seed)  # the same on all ranks, so that parts with random weights are too
         cfg.pretty_print()
         job_id = dist_utils.broadcast_object(datetime.now().strftime("%Y%m%d%H%M%S"))
         task = registry.get_task_class(cfg.run_cfg.task).setup_task(cfg=cfg)
+        runner_class = registry.get_runner_class(cfg.run_cfg.runner)
+        registry.get_lr_scheduler_class(cfg.run_cfg.lr_sched)  # a misspelt name is found before anything is loaded
         datasets = task.build_datasets(cfg)
-        dtype = dist_utils.select_dtype(device, cfg.run_cfg.amp, cfg.run_cfg.amp_dtype)
-        model = task.build_model(cfg, device, dtype)
+        model = task.build_model(cfg)
+        seed_everything(cfg.run_cfg.seed + dist_utils.get_rank())
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         logging.info("number of trainable parameters: %d", trainable)
-        registry.get_runner_class(cfg.run_cfg.runner)(cfg, task, model, datasets, job_id).train()
+        runner_class(cfg, task, model, datasets, job_id).train()
     finally:
         dist_utils.destroy_process_group()
 
@@ -57,5 +62,5 @@ def main(argv: list[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except ConfigError as error:
+    except (ConfigError, UnknownNameError, FileNotFoundError, IsADirectoryError) as error:
         sys.exit(f"Error: {error}")

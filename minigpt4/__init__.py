@@ -9,3 +9,4 @@ __version__ = "0.1.0"
 PACKAGE_ROOT = Path(__file__).resolve().parent
 
 registry.register_path("library_root", str(PACKAGE_ROOT))
+registry.register_path("repo_root", str(PACKAGE_ROOT.parent))

@@ -59,19 +59,16 @@ def report(row: dict, as_json: bool) -> None:
 
 def time_config(args: argparse.Namespace) -> dict:
     """Steps of a training config, with its own model and data, through its own runner."""
-    from minigpt4.common import dist_utils
     from minigpt4.common.config import Config
     from minigpt4.common.registry import registry
 
     cfg = Config(args)
-    cfg.check_paths()
-    device = dist_utils.select_device(cfg.run_cfg.device)
-    dtype = dist_utils.select_dtype(device, cfg.run_cfg.amp, cfg.run_cfg.amp_dtype)
+    cfg.check_paths(datasets=True)
     task = registry.get_task_class(cfg.run_cfg.task).setup_task(cfg=cfg)
     with tempfile.TemporaryDirectory() as folder:
         cfg.run_cfg.output_dir = folder
         runner = registry.get_runner_class(cfg.run_cfg.runner)(
-            cfg, task, task.build_model(cfg, device, dtype), task.build_datasets(cfg), "bench"
+            cfg, task, task.build_model(cfg), task.build_datasets(cfg), "bench"
         )
         runner.module.train()
         batches = runner.loader.epoch(0, args.warmup + args.steps)

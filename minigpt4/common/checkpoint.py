@@ -16,11 +16,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file as load_safetensors
 from torch import nn
 
+from minigpt4.common.errors import ConfigError
+from minigpt4.common.weights import fetch
+
 # Buffers that first-release checkpoints hold and that carry no learnt value.
 TOLERATED = re.compile(r"(^|\.)(position_ids|rotary_emb\.inv_freq)$")
 
 
-class CheckpointError(ValueError):
+class CheckpointError(ConfigError):
     """A file that holds no weights, or weights that do not fit the model."""
 
 
@@ -41,7 +44,11 @@ def read_file(path: Path) -> dict:
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a weights file; those under "model" or "state_dict" where it has such a key."""
-    content = read_file(path)
+    return weights_of(read_file(path))
+
+
+def weights_of(content: dict) -> dict[str, torch.Tensor]:
+    """The tensors in the content of a weights file."""
     for key in ("model", "state_dict"):
         if isinstance(content.get(key), dict):
             content = content[key]
@@ -77,13 +84,11 @@ def load_weights(module: nn.Module, weights: dict[str, torch.Tensor], source: st
 
 
 def resolve(path: str) -> Path:
-    """The checkpoint file that `path` means: itself, or the newest checkpoint_N.pth of a run's folder.
+    """The checkpoint file that `path` means: itself, a URL's, or the newest checkpoint_N.pth of a run's folder.
 
     Raises FileNotFoundError when there is none.
     """
-    resolved = Path(path).expanduser()
-    if not resolved.exists():
-        raise FileNotFoundError(f"Checkpoint {path} does not exist.")
+    resolved = fetch(path)
     if resolved.is_file():
         return resolved
     numbered = {int(m[1]): p for p in resolved.iterdir() if (m := re.fullmatch(r"checkpoint_(\d+)\.pth", p.name))}

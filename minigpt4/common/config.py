@@ -7,30 +7,31 @@
 5. `--options key=value …`.
 """
 
-import importlib
 import json
 import logging
 import re
-from dataclasses import fields
+from collections.abc import Iterator
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from minigpt4.common.errors import ConfigError
 from minigpt4.common.registry import did_you_mean, registry
 from minigpt4.common.schema import DatasetConfig, EnvConfig, MiniGPT4Config, PreprocessConfig, RunConfig
+from minigpt4.common.sources import (
+    CONFIGS,
+    default_sources,
+    import_plugins,
+    load_yaml,
+    parse_options,
+    shipped_datasets,
+)
 
-PACKAGE_ROOT = Path(__file__).resolve().parents[1]
-CONFIGS = PACKAGE_ROOT / "configs"
-SECTIONS = {
-    "run": RunConfig,
-    "model": MiniGPT4Config,
-    "datasets": None,
-    "preprocess": PreprocessConfig,
-    "env": EnvConfig,
-}
-# Keys whose value is a path; all may also be a URL, and llama_model a hub id.
+SECTIONS = ("run", "model", "datasets", "preprocess", "env")
+# Keys whose value is a path or URL; prompt_path takes no URL, llama_model a hub id instead of one.
 PATH_KEYS = (
     "model.llama_model",
     "model.vit_weights",
@@ -39,13 +40,6 @@ PATH_KEYS = (
     "model.prompt_path",
     "run.resume_ckpt_path",
 )
-
-# `${package:assets/tiny/llama}` is a file that ships with the package, wherever that is installed.
-OmegaConf.register_resolver("package", lambda path: str(PACKAGE_ROOT / path), replace=True)
-
-
-class ConfigError(ValueError):
-    """A mistake in a YAML file or in `--options`; the message names the key, where it stands, and the fix."""
 
 
 class Config:
@@ -60,13 +54,13 @@ class Config:
     """
 
     def __init__(self, args):
-        user = load_yaml(args.cfg_path)
-        options = parse_options(args.options or [])
+        user = _sections(load_yaml(args.cfg_path), args.cfg_path)
+        options = _sections(parse_options(args.options or []), "--options")
         request = OmegaConf.merge(user, options)
-        for section in request:
-            if not isinstance(request[section], DictConfig):
-                raise ConfigError(f"{section} in {args.cfg_path} must be a mapping, not {request[section]!r}.")
-        import_plugins([*(OmegaConf.select(request, "run.imports") or []), *(getattr(args, "imports", None) or [])])
+        imports = OmegaConf.select(request, "run.imports") or []
+        if isinstance(imports, str):
+            raise ConfigError(f"run.imports = {imports!r} must be a list of modules, as in [{imports}].")
+        import_plugins([*imports, *(getattr(args, "imports", None) or [])])
 
         # (where, settings), in merge order; kept to be able to say where a value comes from.
         self._sources = [
@@ -81,36 +75,42 @@ class Config:
         self.model_cfg = self._typed("model", merged, self._schema("model", merged, "model.arch", MiniGPT4Config))
         self.env_cfg = self._typed("env", merged, EnvConfig)
         self.preprocess_cfg = self._typed("preprocess", merged, PreprocessConfig)
-        self.datasets_cfg = OmegaConf.create(
-            {name: self._typed(f"datasets.{name}", merged, DatasetConfig) for name in merged.get("datasets") or {}}
-        )
-        for dataset in self.datasets_cfg.values():
-            for kind in ("vis_processor", "text_processor"):
-                dataset[kind] = dataset[kind] or self.preprocess_cfg[kind]
+        self.datasets_cfg = OmegaConf.create({name: self._dataset(name, merged) for name in merged.get("datasets", {})})
+        for key in PATH_KEYS:
+            section, name = key.split(".")
+            cfg = getattr(self, f"{section}_cfg")
+            if str(cfg.get(name)).startswith("~"):
+                cfg[name] = str(Path(cfg[name]).expanduser())
 
     def origin(self, key: str) -> str:
         """The file, or `--options`, that set `key` last."""
-        for where, source in reversed(self._sources):
-            if _sets(source, key):
-                return str(where)
-        return "the built-in default"
+        return next((str(where) for where, source in reversed(self._sources) if _sets(source, key)), "the defaults")
 
-    def check_paths(self) -> None:
-        """Raise a ConfigError that lists every path of the config that does not exist."""
-        missing = []
+    def check_paths(self, datasets: bool = False) -> None:
+        """Raise a ConfigError that lists every path of model and run (and of `datasets`) that does not exist."""
+        missing = [
+            f"  {key} = {value!r} (set in {self.origin(key)}) does not exist. "
+            f"Change it there, or on the command line: --options {key}=/where/it/is"
+            for key, value in [*self._paths(), *(self._storages() if datasets else [])]
+            if not _exists(value, key)
+        ]
+        if missing:
+            raise ConfigError("Paths that do not exist:\n" + "\n".join(missing))
+
+    def _paths(self) -> Iterator[tuple[str, str]]:
+        """(key, value) of every path of the model and the run."""
         for key in PATH_KEYS:
             section, name = key.split(".")
             value = getattr(self, f"{section}_cfg").get(name)
-            if not value or _exists(value) or (key == "model.llama_model" and _is_hub_id(value)):
-                continue
-            if key == "model.vit_weights" and value == "published":
-                continue
-            missing.append(
-                f"  {key} = {value!r} (set in {self.origin(key)}) does not exist. "
-                f"Change it there, or on the command line: --options {key}=/where/it/is"
-            )
-        if missing:
-            raise ConfigError("Paths that do not exist:\n" + "\n".join(missing))
+            if value and (key, value) != ("model.vit_weights", "published"):
+                yield key, value
+
+    def _storages(self) -> Iterator[tuple[str, str]]:
+        """(key, value) of the shards and folders of shipped datasets; a plug-in knows its own."""
+        for name in self.datasets_cfg.keys() & shipped_datasets().keys():
+            storage = self.datasets_cfg[name].build_info.get("storage")
+            for value in [storage] if isinstance(storage, str) else storage or []:
+                yield f"datasets.{name}.build_info.storage", value
 
     def to_dict(self) -> dict:
         """All settings as plain containers, interpolations resolved."""
@@ -143,9 +143,25 @@ class Config:
             raise ConfigError(f"{key}: {error.args[0]}") from None
         return getattr(plugin, "config_class", builtin if kind == "task" else None)
 
+    def _dataset(self, name: str, merged: DictConfig) -> DictConfig:
+        """A section `datasets.<name>`, with the processors of `preprocess` for splits that name none."""
+        if not isinstance(merged.datasets[name], DictConfig):
+            raise ConfigError(f"datasets.{name} (set in {self.origin(f'datasets.{name}')}) must be a mapping.")
+        if name in shipped_datasets():
+            schema = DatasetConfig
+        else:
+            schema = getattr(registry.get_builder_class(name), "config_class", None)
+        dataset = self._typed(f"datasets.{name}", merged, schema)
+        if schema is None:
+            dataset = OmegaConf.merge(asdict(DatasetConfig()), dataset)
+        for kind in ("vis_processor", "text_processor"):
+            dataset[kind] = self.preprocess_cfg[kind] | dataset[kind]
+        return dataset
+
     def _typed(self, section: str, merged: DictConfig, schema: type | None) -> DictConfig:
         """The section checked against its dataclass, defaults filled in."""
-        values = OmegaConf.select(merged, section) or OmegaConf.create({})
+        values = OmegaConf.select(merged, section)
+        values = OmegaConf.create({}) if values is None else values
         if schema is None:
             return values
         self._check_names(f"{section}.", values, [f.name for f in fields(schema)])
@@ -155,19 +171,28 @@ class Config:
         except OmegaConfBaseException as error:
             raise self._type_error(section, schema, error) from None
         for field in fields(schema):
-            if "keys" in field.metadata and isinstance(typed[field.name], DictConfig):
-                self._check_names(f"{section}.{field.name}.", typed[field.name], field.metadata["keys"])
+            self._check_value(f"{section}.{field.name}", typed[field.name], **field.metadata)
         return typed
 
+    def _check_value(self, key: str, value, keys=(), choices=(), least=None) -> None:
+        """Check a value against what its field in the schema says beside the type."""
+        if keys and isinstance(value, DictConfig):
+            self._check_names(f"{key}.", value, keys)
+        where = f"{key} = {value!r} (set in {self.origin(key)})"
+        if choices and value is not None and value not in choices:
+            raise ConfigError(f"{where} is not one of {', '.join(choices)}.{did_you_mean(value, choices)}")
+        if least is not None and value is not None and value < least:
+            raise ConfigError(f"{where} must be at least {least}.")
+
     def _type_error(self, section: str, schema: type, error: OmegaConfBaseException) -> ConfigError:
-        name = (getattr(error, "full_key", None) or "").split(".")[0].split("[")[0]
-        hints = get_type_hints(schema)
-        if name not in hints:
+        name = (getattr(error, "full_key", None) or "").split(".")[-1].split("[")[0]
+        hint = get_type_hints(schema).get(name)
+        key = f"{section}.{name}"
+        source = next((source for _, source in reversed(self._sources) if _sets(source, key)), None)
+        if hint is None or source is None or "Interpolation" in type(error).__name__:
             return ConfigError(f"{section} (set in {self.origin(section)}): {str(error).splitlines()[0]}")
-        hint = hints[name]
-        key, expected = f"{section}.{name}", hint.__name__ if type(hint) is type else hint
-        value = next((s for _, s in reversed(self._sources) if _sets(s, key)), {})
-        value = OmegaConf.select(value, key)
+        value = OmegaConf.to_container(OmegaConf.select(source, section), resolve=False)[name]
+        expected = hint.__name__ if type(hint) is type else hint
         return ConfigError(f"{key} = {value!r} (set in {self.origin(key)}) is not of type {expected}.")
 
     def _check_names(self, prefix: str, values: DictConfig, known) -> None:
@@ -180,104 +205,19 @@ class Config:
                 )
 
 
-def load_yaml(path: str | Path) -> DictConfig:
-    """Read a YAML file whose top level is a mapping. Raises ConfigError that names the file."""
-    try:
-        loaded = OmegaConf.load(path)
-    except OSError as error:
-        raise ConfigError(f"Cannot read {path}: {error.strerror}. Give the YAML file with --cfg-path.") from None
-    except Exception as error:  # yaml's own errors share no base class that is public
-        raise ConfigError(f"{path} is not valid YAML: {error}") from None
-    if not isinstance(loaded, DictConfig):
-        raise ConfigError(f"{path} must hold a mapping with sections such as run: and model:.")
-    return loaded
-
-
-def parse_options(options: list[str]) -> DictConfig:
-    """`["run.batch_size_train=8", …]` as a nested config. Raises ConfigError for an item without key or value."""
-    parsed = OmegaConf.create({})
-    for option in options:
-        key, equals, text = option.partition("=")
-        if not equals or not re.fullmatch(r"[A-Za-z_][\w-]*(\.[\w-]+)+", key):
-            raise ConfigError(f"--options {option!r} is not of the form section.key=value, as in run.init_lr=1e-4.")
-        if not text:
-            raise ConfigError(f"--options {option!r} has no value. Write {key}=null to unset it, or {key}='\"\"'.")
-        OmegaConf.update(parsed, key, _option_value(text, key), force_add=True)
-    return parsed
-
-
-def _option_value(text: str, key: str):
-    """Numbers, booleans, null, quoted text, [lists] and {mappings} are YAML; anything else is the text itself.
-
-    Plain YAML would drop what follows a `#`, read `Human: {}` as a mapping and strip spaces, all of which occur in
-    prompt templates.
-    """
-    if text.startswith("#"):
-        return text
-    try:
-        value = OmegaConf.create(f"value: {text}")
-        value = OmegaConf.to_container(value, resolve=False)["value"]
-    except Exception as error:  # yaml's own errors share no base class that is public
-        if text[0] in "[{\"'":
-            raise ConfigError(f"--options {key}={text} is not valid YAML: {error}") from None
-        return text
-    structured = text[0] in "[{\"'"
-    return value if structured or not isinstance(value, (str, dict, list)) else text
-
-
-def import_plugins(modules: list[str]) -> None:
-    """Import modules that register plug-ins. Raises ConfigError when one cannot be found."""
-    for module in modules:
-        try:
-            importlib.import_module(module)
-        except ModuleNotFoundError as error:
-            hint = " Is its folder on PYTHONPATH?" if error.name and module.startswith(error.name) else ""
-            raise ConfigError(f"Cannot import {module!r} (--import, run.imports): {error}.{hint}") from error
-
-
-def default_sources(request: DictConfig) -> list[tuple[Path, DictConfig]]:
-    """The default YAMLs that a request (the user's file and options) calls for: the model's, then the datasets'."""
-    sources = []
-    model = request.get("model") or {}
-    if model:
-        arch = model.get("arch") or MiniGPT4Config.arch
-        sources.append(_model_default(arch, model.get("model_type") or MiniGPT4Config.model_type))
-    for name, dataset in (request.get("datasets") or {}).items():
-        sources += _dataset_default(name, (dataset or {}).get("type", "default"))
-    return [(path, load_yaml(path)) for path in sources if path]
-
-
-def _model_default(arch: str, model_type: str) -> Path | None:
-    """The shipped YAML with this arch and model_type, or the one a plug-in's class names."""
-    types = {}
-    for path in sorted(CONFIGS.glob("models/*.yaml")):
-        model = load_yaml(path).model
-        if model.arch == arch:
-            types[model.get("model_type", MiniGPT4Config.model_type)] = path
-    if not types:
-        try:
-            model = registry.get_model_class(arch)
-            return model.default_config_path(model_type) if model.PRETRAINED_MODEL_CONFIG_DICT else None
-        except KeyError as error:
-            raise ConfigError(f"model.arch: {error.args[0]}") from None
-    if model_type not in types:
-        raise ConfigError(
-            f"model.model_type={model_type!r} is not known for {arch}.{did_you_mean(model_type, types)} "
-            f"Known: {', '.join(sorted(types))}."
-        )
-    return types[model_type]
-
-
-def _dataset_default(name: str, config_type: str) -> list[Path]:
-    """The shipped YAML that describes this dataset, or the one a plug-in's builder names."""
-    shipped = [p for p in sorted(CONFIGS.glob("datasets/*/*.yaml")) if name in load_yaml(p).datasets]
-    if shipped:
-        return shipped
-    try:
-        path = registry.get_builder_class(name).default_config_path(config_type)
-    except KeyError as error:
-        raise ConfigError(f"datasets.{name}: {error.args[0]}") from None
-    return [path] if path else []
+def _sections(source: DictConfig, where) -> DictConfig:
+    """The source with empty sections (`run:` and nothing below) as empty mappings; anything else is a ConfigError."""
+    for section in source:
+        if source[section] is None:
+            source[section] = {}
+        if not isinstance(source[section], DictConfig):
+            raise ConfigError(f"{section} in {where} must be a mapping, not {source[section]!r}.")
+    for name, dataset in source.get("datasets", {}).items():
+        if dataset is None:
+            source.datasets[name] = {}
+        elif not isinstance(dataset, DictConfig):
+            raise ConfigError(f"datasets.{name} in {where} must be a mapping, not {dataset!r}.")
+    return source
 
 
 def _sets(source: DictConfig, key: str) -> bool:
@@ -287,9 +227,18 @@ def _sets(source: DictConfig, key: str) -> bool:
     return isinstance(parent, DictConfig) and name in parent
 
 
-def _exists(value: str) -> bool:
-    return "://" in value or Path(value).expanduser().exists()
+def _exists(value: str, key: str) -> bool:
+    """Whether the value of a path key can be meant: of shards, at least the folder is there."""
+    if "://" in value or value.startswith("pipe:"):
+        return key not in ("model.llama_model", "model.prompt_path")
+    if key == "model.llama_model" and _is_hub_id(value):
+        return True
+    path = Path(value).expanduser()
+    if key.endswith("storage") and re.search(r"[{*?\[]", value):
+        path = Path(re.split(r"[{*?\[]", str(path))[0] + "x").parent
+    return path.exists()
 
 
 def _is_hub_id(value: str) -> bool:
-    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", value) is not None
+    """`owner/name`, unless a folder `owner` lies here: then the path is meant, and misspelt."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", value) is not None and not Path(value.split("/")[0]).exists()

@@ -7,6 +7,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from minigpt4.common.errors import ConfigError
+
 # A rank that waits longer than this for the others stops with an error instead of hanging.
 TIMEOUT = timedelta(minutes=20)
 
@@ -30,16 +32,17 @@ def is_main_process() -> bool:
 def select_device(name: str) -> torch.device:
     """The device of this rank. `cuda` without a GPU falls back to the CPU with a warning.
 
-    Raises ValueError for another unknown or absent device.
+    Raises ConfigError for another unknown or absent device.
     """
-    if name == "cuda" and not torch.cuda.is_available():
-        logging.warning("run.device=cuda, but there is no GPU: running on the CPU.")
+    kind = name.split(":")[0]
+    if kind == "cuda" and not torch.cuda.is_available():
+        logging.warning("run.device=%s, but there is no GPU: running on the CPU.", name)
         name = "cpu"
-    if name.split(":")[0] not in ("cuda", "cpu", "mps"):
-        raise ValueError(f"run.device={name!r} is not one of cuda, cpu, mps.")
+    if kind not in ("cuda", "cpu", "mps"):
+        raise ConfigError(f"run.device={name!r} is not one of cuda, cpu, mps.")
     device = torch.device(name)
     if device.type == "mps" and not torch.backends.mps.is_available():
-        raise ValueError("run.device=mps, but this machine has no Apple GPU. Use cpu or cuda.")
+        raise ConfigError("run.device=mps, but this machine has no Apple GPU. Use cpu or cuda.")
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     if device.type == "cuda":
@@ -49,25 +52,22 @@ def select_device(name: str) -> torch.device:
 
 def select_dtype(device: torch.device, amp: bool = True, amp_dtype: str = "auto") -> torch.dtype:
     """The run's computing type: float32 off the GPU or without amp, otherwise bfloat16 or float16."""
-    known = {"bf16": torch.bfloat16, "fp16": torch.float16, "auto": None}
-    if amp_dtype not in known:
-        raise ValueError(f"run.amp_dtype={amp_dtype!r} is not one of {', '.join(known)}.")
     if device.type != "cuda" or not amp:
         return torch.float32
     bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    return known[amp_dtype] or (torch.bfloat16 if bf16 else torch.float16)
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp_dtype, torch.bfloat16 if bf16 else torch.float16)
 
 
 def init_process_group(device: torch.device, backend: str | None = None, distributed: bool = True) -> None:
     """Join the process group that torchrun announces in the environment; without one, do nothing.
 
-    Raises ValueError when there are several processes and `distributed` is False: each would train by itself.
+    Raises ConfigError when there are several processes and `distributed` is False: each would train by itself.
     """
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if world_size == 1:
         return
     if not distributed:
-        raise ValueError(f"run.distributed=False, but torchrun started {world_size} processes. Set it to True.")
+        raise ConfigError(f"run.distributed=False, but torchrun started {world_size} processes. Set it to True.")
     backend = backend or ("nccl" if device.type == "cuda" else "gloo")
     dist.init_process_group(backend, timeout=TIMEOUT, device_id=device if backend == "nccl" else None)
 

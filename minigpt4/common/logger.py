@@ -80,8 +80,8 @@ def _check_finite(values: dict[str, float], where: str) -> None:
     for name, value in values.items():
         if not math.isfinite(value):
             raise FloatingPointError(
-                f"{where}: {name} is {value}. The last checkpoint is from before. Lower run.init_lr, or check the "
-                "weights that were loaded; with fp16, try run.amp_dtype=bf16."
+                f"{where}: {name} is {value}. The run stops; what was saved before is untouched. Lower run.init_lr, or "
+                "check the weights that were loaded; with fp16, try run.amp_dtype=bf16."
             )
 
 

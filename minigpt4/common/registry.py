@@ -32,6 +32,13 @@ def did_you_mean(name: str, known) -> str:
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
+class UnknownNameError(KeyError):
+    """A name that nothing is registered under."""
+
+    def __str__(self) -> str:
+        return self.args[0]  # KeyError would show it in quotes
+
+
 class Registry:
     """Tables of classes by kind and name, and of paths by name."""
 
@@ -56,11 +63,11 @@ class Registry:
         return decorator
 
     def get(self, kind: str, name: str) -> type:
-        """The class registered under `name`. Raises KeyError that lists the known names."""
+        """The class registered under `name`. Raises UnknownNameError, a KeyError, that lists the known names."""
         importlib.import_module(HOMES[kind])
         table = self._classes[kind]
         if name not in table:
-            raise KeyError(
+            raise UnknownNameError(
                 f"Unknown {kind} {name!r}.{did_you_mean(name, table)} Known: {', '.join(sorted(table))}. "
                 "A plug-in is loaded with --import my.module or run.imports: [my.module]."
             )

@@ -1,6 +1,7 @@
 """Every key of the YAML files, with its type, default and meaning.
 
 `common/config.py` checks a user's file against these classes; a key that is not here is an error with a suggestion.
+A field's metadata says what else is checked: `choices`, `least` (the smallest number), `keys` (of a mapping).
 Keys that the first release had and that no longer do anything are marked *inert*: they are accepted, so that its files
 load unchanged.
 """
@@ -44,7 +45,7 @@ class RunConfig:
     """Learning rate at the end of the run."""
     warmup_lr: float = -1.0
     """Learning rate at the first step; negative: `init_lr`."""
-    warmup_steps: int = 0
+    warmup_steps: int = field(default=0, metadata={"least": 0})
     """Steps of linear warm-up, counted inside the epoch."""
     lr_decay_rate: float = 1.0
     """Factor per epoch of `linear_warmup_step_lr`."""
@@ -53,19 +54,19 @@ class RunConfig:
     beta2: float = 0.999
     """AdamW's second beta."""
 
-    max_epoch: int = 1
+    max_epoch: int = field(default=1, metadata={"least": 1})
     """Epochs; each is `iters_per_epoch` steps and ends with a checkpoint."""
-    iters_per_epoch: int | None = None
+    iters_per_epoch: int | None = field(default=None, metadata={"least": 1})
     """Micro-batches per epoch and rank; null: once through the data, which a stream of shards does not allow."""
-    accum_grad_iters: int = 1
+    accum_grad_iters: int = field(default=1, metadata={"least": 1})
     """Micro-batches per optimiser step. N of them equal one batch N times as large."""
-    batch_size_train: int = 16
+    batch_size_train: int = field(default=16, metadata={"least": 1})
     """Samples per rank and micro-batch."""
-    batch_size_eval: int = 2
+    batch_size_eval: int = field(default=2, metadata={"least": 1})
     """Samples per rank and batch in validation and test."""
-    num_workers: int = 4
+    num_workers: int = field(default=4, metadata={"least": 0})
     """Data-loading processes per rank."""
-    log_freq: int = 50
+    log_freq: int = field(default=50, metadata={"least": 1})
     """Steps between two log lines."""
     seed: int = 42
     """Seed of python, numpy and torch (plus the rank), and of the data order."""
@@ -86,7 +87,7 @@ class RunConfig:
 
     amp: bool = True
     """Mixed precision on a GPU. On a CPU everything is float32."""
-    amp_dtype: str = "auto"
+    amp_dtype: str = field(default="auto", metadata={"choices": ("auto", "bf16", "fp16")})
     """`bf16`, `fp16` (with a loss scaler), or `auto`: bf16 where the GPU has it."""
     device: str = "cuda"
     """`cuda`, `cpu` or `mps`. Without a GPU, `cuda` falls back to the CPU with a warning."""
@@ -116,13 +117,13 @@ class MiniGPT4Config:
     model_type: str = "pretrain_vicuna"
     """Which default YAML of the model to start from: `pretrain_vicuna` or `tiny`."""
 
-    image_size: int = 224
+    image_size: int = field(default=224, metadata={"least": 1})
     """Side of the square input image, in pixels."""
     vit_model: Any = field(default="eva_clip_g", metadata={"keys": VIT_KEYS})
     """`eva_clip_g`, `eva_tiny`, or a mapping {embed_dim, depth, num_heads, mlp_ratio, patch_size}."""
     vit_weights: str | None = "published"
     """Path or URL of the encoder's weights; `published`: those of the named encoder; null: random."""
-    vit_precision: str = "fp16"
+    vit_precision: str = field(default="fp16", metadata={"choices": ("fp16", "fp32")})
     """`fp16`: the run's 16-bit type on a GPU, float32 on a CPU. `fp32`: float32 everywhere."""
     freeze_vit: bool = True
     """Keep encoder and ln_vision as they are."""
@@ -135,7 +136,7 @@ class MiniGPT4Config:
     """Path or URL of the Q-Former's weights, which hold ln_vision and the queries too; null: random."""
     qformer: dict[str, Any] = field(default_factory=dict, metadata={"keys": QFORMER_KEYS})
     """Sizes that differ from bert-base."""
-    num_query_token: int = 32
+    num_query_token: int = field(default=32, metadata={"least": 1})
     """Vectors per image."""
     freeze_qformer: bool = True
     """Keep the Q-Former and its queries as they are."""
@@ -144,7 +145,7 @@ class MiniGPT4Config:
     """Folder (or hub id) of the language model, in Hugging Face format."""
     low_resource: bool = False
     """Load the language model in 8 bit."""
-    load_in: str | None = None
+    load_in: str | None = field(default=None, metadata={"choices": ("16bit", "8bit", "4bit")})
     """`16bit`, `8bit` or `4bit`; says it more precisely than `low_resource` and wins."""
     device_8bit: int | None = None
     """*Inert*: the quantised model lies on the rank's own device."""
@@ -155,9 +156,9 @@ class MiniGPT4Config:
     """*Inert*, as in the first release; prompts come from `prompt_path`."""
     prompt_path: str | None = None
     """Text file of prompts, one a line; lines without <ImageHere> are left out."""
-    prompt_template: str | None = "{}"
+    prompt_template: str = "{}"
     """How a prompt is wrapped; `{}` stands for the prompt."""
-    max_txt_len: int = 32
+    max_txt_len: int = field(default=32, metadata={"least": 1})
     """Most tokens of a caption, end_sym included; the rest is cut."""
     end_sym: str = "\n"
     """Text that ends a caption, learnt with it."""

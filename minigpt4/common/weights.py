@@ -7,7 +7,8 @@ from urllib.parse import urlparse
 
 import torch
 
-from minigpt4.common.config import PACKAGE_ROOT
+from minigpt4 import PACKAGE_ROOT
+from minigpt4.common.errors import ConfigError
 
 # Published weights of the vision encoders that `vit_model` names.
 VIT_WEIGHTS = {
@@ -19,12 +20,12 @@ VIT_WEIGHTS = {
 def vit_weights(vit_model, weights: str | None) -> str | None:
     """Resolve `model.vit_weights`: "published" stands for the weights of the named encoder.
 
-    Raises ValueError when `vit_model` is a mapping and no weights are given.
+    Raises ConfigError when `vit_model` is a mapping and no weights are given.
     """
     if weights != "published":
         return weights
     if not isinstance(vit_model, str):
-        raise ValueError(
+        raise ConfigError(
             "model.vit_weights is required when model.vit_model is a mapping: no weights are published for it. "
             "Give a path, or null for random weights."
         )

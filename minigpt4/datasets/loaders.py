@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
+from minigpt4.common.errors import ConfigError
 from minigpt4.datasets.seeding import derive_seed, seeded
 
 
@@ -49,7 +50,7 @@ class TrainLoader:
     ) -> None:
         """sample_ratios: how often each dataset is drawn, relative to the others (left out: 1). batch_size: per rank.
 
-        Raises ValueError for no datasets, ratios that cannot be drawn by, or a dataset smaller than a batch.
+        Raises ConfigError for no datasets, ratios that cannot be drawn by, or a dataset smaller than a batch.
         """
         self.names = list(datasets)
         self.ratios = [float((sample_ratios or {}).get(name, 1.0)) for name in self.names]
@@ -101,17 +102,17 @@ class TrainLoader:
 
     def _check_sizes(self, datasets: Mapping[str, Dataset]) -> None:
         if self.batch_size < 1:
-            raise ValueError(f"batch_size_train={self.batch_size} must be at least 1.")
+            raise ConfigError(f"batch_size_train={self.batch_size} must be at least 1.")
         if not self.names or min(self.ratios) < 0 or not 0 < sum(self.ratios) < float("inf"):
             ratios = dict(zip(self.names, self.ratios, strict=True))
-            raise ValueError(f"Nothing to draw batches from: the datasets and their sample_ratio are {ratios}.")
+            raise ConfigError(f"Nothing to draw batches from: the datasets and their sample_ratio are {ratios}.")
         for name, dataset in datasets.items():
             if isinstance(dataset, IterableDataset):
                 continue
             per_rank = len(dataset) // self.world_size
             if per_rank < self.batch_size:
                 share = f" ({per_rank} for each of {self.world_size} ranks)" if self.world_size > 1 else ""
-                raise ValueError(
+                raise ConfigError(
                     f"batch_size_train={self.batch_size} needs at least {self.batch_size} samples per rank; "
                     f"{name} has {len(dataset)}{share}. Lower run.batch_size_train (--options "
                     f"run.batch_size_train={max(per_rank, 1)}) or add data to datasets.{name}.build_info.storage."
@@ -164,11 +165,11 @@ def eval_loader(dataset: Dataset, batch_size: int, num_workers: int, rank: int =
     """Batches of a dataset in order, every sample once; over several ranks each takes every world_size-th sample.
 
     The last batch may be smaller, and a rank may have none. What is random is the same each time.
-    Raises ValueError for a stream.
+    Raises ConfigError for a stream.
     """
     if isinstance(dataset, IterableDataset):
         name = getattr(dataset, "name", type(dataset).__name__)
-        raise ValueError(
+        raise ConfigError(
             f"{name} is a stream without end; it cannot be a validation or test split, which needs a dataset with a "
             "length. Take it out of run.valid_splits and run.test_splits."
         )
@@ -184,14 +185,14 @@ def collate_fn_of(dataset: Dataset) -> Callable[[list[Any]], Any]:
 
 
 def _endless(dataset: IterableDataset, name: str, epoch: int) -> Iterator[Any]:
-    """The samples of a stream; one that ends is begun again. Raises ValueError for one without samples."""
+    """The samples of a stream; one that ends is begun again. Raises ConfigError for one without samples."""
     if hasattr(dataset, "set_epoch"):
         dataset.set_epoch(epoch)
     while True:
         samples = iter(dataset)
         first = list(islice(samples, 1))
         if not first:
-            raise ValueError(f"{name} is a stream without any sample.")
+            raise ConfigError(f"{name} is a stream without any sample.")
         yield from first
         yield from samples
 

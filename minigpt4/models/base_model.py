@@ -1,5 +1,6 @@
 """What every model of the registry shares."""
 
+import inspect
 from pathlib import Path
 
 import torch
@@ -35,12 +36,17 @@ class BaseModel(nn.Module):
 
     @classmethod
     def from_config(cls, cfg) -> "BaseModel":
-        """Build the model from the `model:` section."""
+        """Build the model from the `model:` section.
+
+        A model that cares where its frozen parts lie, and in which type, takes `device` and `dtype` beside `cfg`.
+        """
         raise NotImplementedError
 
     @classmethod
     def build(cls, cfg, device: torch.device, dtype: torch.dtype) -> "BaseModel":
-        """What a run calls. A model that cares where and in which type its frozen parts lie overrides this."""
+        """The model on `device`, by `from_config` in either form."""
+        if "dtype" in inspect.signature(cls.from_config).parameters:
+            return cls.from_config(cfg, device=device, dtype=dtype)
         return cls.from_config(cfg).to(device)
 
     @property

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from timm.models.eva import Eva
 
+from minigpt4.common.errors import ConfigError
+
 # Sizes by name. `eva_clip_g` is the published 1B encoder; the first 39 of its 40 blocks are used.
 VIT_MODELS = {
     "eva_clip_g": {"patch_size": 14, "embed_dim": 1408, "depth": 39, "num_heads": 16, "mlp_ratio": 4.3637},
@@ -31,7 +33,7 @@ class EvaViT(Eva):
         drop_path_rate: float = 0.0,
     ):
         if image_size % patch_size:
-            raise ValueError(f"image_size={image_size} is not a multiple of the encoder's patch_size={patch_size}.")
+            raise ConfigError(f"image_size={image_size} is not a multiple of the encoder's patch_size={patch_size}.")
         super().__init__(
             img_size=image_size,
             patch_size=patch_size,
@@ -53,7 +55,7 @@ class EvaViT(Eva):
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         if image.shape[-2:] != (self.image_size, self.image_size):
             height, width = image.shape[-2:]
-            raise ValueError(
+            raise ConfigError(
                 f"The images are {height} x {width} pixels, the encoder takes {self.image_size} x {self.image_size}. "
                 "Set model.image_size and the image_size of every vis_processor to the same number."
             )
@@ -65,11 +67,11 @@ def create_vit(
 ) -> EvaViT:
     """Build the encoder from a name in `VIT_MODELS` or from a mapping of its sizes. Weights are random.
 
-    Raises ValueError for an unknown name, and for a mapping with missing or unknown sizes.
+    Raises ConfigError for an unknown name, and for a mapping with missing or unknown sizes.
     """
     if isinstance(vit_model, str):
         if vit_model not in VIT_MODELS:
-            raise ValueError(
+            raise ConfigError(
                 f"vit_model={vit_model!r} is not known. Use one of {sorted(VIT_MODELS)}, or a mapping of "
                 f"{sorted(VIT_MODELS['eva_clip_g'])}."
             )
@@ -77,7 +79,7 @@ def create_vit(
     else:
         sizes = dict(vit_model)
         if set(sizes) != set(VIT_MODELS["eva_clip_g"]):
-            raise ValueError(
+            raise ConfigError(
                 f"vit_model needs exactly the sizes {sorted(VIT_MODELS['eva_clip_g'])}; it has {sorted(sizes)}."
             )
     vit = EvaViT(image_size, drop_path_rate=drop_path_rate, **sizes)

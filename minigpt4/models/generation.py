@@ -54,7 +54,7 @@ def continue_embeds(
 
     Args:
         attention_mask: [B,S], 0 on padding.
-        stop: text that ends a row; it is part of what is returned.
+        stop: text that ends a row; it is part of what is returned. Empty: only the eos token ends it.
         criteria: further stopping criteria.
         options: as for transformers' `generate`, for example max_new_tokens=60, num_beams=5, do_sample=True.
 
@@ -65,7 +65,7 @@ def continue_embeds(
         inputs_embeds=inputs_embeds,
         attention_mask=attention_mask,
         pad_token_id=tokenizer.eos_token_id,
-        stopping_criteria=[StopOnText(tokenizer, stop), *criteria],
+        stopping_criteria=[*([StopOnText(tokenizer, stop)] if stop else []), *criteria],
         **{"do_sample": False, "max_new_tokens": 300} | options,
     )
 
@@ -124,10 +124,10 @@ def answer_text(tokenizer, ids: list[int], stop: str, label: str | None = None, 
     ids = strip_leading(tokenizer, ids)
     end = next((n for n, i in enumerate(ids) if i in ends), len(ids))
     text = tokenizer.decode(ids[:end], skip_special_tokens=False)
-    if not complete and stop not in text:
+    if not complete and not (stop and stop in text):
         text = text.rstrip("\ufffd")
         text = text[: len(text) - max(_overlap(text, marker) for marker in (stop, label or ""))]
-    text = text.split(stop)[0]
+    text = text.split(stop)[0] if stop else text
     return (text.split(label)[-1] if label else text).strip()
 
 

@@ -1,10 +1,11 @@
 """Load the frozen language model, in 16, 8 or 4 bit. transformers is imported only here and only when asked for."""
 
 import logging
+from pathlib import Path
 
 import torch
 
-LOAD_IN = ("16bit", "8bit", "4bit")
+from minigpt4.common.errors import ConfigError
 
 
 def load_llm(llama_model: str, device: torch.device, dtype: torch.dtype, load_in: str = "16bit"):
@@ -17,13 +18,12 @@ def load_llm(llama_model: str, device: torch.device, dtype: torch.dtype, load_in
         load_in: "16bit" (meaning `dtype`), "8bit" (LLM.int8) or "4bit" (nf4); the latter two through bitsandbytes.
 
     Raises:
-        ValueError: unknown `load_in`.
+        ConfigError: there is no language model at `llama_model`.
     """
     from transformers import AutoModelForCausalLM
 
-    if load_in not in LOAD_IN:
-        raise ValueError(f"model.load_in={load_in!r} is not one of {', '.join(LOAD_IN)}.")
     logging.info("Loading the language model from %s in %s", llama_model, load_in if load_in != "16bit" else dtype)
+    _check_folder(llama_model)
     llm = AutoModelForCausalLM.from_pretrained(
         llama_model,
         dtype=dtype,
@@ -31,6 +31,23 @@ def load_llm(llama_model: str, device: torch.device, dtype: torch.dtype, load_in
         quantization_config=_quantization(load_in, dtype),
     )
     return llm.requires_grad_(False).eval()
+
+
+def embedding_dim(llama_model: str) -> int:
+    """Width of the language model's token embeddings, read from its config alone. Raises like `load_llm`."""
+    from transformers import AutoConfig
+
+    _check_folder(llama_model)
+    config = AutoConfig.from_pretrained(llama_model).get_text_config()
+    return getattr(config, "word_embed_proj_dim", None) or config.hidden_size
+
+
+def _check_folder(llama_model: str) -> None:
+    path = Path(llama_model)
+    if path.is_file() or (path.is_dir() and not (path / "config.json").is_file()):
+        raise ConfigError(
+            f"model.llama_model={llama_model} is no language model: a folder in Hugging Face format has a config.json."
+        )
 
 
 def _quantization(load_in: str, dtype: torch.dtype):
@@ -41,10 +58,3 @@ def _quantization(load_in: str, dtype: torch.dtype):
     if load_in == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
-
-
-def hidden_size(llama_model: str) -> int:
-    """Width of the language model, read from its config alone."""
-    from transformers import AutoConfig
-
-    return AutoConfig.from_pretrained(llama_model).get_text_config().hidden_size

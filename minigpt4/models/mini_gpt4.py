@@ -77,7 +77,7 @@ class MiniGPT4(BaseModel):
         Returns {"loss": mean cross-entropy over the labelled tokens, "num_labels": how many those are}.
         """
         image_embeds, _ = self.encode_img(samples["image"])  # [B,Q,D]
-        text = random.choice(self.prompt_list) if self.prompt_list else prompt.IMAGE_SLOT
+        text = self._draw_prompt()
         batch = prompt.training_batch(
             self.tokenizer, text, samples["text_input"], image_embeds.shape[1], self.max_txt_len, self.end_sym
         )
@@ -89,8 +89,16 @@ class MiniGPT4(BaseModel):
             use_cache=False,
         ).logits  # [B,K,V]
         targets = targets.to(self.device)
-        loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=prompt.IGNORE_INDEX)
-        return {"loss": loss, "num_labels": batch.num_labels}
+        loss = F.cross_entropy(
+            logits.float().flatten(0, 1), targets.flatten(), ignore_index=prompt.IGNORE_INDEX, reduction="sum"
+        )
+        return {"loss": loss / max(batch.num_labels, 1), "num_labels": batch.num_labels}
+
+    def _draw_prompt(self) -> str:
+        """One of the prompts in training, the first in evaluation, the image alone where there is none."""
+        if not self.prompt_list:
+            return prompt.IMAGE_SLOT
+        return random.choice(self.prompt_list) if self.training else self.prompt_list[0]
 
     def encode_img(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Images [B,3,H,W] to vectors [B,Q,D] in the language model's space, and their attention mask [B,Q] of ones."""
@@ -150,10 +158,6 @@ class MiniGPT4(BaseModel):
         for part in self._frozen:
             part.eval()
         return self
-
-    @classmethod
-    def build(cls, cfg, device: torch.device, dtype: torch.dtype) -> "MiniGPT4":
-        return cls.from_config(cfg, device, dtype)
 
     @classmethod
     def from_config(cls, cfg, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> "MiniGPT4":
@@ -227,7 +231,7 @@ def _read_ckpt(path: str, llama_model: str) -> dict[str, torch.Tensor]:
     """The trained weights, checked against the language model's width before that is loaded."""
     file = checkpoint.resolve(path)
     trained = checkpoint.read_weights(file)
-    width = llm.hidden_size(llama_model)
+    width = llm.embedding_dim(llama_model)
     projection = trained.get("llama_proj.weight")
     if projection is not None and projection.shape[0] != width:
         known = {4096: " (as in Vicuna-7B)", 5120: " (as in Vicuna-13B)"}

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from minigpt4.common.errors import ConfigError
+
 IMAGE_SLOT = "<ImageHere>"
 # Stands at the positions of image vectors until those replace it.
 IMAGE_ID = -1
@@ -97,16 +99,22 @@ def _pad(sequences: list[list[int]], labels: list[list[int]], pad_id: int, side:
 def read_prompts(path: str, template: str) -> list[str]:
     """The prompts of a text file, one a line, each wrapped in `template`; lines without an image slot are left out.
 
-    Raises ValueError when no line has one, or when the template has no `{}`.
+    Raises ConfigError when no line has one, when a prompt has several, or when the template has no `{}`.
     """
     if "{}" not in template:
-        raise ValueError(f"model.prompt_template={template!r} has no {{}} where the prompt goes.")
+        raise ConfigError(f"model.prompt_template={template!r} has no {{}} where the prompt goes.")
     with open(path, encoding="utf-8") as file:
         lines = file.read().splitlines()
     prompts = [template.replace("{}", line) for line in lines if IMAGE_SLOT in line]
     if not prompts:
-        raise ValueError(
+        raise ConfigError(
             f"No line of model.prompt_path={path} holds {IMAGE_SLOT}, which says where the image goes "
             f"({len(lines)} lines read). Write for example: <Img>{IMAGE_SLOT}</Img> Describe this image in detail."
+        )
+    crowded = next((text for text in prompts if text.count(IMAGE_SLOT) > 1), None)
+    if crowded:
+        raise ConfigError(
+            f"A prompt of model.prompt_path={path} holds {IMAGE_SLOT} {crowded.count(IMAGE_SLOT)} times, a training "
+            f"picture goes into one: {crowded!r}"
         )
     return prompts

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from minigpt4.common.errors import ConfigError
+
 # What else the BLIP-2 file holds: the text branch, the language head, T5's projection.
 SURPLUS = re.compile(
     r"Qformer\.cls\.|Qformer\.bert\.embeddings\.(word|position)_embeddings\.|"
@@ -147,7 +149,7 @@ class QFormer(nn.Module):
     ):
         super().__init__()
         if hidden_size % num_attention_heads:
-            raise ValueError(
+            raise ConfigError(
                 f"qformer.hidden_size={hidden_size} is not a multiple of "
                 f"qformer.num_attention_heads={num_attention_heads}."
             )

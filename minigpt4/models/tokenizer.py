@@ -15,8 +15,11 @@ def load_tokenizer(llama_model: str):
     """The tokenizer of a language model's folder or hub id."""
     from transformers.utils import cached_file
 
-    model_file = cached_file(llama_model, "tokenizer.model", _raise_exceptions_for_missing_entries=False)
-    return SentencePieceTokenizer(Path(model_file).parent) if model_file else HuggingFaceTokenizer(llama_model)
+    model_file, added_file = (
+        cached_file(llama_model, name, _raise_exceptions_for_missing_entries=False)
+        for name in ("tokenizer.model", "added_tokens.json")
+    )
+    return SentencePieceTokenizer(model_file, added_file) if model_file else HuggingFaceTokenizer(llama_model)
 
 
 class HuggingFaceTokenizer:
@@ -44,18 +47,18 @@ class HuggingFaceTokenizer:
 class SentencePieceTokenizer:
     """`tokenizer.model` through SentencePiece, split first at the texts of special tokens (`</s>` is id 2)."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, model_file: str, added_file: str | None = None):
+        """added_file: added_tokens.json, where Vicuna v0 has a pad token."""
         from sentencepiece import SentencePieceProcessor
 
-        self._model = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+        self._model = SentencePieceProcessor(model_file=model_file)
         self.bos_token_id: int | None = self._model.bos_id()
         self.eos_token_id: int = self._model.eos_id()
         self.unk_token_id: int | None = self._model.unk_id()
         control = {i for i in range(len(self._model)) if self._model.IsControl(i) or self._model.IsUnknown(i)}
         self.special_tokens: dict[str, int] = {self._model.IdToPiece(i): i for i in control}
-        added_file = folder / "added_tokens.json"  # Vicuna v0 adds a pad token there
-        if added_file.is_file():
-            self.special_tokens |= json.loads(added_file.read_text(encoding="utf-8"))
+        if added_file:
+            self.special_tokens |= json.loads(Path(added_file).read_text(encoding="utf-8"))
         self._special_text = {i: text for text, i in self.special_tokens.items()}
         longest_first = sorted(self.special_tokens, key=len, reverse=True)
         self._split = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")

@@ -6,6 +6,7 @@ from typing import Any
 
 from PIL import Image
 
+from minigpt4.common.errors import ConfigError
 from minigpt4.common.registry import did_you_mean
 
 
@@ -24,14 +25,14 @@ class BaseProcessor:
     def from_config(cls, cfg: Mapping[str, Any] | None = None) -> "BaseProcessor":
         """Build the processor from its YAML section (a mapping, or None for all defaults).
 
-        The key `name`, by which the class was found, is passed over. Raises ValueError for a key that `__init__` lacks.
+        The key `name`, by which the class was found, is passed over. Raises ConfigError for one that `__init__` lacks.
         """
         settings = {key: value for key, value in (cfg or {}).items() if key != "name"}
         known = list(inspect.signature(cls).parameters)
         for key in settings:
             if key not in known:
                 name = (cfg or {}).get("name") or cls.__name__
-                raise ValueError(
+                raise ConfigError(
                     f"Processor {name!r} has no key {key!r}.{did_you_mean(key, known)} "
                     f"Known: {', '.join(known) or 'none'}."
                 )

@@ -8,6 +8,7 @@ from PIL import Image
 from torchvision import transforms
 from torchvision.transforms.functional import InterpolationMode
 
+from minigpt4.common.errors import ConfigError
 from minigpt4.common.registry import registry
 from minigpt4.processors.base_processor import BaseProcessor, to_rgb
 
@@ -21,7 +22,7 @@ class BlipCaptionProcessor(BaseProcessor):
 
     def __init__(self, prompt: str = "", max_words: int = 50) -> None:
         if not isinstance(max_words, int) or max_words < 1:
-            raise ValueError(f"blip_caption: max_words={max_words!r} must be a whole number of at least 1.")
+            raise ConfigError(f"blip_caption: max_words={max_words!r} must be a whole number of at least 1.")
         self.prompt = prompt
         self.max_words = max_words
 
@@ -45,7 +46,7 @@ class _Blip2ImageProcessor(BaseProcessor):
 
 def _checked_size(image_size: int) -> tuple[int, int]:
     if not isinstance(image_size, int) or image_size < 1:
-        raise ValueError(f"image_size={image_size!r} of a vis_processor must be a whole number of at least 1.")
+        raise ConfigError(f"image_size={image_size!r} of a vis_processor must be a whole number of at least 1.")
     return image_size, image_size
 
 
@@ -65,7 +66,7 @@ class Blip2ImageTrainProcessor(_Blip2ImageProcessor):
         max_scale: float = 1.0,
     ) -> None:
         if not 0 < min_scale <= max_scale <= 1:
-            raise ValueError(
+            raise ConfigError(
                 f"blip2_image_train: 0 < min_scale <= max_scale <= 1 must hold; got {min_scale!r} and {max_scale!r}."
             )
         crop = transforms.RandomResizedCrop(

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import IterableDataset
 
 from minigpt4.common import checkpoint, dist_utils
+from minigpt4.common.errors import ConfigError
 from minigpt4.common.logger import MetricLogger
 from minigpt4.common.optims import create_optimizer
 from minigpt4.common.registry import registry
@@ -27,38 +28,50 @@ class RunnerBase:
     Args:
         cfg: the run's `Config`.
         task: takes a step with a batch.
-        model: lies on the rank's device already.
+        model: on the rank's device, or moved there.
         datasets: {dataset name: {split: dataset}}.
         job_id: name of the run's folder in `run.output_dir`; the same on every rank.
 
     Raises:
-        ValueError: a split that no dataset has, a dataset smaller than a batch, nothing to train.
+        ConfigError: a split that no dataset has, a dataset smaller than a batch, a checkpoint that cannot be resumed.
+        ValueError: nothing to train.
         FileExistsError: the folder exists; a run is never overwritten.
     """
 
     def __init__(self, cfg, task, model, datasets: dict, job_id: str):
         self.cfg, self.run, self.task, self.datasets = cfg, cfg.run_cfg, task, datasets
+        self.device = dist_utils.select_device(self.run.device)
+        if next(model.parameters()).device != self.device:
+            model = model.to(self.device)
         self.module = self.model = model  # `model` is what is called: DDP around the module when there are ranks
-        self.device = model.device
         self.dtype = dist_utils.select_dtype(self.device, self.run.amp, self.run.amp_dtype)
         self.world_size = dist_utils.get_world_size()
         self.output_dir = Path(self.run.output_dir) / job_id
-        self.start_epoch, self.best_metric, self.num_labels = 0, float("-inf"), 0
-        _check_settings(self.run)
+        self.start_epoch, self.best_metric = 0, float("-inf")
+        self.labels_of_step: list[torch.Tensor] = []  # of each micro-batch of the step, over all ranks
+        if self.run.evaluate and not self.run.test_splits:
+            raise ConfigError("run.evaluate=True needs run.test_splits, the splits to evaluate. For example: [test]")
         for split in (*self.run.valid_splits, *self.run.test_splits):
             self._split(split)
         if not self.run.evaluate:
             self._prepare_training()
+        elif self.run.resume_ckpt_path:
+            self._load(checkpoint.resolve(self.run.resume_ckpt_path))
         if dist_utils.is_main_process():
             self.output_dir.mkdir(parents=True)
             self._append_log(cfg.to_dict(), indent=4)
 
     def _prepare_training(self) -> None:
         run = self.run
-        datasets = {name: dataset for split in run.train_splits for name, dataset in self._split(split).items()}
+        datasets, ratios = {}, {}
+        for split in run.train_splits:
+            for name, dataset in self._split(split).items():
+                key = name if len(run.train_splits) == 1 else f"{name}/{split}"
+                datasets[key] = dataset
+                ratios[key] = self.cfg.datasets_cfg[name].sample_ratio if name in self.cfg.datasets_cfg else 1.0
         self.loader = TrainLoader(
             datasets,
-            {name: section.sample_ratio for name, section in self.cfg.datasets_cfg.items()},
+            ratios,
             run.batch_size_train,
             run.num_workers,
             run.seed,
@@ -121,25 +134,28 @@ class RunnerBase:
         with contextlib.nullcontext() if is_update or self.world_size == 1 else self.model.no_sync():
             with self._autocast():
                 output = self.task.train_step(self.model, samples)
-            # Gradients of sums over labels add up over micro-batches and ranks; `optimizer_step` makes them a mean.
-            num_labels = output.get("num_labels", 1)
-            self.scaler.scale(output["loss"] * num_labels).backward()
-        self.num_labels += num_labels
+            loss, num_labels = _loss_and_labels(output)
+            self.labels_of_step.append(self._sum_over_ranks(num_labels).clamp(min=1))
+            # The mean over the labels of all ranks (DDP divides by the number of ranks), as far as they are known:
+            # those of the step's first micro-batch. `optimizer_step` puts in those of the others.
+            weight = num_labels * self.world_size / self.labels_of_step[0]
+            self.scaler.scale(loss * weight).backward()
         if is_update:
             self.optimizer_step()
-        return output["loss"].detach()
+        return loss.detach()
 
     def optimizer_step(self) -> None:
-        """Turn the summed gradients into the mean over all labels of the step, and update the weights."""
+        """Make the gradients those of the mean over all labels of the step, and update the weights."""
         self.scaler.unscale_(self.optimizer)
-        num_labels = dist_utils.all_reduce_sum(torch.tensor(float(self.num_labels), device=self.device))
-        for parameter in self._trainable().values():
-            if parameter.grad is not None:
-                parameter.grad.mul_(self.world_size / num_labels)  # DDP has divided by the number of ranks
+        if len(self.labels_of_step) > 1:
+            share = self.labels_of_step[0] / sum(self.labels_of_step)
+            for parameter in self._trainable().values():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(share)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        self.num_labels = 0
+        self.labels_of_step.clear()
 
     @torch.no_grad()
     def evaluate(self, split: str) -> float:
@@ -152,21 +168,27 @@ class RunnerBase:
             ):
                 with self._autocast():
                     output = self.task.valid_step(self.module, to_device(samples, self.device))
-                num_labels = output.get("num_labels", 1)
-                total += torch.tensor([float(output["loss"]) * num_labels, num_labels], dtype=torch.float64)
+                loss, num_labels = _loss_and_labels(output)
+                total += torch.tensor([float(loss) * num_labels, num_labels], dtype=torch.float64)
         loss, num_labels = dist_utils.all_reduce_sum(total).tolist()
         return loss / max(num_labels, 1)
 
     def save_checkpoint(self, epoch: int, is_best: bool = False) -> None:
         """Write checkpoint_<epoch>.pth, and the same as checkpoint_best.pth if it is the best so far."""
+        weights = {name: parameter.detach() for name, parameter in self._trainable().items()}
+        broken = [name for name, weight in weights.items() if not weight.isfinite().all()]
+        if broken:
+            raise FloatingPointError(f"Not saved after epoch {epoch}: not all of {', '.join(broken)} is finite.")
         states = rng_states()
         if not dist_utils.is_main_process():
             return
+        # bf16 needs no scaler, but the first release resumes an `amp` run only with the state of one.
+        scaler = self.scaler if self.scaler.is_enabled() else torch.amp.GradScaler("cpu")
         content = {
-            "model": {name: parameter.detach() for name, parameter in self._trainable().items()},
+            "model": weights,
             "optimizer": self.optimizer.state_dict(),
             "config": self.cfg.to_dict(),
-            "scaler": self.scaler.state_dict() if self.scaler.is_enabled() else None,
+            "scaler": scaler.state_dict() if self.run.amp else None,
             "epoch": epoch,
             "rng": states,
             "best_metric": self.best_metric,
@@ -177,15 +199,26 @@ class RunnerBase:
 
     def _resume(self, path: Path) -> None:
         """Go on after the epoch that `path` was written at: weights, optimiser, scaler, random states, best metric."""
-        content = checkpoint.read_file(path)
-        checkpoint.load_weights(self.module, content["model"], str(path), required=set(self._trainable()))
-        self.optimizer.load_state_dict(content["optimizer"])
+        content = self._load(path)
+        try:
+            self.optimizer.load_state_dict(content["optimizer"])
+        except (KeyError, ValueError) as error:
+            raise checkpoint.CheckpointError(
+                f"{path} holds no optimiser state that fits this run ({error}); it cannot go on from there. To start a "
+                f"run from its weights: --options run.resume_ckpt_path=null model.ckpt={path}"
+            ) from error
         if content.get("scaler") and self.scaler.is_enabled():
             self.scaler.load_state_dict(content["scaler"])
         self.start_epoch = content["epoch"] + 1
         self.best_metric = content.get("best_metric", self.best_metric)
         restore_rng_states(content.get("rng"))
         logging.info("Resuming after epoch %d from %s.", content["epoch"], path)
+
+    def _load(self, path: Path) -> dict:
+        """Load the trained weights of a checkpoint; returns all that it holds."""
+        content = checkpoint.read_file(path)
+        checkpoint.load_weights(self.module, checkpoint.weights_of(content), str(path), required=set(self._trainable()))
+        return content
 
     def _validate(self) -> bool:
         """Evaluate the validation splits; True if the metric is the best so far."""
@@ -199,11 +232,11 @@ class RunnerBase:
         return is_best
 
     def _split(self, split: str) -> dict:
-        """{dataset name: dataset} of those that have the split. Raises ValueError when none has."""
+        """{dataset name: dataset} of those that have the split. Raises ConfigError when none has."""
         found = {name: splits[split] for name, splits in self.datasets.items() if split in splits}
         if not found:
             known = {name: list(splits) for name, splits in self.datasets.items()}
-            raise ValueError(f"No dataset has the split {split!r}; there are {known}. Change run.*_splits.")
+            raise ConfigError(f"No dataset has the split {split!r}; there are {known}. Change run.*_splits.")
         return found
 
     def _distributed(self) -> DistributedDataParallel:
@@ -219,10 +252,10 @@ class RunnerBase:
             return DistributedDataParallel(self.module, init_sync=False, broadcast_buffers=False)
 
     def _batches_per_pass(self, datasets: dict) -> int:
-        """Batches that make one pass over the data. Raises ValueError for a stream, which has no end."""
+        """Batches that make one pass over the data. Raises ConfigError for a stream, which has no end."""
         streams = [name for name, dataset in datasets.items() if isinstance(dataset, IterableDataset)]
         if streams:
-            raise ValueError(
+            raise ConfigError(
                 f"{', '.join(streams)}: a stream of shards has no end, so run.iters_per_epoch must say how long an "
                 "epoch is. For example: --options run.iters_per_epoch=500"
             )
@@ -230,6 +263,9 @@ class RunnerBase:
 
     def _trainable(self) -> dict[str, torch.nn.Parameter]:
         return {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+
+    def _sum_over_ranks(self, number: float) -> torch.Tensor:
+        return dist_utils.all_reduce_sum(torch.tensor(float(number), device=self.device))
 
     def _autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
@@ -245,13 +281,8 @@ class RunnerBase:
                 file.write(json.dumps(entry, indent=indent) + "\n")
 
 
-def _check_settings(run) -> None:
-    """Raise ValueError for numbers that no run can have, before anything is written."""
-    for name in ("batch_size_train", "batch_size_eval", "accum_grad_iters", "log_freq", "max_epoch", "iters_per_epoch"):
-        value = run[name]
-        if value is not None and value < 1:
-            raise ValueError(f"run.{name}={value} must be at least 1.")
-    if run.num_workers < 0:
-        raise ValueError(f"run.num_workers={run.num_workers} must be at least 0.")
-    if run.evaluate and not run.test_splits:
-        raise ValueError("run.evaluate=True needs run.test_splits, the splits to evaluate. For example: [test]")
+def _loss_and_labels(output: dict | torch.Tensor) -> tuple[torch.Tensor, float]:
+    """A step's loss, and how many labels it is the mean of (1 if the task does not say)."""
+    if isinstance(output, torch.Tensor):
+        return output, 1
+    return output["loss"], output.get("num_labels", 1)

@@ -10,8 +10,7 @@ from minigpt4.common import dist_utils
 
 
 def seed_everything(seed: int) -> None:
-    """Seed python, numpy and torch with `seed` plus the rank."""
-    seed += dist_utils.get_rank()
+    """Seed python, numpy and torch."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)

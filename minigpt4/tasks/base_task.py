@@ -2,6 +2,8 @@
 
 import torch
 
+from minigpt4.common import dist_utils
+from minigpt4.common.errors import ConfigError
 from minigpt4.common.registry import registry
 from minigpt4.models.base_model import BaseModel
 
@@ -20,10 +22,10 @@ class BaseTask:
     def build_datasets(self, cfg) -> dict[str, dict]:
         """{dataset name: {split: dataset}} for each section of `datasets:`.
 
-        Raises ValueError when there is none.
+        Raises ConfigError when there is none.
         """
         if not cfg.datasets_cfg:
-            raise ValueError("The config has no dataset. Add a section such as datasets: {cc_sbu_align: {...}}.")
+            raise ConfigError("The config has no dataset. Add a section such as datasets: {cc_sbu_align: {...}}.")
         datasets = {}
         for name, section in cfg.datasets_cfg.items():
             builder = registry.get_builder_class(name)(section)
@@ -31,16 +33,18 @@ class BaseTask:
             datasets[name] = builder.build_datasets()
         return datasets
 
-    def build_model(self, cfg, device: torch.device, dtype: torch.dtype) -> BaseModel:
-        """The model of `model:` on `device`, its frozen parts computing in `dtype`."""
+    def build_model(self, cfg) -> BaseModel:
+        """The model of `model:` on the run's device, its frozen parts computing in the run's type."""
+        device = dist_utils.select_device(cfg.run_cfg.device)
+        dtype = dist_utils.select_dtype(device, cfg.run_cfg.amp, cfg.run_cfg.amp_dtype)
         return registry.get_model_class(cfg.model_cfg.arch).build(cfg.model_cfg, device, dtype)
 
-    def train_step(self, model, samples: dict) -> dict:
-        """{"loss": …} of a batch, with gradient; "num_labels" beside it weights the loss."""
+    def train_step(self, model, samples: dict) -> dict | torch.Tensor:
+        """The loss of a batch, with gradient: a tensor, or {"loss": …} with "num_labels" beside it as its weight."""
         return model(samples)
 
-    def valid_step(self, model, samples: dict) -> dict:
-        """{"loss": …} of a batch, without gradient."""
+    def valid_step(self, model, samples: dict) -> dict | torch.Tensor:
+        """The loss of a batch, without gradient, in the same form."""
         return model(samples)
 
     def agg_metrics(self, loss: float) -> float:

@@ -8,7 +8,6 @@ import torch
 from helpers import Pictures
 
 from minigpt4.common.checkpoint import CheckpointError, resolve
-from minigpt4.datasets.loaders import TrainLoader
 
 
 def weights(runner):
@@ -37,10 +36,9 @@ def test_a_remainder_of_micro_batches_is_used_within_its_epoch(build_golden_mode
     runner = make_runner(build_golden_model(), iters_per_epoch=5, accum_grad_iters=2, max_epoch=2)
     steps = []
     update = runner.optimizer_step
-    runner.optimizer_step = lambda: (steps.append(runner.num_labels), update())
+    runner.optimizer_step = lambda: (steps.append(len(runner.labels_of_step)), update())
     runner.train()
-    assert len(steps) == 2 * 3
-    assert runner.num_labels == 0
+    assert steps == [2, 2, 1] * 2
     assert all(p.grad is None for p in runner._trainable().values())
 
 
@@ -153,7 +151,7 @@ def test_non_finite_loss_stops_the_run(build_golden_model, make_runner):
 def test_a_task_may_return_a_loss_alone(build_golden_model, make_runner):
     runner = make_runner(build_golden_model(), iters_per_epoch=2)
     model_step = runner.task.train_step
-    runner.task.train_step = lambda model, samples: {"loss": model_step(model, samples)["loss"]}
+    runner.task.train_step = lambda model, samples: model_step(model, samples)["loss"]
     before = weights(runner)
     runner.train()
     assert not torch.equal(before["llama_proj.bias"], weights(runner)["llama_proj.bias"])
@@ -167,5 +165,105 @@ def test_checkpoint_folder_means_its_newest(tmp_path):
         resolve(str(tmp_path.parent))
 
 
-def test_loader_is_ours(build_golden_model, make_runner):
-    assert isinstance(make_runner(build_golden_model()).loader, TrainLoader)
+def test_all_train_splits_are_trained_on(build_golden_model, make_runner, pool):
+    images, captions = pool
+    splits = {"train": Pictures(images[:4], captions[:4]), "val": Pictures(images[4:], captions[4:])}
+    runner = make_runner(build_golden_model(), splits, train_splits="[train,val]", batch_size_train=2)
+    seen = {text for batch in runner.loader.epoch(0, 30) for text in batch["text_input"]}
+    assert seen == set(captions)
+
+
+def test_evaluation_does_not_depend_on_chance(build_golden_model, make_runner, pool):
+    model = build_golden_model(end_sym="###")
+    model.prompt_list = [f"###Human: {i} <Img><ImageHere></Img> ###Assistant: " for i in range(4)]
+    runner = make_runner(model, {"train": Pictures(*pool), "val": Pictures(*pool)}, valid_splits="[val]")
+    state = random.getstate()
+    assert len({runner.evaluate("val") for _ in range(4)}) == 1
+    assert random.getstate() == state
+
+
+def test_batches_without_labels_change_nothing(build_golden_model, make_runner, pool):
+    model = build_golden_model(end_sym="")
+    runner = make_runner(model, init_lr=0.01, weight_decay=0)
+    before = weights(runner)
+    loss = runner.train_step({"image": pool[0][:2], "text_input": ["", ""]}, is_update=True)
+    assert loss == 0
+    assert_same(before, weights(runner))
+    runner.train_step({"image": pool[0][:2], "text_input": pool[1][:2]}, is_update=True)
+    assert all(p.isfinite().all() for p in weights(runner).values())
+
+
+def test_fp16_gradients_have_the_scale_of_a_mean(build_golden_model, make_runner, pool, monkeypatch):
+    """The scaler starts at 65536; a loss summed over labels would overflow float16 there."""
+    runner = make_runner(build_golden_model())
+    seen = []
+    backward = torch.Tensor.backward
+    monkeypatch.setattr(torch.Tensor, "backward", lambda loss: (seen.append(loss.detach()), backward(loss)))
+    loss = runner.train_step({"image": pool[0], "text_input": pool[1]}, is_update=True)
+    torch.testing.assert_close(seen[0], loss)
+
+
+def test_a_broken_model_is_not_saved(build_golden_model, make_runner):
+    runner = make_runner(build_golden_model())
+    runner.module.llama_proj.bias.data[0] = float("inf")
+    with pytest.raises(FloatingPointError, match="Not saved after epoch 3: not all of llama_proj.bias is finite"):
+        runner.save_checkpoint(3)
+    assert not list(runner.output_dir.glob("*.pth"))
+
+
+def test_first_release_checkpoints_resume_here(build_golden_model, make_runner, golden_weights, tmp_path):
+    """Its files hold dead buffers, an optimiser state of the same groups, and no random states."""
+    settings = {"iters_per_epoch": 3, "max_epoch": 2, "init_lr": 0.01}
+    reference = make_runner(build_golden_model(), job_id="reference", **settings)
+    reference.train()
+    content = torch.load(reference.output_dir / "checkpoint_0.pth", weights_only=True)
+    buffers = {k: v for k, v in golden_weights.items() if k.endswith(("position_ids", "inv_freq"))}
+    assert len(buffers) == 3
+    theirs = {k: content[k] for k in ("optimizer", "config", "scaler", "epoch")} | {"model": content["model"] | buffers}
+    path = tmp_path / "theirs.pth"
+    torch.save(theirs, path)
+    resumed = make_runner(build_golden_model(), job_id="resumed", resume_ckpt_path=str(path), **settings)
+    resumed.train()
+    assert_same(weights(reference), weights(resumed))
+
+
+def test_amp_runs_keep_a_scaler_state_for_the_first_release(build_golden_model, make_runner):
+    runner = make_runner(build_golden_model(), amp=True, iters_per_epoch=1)
+    runner.train()
+    content = torch.load(runner.output_dir / "checkpoint_0.pth", weights_only=True)
+    torch.amp.GradScaler("cpu").load_state_dict(content["scaler"])
+    assert content["scaler"]["scale"] == 65536
+
+
+def test_best_metric_survives_a_resume(build_golden_model, make_runner, pool):
+    splits = {"train": Pictures(*pool), "val": Pictures(*pool)}
+    settings = {"valid_splits": "[val]", "iters_per_epoch": 1}
+    first = make_runner(build_golden_model(), splits, job_id="first", **settings)
+    first.train()
+    path = str(first.output_dir / "checkpoint_0.pth")
+    again = make_runner(build_golden_model(), splits, job_id="again", resume_ckpt_path=path, **settings)
+    assert again.best_metric == first.best_metric > float("-inf")
+
+
+def test_weights_alone_cannot_be_resumed(build_golden_model, make_runner, tmp_path):
+    path = tmp_path / "published.pth"
+    model = build_golden_model()
+    torch.save({"model": {f"llama_proj.{k}": v for k, v in model.llama_proj.state_dict().items()}}, path)
+    with pytest.raises(CheckpointError, match=r"no optimiser state that fits .*model\.ckpt="):
+        make_runner(model, resume_ckpt_path=str(path))
+
+
+def test_a_plain_module_can_be_run(make_runner):
+    """A model of a plug-in's own needs nothing of ours but the loss it returns."""
+
+    class Plain(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(3 * 28 * 28, 1)
+
+        def forward(self, samples):
+            return {"loss": self.layer(samples["image"].flatten(1)).square().mean()}
+
+    runner = make_runner(Plain(), iters_per_epoch=3)
+    runner.train()
+    assert set(torch.load(runner.output_dir / "checkpoint_0.pth")["model"]) == {"layer.weight", "layer.bias"}

@@ -99,7 +99,6 @@ def test_accumulation_divides_the_loss_which_the_first_release_did_not(golden, g
     def undivided(samples, is_update):
         output = runner.task.train_step(runner.model, samples)
         output["loss"].backward()
-        runner.num_labels = 1
         if is_update:
             runner.optimizer_step()
         return output["loss"].detach()

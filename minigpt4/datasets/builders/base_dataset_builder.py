@@ -8,6 +8,7 @@ from omegaconf import OmegaConf
 from torch.utils.data import Dataset
 
 from minigpt4 import PACKAGE_ROOT
+from minigpt4.common.errors import ConfigError
 from minigpt4.common.registry import did_you_mean, registry
 from minigpt4.processors import BaseProcessor
 
@@ -65,14 +66,14 @@ class BaseDatasetBuilder:
             return BaseProcessor()
         if not isinstance(cfg, Mapping) or not cfg.get("name"):
             known = ", ".join(registry.list_processors())
-            raise ValueError(f"datasets.{self.name}.{key} has no key 'name', the processor's. Known: {known}.")
+            raise ConfigError(f"datasets.{self.name}.{key} has no key 'name', the processor's. Known: {known}.")
         return registry.get_processor_class(cfg.get("name")).from_config(cfg)
 
     def check_keys(self, section: str, keys: Iterable[str], known: Iterable[str]) -> None:
-        """Raise ValueError for a key of `datasets.<name>.<section>` that is not among the known ones."""
+        """Raise ConfigError for a key of `datasets.<name>.<section>` that is not among the known ones."""
         for key in keys:
             if key not in known:
-                raise ValueError(
+                raise ConfigError(
                     f"Unknown key datasets.{self.name}.{section}.{key}.{did_you_mean(key, known)} "
                     f"Known: {', '.join(known)}."
                 )

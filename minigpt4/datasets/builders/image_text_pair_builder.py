@@ -2,6 +2,7 @@
 
 from torch.utils.data import Dataset
 
+from minigpt4.common.errors import ConfigError
 from minigpt4.common.registry import registry
 from minigpt4.datasets.builders.base_dataset_builder import BaseDatasetBuilder
 from minigpt4.datasets.datasets.cc_sbu_dataset import CCSBUAlignDataset
@@ -21,13 +22,13 @@ class ImageTextPairBuilder(BaseDatasetBuilder):
         return {"vis_processor": self.vis_processors["train"], "text_processor": self.text_processors["train"]}
 
     def storage(self) -> str | list[str]:
-        """`build_info.storage`. Raises ValueError if it is missing or has unknown neighbours."""
+        """`build_info.storage`. Raises ConfigError if it is missing or has unknown neighbours."""
         build_info = self.config.get("build_info") or {}
         self.check_keys("build_info", build_info, ("storage",))
         storage = build_info.get("storage")
         if not storage:
             key = f"datasets.{self.name}.build_info.storage"
-            raise ValueError(f"{key} is not set. Set it in the YAML or with --options {key}=/data/{self.name}/…")
+            raise ConfigError(f"{key} is not set. Set it in the YAML or with --options {key}=/data/{self.name}/…")
         return storage if isinstance(storage, str) else list(storage)
 
 

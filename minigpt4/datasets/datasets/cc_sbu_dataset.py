@@ -9,6 +9,7 @@ from typing import Any
 from PIL import Image
 from torch.utils.data import Dataset
 
+from minigpt4.common.errors import ConfigError
 from minigpt4.datasets.datasets.packed_strings import PackedStrings
 from minigpt4.processors import to_rgb
 
@@ -31,7 +32,7 @@ class CCSBUAlignDataset(Dataset):
     def __init__(self, storage: str, vis_processor: Callable[[Image.Image], Any], name: str = "cc_sbu_align") -> None:
         """name: the dataset's name in the YAML, for messages.
 
-        Raises FileNotFoundError for a missing folder, filter_cap.json or picture, ValueError for a malformed record.
+        Raises FileNotFoundError for a missing folder, filter_cap.json or picture, ConfigError for a malformed record.
         """
         self.name = name
         self.vis_processor = vis_processor
@@ -108,21 +109,21 @@ class CCSBUAlignDataset(Dataset):
 
 
 def read_annotations(path: str) -> tuple[list[str], list[str]]:
-    """Image ids and captions of a filter_cap.json. Raises ValueError that names the file and the place."""
+    """Image ids and captions of a filter_cap.json. Raises ConfigError that names the file and the place."""
     form = 'Expected {"annotations": [{"image_id": "2", "caption": "…"}, …]}.'
     try:
         with open(path, encoding="utf-8") as file:
             content = json.load(file)
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON in UTF-8: {error}. {form}") from error
+        raise ConfigError(f"{path} is not JSON in UTF-8: {error}. {form}") from error
     records = content.get("annotations") if isinstance(content, dict) else None
     if not isinstance(records, list) or not records:
-        raise ValueError(f"{path} has no records under the key 'annotations'. {form}")
+        raise ConfigError(f"{path} has no records under the key 'annotations'. {form}")
     for number, record in enumerate(records):
         if not isinstance(record, dict) or not isinstance(record.get("image_id"), str | int):
-            raise ValueError(
+            raise ConfigError(
                 f"{path}: annotations[{number}] has no 'image_id' that is a string or a whole number. {form}"
             )
         if not isinstance(record.get("caption"), str):
-            raise ValueError(f"{path}: annotations[{number}] has no 'caption' that is a string. {form}")
+            raise ConfigError(f"{path}: annotations[{number}] has no 'caption' that is a string. {form}")
     return [str(record["image_id"]) for record in records], [record["caption"] for record in records]

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 
 from webdataset.shardlists import expand_urls
 
+from minigpt4.common.errors import ConfigError
+
 
 def expand_shards(storage: str | Iterable[str], name: str) -> list[str]:
     """All shards that `storage` stands for, in order.
@@ -13,11 +15,11 @@ def expand_shards(storage: str | Iterable[str], name: str) -> list[str]:
     storage: a path or URL, or a list of them; each may have brace ranges (`{00000..01255}.tar`); local paths may also
     have globs (`*.tar`) and `~`; `pipe:command` and URLs are kept as they are.
     name: the dataset's name in the YAML, for messages.
-    Raises FileNotFoundError for a pattern none or only some of whose local shards exist, ValueError for an empty list.
+    Raises FileNotFoundError for a pattern none or only some of whose local shards exist, ConfigError for an empty list.
     """
     items = [storage] if isinstance(storage, str) else list(storage or [])
     if not items or not all(isinstance(item, str) and item.strip() for item in items):
-        raise ValueError(f"{_key(name)}={storage!r} names no shards. {_advice(name)}")
+        raise ConfigError(f"{_key(name)}={storage!r} names no shards. {_advice(name)}")
     return [shard for item in items for shard in _expand(item.strip(), name)]
 
 

@@ -1,0 +1,122 @@
+"""Where settings come from: YAML files, `--options`, and the defaults that a request calls for."""
+
+import importlib
+import re
+from functools import cache
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from minigpt4 import PACKAGE_ROOT
+from minigpt4.common.errors import ConfigError
+from minigpt4.common.registry import did_you_mean, registry
+from minigpt4.common.schema import MiniGPT4Config
+
+CONFIGS = PACKAGE_ROOT / "configs"
+
+# `${package:assets/tiny/llama}` is a file that ships with the package, wherever that is installed.
+OmegaConf.register_resolver("package", lambda path: str(PACKAGE_ROOT / path), replace=True)
+
+
+def load_yaml(path: str | Path) -> DictConfig:
+    """Read a YAML file whose top level is a mapping. Raises ConfigError that names the file."""
+    try:
+        loaded = OmegaConf.load(path)
+    except OSError as error:
+        raise ConfigError(f"Cannot read {path}: {error.strerror}. Give the YAML file with --cfg-path.") from None
+    except Exception as error:  # yaml's own errors share no base class that is public
+        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(loaded, DictConfig):
+        raise ConfigError(f"{path} must hold a mapping with sections such as run: and model:.")
+    return loaded
+
+
+def parse_options(options: list[str]) -> DictConfig:
+    """`["run.batch_size_train=8", …]` as a nested config. Raises ConfigError for an item without key or value."""
+    parsed = OmegaConf.create({})
+    for option in options:
+        key, equals, text = option.partition("=")
+        if not equals or not re.fullmatch(r"[A-Za-z_][\w-]*(\.[\w-]+)+", key):
+            raise ConfigError(f"--options {option!r} is not of the form section.key=value, as in run.init_lr=1e-4.")
+        if not text:
+            raise ConfigError(f"--options {option!r} has no value. Write {key}=null to unset it, or {key}='\"\"'.")
+        OmegaConf.update(parsed, key, _option_value(text, key), force_add=True)
+    return parsed
+
+
+def _option_value(text: str, key: str):
+    """Numbers, booleans, null, quoted text, [lists] and {mappings} are YAML; anything else is the text itself.
+
+    Plain YAML would drop what follows a `#`, read `Human: {}` as a mapping and strip spaces, all of which occur in
+    prompt templates.
+    """
+    if text.startswith("#") or text.isspace():
+        return text
+    # A brace range of shards, {00000..01255}.tar, is no mapping.
+    structured = text[0] in "[\"'" or (text[0] == "{" and ":" in text)
+    try:
+        value = OmegaConf.create(f"value: {text}")
+        value = OmegaConf.to_container(value, resolve=False)["value"]
+    except Exception as error:  # yaml's own errors share no base class that is public
+        if structured:
+            raise ConfigError(f"--options {key}={text} is not valid YAML: {error}") from None
+        return text
+    return value if structured or not isinstance(value, (str, dict, list)) else text
+
+
+def import_plugins(modules: list[str]) -> None:
+    """Import modules that register plug-ins. Raises ConfigError when one cannot be found."""
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            hint = " Is its folder on PYTHONPATH?" if error.name and module.startswith(error.name) else ""
+            raise ConfigError(f"Cannot import {module!r} (--import, run.imports): {error}.{hint}") from error
+
+
+def default_sources(request: DictConfig) -> list[tuple[Path, DictConfig]]:
+    """The default YAMLs that a request (the user's file and options) calls for: the model's, then the datasets'."""
+    model = request.get("model") or {}
+    arch, model_type = model.get("arch") or MiniGPT4Config.arch, model.get("model_type") or MiniGPT4Config.model_type
+    sources = [_model_default(arch, model_type)]
+    for name, dataset in (request.get("datasets") or {}).items():
+        sources += _dataset_default(name, dataset.get("type", "default"))
+    return [(path, load_yaml(path)) for path in sources if path]
+
+
+def _model_default(arch: str, model_type: str) -> Path | None:
+    """The shipped YAML with this arch and model_type, or the one a plug-in's class names."""
+    types = {}
+    for path in sorted(CONFIGS.glob("models/*.yaml")):
+        model = load_yaml(path).model
+        if model.arch == arch:
+            types[model.get("model_type", MiniGPT4Config.model_type)] = path
+    if not types:
+        try:
+            model = registry.get_model_class(arch)
+            return model.default_config_path(model_type) if model.PRETRAINED_MODEL_CONFIG_DICT else None
+        except KeyError as error:
+            raise ConfigError(f"model.arch: {error.args[0]}") from None
+    if model_type not in types:
+        raise ConfigError(
+            f"model.model_type={model_type!r} is not known for {arch}.{did_you_mean(model_type, types)} "
+            f"Known: {', '.join(sorted(types))}."
+        )
+    return types[model_type]
+
+
+@cache
+def shipped_datasets() -> dict[str, Path]:
+    """{name: default YAML} of the datasets that come with the package."""
+    return {name: path for path in sorted(CONFIGS.glob("datasets/*/*.yaml")) for name in load_yaml(path).datasets}
+
+
+def _dataset_default(name: str, config_type: str) -> list[Path]:
+    """The shipped YAML that describes this dataset, or the one a plug-in's builder names."""
+    if name in shipped_datasets():
+        return [shipped_datasets()[name]]
+    try:
+        path = registry.get_builder_class(name).default_config_path(config_type)
+    except KeyError as error:
+        raise ConfigError(f"datasets.{name}: {error.args[0]}") from None
+    return [path] if path else []
