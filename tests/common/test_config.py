@@ -92,6 +92,8 @@ def test_numbers_in_any_spelling(tmp_path, number):
         ("run.train_splits=[train,val]", ["train", "val"]),
         ("model.vit_model={depth: 2}", {"depth": 2}),
         ("model.ckpt=s3://bucket/a=b.pth", "s3://bucket/a=b.pth"),
+        ("model.end_sym= ", " "),
+        ("model.ckpt={00000..00003}.tar", "{00000..00003}.tar"),
     ],
 )
 def test_option_values(option, expected):
@@ -119,6 +121,11 @@ def test_option_values(option, expected):
         ("run.task=image_text_pretraining", r"Did you mean 'image_text_pretrain'\?"),
         ("run.imports=[no.such.module]", r"Cannot import 'no\.such\.module'"),
         ("run=3", r"not of the form"),
+        ("run.imports=my.module", r"run\.imports = 'my\.module' must be a list"),
+        ("datasets.cc_sbu=3", r"datasets\.cc_sbu in --options must be a mapping, not 3"),
+        ("run.output_dir=${nope}", r"run .*Interpolation key 'nope' not found"),
+        ("model.vit_precision=fp61", r"is not one of fp16, fp32\. Did you mean 'fp16'\?"),
+        ("run.log_freq=0", r"run\.log_freq = 0 .* must be at least 1"),
         ("run.seed=null", r"run\.seed = None \(set in --options\) is not of type int"),
         ("model.max_txt_len=null", r"model\.max_txt_len = None \(set in --options\) is not of type int"),
         ("model.qformer={hiden_size: 3}", r"Unknown key model\.qformer\.hiden_size.*Did you mean 'hidden_size'\?"),
@@ -161,9 +168,32 @@ def test_hub_ids_and_urls_pass_the_path_check(tmp_path):
     cfg.check_paths()
 
 
+def test_home_is_expanded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "llm").mkdir()
+    cfg = load(STAGE1, "model.llama_model=~/llm")
+    cfg.check_paths()
+    assert cfg.model_cfg.llama_model == str(tmp_path / "llm")
+
+
+def test_dataset_paths_are_checked_for_training_only(tmp_path):
+    cfg = load(STAGE1, f"model.llama_model={tmp_path}", f"datasets.cc_sbu.build_info.storage={tmp_path}/{{00..09}}.tar")
+    cfg.check_paths()
+    with pytest.raises(ConfigError, match=r"datasets\.laion\.build_info\.storage = .*/defaults\.yaml") as error:
+        cfg.check_paths(datasets=True)
+    assert "cc_sbu" not in str(error.value)
+
+
+def test_empty_sections_are_empty(tmp_path):
+    cfg = load(write(tmp_path, "run:\nmodel: {arch: mini_gpt4}\ndatasets: {cc_sbu: }\n"))
+    assert cfg.run_cfg.seed == 42
+    assert cfg.datasets_cfg.cc_sbu.build_info.storage.endswith(".tar")
+
+
 def test_preprocess_serves_datasets_without_processors(tmp_path):
     cfg = load(write(tmp_path, "model: {arch: mini_gpt4}\ndatasets: {cc_sbu: {}}\n"))
     assert cfg.datasets_cfg.cc_sbu.vis_processor.train.name == "blip2_image_train"
+    assert load(STAGE1).datasets_cfg.laion.vis_processor.eval.name == "blip2_image_eval"
 
 
 def test_shipped_defaults_agree_with_the_classes():

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from minigpt4.models import MiniGPT4, prompt
 from minigpt4.models.eva_vit import checkpoint_filter_fn, create_vit
+from minigpt4.models.mini_gpt4 import LayerNorm, cast_matrices
 from minigpt4.models.qformer import QFormer
 
 FORWARD_CASES = ["stage1", "stage2", "stage2_56px", "edge_eos_unk_empty", "single", "unfrozen"]
@@ -196,10 +197,55 @@ def full_size(freeze_vit=True, freeze_qformer=True, llama_model=None):
         )
 
 
-def test_full_size_names_and_shapes(full_size_keys):
-    own = {name: list(value.shape) for name, value in full_size().state_dict().items()}
-    expected = {e["key"]: e["shape"] for e in full_size_keys["state_dict"] if e["kind"] == "parameter"}
-    assert own == expected
+def test_full_size_names_shapes_and_types(full_size_keys):
+    model = full_size()
+    cast_matrices(model.visual_encoder, torch.float16)
+    own = {name: (list(p.shape), str(p.dtype)) for name, p in model.state_dict().items()}
+    entries = [e for e in full_size_keys["state_dict"] if e["kind"] == "parameter"]
+    assert own == {e["key"]: (e["shape"], f"torch.{e['dtype']}") for e in entries}
+    assert sum(dtype == "torch.float16" for _, dtype in own.values()) == 275
+
+
+def test_trainable_parameters_stand_in_the_same_order(full_size_keys):
+    """An optimiser's state goes by position, so a first-release checkpoint needs it."""
+    own = [name for name, p in full_size(False, False).named_parameters() if p.requires_grad]
+    entries = [e["key"] for e in full_size_keys["state_dict"] if e["kind"] == "parameter"]
+    assert sorted(own) == sorted(entries)
+    for part in ("visual_encoder", "Qformer"):
+        assert [n for n in own if n.startswith(part)] == [n for n in entries if n.startswith(part)]
+
+
+def test_published_encoder_with_a_block_and_a_head_too_many():
+    """`eva_vit_g.pth` holds 40 blocks, a final norm and a head; 39 blocks are used."""
+    vit, longer = create_vit(VIT, 28), create_vit(VIT | {"depth": 4}, 28)
+    state = longer.state_dict() | {"norm.weight": torch.ones(32), "head.weight": torch.ones(5, 32)}
+    kept = checkpoint_filter_fn(state, vit)
+    assert kept.keys() == vit.state_dict().keys()
+    vit.load_state_dict(kept)
+
+
+def test_ln_vision_computes_in_float32():
+    """Values that differ by less than float16 can hold beside their mean, and squares beyond its range."""
+    norm = LayerNorm(64)
+    x = (300 + torch.randn(2, 64)).half()
+    output = norm(x)
+    assert output.dtype == torch.float16
+    torch.testing.assert_close(output.float(), torch.nn.functional.layer_norm(x.float(), (64,)), atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp16", torch.bfloat16), ("fp32", torch.float32)])
+def test_vit_precision(golden_llm_folder, precision, dtype):
+    """`fp16` means the run's 16-bit type, on the encoder's matrices."""
+    cfg = {"image_size": 28, "vit_model": VIT, "qformer": QFORMER, "vit_weights": None, "q_former_model": None}
+    cfg |= {"llama_model": str(golden_llm_folder), "vit_precision": precision}
+    model = MiniGPT4.from_config(cfg, dtype=torch.bfloat16)
+    assert model.visual_encoder.blocks[0].mlp.fc1.weight.dtype == dtype
+    assert model.visual_encoder.blocks[0].norm1.weight.dtype == torch.float32
+    assert model.llama_proj.weight.dtype == torch.float32
+    assert model.llama_model.dtype == torch.bfloat16
+    loss = model({"image": torch.randn(2, 3, 28, 28), "text_input": ["a cat", "two dogs"]})["loss"]
+    loss.backward()
+    assert model.llama_proj.weight.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("index", range(4))

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import random
 import socket
 from types import SimpleNamespace
 
@@ -22,25 +23,30 @@ def free_port() -> int:
         return sock.getsockname()[1]
 
 
-def make_runner(folder, model, pool, job_id, **run):
+def make_runner(folder, model, splits, job_id, **run):
     path = folder / "run.yaml"
     path.write_text("run: {amp: False, device: cpu, num_workers: 0, max_epoch: 1}\n")
     settings = {"output_dir": folder / "output", "iters_per_epoch": 3, "init_lr": 0.01} | run
     options = [f"run.{key}={value}" for key, value in settings.items()]
     cfg = Config(SimpleNamespace(cfg_path=str(path), options=options))
-    return RunnerBase(cfg, ImageTextPretrainTask(), model, {"pictures": {"train": Pictures(*pool)}}, job_id)
+    return RunnerBase(cfg, ImageTextPretrainTask(), model, {"pictures": splits}, job_id)
 
 
-def rank_main(rank, world_size, port, folder, model, pool, settings):
+def join(rank, world_size, port):
+    """What torchrun does for a rank."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
-    model = copy.deepcopy(model)  # torch.multiprocessing lets the ranks share its memory
     dist_utils.init_process_group(torch.device("cpu"))
+
+
+def rank_main(rank, world_size, port, folder, model, pool, settings):
+    join(rank, world_size, port)
+    model = copy.deepcopy(model)  # torch.multiprocessing lets the ranks share its memory
     if rank == 1:  # the ranks must start from rank 0's weights
         model.llama_proj.weight.data.add_(1.0)
     job_id = dist_utils.broadcast_object(f"job of rank {rank}")
-    runner = make_runner(folder, model, pool, job_id, batch_size_train=2, **settings)
+    runner = make_runner(folder, model, {"train": Pictures(*pool)}, job_id, batch_size_train=2, **settings)
     runner.loader = FixedBatches(*pool, torch.arange(12).reshape(6, 2)[rank::2] % 8)
     runner.train()
     torch.save({"stats": runner.module.llama_proj.state_dict(), "job_id": job_id}, folder / f"rank{rank}.pth")
@@ -57,7 +63,8 @@ def test_two_ranks_equal_the_joint_batch(build_golden_model, pool, tmp_path, acc
     assert [r["job_id"] for r in ranks] == ["job of rank 0"] * 2
     assert [p.name for p in (tmp_path / "output").iterdir()] == ["job of rank 0"]
 
-    single = make_runner(tmp_path, build_golden_model(), pool, "single", batch_size_train=4, **settings)
+    splits = {"train": Pictures(*pool)}
+    single = make_runner(tmp_path, build_golden_model(), splits, "single", batch_size_train=4, **settings)
     single.loader = FixedBatches(*pool, torch.arange(12).reshape(3, 4) % 8)
     single.train()
     for name, value in single.module.llama_proj.state_dict().items():
@@ -67,8 +74,46 @@ def test_two_ranks_equal_the_joint_batch(build_golden_model, pool, tmp_path, acc
     assert '"train_loss"' in log
 
 
-def test_random_states_of_all_ranks_are_kept(build_golden_model, pool, tmp_path):
-    args = (2, free_port(), tmp_path, build_golden_model(), pool, {})
-    mp.start_processes(rank_main, args, nprocs=2, start_method="spawn")
-    content = torch.load(tmp_path / "output/job of rank 0/checkpoint_0.pth", weights_only=True)
-    assert len(content["rng"]) == 2
+def resuming_rank(rank, world_size, port, folder, model, pool):
+    """Train two epochs at once, then the second again from the first's checkpoint, with a validation each time."""
+    join(rank, world_size, port)
+    weights, metrics, draws = [], [], []
+    for job_id, resume in (("whole", "null"), ("resumed", folder / "output/whole/checkpoint_0.pth")):
+        random.seed(rank)
+        settings = {"batch_size_train": 2, "max_epoch": 2, "iters_per_epoch": 2, "resume_ckpt_path": resume}
+        splits = {"train": Pictures(*pool), "val": Pictures(pool[0][:5], pool[1][:5])}
+        own = copy.deepcopy(model)
+        own.prompt_list = [f"{i} <Img><ImageHere></Img> " for i in range(4)]
+        runner = make_runner(folder, own, splits, job_id, valid_splits="[val]", **settings)
+        runner.train()
+        weights.append(runner.module.llama_proj.weight.detach().clone())
+        metrics.append(runner.evaluate("val"))
+        draws.append(random.random())
+    torch.save((weights, metrics, draws), folder / f"rank{rank}.pth")
+    dist_utils.destroy_process_group()
+
+
+def test_ranks_resume_and_evaluate_together(build_golden_model, pool, tmp_path):
+    """Each rank gets its own random state back; evaluation shares the samples and agrees on the mean."""
+    mp.start_processes(
+        resuming_rank, (2, free_port(), tmp_path, build_golden_model(), pool), nprocs=2, start_method="spawn"
+    )
+    ranks = [torch.load(tmp_path / f"rank{rank}.pth") for rank in range(2)]
+    for weights, metrics, draws in ranks:
+        assert torch.equal(*weights)
+        assert metrics[0] == metrics[1]
+        assert draws[0] == draws[1]
+    assert ranks[0][2] != ranks[1][2]
+    assert ranks[0][1] == ranks[1][1]
+    model = build_golden_model().eval()
+    model.prompt_list = ["0 <Img><ImageHere></Img> "]
+    model.llama_proj.weight.data = ranks[0][0][0]
+    content = torch.load(tmp_path / "output/whole/checkpoint_1.pth", weights_only=True)["model"]
+    model.llama_proj.load_state_dict({k.removeprefix("llama_proj."): v for k, v in content.items()})
+    with torch.no_grad():
+        expected = model({"image": pool[0][:5], "text_input": pool[1][:5]})["loss"].item()
+    assert ranks[0][1][0] == pytest.approx(expected, abs=1e-5)
+
+
+def test_ranks_wait_minutes_not_days():
+    assert dist_utils.TIMEOUT.total_seconds() < 3600
