@@ -13,15 +13,18 @@ import sys
 import tempfile
 from datetime import datetime
 
-from minigpt4.common.config import Config, ConfigError
+from minigpt4.common.config import Config
+from minigpt4.common.errors import ConfigError
+from minigpt4.common.registry import UnknownNameError
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cfg-path", required=True, metavar="FILE", help="YAML file of the model")
     parser.add_argument("--gpu-id", type=int, default=0, metavar="N", help="GPU to use; without one, the CPU is")
-    parser.add_argument("--options", nargs="+", metavar="KEY=VALUE", help="settings that override the file's")
-    parser.add_argument("--import", nargs="+", dest="imports", metavar="MODULE", help="modules of plug-ins to import")
+    several = {"nargs": "+", "action": "extend"}
+    parser.add_argument("--options", **several, metavar="KEY=VALUE", help="settings that override the file's")
+    parser.add_argument("--import", **several, dest="imports", metavar="MODULE", help="plug-ins to import first")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s: this machine only)")
     parser.add_argument("--port", type=int, help="port to listen on (the first free one from 7860)")
     parser.add_argument("--share", action="store_true", help="make the page public through a gradio.live tunnel")
@@ -79,6 +82,7 @@ def serve(args: argparse.Namespace, uploads: str, emoji: bool = False):
         run_history=False,
         enable_monitoring=False,
         ssr_mode=False,
+        state_session_capacity=200,  # what gradio remembers of a visitor, some 300 kB
     )
     return page
 
@@ -113,5 +117,5 @@ class _ShowOn(logging.Handler):
 if __name__ == "__main__":
     try:
         main()
-    except ConfigError as error:
+    except (ConfigError, UnknownNameError) as error:
         sys.exit(f"Error: {error}")

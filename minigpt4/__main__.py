@@ -11,21 +11,23 @@ import sys
 COMMANDS = {
     "chat": "talk about pictures in the terminal",
     "caption": "describe pictures, a folder or shards, into a JSONL file",
+    "bench": "time training steps",
 }
 
 
 def main(argv: list[str] | None = None) -> int | str | None:
     """Run a command. Returns the process's exit status, or a message for stderr."""
-    command, *arguments = sys.argv[1:] if argv is None else argv or ["--help"]
+    command, *arguments = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if command in ("-h", "--help"):
         return _help()
     if command not in COMMANDS:
         return f"Unknown command {command!r}. Known: {', '.join(COMMANDS)}."
-    from minigpt4.common.config import ConfigError
+    from minigpt4.common.errors import ConfigError
+    from minigpt4.common.registry import UnknownNameError
 
     try:
         return importlib.import_module(f"minigpt4.cli.{command}").main(arguments)
-    except ConfigError as error:
+    except (ConfigError, UnknownNameError) as error:
         return f"Error: {error}"
 
 

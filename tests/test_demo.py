@@ -47,19 +47,27 @@ def page(uploads):
 
 @pytest.fixture(scope="module")
 def chat(build_golden_model):
-    """The golden model, slow enough to be watched, greedy and never silent."""
+    """The golden model, slow enough to be watched, and with answers of 20 tokens."""
     from minigpt4.conversation import Chat
     from minigpt4.processors import Blip2ImageEvalProcessor
 
     model = build_golden_model()
-    forward = model.llama_model.forward
+    llm, tokenizer = model.llama_model, model.tokenizer
+    forward, generate = llm.forward, llm.generate
+    separators = [i for i in range(llm.config.vocab_size) if "#" in tokenizer.decode([i])]
 
     def slow(*args, **kwargs):
         time.sleep(0.03)
         return forward(*args, **kwargs)
 
-    model.llama_model.forward = slow
-    return Chat(model, Blip2ImageEvalProcessor(28))
+    def talkative(**options):
+        length = {"max_new_tokens": chat.length, "min_new_tokens": chat.length, "suppress_tokens": separators}
+        return generate(**options | length)
+
+    llm.forward, llm.generate = slow, talkative
+    chat = Chat(model, Blip2ImageEvalProcessor(28))
+    chat.length = 20
+    return chat
 
 
 @pytest.fixture(scope="module")
@@ -216,10 +224,7 @@ def test_retry_and_edit(page, visit):
 
 @needs_chromium
 def test_stop(visit, chat, monkeypatch):
-    endless = chat.model.llama_model.generate
-    monkeypatch.setattr(
-        chat.model.llama_model, "generate", lambda **options: endless(**options | {"min_new_tokens": 300})
-    )
+    monkeypatch.setattr(chat, "length", 300)
     tab = visit()
     upload(tab, PICTURE)
     ask(tab, "Go on for ever.")
@@ -227,7 +232,7 @@ def test_stop(visit, chat, monkeypatch):
     tab.click("#box button.stop-button")
     wait_for_end(tab)
     assert "Stopped." in tab.inner_text("#notice")
-    assert tab.is_visible("#box button.submit-button")
+    tab.wait_for_selector("#box button.submit-button")
     monkeypatch.undo()
     ask(tab, "And now?")
     tab.wait_for_function("!(document.querySelector('#notice')?.innerText ?? '').includes('Stopped')")
@@ -274,6 +279,7 @@ def wait_until(condition):
 
 def claims_to_be(side):
     """A PNG of a hundred bytes that claims `side` × `side` pixels."""
+
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 

@@ -20,8 +20,9 @@ DECODING_HELP = {
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """`--cfg-path`, `--options`, `--import` and `--gpu-id`."""
     parser.add_argument("--cfg-path", required=True, metavar="FILE", help="YAML file of the model")
-    parser.add_argument("--options", nargs="+", metavar="KEY=VALUE", help="settings that override the file's")
-    parser.add_argument("--import", nargs="+", dest="imports", metavar="MODULE", help="modules of plug-ins to import")
+    several = {"nargs": "+", "action": "extend"}
+    parser.add_argument("--options", **several, metavar="KEY=VALUE", help="settings that override the file's")
+    parser.add_argument("--import", **several, dest="imports", metavar="MODULE", help="plug-ins to import first")
     parser.add_argument("--gpu-id", type=int, metavar="N", help="GPU to use (0); without one, the CPU is")
 
 

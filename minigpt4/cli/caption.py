@@ -21,7 +21,8 @@ from itertools import islice
 from pathlib import Path
 
 from minigpt4.cli.arguments import add_decoding_arguments, add_model_arguments, decoding_settings
-from minigpt4.common.config import Config, ConfigError
+from minigpt4.common.config import Config
+from minigpt4.common.errors import ConfigError
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"}
 
@@ -60,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
 
     setup_logger()
     device = dist_utils.select_device(cfg.run_cfg.device) if args.gpu_id is None else select_gpu(cfg, args.gpu_id)
-    dist_utils.init_process_group(device, cfg.run_cfg.dist_backend)
+    dist_utils.init_process_group(device, cfg.run_cfg.dist_backend, cfg.run_cfg.distributed)
     try:
         chat = load_chat(cfg, device)
         unreadable = caption(items, Captioner(chat, args, cfg.model_cfg.prompt_template), Output(args.out))

@@ -10,7 +10,7 @@ Q query tokens per image, S sequence, T new tokens, D width of the language mode
 
 import logging
 from collections.abc import Callable, Generator, Iterable
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -200,15 +200,13 @@ class Chat:
     def _generate(self, prompt: str, img_list: list, stop: str, decoding: Decoding, tap) -> torch.Tensor:
         """The ids [1,T] of an answer. Runs in a thread, which has a current GPU of its own."""
         on_gpu = self.device.type == "cuda"
-        if on_gpu:
-            torch.cuda.set_device(self.device)
-        context, mask = self.model.context([prompt], img_list)
-        with torch.random.fork_rng([self.device] if on_gpu else [], enabled=decoding.seed is not None):
+        generator = torch.random.fork_rng([self.device] if on_gpu else [], enabled=decoding.seed is not None)
+        with torch.cuda.device(self.device) if on_gpu else nullcontext(), generator:
             if decoding.seed is not None:
                 torch.manual_seed(decoding.seed)
-            return continue_embeds(
-                self.model.llama_model, self.model.tokenizer, context, mask, stop, [tap], **decoding.options()
-            )
+            llm, tokenizer = self.model.llama_model, self.model.tokenizer
+            context, mask = self.model.context([prompt], img_list)
+            return continue_embeds(llm, tokenizer, context, mask, stop, [tap], **decoding.options())
 
     @contextmanager
     def _pending_answer(self, conv: Conversation):
@@ -230,7 +228,7 @@ class Chat:
 
 def break_up(text: str, markers: Iterable[str]) -> str:
     """`text` with a space after the first character of each marker in it: "###" becomes "# ##", "</s>" "< /s>"."""
-    for marker in {marker.strip() for marker in markers}:
+    for marker in dict.fromkeys(marker.strip() for marker in markers):
         while len(marker) > 1 and marker in text:
             text = text.replace(marker, f"{marker[0]} {marker[1:]}")
     return text

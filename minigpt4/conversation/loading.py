@@ -5,8 +5,8 @@ import logging
 import torch
 
 from minigpt4.common import dist_utils
-from minigpt4.common.checkpoint import CheckpointError
-from minigpt4.common.config import Config, ConfigError
+from minigpt4.common.config import Config
+from minigpt4.common.errors import ConfigError
 from minigpt4.common.registry import registry
 from minigpt4.conversation.conversation import Chat
 
@@ -14,22 +14,21 @@ from minigpt4.conversation.conversation import Chat
 def load_chat(cfg: Config, device: torch.device) -> Chat:
     """Build the model and its image processor on `device`. Raises ConfigError for weights that do not fit."""
     dtype = dist_utils.select_dtype(device, cfg.run_cfg.amp, cfg.run_cfg.amp_dtype)
-    try:
-        model = registry.get_model_class(cfg.model_cfg.arch).build(cfg.model_cfg, device, dtype)
-    except CheckpointError as error:
-        raise ConfigError(str(error)) from None
+    model = registry.get_model_class(cfg.model_cfg.arch).build(cfg.model_cfg, device, dtype)
     return Chat(model, load_vis_processor(cfg), device)
 
 
 def load_vis_processor(cfg: Config):
-    """The image processor of a chat: the first dataset's for training, as the file gives it, else the default one.
+    """The image processor of a chat: the first dataset's for training, unless that is the default, else `eval`.
 
-    An evaluation file of the first release has `blip2_image_eval` there. Raises ConfigError for an unknown name.
+    The evaluation files of the first release name `blip2_image_eval` under `train`. Raises ConfigError for an unknown
+    name.
     """
-    dataset = next(iter(cfg.datasets_cfg.values()), None)
     default = cfg.preprocess_cfg.vis_processor
-    of_dataset = dataset.vis_processor.get("train") if dataset and dataset.vis_processor != default else None
-    settings = of_dataset or default.get("eval") or {"name": "blip2_image_eval", "image_size": cfg.model_cfg.image_size}
+    dataset = next(iter(cfg.datasets_cfg.values()), None)
+    own = dataset.vis_processor.get("train") if dataset else None
+    settings = default.get("eval") if own is None or own == default.get("train") else own
+    settings = settings or {"name": "blip2_image_eval", "image_size": cfg.model_cfg.image_size}
     try:
         return registry.get_processor_class(settings["name"]).from_config(settings)
     except KeyError as error:

@@ -10,8 +10,9 @@ from helpers import ROOT
 from minigpt4.__main__ import COMMANDS, main
 
 
-def test_commands_are_listed(capsys):
-    assert main(["--help"]) is None
+@pytest.mark.parametrize("arguments", [[], ["--help"]])
+def test_commands_are_listed(capsys, arguments):
+    assert main(arguments) is None
     out = capsys.readouterr().out
     for name, text in COMMANDS.items():
         assert name in out
@@ -19,7 +20,7 @@ def test_commands_are_listed(capsys):
 
 
 def test_unknown_command():
-    assert main(["chatt"]) == "Unknown command 'chatt'. Known: chat, caption."
+    assert main(["chatt"]) == f"Unknown command 'chatt'. Known: {', '.join(COMMANDS)}."
 
 
 @pytest.mark.parametrize("command", COMMANDS)

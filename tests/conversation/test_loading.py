@@ -29,10 +29,15 @@ def test_load_chat(golden_config):
 def test_the_processor_is_the_first_datasets_as_in_the_first_release():
     path = ROOT / "eval_configs/minigpt4_eval.yaml"
     assert isinstance(load_vis_processor(config(path)), Blip2ImageEvalProcessor)
-    key = "datasets.cc_sbu_align.vis_processor.train.name=blip2_image_train"
-    assert isinstance(
-        load_vis_processor(config(path, key)), Blip2ImageTrainProcessor
-    )
+    keys = ("name=blip2_image_train", "image_size=56")
+    options = [f"datasets.cc_sbu_align.vis_processor.train.{key}" for key in keys]
+    assert isinstance(load_vis_processor(config(path, *options)), Blip2ImageTrainProcessor)
+
+
+def test_the_default_for_training_is_not_for_chat():
+    path = ROOT / "eval_configs/minigpt4_eval.yaml"
+    option = "datasets.cc_sbu_align.vis_processor.train.name=blip2_image_train"
+    assert isinstance(load_vis_processor(config(path, option)), Blip2ImageEvalProcessor)
 
 
 def test_without_one_of_its_own_the_default_for_evaluation_serves(tmp_path, golden_config):
