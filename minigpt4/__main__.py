@@ -1,7 +1,7 @@
 """python -m minigpt4 <command> …
 
-    python -m minigpt4 chat cat.jpg --cfg-path eval_configs/minigpt4_tiny_eval.yaml
-    python -m minigpt4 caption --dir photos --out captions.jsonl --cfg-path eval_configs/minigpt4_eval.yaml
+python -m minigpt4 chat cat.jpg --cfg-path eval_configs/minigpt4_tiny_eval.yaml
+python -m minigpt4 caption --dir photos --out captions.jsonl --cfg-path eval_configs/minigpt4_eval.yaml
 """
 
 import importlib
