@@ -402,7 +402,14 @@ def test_the_whole_command(golden_config):
     """demo.py in a process of its own serves, loads the model of a YAML file, and ends on Ctrl-C."""
     port = free_port()
     command = [sys.executable, "demo.py", "--cfg-path", str(golden_config), "--port", str(port)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job inherits it ignored
+    )
     lines = []
     for line in process.stdout:
         lines.append(line)
