@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from minigpt4.common import dist_utils
+from minigpt4.processors import normalise
 
 
 def seed_everything(seed: int) -> None:
@@ -45,8 +46,9 @@ def restore_rng_states(states: list[dict] | None) -> None:
 
 
 def to_device(samples: dict, device: torch.device) -> dict:
-    """The batch with its tensors on `device`."""
-    return {
+    """The batch with its tensors on `device`, images that travelled as uint8 normalised there."""
+    samples = {
         key: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
         for key, value in samples.items()
     }
+    return normalise(samples)

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from minigpt4.common.errors import ConfigError
 from minigpt4.datasets.datasets.packed_strings import PackedStrings
-from minigpt4.processors import to_rgb
+from minigpt4.processors import to_rgb, to_sample
 
 log = logging.getLogger(__name__)
 
@@ -22,9 +22,9 @@ class CCSBUAlignDataset(Dataset):
     """The records of `<storage>/filter_cap.json` with the pictures `<storage>/image/<image_id>.jpg` (.jpeg .png .webp).
 
     filter_cap.json: `{"annotations": [{"image_id": "2", "caption": "…"}, …]}`. Captions are taken as they are.
-    Item: `{"image": vis_processor(picture), "text_input": str, "image_id": str}`. A file that is not a picture, or is
-    broken, is left out with a warning and the next record takes its place (its `image_id` says so); where
-    `MAX_BAD_IN_A_ROW` records in a row are bad, the item raises RuntimeError.
+    Item: `{"image": …, "text_input": str, "image_id": str}`; "image" and what goes with it are made by `to_sample`. A
+    file that is not a picture, or is broken, is left out with a warning and the next record takes its place (its
+    `image_id` says so); where `MAX_BAD_IN_A_ROW` records in a row are bad, the item raises RuntimeError.
     """
 
     MAX_BAD_IN_A_ROW = 10
@@ -64,7 +64,7 @@ class CCSBUAlignDataset(Dataset):
             image = self._read_picture(candidate)
             if image is not None:
                 return {
-                    "image": self.vis_processor(image),
+                    **to_sample(self.vis_processor, image),
                     "text_input": self.captions[candidate],
                     "image_id": self.image_ids[candidate],
                 }

@@ -17,7 +17,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from minigpt4.datasets.datasets.shards import expand_shards, is_local
 from minigpt4.datasets.seeding import derive_seed
-from minigpt4.processors import to_rgb
+from minigpt4.processors import to_rgb, to_sample
 
 log = logging.getLogger(__name__)
 
@@ -35,14 +35,14 @@ class RawSample(NamedTuple):
 
 
 class ImageTextStream(IterableDataset):
-    """An endless stream of `{"image": vis_processor(picture), "text_input": text_processor(caption), "image_id": str}`.
+    """An endless stream of `{"image": …, "text_input": text_processor(caption), "image_id": str}`.
 
-    Shards are drawn with replacement and pass a shuffle buffer of undecoded samples. The stream is a function of
-    (seed, epoch, rank, worker): the same four give the same samples, any other four give others. It starts anywhere in
-    its first shard, so that short epochs do not see the heads of large shards only (from a local file; what comes
-    through a URL or `pipe:` is read from its start). Samples without caption or picture, pictures that cannot be
-    decoded, and shards that cannot be read are left out with a warning and counted; when nearly all samples are left
-    out, iteration raises RuntimeError that names the causes and a shard.
+    "image" and what goes with it are made by `to_sample`. Shards are drawn with replacement and pass a shuffle buffer
+    of undecoded samples. The stream is a function of (seed, epoch, rank, worker): the same four give the same samples,
+    any other four give others. It starts anywhere in its first shard, so that short epochs do not see the heads of
+    large shards only (from a local file; what comes through a URL or `pipe:` is read from its start). Samples without
+    caption or picture, pictures that cannot be decoded, and shards that cannot be read are left out with a warning and
+    counted; when nearly all samples are left out, iteration raises RuntimeError that names the causes and a shard.
     """
 
     def __init__(
@@ -150,7 +150,7 @@ class ImageTextStream(IterableDataset):
                 continue
             self.decoded.keep()
             yield {
-                "image": self.vis_processor(image),
+                **to_sample(self.vis_processor, image),
                 "text_input": self.text_processor(sample.caption),
                 "image_id": f"{os.path.basename(sample.shard)}/{sample.key}",
             }
