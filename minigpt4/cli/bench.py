@@ -154,8 +154,8 @@ def random_model(device, dtype, small: bool):
 
     from minigpt4.models import MiniGPT4
     from minigpt4.models.eva_vit import create_vit
-    from minigpt4.models.mini_gpt4 import cast_matrices
     from minigpt4.models.qformer import QFormer
+    from minigpt4.models.vision import cast_matrices
 
     vit_model, qformer, llama = "eva_clip_g", {}, {}
     if small:

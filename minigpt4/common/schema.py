@@ -141,6 +141,9 @@ class MiniGPT4Config:
     freeze_qformer: bool = True
     """Keep the Q-Former and its queries as they are."""
 
+    load_vision: bool = True
+    """Build encoder and Q-Former. `train.py` does without them where every dataset is cached features."""
+
     llama_model: str = "/path/to/vicuna/weights/"
     """Folder (or hub id) of the language model, in Hugging Face format."""
     low_resource: bool = False

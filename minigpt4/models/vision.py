@@ -1,0 +1,118 @@
+"""The vision side: image -> EVA-ViT -> ln_vision -> Q-Former, as the base of MiniGPT-4 and by itself.
+
+B batch, Q query tokens, N image tokens, W width of the Q-Former. What it gives, [B,Q,W], can be cached: see
+`datasets/feature_cache.py`.
+"""
+
+import logging
+
+import torch
+from torch import nn
+
+from minigpt4.common import checkpoint, weights
+from minigpt4.common.errors import ConfigError
+from minigpt4.common.schema import MiniGPT4Config
+from minigpt4.models import eva_vit, qformer
+from minigpt4.models.base_model import BaseModel
+
+PREFIXES = ("visual_encoder.", "ln_vision.", "query_tokens", "Qformer.")
+"""What the names of its parameters begin with."""
+
+
+class Vision(BaseModel):
+    """Takes images to Q vectors each.
+
+    Args:
+        visual_encoder, Qformer: the parts.
+        num_query_token: vectors per image (Q).
+        dtype: computing type.
+    """
+
+    def __init__(
+        self,
+        visual_encoder: eva_vit.EvaViT,
+        Qformer: qformer.QFormer,
+        num_query_token: int = 32,
+        dtype: torch.dtype = torch.float32,
+    ):
+        super().__init__()
+        self.visual_encoder = visual_encoder
+        self.ln_vision = LayerNorm(visual_encoder.embed_dim)
+        self.query_tokens = nn.Parameter(torch.empty(1, num_query_token, Qformer.hidden_size).normal_(0, 0.02))
+        self.Qformer = Qformer
+        self.dtype = dtype
+
+    def image_features(self, image: torch.Tensor) -> torch.Tensor:
+        """Normalised images [B,3,H,W] to the Q-Former's output [B,Q,W]."""
+        if self.visual_encoder is None:
+            raise ConfigError("The model was built for cached features (model.load_vision=False): it sees no images.")
+        if not image.is_floating_point():
+            raise ConfigError(f"Images must be normalised, floating-point numbers; these are {image.dtype}.")
+        with torch.autocast(image.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            image_tokens = self.ln_vision(self.visual_encoder(image))  # [B,N,encoder's width]
+            return self.Qformer(self.query_tokens.expand(len(image), -1, -1), image_tokens)
+
+    @classmethod
+    def from_config(cls, cfg, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> "Vision":
+        """The vision side alone, frozen, from the `model:` section; arguments and errors as of `MiniGPT4.from_config`.
+
+        Where `ckpt` holds parts of it, which were trained then, they are loaded from there.
+        """
+        cfg = MiniGPT4Config(**cfg)
+        with torch.device(device):
+            model = cls(**parts(cfg, dtype))
+        model.load_vision(cfg)
+        trained = trained_vision(cfg.ckpt)
+        if trained:
+            checkpoint.load_weights(model, trained, cfg.ckpt, required=set())
+        cast_matrices(model.visual_encoder, model.dtype)
+        return model.requires_grad_(False).eval()
+
+    def load_vision(self, cfg: MiniGPT4Config) -> None:
+        """Load the published weights of encoder, ln_vision, queries and Q-Former; null leaves them random."""
+        vit_source, qformer_source = weights.vit_weights(cfg.vit_model, cfg.vit_weights), cfg.q_former_model
+        if vit_source:
+            state = checkpoint.read_weights(weights.fetch(vit_source))
+            state = eva_vit.checkpoint_filter_fn(state, self.visual_encoder)
+            checkpoint.load_weights(self.visual_encoder, state, vit_source, set(self.visual_encoder.state_dict()))
+        if qformer_source:
+            state = qformer.checkpoint_filter_fn(checkpoint.read_weights(weights.fetch(qformer_source)))
+            own = {name for name in self.state_dict() if name.startswith(("Qformer.", "ln_vision.", "query_tokens"))}
+            checkpoint.load_weights(self, state, qformer_source, own)
+        if not (vit_source and qformer_source):
+            logging.warning("Parts of the vision side have random weights, as the config asks.")
+
+
+def parts(cfg: MiniGPT4Config, dtype: torch.dtype) -> dict:
+    """The arguments of `Vision`, built with random weights."""
+    vit = eva_vit.create_vit(cfg.vit_model, cfg.image_size, cfg.drop_path_rate, cfg.use_grad_checkpoint)
+    return {
+        "visual_encoder": vit,
+        "Qformer": qformer.QFormer(vit.embed_dim, **cfg.qformer),
+        "num_query_token": cfg.num_query_token,
+        "dtype": dtype if cfg.vit_precision == "fp16" else torch.float32,
+    }
+
+
+def trained_vision(ckpt: str | None) -> dict[str, torch.Tensor]:
+    """The tensors of `model.ckpt` that belong to the vision side; none where that was frozen."""
+    trained = checkpoint.read_weights(checkpoint.resolve(ckpt)) if ckpt else {}
+    return {
+        name: tensor
+        for name, tensor in trained.items()
+        if name.startswith(PREFIXES) and not checkpoint.TOLERATED.search(name)
+    }
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm computed in float32 and returned in the type of its input."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.float()).to(x.dtype)
+
+
+def cast_matrices(module: nn.Module, dtype: torch.dtype) -> None:
+    """Cast linear and convolution layers, weights and biases; norms, positions and the q and v biases stay."""
+    for part in module.modules():
+        if isinstance(part, (nn.Linear, nn.Conv2d)):
+            part.to(dtype)
