@@ -14,6 +14,7 @@ from minigpt4.common.errors import ConfigError
 from minigpt4.common.schema import MiniGPT4Config
 from minigpt4.models import eva_vit, qformer
 from minigpt4.models.base_model import BaseModel
+from minigpt4.models.precision import cast_matrices
 
 PREFIXES = ("visual_encoder.", "ln_vision.", "query_tokens", "Qformer.")
 """What the names of its parameters begin with."""
@@ -48,9 +49,17 @@ class Vision(BaseModel):
             raise ConfigError("The model was built for cached features (model.load_vision=False): it sees no images.")
         if not image.is_floating_point():
             raise ConfigError(f"Images must be normalised, floating-point numbers; these are {image.dtype}.")
-        with torch.autocast(image.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            image_tokens = self.ln_vision(self.visual_encoder(image))  # [B,N,encoder's width]
-            return self.Qformer(self.query_tokens.expand(len(image), -1, -1), image_tokens)
+        with self.autocast(image.device):
+            return self.query_outputs(image)
+
+    def query_outputs(self, image: torch.Tensor) -> torch.Tensor:
+        """Images [B,3,H,W] to what the Q-Former reads from them [B,Q,W], in the type at hand."""
+        image_tokens = self.ln_vision(self.visual_encoder(image))  # [B,N,encoder's width]
+        return self.Qformer(self.query_tokens.expand(len(image), -1, -1), image_tokens)
+
+    def autocast(self, device: torch.device) -> torch.autocast:
+        """Computing in `dtype`. CUDA graphs could not take a cache of casts."""
+        return torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32, cache_enabled=False)
 
     @classmethod
     def from_config(cls, cfg, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> "Vision":
@@ -109,10 +118,3 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x.float()).to(x.dtype)
-
-
-def cast_matrices(module: nn.Module, dtype: torch.dtype) -> None:
-    """Cast linear and convolution layers, weights and biases; norms, positions and the q and v biases stay."""
-    for part in module.modules():
-        if isinstance(part, (nn.Linear, nn.Conv2d)):
-            part.to(dtype)
