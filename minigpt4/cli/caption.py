@@ -16,11 +16,15 @@ import logging
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from glob import glob
 from itertools import islice
 from pathlib import Path
 
-from minigpt4.cli.arguments import add_decoding_arguments, add_model_arguments, decoding_settings
+from minigpt4.cli.arguments import (
+    add_decoding_arguments,
+    add_model_arguments,
+    decoding_settings,
+    expand_shards,
+)
 from minigpt4.common.config import Config
 from minigpt4.common.errors import ConfigError
 
@@ -82,7 +86,7 @@ class Items:
             if not Path(args.dir).is_dir():
                 raise ConfigError(f"--dir {args.dir} is not a folder.")
             self._files += sorted(path for path in Path(args.dir).rglob("*") if path.suffix.lower() in SUFFIXES)
-        self._shards = _expand(args.shards or [])
+        self._shards = expand_shards(args.shards or [])
         if not self._files and not self._shards:
             raise ConfigError(f"--dir {args.dir} holds no pictures ({', '.join(sorted(SUFFIXES))}).")
         self.total = None if self._shards else len(self._files)
@@ -95,20 +99,6 @@ class Items:
                 for member in tar:
                     if member.isfile() and Path(member.name).suffix.lower() in SUFFIXES:
                         yield f"{shard}/{member.name}", tar.extractfile(member).read()
-
-
-def _expand(patterns: list[str]) -> list[str]:
-    """The tars that patterns with {00..09} or * name. Raises ConfigError for one that names none."""
-    from braceexpand import braceexpand
-
-    shards = []
-    for pattern in patterns:
-        found = sorted(file for name in braceexpand(pattern) for file in glob(name) or [name])
-        missing = [file for file in found if not Path(file).is_file()]
-        if missing or not found:
-            raise ConfigError(f"--shards {pattern}: there is no file {missing[0] if missing else pattern}.")
-        shards += found
-    return shards
 
 
 class Captioner:

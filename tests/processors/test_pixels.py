@@ -9,6 +9,7 @@ from PIL import Image
 from torch.utils.data import default_collate
 from torchvision import transforms
 
+from minigpt4.cli.bench_data import photograph
 from minigpt4.common.registry import registry
 from minigpt4.processors import Blip2ImageEvalProcessor, Blip2ImageTrainProcessor, normalise, to_rgb, to_sample
 from minigpt4.runners.state import to_device
@@ -21,14 +22,7 @@ def make(name: str, **cfg):
 
 
 def photo(seed: int, width: int, height: int) -> Image.Image:
-    """Smooth at all scales, with a little noise, as photographs are."""
-    rng = np.random.default_rng(seed)
-    total = np.zeros((height, width, 3))
-    for side in (4, 16, 64):
-        noise = Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8))
-        total += np.asarray(noise.resize((width, height), Image.Resampling.BICUBIC)) / np.sqrt(side)
-    total += rng.normal(0, 0.01 * total.max(), total.shape)
-    return Image.fromarray((255 * total / total.max()).clip(0, 255).astype(np.uint8))
+    return Image.open(io.BytesIO(photograph(seed, width, height)))
 
 
 def levels(processor, image: Image.Image, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
