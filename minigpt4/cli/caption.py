@@ -14,7 +14,7 @@ import io
 import json
 import logging
 import tarfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -25,6 +25,7 @@ from minigpt4.cli.arguments import (
     decoding_settings,
     expand_shards,
 )
+from minigpt4.cli.parallel import ahead, batches
 from minigpt4.common.config import Config
 from minigpt4.common.errors import ConfigError
 
@@ -208,7 +209,7 @@ def caption(items: Items, captioner: Captioner, output: Output) -> list[str]:
     total = items.total and len(range(rank, max(0, items.total - len(output.done)), ranks))
     skipped = []
     with ThreadPoolExecutor(4) as pool, tqdm(total=total, unit="picture", disable=rank > 0) as bar:
-        for batch in _batches(_ahead(pool, captioner.load, own, 2 * captioner.batch_size), captioner.batch_size):
+        for batch in batches(ahead(pool, captioner.load, own, 2 * captioner.batch_size), captioner.batch_size):
             good = [(name, picture) for name, picture in batch if not isinstance(picture, Exception)]
             skipped += [f"{name}: {error}" for name, error in batch if isinstance(error, Exception)]
             if good:
@@ -220,19 +221,3 @@ def caption(items: Items, captioner: Captioner, output: Output) -> list[str]:
     if skipped:
         logging.warning("%d pictures were skipped:\n  %s", len(skipped), "\n  ".join(skipped))
     return skipped
-
-
-def _ahead(pool: ThreadPoolExecutor, function: Callable, items: Iterable, depth: int) -> Iterator:
-    """`map(function, items)`, computed by the pool up to `depth` items before they are needed."""
-    items = iter(items)
-    running = [pool.submit(function, item) for item in islice(items, depth)]
-    while running:
-        result = running.pop(0).result()
-        running += [pool.submit(function, item) for item in islice(items, 1)]
-        yield result
-
-
-def _batches(items: Iterable, size: int) -> Iterator[list]:
-    items = iter(items)
-    while batch := list(islice(items, size)):
-        yield batch

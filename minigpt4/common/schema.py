@@ -180,7 +180,8 @@ class DatasetConfig:
     type: str = "default"
     """Which default YAML of a plug-in's dataset to start from."""
     build_info: dict[str, Any] = field(default_factory=dict)
-    """`storage`: the shards (brace range, tar, list, glob, URL, pipe:) or the folder."""
+    """`storage`: the shards (brace range, tar, list, glob, URL, pipe:) or the folder. `features`: a cache to train from
+    instead, a folder that `python -m minigpt4 cache-features` made."""
     vis_processor: dict[str, Any] = field(default_factory=dict)
     """Image processor per split: {train: {name, image_size, …}, eval: {…}}."""
     text_processor: dict[str, Any] = field(default_factory=dict)

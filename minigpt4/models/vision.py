@@ -4,7 +4,10 @@ B batch, Q query tokens, N image tokens, W width of the Q-Former. What it gives,
 `datasets/feature_cache.py`.
 """
 
+import hashlib
 import logging
+from collections.abc import Mapping
+from dataclasses import fields
 
 import torch
 from torch import nn
@@ -67,7 +70,7 @@ class Vision(BaseModel):
 
         Where `ckpt` holds parts of it, which were trained then, they are loaded from there.
         """
-        cfg = MiniGPT4Config(**cfg)
+        cfg = typed(cfg)
         with torch.device(device):
             model = cls(**parts(cfg, dtype))
         model.load_vision(cfg)
@@ -92,6 +95,12 @@ class Vision(BaseModel):
             logging.warning("Parts of the vision side have random weights, as the config asks.")
 
 
+def typed(cfg: Mapping) -> MiniGPT4Config:
+    """The `model:` section without the keys that a plug-in adds."""
+    known = {field.name for field in fields(MiniGPT4Config)}
+    return MiniGPT4Config(**{key: value for key, value in cfg.items() if key in known})
+
+
 def parts(cfg: MiniGPT4Config, dtype: torch.dtype) -> dict:
     """The arguments of `Vision`, built with random weights."""
     vit = eva_vit.create_vit(cfg.vit_model, cfg.image_size, cfg.drop_path_rate, cfg.use_grad_checkpoint)
@@ -110,6 +119,30 @@ def trained_vision(ckpt: str | None) -> dict[str, torch.Tensor]:
         name: tensor
         for name, tensor in trained.items()
         if name.startswith(PREFIXES) and not checkpoint.TOLERATED.search(name)
+    }
+
+
+def identity(cfg: Mapping) -> dict:
+    """What in the `model:` section decides on the features of an image; two equal ones give equal features.
+
+    Weights are told apart by their content (`weights.identity`). Raises ConfigError where they are random.
+    """
+    cfg = typed(cfg)
+    sources = {"vit_weights": weights.vit_weights(cfg.vit_model, cfg.vit_weights), "q_former_model": cfg.q_former_model}
+    for key, source in sources.items():
+        if source is None:
+            raise ConfigError(f"model.{key} is null: random weights make other features each time. Give a file.")
+    digest = hashlib.sha256()
+    trained = trained_vision(cfg.ckpt)
+    for name, tensor in sorted(trained.items()):
+        digest.update(name.encode() + tensor.float().numpy().tobytes())
+    return {
+        "image_size": cfg.image_size,
+        "vit_model": cfg.vit_model if isinstance(cfg.vit_model, str) else dict(cfg.vit_model),
+        "num_query_token": cfg.num_query_token,
+        "qformer": dict(cfg.qformer),
+        **{key: weights.identity(source) for key, source in sources.items()},
+        "ckpt": digest.hexdigest() if trained else None,  # of the parts of the vision side in it
     }
 
 
