@@ -104,11 +104,10 @@ def load_vision(cfg, device):
     from minigpt4.models.vision import Vision
 
     model_class = registry.get_model_class(cfg.model_cfg.arch)
-    for method in ("image_features", "query_outputs"):
-        if getattr(model_class, method, None) is not getattr(Vision, method):
-            raise ConfigError(
-                f"model.arch={cfg.model_cfg.arch} makes its image features in its own way; this caches mini_gpt4's."
-            )
+    if getattr(model_class, "query_outputs", None) is not Vision.query_outputs:
+        raise ConfigError(
+            f"model.arch={cfg.model_cfg.arch} makes its image features in its own way; this caches mini_gpt4's."
+        )
     dtype = dist_utils.select_dtype(device, cfg.run_cfg.amp, cfg.run_cfg.amp_dtype)
     return Vision.from_config(cfg.model_cfg, device, dtype)
 
@@ -170,7 +169,7 @@ class Writer:
         from minigpt4.runners.state import to_device
 
         with torch.inference_mode():
-            features = self.model.image_features(to_device(default_collate(fields), self.device)["image"]).half()
+            features = self.model.query_outputs(to_device(default_collate(fields), self.device)["image"]).half()
             if not features.isfinite().all():
                 raise FloatingPointError("Image features are not finite in float16. Are these the right weights?")
         return features.cpu().numpy()

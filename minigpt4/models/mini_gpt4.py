@@ -75,8 +75,10 @@ class MiniGPT4(vision.Vision):
         Returns {"loss": mean cross-entropy over the labelled tokens, "num_labels": how many those are}.
         """
         tokens = samples.get("tokens") or self.prepare(samples)["tokens"].to(self.device)
-        cached = samples.get("image_features")
-        image_embeds = self.encode_img(samples["image"])[0] if cached is None else self.project(cached)  # [B,Q,D]
+        if "image_features" in samples:
+            image_embeds = self.project(samples["image_features"])  # [B,Q,D]
+        else:
+            image_embeds, _ = self.encode_img(samples["image"])
         loss = self.language_loss(image_embeds, tokens)
         return {"loss": loss, "num_labels": tokens.num_labels}
 
@@ -107,13 +109,19 @@ class MiniGPT4(vision.Vision):
 
     def encode_img(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Images [B,3,H,W] to vectors [B,Q,D] in the language model's space, and their attention mask [B,Q] of ones."""
-        image_embeds = self.project(self.image_features(image))
+        image_embeds = self.project(self.query_outputs(image))
         return image_embeds, torch.ones(image_embeds.shape[:2], dtype=torch.long, device=image.device)
 
     def project(self, features: torch.Tensor) -> torch.Tensor:
         """The Q-Former's output [B,Q,W], computed or from a cache, to vectors [B,Q,D]."""
         with self.autocast(features.device):
             return self.llama_proj(features.float())
+
+    def look_ahead(self, samples: dict) -> dict:
+        """The batch, on the device, with its "image_features" unless these depend on what trains."""
+        if "image_features" in samples or self.query_tokens.requires_grad or self.ln_vision.weight.requires_grad:
+            return samples
+        return {**samples, "image_features": self.query_outputs(samples["image"]).clone()}
 
     def language_loss(self, image_embeds: torch.Tensor, tokens) -> torch.Tensor:
         """Mean cross-entropy over the labels of `tokens` (padded or packed), given its images [B,Q,D]."""

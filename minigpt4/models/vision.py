@@ -46,19 +46,15 @@ class Vision(BaseModel):
         self.Qformer = Qformer
         self.dtype = dtype
 
-    def image_features(self, image: torch.Tensor) -> torch.Tensor:
-        """Normalised images [B,3,H,W] to the Q-Former's output [B,Q,W]."""
+    def query_outputs(self, image: torch.Tensor) -> torch.Tensor:
+        """Normalised images [B,3,H,W] to what the Q-Former reads from them [B,Q,W]."""
         if self.visual_encoder is None:
             raise ConfigError("The model was built for cached features (model.load_vision=False): it sees no images.")
         if not image.is_floating_point():
             raise ConfigError(f"Images must be normalised, floating-point numbers; these are {image.dtype}.")
         with self.autocast(image.device):
-            return self.query_outputs(image)
-
-    def query_outputs(self, image: torch.Tensor) -> torch.Tensor:
-        """Images [B,3,H,W] to what the Q-Former reads from them [B,Q,W], in the type at hand."""
-        image_tokens = self.ln_vision(self.visual_encoder(image))  # [B,N,encoder's width]
-        return self.Qformer(self.query_tokens.expand(len(image), -1, -1), image_tokens)
+            image_tokens = self.ln_vision(self.visual_encoder(image))  # [B,N,encoder's width]
+            return self.Qformer(self.query_tokens.expand(len(image), -1, -1), image_tokens)
 
     def autocast(self, device: torch.device) -> torch.autocast:
         """Computing in `dtype`. CUDA graphs could not take a cache of casts."""
