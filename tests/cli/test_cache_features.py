@@ -18,6 +18,7 @@ from minigpt4.datasets.datasets.feature_dataset import FeatureSet
 from minigpt4.models import MiniGPT4
 from minigpt4.models.vision import Vision
 from minigpt4.processors import normalise
+from minigpt4.runners.state import to_device
 from minigpt4.tasks import ImageTextPretrainTask
 from train import main as train
 
@@ -273,3 +274,42 @@ def test_vision_parts_in_a_checkpoint_count(configs, tmp_path):
     seeing = MiniGPT4.from_config(config_of(configs["stage2"], ckpt).model_cfg)
     torch.testing.assert_close(cached.float(), seeing.query_outputs(image)[0], **TOLERANCE)
     assert not torch.allclose(cached.float(), model.query_outputs(image)[0], atol=0.01)
+
+
+# --- on a GPU, in 16 bit
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@needs_gpu
+def test_computed_cached_and_trained_from_in_16_bit(configs, tmp_path):
+    out = tmp_path / "features"
+    assert cache(configs["stage2"], out, "run.device=cuda") == 0
+    cfg = config_of(configs["stage2"])
+    pictures = cache_features.source_dataset(cfg, "cc_sbu_align")
+    cached = FeatureSet(str(out / "cc_sbu_align"))
+    model = MiniGPT4.from_config(cfg.model_cfg, "cuda", torch.bfloat16).eval()
+    batches = (default_collate([dataset[i] for i in range(8)]) for dataset in (pictures, cached))
+    seen, read = (to_device(batch, torch.device("cuda")) for batch in batches)
+    with torch.no_grad():
+        computed = model.query_outputs(seen["image"]).float()
+        torch.testing.assert_close(read["image_features"].float(), computed, atol=0.05, rtol=0.02)
+        assert float(model(read)["loss"]) == pytest.approx(float(model(seen)["loss"]), rel=0.005)
+    run = [
+        EVAL,
+        "run.device=cuda",
+        "model.ckpt=null",
+        from_cache(out / "cc_sbu_align"),
+        f"run.output_dir={tmp_path}/out",
+    ]
+    train(["--cfg-path", str(configs["stage2"]), "--options", *run])
+    assert len(list(tmp_path.glob("out/*/checkpoint_1.pth"))) == 1
+
+
+@needs_gpu
+def test_uint8_is_normalised_on_the_gpu_as_on_the_cpu(configs):
+    pictures = cache_features.source_dataset(config_of(configs["stage2"]), "cc_sbu_align")
+    batch = default_collate([pictures[i] for i in range(4)])
+    on_cpu, on_gpu = (to_device(batch, torch.device(kind))["image"] for kind in ("cpu", "cuda"))
+    assert on_gpu.is_cuda and on_gpu.dtype == torch.float32
+    torch.testing.assert_close(on_gpu.cpu(), on_cpu, atol=1e-6, rtol=0)
