@@ -1,6 +1,5 @@
 """Pictures with captions streamed from webdataset shards without end: laion and cc_sbu."""
 
-import io
 import json
 import logging
 import os
@@ -17,7 +16,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from minigpt4.datasets.datasets.shards import expand_shards, is_local
 from minigpt4.datasets.seeding import derive_seed
-from minigpt4.processors import to_rgb, to_sample
+from minigpt4.processors import read_picture, to_sample
 
 log = logging.getLogger(__name__)
 
@@ -115,12 +114,12 @@ class ImageTextStream(IterableDataset):
     def load(self, sample: RawSample) -> dict[str, Any] | None:
         """ "image" and what goes with it, or None for a picture that cannot be decoded, which is counted."""
         try:
-            image = to_rgb(Image.open(io.BytesIO(sample.image)))
+            picture = read_picture(sample.image, self.vis_processor)
         except Exception as error:  # Pillow's plug-ins raise nearly every kind of error on broken files
             self.decoded.drop("an image that is not one, or is broken", sample.shard, f"{sample.key}: {error}")
             return None
         self.decoded.keep()
-        return to_sample(self.vis_processor, image)
+        return to_sample(self.vis_processor, picture)
 
     def _draw_shards(self, rng: random.Random) -> Iterator[str]:
         while True:
