@@ -151,6 +151,8 @@ class MiniGPT4Config:
     """Load the language model in 8 bit."""
     load_in: str | None = field(default=None, metadata={"choices": ("16bit", "8bit", "4bit")})
     """`16bit`, `8bit` or `4bit`; says it more precisely than `low_resource` and wins."""
+    llm_grad_checkpoint: int = field(default=0, metadata={"least": 0})
+    """How many of the language model's layers, from the first, recompute their activations in the backward pass."""
     device_8bit: int | None = None
     """*Inert*: the quantised model lies on the rank's own device."""
 

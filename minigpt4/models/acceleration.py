@@ -1,8 +1,10 @@
 """How training steps are computed: packed, compiled, recorded. The numbers stay the same to rounding."""
 
+import functools
 import logging
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from minigpt4.models.cuda_graphs import GraphedFunction
 from minigpt4.models.fused import fuse_projections
@@ -23,15 +25,28 @@ def accelerate(model, packed: bool, compiled: bool) -> None:
     if not compiled:
         return
     fuse_projections(llm)
+    llm_layers = [] if _is_quantized(llm) else llm.get_decoder().layers  # bitsandbytes' layers run as they are
     # One code object, Module._call_impl, is compiled for every kind of layer, with and without gradient.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-    layers = (*model.visual_encoder.blocks, *model.Qformer.bert.encoder.layer, *llm.get_decoder().layers)
+    layers = [*model.visual_encoder.blocks, *model.Qformer.bert.encoder.layer, *llm_layers]
     for layer in layers:
         layer.compile()
     logging.info("%d layers will be compiled at the first steps, which takes a minute or two.", len(layers))
     plain = type(model)
+    model.sum_of_losses = torch.compile(plain.sum_of_losses, dynamic=True)  # in one pass over the logits
     model.query_outputs = GraphedFunction(lambda image: plain.query_outputs(model, image), "vision side")
-    model.language_loss = _graphed_loss(lambda embeds, tokens: plain.language_loss(model, embeds, tokens))
+    if llm_layers:
+        model.language_loss = _graphed_loss(lambda embeds, tokens: plain.language_loss(model, embeds, tokens))
+
+
+def recompute_layers(llm, count: int) -> None:
+    """Let the first `count` layers recompute their activations in the backward pass instead of keeping them."""
+    for layer in llm.get_decoder().layers[:count]:
+        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+
+
+def _is_quantized(llm) -> bool:
+    return any(type(module).__module__.startswith("bitsandbytes") for module in llm.modules())
 
 
 def _graphed_loss(language_loss):

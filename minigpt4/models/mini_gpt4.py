@@ -14,7 +14,7 @@ from minigpt4.common import checkpoint, weights
 from minigpt4.common.registry import registry
 from minigpt4.common.schema import MiniGPT4Config
 from minigpt4.models import eva_vit, llm, packing, prompt, qformer
-from minigpt4.models.acceleration import accelerate
+from minigpt4.models.acceleration import accelerate, recompute_layers
 from minigpt4.models.base_model import BaseModel
 from minigpt4.models.generation import answer_text, continue_embeds
 from minigpt4.models.precision import cast_matrices
@@ -31,6 +31,7 @@ class MiniGPT4(BaseModel):
         prompt_list: prompts with an image slot; one, drawn at random, serves a training batch. Empty: the image alone.
         max_txt_len: most tokens of a training text, `end_sym` included.
         end_sym: text that ends every training text.
+        llm_grad_checkpoint: how many of the language model's layers recompute their activations.
         dtype: computing type of the vision side.
     """
 
@@ -52,6 +53,7 @@ class MiniGPT4(BaseModel):
         end_sym: str = "\n",
         freeze_vit: bool = True,
         freeze_qformer: bool = True,
+        llm_grad_checkpoint: int = 0,
         dtype: torch.dtype = torch.float32,
     ):
         super().__init__()
@@ -65,6 +67,8 @@ class MiniGPT4(BaseModel):
         self.prompt_list = prompt_list or []
         self.max_txt_len, self.end_sym, self.dtype = max_txt_len, end_sym, dtype
         self.packed = False
+        if llm_grad_checkpoint:
+            recompute_layers(llama_model, llm_grad_checkpoint)
 
         self._frozen = [self.llama_model]
         self._frozen += [self.visual_encoder, self.ln_vision] if freeze_vit else []
@@ -80,10 +84,7 @@ class MiniGPT4(BaseModel):
         Returns {"loss": mean cross-entropy over the labelled tokens, "num_labels": how many those are}.
         """
         tokens = samples.get("tokens") or self.prepare(samples)["tokens"].to(self.device)
-        if "image_features" in samples:
-            image_embeds = self.llama_proj(samples["image_features"])  # [B,Q,D]
-        else:
-            image_embeds, _ = self.encode_img(samples["image"])
+        image_embeds, _ = self.encode_img(samples["image"])  # [B,Q,D]
         loss = self.language_loss(image_embeds, tokens)
         return {"loss": loss, "num_labels": tokens.num_labels}
 
@@ -123,21 +124,18 @@ class MiniGPT4(BaseModel):
             image_tokens = self.ln_vision(self.visual_encoder(image))  # [B,N,vision width]
             return self.Qformer(self.query_tokens.expand(len(image), -1, -1), image_tokens)
 
-    def look_ahead(self, samples: dict) -> dict:
-        """The batch, on the device, with its "image_features" where these depend on nothing that trains."""
-        if self.query_tokens.requires_grad or self.ln_vision.weight.requires_grad:
-            return samples
-        return {**samples, "image_features": self.query_outputs(samples["image"]).clone()}
-
     def language_loss(self, image_embeds: torch.Tensor, tokens) -> torch.Tensor:
         """Mean cross-entropy over the labels of `tokens` (padded or packed), given its images [B,Q,D]."""
         embeds = self.embed(tokens, image_embeds)  # [B,S,D], or [1,T,D] where the batch is packed
         with tokens.attention_of(self.llama_model):
             logits = self.llama_model(inputs_embeds=embeds, use_cache=False, **tokens.llm_inputs()).logits  # [B,K,V]
-        loss = F.cross_entropy(
-            logits.float().flatten(0, 1), tokens.targets.flatten(), ignore_index=prompt.IGNORE_INDEX, reduction="sum"
-        )
-        return loss / tokens.label_count.clamp(min=1)
+        return self.sum_of_losses(logits, tokens.targets) / tokens.label_count.clamp(min=1)
+
+    @staticmethod
+    def sum_of_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy of logits [B,K,V] against targets [B,K], summed in float32."""
+        logits, targets = logits.float().flatten(0, 1), targets.flatten()
+        return F.cross_entropy(logits, targets, ignore_index=prompt.IGNORE_INDEX, reduction="sum")
 
     def embed(self, tokens, image_embeds: torch.Tensor) -> torch.Tensor:
         """The sequences [B,S,D]: token embeddings, with `image_embeds` [images,Q,D] in the image slots, in order."""
@@ -220,6 +218,7 @@ class MiniGPT4(BaseModel):
                 end_sym=cfg.end_sym,
                 freeze_vit=cfg.freeze_vit,
                 freeze_qformer=cfg.freeze_qformer,
+                llm_grad_checkpoint=cfg.llm_grad_checkpoint,
                 dtype=dtype if cfg.vit_precision == "fp16" else torch.float32,
             )
         model._load_frozen(weights.vit_weights(cfg.vit_model, cfg.vit_weights), cfg.q_former_model)

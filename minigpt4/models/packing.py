@@ -46,6 +46,7 @@ class PackedBatch:
     numbers: torch.Tensor
     sizes: Sizes
     num_labels: int = 0
+    num_tokens: int = 0
 
     def _part(self, index: int) -> torch.Tensor:
         s = self.sizes
@@ -119,7 +120,7 @@ def pack(sequences: list[list[int]], labels: list[list[int]]) -> PackedBatch:
     )
     longest = round_up(max(lengths), TOKEN_MULTIPLE)
     sizes = Sizes(tokens, int(is_image.sum()), len(lengths), len(learnt) + fill, longest)
-    return PackedBatch(torch.from_numpy(np.concatenate(parts).astype(np.int64)), sizes, len(learnt))
+    return PackedBatch(torch.from_numpy(np.concatenate(parts).astype(np.int64)), sizes, len(learnt), sum(lengths[:-1]))
 
 
 def round_up(number: int, multiple: int) -> int:

@@ -44,7 +44,7 @@ class PaddedBatch:
         # [B,K] the tokens that those predict, IGNORE_INDEX where a row has no label there.
         self.targets = labels[:, self.logits_to_keep]
         self.label_count = (labels != IGNORE_INDEX).sum()
-        self.num_labels = int(self.label_count)
+        self.num_labels, self.num_tokens = int(self.label_count), int(self.attention_mask.sum())
 
     def llm_inputs(self) -> dict:
         """What the language model is called with in training, beside the embeddings [B,S,D].

