@@ -8,7 +8,6 @@ positions as an image has vectors. `<s>` stands once, in front.
 B batch, S sequence, Q query tokens per image.
 """
 
-import contextlib
 import copy
 from dataclasses import dataclass
 
@@ -52,10 +51,6 @@ class PaddedBatch:
         Padding stands on the right, after every label, so causal attention needs no mask.
         """
         return {"logits_to_keep": self.logits_to_keep}
-
-    def attention_of(self, llm) -> contextlib.AbstractContextManager:
-        """Nothing to change: the language model attends as it always does."""
-        return contextlib.nullcontext()
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "PaddedBatch":
         moved = copy.copy(self)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from minigpt4.models.fused import fuse_projections
-from minigpt4.models.packing import LABEL_MULTIPLE, TOKEN_MULTIPLE, pack
+from minigpt4.models.packing import LABEL_MULTIPLE, TOKEN_MULTIPLE, allow_packing, pack
 from minigpt4.models.prompt import IGNORE_INDEX, IMAGE_ID
 
 
@@ -25,7 +25,7 @@ def test_packed_equals_padded(golden, build_golden_model, name):
     texts = [text * (1 + i) for i, text in enumerate(case["text_input"])]
     samples = {"image": tensors[f"{name}.image"], "text_input": texts}
     padded, gradient = loss_and_gradient(model, samples)
-    model.packed = True
+    model.packed = allow_packing(model.llama_model)
     packed, packed_gradient = loss_and_gradient(model, samples)
     assert packed["num_labels"] == padded["num_labels"]
     torch.testing.assert_close(packed["loss"], padded["loss"], atol=1e-6, rtol=1e-6)
@@ -36,7 +36,7 @@ def test_a_packed_batch_mixes_no_sequences(golden, build_golden_model):
     """A sequence's loss is the same whatever stands before and after it."""
     _, tensors = golden("train_forward")
     model = build_golden_model()
-    model.packed = True
+    model.packed = allow_packing(model.llama_model)
     image = tensors["stage1.image"][:1]
     alone = model({"image": image, "text_input": ["a dog"]})["loss"].item()
     others = ["a cat on a mat, and so on", "x"]
@@ -71,7 +71,8 @@ def test_a_full_row_needs_no_fill():
 
 def test_texts_without_any_label_give_loss_zero(build_golden_model):
     model = build_golden_model(end_sym="")
-    for model.packed in (False, True):
+    for packed in (False, allow_packing(model.llama_model)):
+        model.packed = packed
         output = model({"image": torch.zeros(2, 3, 28, 28), "text_input": ["", ""]})
         assert output["num_labels"] == 0
         assert output["loss"].item() == 0
@@ -80,7 +81,7 @@ def test_texts_without_any_label_give_loss_zero(build_golden_model):
 def test_generation_after_packed_training(golden, build_golden_model):
     model = build_golden_model()
     before = model.generate(torch.zeros(2, 3, 28, 28), ["<ImageHere> a", "b <ImageHere> c d"], max_new_tokens=8)
-    model.packed = True
+    model.packed = allow_packing(model.llama_model)
     loss_and_gradient(model, {"image": torch.zeros(2, 3, 28, 28), "text_input": ["a", "b c d"]})
     assert model.generate(torch.zeros(2, 3, 28, 28), ["<ImageHere> a", "b <ImageHere> c d"], max_new_tokens=8) == before
 
@@ -118,7 +119,8 @@ def test_recomputed_layers(golden, build_golden_model, packed):
     _, tensors = golden("train_forward")
     samples = {"image": tensors["stage1.image"][:3], "text_input": ["a b c", "d", "e f"]}
     kept, recomputed = build_golden_model(), build_golden_model(llm_grad_checkpoint=2)
-    kept.packed = recomputed.packed = packed
+    for model in (kept, recomputed):
+        model.packed = packed and allow_packing(model.llama_model)
     held = {}
     for name, model in (("kept", kept), ("recomputed", recomputed)):
         held[name] = 0
