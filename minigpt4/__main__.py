@@ -13,6 +13,7 @@ COMMANDS = {
     "caption": "describe pictures, a folder or shards, into a JSONL file",
     "bench": "time training steps",
     "make-random-weights": "write files in the published formats, for rehearsals and benchmarks",
+    "rehearse": "run train.py and chat on such files, and measure",
 }
 
 

@@ -154,7 +154,7 @@ def random_model(device, dtype, small: bool):
 
     from minigpt4.models import MiniGPT4
     from minigpt4.models.eva_vit import create_vit
-    from minigpt4.models.mini_gpt4 import cast_matrices
+    from minigpt4.models.loading import cast_matrices
     from minigpt4.models.qformer import QFormer
 
     vit_model, qformer, llama = "eva_clip_g", {}, {}

@@ -3,17 +3,15 @@
 B batch, Q query tokens, N image tokens, D width of the language model, S sequence, V vocabulary.
 """
 
-import logging
 import random
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from minigpt4.common import checkpoint, weights
 from minigpt4.common.registry import registry
 from minigpt4.common.schema import MiniGPT4Config
-from minigpt4.models import eva_vit, llm, prompt, qformer
+from minigpt4.models import eva_vit, llm, loading, prompt, qformer
 from minigpt4.models.base_model import BaseModel
 from minigpt4.models.generation import answer_text, continue_embeds
 from minigpt4.models.tokenizer import load_tokenizer
@@ -170,47 +168,37 @@ class MiniGPT4(BaseModel):
                 encoder.
 
         Raises:
-            CheckpointError: weights that do not fit.
+            CheckpointError: weights that do not fit, or a language model that is broken.
+            ConfigError: weights that cannot be had.
         """
-        cfg = cls.config_class(**cfg)
+        cfg, device = cls.config_class(**cfg), torch.device(device)
         prompts = prompt.read_prompts(cfg.prompt_path, cfg.prompt_template) if cfg.prompt_path else []
-        trained = _read_ckpt(cfg.ckpt, cfg.llama_model) if cfg.ckpt else None
+        sources = loading.open_sources(cfg)
+        vit_dtype = dtype if cfg.vit_precision == "fp16" else torch.float32
+        vit = loading.load_encoder(cfg, sources.vision, device, vit_dtype)
+        with torch.device("meta" if sources.qformer else device):
+            q_former = qformer.QFormer(vit.embed_dim, **cfg.qformer)
         load_in = cfg.load_in or ("8bit" if cfg.low_resource else "16bit")
+        llama_model = llm.load_llm(cfg.llama_model, device, dtype, load_in, cfg.llm_device_map)
+        tokenizer = load_tokenizer(cfg.llama_model)
+        llm.check_answers(llama_model, tokenizer, cfg.llama_model)
         with torch.device(device):
-            vit = eva_vit.create_vit(cfg.vit_model, cfg.image_size, cfg.drop_path_rate, cfg.use_grad_checkpoint)
             model = cls(
                 visual_encoder=vit,
-                Qformer=qformer.QFormer(vit.embed_dim, **cfg.qformer),
-                llama_model=llm.load_llm(cfg.llama_model, torch.device(device), dtype, load_in),
-                tokenizer=load_tokenizer(cfg.llama_model),
+                Qformer=q_former,
+                llama_model=llama_model,
+                tokenizer=tokenizer,
                 num_query_token=cfg.num_query_token,
                 prompt_list=prompts,
                 max_txt_len=cfg.max_txt_len,
                 end_sym=cfg.end_sym,
                 freeze_vit=cfg.freeze_vit,
                 freeze_qformer=cfg.freeze_qformer,
-                dtype=dtype if cfg.vit_precision == "fp16" else torch.float32,
+                dtype=vit_dtype,
             )
-        model._load_frozen(weights.vit_weights(cfg.vit_model, cfg.vit_weights), cfg.q_former_model)
-        if trained is not None:
-            projection = {name for name in model.state_dict() if name.startswith("llama_proj.")}
-            checkpoint.load_weights(model, trained, cfg.ckpt, required=projection)
-        if cfg.freeze_vit:
-            cast_matrices(vit, model.dtype)
+        loading.load_rest(model, cfg, sources, device)
+        loading.report(model)
         return model
-
-    def _load_frozen(self, vit_source: str | None, qformer_source: str | None) -> None:
-        """Load the encoder's and the Q-Former's published weights; None leaves them random."""
-        if vit_source:
-            state = checkpoint.read_weights(weights.fetch(vit_source))
-            state = eva_vit.checkpoint_filter_fn(state, self.visual_encoder)
-            checkpoint.load_weights(self.visual_encoder, state, vit_source, set(self.visual_encoder.state_dict()))
-        if qformer_source:
-            state = qformer.checkpoint_filter_fn(checkpoint.read_weights(weights.fetch(qformer_source)))
-            own = {name for name in self.state_dict() if name.startswith(("Qformer.", "ln_vision.", "query_tokens"))}
-            checkpoint.load_weights(self, state, qformer_source, own)
-        if not (vit_source and qformer_source):
-            logging.warning("Parts of the vision side have random weights, as the config asks.")
 
 
 class LayerNorm(nn.LayerNorm):
@@ -218,26 +206,3 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x.float()).to(x.dtype)
-
-
-def cast_matrices(module: nn.Module, dtype: torch.dtype) -> None:
-    """Cast linear and convolution layers, weights and biases; norms, positions and the q and v biases stay."""
-    for part in module.modules():
-        if isinstance(part, (nn.Linear, nn.Conv2d)):
-            part.to(dtype)
-
-
-def _read_ckpt(path: str, llama_model: str) -> dict[str, torch.Tensor]:
-    """The trained weights, checked against the language model's width before that is loaded."""
-    file = checkpoint.resolve(path)
-    trained = checkpoint.read_weights(file)
-    width = llm.embedding_dim(llama_model)
-    projection = trained.get("llama_proj.weight")
-    if projection is not None and projection.shape[0] != width:
-        known = {4096: " (as in Vicuna-7B)", 5120: " (as in Vicuna-13B)"}
-        theirs = projection.shape[0]
-        raise checkpoint.CheckpointError(
-            f"{file} was trained with a language model {theirs}{known.get(theirs, '')} wide; {llama_model} is "
-            f"{width}{known.get(width, '')} wide. Change model.ckpt or model.llama_model so that they match."
-        )
-    return trained

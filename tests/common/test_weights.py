@@ -1,5 +1,7 @@
 """Where weights come from."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -8,7 +10,8 @@ from minigpt4.common.errors import ConfigError
 
 
 def test_a_url_is_fetched_once_under_its_published_name(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    assert weights.cached_file("http://a/b.pth").parent == Path(torch.hub.get_dir()) / "checkpoints"
     source = tmp_path / "eva_vit_g.pth"
     source.write_bytes(b"weights")
     fetched = weights.fetch(source.as_uri())

@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 
 from minigpt4.models import MiniGPT4, prompt
 from minigpt4.models.eva_vit import checkpoint_filter_fn, create_vit
-from minigpt4.models.mini_gpt4 import LayerNorm, cast_matrices
+from minigpt4.models.loading import cast_matrices
+from minigpt4.models.mini_gpt4 import LayerNorm
 from minigpt4.models.qformer import QFormer
 
 FORWARD_CASES = ["stage1", "stage2", "stage2_56px", "edge_eos_unk_empty", "single", "unfrozen"]
