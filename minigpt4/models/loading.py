@@ -13,6 +13,7 @@ from minigpt4.common import checkpoint, weights
 from minigpt4.common.checkpoint import CheckpointError
 from minigpt4.common.schema import BLIP2_URL, MiniGPT4Config
 from minigpt4.models import eva_vit, hf_names, llm, qformer
+from minigpt4.models.precision import cast_matrices
 
 # Width of the T5 whose BLIP-2 has the Q-Former that the published projections were trained on.
 FLAN_T5_XXL_WIDTH = 4096
@@ -80,13 +81,6 @@ def load_rest(model: nn.Module, cfg: MiniGPT4Config, sources: Sources, device: t
     if sources.trained is not None:
         projection = {name for name in model.state_dict() if name.startswith("llama_proj.")}
         checkpoint.load_weights(model, sources.trained, cfg.ckpt, required=projection)
-
-
-def cast_matrices(module: nn.Module, dtype: torch.dtype) -> None:
-    """Cast linear and convolution layers, weights and biases; norms, positions and the q and v biases stay."""
-    for part in module.modules():
-        if isinstance(part, (nn.Linear, nn.Conv2d)):
-            part.to(dtype)
 
 
 def report(model: nn.Module) -> None:
