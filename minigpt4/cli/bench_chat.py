@@ -10,6 +10,7 @@ question in the same conversation has 20 tokens more.
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import time
@@ -24,18 +25,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--size", choices=("7b", "small"), default="7b", help="size of the model (default: 7b)")
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 64], help="prompts side by side (default: 1 64)")
-    parser.add_argument(
-        "--weights", nargs="+", choices=("16bit", "8bit_weights"), default=["16bit", "8bit_weights"], help="of the model"
-    )
+    parser.add_argument("--weights", nargs="+", choices=WEIGHTS, default=list(WEIGHTS), help="of the language model")
     parser.add_argument("--tokens", type=int, default=200, help="tokens of an answer (default: 200)")
     parser.add_argument("--answers", type=int, default=5, help="timed answers, after two to warm up (default: 5)")
     parser.add_argument("--layers", nargs="+", choices=LAYERS, default=["tuned"], help="how the layers are compiled")
+    parser.add_argument("--attention", nargs="+", choices=("minigpt4_single", "sdpa"), default=["minigpt4_single"])
     parser.add_argument("--compare", action="store_true", help="also by transformers' generate, with 16-bit weights")
     parser.add_argument("--profile", action="store_true", help="show where the GPU's time goes")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     return parser.parse_args(argv)
 
 
+WEIGHTS = ("16bit", "8bit_weights")
 # In the CUDA graph: as they stand, compiled, or with products of single rows written by inductor too.
 LAYERS = {"eager": (False, {}), "compiled": (True, {}), "tuned": (True, {"coordinate_descent_tuning": True})}
 # An option that the project's own loop does not know leaves the work to transformers.
@@ -61,10 +62,10 @@ def main(argv: list[str] | None = None) -> int:
         if weights == "8bit_weights":
             int8.quantize(llm, device)
         for batch in args.batch:
-            for layers in args.layers:
+            for layers, attention in itertools.product(args.layers, args.attention):
                 compiled, options = LAYERS[layers]
-                decoder._decoders[llm] = decoder.Decoder(llm, compiled=compiled, options=options)
-                row = {"weights": weights, "batch": batch, "by": f"minigpt4, {layers}"}
+                decoder._decoders[llm] = decoder.Decoder(llm, None, compiled, options, attention)
+                row = {"weights": weights, "batch": batch, "by": f"minigpt4, {layers}, {attention}"}
                 report(row | time_answers(model, batch, args), args.json)
                 if args.profile:
                     profile(model, batch, args)

@@ -29,12 +29,14 @@ COMPILE_OPTIONS = {"coordinate_descent_tuning": True}
 MOST_COMPILATIONS = 32
 
 _decoders: "weakref.WeakKeyDictionary[nn.Module, Decoder]" = weakref.WeakKeyDictionary()
+_lock = threading.Lock()
+_capturing = threading.Lock()
 
 
 def decode(
     llm, embeds: torch.Tensor, attention_mask: torch.Tensor, steps: int, choose: Callable
 ) -> Iterator[torch.Tensor]:
-    """Yield the next token of every row, [B] int64 on the CPU, `steps` times or until closed. Call it without gradients.
+    """Yield the next token of every row, [B] int64 on the CPU, `steps` times or until closed; without gradients, please.
 
     On a GPU a step is under way while the token before it is looked at.
 
@@ -44,9 +46,10 @@ def decode(
         attention_mask: [B,S], 0 on padding.
         choose: from the ids so far [B,T] and the logits [B,V] float32 to the next ids [B].
     """
-    decoder = _decoders.get(llm)
-    if decoder is None or decoder.weights != _fingerprint(llm):
-        decoder = _decoders[llm] = Decoder(llm)
+    with _lock:
+        decoder = _decoders.get(llm)
+        if decoder is None or decoder.weights != _fingerprint(llm):
+            decoder = _decoders[llm] = Decoder(llm)
     return decoder.run(llm, embeds, attention_mask, steps, choose)
 
 
@@ -78,16 +81,23 @@ def bucket(length: int) -> int:
 class Decoder:
     """The loop of one language model, and the caches that it keeps. Threads may run it side by side."""
 
-    def __init__(self, llm, graphs: bool | None = None, compiled: bool = True, options: dict | None = None):
-        """graphs: None: where they can be had. compiled, options: of the layers inside the graphs."""
+    def __init__(
+        self,
+        llm,
+        graphs: bool | None = None,
+        compiled: bool = True,
+        options: dict | None = None,
+        attention: str = "minigpt4_single",
+    ):
+        """graphs: None: where they can be had. compiled, options, attention: of the layers inside the graphs."""
         on_gpu = next(llm.parameters()).device.type == "cuda"
         self.graphs = on_gpu and not getattr(llm, "is_quantized", False) if graphs is None else graphs
         self.compiled = compiled
         self.options = COMPILE_OPTIONS if options is None else options
+        self.attention = attention
         self.weights = _fingerprint(llm)
         self._idle: list[Slots] = []  # the one used last stands last
         self._lock = threading.Lock()
-        self._capturing = threading.Lock()
         self._pool = torch.cuda.graph_pool_handle() if self.graphs else None
 
     def run(
@@ -168,8 +178,8 @@ class Decoder:
     def _capture(self, llm, slots: "Slots", reach: int) -> tuple["torch.cuda.CUDAGraph", torch.Tensor]:
         """A step as a graph, and where it leaves its logits. A step changes nothing when it is repeated."""
         device = slots.ids.device
-        compiled = compiled_layers(llm, slots, self.options) if self.compiled else nullcontext()
-        with self._capturing, torch.cuda.device(device), compiled:
+        compiled = compiled_layers(llm, slots, self.options, self.attention) if self.compiled else nullcontext()
+        with _capturing, torch.cuda.device(device), compiled:
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
@@ -284,11 +294,15 @@ class LayerSlots:
 
 
 @contextmanager
-def compiled_layers(llm, slots: Slots, options: dict) -> Iterator[None]:
+def compiled_layers(llm, slots: Slots, options: dict, attention: str) -> Iterator[None]:
     """In this thread, let the layers and the output layer run compiled; all layers share one compilation.
 
     A layer gets its own part of the cache: its number, by which it would look it up, would make each one special.
     """
+    from transformers import AttentionInterface
+
+    AttentionInterface.register("minigpt4_single", attend)
+    config = llm.config.get_text_config()
     count = llm.config.get_text_config().num_hidden_layers
     layers = next(part for part in llm.modules() if isinstance(part, nn.ModuleList) and len(part) == count)
     head, thread = llm.get_output_embeddings(), threading.get_ident()
@@ -305,17 +319,48 @@ def compiled_layers(llm, slots: Slots, options: dict) -> Iterator[None]:
 
         module.forward = forward
 
+    implementation = config._attn_implementation
     try:
+        config._attn_implementation = attention
         for layer, own in zip(layers, slots.layers, strict=True):
             swap(layer, own)
         swap(head, None)
         with torch._dynamo.config.patch(recompile_limit=MOST_COMPILATIONS):
             yield
     finally:
+        config._attn_implementation = implementation
         for module, original in originals.items():
             del module.forward
             if original:
                 module.forward = original
+
+
+def attend(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor,
+    scaling: float | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """Attention of one query a row, as sums that the compiler fuses and spreads over the GPU; of more, transformers'.
+
+    Args:
+        query: [B,H,1,D]. key, value: [B,H/G,R,D], for G heads each. attention_mask: [B,1,1,R], added.
+
+    Returns:
+        [B,1,H,D], and no weights.
+    """
+    if query.shape[2] > 1:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    batch, heads, _, width = query.shape
+    query = query.view(batch, key.shape[1], -1, 1, width).float() * (width**-0.5 if scaling is None else scaling)
+    scores = (query * key.unsqueeze(2).float()).sum(dim=-1) + attention_mask.float()  # [B,H/G,G,R]
+    weights = scores.softmax(dim=-1).unsqueeze(-1)
+    return (weights * value.unsqueeze(2).float()).sum(dim=3).to(value.dtype).view(batch, 1, heads, width), None
 
 
 def _step(llm, slots: Slots, length: int) -> torch.Tensor:
