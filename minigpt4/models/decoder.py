@@ -36,7 +36,7 @@ _capturing = threading.Lock()
 def decode(
     llm, embeds: torch.Tensor, attention_mask: torch.Tensor, steps: int, choose: Callable
 ) -> Iterator[torch.Tensor]:
-    """Yield the next token of every row, [B] int64 on the CPU, `steps` times or until closed; without gradients, please.
+    """Yield the next token of every row, [B] int64 on the CPU, `steps` times or until closed. For `no_grad` alone.
 
     On a GPU a step is under way while the token before it is looked at.
 
