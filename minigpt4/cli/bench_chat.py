@@ -30,6 +30,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--answers", type=int, default=5, help="timed answers, after two to warm up (default: 5)")
     parser.add_argument("--layers", nargs="+", choices=LAYERS, default=["tuned"], help="how the layers are compiled")
     parser.add_argument("--attention", nargs="+", choices=("minigpt4_single", "sdpa"), default=["minigpt4_single"])
+    parser.add_argument("--joint", action="store_true", help="with joint projections (16-bit weights only)")
     parser.add_argument("--compare", action="store_true", help="also by transformers' generate, with 16-bit weights")
     parser.add_argument("--profile", action="store_true", help="show where the GPU's time goes")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
@@ -51,6 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     from minigpt4.cli.bench import random_model
     from minigpt4.common import dist_utils
     from minigpt4.models import decoder, int8
+    from minigpt4.models.fused import fuse_projections
 
     device = dist_utils.select_device("cuda")
     dtype = dist_utils.select_dtype(device, True, "bf16")
@@ -58,6 +60,8 @@ def main(argv: list[str] | None = None) -> int:
     llm = model.llama_model
     model.tokenizer.decode = lambda ids, skip_special_tokens=True: " w" * len(ids)
     llm.generation_config.eos_token_id = None  # answers of equal length
+    if args.joint:
+        fuse_projections(llm)
     for weights in args.weights:
         if weights == "8bit_weights":
             int8.quantize(llm, device)

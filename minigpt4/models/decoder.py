@@ -98,7 +98,7 @@ class Decoder:
         self.weights = _fingerprint(llm)
         self._idle: list[Slots] = []  # the one used last stands last
         self._lock = threading.Lock()
-        self._pool = torch.cuda.graph_pool_handle() if self.graphs else None
+        self._pool = None
 
     def run(
         self, llm, embeds: torch.Tensor, attention_mask: torch.Tensor, steps: int, choose: Callable
@@ -133,7 +133,7 @@ class Decoder:
         finally:
             if rows == 1 and content is not None:
                 said = llm.get_input_embeddings()(history[0, :fed]).to(content.dtype)
-                slots.content = torch.cat([content, said])
+                slots.content, slots.asked = torch.cat([content, said]), length
             with self._lock:
                 self._idle = [*self._idle, slots][-KEPT:]
 
@@ -143,8 +143,8 @@ class Decoder:
             alike = [slots for slots in self._idle if slots.batch == len(embeds)]
             shared = {slots: slots.shared(embeds) for slots in alike}
             slots = max(alike, key=shared.__getitem__, default=None)
-            # What begins alike but goes on otherwise is another conversation, which may go on too.
-            if slots and slots.content is not None and 2 * shared[slots] < len(slots.content):
+            # What only begins like the prompt before is another conversation; the one before may go on too.
+            if slots and 4 * shared[slots] < 3 * slots.asked:
                 slots = alike[0] if len(self._idle) >= KEPT else None
             if slots:
                 self._idle.remove(slots)
@@ -157,7 +157,7 @@ class Decoder:
             slots = Slots(len(embeds), bucket(length), embeds.device)
             if old:
                 slots.copy(old, known)
-        slots.content = None
+        slots.content, slots.asked = None, 0
         return slots, known
 
     def _replay(self, llm, slots: "Slots", length: int) -> torch.Tensor:
@@ -186,6 +186,7 @@ class Decoder:
                 for _ in range(2):
                     slots.step(llm, reach)
             torch.cuda.current_stream().wait_stream(stream)
+            self._pool = self._pool or torch.cuda.graph_pool_handle()
             graph = torch.cuda.CUDAGraph()
             # thread_local: other threads may go on allocating
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
@@ -205,7 +206,8 @@ class Slots:
         self.batch, self.length = batch, length
         self.layers: list[LayerSlots] = []
         self.graphs: dict[int, tuple] = {}
-        self.content: torch.Tensor | None = None  # [S,D]: what a single row was made of
+        self.content: torch.Tensor | None = None  # [S,D]: what a single row was made of, its answer too
+        self.asked = 0  # the length of its prompt
         self.ids = torch.zeros(batch, dtype=torch.long, device=device)
         self.positions = torch.zeros(batch, 1, dtype=torch.long, device=device)
         self._rows = torch.arange(batch, device=device).unsqueeze(1)
@@ -214,7 +216,7 @@ class Slots:
         """Fill the slots after the first `known` with [B,S,D], padded on the left. Returns logits [B,V]."""
         if not self.layers:
             self.layers = [LayerSlots(self.length) for _ in range(llm.config.get_text_config().num_hidden_layers)]
-        positions = attention_mask.cumsum(1) - 1 + known
+        positions = attention_mask.cumsum(1, dtype=torch.long) - 1 + known
         self.positions.copy_(positions[:, -1:])
         # One slot more than it takes, for padding; the first new token overwrites it.
         return self._forward(llm, embeds, positions, known + embeds.shape[1] + 1)
