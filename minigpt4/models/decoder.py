@@ -73,8 +73,8 @@ def fits(llm) -> bool:
 
 
 def bucket(length: int) -> int:
-    """The least of 256, 384, 512, 768, 1024, 1536 … that holds `length`."""
-    sizes = (size for n in itertools.count(8) for size in (2**n, 3 * 2 ** (n - 1)))
+    """The least of 128, 192, 256, 384, 512, 768, 1024 … that holds `length`."""
+    sizes = (size for n in itertools.count(7) for size in (2**n, 3 * 2 ** (n - 1)))
     return next(size for size in sizes if size >= length)
 
 
@@ -98,7 +98,6 @@ class Decoder:
         self.weights = _fingerprint(llm)
         self._idle: list[Slots] = []  # the one used last stands last
         self._lock = threading.Lock()
-        self._pool = None
 
     def run(
         self, llm, embeds: torch.Tensor, attention_mask: torch.Tensor, steps: int, choose: Callable
@@ -186,10 +185,10 @@ class Decoder:
                 for _ in range(2):
                     slots.step(llm, reach)
             torch.cuda.current_stream().wait_stream(stream)
-            self._pool = self._pool or torch.cuda.graph_pool_handle()
             graph = torch.cuda.CUDAGraph()
+            slots.pool = slots.pool or torch.cuda.graph_pool_handle()
             # thread_local: other threads may go on allocating
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=slots.pool, capture_error_mode="thread_local"):
                 logits = slots.step(llm, reach)
         return graph, logits
 
@@ -205,7 +204,8 @@ class Slots:
     def __init__(self, batch: int, length: int, device: torch.device):
         self.batch, self.length = batch, length
         self.layers: list[LayerSlots] = []
-        self.graphs: dict[int, tuple] = {}
+        self.graphs: dict[int, tuple] = {}  # reach -> graph, logits
+        self.pool = None  # the graphs' memory: one is replayed at a time
         self.content: torch.Tensor | None = None  # [S,D]: what a single row was made of, its answer too
         self.asked = 0  # the length of its prompt
         self.ids = torch.zeros(batch, dtype=torch.long, device=device)
@@ -231,14 +231,13 @@ class Slots:
         return self._forward(llm, llm.get_input_embeddings()(self.ids).unsqueeze(1), self.positions, reach)
 
     def _forward(self, llm, embeds: torch.Tensor, positions: torch.Tensor, reach: int) -> torch.Tensor:
-        padding = positions < 0
-        slots = torch.where(padding, reach - 1, positions)
+        slots = positions.masked_fill(positions < 0, reach - 1)
         for layer in self.layers:
             layer.aim(self._rows, slots, reach)
         positions = positions.clamp(min=0)  # padding sees slot 0: a row that sees nothing would be NaN
-        hidden = torch.arange(reach, device=embeds.device) > positions.unsqueeze(-1)  # [B,S,R]
-        mask = torch.zeros(hidden.shape, dtype=embeds.dtype, device=embeds.device)
-        mask = mask.masked_fill(hidden, torch.finfo(embeds.dtype).min)
+        unseen = torch.arange(reach, device=embeds.device) > positions.unsqueeze(-1)  # [B,S,R]
+        mask = torch.zeros(unseen.shape, dtype=embeds.dtype, device=embeds.device)
+        mask = mask.masked_fill(unseen, torch.finfo(embeds.dtype).min)
         logits = llm(
             inputs_embeds=embeds,
             attention_mask=mask.unsqueeze(1),
@@ -301,12 +300,14 @@ def compiled_layers(llm, slots: Slots, options: dict, attention: str) -> Iterato
 
     A layer gets its own part of the cache: its number, by which it would look it up, would make each one special.
     """
-    from transformers import AttentionInterface
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
 
     AttentionInterface.register("minigpt4_single", attend)
+    AttentionMaskInterface.register("minigpt4_single", sdpa_mask)
     config = llm.config.get_text_config()
-    count = llm.config.get_text_config().num_hidden_layers
-    layers = next(part for part in llm.modules() if isinstance(part, nn.ModuleList) and len(part) == count)
+    lists = (part for part in llm.modules() if isinstance(part, nn.ModuleList))
+    layers = next(part for part in lists if len(part) == config.num_hidden_layers)
     head, thread = llm.get_output_embeddings(), threading.get_ident()
     originals = {module: vars(module).get("forward") for module in (*layers, head)}
 
@@ -359,10 +360,10 @@ def attend(
 
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     batch, heads, _, width = query.shape
-    query = query.view(batch, key.shape[1], -1, 1, width).float() * (width**-0.5 if scaling is None else scaling)
+    query = query.reshape(batch, key.shape[1], -1, 1, width).float() * (width**-0.5 if scaling is None else scaling)
     scores = (query * key.unsqueeze(2).float()).sum(dim=-1) + attention_mask.float()  # [B,H/G,G,R]
     weights = scores.softmax(dim=-1).unsqueeze(-1)
-    return (weights * value.unsqueeze(2).float()).sum(dim=3).to(value.dtype).view(batch, 1, heads, width), None
+    return (weights * value.unsqueeze(2).float()).sum(dim=3).to(value.dtype).reshape(batch, 1, heads, width), None
 
 
 def _step(llm, slots: Slots, length: int) -> torch.Tensor:

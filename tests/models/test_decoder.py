@@ -199,7 +199,7 @@ def test_rows_end_by_themselves_and_are_filled_up(llm):
 
 
 def test_bounded_sizes():
-    assert [bucket(n) for n in (1, 256, 257, 385, 512, 769, 1025)] == [256, 256, 384, 512, 512, 1024, 1536]
+    assert [bucket(n) for n in (1, 128, 129, 193, 257, 512, 769, 1025)] == [128, 128, 192, 256, 384, 512, 1024, 1536]
 
 
 # What was read before
@@ -349,7 +349,7 @@ def test_replayed_steps_give_the_same_ids(llm, lengths, monkeypatch):
     for _ in range(2):
         assert run(llm, embeds, mask) == expected
     (slots,) = decoder._decoders[llm]._idle
-    assert set(slots.graphs) == ({256, 384} if max(lengths) > 240 else {256})
+    assert set(slots.graphs) == ({256, 384} if max(lengths) > 240 else {128})
     assert slots.batch == {1: 1, 3: 4, 5: 8}[len(lengths)]
 
 
