@@ -149,8 +149,8 @@ class MiniGPT4Config:
     """Folder (or hub id) of the language model, in Hugging Face format."""
     low_resource: bool = False
     """Load the language model in 8 bit."""
-    load_in: str | None = field(default=None, metadata={"choices": ("16bit", "8bit", "4bit")})
-    """`16bit`, `8bit` or `4bit`; says it more precisely than `low_resource` and wins."""
+    load_in: str | None = field(default=None, metadata={"choices": ("16bit", "8bit", "8bit_weights", "4bit")})
+    """`16bit`, `8bit`, `4bit`, or `8bit_weights` (fast, for chat); more precise than `low_resource`, and wins."""
     device_8bit: int | None = None
     """*Inert*: the quantised model lies on the rank's own device."""
 

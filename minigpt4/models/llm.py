@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from minigpt4.common.errors import ConfigError
+from minigpt4.models import int8
 
 
 def load_llm(llama_model: str, device: torch.device, dtype: torch.dtype, load_in: str = "16bit"):
@@ -13,9 +14,10 @@ def load_llm(llama_model: str, device: torch.device, dtype: torch.dtype, load_in
 
     Args:
         llama_model: folder in Hugging Face format, or a hub id.
-        device: where it lies; nothing is loaded elsewhere first.
+        device: where it lies; nothing is loaded elsewhere first, unless `load_in` says so.
         dtype: type of the weights that are not quantised.
-        load_in: "16bit" (meaning `dtype`), "8bit" (LLM.int8) or "4bit" (nf4); the latter two through bitsandbytes.
+        load_in: "16bit" (meaning `dtype`), "8bit" (LLM.int8) or "4bit" (nf4), these two through bitsandbytes, or
+            "8bit_weights" (`int8.py`), which reads the weights into host memory first.
 
     Raises:
         ConfigError: there is no language model at `llama_model`.
@@ -27,9 +29,11 @@ def load_llm(llama_model: str, device: torch.device, dtype: torch.dtype, load_in
     llm = AutoModelForCausalLM.from_pretrained(
         llama_model,
         dtype=dtype,
-        device_map={"": device},
+        device_map={"": "cpu" if load_in == "8bit_weights" else device},
         quantization_config=_quantization(load_in, dtype),
     )
+    if load_in == "8bit_weights":
+        llm = int8.quantize(llm, device)
     return llm.requires_grad_(False).eval()
 
 
@@ -51,7 +55,7 @@ def _check_folder(llama_model: str) -> None:
 
 
 def _quantization(load_in: str, dtype: torch.dtype):
-    if load_in == "16bit":
+    if load_in in ("16bit", "8bit_weights"):
         return None
     from transformers import BitsAndBytesConfig
 

@@ -378,6 +378,25 @@ def test_all_layers_share_one_compilation(kind, monkeypatch):
     torch._dynamo.reset()
 
 
+def test_warming_up_prepares_a_cache_that_anyone_takes(llm, monkeypatch):
+    captured = []
+
+    def capture(self, llm, slots, reach):
+        captured.append(reach)
+        graph = Replayed(partial(slots.step, llm, reach))
+        return graph, graph.logits
+
+    decoder.warm_up(llm)
+    assert llm not in decoder._decoders  # on a CPU there is nothing to prepare
+    monkeypatch.setattr(Decoder, "_capture", capture)
+    monkeypatch.setattr(decoder, "_read_later", lambda ids: ids.clone)
+    monkeypatch.setattr(decoder, "Decoder", partial(Decoder, graphs=True))
+    decoder.warm_up(llm, prompt=20, answer=200)
+    assert captured == [128, 192, 256]
+    assert run(llm, *prompts(30), max_new_tokens=180) == theirs(llm, *prompts(30), max_new_tokens=180)
+    assert captured == [128, 192, 256]
+
+
 def test_without_a_compiler_decoding_goes_on(llm, monkeypatch, caplog):
     def capture(self, llm, slots, reach):
         if self.compiled:

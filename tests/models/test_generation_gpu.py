@@ -176,6 +176,14 @@ def test_8_bit_weights():
     assert decoder._decoders.get(llm) is None or decoder._decoders[llm].compiled
 
 
+def test_a_warm_model_answers_without_capturing(llm, monkeypatch):
+    decoder.warm_up(llm, prompt=20, answer=100)
+    embeds, mask = prompts(30)
+    expected = theirs(llm, embeds, mask, max_new_tokens=90)
+    monkeypatch.setattr(Decoder, "_capture", None)
+    assert run(llm, embeds, mask, max_new_tokens=90) == expected
+
+
 def test_moved_weights_make_new_graphs():
     llm = random_llm()
     embeds, mask = prompts(30)
