@@ -152,15 +152,10 @@ class MiniGPT4Config:
     """Folder (or hub id) of the language model, in Hugging Face format."""
     low_resource: bool = False
     """Load the language model in 8 bit."""
-<<<<<<< HEAD
     load_in: str | None = field(default=None, metadata={"choices": ("16bit", "8bit", "8bit_weights", "4bit")})
     """`16bit`, `8bit`, `4bit`, or `8bit_weights` (fast, for chat); more precise than `low_resource`, and wins."""
-=======
-    load_in: str | None = field(default=None, metadata={"choices": ("16bit", "8bit", "4bit")})
-    """`16bit`, `8bit` or `4bit`; says it more precisely than `low_resource` and wins."""
     llm_grad_checkpoint: int = field(default=0, metadata={"least": 0})
     """How many of the language model's layers, from the first, recompute their activations in the backward pass."""
->>>>>>> main
     device_8bit: int | None = None
     """*Inert*: the quantised model lies on the rank's own device."""
 

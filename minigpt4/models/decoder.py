@@ -82,7 +82,7 @@ def fits(llm) -> bool:
     rotary = getattr(getattr(llm, "base_model", None), "rotary_emb", None)
     return (
         getattr(rotary, "rope_type", "dynamic") in ("default", "linear", "yarn", "llama3")
-        and config._attn_implementation in ("sdpa", "eager")
+        and config._attn_implementation.endswith(("sdpa", "eager"))  # also where packed batches are let in (packing.py)
         and all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
     )
 

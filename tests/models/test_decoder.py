@@ -409,3 +409,13 @@ def test_without_a_compiler_decoding_goes_on(llm, monkeypatch, caplog):
     decoder._decoders[llm] = Decoder(llm, graphs=True)
     assert run(llm, *prompts(9)) == theirs(llm, *prompts(9))
     assert "no C compiler" in caplog.text
+
+
+def test_a_model_that_takes_packed_batches_too(llm):
+    from minigpt4.models.packing import allow_packing
+
+    embeds, mask = prompts(7, 20)
+    expected = run(llm, embeds, mask)
+    assert allow_packing(llm)
+    assert decoder.fits(llm)
+    assert run(llm, embeds, mask) == expected
