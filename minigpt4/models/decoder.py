@@ -21,6 +21,8 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import nn
 
+from minigpt4.models.packing import ATTENTION
+
 # Caches kept between answers: each conversation that goes on has one, and batches share one.
 KEPT = 2
 # Coordinate descent makes inductor write the products of a single row itself, at the memory's speed.
@@ -74,7 +76,7 @@ def warm_up(llm, prompt: int = 100, answer: int = 300) -> None:
 
 
 def fits(llm) -> bool:
-    """Whether the loop can run this model: plain attention to all earlier tokens, positions as fixed rotations."""
+    """Whether the loop can run this model: on one device, every token sees all before it, positions are rotations."""
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer
 
@@ -82,8 +84,9 @@ def fits(llm) -> bool:
     rotary = getattr(getattr(llm, "base_model", None), "rotary_emb", None)
     return (
         getattr(rotary, "rope_type", "dynamic") in ("default", "linear", "yarn", "llama3")
-        and config._attn_implementation.endswith(("sdpa", "eager"))  # also where packed batches are let in (packing.py)
+        and config._attn_implementation.removeprefix(f"{ATTENTION}_") in ("sdpa", "eager")
         and all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
+        and len(set(getattr(llm, "hf_device_map", {}).values())) <= 1
     )
 
 

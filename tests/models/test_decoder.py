@@ -185,6 +185,13 @@ def test_models_that_do_not_fit_are_left_to_transformers(kind):
     assert run(llm, embeds, mask) == theirs(llm, embeds, mask)
 
 
+def test_a_model_on_several_devices_is_left_to_transformers(llm):
+    llm.hf_device_map = {"": 0}
+    assert decoder.fits(llm)
+    llm.hf_device_map = {"model.embed_tokens": 0, "model.layers.0": 1}
+    assert not decoder.fits(llm)
+
+
 def test_rows_end_by_themselves_and_are_filled_up(llm):
     embeds, mask = prompts(7, 20, 13)
     full = run(llm, embeds, mask)
