@@ -50,6 +50,7 @@ def load_llm(
             device_map=device_map or {"": device},
             quantization_config=_quantization(load_in, dtype),
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # `_check_loaded` says which
             **options,
         )
     except OSError as error:
@@ -61,6 +62,7 @@ def load_llm(
             f"model.llm_device_map={device_map} puts the first layer on {first}, but the vision side lies on {device}. "
             "Use the first GPU (--gpu-id 0)."
         )
+    _leave_unpacked(llm)
     return llm.requires_grad_(False).eval()
 
 
@@ -129,6 +131,16 @@ def check_answers(llm, tokenizer, llama_model: str) -> None:
             loss,
             guessing,
         )
+
+
+def _leave_unpacked(llm) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights at the first pass without gradients on a CPU with AVX512-BF16.
+
+    Gradients are wrong from then on (bitsandbytes 0.50), and widths that are no multiple of 64 are not possible at all.
+    """
+    for module in llm.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _check_loaded(llama_model: str, info: dict) -> None:
