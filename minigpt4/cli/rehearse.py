@@ -1,7 +1,7 @@
 """python -m minigpt4 rehearse: run the real commands on random weights of full size, and measure them.
 
-    python -m minigpt4 rehearse --out rehearsal --size 7b --jobs 2 # stage 1, stage 2, chat; 16, 8, 4 bit
-    python -m minigpt4 rehearse --out rehearsal --size small # the same in small, also on a CPU
+    python -m minigpt4 rehearse --out rehearsal --size 7b --jobs 2     # stage 1, stage 2, chat; 16, 8, 4 bit
+    python -m minigpt4 rehearse --out rehearsal --size small           # the same in small, also on a CPU
 
 Run in the repository's folder. Writes the weights (`make-random-weights`) and a few random pictures under --out where
 they are missing, starts train.py and `python -m minigpt4 chat` with the shipped YAML files and --options for the paths,
@@ -111,7 +111,8 @@ def rehearse(args: argparse.Namespace, size: str, load_in: str, work: str, paths
         peak.join()
     row["total_s"] = time.monotonic() - start
     if status or not result.exists():
-        row["failed"] = f"exit status {status}, see {log}"
+        last = log.read_text(encoding="utf-8").strip().splitlines()[-1:]
+        row["failed"] = f"exit status {status}, see {log}: {''.join(last)}"
     else:
         row |= json.loads(result.read_text())
     return {key: round(value, 2) if isinstance(value, float) else value for key, value in row.items()}
