@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from minigpt4.common import weights
+from minigpt4.common import dist_utils, weights
 from minigpt4.common.checkpoint import CheckpointError
 from minigpt4.common.errors import ConfigError
 
@@ -38,6 +38,11 @@ def load_llm(
     """
     from transformers import AutoModelForCausalLM
 
+    if device_map and dist_utils.get_world_size() > 1:
+        raise ConfigError(
+            f"model.llm_device_map={device_map} spreads one model over the GPUs, but {dist_utils.get_world_size()} "
+            "processes were started, each with a model of its own. Start one, or unset it."
+        )
     logging.info("Loading the language model from %s in %s", llama_model, load_in if load_in != "16bit" else dtype)
     _check_path(llama_model)
     name, options = locate(llama_model)
