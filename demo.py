@@ -96,9 +96,11 @@ def load(cfg: Config, gpu_id: int, page) -> None:
     try:
         page.progress = "Loading the libraries"
         from minigpt4.conversation.loading import load_chat, select_gpu
+        from minigpt4.models.decoder import warm_up
 
         page.progress = "Loading the model"
         page.chat = load_chat(cfg, select_gpu(cfg, gpu_id))
+        warm_up(page.chat.model.llama_model)
     finally:
         logging.getLogger().removeHandler(handler)
     logging.info("The model is ready after %.0f s.", (datetime.now() - start).total_seconds())

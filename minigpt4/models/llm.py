@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from minigpt4.common import dist_utils, weights
 from minigpt4.common.checkpoint import CheckpointError
 from minigpt4.common.errors import ConfigError
+from minigpt4.models import int8
 
 # A sentence that a model of English, also of the tiny default's, finds easy.
 SENTENCE = "The image shows a red apple."
@@ -27,9 +28,10 @@ def load_llm(
 
     Args:
         llama_model: folder in Hugging Face format, a hub id, or a .gguf file, which is unpacked to `dtype`.
-        device: where it lies; its weights go there straight from the mapped files.
+        device: where it lies; its weights go there straight from the mapped files, unless `load_in` says otherwise.
         dtype: type of the weights that are not quantised.
-        load_in: "16bit" (meaning `dtype`), "8bit" (LLM.int8) or "4bit" (nf4); the latter two through bitsandbytes.
+        load_in: "16bit" (meaning `dtype`), "8bit" (LLM.int8) or "4bit" (nf4), these two through bitsandbytes, or
+            "8bit_weights" (`int8.py`), which reads the weights into host memory first.
         device_map: "auto" spreads the layers over the GPUs, from `device` on, and then the host; None: all on `device`.
 
     Raises:
@@ -52,7 +54,7 @@ def load_llm(
         llm, info = AutoModelForCausalLM.from_pretrained(
             name,
             dtype=dtype,
-            device_map=device_map or {"": device},
+            device_map=device_map or {"": "cpu" if load_in == "8bit_weights" else device},
             quantization_config=_quantization(load_in, dtype),
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # `_check_loaded` says which
@@ -61,6 +63,8 @@ def load_llm(
     except OSError as error:
         raise _unreachable(llama_model, error) from error
     _check_loaded(llama_model, info)
+    if load_in == "8bit_weights":
+        llm = int8.quantize(llm, device)
     first = llm.get_input_embeddings().weight.device
     if first != torch.empty(0, device=device).device:
         raise ConfigError(
@@ -173,7 +177,7 @@ def _unreachable(llama_model: str, error: OSError) -> ConfigError:
 
 
 def _quantization(load_in: str, dtype: torch.dtype):
-    if load_in == "16bit":
+    if load_in in ("16bit", "8bit_weights"):
         return None
     from transformers import BitsAndBytesConfig
 
