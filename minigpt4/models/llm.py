@@ -28,10 +28,10 @@ def load_llm(
 
     Args:
         llama_model: folder in Hugging Face format, a hub id, or a .gguf file, which is unpacked to `dtype`.
-        device: where it lies; its weights go there straight from the mapped files, unless `load_in` says otherwise.
+        device: where it lies; its weights go there straight from the mapped files.
         dtype: type of the weights that are not quantised.
         load_in: "16bit" (meaning `dtype`), "8bit" (LLM.int8) or "4bit" (nf4), these two through bitsandbytes, or
-            "8bit_weights" (`int8.py`), which reads the weights into host memory first.
+            "8bit_weights" (`int8.py`).
         device_map: "auto" spreads the layers over the GPUs, from `device` on, and then the host; None: all on `device`.
 
     Raises:
@@ -45,6 +45,10 @@ def load_llm(
             f"model.llm_device_map={device_map} spreads one model over the GPUs, but {dist_utils.get_world_size()} "
             "processes were started, each with a model of its own. Start one, or unset it."
         )
+    if device_map and load_in == "8bit_weights":
+        raise ConfigError(
+            "model.load_in=8bit_weights takes one GPU; with model.llm_device_map use 8bit, 4bit or 16bit."
+        )
     logging.info("Loading the language model from %s in %s", llama_model, load_in if load_in != "16bit" else dtype)
     _check_path(llama_model)
     name, options = locate(llama_model)
@@ -53,7 +57,8 @@ def load_llm(
     try:
         llm, info = AutoModelForCausalLM.from_pretrained(
             name,
-            dtype=dtype,
+            # In their own type on the host, weights are not read but mapped: each layer is, when its turn comes.
+            dtype="auto" if load_in == "8bit_weights" else dtype,
             device_map=device_map or {"": "cpu" if load_in == "8bit_weights" else device},
             quantization_config=_quantization(load_in, dtype),
             output_loading_info=True,
@@ -64,7 +69,7 @@ def load_llm(
         raise _unreachable(llama_model, error) from error
     _check_loaded(llama_model, info)
     if load_in == "8bit_weights":
-        llm = int8.quantize(llm, device)
+        llm = int8.quantize(llm, device, dtype)
     first = llm.get_input_embeddings().weight.device
     if first != torch.empty(0, device=device).device:
         raise ConfigError(

@@ -303,3 +303,11 @@ def test_device_map(llm_folder):
     embeds = torch.randn(1, 5, 128)
     spread = load_llm(llm_folder, cpu, torch.float32, device_map="auto")
     torch.testing.assert_close(run(spread, embeds)[0], run(load_llm(llm_folder, cpu, torch.float32), embeds)[0])
+
+
+def test_a_device_map_that_cannot_be(llm_folder, monkeypatch):
+    with pytest.raises(ConfigError, match="model.load_in=8bit_weights takes one GPU"):
+        load_llm(llm_folder, torch.device("cpu"), torch.float32, "8bit_weights", "auto")
+    monkeypatch.setattr(llm_module.dist_utils, "get_world_size", lambda: 2)
+    with pytest.raises(ConfigError, match="spreads one model over the GPUs, but 2 processes were started"):
+        load_llm(llm_folder, torch.device("cpu"), torch.float32, device_map="auto")
