@@ -1,7 +1,10 @@
 """The language model: its formats; 8 and 4 bit on the CPU against full precision; signs of broken weights."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -137,6 +140,24 @@ def test_a_hub_id_offline(monkeypatch, tmp_path):
         with pytest.raises(ConfigError, match="nobody/no-such-model cannot be loaded.*Nothing may be fetched") as error:
             load("nobody/no-such-model")
         assert "Give a folder, or a model's id on the hub." in str(error.value)
+
+
+def test_a_hub_id_is_found_in_the_cache(llm_folder, tmp_path):
+    """As `huggingface_hub` lays it out; in a process of its own, which reads HF_HOME when it imports that library."""
+    cached = tmp_path / "hub" / "models--owner--llama"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(llm_folder, cached / "snapshots" / ("0" * 40))
+    code = """
+import torch
+from minigpt4.common.weights import go_offline
+go_offline()
+from minigpt4.models.llm import embedding_dim, load_llm
+assert embedding_dim("owner/llama") == 128
+assert load_llm("owner/llama", torch.device("cpu"), torch.float32).config.num_hidden_layers == 2
+"""
+    env = os.environ | {"HF_HOME": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, check=True, capture_output=True)
 
 
 def test_the_first_conversions_of_vicuna_load(tmp_path):
