@@ -4,7 +4,6 @@ import io
 import re
 import shutil
 import signal
-import socket
 import struct
 import subprocess
 import sys
@@ -12,8 +11,9 @@ import time
 import urllib.request
 import zlib
 
+import load_page
 import pytest
-from helpers import GOLDEN, ROOT
+from helpers import GOLDEN, ROOT, free_port
 from PIL import Image
 from video_files import bad_videos, write_video
 
@@ -22,12 +22,6 @@ import demo
 CHROMIUM = shutil.which("chromium")
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium (apt-get install chromium)")
 PICTURE = GOLDEN / "images" / "rgb.png"
-
-
-def free_port():
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
@@ -450,6 +444,19 @@ def test_uploads_that_were_never_shown_are_deleted_too(visit, uploads):
     assert any(path.name == "unused.png" for path in uploads.rglob("*.png"))
     tab.context.close()
     wait_until(lambda: not any(path.name == "unused.png" for path in uploads.rglob("*.png")))
+
+
+def test_sixteen_visitors_at_once(page, chat, uploads, monkeypatch):
+    """The short version of load_page.py: nobody sees anything of another, and nothing is left behind."""
+    monkeypatch.setattr(chat, "length", 6)
+    page.chat, ended = chat, len(page._visits)
+    expected = [load_page.visit(page.url, number) for number in range(16)]
+    assert len({str(answers) for answers in expected}) == 16
+    visits, problems = load_page.crowd(page.url, 16, 3, expected)
+    assert problems == []
+    assert visits >= 16
+    wait_until(lambda: len(page._visits) <= ended)
+    wait_until(lambda: not any(uploads.rglob("visitor*.png")))
 
 
 def post(page, endpoint, data, session):

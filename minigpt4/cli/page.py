@@ -126,6 +126,7 @@ class Page:
         self._chatbot = gr.Chatbot(
             label="Conversation", height=600, elem_id="chatbot", editable="user", buttons=["copy", "copy_all"],
             render_markdown=False, feedback_options=None, layout="bubble",
+            group_consecutive_messages=False,  # gradio cannot edit a text that shares a bubble with a picture
             placeholder="Choose a picture or a video and press **Upload & Start Chat**.",
         )  # fmt: skip
         self._notice = gr.Markdown("", elem_id="notice")

@@ -10,7 +10,7 @@ import tarfile
 
 import pytest
 import torch
-from helpers import GOLDEN, ROOT
+from helpers import GOLDEN, ROOT, free_port
 from video_files import bad_videos, write_video
 
 from minigpt4.__main__ import main
@@ -224,7 +224,15 @@ def test_several_ranks(golden_config, tmp_path):
     out.write_text(left[0])
     (tmp_path / "out.jsonl.part0").write_text(left[1] + left[2][:20])
     (tmp_path / "out.jsonl.part1").write_text(left[2])
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master-port", "29731"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master-port",
+        str(free_port()),
+    ]
     command += ["-m", "minigpt4", "caption", *map(str, IMAGES), "--out", str(out), "--batch-size", "1"]
     command += ["--cfg-path", str(golden_config), "--max-new-tokens", "5"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
