@@ -80,7 +80,10 @@ class MiniGPT4(BaseModel):
         Returns {"loss": mean cross-entropy over the labelled tokens, "num_labels": how many those are}.
         """
         tokens = samples.get("tokens") or self.prepare(samples)["tokens"].to(self.device)
-        image_embeds, _ = self.encode_img(samples["image"])  # [B,Q,D]
+        if "image_features" in samples:
+            image_embeds = self.llama_proj(samples["image_features"])  # [B,Q,D]
+        else:
+            image_embeds, _ = self.encode_img(samples["image"])
         loss = self.language_loss(image_embeds, tokens)
         return {"loss": loss, "num_labels": tokens.num_labels}
 
@@ -111,14 +114,20 @@ class MiniGPT4(BaseModel):
 
     def encode_img(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Images [B,3,H,W] to vectors [B,Q,D] in the language model's space, and their attention mask [B,Q] of ones."""
-        with torch.autocast(image.device.type, self.dtype, enabled=self.dtype != torch.float32, cache_enabled=False):
-            image_embeds = self.llama_proj(self.query_outputs(image))
+        image_embeds = self.llama_proj(self.query_outputs(image))
         return image_embeds, torch.ones(image_embeds.shape[:2], dtype=torch.long, device=image.device)
 
     def query_outputs(self, image: torch.Tensor) -> torch.Tensor:
         """Images [B,3,H,W] to what the Q-Former reads from them [B,Q,Q-Former's width]."""
-        image_tokens = self.ln_vision(self.visual_encoder(image))  # [B,N,vision width]
-        return self.Qformer(self.query_tokens.expand(len(image), -1, -1), image_tokens)
+        with torch.autocast(image.device.type, self.dtype, enabled=self.dtype != torch.float32, cache_enabled=False):
+            image_tokens = self.ln_vision(self.visual_encoder(image))  # [B,N,vision width]
+            return self.Qformer(self.query_tokens.expand(len(image), -1, -1), image_tokens)
+
+    def look_ahead(self, samples: dict) -> dict:
+        """The batch, on the device, with its "image_features" where these depend on nothing that trains."""
+        if self.query_tokens.requires_grad or self.ln_vision.weight.requires_grad:
+            return samples
+        return {**samples, "image_features": self.query_outputs(samples["image"]).clone()}
 
     def language_loss(self, image_embeds: torch.Tensor, tokens) -> torch.Tensor:
         """Mean cross-entropy over the labels of `tokens` (padded or packed), given its images [B,Q,D]."""
