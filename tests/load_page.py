@@ -70,17 +70,20 @@ class Visitor:
                 raise AssertionError(f"{self.name} is shown {content['file']['path']}")
         return [(role, content["text"]) for role, content in contents if "text" in content]
 
-    def _trigger(self, elem_id: str, event: str, values: dict):
-        """What a browser does for an event: call it, then those that follow it. Returns the last one's output."""
-        component = next(i for i, c in self._components.items() if c["props"].get("elem_id") == elem_id)
-        (call,) = [e for e in self._events if [component, event] in e["targets"]]
-        output = self._call(call, values)
-        while followers := [e for e in self._events if e["trigger_after"] == call["id"]]:
-            (call,) = followers
-            output = self._call(call, values)
-        return output
+    def _trigger(self, elem_id: str, event: str, values: dict) -> list:
+        """What a browser does for an event. Returns the output of the last call."""
+        return [self.call(call, values) for call in self.chain(elem_id, event)][-1]
 
-    def _call(self, event: dict, values: dict) -> list:
+    def chain(self, elem_id: str, event: str) -> list[dict]:
+        """The calls of an event: its own, then those that follow it one by one."""
+        component = next(i for i, c in self._components.items() if c["props"].get("elem_id") == elem_id)
+        calls = [e for e in self._events if [component, event] in e["targets"]]
+        while followers := [e for e in self._events if e["trigger_after"] == calls[-1]["id"]]:
+            calls += followers
+        return calls
+
+    def call(self, event: dict, values: dict) -> list:
+        """Call one. The inputs are `values`, by elem_id, or what the page begins with."""
         data = [self._value(self._components[i]["props"], values) for i in event["inputs"]]
         body = {"data": data, "fn_index": event["id"], "session_hash": self._session}
         if not event["queue"]:

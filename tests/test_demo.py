@@ -7,6 +7,7 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 import zlib
@@ -52,7 +53,7 @@ def chat(build_golden_model):
     separators = [i for i in range(llm.config.vocab_size) if "#" in tokenizer.decode([i])]
 
     def slow(*args, **kwargs):
-        time.sleep(0.03)
+        time.sleep(chat.pause)
         return forward(*args, **kwargs)
 
     def talkative(**options):
@@ -61,7 +62,7 @@ def chat(build_golden_model):
 
     llm.forward, llm.generate = slow, talkative
     chat = Chat(model, Blip2ImageEvalProcessor(28))
-    chat.length = 20
+    chat.length, chat.pause = 20, 0.03
     return chat
 
 
@@ -232,6 +233,33 @@ def test_stop(visit, chat, monkeypatch):
     ask(tab, "And now?")
     tab.wait_for_function("!(document.querySelector('#notice')?.innerText ?? '').includes('Stopped')")
     wait_for_end(tab, 2)
+
+
+def generating():
+    return any(thread.name == "generate" for thread in threading.enumerate())
+
+
+@needs_chromium
+@pytest.mark.parametrize("how", ["restart", "leave"])
+def test_who_goes_during_an_answer_ends_it(page, visit, chat, monkeypatch, how):
+    monkeypatch.setattr(chat, "length", 1500)  # longer than this waits
+    tab = visit()
+    upload(tab, PICTURE)
+    ask(tab, "Go on for ever.")
+    tab.wait_for_function("document.querySelectorAll('#chatbot [data-testid=bot]').length == 1")
+    assert generating()
+    if how == "restart":
+        tab.click("#restart")
+        tab.wait_for_selector("#box textarea[disabled]")
+    else:
+        tab.context.close()
+    wait_until(lambda: not generating())
+    monkeypatch.undo()
+    tab = tab if how == "restart" else visit()
+    upload(tab, PICTURE)
+    ask(tab, "And now?")
+    wait_for_end(tab)
+    assert questions(tab) == ["And now?"]
 
 
 @needs_chromium
@@ -449,6 +477,7 @@ def test_uploads_that_were_never_shown_are_deleted_too(visit, uploads):
 def test_sixteen_visitors_at_once(page, chat, uploads, monkeypatch):
     """The short version of load_page.py: nobody sees anything of another, and nothing is left behind."""
     monkeypatch.setattr(chat, "length", 4)
+    monkeypatch.setattr(chat, "pause", 0)
     page.chat, ended = chat, len(page._visits)
     expected = [load_page.visit(page.url, number) for number in range(16)]
     assert len({str(answers) for answers in expected}) > 8  # so that a mix-up would be seen
@@ -457,6 +486,19 @@ def test_sixteen_visitors_at_once(page, chat, uploads, monkeypatch):
     assert visits >= 16
     wait_until(lambda: len(page._visits) <= ended)
     wait_until(lambda: not any(uploads.rglob("visitor*.png")))
+
+
+def test_a_question_whose_answer_never_begins_is_taken_back(page, chat):
+    """The queue can be full when the browser asks for the answer; then it goes on to the event after that."""
+    page.chat = chat
+    with load_page.Visitor(page.url, 5) as visitor:
+        visitor.begin()
+        say, _, open_box = visitor.chain("box", "submit")
+        shown = visitor.call(say, {"box": {"text": "Anybody?", "files": []}})[0]
+        assert [message["content"][0].get("text") for message in shown] == [None, "Anybody?"]
+        shown = visitor.call(open_box, {})[0]
+        assert [message["content"][0].get("text") for message in shown] == [None]
+        assert len(visitor.ask("And now?")) == 2
 
 
 def post(page, endpoint, data, session):

@@ -188,6 +188,15 @@ def test_batches_equal_single_pictures(run, tmp_path):
     assert len({line["caption"] for line in single}) > 1
 
 
+def test_seeds_make_sampling_repeatable(run, tmp_path):
+    def captions(seed):
+        _, lines = run(*IMAGES, "--sample", "--seed", seed)
+        (tmp_path / "out.jsonl").unlink()
+        return [line["caption"] for line in lines]
+
+    assert captions(1) == captions(1) != captions(2)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
