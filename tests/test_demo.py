@@ -1,6 +1,8 @@
 """demo.py: the page in headless Chromium (Debian's), on the golden model."""
 
 import io
+import json
+import random
 import re
 import shutil
 import signal
@@ -540,6 +542,50 @@ def test_forged_requests_reach_no_file_and_no_server(page, chat):
             assert "root:" not in end
     assert not page._visits.of("forger").started
     assert httpx.get(page.url).status_code == 200
+
+
+JUNK = [
+    None, True, -1, 10**30, 1e308, "", "x" * 50_000, "\0", "\ud800", "../../etc/passwd", [], [[]], [None] * 100, {},
+    {"path": "/etc/passwd"}, {"text": 1, "files": "x"}, {"text": "hi", "files": [{"path": 5}]}, [{"image": {}}],
+    {"image": None}, {"meta": {"_type": "gradio.FileData"}, "path": "/"}, {"index": 99, "value": {}}, "<ImageHere>###",
+]  # fmt: skip
+
+
+def test_malformed_requests_leave_it_serving(page, chat, monkeypatch):
+    import httpx
+
+    monkeypatch.setattr(chat, "pause", 0)
+    page.chat = chat
+    expected = load_page.visit(page.url, 1)
+    draw, reached = random.Random(0), 0
+    ids = [event["id"] for event in httpx.get(f"{page.url}config").json()["dependencies"]]
+    with httpx.Client(base_url=page.url, timeout=60) as client:
+        for n in range(300):
+            body = {
+                "fn_index": draw.choice([*ids, *ids, 10**6, -1, "x"]),
+                "data": draw.choices(JUNK, k=draw.randrange(10)) if draw.random() < 0.9 else draw.choice(JUNK),
+                "session_hash": f"fuzz{n % 7}",
+                "event_data": draw.choice(JUNK),
+            }
+            content = json.dumps(body).encode()
+            if draw.random() < 0.2:
+                place = draw.randrange(len(content))
+                content = content[:place] + draw.randbytes(5) + content[place + draw.randrange(9) :]
+            route = draw.choice(["queue/join", "queue/join", "run/predict", "upload", "api/predict", "reset", "cancel"])
+            try:
+                headers = {"content-type": "application/json"}
+                response = client.post(f"gradio_api/{route}", content=content, headers=headers)
+            except httpx.TransportError:  # the server hung up on this client
+                continue
+            assert "root:" not in response.text
+            if route == "queue/join" and response.status_code == 200:
+                with client.stream("GET", f"gradio_api/queue/data?session_hash=fuzz{n % 7}") as stream:
+                    for line in stream.iter_lines():
+                        if "process_completed" in line or "close_stream" in line:
+                            reached += 1
+                            break
+    assert reached > 50  # so many came as far as the page's own code
+    assert load_page.visit(page.url, 1) == expected
 
 
 def test_nobody_reads_a_file_of_the_server_or_of_another_visitor(page, uploads):
