@@ -11,7 +11,8 @@ import sys
 COMMANDS = {
     "chat": "talk about pictures in the terminal",
     "caption": "describe pictures, a folder or shards, into a JSONL file",
-    "bench": "time training steps",
+    "bench": "time training steps, and the making of their data",
+    "cache-features": "compute image features once, to train from them",
 }
 
 
@@ -26,7 +27,7 @@ def main(argv: list[str] | None = None) -> int | str | None:
     from minigpt4.common.registry import UnknownNameError
 
     try:
-        return importlib.import_module(f"minigpt4.cli.{command}").main(arguments)
+        return importlib.import_module(f"minigpt4.cli.{command.replace('-', '_')}").main(arguments)
     except (ConfigError, UnknownNameError) as error:
         return f"Error: {error}"
 

@@ -15,9 +15,9 @@ import json
 import logging
 import tarfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from glob import escape, glob
+from glob import escape
 from itertools import islice
 from pathlib import Path
 
@@ -26,8 +26,10 @@ from minigpt4.cli.arguments import (
     add_frames_argument,
     add_model_arguments,
     decoding_settings,
+    expand_shards,
     parse,
 )
+from minigpt4.cli.parallel import ahead, batches
 from minigpt4.common.config import Config
 from minigpt4.common.errors import ConfigError
 from minigpt4.conversation import PictureError, open_media, open_picture, videos
@@ -92,7 +94,7 @@ class Items:
                 raise ConfigError(f"--dir {args.dir} is not a folder.")
             kinds = SUFFIXES | {*videos.SUFFIXES}
             self._files += sorted(path for path in Path(args.dir).rglob("*") if path.suffix.lower() in kinds)
-        self._shards = _expand(args.shards or [])
+        self._shards = expand_shards(args.shards or [])
         if not self._files and not self._shards:
             raise ConfigError(f"--dir {args.dir} holds no pictures or videos ({', '.join(sorted(kinds))}).")
         self.total = None if self._shards else len(self._files)
@@ -108,20 +110,6 @@ class Items:
                             yield f"{shard}/{member.name}", tar.extractfile(member).read()
             except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
                 yield shard, PictureError(f"the rest of this tar cannot be read: {error}")
-
-
-def _expand(patterns: list[str]) -> list[str]:
-    """The tars that patterns with {00..09} or * name. Raises ConfigError for one that names none."""
-    from braceexpand import braceexpand
-
-    shards = []
-    for pattern in patterns:
-        found = sorted(file for name in braceexpand(pattern) for file in glob(name) or [name])
-        missing = [file for file in found if not Path(file).is_file()]
-        if missing or not found:
-            raise ConfigError(f"--shards {pattern}: there is no file {missing[0] if missing else pattern}.")
-        shards += found
-    return shards
 
 
 class Captioner:
@@ -253,7 +241,7 @@ def caption(items: Items, captioner: Captioner, output: Output) -> list[str]:
     total = items.total and len(range(rank, max(0, items.total - len(output.done)), ranks))
     skipped = []
     with ThreadPoolExecutor(4) as pool, tqdm(total=total, unit="file", disable=rank > 0) as bar:
-        for batch in _batches(_ahead(pool, captioner.load, own, 2 * captioner.batch_size), captioner.batch_size):
+        for batch in batches(ahead(pool, captioner.load, own, 2 * captioner.batch_size), captioner.batch_size):
             good = [(name, pictures) for name, pictures in batch if not isinstance(pictures, Exception)]
             skipped += [f"{name}: {error}" for name, error in batch if isinstance(error, Exception)]
             if good:
@@ -270,19 +258,3 @@ def caption(items: Items, captioner: Captioner, output: Output) -> list[str]:
 def _entry(name: str, pictures: list, text: str) -> dict:
     """What stands in the line of an item."""
     return {"image": name, "caption": text} | ({"frames": len(pictures)} if videos.is_video(name) else {})
-
-
-def _ahead(pool: ThreadPoolExecutor, function: Callable, items: Iterable, depth: int) -> Iterator:
-    """`map(function, items)`, computed by the pool up to `depth` items before they are needed."""
-    items = iter(items)
-    running = [pool.submit(function, item) for item in islice(items, depth)]
-    while running:
-        result = running.pop(0).result()
-        running += [pool.submit(function, item) for item in islice(items, 1)]
-        yield result
-
-
-def _batches(items: Iterable, size: int) -> Iterator[list]:
-    items = iter(items)
-    while batch := list(islice(items, size)):
-        yield batch
