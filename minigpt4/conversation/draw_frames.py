@@ -8,6 +8,7 @@ on stdout.
 
 import io
 import sys
+from contextlib import suppress
 
 SIDE = 512  # longest side of a frame that is handed on; image processors make it smaller still
 MAX_SECONDS = 3600
@@ -15,12 +16,11 @@ MEMORY = 2 * 2**30  # bytes of address space
 
 
 def limit_memory() -> None:
-    """Bound this process's memory, where the system can."""
-    try:
+    """Bound this process's memory, where the system can and has not done so."""
+    with suppress(ImportError, OSError, ValueError):
         import resource
-    except ImportError:  # Windows
-        return
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
 
 
 def draw(path: str, frames: int):
