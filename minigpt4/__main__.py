@@ -11,8 +11,10 @@ import sys
 COMMANDS = {
     "chat": "talk about pictures in the terminal",
     "caption": "describe pictures, a folder or shards, into a JSONL file",
-    "bench": "time training steps, and the making of their data",
+    "bench": "measure training steps, answers, or the reading of pictures",
     "cache-features": "compute image features once, to train from them",
+    "make-random-weights": "write files in the published formats, for rehearsals and benchmarks",
+    "rehearse": "run train.py and chat on such files, and measure",
 }
 
 

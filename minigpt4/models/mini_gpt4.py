@@ -9,13 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from minigpt4.common import checkpoint
 from minigpt4.common.registry import registry
 from minigpt4.common.schema import MiniGPT4Config
-from minigpt4.models import eva_vit, llm, packing, prompt, qformer, vision
+from minigpt4.models import llm, loading, packing, prompt, qformer, vision
 from minigpt4.models.acceleration import accelerate, recompute_layers
+from minigpt4.models.eva_vit import EvaViT
 from minigpt4.models.generation import answer_text, continue_embeds
-from minigpt4.models.precision import cast_matrices
 from minigpt4.models.tokenizer import load_tokenizer
 
 
@@ -41,7 +40,7 @@ class MiniGPT4(vision.Vision):
 
     def __init__(
         self,
-        visual_encoder: eva_vit.EvaViT,
+        visual_encoder: EvaViT,
         Qformer: qformer.QFormer,
         llama_model: nn.Module,
         tokenizer,
@@ -195,19 +194,23 @@ class MiniGPT4(vision.Vision):
                 encoder.
 
         Raises:
-            CheckpointError: weights that do not fit.
+            CheckpointError: weights that do not fit, or a language model that is broken.
+            ConfigError: weights that cannot be had.
         """
-        cfg = cls.config_class(**cfg)
+        cfg, device = cls.config_class(**cfg), torch.device(device)
         prompts = prompt.read_prompts(cfg.prompt_path, cfg.prompt_template) if cfg.prompt_path else []
-        trained = _read_ckpt(cfg.ckpt, cfg.llama_model) if cfg.ckpt else None
+        sources = loading.open_sources(cfg)
+        loading.check_width(sources.trained, cfg)
+        parts = loading.vision_parts(cfg, sources, device, dtype)
         load_in = cfg.load_in or ("8bit" if cfg.low_resource else "16bit")
+        llama_model = llm.load_llm(cfg.llama_model, device, dtype, load_in, cfg.llm_device_map)
+        tokenizer = load_tokenizer(cfg.llama_model)
+        llm.check_answers(llama_model, tokenizer, cfg.llama_model)
         with torch.device(device):
-            with torch.device(device if cfg.load_vision else "meta"):
-                parts = vision.parts(cfg, dtype)
             model = cls(
                 **parts,
-                llama_model=llm.load_llm(cfg.llama_model, torch.device(device), dtype, load_in),
-                tokenizer=load_tokenizer(cfg.llama_model),
+                llama_model=llama_model,
+                tokenizer=tokenizer,
                 prompt_list=prompts,
                 max_txt_len=cfg.max_txt_len,
                 end_sym=cfg.end_sym,
@@ -215,36 +218,13 @@ class MiniGPT4(vision.Vision):
                 freeze_qformer=cfg.freeze_qformer,
                 llm_grad_checkpoint=cfg.llm_grad_checkpoint,
             )
-        if cfg.load_vision:
-            model.load_vision(cfg)
-        else:
+        if not cfg.load_vision:
             model.drop_vision()
-        if trained is not None:
-            projection = {name for name in model.state_dict() if name.startswith("llama_proj.")}
-            if not cfg.load_vision:
-                trained = {n: tensor for n, tensor in trained.items() if not n.startswith(vision.PREFIXES)}
-            checkpoint.load_weights(model, trained, cfg.ckpt, required=projection)
-        if cfg.load_vision and cfg.freeze_vit:
-            cast_matrices(model.visual_encoder, model.dtype)
+        loading.load_rest(model, cfg, sources, device)
+        loading.report(model)
         return model
 
     def drop_vision(self) -> None:
         """Let go of encoder and Q-Former: training from cached features needs neither."""
         self._frozen = [self.llama_model]
         self.visual_encoder = self.ln_vision = self.Qformer = None
-
-
-def _read_ckpt(path: str, llama_model: str) -> dict[str, torch.Tensor]:
-    """The trained weights, checked against the language model's width before that is loaded."""
-    file = checkpoint.resolve(path)
-    trained = checkpoint.read_weights(file)
-    width = llm.embedding_dim(llama_model)
-    projection = trained.get("llama_proj.weight")
-    if projection is not None and projection.shape[0] != width:
-        known = {4096: " (as in Vicuna-7B)", 5120: " (as in Vicuna-13B)"}
-        theirs = projection.shape[0]
-        raise checkpoint.CheckpointError(
-            f"{file} was trained with a language model {theirs}{known.get(theirs, '')} wide; {llama_model} is "
-            f"{width}{known.get(width, '')} wide. Change model.ckpt or model.llama_model so that they match."
-        )
-    return trained

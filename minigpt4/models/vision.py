@@ -5,7 +5,6 @@ B batch, Q query tokens, N image tokens, W width of the Q-Former. What it gives,
 """
 
 import hashlib
-import logging
 from collections.abc import Mapping
 from dataclasses import fields
 
@@ -15,9 +14,8 @@ from torch import nn
 from minigpt4.common import checkpoint, weights
 from minigpt4.common.errors import ConfigError
 from minigpt4.common.schema import MiniGPT4Config
-from minigpt4.models import eva_vit, qformer
+from minigpt4.models import eva_vit, loading, qformer
 from minigpt4.models.base_model import BaseModel
-from minigpt4.models.precision import cast_matrices
 
 PREFIXES = ("visual_encoder.", "ln_vision.", "query_tokens", "Qformer.")
 """What the names of its parameters begin with."""
@@ -66,46 +64,19 @@ class Vision(BaseModel):
 
         Where `ckpt` holds parts of it, which were trained then, they are loaded from there.
         """
-        cfg = typed(cfg)
+        cfg, device = typed(cfg), torch.device(device)
+        sources = loading.open_sources(cfg)
+        parts = loading.vision_parts(cfg, sources, device, dtype)
         with torch.device(device):
-            model = cls(**parts(cfg, dtype))
-        model.load_vision(cfg)
-        trained = trained_vision(cfg.ckpt)
-        if trained:
-            checkpoint.load_weights(model, trained, cfg.ckpt, required=set())
-        cast_matrices(model.visual_encoder, model.dtype)
+            model = cls(**parts)
+        loading.load_rest(model, cfg, sources, device)
         return model.requires_grad_(False).eval()
-
-    def load_vision(self, cfg: MiniGPT4Config) -> None:
-        """Load the published weights of encoder, ln_vision, queries and Q-Former; null leaves them random."""
-        vit_source, qformer_source = weights.vit_weights(cfg.vit_model, cfg.vit_weights), cfg.q_former_model
-        if vit_source:
-            state = checkpoint.read_weights(weights.fetch(vit_source))
-            state = eva_vit.checkpoint_filter_fn(state, self.visual_encoder)
-            checkpoint.load_weights(self.visual_encoder, state, vit_source, set(self.visual_encoder.state_dict()))
-        if qformer_source:
-            state = qformer.checkpoint_filter_fn(checkpoint.read_weights(weights.fetch(qformer_source)))
-            own = {name for name in self.state_dict() if name.startswith(("Qformer.", "ln_vision.", "query_tokens"))}
-            checkpoint.load_weights(self, state, qformer_source, own)
-        if not (vit_source and qformer_source):
-            logging.warning("Parts of the vision side have random weights, as the config asks.")
 
 
 def typed(cfg: Mapping) -> MiniGPT4Config:
     """The `model:` section without the keys that a plug-in adds."""
     known = {field.name for field in fields(MiniGPT4Config)}
     return MiniGPT4Config(**{key: value for key, value in cfg.items() if key in known})
-
-
-def parts(cfg: MiniGPT4Config, dtype: torch.dtype) -> dict:
-    """The arguments of `Vision`, built with random weights."""
-    vit = eva_vit.create_vit(cfg.vit_model, cfg.image_size, cfg.drop_path_rate, cfg.use_grad_checkpoint)
-    return {
-        "visual_encoder": vit,
-        "Qformer": qformer.QFormer(vit.embed_dim, **cfg.qformer),
-        "num_query_token": cfg.num_query_token,
-        "dtype": dtype if cfg.vit_precision == "fp16" else torch.float32,
-    }
 
 
 def trained_vision(ckpt: str | None) -> dict[str, torch.Tensor]:
