@@ -31,7 +31,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--share", action="store_true", help="make the page public through a gradio.live tunnel")
     parser.add_argument("--auth", nargs="+", type=_account, metavar="USER:PASSWORD", help="who may use the page")
     parser.add_argument("--concurrency", type=int, default=1, metavar="N", help="answers computed at the same time")
-    parser.add_argument("--max-upload-mb", type=float, default=20, metavar="N", help="largest picture file")
+    parser.add_argument("--max-upload-mb", type=float, default=20, metavar="N", help="largest file")
     args = parser.parse_args(argv)
     for name in ("concurrency", "max_upload_mb"):
         if getattr(args, name) <= 0:

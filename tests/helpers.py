@@ -1,5 +1,6 @@
 """What several test modules share."""
 
+import socket
 from pathlib import Path
 
 import torch
@@ -15,6 +16,13 @@ QFORMER = {
     "hidden_dropout_prob": 0.0,
     "attention_probs_dropout_prob": 0.0,
 }
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
 
 
 class Pictures(torch.utils.data.Dataset):
