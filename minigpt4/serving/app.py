@@ -14,6 +14,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from minigpt4.conversation.decoding import Decoding
 from minigpt4.conversation.pictures import MAX_PIXELS
 from minigpt4.serving.batching import Batcher
 from minigpt4.serving.errors import ApiError
@@ -215,7 +216,7 @@ class Endpoint:
     async def _answer(self, asked: ChatRequest, deadline: float, stack: ExitStack) -> Response:
         """Answer; of a stream, the response takes over what `stack` closes."""
         self._check_model(asked.model)
-        if asked.new_tokens > self._settings.max_tokens:
+        if asked.new_tokens and asked.new_tokens > self._settings.max_tokens:
             raise ApiError(
                 400, f"{asked.new_tokens} tokens are too many: at most {self._settings.max_tokens} for an answer.",
                 "invalid_value", "max_completion_tokens" if asked.max_completion_tokens else "max_tokens",
@@ -236,7 +237,9 @@ class Endpoint:
         prompt = await asyncio.get_running_loop().run_in_executor(
             self._pool, read_prompt, chat, asked.messages, pictures, self._settings.max_pixels
         )
-        return Reply(asked, prompt, chat, deadline)
+        wanted = asked.new_tokens or Decoding.max_new_tokens
+        max_tokens = min(wanted, self._settings.max_tokens, chat.window() - prompt.num_tokens)
+        return Reply(asked, prompt, chat, max_tokens, deadline)
 
 
 async def _disconnected(request: Request) -> None:

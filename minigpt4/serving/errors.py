@@ -23,11 +23,11 @@ class ApiError(Exception):
         super().__init__(message)
         self.status, self.code, self.param = status, code, param
         self.headers = {} if retry_after is None else {"Retry-After": str(retry_after)}
+        if status in (408, 413):  # the rest of the request is not waited for
+            self.headers["Connection"] = "close"
 
     def body(self) -> dict:
         kind = {401: "authentication_error", 429: "rate_limit_error"}.get(
             self.status, "server_error" if self.status >= 500 else "invalid_request_error"
         )
-        # A request may quote half a character (a lone surrogate), which has no place in UTF-8.
-        message, param = (text and text.encode("utf-8", "replace").decode() for text in (str(self), self.param))
-        return {"error": {"message": message, "type": kind, "param": param, "code": self.code}}
+        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}

@@ -8,7 +8,6 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, ValidationError, field_validator
 
-from minigpt4.conversation.decoding import Decoding
 from minigpt4.serving.errors import ApiError
 from minigpt4.serving.sampling import Sampling
 
@@ -47,11 +46,6 @@ class _Strict(BaseModel):
 class Text(_Strict):
     type: Literal["text"]
     text: str
-
-    @field_validator("text")
-    @classmethod
-    def _whole_characters(cls, text: str) -> str:
-        return _whole_characters(text)
 
 
 class ImageUrl(_Strict):
@@ -92,7 +86,7 @@ class ChatRequest(_Strict):
     messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
-    max_tokens: int = Field(default=Decoding.max_new_tokens, ge=1)
+    max_tokens: int | None = Field(default=None, ge=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
     n: int = Field(default=1, ge=1, le=MAX_CHOICES)
     stop: list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]] = Field(
@@ -108,10 +102,11 @@ class ChatRequest(_Strict):
     @field_validator("stop", mode="before")
     @classmethod
     def _stops(cls, stop):
-        return [_whole_characters(stop)] if isinstance(stop, str) else stop
+        return [stop] if isinstance(stop, str) else stop
 
     @property
-    def new_tokens(self) -> int:
+    def new_tokens(self) -> int | None:
+        """Most tokens that are asked for."""
         return self.max_completion_tokens or self.max_tokens
 
     def sampling(self, choice: int) -> Sampling:
@@ -126,18 +121,13 @@ class ChatRequest(_Strict):
         )
 
 
-def _whole_characters(text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError("half a character (a lone surrogate) is no text") from None
-    return text
-
-
 def read_request(body: bytes) -> ChatRequest:
     """The request in the body of a call. Raises ApiError."""
     try:
         fields = json.loads(body)
+        json.dumps(fields, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ApiError(400, "The body holds half a character (a lone surrogate, such as \\ud800).") from None
     except (ValueError, RecursionError):
         raise ApiError(400, "The body is not JSON.") from None
     if not isinstance(fields, dict):
@@ -153,11 +143,13 @@ def read_request(body: bytes) -> ChatRequest:
         place = _place(first["loc"])
         if first["type"] == "extra_forbidden":
             raise ApiError(400, f"Unrecognized request argument: {place}", "unknown_parameter", place) from None
-        raise ApiError(400, f"{place}: {first['msg']}", "invalid_value", place) from None
+        raise ApiError(400, f"{place}: {first['msg'][:300]}", "invalid_value", place) from None
 
 
 def _place(location: tuple[str | int, ...]) -> str:
-    """("messages", 1, "content", 0, "text", "text") as messages[1].content[0].text: the first "text" is the part's type."""
+    """A place in words: ("messages", 1, "content", 0, "text", "text"), whose first "text" is the part's type, is
+    messages[1].content[0].text.
+    """
     name = ""
     for before, step in zip((None, *location), location, strict=False):
         if isinstance(step, int):

@@ -18,20 +18,20 @@ class Reply:
     """The answers to one request. Made in the event loop that sends them.
 
     Args:
+        max_tokens: most tokens of an answer.
         deadline: `time.monotonic()` at which it is given up if an answer still waits.
     """
 
-    def __init__(self, asked: ChatRequest, prompt: Prompt, chat: Chat, deadline: float):
+    def __init__(self, asked: ChatRequest, prompt: Prompt, chat: Chat, max_tokens: int, deadline: float):
         self._loop, self._changed = asyncio.get_running_loop(), asyncio.Event()
         self._asked, self._prompt, self._deadline = asked, prompt, deadline
         self._envelope = Envelope(asked.model)
-        room = chat.window() - prompt.num_tokens
         self.answers = [
             Answer(
                 chat.model.tokenizer,
                 prompt,
                 asked.sampling(n),
-                max_tokens=min(asked.new_tokens, room),
+                max_tokens=max_tokens,
                 stops=[CONV_VISION.sep2 or CONV_VISION.sep, *asked.stop],
                 label=f"{CONV_VISION.roles[1]}:",
                 deadline=deadline,

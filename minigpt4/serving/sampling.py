@@ -56,10 +56,10 @@ class RowSampler:
         counts = torch.zeros_like(scores).scatter_add_(1, input_ids, torch.ones_like(input_ids, dtype=scores.dtype))
         scores = scores - self._frequency * counts - self._presence * (counts > 0)
         probs, tokens = (scores / self._temperature).softmax(dim=1).sort(dim=1, descending=True, stable=True)
-        places = torch.arange(probs.shape[1], device=probs.device)
-        keep = (probs.cumsum(dim=1) - probs < self._top_p) & (places < self._top_k)
+        probs = probs * (torch.arange(probs.shape[1], device=probs.device) < self._top_k)
+        keep = probs.cumsum(dim=1) - probs < self._top_p * probs.sum(dim=1, keepdim=True)
         keep[:, 0] = True
         mass = (probs * keep).cumsum(dim=1)
         drawn = torch.tensor([[rng.random()] for rng in self._random], device=probs.device) * mass[:, -1:]
-        place = (mass <= drawn).sum(dim=1, keepdim=True).minimum(keep.sum(dim=1, keepdim=True) - 1)
+        place = (mass <= drawn).sum(dim=1, keepdim=True).minimum(keep.sum(dim=1, keepdim=True) - 1)  # rounding
         return torch.full_like(scores, -torch.inf).scatter_(1, tokens.gather(1, place), 0.0)
