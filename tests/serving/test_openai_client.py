@@ -1,8 +1,13 @@
 """The official client against the endpoint."""
 
+import re
+
 import openai
 import pytest
 from endpoint import assistant, image, text, user
+from helpers import ROOT
+
+from minigpt4.serving.protocol import IGNORED, REFUSED
 
 MODEL = {"model": "minigpt4", "temperature": 0}
 
@@ -108,3 +113,15 @@ def test_the_end_of_a_stream(served):
     assert response.headers["content-type"].startswith("text/event-stream")
     assert response.text.endswith("data: [DONE]\n\n")
     assert all(line.startswith("data: ") for line in response.text.splitlines() if line)
+
+
+def test_the_documents_example_runs_and_its_lists_are_complete(served, pictures, tmp_path, monkeypatch, capsys):
+    page = (ROOT / "docs/serving.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    (tmp_path / "cat.png").write_bytes(pictures[0])
+    monkeypatch.chdir(tmp_path)
+    exec(code.replace("http://127.0.0.1:8000", served.url), {})
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    for kind, names in (("ignored", IGNORED), ("refused", REFUSED)):
+        (row,) = re.findall(rf"^\| {kind}.* \| (.*) \|$", page, flags=re.MULTILINE)
+        assert set(names) <= set(re.findall(r"`(\w+)`", row))
