@@ -9,8 +9,9 @@ from contextlib import contextmanager
 import httpx
 import uvicorn
 
-from minigpt4.serving.app import Settings, create_app
+from minigpt4.serving.app import create_app
 from minigpt4.serving.batching import Batcher
+from minigpt4.serving.settings import Settings
 
 
 def data_url(content: bytes, kind: str = "webp") -> str:
@@ -64,11 +65,12 @@ class Served:
 
 
 @contextmanager
-def serving(load, max_batch: int = 8, **settings):
-    batcher = Batcher(load, max_batch)
+def serving(load, **changed):
+    settings = Settings(**changed)
+    batcher = Batcher(load, settings.max_batch)
     sock = socket.socket()
     sock.bind(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(create_app(batcher, Settings(**settings)), log_config=None))
+    server = uvicorn.Server(uvicorn.Config(create_app(batcher, settings), log_config=None))
     thread = threading.Thread(target=server.run, args=([sock],), daemon=True)
     thread.start()
     while not server.started:

@@ -10,22 +10,24 @@ the server.
 import argparse
 import logging
 import os
+from dataclasses import fields
 
 from minigpt4.cli.arguments import add_model_arguments
 from minigpt4.common.config import Config
+from minigpt4.serving.settings import Settings
 
 KEY_VARIABLE = "MINIGPT4_API_KEY"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 MAX_CONNECTIONS = 500
 GRACE_SECONDS = 10
 LIMITS = {
-    "max_batch": (8, "answers computed together"),
-    "max_queue": (64, "requests at a time, being answered or waiting"),
-    "max_upload_mb": (20.0, "size of a request, pictures included"),
-    "max_images": (8, "pictures in a request"),
-    "max_megapixels": (32.0, "size of a picture"),
-    "max_tokens": (1000, "tokens of an answer"),
-    "timeout": (300.0, "seconds for a request"),
+    "max_batch": "answers computed together",
+    "max_queue": "requests at a time, being answered or waiting",
+    "max_upload_mb": "size of a request, pictures included",
+    "max_images": "pictures in a request",
+    "max_megapixels": "size of a picture",
+    "max_tokens": "tokens of an answer",
+    "timeout": "seconds for a request",
 }
 
 
@@ -40,13 +42,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--api-key", default=os.environ.get(KEY_VARIABLE), metavar="KEY",
         help=f"what clients must send; safer as the variable {KEY_VARIABLE}, since command lines can be seen",
     )  # fmt: skip
-    parser.add_argument("--model-name", default="minigpt4", metavar="NAME", help="its name in requests (%(default)s)")
+    parser.add_argument(
+        "--model-name", default=Settings.model_name, metavar="NAME", help="its name in requests (%(default)s)"
+    )
     parser.add_argument("--allow-http-images", action="store_true", help="fetch pictures by URL, from public addresses")
     parser.add_argument("--allow-private-hosts", action="store_true", help="… and from private networks, for tests")
     limits = parser.add_argument_group("limits, each the most")
-    for name, (default, text) in LIMITS.items():
-        flag, kind = f"--{name.replace('_', '-')}", type(default)
-        limits.add_argument(flag, type=kind, default=default, metavar="N", help=f"{text} (%(default)s)")
+    for name, text in LIMITS.items():
+        flag, default = f"--{name.replace('_', '-')}", getattr(Settings, name)
+        limits.add_argument(flag, type=type(default), default=default, metavar="N", help=f"{text} (%(default)s)")
     args = parser.parse_args(argv)
     for name in LIMITS:
         if not getattr(args, name) > 0:
@@ -65,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
 
     from minigpt4.common.logger import setup_logger
     from minigpt4.conversation.loading import load_chat, select_gpu
-    from minigpt4.serving.app import Settings, create_app
+    from minigpt4.serving.app import create_app
     from minigpt4.serving.batching import Batcher
 
     class Server(uvicorn.Server):
@@ -76,18 +80,7 @@ def main(argv: list[str] | None = None) -> None:
     setup_logger()
     if args.api_key is None and args.host not in LOOPBACK:
         logging.warning("Everyone who reaches %s can use this server: set %s.", args.host, KEY_VARIABLE)
-    settings = Settings(
-        model_name=args.model_name,
-        api_key=args.api_key,
-        max_body_mb=args.max_upload_mb,
-        max_images=args.max_images,
-        max_pixels=int(args.max_megapixels * 1e6),
-        max_tokens=args.max_tokens,
-        max_queue=args.max_queue,
-        timeout=args.timeout,
-        allow_http_images=args.allow_http_images,
-        allow_private_hosts=args.allow_private_hosts,
-    )
+    settings = Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})
 
     def load():
         chat = load_chat(cfg, select_gpu(cfg, args.gpu_id or 0))
@@ -97,7 +90,7 @@ def main(argv: list[str] | None = None) -> None:
     def give_up() -> None:
         server.should_exit = True
 
-    batcher = Batcher(load, args.max_batch, failed=give_up)
+    batcher = Batcher(load, settings.max_batch, failed=give_up)
     config = uvicorn.Config(
         create_app(batcher, settings), host=args.host, port=args.port, log_config=None, server_header=False,
         limit_concurrency=MAX_CONNECTIONS, timeout_graceful_shutdown=GRACE_SECONDS,

@@ -6,7 +6,6 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
-from dataclasses import dataclass
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -15,38 +14,16 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from minigpt4.conversation.decoding import Decoding
-from minigpt4.conversation.pictures import MAX_PIXELS
 from minigpt4.serving.batching import Batcher
 from minigpt4.serving.errors import ApiError
 from minigpt4.serving.images import Images
 from minigpt4.serving.prepare import image_urls, read_prompt
 from minigpt4.serving.protocol import ChatRequest, read_request
 from minigpt4.serving.replies import Reply
+from minigpt4.serving.settings import Settings
 
 BODY_SECONDS = 60
 RETRY_SECONDS = 5
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the endpoint accepts."""
-
-    model_name: str = "minigpt4"
-    api_key: str | None = None
-    max_body_mb: float = 20
-    """Largest request, pictures included (base64 makes them a third larger), and largest picture that is fetched."""
-    max_images: int = 8
-    """Most pictures in a request."""
-    max_pixels: int = MAX_PIXELS
-    """Most pixels of a picture."""
-    max_tokens: int = 1000
-    """Most tokens that a request may ask for."""
-    max_queue: int = 64
-    """Most requests at a time, being answered or waiting."""
-    timeout: float = 300
-    """Seconds, after which a request that still waits is given up, and an answer ends where it is."""
-    allow_http_images: bool = False
-    allow_private_hosts: bool = False
 
 
 def create_app(batcher: Batcher, settings: Settings) -> Starlette:
@@ -103,9 +80,7 @@ class EventStream(StreamingResponse):
 class Endpoint:
     def __init__(self, batcher: Batcher, settings: Settings):
         self._batcher, self._settings = batcher, settings
-        self._images = Images(
-            settings.allow_http_images, settings.allow_private_hosts, int(settings.max_body_mb * 2**20)
-        )
+        self._images = Images(settings.allow_http_images, settings.allow_private_hosts, settings.max_bytes)
         # Few at a time: a picture takes much memory while it is unpacked.
         self._pool = ThreadPoolExecutor(2, "prepare")
         self._started = time.time()
@@ -190,23 +165,20 @@ class Endpoint:
         # A page in a browser can send other types to any server; for JSON the browser asks first, and gets no consent.
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise ApiError(415, "Send Content-Type: application/json.")
-        limit = int(self._settings.max_body_mb * 2**20)
-        body, size = bytearray(), 0
+        limit, body, size = self._settings.max_bytes, bytearray(), 0
         try:
             async with asyncio.timeout(BODY_SECONDS):
                 async for chunk in request.stream():
                     size += len(chunk)
                     if size <= limit:
                         body += chunk
-                    elif (
-                        size > 4 * limit
-                    ):  # up to here it is read, for the sake of clients that do not listen meanwhile
+                    elif size > 4 * limit:  # most clients listen only when all is sent, so not much less is read
                         break
         except TimeoutError:
             raise ApiError(408, f"The request took longer than {BODY_SECONDS} s to arrive.") from None
         if size > limit:
             raise ApiError(
-                413, f"The request is larger than {self._settings.max_body_mb:g} MB. Send smaller or fewer pictures.",
+                413, f"The request is larger than {self._settings.max_upload_mb:g} MB. Send smaller or fewer pictures.",
                 "request_too_large",
             )  # fmt: skip
         return bytes(body)
@@ -235,8 +207,9 @@ class Endpoint:
         pictures = {place: await self._images.read(url, place) for place, url in urls.items()}
         chat = self._batcher.chat
         prompt = await asyncio.get_running_loop().run_in_executor(
-            self._pool, read_prompt, chat, asked.messages, pictures, self._settings.max_pixels
+            self._pool, read_prompt, chat, asked.messages, pictures, int(self._settings.max_megapixels * 1e6)
         )
+        asked.messages.clear()  # megabytes that nobody needs while the request waits
         wanted = asked.new_tokens or Decoding.max_new_tokens
         max_tokens = min(wanted, self._settings.max_tokens, chat.window() - prompt.num_tokens)
         return Reply(asked, prompt, chat, max_tokens, deadline)

@@ -104,7 +104,7 @@ class Batcher:
     def __init__(
         self,
         load: Callable[[], Chat],
-        max_batch: int = 8,
+        max_batch: int,
         window: float = 0.01,
         failed: Callable[[], None] = lambda: None,
     ):
@@ -126,10 +126,12 @@ class Batcher:
         self._thread.start()
 
     def submit(self, answers: list[Answer]) -> None:
-        """Put answers into the queue."""
+        """Put answers into the queue; when this is closed, they end at once."""
         with self._news:
             if self.closed:
-                raise RuntimeError("The batcher is closed.")
+                for answer in answers:
+                    answer.end("error")
+                return
             self._waiting.extend(answers)
             self._news.notify()
 

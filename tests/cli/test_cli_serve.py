@@ -9,12 +9,14 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from dataclasses import fields
 
 import pytest
 from helpers import ROOT
 
 from minigpt4.cli.serve import main, parse_args
 from minigpt4.common.errors import ConfigError
+from minigpt4.serving.settings import Settings
 
 TINY = "eval_configs/minigpt4_tiny_eval.yaml"
 
@@ -89,9 +91,10 @@ def test_wrong_arguments(capsys):
         assert message in capsys.readouterr().err
 
 
-def test_defaults(monkeypatch):
+def test_every_setting_is_a_flag(monkeypatch):
     monkeypatch.delenv("MINIGPT4_API_KEY", raising=False)
     args = parse_args(["--cfg-path", "x"])
+    assert Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)}) == Settings()
     assert (args.host, args.port, args.api_key) == ("127.0.0.1", 8000, None)
     assert not (args.allow_http_images or args.allow_private_hosts)
     monkeypatch.setenv("MINIGPT4_API_KEY", "k")

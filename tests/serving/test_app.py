@@ -112,7 +112,7 @@ def test_unknown_routes(served):
 
 
 def test_bytes(serve):
-    served = serve(max_body_mb=0.1)
+    served = serve(max_upload_mb=0.1)
     padded = {**BODY, "user": "x" * (100_000 - len(json.dumps(BODY)))}
     assert served.post(padded).status_code == 200
     for size in (110_000, 300_000):
@@ -126,7 +126,7 @@ def test_bytes(serve):
 
 
 def test_pictures(serve, pictures):
-    served = serve(max_images=2, max_pixels=1000)
+    served = serve(max_images=2, max_megapixels=0.001)
     assert served.ask(user(*[image(png())] * 2), max_tokens=2).status_code == 200
     assert error(served.ask(user(*[image(png())] * 3)), 400, "at most 2")["code"] == "too_many_images"
     error(served.ask(user(image(png((40, 40))))), 400, "40 × 40 pixels")

@@ -28,7 +28,7 @@ def test_batches(golden_llm_folder, golden, dtype):
         "num_query_token": 8,
         "llama_model": str(golden_llm_folder),
     }
-    batcher = Batcher(lambda: Chat(MiniGPT4.from_config(cfg, "cuda", dtype), None, "cuda"))
+    batcher = Batcher(lambda: Chat(MiniGPT4.from_config(cfg, "cuda", dtype), None, "cuda"), 8)
     batcher.start()
     while batcher.chat is None:
         assert not batcher.failure
