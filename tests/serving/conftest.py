@@ -66,7 +66,7 @@ class Gate:
 
     def wait(self) -> None:
         if not self._open:
-            assert self._permits.acquire(timeout=20)
+            assert self._permits.acquire(timeout=60)  # longer than a test waits for anything
 
 
 @pytest.fixture

@@ -88,6 +88,7 @@ def test_refused(name):
         ),
         ({"messages": [{"role": "assistant", "content": None, "tool_calls": [{}]}]}, "messages[0].tool_calls"),
         ({"x" * 300: 1}, "x" * 100),
+        ({"messages": [{"role": "user", "content": [{"type": "x" * 5000}]}]}, "messages[0].content[0]"),
     ],
 )
 def test_wrong_values_are_named(fields, param):
