@@ -102,3 +102,6 @@ def main(argv: list[str] | None = None) -> None:
         logging.info("Stopped.")
     if batcher.failure:
         raise batcher.failure
+    if batcher.is_alive:  # still loading: torch would abort the process when its thread is cut off at a normal exit
+        logging.shutdown()
+        os._exit(0)

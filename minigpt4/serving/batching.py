@@ -122,6 +122,10 @@ class Batcher:
     def num_waiting(self) -> int:
         return len(self._waiting)
 
+    @property
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
+
     def start(self) -> None:
         self._thread.start()
 
@@ -143,7 +147,10 @@ class Batcher:
             self._waiting = deque(answer for answer in self._waiting if not answer.finish)
 
     def close(self, seconds: float = 5) -> None:
-        """End: what waits is given up, what is being written ends where it is. Waits `seconds` for the thread."""
+        """End: what waits is given up, what is being written ends where it is. Waits `seconds` for that.
+
+        Loading cannot be ended: `is_alive` tells whether it goes on.
+        """
         with self._news:
             self.closed = True
             for answer in self._waiting:
@@ -152,7 +159,7 @@ class Batcher:
                 answer.end("length")
             self._waiting.clear()
             self._news.notify()
-        if self._thread.is_alive():
+        if self.is_alive and self.chat:
             self._thread.join(seconds)
 
     def _work(self) -> None:

@@ -34,24 +34,38 @@ def free_port():
         return sock.getsockname()[1]
 
 
+def wait_for(process, port, *expected):
+    """Wait until /health reports one of these; all reports so far."""
+    statuses = []
+    for _ in range(600):
+        time.sleep(0.1)
+        assert process.poll() is None, process.stdout.read()
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as response:
+                statuses.append(json.load(response)["status"])
+        except urllib.error.HTTPError as error:
+            statuses.append(json.load(error)["status"])
+        except urllib.error.URLError:
+            continue
+        if statuses[-1] in expected:
+            return statuses
+    raise AssertionError(statuses)
+
+
+def end(process):
+    """Press Ctrl-C; what was printed."""
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    assert "Traceback" not in output
+    return output
+
+
 def test_start_ask_and_ctrl_c():
     port = free_port()
     process = start("--cfg-path", TINY, "--port", str(port), MINIGPT4_API_KEY="secret")
     try:
-        statuses = []
-        for _ in range(600):
-            time.sleep(0.1)
-            assert process.poll() is None, process.stdout.read()
-            try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as response:
-                    statuses.append(json.load(response)["status"])
-                    break
-            except urllib.error.HTTPError as error:
-                statuses.append(json.load(error)["status"])
-            except urllib.error.URLError:
-                pass
-        assert statuses[-1] == "ready"
-        assert set(statuses[:-1]) <= {"loading"}
+        assert set(wait_for(process, port, "ready")[:-1]) <= {"loading"}
         body = {"model": "minigpt4", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 5}
         request = urllib.request.Request(
             f"http://127.0.0.1:{port}/v1/chat/completions",
@@ -60,12 +74,34 @@ def test_start_ask_and_ctrl_c():
         )
         with urllib.request.urlopen(request, timeout=60) as response:
             assert json.load(response)["choices"][0]["finish_reason"] in ("stop", "length")
+        assert "secret" not in end(process)
     finally:
-        process.send_signal(signal.SIGINT)
-        output, _ = process.communicate(timeout=60)
-    assert process.returncode == 0, output
-    assert "Traceback" not in output
-    assert "secret" not in output
+        process.kill()
+
+
+SLOW = """
+import time
+from minigpt4.conversation import loading
+
+def load_chat(cfg, device):
+    import torch
+    end = time.time() + 60
+    while time.time() < end:
+        (torch.rand(500, 500) @ torch.rand(500, 500)).sum().item()
+
+loading.load_chat = load_chat
+"""
+
+
+def test_ctrl_c_while_the_model_is_loading(tmp_path):
+    (tmp_path / "slow_model.py").write_text(SLOW)
+    port, path = free_port(), os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    process = start("--cfg-path", TINY, "--port", str(port), "--import", "slow_model", PYTHONPATH=path)
+    try:
+        wait_for(process, port, "loading")
+        end(process)
+    finally:
+        process.kill()
 
 
 def test_weights_that_do_not_fit_end_it(tmp_path):

@@ -234,7 +234,7 @@ def test_closing_ends_all_answers(chat, gate, talkative):
     batcher.close()
     assert (running.finish, waiting.finish) == ("length", "error")
     assert 3 <= len(running.ids) < 99
-    assert not batcher._thread.is_alive()
+    assert not batcher.is_alive
     late = answer()
     batcher.submit([late])
     assert late.finish == "error"

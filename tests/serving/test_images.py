@@ -142,7 +142,6 @@ PRIVATE = [
     "127.0.0.1", "127.1", "2130706433", "0x7f.0.0.1", "0177.0.0.1", "0.0.0.0", "localhost", "10.0.0.1", "172.16.0.1",
     "192.168.1.1", "169.254.169.254", "100.64.0.1", "224.0.0.1", "255.255.255.255", "[::1]", "[::]", "[fe80::1]",
     "[fd00::1]", "[::ffff:127.0.0.1]", "[::ffff:10.0.0.1]", "[2002:7f00:1::]", "[64:ff9b::a00:1]", "[ff02::1]",
-    "no.such.host.invalid",
 ]  # fmt: skip
 
 
@@ -152,6 +151,14 @@ def test_private_addresses_are_refused(site, host):
     before = len(site.paths)
     assert "its host has no public address" in refusal(f"http://{host}:{site.server_port}/picture", PUBLIC)
     assert len(site.paths) == before
+
+
+def test_names_that_do_not_exist_look_the_same(monkeypatch):
+    async def look_up(self, host, port, **options):
+        raise socket.gaierror("Name or service not known")
+
+    monkeypatch.setattr(asyncio.BaseEventLoop, "getaddrinfo", look_up)
+    assert "its host has no public address" in refusal("http://no.such.host.invalid/", PUBLIC)
 
 
 def test_redirects_are_checked_too(site, monkeypatch):
