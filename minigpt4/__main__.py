@@ -13,7 +13,10 @@ COMMANDS = {
     "chat": "talk about pictures in the terminal",
     "caption": "describe pictures, a folder or shards, into a JSONL file",
     "serve": "answer programs that speak OpenAI's chat completions",
-    "bench": "time training steps",
+    "bench": "measure training steps, answers, or the reading of pictures",
+    "cache-features": "compute image features once, to train from them",
+    "make-random-weights": "write files in the published formats, for rehearsals and benchmarks",
+    "rehearse": "run train.py and chat on such files, and measure",
 }
 
 
@@ -28,7 +31,7 @@ def main(argv: list[str] | None = None) -> int | str | None:
     from minigpt4.common.registry import UnknownNameError
 
     try:
-        return importlib.import_module(f"minigpt4.cli.{command}").main(arguments)
+        return importlib.import_module(f"minigpt4.cli.{command.replace('-', '_')}").main(arguments)
     except (ConfigError, UnknownNameError) as error:
         return f"Error: {error}"
 

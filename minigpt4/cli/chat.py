@@ -40,10 +40,13 @@ def main(argv: list[str] | None = None) -> None:
     cfg = Config(args)
     cfg.check_paths()
     from minigpt4.conversation.loading import load_chat, select_gpu
+    from minigpt4.models.decoder import warm_up
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     print("Loading the model …", flush=True)
-    terminal = Terminal(load_chat(cfg, select_gpu(cfg, args.gpu_id or 0)), decoding_settings(args))
+    chat = load_chat(cfg, select_gpu(cfg, args.gpu_id or 0))
+    warm_up(chat.model.llama_model)
+    terminal = Terminal(chat, decoding_settings(args))
     if args.images:
         terminal.show(args.images)
     print("Ask something, or /help.")

@@ -9,8 +9,12 @@ B batch, S sequence, T new tokens, D width of the language model.
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 
 import torch
+
+from minigpt4.models import decoder
+from minigpt4.models.sampling import DEFAULTS, Sampling
 
 
 class StopOnText:
@@ -44,7 +48,6 @@ class Tap:
         return torch.full((len(input_ids),), self._told_to_end(), device=input_ids.device)
 
 
-@torch.inference_mode()
 def continue_embeds(
     llm,
     tokenizer,
@@ -54,7 +57,10 @@ def continue_embeds(
     criteria: Iterable = (),
     **options,
 ) -> torch.Tensor:
-    """Continue the sequences [B,S,D], padded on the left, by transformers' `generate`; greedily by default.
+    """Continue the sequences [B,S,D], padded on the left; greedily by default.
+
+    The project's own loop does it (`decoder.py`), with the ids that transformers' `generate` would give; that does it
+    where the loop cannot: with beams and other rarer options, and for models that do not attend to all earlier tokens.
 
     Args:
         attention_mask: [B,S], 0 on padding.
@@ -65,13 +71,37 @@ def continue_embeds(
     Returns:
         The new token ids [B,T]; a row that ended early is filled up with the eos id.
     """
-    return llm.generate(
-        inputs_embeds=inputs_embeds,
-        attention_mask=attention_mask,
-        pad_token_id=tokenizer.eos_token_id,
-        stopping_criteria=[*([StopOnText(tokenizer, stop)] if stop else []), *criteria],
-        **{"do_sample": False, "max_new_tokens": 300} | options,
-    )
+    criteria = [*([StopOnText(tokenizer, stop)] if stop else []), *criteria]
+    sampling = Sampling.of(llm, options)
+    if sampling is None or not decoder.fits(llm):
+        with torch.inference_mode():
+            return llm.generate(
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                pad_token_id=tokenizer.eos_token_id,
+                stopping_criteria=criteria,
+                **DEFAULTS | options,
+            )
+    # Caches outlive this call, and inference tensors could not be written to outside of its mode.
+    with torch.inference_mode(False), torch.no_grad():
+        return _continue(llm, tokenizer.eos_token_id, inputs_embeds, attention_mask, criteria, sampling)
+
+
+def _continue(llm, pad_id: int, embeds, attention_mask, criteria: list, sampling: "Sampling") -> torch.Tensor:
+    rows = torch.full((len(embeds), sampling.max_new_tokens), pad_id)
+    done = torch.zeros(len(embeds), dtype=torch.bool)
+    eos = torch.tensor(sampling.eos_ids, dtype=torch.long)
+    steps = decoder.decode(llm, embeds, attention_mask, sampling.max_new_tokens, sampling.choose)
+    with closing(steps):
+        for n, ids in enumerate(steps):
+            rows[~done, n] = ids[~done]
+            so_far = rows[:, : n + 1]
+            done |= torch.isin(rows[:, n], eos)
+            for criterion in criteria:
+                done |= criterion(so_far, None)
+            if done.all():
+                break
+    return so_far
 
 
 def stream(

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from minigpt4.conversation import CONV_VISION, Chat
+from minigpt4.conversation import CONV_VISION, Chat, conversation
+from minigpt4.models.generation import StopOnText
 
 
 @pytest.fixture(scope="session")
@@ -40,13 +41,13 @@ def scripted(chat, monkeypatch):
     """Let the language model write given ids, token after token, whatever it is asked: scripted(ids)."""
 
     def script(ids):
-        def generate(stopping_criteria, max_new_tokens=300, **options):
+        def continue_embeds(llm, tokenizer, embeds, mask, stop, criteria, max_new_tokens=300, **options):
             for n in range(1, min(len(ids), max_new_tokens) + 1):
                 rows = torch.tensor([ids[:n]])
-                if any([bool(criterion(rows, None)[0]) for criterion in stopping_criteria]):
+                if any([bool(criterion(rows, None)[0]) for criterion in [StopOnText(tokenizer, stop), *criteria]]):
                     break
             return rows
 
-        monkeypatch.setattr(chat.model.llama_model, "generate", generate)
+        monkeypatch.setattr(conversation, "continue_embeds", continue_embeds)
 
     return script

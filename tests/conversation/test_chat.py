@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from minigpt4.conversation import CONV_VISION, Chat, Conversation, Decoding
+from minigpt4.conversation import CONV_VISION, Chat, Conversation, Decoding, conversation
 from minigpt4.conversation.conversation import break_up
 from minigpt4.models.generation import answer_text
 from minigpt4.models.prompt import IMAGE_SLOT
@@ -118,7 +118,7 @@ def test_an_error_reaches_the_reader_and_leaves_the_conversation_as_it_was(chat,
 
     conv, img_list = play(QUESTION)
     before = conv.copy()
-    monkeypatch.setattr(chat.model.llama_model, "generate", broken)
+    monkeypatch.setattr(chat.model.llama_model, "forward", broken)
     with pytest.raises(RuntimeError, match="out of memory"):
         chat.answer(conv, img_list)
     assert conv == before
@@ -369,11 +369,11 @@ def test_seeds_make_sampling_repeatable(chat, play):
 def test_settings_reach_the_model(chat, play, monkeypatch):
     seen = {}
 
-    def generate(**options):
+    def continue_embeds(*args, **options):
         seen.update(options)
         return torch.tensor([[38]])
 
-    monkeypatch.setattr(chat.model.llama_model, "generate", generate)
+    monkeypatch.setattr(conversation, "continue_embeds", continue_embeds)
     conv, img_list = play(QUESTION)
     chat.answer(conv, img_list)
     defaults = {"max_new_tokens": 300, "num_beams": 1, "do_sample": True, "min_new_tokens": 1, "top_p": 0.9}

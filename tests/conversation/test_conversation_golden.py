@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import GOLDEN
 
-from minigpt4.conversation import CONV_VISION, Conversation
+from minigpt4.conversation import CONV_VISION, Conversation, conversation
 from minigpt4.models.generation import answer_text, strip_leading
 
 DATA = json.loads((GOLDEN / "conversation.json").read_text(encoding="utf-8"))
@@ -134,7 +134,8 @@ def test_answers(chat, play, name):
 @pytest.mark.parametrize("name", [name for name in POSTPROCESS if name not in WITH_EOS])
 def test_postprocessing(chat, play, monkeypatch, name):
     case = POSTPROCESS[name]
-    monkeypatch.setattr(chat.model.llama_model, "generate", lambda **options: torch.tensor([case["generated_ids"]]))
+    ids = torch.tensor([case["generated_ids"]])
+    monkeypatch.setattr(conversation, "continue_embeds", lambda *args, **options: ids)
     conv, img_list = play([["upload", 0], ["ask", "What is it?"]])
     text, ids = chat.answer(conv, img_list)
     assert text == case["text"]

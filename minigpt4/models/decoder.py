@@ -1,0 +1,406 @@
+"""The decoding loop: a fixed cache, one CUDA graph a step on a GPU, and what was read before is not read again.
+
+Slot n of a row holds the keys and values of its n-th token, whatever padding stood before it, so a slot is a position:
+what a step may see are the slots up to its own. On a GPU the layers are compiled and a whole step is captured once for
+each batch size and reach (how many slots are looked at, in bounded sizes), then replayed; elsewhere, and for models
+quantised by bitsandbytes, the same step runs as it stands.
+
+After an answer to a single prompt its slots are kept. The next prompt that begins with the same vectors, such as the
+next turn of the conversation, is read from the first new one on.
+
+B batch, S sequence, R reach, L slots, H heads, D width.
+"""
+
+import itertools
+import logging
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import nn
+
+from minigpt4.models.packing import ATTENTION
+
+# Caches kept between answers: each conversation that goes on has one, and batches share one.
+KEPT = 2
+# Coordinate descent makes inductor write the products of a single row itself, at the memory's speed.
+COMPILE_OPTIONS = {"coordinate_descent_tuning": True}
+# Compilations of one layer: a single row, several, and what sizes change later. The layers share them.
+MOST_COMPILATIONS = 32
+
+_decoders: "weakref.WeakKeyDictionary[nn.Module, Decoder]" = weakref.WeakKeyDictionary()
+_lock = threading.Lock()
+_capturing = threading.Lock()
+
+
+def decode(
+    llm, embeds: torch.Tensor, attention_mask: torch.Tensor, steps: int, choose: Callable
+) -> Iterator[torch.Tensor]:
+    """Yield the next token of every row, [B] int64 on the CPU, `steps` times or until closed. For `no_grad` alone.
+
+    On a GPU a step is under way while the token before it is looked at.
+
+    Args:
+        llm: a causal language model of transformers that `fits`.
+        embeds: [B,S,D], padded on the left.
+        attention_mask: [B,S], 0 on padding.
+        choose: from the ids so far [B,T] and the logits [B,V] float32 to the next ids [B].
+    """
+    with _lock:
+        decoder = _decoders.get(llm)
+        if decoder is None or decoder.weights != _fingerprint(llm):
+            decoder = _decoders[llm] = Decoder(llm)
+    return decoder.run(llm, embeds, attention_mask, steps, choose)
+
+
+def forget(llm) -> None:
+    """Free the caches and graphs of a model; they come back when it is used."""
+    _decoders.pop(llm, None)
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def warm_up(llm, prompt: int = 100, answer: int = 300) -> None:
+    """On a GPU, prepare for single answers of such lengths in tokens: the first would wait for the compiler."""
+    if not fits(llm) or not Decoder(llm).graphs:
+        return
+    logging.info("Compiling the language model for answers: a minute at first, seconds later on.")
+    ids = torch.zeros(1, prompt, dtype=torch.long, device=llm.device)
+    embeds = llm.get_input_embeddings()(ids)
+    for _ in decode(llm, embeds, torch.ones_like(ids), answer, lambda ids, logits: logits.argmax(dim=-1)):
+        pass
+    for slots in _decoders[llm]._idle:
+        slots.asked = 0  # nobody's conversation: the next prompt takes it
+
+
+def fits(llm) -> bool:
+    """Whether the loop can run this model: plain attention to all earlier tokens, positions as fixed rotations."""
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    config = llm.config.get_text_config()
+    rotary = getattr(getattr(llm, "base_model", None), "rotary_emb", None)
+    return (
+        getattr(rotary, "rope_type", "dynamic") in ("default", "linear", "yarn", "llama3")
+        and config._attn_implementation.removeprefix(f"{ATTENTION}_") in ("sdpa", "eager")
+        and all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
+    )
+
+
+def bucket(length: int) -> int:
+    """The least of 128, 192, 256, 384, 512, 768, 1024 … that holds `length`."""
+    sizes = (size for n in itertools.count(7) for size in (2**n, 3 * 2 ** (n - 1)))
+    return next(size for size in sizes if size >= length)
+
+
+class Decoder:
+    """The loop of one language model, and the caches that it keeps. Threads may run it side by side."""
+
+    def __init__(
+        self,
+        llm,
+        graphs: bool | None = None,
+        compiled: bool = True,
+        options: dict | None = None,
+        attention: str = "minigpt4_single",
+    ):
+        """graphs: None: where they can be had. compiled, options, attention: of the layers inside the graphs."""
+        on_gpu = next(llm.parameters()).device.type == "cuda"
+        self.graphs = on_gpu and not getattr(llm, "is_quantized", False) if graphs is None else graphs
+        self.compiled = compiled
+        self.options = COMPILE_OPTIONS if options is None else options
+        self.attention = attention
+        self.weights = _fingerprint(llm)
+        self._idle: list[Slots] = []  # the one used last stands last
+        self._lock = threading.Lock()
+
+    def run(
+        self, llm, embeds: torch.Tensor, attention_mask: torch.Tensor, steps: int, choose: Callable
+    ) -> Iterator[torch.Tensor]:
+        """See `decode`."""
+        rows = len(embeds)
+        if rows == 1:
+            embeds = embeds[:, attention_mask[0].bool()]
+            attention_mask = attention_mask.new_ones(embeds.shape[:2])
+        elif self.graphs:  # powers of two bound the number of graphs
+            missing = 2 ** (rows - 1).bit_length() - rows
+            embeds = nn.functional.pad(embeds, (0, 0, 0, 0, 0, missing))
+            attention_mask = nn.functional.pad(attention_mask, (0, 0, 0, missing))
+        length = embeds.shape[1]
+        history = torch.zeros(rows, steps, dtype=torch.long, device=embeds.device)
+        slots, known = self._take(embeds, length + steps)
+        fed, content = 0, None
+        try:
+            logits = slots.read(llm, embeds[:, known:], attention_mask[:, known:], known)
+            content = embeds[0]
+            for n in range(steps):
+                history[:, n] = ids = choose(history[:, :n], logits[:rows])
+                look = _read_later(ids) if self.graphs else ids.cpu
+                if not self.graphs:
+                    yield look()
+                if n + 1 < steps:
+                    slots.advance(ids)
+                    logits = (self._replay if self.graphs else _step)(llm, slots, length + n + 1)
+                    fed += 1
+                if self.graphs:
+                    yield look()
+        finally:
+            if rows == 1 and content is not None:
+                said = llm.get_input_embeddings()(history[0, :fed]).to(content.dtype)
+                slots.content, slots.asked = torch.cat([content, said]), length
+            with self._lock:
+                self._idle = [*self._idle, slots][-KEPT:]
+
+    def _take(self, embeds: torch.Tensor, length: int) -> tuple["Slots", int]:
+        """Slots for a batch, and how many of them hold its beginning already."""
+        with self._lock:
+            alike = [slots for slots in self._idle if slots.batch == len(embeds)]
+            shared = {slots: slots.shared(embeds) for slots in alike}
+            slots = max(alike, key=shared.__getitem__, default=None)
+            # What only begins like the prompt before is another conversation; the one before may go on too.
+            if slots and 4 * shared[slots] < 3 * slots.asked:
+                slots = alike[0] if len(self._idle) >= KEPT else None
+            if slots:
+                self._idle.remove(slots)
+            else:
+                self._idle = self._idle[1 - KEPT :]
+        known = shared.get(slots, 0)
+        if slots is None or slots.length < length:
+            old = slots if known else None
+            del alike, shared, slots  # a cache that is not copied makes room first
+            slots = Slots(len(embeds), bucket(length), embeds.device)
+            if old:
+                slots.copy(old, known)
+        slots.content, slots.asked = None, 0
+        return slots, known
+
+    def _replay(self, llm, slots: "Slots", length: int) -> torch.Tensor:
+        reach = min(bucket(length), slots.length)
+        if reach not in slots.graphs:
+            try:
+                slots.graphs[reach] = self._capture(llm, slots, reach)
+            except Exception as error:
+                if not self.compiled:
+                    raise
+                logging.warning("The language model could not be compiled, and decodes more slowly: %s", error)
+                self.compiled = False
+                slots.graphs[reach] = self._capture(llm, slots, reach)
+        graph, logits = slots.graphs[reach]
+        graph.replay()
+        return logits
+
+    def _capture(self, llm, slots: "Slots", reach: int) -> tuple["torch.cuda.CUDAGraph", torch.Tensor]:
+        """A step as a graph, and where it leaves its logits. A step changes nothing when it is repeated."""
+        device = slots.ids.device
+        compiled = compiled_layers(llm, slots, self.options, self.attention) if self.compiled else nullcontext()
+        with _capturing, torch.cuda.device(device), compiled:
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(2):
+                    slots.step(llm, reach)
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            slots.pool = slots.pool or torch.cuda.graph_pool_handle()
+            # thread_local: other threads may go on allocating
+            with torch.cuda.graph(graph, pool=slots.pool, capture_error_mode="thread_local"):
+                logits = slots.step(llm, reach)
+        return graph, logits
+
+
+class Slots:
+    """The cache of one batch, and the step that reads and fills it; transformers' models call its `update`.
+
+    Args:
+        batch: rows (B).
+        length: slots of a row (L).
+    """
+
+    def __init__(self, batch: int, length: int, device: torch.device):
+        self.batch, self.length = batch, length
+        self.layers: list[LayerSlots] = []
+        self.graphs: dict[int, tuple] = {}  # reach -> graph, logits
+        self.pool = None  # the graphs' memory: one is replayed at a time
+        self.content: torch.Tensor | None = None  # [S,D]: what a single row was made of, its answer too
+        self.asked = 0  # the length of its prompt
+        self.ids = torch.zeros(batch, dtype=torch.long, device=device)
+        self.positions = torch.zeros(batch, 1, dtype=torch.long, device=device)
+        self._rows = torch.arange(batch, device=device).unsqueeze(1)
+
+    def read(self, llm, embeds: torch.Tensor, attention_mask: torch.Tensor, known: int) -> torch.Tensor:
+        """Fill the slots after the first `known` with [B,S,D], padded on the left. Returns logits [B,V]."""
+        if not self.layers:
+            self.layers = [LayerSlots(self.length) for _ in range(llm.config.get_text_config().num_hidden_layers)]
+        positions = attention_mask.cumsum(1, dtype=torch.long) - 1 + known
+        self.positions.copy_(positions[:, -1:])
+        # One slot more than it takes, for padding; the first new token overwrites it.
+        return self._forward(llm, embeds, positions, known + embeds.shape[1] + 1)
+
+    def advance(self, ids: torch.Tensor) -> None:
+        """Set the next tokens, of all rows but those that fill up the batch."""
+        self.ids[: len(ids)].copy_(ids)
+        self.positions += 1
+
+    def step(self, llm, reach: int) -> torch.Tensor:
+        """Logits [B,V] float32 after the tokens that were set, which see the first `reach` slots up to their own."""
+        return self._forward(llm, llm.get_input_embeddings()(self.ids).unsqueeze(1), self.positions, reach)
+
+    def _forward(self, llm, embeds: torch.Tensor, positions: torch.Tensor, reach: int) -> torch.Tensor:
+        slots = positions.masked_fill(positions < 0, reach - 1)
+        for layer in self.layers:
+            layer.aim(self._rows, slots, reach)
+        positions = positions.clamp(min=0)  # padding sees slot 0: a row that sees nothing would be NaN
+        unseen = torch.arange(reach, device=embeds.device) > positions.unsqueeze(-1)  # [B,S,R]
+        mask = torch.zeros(unseen.shape, dtype=embeds.dtype, device=embeds.device)
+        mask = mask.masked_fill(unseen, torch.finfo(embeds.dtype).min)
+        logits = llm(
+            inputs_embeds=embeds,
+            attention_mask=mask.unsqueeze(1),
+            position_ids=positions,
+            past_key_values=self,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits
+        return logits[:, -1].float()
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *args, **kwargs):
+        """Write the keys and values [B,H,S,D] of new tokens. Returns those of all slots in reach [B,H,R,D]."""
+        return self.layers[layer_idx].update(keys, values)
+
+    def shared(self, embeds: torch.Tensor) -> int:
+        """How many of the first slots hold the beginning of [1,S,D]; at least one vector is left to be read."""
+        if self.content is None:
+            return 0
+        n = min(len(self.content), embeds.shape[1] - 1)
+        return int((self.content[:n] == embeds[0, :n]).all(dim=1).cumprod(0).sum())
+
+    def copy(self, other: "Slots", known: int) -> None:
+        """Take over the first `known` slots of another cache."""
+        self.layers = [layer.copy(self.length, known) for layer in other.layers]
+
+
+class LayerSlots:
+    """Keys and values [B,L,H,D] of one layer; allocated with the first ones that come."""
+
+    def __init__(self, length: int):
+        self.length = length
+        self.keys = self.values = self.seen_keys = self.seen_values = None
+
+    def aim(self, rows: torch.Tensor, slots: torch.Tensor, reach: int) -> None:
+        """Say where the next update writes, rows [B,1] and slots [B,S], and how many slots it returns."""
+        self.rows, self.slots, self.reach = rows, slots, reach
+        if self.keys is not None:
+            self.seen_keys, self.seen_values = self.keys[:, :reach], self.values[:, :reach]
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = keys.transpose(1, 2), values.transpose(1, 2)
+        if self.seen_keys is None:  # zeros, since even what is masked must be a number
+            self.keys, self.values = (new.new_zeros(len(new), self.length, *new.shape[2:]) for new in (keys, values))
+            self.aim(self.rows, self.slots, self.reach)
+        self.seen_keys[self.rows, self.slots] = keys
+        self.seen_values[self.rows, self.slots] = values
+        return self.seen_keys.transpose(1, 2), self.seen_values.transpose(1, 2)
+
+    def copy(self, length: int, known: int) -> "LayerSlots":
+        copied = LayerSlots(length)
+        copied.keys, copied.values = (
+            nn.functional.pad(old[:, :known], (0, 0, 0, 0, 0, length - known)) for old in (self.keys, self.values)
+        )
+        return copied
+
+
+@contextmanager
+def compiled_layers(llm, slots: Slots, options: dict, attention: str) -> Iterator[None]:
+    """In this thread, let the layers and the output layer run compiled; all layers share one compilation.
+
+    A layer gets its own part of the cache: its number, by which it would look it up, would make each one special.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register("minigpt4_single", attend)
+    AttentionMaskInterface.register("minigpt4_single", sdpa_mask)
+    config = llm.config.get_text_config()
+    lists = (part for part in llm.modules() if isinstance(part, nn.ModuleList))
+    layers = next(part for part in lists if len(part) == config.num_hidden_layers)
+    head, thread = llm.get_output_embeddings(), threading.get_ident()
+    originals = {module: vars(module).get("forward") for module in (*layers, head)}
+
+    def swap(module: nn.Module, own: LayerSlots | None) -> None:
+        original = module.forward
+        compiled = torch.compile(original, options=options)
+
+        def forward(*args, **kwargs):
+            if threading.get_ident() != thread:
+                return original(*args, **kwargs)
+            return compiled(*args, **{name: own if value is slots else value for name, value in kwargs.items()})
+
+        module.forward = forward
+
+    implementation = config._attn_implementation
+    try:
+        config._attn_implementation = attention
+        for layer, own in zip(layers, slots.layers, strict=True):
+            swap(layer, own)
+        swap(head, None)
+        with torch._dynamo.config.patch(recompile_limit=MOST_COMPILATIONS):
+            yield
+    finally:
+        config._attn_implementation = implementation
+        for module, original in originals.items():
+            del module.forward
+            if original:
+                module.forward = original
+
+
+def attend(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor,
+    scaling: float | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """Attention of one query a row, as sums that the compiler fuses and spreads over the GPU; of more, transformers'.
+
+    Args:
+        query: [B,H,1,D]. key, value: [B,H/G,R,D], for G heads each. attention_mask: [B,1,1,R], added.
+
+    Returns:
+        [B,1,H,D], and no weights.
+    """
+    if query.shape[2] > 1:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    batch, heads, _, width = query.shape
+    query = query.reshape(batch, key.shape[1], -1, 1, width).float() * (width**-0.5 if scaling is None else scaling)
+    scores = (query * key.unsqueeze(2).float()).sum(dim=-1) + attention_mask.float()  # [B,H/G,G,R]
+    weights = scores.softmax(dim=-1).unsqueeze(-1)
+    return (weights * value.unsqueeze(2).float()).sum(dim=3).to(value.dtype).reshape(batch, 1, heads, width), None
+
+
+def _step(llm, slots: Slots, length: int) -> torch.Tensor:
+    return slots.step(llm, length)
+
+
+def _read_later(ids: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """Start to copy ids off the GPU. Returns what waits for them, and for nothing that comes after."""
+    host = torch.empty(ids.shape, dtype=ids.dtype, pin_memory=True)
+    host.copy_(ids, non_blocking=True)
+    copied = torch.cuda.current_stream(ids.device).record_event()
+
+    def look() -> torch.Tensor:
+        copied.synchronize()
+        return host
+
+    return look
+
+
+def _fingerprint(llm) -> int:
+    """Changes when weights are moved or changed: graphs hold their addresses, caches what they computed."""
+    weights = itertools.chain(llm.parameters(), llm.buffers())
+    return hash(tuple((w.data_ptr(), None if w.is_inference() else w._version) for w in weights))

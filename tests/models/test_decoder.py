@@ -1,0 +1,411 @@
+"""The project's decoding loop gives what transformers' `generate` gives, and what was read before is not read again."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from minigpt4.models import decoder
+from minigpt4.models.decoder import Decoder, Slots, bucket, compiled_layers
+from minigpt4.models.generation import continue_embeds
+from minigpt4.models.sampling import Sampling
+
+WIDTH, VOCABULARY = 32, 96
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": WIDTH,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "initializer_range": 0.2,
+    "eos_token_id": None,
+    "pad_token_id": None,
+    "bos_token_id": None,
+}
+KINDS = {
+    "llama": {"model_type": "llama"},
+    "grouped": {"model_type": "llama", "num_key_value_heads": 2},
+    "llama3": {
+        "model_type": "llama",
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    },
+    "mistral": {"model_type": "mistral", "sliding_window": None},
+    "qwen2": {"model_type": "qwen2"},
+    "qwen3": {"model_type": "qwen3", "head_dim": 16},
+    "phi3": {"model_type": "phi3"},
+    "gemma": {"model_type": "gemma", "head_dim": 8},
+}
+OTHERS = {
+    "sliding": {"model_type": "mistral", "sliding_window": 16},
+    "learnt positions": {"model_type": "gpt2"},
+    "dynamic": {
+        "model_type": "llama",
+        "max_position_embeddings": 32,
+        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0},
+    },
+}
+
+
+class Words:
+    """One token a word."""
+
+    eos_token_id = 2
+
+    def decode(self, ids, skip_special_tokens=True):
+        return " ".join(map(str, ids))
+
+
+def random_llm(kind="llama"):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(**SIZES | (KINDS | OTHERS)[kind])
+    return AutoModelForCausalLM.from_config(config).requires_grad_(False).eval()
+
+
+@pytest.fixture
+def llm():
+    return random_llm()
+
+
+def prompts(*lengths, seed=1):
+    """Embeddings padded on the left, and their mask."""
+    torch.manual_seed(seed)
+    longest = max(lengths)
+    mask = torch.stack([torch.arange(longest) >= longest - n for n in lengths]).long()
+    return torch.randn(len(lengths), longest, WIDTH), mask
+
+
+def run(llm, embeds, mask=None, stop="", **options):
+    mask = torch.ones(embeds.shape[:2], dtype=torch.long) if mask is None else mask
+    return continue_embeds(llm, Words(), embeds, mask, stop, **{"max_new_tokens": 24} | options).tolist()
+
+
+def theirs(llm, *args, **options):
+    """transformers' `generate`: an option that the loop does not know leaves the work to it."""
+    return run(llm, *args, use_cache=True, **options)
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """How many vectors each call of the language model read: reads(llm) gives the growing list."""
+
+    def watch(llm):
+        counts, forward = [], llm.forward
+
+        def counted(**inputs):
+            if "inputs_embeds" in inputs:  # not of transformers' own steps
+                counts.append(inputs["inputs_embeds"].shape[1])
+            return forward(**inputs)
+
+        monkeypatch.setattr(llm, "forward", counted)
+        return counts
+
+    return watch
+
+
+# The same ids as transformers
+
+
+@pytest.mark.parametrize("lengths", [[20], [1], [7, 20, 1, 13]])
+@pytest.mark.parametrize("kind", KINDS)
+def test_greedy_ids_are_those_of_transformers(kind, lengths, reads):
+    llm = random_llm(kind)
+    assert decoder.fits(llm)
+    embeds, mask = prompts(*lengths)
+    expected = theirs(llm, embeds, mask)
+    counts = reads(llm)
+    assert run(llm, embeds, mask) == expected
+    assert len(counts) == 24
+    assert len({tuple(row) for row in expected}) == len(lengths)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"top_k": 0, "top_p": 0.7},
+        {"top_k": 3},
+        {"temperature": 0.5, "top_k": 20, "top_p": 0.9},
+        {"repetition_penalty": 1.5},
+        {"repetition_penalty": 2.0, "do_sample": False},
+        {"temperature": 3.0, "do_sample": False},
+        {"min_new_tokens": 9},
+        {"min_new_tokens": 9, "do_sample": False},
+        {"max_new_tokens": 1},
+    ],
+)
+def test_the_same_seed_draws_the_same_ids_as_transformers(llm, options):
+    # transformers 5.23 takes padding for ids that are not to be penalised, also where only embeddings are padded
+    embeds, mask = prompts(20, 20) if "repetition_penalty" in options else prompts(7, 20)
+    llm.generation_config.eos_token_id = [5, 6, *range(20, 40)]
+
+    def draw(how):
+        torch.manual_seed(3)
+        return how(llm, embeds, mask, **{"do_sample": True} | options)
+
+    assert draw(run) == draw(theirs)
+
+
+def test_settings_of_the_models_folder_count(llm):
+    embeds, mask = prompts(9)
+    llm.generation_config.update(repetition_penalty=1.9, temperature=0.4, top_k=4)
+    for do_sample in (True, False):
+        ids = []
+        for how in (run, theirs):
+            torch.manual_seed(0)
+            ids.append(how(llm, embeds, mask, do_sample=do_sample))
+        assert ids[0] == ids[1]
+    plain = random_llm()
+    assert run(plain, embeds, mask) != run(llm, embeds, mask)
+
+
+def test_what_only_transformers_can_do_is_left_to_it(llm):
+    assert Sampling.of(llm, {"max_new_tokens": 5, "top_p": 0.5, "do_sample": True})
+    for options in ({"num_beams": 2}, {"no_repeat_ngram_size": 2}, {"length_penalty": 2.0, "num_beams": 3}):
+        assert Sampling.of(llm, options) is None
+        assert len(run(llm, *prompts(5, 9), **options)) == 2
+    llm.generation_config.suppress_tokens = [4]
+    assert Sampling.of(llm, {}) is None
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_models_that_do_not_fit_are_left_to_transformers(kind):
+    llm = random_llm(kind)
+    assert not decoder.fits(llm)
+    embeds, mask = prompts(9, 30)
+    assert run(llm, embeds, mask) == theirs(llm, embeds, mask)
+
+
+def test_rows_end_by_themselves_and_are_filled_up(llm):
+    embeds, mask = prompts(7, 20, 13)
+    full = run(llm, embeds, mask)
+    llm.generation_config.eos_token_id = full[1][5]
+    ended = run(llm, embeds, mask)
+    assert ended == theirs(llm, embeds, mask)
+    assert ended[1] == full[1][: full[1].index(full[1][5]) + 1] + [2] * (24 - full[1].index(full[1][5]) - 1)
+    llm.generation_config.eos_token_id = 2
+    stop = Words().decode(full[0][3:5])
+    assert run(llm, embeds, mask, stop) == theirs(llm, embeds, mask, stop)
+    assert len(run(llm, embeds[:1], mask[:1], stop)[0]) <= 5
+
+
+def test_bounded_sizes():
+    assert [bucket(n) for n in (1, 128, 129, 193, 257, 512, 769, 1025)] == [128, 128, 192, 256, 384, 512, 1024, 1536]
+
+
+# What was read before
+
+
+@pytest.mark.parametrize("kind", ["llama", "grouped", "qwen3"])
+def test_the_next_turn_is_as_from_scratch_and_costs_its_own_tokens(kind, reads):
+    llm = random_llm(kind)
+    conversation, _ = prompts(20)
+    counts = reads(llm)
+    for turn in range(4):
+        before = len(counts)
+        said = run(llm, conversation, max_new_tokens=90)
+        if turn:
+            assert counts[before] <= 7  # the question, and the answer's end, which was said but never read
+        assert theirs(llm, conversation, max_new_tokens=90) == said
+        said = llm.get_input_embeddings()(torch.tensor(said))
+        conversation = torch.cat([conversation, said, prompts(6, seed=turn + 9)[0]], dim=1)
+    assert conversation.shape[1] > bucket(20 + 90)  # the cache has grown meanwhile
+
+
+def logits_of(llm, embeds):
+    """Of the first new token."""
+    seen = []
+    steps = decoder.decode(llm, embeds, torch.ones(embeds.shape[:2]), 1, lambda ids, x: seen.append(x) or x.argmax(-1))
+    with torch.no_grad():
+        list(steps)
+    return seen[0]
+
+
+@pytest.mark.parametrize("known", [0, 1, 15, 29, 30])
+def test_logits_after_a_common_beginning_are_those_from_scratch(llm, known):
+    """A turn that was edited, retried, or cut from the conversation's start; to 1e-5 of logits of about 3."""
+    first, _ = prompts(30)
+    other, _ = prompts(30, seed=2)
+    edited = torch.cat([first[:, :known], other[:, known:]], dim=1)
+    expected = logits_of(llm, edited)
+    decoder.forget(llm)
+    logits_of(llm, first)
+    torch.testing.assert_close(logits_of(llm, edited), expected, atol=1e-5, rtol=0)
+
+
+def test_an_answer_that_was_broken_off_is_gone_on_from(llm, reads):
+    embeds, _ = prompts(20)
+    expected = run(llm, embeds)[0]
+    decoder.forget(llm)
+    counts = reads(llm)
+    steps = decoder.decode(llm, embeds, torch.ones(1, 20), 24, lambda ids, logits: logits.argmax(-1))
+    with torch.no_grad():
+        assert [int(next(steps)) for _ in range(5)] == expected[:5]
+    steps.close()
+    begun = torch.cat([embeds, llm.get_input_embeddings()(torch.tensor([expected[:5]]))], dim=1)
+    assert run(llm, begun, max_new_tokens=19)[0] == expected[5:]
+    assert counts == [20] + [1] * 4 + [1] + [1] * 18
+
+
+def test_two_conversations_keep_their_caches_and_a_third_takes_the_older(llm, reads):
+    start = prompts(8)[0]
+    talks = [torch.cat([start, prompts(20, seed=n)[0]], dim=1) for n in range(3)]
+    counts = reads(llm)
+
+    def read_by(embeds):
+        before = len(counts)
+        run(llm, embeds, max_new_tokens=2)
+        return counts[before]
+
+    assert [read_by(talk) for talk in talks[:2]] == [28, 28]
+    assert [read_by(talk) for talk in talks[:2]] == [1, 1]
+    assert read_by(talks[2]) == 20  # all conversations begin alike
+    assert read_by(talks[1]) == 1
+    assert read_by(talks[0]) == 20
+    run(llm, *prompts(5, 6), max_new_tokens=2)
+    assert len(decoder._decoders[llm]._idle) == decoder.KEPT
+
+
+def test_batches_share_one_cache(llm):
+    for seed in range(3):
+        embeds, mask = prompts(5, 30, seed=seed)
+        assert run(llm, embeds, mask) == theirs(llm, embeds, mask)
+    assert len(decoder._decoders[llm]._idle) == 1
+
+
+def test_a_failed_step_leaves_a_cache_that_is_right(llm, monkeypatch):
+    embeds, _ = prompts(20)
+    expected = run(llm, embeds)
+    forward = llm.forward
+    monkeypatch.setattr(llm, "forward", lambda **inputs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(llm, embeds)
+    monkeypatch.setattr(llm, "forward", forward)
+    assert run(llm, embeds) == expected
+    assert run(llm, *prompts(9, seed=4)) == theirs(llm, *prompts(9, seed=4))
+
+
+def test_changed_weights_are_noticed(llm):
+    embeds, mask = prompts(20)
+    before = run(llm, embeds, mask)
+    llm.model.layers[1].mlp.down_proj.weight.mul_(-3)
+    after = run(llm, embeds, mask)
+    assert after == theirs(llm, embeds, mask) != before
+    llm.double()
+    assert run(llm, embeds.double(), mask) == theirs(llm, embeds.double(), mask)
+
+
+def test_models_are_not_kept_alive():
+    import gc
+    import weakref
+
+    llm = random_llm()
+    run(llm, *prompts(5))
+    gone = weakref.ref(llm)
+    del llm
+    gc.collect()
+    assert gone() is None
+
+
+# Graphs and compiled layers, as far as a CPU can show (test_generation_gpu.py has the rest)
+
+
+class Replayed:
+    """Stands for a CUDA graph: computes the step again, into the logits that it left at first."""
+
+    def __init__(self, step):
+        self.step, self.logits = step, step()
+
+    def replay(self):
+        self.logits.copy_(self.step())
+
+
+@pytest.mark.parametrize("lengths", [[20], [7, 20, 13], [240, 200, 9, 250, 30]])
+def test_replayed_steps_give_the_same_ids(llm, lengths, monkeypatch):
+    """One token is looked at while the next is computed; batches are filled up; longer reaches take other graphs."""
+
+    def capture(self, llm, slots, reach):
+        graph = Replayed(partial(slots.step, llm, reach))
+        return graph, graph.logits
+
+    def read_later(ids):
+        copied = ids.clone()
+        return lambda: copied
+
+    monkeypatch.setattr(Decoder, "_capture", capture)
+    monkeypatch.setattr(decoder, "_read_later", read_later)
+    embeds, mask = prompts(*lengths)
+    expected = theirs(llm, embeds, mask)
+    decoder._decoders[llm] = Decoder(llm, graphs=True)
+    for _ in range(2):
+        assert run(llm, embeds, mask) == expected
+    (slots,) = decoder._decoders[llm]._idle
+    assert set(slots.graphs) == ({256, 384} if max(lengths) > 240 else {128})
+    assert slots.batch == {1: 1, 3: 4, 5: 8}[len(lengths)]
+
+
+@pytest.mark.parametrize("kind", ["llama", "grouped"])
+def test_all_layers_share_one_compilation(kind, monkeypatch):
+    from torch._dynamo.testing import CompileCounter
+
+    llm = random_llm(kind)
+    compiler, compiles = torch.compile, CompileCounter()
+    monkeypatch.setattr(torch, "compile", lambda call, options: compiler(call, backend=compiles))
+    torch._dynamo.reset()
+    embeds, mask = prompts(9)
+    with torch.no_grad():
+        slots = Slots(1, 256, embeds.device)
+        slots.read(llm, embeds, mask, 0)
+        slots.advance(torch.tensor([3]))
+        expected = slots.step(llm, 256)
+        with compiled_layers(llm, slots, {}, "minigpt4_single"):
+            torch.testing.assert_close(slots.step(llm, 256), expected, atol=1e-5, rtol=0)
+            assert compiles.frame_count == 2  # a layer, the output layer
+            for reach in (64, 128, 200):
+                torch.testing.assert_close(slots.step(llm, reach), expected, atol=1e-5, rtol=0)
+            assert compiles.frame_count == 3  # once more, for any reach
+        torch.testing.assert_close(slots.step(llm, 256), expected)
+    assert compiles.frame_count == 3
+    torch._dynamo.reset()
+
+
+def test_warming_up_prepares_a_cache_that_anyone_takes(llm, monkeypatch):
+    captured = []
+
+    def capture(self, llm, slots, reach):
+        captured.append(reach)
+        graph = Replayed(partial(slots.step, llm, reach))
+        return graph, graph.logits
+
+    decoder.warm_up(llm)
+    assert llm not in decoder._decoders  # on a CPU there is nothing to prepare
+    monkeypatch.setattr(Decoder, "_capture", capture)
+    monkeypatch.setattr(decoder, "_read_later", lambda ids: ids.clone)
+    monkeypatch.setattr(decoder, "Decoder", partial(Decoder, graphs=True))
+    decoder.warm_up(llm, prompt=20, answer=200)
+    assert captured == [128, 192, 256]
+    assert run(llm, *prompts(30), max_new_tokens=180) == theirs(llm, *prompts(30), max_new_tokens=180)
+    assert captured == [128, 192, 256]
+
+
+def test_without_a_compiler_decoding_goes_on(llm, monkeypatch, caplog):
+    def capture(self, llm, slots, reach):
+        if self.compiled:
+            raise RuntimeError("no C compiler")
+        graph = Replayed(partial(slots.step, llm, reach))
+        return graph, graph.logits
+
+    monkeypatch.setattr(Decoder, "_capture", capture)
+    monkeypatch.setattr(decoder, "_read_later", lambda ids: ids.clone)
+    decoder._decoders[llm] = Decoder(llm, graphs=True)
+    assert run(llm, *prompts(9)) == theirs(llm, *prompts(9))
+    assert "no C compiler" in caplog.text
