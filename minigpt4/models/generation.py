@@ -55,6 +55,7 @@ def continue_embeds(
     attention_mask: torch.Tensor,
     stop: str,
     criteria: Iterable = (),
+    processors: Iterable = (),
     **options,
 ) -> torch.Tensor:
     """Continue the sequences [B,S,D], padded on the left; greedily by default.
@@ -66,6 +67,7 @@ def continue_embeds(
         attention_mask: [B,S], 0 on padding.
         stop: text that ends a row; it is part of what is returned. Empty: only the eos token ends it.
         criteria: further stopping criteria.
+        processors: further logits processors, applied last.
         options: as for transformers' `generate`, for example max_new_tokens=60, num_beams=5, do_sample=True.
 
     Returns:
@@ -80,8 +82,10 @@ def continue_embeds(
                 attention_mask=attention_mask,
                 pad_token_id=tokenizer.eos_token_id,
                 stopping_criteria=criteria,
+                logits_processor=[*processors],
                 **DEFAULTS | options,
             )
+    sampling.processors += processors
     # Caches outlive this call, and inference tensors could not be written to outside of its mode.
     with torch.inference_mode(False), torch.no_grad():
         return _continue(llm, tokenizer.eos_token_id, inputs_embeds, attention_mask, criteria, sampling)

@@ -18,7 +18,7 @@ import torch
 
 from minigpt4.conversation import Chat
 from minigpt4.models.generation import StopOnText, answer_text, continue_embeds, end_ids
-from minigpt4.serving.sampling import RowSampler, Sampling
+from minigpt4.serving.sampling import RowSampler, RowSampling
 
 IMAGES_AT_ONCE = 16
 
@@ -48,7 +48,7 @@ class Answer:
         self,
         tokenizer,
         prompt: Prompt,
-        sampling: Sampling,
+        sampling: RowSampling,
         max_tokens: int,
         stops: list[str],
         label: str,
@@ -98,6 +98,8 @@ class Batcher:
         load: makes the `Chat`.
         max_batch: most answers at a time.
         window: seconds to wait for company before a batch begins.
+        fixed_size: fill up batches of several answers to `max_batch` rows; None: on a GPU, where each size of a batch
+            needs graphs of its own (`models/decoder.py`), and a row more costs next to nothing.
         failed: called when `load` raises; the exception is then in `failure`.
     """
 
@@ -106,6 +108,7 @@ class Batcher:
         load: Callable[[], Chat],
         max_batch: int,
         window: float = 0.01,
+        fixed_size: bool | None = None,
         failed: Callable[[], None] = lambda: None,
     ):
         self.chat: Chat | None = None
@@ -113,7 +116,7 @@ class Batcher:
         self.closed = False
         self.running: list[Answer] = []
         self.max_batch = max_batch
-        self._load, self._window, self._failed = load, window, failed
+        self._load, self._window, self._fixed_size, self._failed = load, window, fixed_size, failed
         self._waiting: deque[Answer] = deque()
         self._news = threading.Condition()
         self._thread = threading.Thread(target=self._work, name="model", daemon=True)
@@ -199,12 +202,18 @@ class Batcher:
     @torch.inference_mode()
     def _generate(self, batch: list[Answer]) -> None:
         model, device = self.chat.model, self.chat.device
+        fixed_size = device.type == "cuda" if self._fixed_size is None else self._fixed_size
+        fill = self.max_batch - len(batch) if fixed_size and len(batch) > 1 else 0
+        max_tokens = max(answer.max_tokens for answer in batch)
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            sampler = RowSampler(
+                [answer.sampling for answer in batch] + [RowSampling(temperature=0)] * fill, max_tokens, device
+            )
             context, mask = model.context([answer.prompt.text for answer in batch], self._images(batch))
+            context, mask = (torch.cat([rows, *[rows[-1:]] * fill]) for rows in (context, mask))
             continue_embeds(
-                model.llama_model, model.tokenizer, context, mask, stop="", criteria=[_Watch(batch)],
-                logits_processor=[RowSampler([answer.sampling for answer in batch], device)],
-                max_new_tokens=max(answer.max_tokens for answer in batch), min_new_tokens=1,
+                model.llama_model, model.tokenizer, context, mask, stop="", criteria=[_Watch(batch, fill)],
+                processors=[sampler], max_new_tokens=max_tokens, min_new_tokens=1,
             )  # fmt: skip
 
     def _images(self, batch: list[Answer]) -> list[torch.Tensor]:
@@ -219,12 +228,17 @@ class Batcher:
 
 
 class _Watch:
-    """Stopping criterion that hands each row's new token to its answer; a row is done when its answer has ended."""
+    """Stopping criterion that hands each row's new token to its answer; a row is done when its answer has ended.
 
-    def __init__(self, batch: list[Answer]):
-        self._batch = batch
+    The `fill` rows after those of the batch are nobody's.
+    """
+
+    def __init__(self, batch: list[Answer], fill: int):
+        self._batch, self._fill = batch, [True] * fill
 
     def __call__(self, input_ids: torch.Tensor, scores, **kwargs) -> torch.Tensor:
-        for answer, token in zip(self._batch, input_ids[:, -1].tolist(), strict=True):
+        tokens = input_ids[: len(self._batch), -1].tolist()
+        for answer, token in zip(self._batch, tokens, strict=True):
             answer.take(token)
-        return torch.tensor([answer.finish is not None for answer in self._batch], device=input_ids.device)
+        done = [answer.finish is not None for answer in self._batch]
+        return torch.tensor(done + self._fill, device=input_ids.device)

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, ValidationError, field_validator
 
 from minigpt4.serving.errors import ApiError
-from minigpt4.serving.sampling import Sampling
+from minigpt4.serving.sampling import RowSampling
 
 MAX_CHOICES = 8
 MAX_STOPS = 4
@@ -92,9 +92,9 @@ class ChatRequest(_Strict):
     stop: list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]] = Field(
         default=[], max_length=MAX_STOPS
     )
-    temperature: float = Field(default=Sampling.temperature, ge=0, le=2)
-    top_p: float = Field(default=Sampling.top_p, ge=0, le=1)
-    top_k: int = Field(default=Sampling.top_k, ge=0, le=2**31)
+    temperature: float = Field(default=RowSampling.temperature, ge=0, le=2)
+    top_p: float = Field(default=RowSampling.top_p, ge=0, le=1)
+    top_k: int = Field(default=RowSampling.top_k, ge=0, le=2**31)
     frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
     presence_penalty: float = Field(default=0.0, ge=-2, le=2)
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
@@ -109,9 +109,9 @@ class ChatRequest(_Strict):
         """Most tokens that are asked for."""
         return self.max_completion_tokens or self.max_tokens
 
-    def sampling(self, choice: int) -> Sampling:
+    def sampling(self, choice: int) -> RowSampling:
         """How choice number `choice` is drawn: each has random numbers of its own."""
-        return Sampling(
+        return RowSampling(
             temperature=self.temperature,
             top_p=self.top_p,
             top_k=self.top_k,

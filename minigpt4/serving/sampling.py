@@ -14,7 +14,7 @@ GREEDY_BELOW = 0.01
 
 
 @dataclass(frozen=True)
-class Sampling:
+class RowSampling:
     """How the tokens of an answer are drawn. A temperature below GREEDY_BELOW takes the likeliest token."""
 
     temperature: float = Decoding.temperature
@@ -32,17 +32,20 @@ class Sampling:
 
 
 class RowSampler:
-    """Logits processor for transformers' greedy `generate`: all but the token drawn for a row become impossible.
+    """Logits processor for greedy generation: all but the token drawn for a row become impossible.
 
-    Each row has random numbers of its own, so a seed gives the same answer whoever shares the batch.
+    Each row has random numbers of its own, one for each of `max_tokens`, so a seed gives the same answer whoever shares
+    the batch. They are drawn beforehand: a GPU need not wait for them.
     """
 
-    def __init__(self, rows: list[Sampling], device: torch.device):
+    def __init__(self, rows: list[RowSampling], max_tokens: int, device: torch.device):
         def column(values) -> torch.Tensor:
             return torch.tensor(list(values), device=device).unsqueeze(1)  # [B,1]
 
         self._plain = all(row.greedy and not row.frequency_penalty and not row.presence_penalty for row in rows)
-        self._random = [random.Random(row.seed) for row in rows]
+        sources = [random.Random(row.seed) for row in rows]
+        drawn = [[source.random() for _ in range(max_tokens)] for source in sources]
+        self._random = torch.tensor(drawn, device=device)  # [B,max_tokens]
         self._temperature = column(1.0 if row.greedy else row.temperature for row in rows)
         self._top_p = column(row.top_p for row in rows)
         self._top_k = column(1 if row.greedy else row.top_k or 2**31 for row in rows)
@@ -60,6 +63,6 @@ class RowSampler:
         keep = probs.cumsum(dim=1) - probs < self._top_p * probs.sum(dim=1, keepdim=True)
         keep[:, 0] = True
         mass = (probs * keep).cumsum(dim=1)
-        drawn = torch.tensor([[rng.random()] for rng in self._random], device=probs.device) * mass[:, -1:]
+        drawn = self._random[:, input_ids.shape[1], None] * mass[:, -1:]
         place = (mass <= drawn).sum(dim=1, keepdim=True).minimum(keep.sum(dim=1, keepdim=True) - 1)  # rounding
         return torch.full_like(scores, -torch.inf).scatter_(1, tokens.gather(1, place), 0.0)

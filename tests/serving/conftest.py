@@ -99,9 +99,13 @@ def batches(chat, monkeypatch):
 @pytest.fixture
 def talkative(chat, monkeypatch):
     """Answers go on until they are cut off."""
-    tokenizer, generate = chat.model.tokenizer, chat.model.llama_model.generate
+    tokenizer, forward = chat.model.tokenizer, chat.model.llama_model.forward
     signs = [i for i in range(chat.model.llama_model.config.vocab_size) if "#" in tokenizer.decode([i])]
     silent = [*signs, *tokenizer.special_tokens.values()]
-    monkeypatch.setattr(
-        chat.model.llama_model, "generate", lambda **options: generate(**options, suppress_tokens=silent)
-    )
+
+    def talking(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        output.logits[..., silent] = -1e9
+        return output
+
+    monkeypatch.setattr(chat.model.llama_model, "forward", talking)

@@ -9,7 +9,7 @@ import torch
 from endpoint import assistant, image, text, user
 
 from minigpt4.serving.batching import Answer, Batcher, Prompt
-from minigpt4.serving.sampling import Sampling
+from minigpt4.serving.sampling import RowSampling
 
 
 def content(response):
@@ -53,6 +53,21 @@ def test_what_waits_together_is_answered_together(served, requests, gate, batche
     assert [len(prompts) for prompts in batches] == [1, len(requests)]
     assert together == [content(served.ask(*m, max_tokens=24 - n)) for n, m in enumerate(requests)]
     assert len(set(map(tuple, together))) > 5
+
+
+@pytest.mark.parametrize("own_loop", [True, False])
+def test_batches_of_a_fixed_size(served, requests, gate, batches, monkeypatch, own_loop):
+    """As on a GPU: a batch of three is filled up, which changes nothing; by either way of generating."""
+    if not own_loop:
+        monkeypatch.setattr("minigpt4.models.decoder.fits", lambda llm: False)
+    gate.open()
+    single = [content(served.ask(*messages, max_tokens=12)) for messages in requests[:3]]
+    monkeypatch.setattr(served.batcher, "_fixed_size", True)
+    monkeypatch.setattr(served.batcher, "_window", 1.0)
+    with ThreadPoolExecutor(3) as pool:
+        together = [pool.submit(served.ask, *messages, max_tokens=12) for messages in requests[:3]]
+        assert [content(request.result()) for request in together] == single
+    assert len(batches[-1]) == 3
 
 
 def test_streams_share_batches_with_others(served, gate, batches):
@@ -133,7 +148,7 @@ def test_an_answer_ends_where_the_window_does(served, chat, talkative, monkeypat
 def test_a_long_prompt_and_a_long_answer_do_not_share_a_batch(chat):
     def answer(prompt_tokens, max_tokens):
         prompt = Prompt("x", [], prompt_tokens)
-        return Answer(chat.model.tokenizer, prompt, Sampling(), max_tokens, ["###"], "", time.monotonic() + 60)
+        return Answer(chat.model.tokenizer, prompt, RowSampling(), max_tokens, ["###"], "", time.monotonic() + 60)
 
     batcher = Batcher(lambda: chat, 8)
     batcher.chat, window = chat, chat.window()
@@ -150,7 +165,9 @@ def test_penalties(served, talkative):
 
 def test_a_label_that_the_model_repeats_is_left_out(chat):
     def read(words, finish):
-        answer = Answer(chat.model.tokenizer, None, Sampling(), 99, ["###", "END"], "Assistant:", time.monotonic() + 60)
+        answer = Answer(
+            chat.model.tokenizer, None, RowSampling(), 99, ["###", "END"], "Assistant:", time.monotonic() + 60
+        )
         texts = []
         for token in chat.model.tokenizer.encode(words):
             answer.take(token)
@@ -168,11 +185,11 @@ def test_a_label_that_the_model_repeats_is_left_out(chat):
 
 
 def test_a_batch_that_fails_is_an_error_and_the_next_one_is_not(served, chat, monkeypatch, caplog):
-    def broken(**options):
+    def broken(*args, **options):
         raise RuntimeError("secret of the server")
 
     with monkeypatch.context() as patch:
-        patch.setattr(chat.model.llama_model, "generate", broken)
+        patch.setattr(chat.model.llama_model, "forward", broken)
         for stream in (False, True):
             response = served.ask(user(text("Hello")), stream=stream)
             assert response.status_code == 500
@@ -216,7 +233,7 @@ def test_closing_ends_all_answers(chat, gate, talkative):
         return Answer(
             chat.model.tokenizer,
             Prompt("Hello", [], 5),
-            Sampling(temperature=0),
+            RowSampling(temperature=0),
             99,
             ["###"],
             "",
@@ -252,8 +269,8 @@ def test_tokens_are_drawn_as_transformers_draws_them(top_p):
     for warper in (TemperatureLogitsWarper(1.3), TopKLogitsWarper(4), TopPLogitsWarper(top_p)):
         expected = warper(None, expected)
     expected = expected.softmax(-1)[0]
-    sampling = [Sampling(temperature=1.3, top_k=4, top_p=top_p, seed=n) for n in range(rows)]
-    sampler = RowSampler(sampling, torch.device("cpu"))
+    sampling = [RowSampling(temperature=1.3, top_k=4, top_p=top_p, seed=n) for n in range(rows)]
+    sampler = RowSampler(sampling, 1, torch.device("cpu"))
     chosen = sampler(torch.empty(rows, 0, dtype=torch.long), scores.expand(rows, -1)).argmax(-1)
     frequencies = chosen.bincount(minlength=6) / rows
     assert torch.allclose(frequencies, expected, atol=0.015)
@@ -265,12 +282,12 @@ def test_rows_are_drawn_each_by_its_own_settings():
 
     scores = torch.tensor([[1.0, 3.0, 2.9, 0.0]]).repeat(4, 1)
     rows = [
-        Sampling(temperature=0),
-        Sampling(temperature=0, presence_penalty=1.0),
-        Sampling(temperature=0, frequency_penalty=0.06),
-        Sampling(top_p=0.0, seed=1),
+        RowSampling(temperature=0),
+        RowSampling(temperature=0, presence_penalty=1.0),
+        RowSampling(temperature=0, frequency_penalty=0.06),
+        RowSampling(top_p=0.0, seed=1),
     ]
-    sampler = RowSampler(rows, torch.device("cpu"))
+    sampler = RowSampler(rows, 3, torch.device("cpu"))
     said = torch.tensor([[1, 1]] * 4)
     assert sampler(said, scores).argmax(-1).tolist() == [1, 2, 2, 1]
     assert sampler(said[:, :0], scores).argmax(-1).tolist() == [1, 1, 1, 1]

@@ -11,7 +11,7 @@ from minigpt4.conversation import Chat
 from minigpt4.models import MiniGPT4
 from minigpt4.models.prompt import IMAGE_SLOT
 from minigpt4.serving.batching import Answer, Batcher, Prompt
-from minigpt4.serving.sampling import Sampling
+from minigpt4.serving.sampling import RowSampling
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -35,10 +35,10 @@ def test_batches(golden_llm_folder, golden, dtype):
         time.sleep(0.05)
     shown = Prompt(f"<Img>{IMAGE_SLOT}</Img> What is it?", [tensors["images"][0]], 40)
     rows = [
-        (shown, Sampling(temperature=0)),
-        (shown, Sampling(seed=1)),
-        (Prompt("Hello", [], 6), Sampling(seed=2, frequency_penalty=0.5)),
-        (shown, Sampling(seed=1)),
+        (shown, RowSampling(temperature=0)),
+        (shown, RowSampling(seed=1)),
+        (Prompt("Hello", [], 6), RowSampling(seed=2, frequency_penalty=0.5)),
+        (shown, RowSampling(seed=1)),
     ]
 
     def ask():
