@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -51,6 +52,7 @@ class CCSBUAlignDataset(Dataset):
         self.image_ids = PackedStrings(image_ids)
         self.captions = PackedStrings(captions)
         self._warned: set[int] = set()
+        self._untold: Counter[tuple[str, str]] = Counter()
         log.info("%s: %d records.", name, len(self))
 
     def __len__(self) -> int:
@@ -73,6 +75,11 @@ class CCSBUAlignDataset(Dataset):
             f"read, e.g. {self._path(index)}. Are these files really pictures?"
         )
 
+    def take_left_out(self) -> Counter[tuple[str, str]]:
+        """What this process has left out since it was last asked, by (cause, file)."""
+        taken, self._untold = self._untold, Counter()
+        return taken
+
     def _path(self, index: int) -> str:
         return os.path.join(self.image_folder, self.files[index])
 
@@ -81,6 +88,7 @@ class CCSBUAlignDataset(Dataset):
             with Image.open(self._path(index)) as file:
                 return to_rgb(file)
         except Exception as error:  # Pillow's plug-ins raise nearly every kind of error on broken files
+            self._untold["an image that is not one, or is broken", self._path(index)] += 1
             if index not in self._warned:
                 self._warned.add(index)
                 log.warning(
