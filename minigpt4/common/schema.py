@@ -150,6 +150,9 @@ class MiniGPT4Config:
     device_8bit: int | None = None
     """*Inert*: the quantised model lies on the rank's own device."""
 
+    allow_llm_mismatch: bool = False
+    """Accept a checkpoint that was trained with another language model of the same width."""
+
     ckpt: str | None = None
     """MiniGPT-4 weights to start from: a file, or a run's folder (its newest checkpoint)."""
     prompt: str | None = ""

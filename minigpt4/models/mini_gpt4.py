@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from minigpt4.common import checkpoint, weights
+from minigpt4.common import checkpoint, fingerprint, weights
 from minigpt4.common.registry import registry
 from minigpt4.common.schema import MiniGPT4Config
 from minigpt4.models import eva_vit, llm, prompt, qformer
@@ -191,6 +191,10 @@ class MiniGPT4(BaseModel):
                 freeze_qformer=cfg.freeze_qformer,
                 dtype=dtype if cfg.vit_precision == "fp16" else torch.float32,
             )
+        model.fingerprint = fingerprint.take(model.llama_model, cfg.llama_model, cfg.prompt_template, cfg.end_sym)
+        if cfg.ckpt:
+            recorded = checkpoint.read_file(checkpoint.resolve(cfg.ckpt)).get(fingerprint.KEY)
+            fingerprint.check(recorded, model.fingerprint, cfg.ckpt, cfg.allow_llm_mismatch)
         model._load_frozen(weights.vit_weights(cfg.vit_model, cfg.vit_weights), cfg.q_former_model)
         if trained is not None:
             projection = {name for name in model.state_dict() if name.startswith("llama_proj.")}

@@ -12,7 +12,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import IterableDataset
 
-from minigpt4.common import checkpoint, dist_utils
+from minigpt4.common import checkpoint, dist_utils, fingerprint
 from minigpt4.common.errors import ConfigError
 from minigpt4.common.logger import MetricLogger
 from minigpt4.common.optims import create_optimizer
@@ -43,6 +43,7 @@ class RunnerBase:
         self.device = dist_utils.select_device(self.run.device)
         if next(model.parameters()).device != self.device:
             model = model.to(self.device)
+        self.fingerprint = getattr(model, "fingerprint", None)  # of its language model
         self.module = self.model = model  # `model` is what is called: DDP around the module when there are ranks
         self.dtype = dist_utils.select_dtype(self.device, self.run.amp, self.run.amp_dtype)
         self.world_size = dist_utils.get_world_size()
@@ -193,6 +194,8 @@ class RunnerBase:
             "rng": states,
             "best_metric": self.best_metric,
         }
+        if self.fingerprint:
+            content[fingerprint.KEY] = self.fingerprint
         for name in [f"checkpoint_{epoch}.pth", *(["checkpoint_best.pth"] if is_best else [])]:
             logging.info("Saving checkpoint at epoch %d to %s.", epoch, self.output_dir / name)
             checkpoint.save(content, self.output_dir / name)
@@ -217,6 +220,8 @@ class RunnerBase:
     def _load(self, path: Path) -> dict:
         """Load the trained weights of a checkpoint; returns all that it holds."""
         content = checkpoint.read_file(path)
+        allowed = self.cfg.model_cfg.get("allow_llm_mismatch", False)
+        fingerprint.check(content.get(fingerprint.KEY), self.fingerprint, str(path), allowed)
         checkpoint.load_weights(self.module, checkpoint.weights_of(content), str(path), required=set(self._trainable()))
         return content
 
