@@ -9,6 +9,7 @@ and 80 to 160 in stage 2, drawn with seed 1; stage 2 has a prompt of 22 tokens a
 """
 
 import argparse
+import gc
 import importlib.util
 import json
 import random
@@ -101,6 +102,8 @@ def time_full_size(args: argparse.Namespace) -> list[dict]:
             runner = RunnerBase(cfg, ImageTextPretrainTask(), model.train(), datasets, "bench")
             batches = random_batches(stage, batch_size, args.warmup + args.steps, device.type == "cuda")
             if device.type == "cuda":
+                gc.collect()
+                torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
             rows.append({"work": work, "dtype": str(dtype), **time_steps(runner, batches, args.warmup)})
     return rows
@@ -110,8 +113,10 @@ def time_steps(runner, batches, warmup: int) -> dict:
     """Median, least and most seconds of the steps after the warm-up, and the peak of the GPU's memory."""
     import torch
 
+    from minigpt4.runners.prefetch import prefetch
+
     seconds, start = [], time.perf_counter()
-    for samples in batches:
+    for samples in prefetch(batches, runner.prepare, runner.device):
         float(runner.train_step(samples, is_update=True))
         if runner.device.type == "cuda":
             torch.cuda.synchronize()
@@ -126,13 +131,12 @@ def time_steps(runner, batches, warmup: int) -> dict:
     }
     if runner.device.type == "cuda":
         row["max_mem_MB"] = torch.cuda.max_memory_allocated() // 2**20
+        row["reserved_MB"] = torch.cuda.max_memory_reserved() // 2**20
     return row
 
 
 def time_baseline(path: str, work: list[str]) -> list[dict]:
     """The workloads in the way of another script, whose memory is free again afterwards."""
-    import gc
-
     import torch
 
     spec = importlib.util.spec_from_file_location("baseline", path)
@@ -154,7 +158,7 @@ def random_model(device, dtype, small: bool):
 
     from minigpt4.models import MiniGPT4
     from minigpt4.models.eva_vit import create_vit
-    from minigpt4.models.mini_gpt4 import cast_matrices
+    from minigpt4.models.precision import cast_matrices
     from minigpt4.models.qformer import QFormer
 
     vit_model, qformer, llama = "eva_clip_g", {}, {}

@@ -94,4 +94,5 @@ def create_optimizer(model: nn.Module, lr: float, weight_decay: float, beta2: fl
         {"params": decayed, "weight_decay": weight_decay},
         {"params": [p for _, p in trainable if id(p) not in kept], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=(0.9, beta2))
+    fused = all(p.is_cuda for _, p in trainable)
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=(0.9, beta2), fused=fused)

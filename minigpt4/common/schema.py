@@ -89,6 +89,10 @@ class RunConfig:
     """Mixed precision on a GPU. On a CPU everything is float32."""
     amp_dtype: str = field(default="auto", metadata={"choices": ("auto", "bf16", "fp16")})
     """`bf16`, `fp16` (with a loss scaler), or `auto`: bf16 where the GPU has it."""
+    packed: bool = True
+    """Batches without padding, on a GPU in 16 bit. False: padded to the longest caption."""
+    compile: bool = True
+    """torch.compile for the layers, and CUDA graphs where batches are packed; on a GPU in 16 bit."""
     device: str = "cuda"
     """`cuda`, `cpu` or `mps`. Without a GPU, `cuda` falls back to the CPU with a warning."""
     distributed: bool = True

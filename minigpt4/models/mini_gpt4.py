@@ -13,9 +13,11 @@ from torch import nn
 from minigpt4.common import checkpoint, fingerprint, weights
 from minigpt4.common.registry import registry
 from minigpt4.common.schema import MiniGPT4Config
-from minigpt4.models import eva_vit, llm, prompt, qformer
+from minigpt4.models import eva_vit, llm, packing, prompt, qformer
+from minigpt4.models.acceleration import accelerate
 from minigpt4.models.base_model import BaseModel
 from minigpt4.models.generation import answer_text, continue_embeds
+from minigpt4.models.precision import cast_matrices
 from minigpt4.models.tokenizer import load_tokenizer
 
 
@@ -62,6 +64,7 @@ class MiniGPT4(BaseModel):
         self.tokenizer = tokenizer
         self.prompt_list = prompt_list or []
         self.max_txt_len, self.end_sym, self.dtype = max_txt_len, end_sym, dtype
+        self.packed = False
 
         self._frozen = [self.llama_model]
         self._frozen += [self.visual_encoder, self.ln_vision] if freeze_vit else []
@@ -72,27 +75,33 @@ class MiniGPT4(BaseModel):
         self.train(self.training)
 
     def forward(self, samples: dict) -> dict:
-        """The loss of a batch {"image": [B,3,H,W], "text_input": [str] * B}.
+        """The loss of a batch {"image": [B,3,H,W], "text_input": [str] * B}, with or without `prepare`'s "tokens".
 
         Returns {"loss": mean cross-entropy over the labelled tokens, "num_labels": how many those are}.
         """
+        tokens = samples.get("tokens") or self.prepare(samples)["tokens"].to(self.device)
         image_embeds, _ = self.encode_img(samples["image"])  # [B,Q,D]
-        text = self._draw_prompt()
-        batch = prompt.training_batch(
-            self.tokenizer, text, samples["text_input"], image_embeds.shape[1], self.max_txt_len, self.end_sym
+        loss = self.language_loss(image_embeds, tokens)
+        return {"loss": loss, "num_labels": tokens.num_labels}
+
+    def accelerate(self, packed: bool, compiled: bool) -> None:
+        accelerate(self, packed, compiled)
+
+    def prepare(self, samples: dict) -> dict:
+        """The batch with its texts tokenised as "tokens", on the host: what can be done before its turn comes."""
+        ids, labels = prompt.training_sequences(
+            self.tokenizer,
+            self._draw_prompt(),
+            samples["text_input"],
+            self.query_tokens.shape[1],
+            self.max_txt_len,
+            self.end_sym,
         )
-        # Padding stands on the right, after every label, so causal attention needs no mask.
-        positions, targets = batch.label_positions()  # [K], [B,K]
-        logits = self.llama_model(
-            inputs_embeds=self.embed(batch, image_embeds),  # [B,S,D]
-            logits_to_keep=positions.to(self.device),
-            use_cache=False,
-        ).logits  # [B,K,V]
-        targets = targets.to(self.device)
-        loss = F.cross_entropy(
-            logits.float().flatten(0, 1), targets.flatten(), ignore_index=prompt.IGNORE_INDEX, reduction="sum"
-        )
-        return {"loss": loss / max(batch.num_labels, 1), "num_labels": batch.num_labels}
+        if self.packed:
+            tokens = packing.pack(ids, labels)
+        else:
+            tokens = prompt.pad(ids, labels, self.tokenizer.eos_token_id)
+        return {**samples, "tokens": tokens}
 
     def _draw_prompt(self) -> str:
         """One of the prompts in training, the first in evaluation, the image alone where there is none."""
@@ -102,17 +111,30 @@ class MiniGPT4(BaseModel):
 
     def encode_img(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Images [B,3,H,W] to vectors [B,Q,D] in the language model's space, and their attention mask [B,Q] of ones."""
-        with torch.autocast(image.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            image_tokens = self.ln_vision(self.visual_encoder(image))  # [B,N,vision width]
-            queries = self.query_tokens.expand(len(image), -1, -1)
-            image_embeds = self.llama_proj(self.Qformer(queries, image_tokens))
+        with torch.autocast(image.device.type, self.dtype, enabled=self.dtype != torch.float32, cache_enabled=False):
+            image_embeds = self.llama_proj(self.query_outputs(image))
         return image_embeds, torch.ones(image_embeds.shape[:2], dtype=torch.long, device=image.device)
 
-    def embed(self, batch: prompt.TokenBatch, image_embeds: torch.Tensor) -> torch.Tensor:
+    def query_outputs(self, image: torch.Tensor) -> torch.Tensor:
+        """Images [B,3,H,W] to what the Q-Former reads from them [B,Q,Q-Former's width]."""
+        image_tokens = self.ln_vision(self.visual_encoder(image))  # [B,N,vision width]
+        return self.Qformer(self.query_tokens.expand(len(image), -1, -1), image_tokens)
+
+    def language_loss(self, image_embeds: torch.Tensor, tokens) -> torch.Tensor:
+        """Mean cross-entropy over the labels of `tokens` (padded or packed), given its images [B,Q,D]."""
+        embeds = self.embed(tokens, image_embeds)  # [B,S,D], or [1,T,D] where the batch is packed
+        with tokens.attention_of(self.llama_model):
+            logits = self.llama_model(inputs_embeds=embeds, use_cache=False, **tokens.llm_inputs()).logits  # [B,K,V]
+        loss = F.cross_entropy(
+            logits.float().flatten(0, 1), tokens.targets.flatten(), ignore_index=prompt.IGNORE_INDEX, reduction="sum"
+        )
+        return loss / tokens.label_count.clamp(min=1)
+
+    def embed(self, tokens, image_embeds: torch.Tensor) -> torch.Tensor:
         """The sequences [B,S,D]: token embeddings, with `image_embeds` [images,Q,D] in the image slots, in order."""
-        token_embeds = self.llama_model.get_input_embeddings()(batch.input_ids.to(self.device))
-        image_mask = batch.image_mask.to(self.device).unsqueeze(-1)
-        return token_embeds.masked_scatter(image_mask, image_embeds.to(token_embeds.dtype))
+        embeds = self.llama_model.get_input_embeddings()(tokens.input_ids)
+        image_embeds = image_embeds.reshape(-1, embeds.shape[-1]).to(embeds.dtype)
+        return embeds.flatten(0, 1).index_copy(0, tokens.image_positions, image_embeds).view_as(embeds)
 
     @torch.inference_mode()
     def generate(
@@ -148,9 +170,9 @@ class MiniGPT4(BaseModel):
             raise ValueError(
                 f"The prompts have {slots} image slots ({prompt.IMAGE_SLOT}), but {len(image_embeds)} images are given."
             )
-        batch = prompt.generation_batch(self.tokenizer, prompts, self.query_tokens.shape[1])
+        tokens = prompt.generation_batch(self.tokenizer, prompts, self.query_tokens.shape[1]).to(self.device)
         images = torch.cat([*image_embeds]) if slots else self.query_tokens.new_empty(0)
-        return self.embed(batch, images.to(self.device)), batch.attention_mask.to(self.device)
+        return self.embed(tokens, images.to(self.device)), tokens.attention_mask
 
     def train(self, mode: bool = True) -> "MiniGPT4":
         """Frozen parts stay in eval mode whatever `mode` says."""
@@ -222,13 +244,6 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x.float()).to(x.dtype)
-
-
-def cast_matrices(module: nn.Module, dtype: torch.dtype) -> None:
-    """Cast linear and convolution layers, weights and biases; norms, positions and the q and v biases stay."""
-    for part in module.modules():
-        if isinstance(part, (nn.Linear, nn.Conv2d)):
-            part.to(dtype)
 
 
 def _read_ckpt(path: str, llama_model: str) -> dict[str, torch.Tensor]:

@@ -1,11 +1,15 @@
 """Texts with image slots become token ids and labels: the one place for training and for chat.
 
+Training batches come in two forms with the same interface, `PaddedBatch` here and `PackedBatch` in packing.py.
+
 A text is cut at each `<ImageHere>`; every segment between is tokenised by itself, and a slot becomes as many
 positions as an image has vectors. `<s>` stands once, in front.
 
 B batch, S sequence, Q query tokens per image.
 """
 
+import contextlib
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -20,30 +24,45 @@ IGNORE_INDEX = -100
 
 
 @dataclass
-class TokenBatch:
+class PaddedBatch:
     """Sequences of token ids, padded to one length.
 
-    input_ids [B,S] int64, with 0 where an image vector belongs; image_mask [B,S] bool: those positions;
-    attention_mask [B,S] int64: 0 on padding; labels [B,S] int64, not shifted: IGNORE_INDEX where nothing is learnt.
+    input_ids [B,S] int64, with 0 where an image vector belongs; image_positions [images * Q] int64: those positions,
+    counted through all rows; attention_mask [B,S] int64: 0 on padding; labels [B,S] int64, not shifted: IGNORE_INDEX
+    where nothing is learnt.
     """
 
     input_ids: torch.Tensor
-    image_mask: torch.Tensor
+    image_positions: torch.Tensor
     attention_mask: torch.Tensor
     labels: torch.Tensor
 
-    def label_positions(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Positions [K] whose logits some row needs, and the tokens [B,K] that they predict.
-
-        Only these positions go through the output layer: a prompt and an image carry no label.
-        """
+    def __post_init__(self):
         labels = self.labels[:, 1:]
-        positions = (labels != IGNORE_INDEX).any(dim=0).nonzero().flatten()
-        return positions, labels[:, positions]
+        # Positions [K] whose logits some row needs: a prompt and an image carry no label.
+        self.logits_to_keep = (labels != IGNORE_INDEX).any(dim=0).nonzero().flatten()
+        # [B,K] the tokens that those predict, IGNORE_INDEX where a row has no label there.
+        self.targets = labels[:, self.logits_to_keep]
+        self.label_count = (labels != IGNORE_INDEX).sum()
+        self.num_labels = int(self.label_count)
 
-    @property
-    def num_labels(self) -> int:
-        return int((self.labels[:, 1:] != IGNORE_INDEX).sum())
+    def llm_inputs(self) -> dict:
+        """What the language model is called with in training, beside the embeddings [B,S,D].
+
+        Padding stands on the right, after every label, so causal attention needs no mask.
+        """
+        return {"logits_to_keep": self.logits_to_keep}
+
+    def attention_of(self, llm) -> contextlib.AbstractContextManager:
+        """Nothing to change: the language model attends as it always does."""
+        return contextlib.nullcontext()
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> "PaddedBatch":
+        moved = copy.copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, torch.Tensor):
+                setattr(moved, name, value.to(device, non_blocking=non_blocking))
+        return moved
 
 
 def encode_with_images(tokenizer, text: str, num_query_tokens: int) -> list[int]:
@@ -56,12 +75,13 @@ def encode_with_images(tokenizer, text: str, num_query_tokens: int) -> list[int]
     return ids
 
 
-def training_batch(
+def training_sequences(
     tokenizer, prompt: str, texts: list[str], num_query_tokens: int, max_txt_len: int, end_sym: str
-) -> TokenBatch:
+) -> tuple[list[list[int]], list[list[int]]]:
     """`<s>`, the prompt with its image, then each text with `end_sym`, of which at most `max_txt_len` tokens are kept.
 
-    Only the text carries labels, save where its tokens equal the padding (eos) token.
+    Returns the sequences, IMAGE_ID where image vectors belong, and their labels, not shifted. Only the text carries
+    labels, save where its tokens equal the padding (eos) token.
     """
     prefix = encode_with_images(tokenizer, prompt, num_query_tokens)
     sequences, labels = [], []
@@ -70,17 +90,18 @@ def training_batch(
         sequences.append(prefix + ids)
         learnt = [i if i != tokenizer.eos_token_id else IGNORE_INDEX for i in ids]
         labels.append([IGNORE_INDEX] * len(prefix) + learnt)
-    return _pad(sequences, labels, tokenizer.eos_token_id, side="right")
+    return sequences, labels
 
 
-def generation_batch(tokenizer, prompts: list[str], num_query_tokens: int) -> TokenBatch:
+def generation_batch(tokenizer, prompts: list[str], num_query_tokens: int) -> PaddedBatch:
     """Prompts to be continued, padded on the left so that all end at the same position."""
     sequences = [encode_with_images(tokenizer, prompt, num_query_tokens) for prompt in prompts]
     labels = [[IGNORE_INDEX] * len(sequence) for sequence in sequences]
-    return _pad(sequences, labels, tokenizer.eos_token_id, side="left")
+    return pad(sequences, labels, tokenizer.eos_token_id, side="left")
 
 
-def _pad(sequences: list[list[int]], labels: list[list[int]], pad_id: int, side: str) -> TokenBatch:
+def pad(sequences: list[list[int]], labels: list[list[int]], pad_id: int, side: str = "right") -> PaddedBatch:
+    """Sequences (IMAGE_ID where image vectors belong) and their labels, padded to the longest."""
     length = max(map(len, sequences))
 
     def padded(rows, value):
@@ -88,9 +109,9 @@ def _pad(sequences: list[list[int]], labels: list[list[int]], pad_id: int, side:
         return torch.tensor([r + f if side == "right" else f + r for r, f in zip(rows, fill, strict=True)])
 
     ids = padded(sequences, pad_id)
-    return TokenBatch(
+    return PaddedBatch(
         input_ids=ids.masked_fill(ids == IMAGE_ID, 0),
-        image_mask=ids == IMAGE_ID,
+        image_positions=(ids == IMAGE_ID).flatten().nonzero().flatten(),
         attention_mask=padded([[1] * len(s) for s in sequences], 0),
         labels=padded(labels, IGNORE_INDEX),
     )

@@ -18,6 +18,7 @@ from minigpt4.common.logger import MetricLogger
 from minigpt4.common.optims import create_optimizer
 from minigpt4.common.registry import registry
 from minigpt4.datasets.loaders import TrainLoader, eval_loader
+from minigpt4.runners.prefetch import prefetch
 from minigpt4.runners.state import restore_rng_states, rng_states, to_device
 
 
@@ -95,6 +96,9 @@ class RunnerBase:
         )
         if run.resume_ckpt_path:
             self._resume(checkpoint.resolve(run.resume_ckpt_path))
+        self.prepare = getattr(self.module, "prepare", lambda samples: samples)
+        if self.dtype != torch.float32 and hasattr(self.module, "accelerate"):
+            self.module.accelerate(run.packed, run.compile)
         if self.world_size > 1:
             self.model = self._distributed()
 
@@ -117,7 +121,7 @@ class RunnerBase:
         """Take `iters_per_epoch` steps; returns the epoch's mean learning rate and loss."""
         self.model.train()
         metrics = MetricLogger()
-        batches = self.loader.epoch(epoch, self.iters_per_epoch)
+        batches = prefetch(self.loader.epoch(epoch, self.iters_per_epoch), self.prepare, self.device)
         header = f"Train: data epoch: [{epoch}]"
         for i, samples in enumerate(metrics.log_every(batches, self.iters_per_epoch, self.run.log_freq, header)):
             self.lr_sched.step(cur_epoch=epoch, cur_step=i)
@@ -129,8 +133,7 @@ class RunnerBase:
         return stats
 
     def train_step(self, samples: dict, is_update: bool) -> torch.Tensor:
-        """Forward and backward of a micro-batch, and at the last one of a step the update. Returns the loss."""
-        samples = to_device(samples, self.device)
+        """Forward and backward of a micro-batch on the device, and at the last one the update. Returns the loss."""
         # Ranks exchange gradients at the last micro-batch only.
         with contextlib.nullcontext() if is_update or self.world_size == 1 else self.model.no_sync():
             with self._autocast():
@@ -270,10 +273,12 @@ class RunnerBase:
         return {name: p for name, p in self.module.named_parameters() if p.requires_grad}
 
     def _sum_over_ranks(self, number: float) -> torch.Tensor:
-        return dist_utils.all_reduce_sum(torch.tensor(float(number), device=self.device))
+        # torch.full is a kernel; a tensor made on the host would make the host wait for the GPU.
+        return dist_utils.all_reduce_sum(torch.full((), float(number), device=self.device))
 
     def _autocast(self):
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+        # Frozen matrices are in this type already; a cache of casts is all that CUDA graphs could not take.
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32, cache_enabled=False)
 
     def _log_stats(self, split: str, stats: dict[str, float]) -> None:
         if split != "train":

@@ -45,8 +45,7 @@ def restore_rng_states(states: list[dict] | None) -> None:
 
 
 def to_device(samples: dict, device: torch.device) -> dict:
-    """The batch with its tensors on `device`."""
+    """The batch with what can move (tensors, tokens) on `device`."""
     return {
-        key: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-        for key, value in samples.items()
+        key: value.to(device, non_blocking=True) if hasattr(value, "to") else value for key, value in samples.items()
     }

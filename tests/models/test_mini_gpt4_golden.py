@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 
 from minigpt4.models import MiniGPT4, prompt
 from minigpt4.models.eva_vit import checkpoint_filter_fn, create_vit
-from minigpt4.models.mini_gpt4 import LayerNorm, cast_matrices
+from minigpt4.models.mini_gpt4 import LayerNorm
+from minigpt4.models.precision import cast_matrices
 from minigpt4.models.qformer import QFormer
 
 FORWARD_CASES = ["stage1", "stage2", "stage2_56px", "edge_eos_unk_empty", "single", "unfrozen"]
@@ -111,8 +112,9 @@ def test_sequences_and_logits(golden, build_golden_model, name):
     cases, tensors = golden("train_forward")
     case = cases["forward_cases"][name]
     model = build_golden_model(image_size=case["image_size"])
-    text = case["prompt"] or prompt.IMAGE_SLOT
-    batch = prompt.training_batch(model.tokenizer, text, case["text_input"], 8, case["max_txt_len"], case["end_sym"])
+    model.prompt_list = [case["prompt"]] if case["prompt"] else []
+    model.max_txt_len, model.end_sym = case["max_txt_len"], case["end_sym"]
+    batch = model.prepare({"text_input": case["text_input"]})["tokens"]
     image_embeds, _ = model.encode_img(tensors[f"{name}.image"])
     embeds = model.embed(batch, image_embeds)
     assert_close(image_embeds, tensors[f"{name}.img_embeds"], 2e-4)
@@ -163,7 +165,7 @@ def test_prompt_is_drawn_uniformly(build_golden_model, monkeypatch):
     model = build_golden_model()
     model.prompt_list = [f"{i} {prompt.IMAGE_SLOT}" for i in range(4)]
     drawn = []
-    monkeypatch.setattr(prompt, "training_batch", lambda tokenizer, text, *args: drawn.append(text) or 1 / 0)
+    monkeypatch.setattr(prompt, "training_sequences", lambda tokenizer, text, *args: drawn.append(text) or 1 / 0)
     random.seed(0)
     for _ in range(400):
         with pytest.raises(ZeroDivisionError):

@@ -75,14 +75,12 @@ def test_qformer():
 
 def test_loss_equals_llama_over_all_rows(build_golden_model, golden, golden_llm_folder):
     """Label rows alone, without a mask, against LlamaForCausalLM's own loss over padded rows with one."""
-    from minigpt4.models import prompt
-
     cases, tensors = golden("train_forward")
     case = cases["forward_cases"]["stage2"]
     model = build_golden_model(max_txt_len=160, end_sym="###")
     model.prompt_list = [case["prompt"]]
     loss = model({"image": tensors["stage2.image"], "text_input": case["text_input"]})["loss"]
-    batch = prompt.training_batch(model.tokenizer, case["prompt"], case["text_input"], 8, 160, "###")
+    batch = model.prepare({"text_input": case["text_input"]})["tokens"]
     llama = LlamaForCausalLM.from_pretrained(golden_llm_folder)
     embeds = model.embed(batch, model.encode_img(tensors["stage2.image"])[0])
     oracle = llama(inputs_embeds=embeds, attention_mask=batch.attention_mask, labels=batch.labels).loss

@@ -1,0 +1,48 @@
+"""How training steps are computed: packed, compiled, recorded. The numbers stay the same to rounding."""
+
+import logging
+
+import torch
+
+from minigpt4.models.cuda_graphs import GraphedFunction
+from minigpt4.models.fused import fuse_projections
+from minigpt4.models.packing import PackedBatch, can_pack
+from minigpt4.models.precision import cast_matrices
+
+
+def accelerate(model, packed: bool, compiled: bool) -> None:
+    """Set up a MiniGPT4 on its device for training; it may be set up anew.
+
+    packed: batches without padding. compiled: joint projections in the language model, torch.compile for each layer of
+    the three networks, and the vision side and the language model replayed from CUDA graphs.
+    """
+    llm = model.llama_model
+    model.packed = packed and can_pack(llm)
+    if not any(p.requires_grad for p in model.Qformer.parameters()):
+        cast_matrices(model.Qformer, model.dtype)  # what autocast would do at every step
+    if not compiled:
+        return
+    fuse_projections(llm)
+    # One code object, Module._call_impl, is compiled for every kind of layer, with and without gradient.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    layers = (*model.visual_encoder.blocks, *model.Qformer.bert.encoder.layer, *llm.get_decoder().layers)
+    for layer in layers:
+        layer.compile()
+    logging.info("%d layers will be compiled at the first steps, which takes a minute or two.", len(layers))
+    plain = type(model)
+    model.query_outputs = GraphedFunction(lambda image: plain.query_outputs(model, image), "vision side")
+    model.language_loss = _graphed_loss(lambda embeds, tokens: plain.language_loss(model, embeds, tokens))
+
+
+def _graphed_loss(language_loss):
+    """`language_loss` replayed from CUDA graphs where its batch is packed and it trains."""
+    graphed = GraphedFunction(
+        lambda embeds, numbers, sizes: language_loss(embeds, PackedBatch(numbers, sizes)), "language model"
+    )
+
+    def loss(image_embeds: torch.Tensor, tokens) -> torch.Tensor:
+        if isinstance(tokens, PackedBatch) and image_embeds.requires_grad:
+            return graphed(image_embeds, tokens.numbers, static=(tokens.sizes,))
+        return language_loss(image_embeds, tokens)
+
+    return loss

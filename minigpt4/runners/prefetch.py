@@ -1,0 +1,65 @@
+"""The next batch is made ready while the GPU works on this one: tokenised by a thread, copied on its own stream."""
+
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+
+from minigpt4.runners.state import to_device
+
+# Batches that wait on the device, beside the one in use.
+AHEAD = 2
+
+
+def prefetch(batches: Iterable[dict], prepare: Callable[[dict], dict], device: torch.device) -> Iterator[dict]:
+    """`prepare(batch)` of each batch, on `device`, in order. An error of the thread is raised here."""
+    if device.type != "cuda":
+        for samples in batches:
+            yield to_device(prepare(samples), device)
+        return
+    ready: queue.Queue = queue.Queue(AHEAD)
+    abandoned = threading.Event()
+    copies = torch.cuda.Stream(device)
+
+    def produce() -> None:
+        try:
+            for samples in batches:
+                samples = {key: _pinned(value) for key, value in prepare(samples).items()}
+                with torch.cuda.stream(copies):
+                    moved = to_device(samples, device)
+                done = copies.record_event()
+                # The host's side is kept with the batch: pinned memory must outlive its copy.
+                if not _put(ready, (moved, samples, done), abandoned):
+                    return
+            _put(ready, None, abandoned)
+        except BaseException as error:  # whatever it is, it belongs to the one who waits
+            _put(ready, error, abandoned)
+
+    threading.Thread(target=produce, daemon=True, name="prefetch").start()
+    try:
+        while (item := ready.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            moved, _, done = item
+            torch.cuda.current_stream(device).wait_event(done)
+            for value in moved.values():
+                if hasattr(value, "record_stream"):
+                    value.record_stream(torch.cuda.current_stream(device))
+            yield moved
+    finally:
+        abandoned.set()
+
+
+def _pinned(value):
+    return value.pin_memory() if hasattr(value, "pin_memory") else value
+
+
+def _put(ready: queue.Queue, item, abandoned: threading.Event) -> bool:
+    while not abandoned.is_set():
+        try:
+            ready.put(item, timeout=0.1)
+            return True
+        except queue.Full:
+            continue
+    return False

@@ -1,0 +1,113 @@
+"""Packed batches compute what padded ones do, and fused layers what separate ones do."""
+
+import pytest
+import torch
+from torch import nn
+
+from minigpt4.models.fused import fuse_projections
+from minigpt4.models.packing import LABEL_MULTIPLE, TOKEN_MULTIPLE, pack
+from minigpt4.models.prompt import IGNORE_INDEX, IMAGE_ID
+
+
+def loss_and_gradient(model, samples):
+    model.zero_grad()
+    output = model(samples)
+    output["loss"].backward()
+    return output, model.llama_proj.weight.grad.clone()
+
+
+@pytest.mark.parametrize("name", ["stage1", "stage2"])
+def test_packed_equals_padded(golden, build_golden_model, name):
+    cases, tensors = golden("train_forward")
+    case = cases["forward_cases"][name]
+    model = build_golden_model(max_txt_len=case["max_txt_len"], end_sym=case["end_sym"])
+    model.prompt_list = [case["prompt"]] if case["prompt"] else []
+    texts = [text * (1 + i) for i, text in enumerate(case["text_input"])]
+    samples = {"image": tensors[f"{name}.image"], "text_input": texts}
+    padded, gradient = loss_and_gradient(model, samples)
+    model.packed = True
+    packed, packed_gradient = loss_and_gradient(model, samples)
+    assert packed["num_labels"] == padded["num_labels"]
+    torch.testing.assert_close(packed["loss"], padded["loss"], atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(packed_gradient, gradient, atol=1e-7, rtol=1e-5)
+
+
+def test_a_packed_batch_mixes_no_sequences(golden, build_golden_model):
+    """A sequence's loss is the same whatever stands before and after it."""
+    _, tensors = golden("train_forward")
+    model = build_golden_model()
+    model.packed = True
+    image = tensors["stage1.image"][:1]
+    alone = model({"image": image, "text_input": ["a dog"]})["loss"].item()
+    others = ["a cat on a mat, and so on", "x"]
+    label_counts = [model.prepare({"text_input": [text]})["tokens"].num_labels for text in (*others, "a dog")]
+    images = torch.cat([image + 1, image - 1, image])
+    together = model({"image": images, "text_input": [*others, "a dog"]})
+    rest = model({"image": images[:2], "text_input": others})
+    total = rest["loss"].item() * sum(label_counts[:2]) + alone * label_counts[2]
+    assert together["loss"].item() * sum(label_counts) == pytest.approx(total, rel=1e-5)
+
+
+def test_layout_of_a_packed_batch():
+    batch = pack(
+        [[1, IMAGE_ID, IMAGE_ID, 5, 6], [1, IMAGE_ID, IMAGE_ID, 7]], [[IGNORE_INDEX] * 3 + [5, 6], [-100] * 3 + [7]]
+    )
+    assert batch.sizes == (TOKEN_MULTIPLE, 4, 3, LABEL_MULTIPLE, TOKEN_MULTIPLE)
+    assert batch.num_labels == int(batch.label_count) == 3
+    assert batch.input_ids[0, :10].tolist() == [1, 0, 0, 5, 6, 1, 0, 0, 7, 0]
+    assert batch.image_positions.tolist() == [1, 2, 6, 7]
+    inputs = batch.llm_inputs()
+    assert inputs["position_ids"][0, :11].tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3, 0, 1]
+    assert inputs["cu_seqlens"].tolist() == [0, 5, 9, TOKEN_MULTIPLE]
+    assert inputs["logits_to_keep"][:4].tolist() == [2, 3, 7, 0]
+    assert batch.targets[0, :4].tolist() == [5, 6, 7, IGNORE_INDEX]
+
+
+def test_a_full_row_needs_no_fill():
+    batch = pack([[1] * TOKEN_MULTIPLE], [[IGNORE_INDEX] * (TOKEN_MULTIPLE - 1) + [1]])
+    assert batch.sizes.tokens == TOKEN_MULTIPLE
+    assert batch.llm_inputs()["cu_seqlens"].tolist() == [0, TOKEN_MULTIPLE, TOKEN_MULTIPLE]
+
+
+def test_texts_without_any_label_give_loss_zero(build_golden_model):
+    model = build_golden_model(end_sym="")
+    for model.packed in (False, True):
+        output = model({"image": torch.zeros(2, 3, 28, 28), "text_input": ["", ""]})
+        assert output["num_labels"] == 0
+        assert output["loss"].item() == 0
+
+
+def test_generation_after_packed_training(golden, build_golden_model):
+    model = build_golden_model()
+    before = model.generate(torch.zeros(2, 3, 28, 28), ["<ImageHere> a", "b <ImageHere> c d"], max_new_tokens=8)
+    model.packed = True
+    loss_and_gradient(model, {"image": torch.zeros(2, 3, 28, 28), "text_input": ["a", "b c d"]})
+    assert model.generate(torch.zeros(2, 3, 28, 28), ["<ImageHere> a", "b <ImageHere> c d"], max_new_tokens=8) == before
+
+
+def test_fused_projections(build_golden_model, golden):
+    _, tensors = golden("train_forward")
+    model = build_golden_model()
+    samples = {"image": tensors["stage1.image"][:3], "text_input": ["a b c", "d", "e f"]}
+    names = list(model.state_dict())
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    output, gradient = loss_and_gradient(model, samples)
+    answers = model.generate(samples["image"], ["<ImageHere> a"] * 3, max_new_tokens=8)
+    layers = len(model.llama_model.get_decoder().layers)
+    assert fuse_projections(model.llama_model) == 2 * layers
+    fused, fused_gradient = loss_and_gradient(model, samples)
+    torch.testing.assert_close(fused["loss"], output["loss"], atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(fused_gradient, gradient, atol=1e-7, rtol=1e-5)
+    assert model.generate(samples["image"], ["<ImageHere> a"] * 3, max_new_tokens=8) == answers
+    assert list(model.state_dict()) == names
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    assert fuse_projections(model.llama_model) == 0
+
+
+def test_layers_with_a_bias_or_in_training_are_not_fused():
+    block = nn.Module()
+    block.gate_proj, block.up_proj = nn.Linear(4, 4), nn.Linear(4, 4)
+    block.requires_grad_(False)
+    assert fuse_projections(block) == 0
+    block.gate_proj, block.up_proj = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+    assert fuse_projections(block) == 0
