@@ -5,7 +5,6 @@ length, which samples. The workers make whole batches as planned. The plan and a
 (seed, epoch, rank), so an epoch is the same whether or not the process has run the ones before it.
 """
 
-import logging
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -16,11 +15,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
-from minigpt4.common.dist_utils import gather_objects
 from minigpt4.common.errors import ConfigError
 from minigpt4.datasets.seeding import derive_seed, seeded
-
-log = logging.getLogger(__name__)
 
 
 class BatchRequest(NamedTuple):
@@ -77,6 +73,7 @@ class TrainLoader:
         for name, dataset in datasets.items():
             if hasattr(dataset, "set_seed"):
                 dataset.set_seed(derive_seed(seed, name), rank, world_size)
+        self._left_out: Counter[LeftOut] = Counter()
         self._plan: list[BatchRequest] = []  # the sampler; filled anew for each epoch
         maker = BatchMaker(dict(datasets), batch_size, derive_seed(seed, "batch", rank))
         self._loader = _data_loader(maker, self._plan, num_workers, pin_memory)
@@ -88,16 +85,17 @@ class TrainLoader:
         that was not used up is void once the next one is asked for.
         """
         self._plan[:] = self._requests(epoch, num_batches)
-        return self._counted(iter(self._loader), epoch)
+        return self._counted(iter(self._loader))
 
-    def _counted(self, batches: Iterator[tuple[Any, dict]], epoch: int) -> Iterator[dict[str, Any]]:
-        """The batches alone; after the last, what all ranks left out in making them is reported."""
-        left_out: Counter[LeftOut] = Counter()
-        for batch, more in batches:
-            left_out.update(more)
+    def take_left_out(self) -> Counter[LeftOut]:
+        """What this rank has left out in making batches, since it was last asked."""
+        taken, self._left_out = self._left_out, Counter()
+        return taken
+
+    def _counted(self, batches: Iterator[tuple[Any, dict]]) -> Iterator[dict[str, Any]]:
+        for batch, left_out in batches:
+            self._left_out.update(left_out)
             yield batch
-        for line in report_left_out(sum(gather_objects(left_out), Counter())):
-            log.info("Epoch %d: %s", epoch, line)
 
     def _requests(self, epoch: int, num_batches: int) -> list[BatchRequest]:
         done = sum((Counter(self._draw(earlier, num_batches)) for earlier in range(epoch)), Counter())

@@ -6,6 +6,7 @@ import json
 import logging
 import time
 import warnings
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from minigpt4.common.errors import ConfigError
 from minigpt4.common.logger import MetricLogger
 from minigpt4.common.optims import create_optimizer
 from minigpt4.common.registry import registry
-from minigpt4.datasets.loaders import TrainLoader, eval_loader
+from minigpt4.datasets.loaders import TrainLoader, eval_loader, report_left_out
 from minigpt4.runners.prefetch import prefetch
 from minigpt4.runners.state import restore_rng_states, rng_states, to_device
 
@@ -128,6 +129,8 @@ class RunnerBase:
             is_update = (i + 1) % self.run.accum_grad_iters == 0 or i + 1 == self.iters_per_epoch
             loss = self.train_step(samples, is_update)
             metrics.update(lr=self.optimizer.param_groups[0]["lr"], loss=loss)
+        for line in report_left_out(sum(dist_utils.gather_objects(self.loader.take_left_out()), Counter())):
+            logging.info("Epoch %d: %s", epoch, line)
         stats = metrics.global_avg()
         logging.info("Averaged stats: %s", "  ".join(f"{name}: {value:.4f}" for name, value in stats.items()))
         return stats
