@@ -12,6 +12,7 @@ COMMANDS = {
     "chat": "talk about pictures in the terminal",
     "caption": "describe pictures, a folder or shards, into a JSONL file",
     "bench": "time training steps",
+    "doctor": "find what is wrong with a run before it starts",
 }
 
 

@@ -15,10 +15,12 @@ from torch.utils.data import IterableDataset
 
 from minigpt4.common import checkpoint, dist_utils, fingerprint
 from minigpt4.common.errors import ConfigError
+from minigpt4.common.length import RunLength
 from minigpt4.common.logger import MetricLogger
 from minigpt4.common.optims import create_optimizer
 from minigpt4.common.registry import registry
 from minigpt4.datasets.loaders import TrainLoader, eval_loader, report_left_out
+from minigpt4.runners.pace import Pace
 from minigpt4.runners.prefetch import prefetch
 from minigpt4.runners.state import restore_rng_states, rng_states, to_device
 
@@ -97,6 +99,9 @@ class RunnerBase:
         )
         if run.resume_ckpt_path:
             self._resume(checkpoint.resolve(run.resume_ckpt_path))
+        epochs = max(run.max_epoch - self.start_epoch, 0)
+        length = RunLength(run.batch_size_train, self.world_size, self.iters_per_epoch, epochs, run.accum_grad_iters)
+        self.pace = Pace(length, run.log_freq)
         self.prepare = getattr(self.module, "prepare", lambda samples: samples)
         if self.dtype != torch.float32 and hasattr(self.module, "accelerate"):
             self.module.accelerate(run.packed, run.compile)
@@ -109,6 +114,8 @@ class RunnerBase:
         if not self.run.evaluate:
             if self.start_epoch >= self.run.max_epoch:
                 logging.info("Nothing left to train: the checkpoint has done all %d epochs.", self.run.max_epoch)
+            else:
+                self.pace.announce()
             for epoch in range(self.start_epoch, self.run.max_epoch):
                 logging.info("Start training epoch %d, %d iters per inner epoch.", epoch, self.iters_per_epoch)
                 self._log_stats("train", self.train_epoch(epoch))
@@ -129,6 +136,7 @@ class RunnerBase:
             is_update = (i + 1) % self.run.accum_grad_iters == 0 or i + 1 == self.iters_per_epoch
             loss = self.train_step(samples, is_update)
             metrics.update(lr=self.optimizer.param_groups[0]["lr"], loss=loss)
+            self.pace.step(i)
         for line in report_left_out(sum(dist_utils.gather_objects(self.loader.take_left_out()), Counter())):
             logging.info("Epoch %d: %s", epoch, line)
         stats = metrics.global_avg()
