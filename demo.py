@@ -26,6 +26,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     several = {"nargs": "+", "action": "extend"}
     parser.add_argument("--options", **several, metavar="KEY=VALUE", help="settings that override the file's")
     parser.add_argument("--import", **several, dest="imports", metavar="MODULE", help="plug-ins to import first")
+    parser.add_argument("--offline", action="store_true", help="fetch nothing: what is not cached is an error")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s: this machine only)")
     parser.add_argument("--port", type=int, help="port to listen on (the first free one from 7860)")
     parser.add_argument("--share", action="store_true", help="make the page public through a gradio.live tunnel")

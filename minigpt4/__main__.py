@@ -13,6 +13,8 @@ COMMANDS = {
     "caption": "describe pictures, a folder or shards, into a JSONL file",
     "bench": "time training steps",
     "doctor": "find what is wrong with a run before it starts",
+    "make-random-weights": "write files in the published formats, for rehearsals and benchmarks",
+    "rehearse": "run train.py and chat on such files, and measure",
 }
 
 
@@ -27,7 +29,7 @@ def main(argv: list[str] | None = None) -> int | str | None:
     from minigpt4.common.registry import UnknownNameError
 
     try:
-        return importlib.import_module(f"minigpt4.cli.{command}").main(arguments)
+        return importlib.import_module(f"minigpt4.cli.{command.replace('-', '_')}").main(arguments)
     except (ConfigError, UnknownNameError) as error:
         return f"Error: {error}"
 

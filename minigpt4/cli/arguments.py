@@ -18,11 +18,12 @@ DECODING_HELP = {
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """`--cfg-path`, `--options`, `--import` and `--gpu-id`."""
+    """`--cfg-path`, `--options`, `--import`, `--offline` and `--gpu-id`."""
     parser.add_argument("--cfg-path", required=True, metavar="FILE", help="YAML file of the model")
     several = {"nargs": "+", "action": "extend"}
     parser.add_argument("--options", **several, metavar="KEY=VALUE", help="settings that override the file's")
     parser.add_argument("--import", **several, dest="imports", metavar="MODULE", help="plug-ins to import first")
+    parser.add_argument("--offline", action="store_true", help="fetch nothing: what is not cached is an error")
     parser.add_argument("--gpu-id", type=int, metavar="N", help="GPU to use (0); without one, the CPU is")
 
 

@@ -116,7 +116,7 @@ def time_steps(runner, batches, warmup: int) -> dict:
     from minigpt4.runners.prefetch import prefetch
 
     seconds, start = [], time.perf_counter()
-    for samples in prefetch(batches, runner.prepare, runner.device):
+    for samples in prefetch(batches, runner.module, runner.device):
         float(runner.train_step(samples, is_update=True))
         if runner.device.type == "cuda":
             torch.cuda.synchronize()

@@ -18,6 +18,7 @@ from typing import get_type_hints
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from minigpt4.common import weights
 from minigpt4.common.errors import ConfigError
 from minigpt4.common.registry import did_you_mean, registry
 from minigpt4.common.schema import DatasetConfig, EnvConfig, MiniGPT4Config, PreprocessConfig, RunConfig
@@ -47,13 +48,15 @@ class Config:
 
     Args:
         args: has `cfg_path` (the user's YAML) and `options` (a list of "key=value", or None); `imports`, a list of
-            modules to import first, is optional.
+            modules to import first, and `offline`, True to fetch nothing, are optional.
 
     Raises:
         ConfigError: unknown key, wrong type, unreadable file, malformed option.
     """
 
     def __init__(self, args):
+        if getattr(args, "offline", False):
+            weights.go_offline()
         user = _sections(load_yaml(args.cfg_path), args.cfg_path)
         options = _sections(parse_options(args.options or []), "--options")
         request = OmegaConf.merge(user, options)
@@ -229,16 +232,11 @@ def _sets(source: DictConfig, key: str) -> bool:
 
 def _exists(value: str, key: str) -> bool:
     """Whether the value of a path key can be meant: of shards, at least the folder is there."""
-    if "://" in value or value.startswith("pipe:"):
+    if weights.is_url(value) or value.startswith("pipe:"):
         return key not in ("model.llama_model", "model.prompt_path")
-    if key == "model.llama_model" and _is_hub_id(value):
+    if key == "model.llama_model" and weights.is_hub_id(value):
         return True
     path = Path(value).expanduser()
     if key.endswith("storage") and re.search(r"[{*?\[]", value):
         path = Path(re.split(r"[{*?\[]", str(path))[0] + "x").parent
     return path.exists()
-
-
-def _is_hub_id(value: str) -> bool:
-    """`owner/name`, unless a folder `owner` lies here: then the path is meant, and misspelt."""
-    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", value) is not None and not Path(value.split("/")[0]).exists()

@@ -133,7 +133,8 @@ class MiniGPT4Config:
     vit_model: Any = field(default="eva_clip_g", metadata={"keys": VIT_KEYS})
     """`eva_clip_g`, `eva_tiny`, or a mapping {embed_dim, depth, num_heads, mlp_ratio, patch_size}."""
     vit_weights: str | None = "published"
-    """Path or URL of the encoder's weights; `published`: those of the named encoder; null: random."""
+    """The encoder's weights: a file, a URL, or a BLIP-2's folder in Hugging Face format; `published`: those of the
+    named encoder; null: random."""
     vit_precision: str = field(default="fp16", metadata={"choices": ("fp16", "fp32")})
     """`fp16`: the run's 16-bit type on a GPU, float32 on a CPU. `fp32`: float32 everywhere."""
     freeze_vit: bool = True
@@ -144,7 +145,7 @@ class MiniGPT4Config:
     """Recompute the encoder's activations in the backward pass, for an encoder that trains."""
 
     q_former_model: str | None = BLIP2_URL
-    """Path or URL of the Q-Former's weights, which hold ln_vision and the queries too; null: random."""
+    """Weights of the Q-Former, its queries and ln_vision: a file, a URL, or a BLIP-2's folder; null: random."""
     qformer: dict[str, Any] = field(default_factory=dict, metadata={"keys": QFORMER_KEYS})
     """Sizes that differ from bert-base."""
     num_query_token: int = field(default=32, metadata={"least": 1})
@@ -153,11 +154,13 @@ class MiniGPT4Config:
     """Keep the Q-Former and its queries as they are."""
 
     llama_model: str = "/path/to/vicuna/weights/"
-    """Folder (or hub id) of the language model, in Hugging Face format."""
+    """The language model: a folder in Hugging Face format, a hub id, or a .gguf file."""
     low_resource: bool = False
     """Load the language model in 8 bit."""
     load_in: str | None = field(default=None, metadata={"choices": ("16bit", "8bit", "4bit")})
     """`16bit`, `8bit` or `4bit`; says it more precisely than `low_resource` and wins."""
+    llm_device_map: str | None = field(default=None, metadata={"choices": ("auto",)})
+    """`auto` spreads a language model that does not fit on one GPU over several, for chat; null: the rank's own."""
     device_8bit: int | None = None
     """*Inert*: the quantised model lies on the rank's own device."""
 

@@ -9,7 +9,7 @@ The model of a GPU's memory, in bytes:
                  and of its feed-forward width, in 16 bit; for each labelled token a multiple of the vocabulary
     the rest     a fixed sum for what lies between, and CUDA's own context
 
-`ACTIVATIONS` holds the multiples. They were fitted to steps of a Llama-7B with random weights on an H100, torch 2.11, whose
+`ACTIVATIONS` holds the multiples. They were fitted to steps of a Llama-7B with random weights on an H100, torch 2.11. The
 peaks were, in MiB: 19,168 (S1/16 of docs/performance.md), 30,631 (S1/64) and 26,380 (S2/12) eager; 17,872, 26,056 and
 23,109 with compiled layers. Measure again and change them here when the way a step is computed changes.
 """

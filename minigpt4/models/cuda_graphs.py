@@ -4,12 +4,15 @@ A replay is one launch for the host where the function itself is thousands, whic
 """
 
 import logging
+import threading
 from collections.abc import Callable, Hashable
 
 import torch
 
 # Recordings per function. A function that meets more shapes runs the rest unrecorded.
 LIMIT = 24
+# Held while a graph is recorded: no other thread may then allocate, copy or synchronise on the GPU.
+RECORDING = threading.RLock()
 
 
 class GraphedFunction:
@@ -43,7 +46,8 @@ class GraphedFunction:
 
     def _record(self, tensors: tuple[torch.Tensor, ...], static: tuple) -> Callable:
         logging.info("Recording a CUDA graph of the %s for %s", self.name, static or tuple(tensors[0].shape))
-        samples = tuple(t.detach().clone().requires_grad_(t.requires_grad) for t in tensors)
-        recorded = torch.cuda.make_graphed_callables(lambda *args: self.fn(*args, *static), samples, pool=self.pool)
-        torch.cuda.empty_cache()  # what the warm-up used outside the pool
+        with RECORDING:
+            samples = tuple(t.detach().clone().requires_grad_(t.requires_grad) for t in tensors)
+            recorded = torch.cuda.make_graphed_callables(lambda *args: self.fn(*args, *static), samples, pool=self.pool)
+            torch.cuda.empty_cache()  # what the warm-up used outside the pool
         return recorded

@@ -12,6 +12,7 @@ from timm.models.eva import Eva
 
 from minigpt4.common.errors import ConfigError
 from minigpt4.common.schema import VIT_MODELS
+from minigpt4.models import hf_names
 
 
 class EvaViT(Eva):
@@ -46,6 +47,11 @@ class EvaViT(Eva):
             global_pool="",
         )
         self.image_size = image_size
+
+    def give_buffers_memory(self, device: torch.device) -> None:
+        """Make up for what an encoder built on the meta device gets from no file: the keys' bias, which is zero."""
+        for block in self.blocks:
+            block.attn.k_bias = torch.zeros_like(block.attn.k_bias, device=device)
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         if image.shape[-2:] != (self.image_size, self.image_size):
@@ -94,7 +100,12 @@ def resize_pos_embed(pos_embed: torch.Tensor, num_tokens: int) -> torch.Tensor:
 
 
 def checkpoint_filter_fn(state_dict: dict, vit: EvaViT) -> dict:
-    """Adapt published encoder weights to `vit`: drop surplus blocks, final norm and head, resize positions."""
+    """Adapt published encoder weights to `vit`: drop surplus blocks, final norm and head, resize positions.
+
+    Weights of a Hugging Face folder get their published names first.
+    """
+    if any(key.startswith(hf_names.VISION) for key in state_dict):
+        state_dict = hf_names.vision_from_hf(state_dict)
     depth = len(vit.blocks)
 
     def used(key: str) -> bool:

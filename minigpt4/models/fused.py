@@ -30,7 +30,8 @@ class FirstOfFused(nn.Linear):
     """Computes the products of all layers of its group, and leaves the others' for them to fetch."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        first, *self.others.products = F.linear(x, self.joint_weight).split(self.widths, dim=-1)
+        first, *others = F.linear(x, self.joint_weight).split(self.widths, dim=-1)
+        self.others.products = list(others)
         return first
 
 

@@ -1,35 +1,66 @@
 """Load the frozen language model, in 16, 8 or 4 bit. transformers is imported only here and only when asked for."""
 
 import logging
+import math
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
+from minigpt4.common import weights
+from minigpt4.common.checkpoint import CheckpointError
 from minigpt4.common.errors import ConfigError
 
+# A sentence that a model of English, also of the tiny default's, finds easy.
+SENTENCE = "The image shows a red apple."
 
-def load_llm(llama_model: str, device: torch.device, dtype: torch.dtype, load_in: str = "16bit"):
+
+def load_llm(
+    llama_model: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    load_in: str = "16bit",
+    device_map: str | None = None,
+):
     """Load any decoder that transformers' Auto classes know, frozen and in eval mode.
 
     Args:
-        llama_model: folder in Hugging Face format, or a hub id.
-        device: where it lies; nothing is loaded elsewhere first.
+        llama_model: folder in Hugging Face format, a hub id, or a .gguf file, which is unpacked to `dtype`.
+        device: where it lies; its weights go there straight from the mapped files.
         dtype: type of the weights that are not quantised.
         load_in: "16bit" (meaning `dtype`), "8bit" (LLM.int8) or "4bit" (nf4); the latter two through bitsandbytes.
+        device_map: "auto" spreads the layers over the GPUs, from `device` on, and then the host; None: all on `device`.
 
     Raises:
-        ConfigError: there is no language model at `llama_model`.
+        ConfigError: there is no language model at `llama_model`, or it cannot be loaded so.
+        CheckpointError: its files lack tensors, or have some of other shapes.
     """
     from transformers import AutoModelForCausalLM
 
     logging.info("Loading the language model from %s in %s", llama_model, load_in if load_in != "16bit" else dtype)
-    _check_folder(llama_model)
-    llm = AutoModelForCausalLM.from_pretrained(
-        llama_model,
-        dtype=dtype,
-        device_map={"": device},
-        quantization_config=_quantization(load_in, dtype),
-    )
+    _check_path(llama_model)
+    name, options = locate(llama_model)
+    if "gguf_file" in options and load_in != "16bit":
+        raise ConfigError(f"model.llama_model={llama_model}: a .gguf file is unpacked; model.load_in must be 16bit.")
+    try:
+        llm, info = AutoModelForCausalLM.from_pretrained(
+            name,
+            dtype=dtype,
+            device_map=device_map or {"": device},
+            quantization_config=_quantization(load_in, dtype),
+            output_loading_info=True,
+            **options,
+        )
+    except OSError as error:
+        raise _unreachable(llama_model, error) from error
+    _check_loaded(llama_model, info)
+    first = llm.get_input_embeddings().weight.device
+    if first != torch.empty(0, device=device).device:
+        raise ConfigError(
+            f"model.llm_device_map={device_map} puts the first layer on {first}, but the vision side lies on {device}. "
+            "Use the first GPU (--gpu-id 0)."
+        )
     return llm.requires_grad_(False).eval()
 
 
@@ -37,17 +68,91 @@ def embedding_dim(llama_model: str) -> int:
     """Width of the language model's token embeddings, read from its config alone. Raises like `load_llm`."""
     from transformers import AutoConfig
 
-    _check_folder(llama_model)
-    config = AutoConfig.from_pretrained(llama_model).get_text_config()
+    _check_path(llama_model)
+    name, options = locate(llama_model)
+    try:
+        config = AutoConfig.from_pretrained(name, **options).get_text_config()
+    except OSError as error:
+        raise _unreachable(llama_model, error) from error
     return getattr(config, "word_embed_proj_dim", None) or config.hidden_size
 
 
-def _check_folder(llama_model: str) -> None:
+def locate(llama_model: str) -> tuple[str, dict]:
+    """What transformers' `from_pretrained` takes for `llama_model`: a folder or hub id, and keyword arguments."""
+    options = {"local_files_only": True} if weights.offline() else {}
     path = Path(llama_model)
+    if path.suffix == ".gguf":
+        return str(path.parent), options | {"gguf_file": path.name}
+    return llama_model, options
+
+
+def _check_path(llama_model: str) -> None:
+    """Raise ConfigError for a folder or file that holds no language model, or not all of its shards."""
+    path = Path(llama_model)
+    if path.is_file() and path.suffix == ".gguf":
+        if find_spec("gguf") is None:
+            raise ConfigError(f"model.llama_model={path}: reading a .gguf file needs a package: pip install gguf")
+        return
     if path.is_file() or (path.is_dir() and not (path / "config.json").is_file()):
         raise ConfigError(
-            f"model.llama_model={llama_model} is no language model: a folder in Hugging Face format has a config.json."
+            f"model.llama_model={llama_model} is no language model: a folder in Hugging Face format has a config.json, "
+            "and a file must be a .gguf."
         )
+    missing = weights.missing_shards(path)
+    if missing:
+        raise ConfigError(f"model.llama_model={llama_model} lacks {', '.join(missing)}, which its index lists.")
+
+
+@torch.inference_mode()
+def check_answers(llm, tokenizer, llama_model: str) -> None:
+    """One forward pass over a plain sentence [1,T], to notice broken weights.
+
+    A loss near ln V, which is guessing among the V tokens of the vocabulary, is logged as a warning.
+
+    Raises CheckpointError for logits that are not finite.
+    """
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    ids = torch.tensor([bos + tokenizer.encode(SENTENCE)], device=llm.get_input_embeddings().weight.device)
+    logits = llm(input_ids=ids, use_cache=False).logits[0].float()  # [T,V]
+    if not torch.isfinite(logits).all():
+        raise CheckpointError(
+            f"The language model {llama_model} is broken: its logits for {SENTENCE!r} are not finite. Likely causes: a "
+            "damaged file (compare its hash), or numbers that float16 cannot hold (run.amp_dtype=bf16)."
+        )
+    loss, guessing = F.cross_entropy(logits[:-1], ids[0, 1:].to(logits.device)).item(), math.log(logits.shape[-1])
+    if loss > 0.95 * guessing:
+        logging.warning(
+            "The language model %s knows no language: its loss on %r is %.2f, and guessing gives ln V = %.2f. Likely "
+            "causes: delta weights that were never merged with LLaMA's, random weights, another model's tokenizer.",
+            llama_model,
+            SENTENCE,
+            loss,
+            guessing,
+        )
+
+
+def _check_loaded(llama_model: str, info: dict) -> None:
+    """Nothing missing or surplus passes in silence."""
+    missing = sorted(info["missing_keys"])
+    reshaped = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info["mismatched_keys"])
+    if missing or reshaped:
+        problems = [*(f"{name} is missing" for name in missing), *(f"{name} has another shape" for name in reshaped)]
+        more = f"\n  … and {len(problems) - 10} more" if len(problems) > 10 else ""
+        raise CheckpointError(
+            f"The weights in {llama_model} do not fit its config.json:\n  " + "\n  ".join(problems[:10]) + more
+        )
+    surplus = sorted(name for name in info["unexpected_keys"] if not name.endswith("rotary_emb.inv_freq"))
+    if surplus:
+        listed = ", ".join(surplus[:5]) + (" …" if len(surplus) > 5 else "")
+        logging.warning("%d tensors of %s are not used: %s", len(surplus), llama_model, listed)
+
+
+def _unreachable(llama_model: str, error: OSError) -> ConfigError:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    hint = " Nothing may be fetched (--offline or HF_HUB_OFFLINE)." if weights.offline() else ""
+    return ConfigError(
+        f"model.llama_model={llama_model} cannot be loaded: {reason}{hint} Give a folder, or a model's id on the hub."
+    )
 
 
 def _quantization(load_in: str, dtype: torch.dtype):

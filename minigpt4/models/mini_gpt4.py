@@ -3,21 +3,18 @@
 B batch, Q query tokens, N image tokens, D width of the language model, S sequence, V vocabulary.
 """
 
-import logging
 import random
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from minigpt4.common import checkpoint, fingerprint, weights
 from minigpt4.common.registry import registry
 from minigpt4.common.schema import MiniGPT4Config
-from minigpt4.models import eva_vit, llm, packing, prompt, qformer
+from minigpt4.models import eva_vit, llm, loading, packing, prompt, qformer
 from minigpt4.models.acceleration import accelerate
 from minigpt4.models.base_model import BaseModel
 from minigpt4.models.generation import answer_text, continue_embeds
-from minigpt4.models.precision import cast_matrices
 from minigpt4.models.tokenizer import load_tokenizer
 
 
@@ -80,7 +77,10 @@ class MiniGPT4(BaseModel):
         Returns {"loss": mean cross-entropy over the labelled tokens, "num_labels": how many those are}.
         """
         tokens = samples.get("tokens") or self.prepare(samples)["tokens"].to(self.device)
-        image_embeds, _ = self.encode_img(samples["image"])  # [B,Q,D]
+        if "image_features" in samples:
+            image_embeds = self.llama_proj(samples["image_features"])  # [B,Q,D]
+        else:
+            image_embeds, _ = self.encode_img(samples["image"])
         loss = self.language_loss(image_embeds, tokens)
         return {"loss": loss, "num_labels": tokens.num_labels}
 
@@ -111,14 +111,20 @@ class MiniGPT4(BaseModel):
 
     def encode_img(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Images [B,3,H,W] to vectors [B,Q,D] in the language model's space, and their attention mask [B,Q] of ones."""
-        with torch.autocast(image.device.type, self.dtype, enabled=self.dtype != torch.float32, cache_enabled=False):
-            image_embeds = self.llama_proj(self.query_outputs(image))
+        image_embeds = self.llama_proj(self.query_outputs(image))
         return image_embeds, torch.ones(image_embeds.shape[:2], dtype=torch.long, device=image.device)
 
     def query_outputs(self, image: torch.Tensor) -> torch.Tensor:
         """Images [B,3,H,W] to what the Q-Former reads from them [B,Q,Q-Former's width]."""
-        image_tokens = self.ln_vision(self.visual_encoder(image))  # [B,N,vision width]
-        return self.Qformer(self.query_tokens.expand(len(image), -1, -1), image_tokens)
+        with torch.autocast(image.device.type, self.dtype, enabled=self.dtype != torch.float32, cache_enabled=False):
+            image_tokens = self.ln_vision(self.visual_encoder(image))  # [B,N,vision width]
+            return self.Qformer(self.query_tokens.expand(len(image), -1, -1), image_tokens)
+
+    def look_ahead(self, samples: dict) -> dict:
+        """The batch, on the device, with its "image_features" where these depend on nothing that trains."""
+        if self.query_tokens.requires_grad or self.ln_vision.weight.requires_grad:
+            return samples
+        return {**samples, "image_features": self.query_outputs(samples["image"]).clone()}
 
     def language_loss(self, image_embeds: torch.Tensor, tokens) -> torch.Tensor:
         """Mean cross-entropy over the labels of `tokens` (padded or packed), given its images [B,Q,D]."""
@@ -192,51 +198,37 @@ class MiniGPT4(BaseModel):
                 encoder.
 
         Raises:
-            CheckpointError: weights that do not fit.
+            CheckpointError: weights that do not fit, or a language model that is broken.
+            ConfigError: weights that cannot be had.
         """
-        cfg = cls.config_class(**cfg)
+        cfg, device = cls.config_class(**cfg), torch.device(device)
         prompts = prompt.read_prompts(cfg.prompt_path, cfg.prompt_template) if cfg.prompt_path else []
-        trained = _read_ckpt(cfg.ckpt, cfg.llama_model) if cfg.ckpt else None
+        sources = loading.open_sources(cfg)
+        vit_dtype = dtype if cfg.vit_precision == "fp16" else torch.float32
+        vit = loading.load_encoder(cfg, sources.vision, device, vit_dtype)
+        with torch.device("meta" if sources.qformer else device):
+            q_former = qformer.QFormer(vit.embed_dim, **cfg.qformer)
         load_in = cfg.load_in or ("8bit" if cfg.low_resource else "16bit")
+        llama_model = llm.load_llm(cfg.llama_model, device, dtype, load_in, cfg.llm_device_map)
+        tokenizer = load_tokenizer(cfg.llama_model)
+        llm.check_answers(llama_model, tokenizer, cfg.llama_model)
         with torch.device(device):
-            vit = eva_vit.create_vit(cfg.vit_model, cfg.image_size, cfg.drop_path_rate, cfg.use_grad_checkpoint)
             model = cls(
                 visual_encoder=vit,
-                Qformer=qformer.QFormer(vit.embed_dim, **cfg.qformer),
-                llama_model=llm.load_llm(cfg.llama_model, torch.device(device), dtype, load_in),
-                tokenizer=load_tokenizer(cfg.llama_model),
+                Qformer=q_former,
+                llama_model=llama_model,
+                tokenizer=tokenizer,
                 num_query_token=cfg.num_query_token,
                 prompt_list=prompts,
                 max_txt_len=cfg.max_txt_len,
                 end_sym=cfg.end_sym,
                 freeze_vit=cfg.freeze_vit,
                 freeze_qformer=cfg.freeze_qformer,
-                dtype=dtype if cfg.vit_precision == "fp16" else torch.float32,
+                dtype=vit_dtype,
             )
-        model.fingerprint = fingerprint.take(model.llama_model, cfg.llama_model, cfg.prompt_template, cfg.end_sym)
-        if cfg.ckpt:
-            recorded = checkpoint.read_file(checkpoint.resolve(cfg.ckpt)).get(fingerprint.KEY)
-            fingerprint.check(recorded, model.fingerprint, cfg.ckpt, cfg.allow_llm_mismatch)
-        model._load_frozen(weights.vit_weights(cfg.vit_model, cfg.vit_weights), cfg.q_former_model)
-        if trained is not None:
-            projection = {name for name in model.state_dict() if name.startswith("llama_proj.")}
-            checkpoint.load_weights(model, trained, cfg.ckpt, required=projection)
-        if cfg.freeze_vit:
-            cast_matrices(vit, model.dtype)
+        loading.load_rest(model, cfg, sources, device)
+        loading.report(model)
         return model
-
-    def _load_frozen(self, vit_source: str | None, qformer_source: str | None) -> None:
-        """Load the encoder's and the Q-Former's published weights; None leaves them random."""
-        if vit_source:
-            state = checkpoint.read_weights(weights.fetch(vit_source))
-            state = eva_vit.checkpoint_filter_fn(state, self.visual_encoder)
-            checkpoint.load_weights(self.visual_encoder, state, vit_source, set(self.visual_encoder.state_dict()))
-        if qformer_source:
-            state = qformer.checkpoint_filter_fn(checkpoint.read_weights(weights.fetch(qformer_source)))
-            own = {name for name in self.state_dict() if name.startswith(("Qformer.", "ln_vision.", "query_tokens"))}
-            checkpoint.load_weights(self, state, qformer_source, own)
-        if not (vit_source and qformer_source):
-            logging.warning("Parts of the vision side have random weights, as the config asks.")
 
 
 class LayerNorm(nn.LayerNorm):
@@ -244,19 +236,3 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x.float()).to(x.dtype)
-
-
-def _read_ckpt(path: str, llama_model: str) -> dict[str, torch.Tensor]:
-    """The trained weights, checked against the language model's width before that is loaded."""
-    file = checkpoint.resolve(path)
-    trained = checkpoint.read_weights(file)
-    width = llm.embedding_dim(llama_model)
-    projection = trained.get("llama_proj.weight")
-    if projection is not None and projection.shape[0] != width:
-        known = {4096: " (as in Vicuna-7B)", 5120: " (as in Vicuna-13B)"}
-        theirs = projection.shape[0]
-        raise checkpoint.CheckpointError(
-            f"{file} was trained with a language model {theirs}{known.get(theirs, '')} wide; {llama_model} is "
-            f"{width}{known.get(width, '')} wide. Change model.ckpt or model.llama_model so that they match."
-        )
-    return trained

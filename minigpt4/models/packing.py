@@ -89,6 +89,9 @@ class PackedBatch:
     def to(self, device: torch.device, non_blocking: bool = False) -> "PackedBatch":
         return replace(self, numbers=self.numbers.to(device, non_blocking=non_blocking))
 
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        self.numbers.record_stream(stream)
+
     def pin_memory(self) -> "PackedBatch":
         return replace(self, numbers=self.numbers.pin_memory())
 
@@ -152,7 +155,10 @@ def _attend(module, query, key, value, attention_mask, scaling, cu_seqlens, long
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # [T,H,d]
     if query.is_cuda and query.dtype != torch.float32:
-        out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, scale=scaling, **CAUSAL)
+        d = q.shape[-1]
+        # A copy of v where it is a part of a joint projection, all of which would be kept for the backward pass.
+        q, k, v = (F.pad(x, (0, -d % 8)).contiguous() for x in (q, k, v))
+        out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, scale=scaling, **CAUSAL)[..., :d]
     else:
         out = _one_by_one(q, k, v, cu_seqlens, scaling)
     return out.unsqueeze(0), None

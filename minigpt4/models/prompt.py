@@ -59,10 +59,16 @@ class PaddedBatch:
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "PaddedBatch":
         moved = copy.copy(self)
-        for name, value in vars(self).items():
-            if isinstance(value, torch.Tensor):
-                setattr(moved, name, value.to(device, non_blocking=non_blocking))
+        for name, value in self._tensors():
+            setattr(moved, name, value.to(device, non_blocking=non_blocking))
         return moved
+
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        for _, value in self._tensors():
+            value.record_stream(stream)
+
+    def _tensors(self) -> list[tuple[str, torch.Tensor]]:
+        return [(name, value) for name, value in vars(self).items() if isinstance(value, torch.Tensor)]
 
 
 def encode_with_images(tokenizer, text: str, num_query_tokens: int) -> list[int]:

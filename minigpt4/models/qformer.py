@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from minigpt4.common.errors import ConfigError
+from minigpt4.models import hf_names
 
-# What else the BLIP-2 file holds: the text branch, the language head, T5's projection.
+# What else BLIP-2's files hold: the text branch, the language head, the projection for T5 or OPT.
 SURPLUS = re.compile(
     r"Qformer\.cls\.|Qformer\.bert\.embeddings\.(word|position)_embeddings\.|"
-    r"Qformer\.bert\.encoder\.layer\.\d+\.(intermediate|output)\.|t5_proj\."
+    r"Qformer\.bert\.encoder\.layer\.\d+\.(intermediate|output)\.|(t5|opt)_proj\."
 )
 
 
@@ -172,5 +173,10 @@ class QFormer(nn.Module):
 
 
 def checkpoint_filter_fn(state_dict: dict) -> dict:
-    """The queries, ln_vision and the Q-Former's query path out of a BLIP-2 file; its known surplus is dropped."""
+    """The queries, ln_vision and the Q-Former's query path out of a BLIP-2 file; its known surplus is dropped.
+
+    Weights of a Hugging Face folder get their published names first.
+    """
+    if any(key.startswith(hf_names.QFORMER) for key in state_dict):
+        state_dict = hf_names.qformer_from_hf(state_dict)
     return {key: value for key, value in state_dict.items() if not SURPLUS.match(key)}

@@ -10,14 +10,19 @@ import json
 import re
 from pathlib import Path
 
+from minigpt4.models import llm
+
 
 def load_tokenizer(llama_model: str):
-    """The tokenizer of a language model's folder or hub id."""
+    """The tokenizer of a language model's folder, hub id or .gguf file."""
     from transformers.utils import cached_file
 
+    name, options = llm.locate(llama_model)
+    if "gguf_file" in options:
+        return HuggingFaceTokenizer(llama_model)
     model_file, added_file = (
-        cached_file(llama_model, name, _raise_exceptions_for_missing_entries=False)
-        for name in ("tokenizer.model", "added_tokens.json")
+        cached_file(name, file, _raise_exceptions_for_missing_entries=False, **options)
+        for file in ("tokenizer.model", "added_tokens.json")
     )
     return SentencePieceTokenizer(model_file, added_file) if model_file else HuggingFaceTokenizer(llama_model)
 
@@ -28,7 +33,8 @@ class HuggingFaceTokenizer:
     def __init__(self, llama_model: str):
         from transformers import AutoTokenizer
 
-        self._tokenizer = AutoTokenizer.from_pretrained(llama_model)
+        name, options = llm.locate(llama_model)
+        self._tokenizer = AutoTokenizer.from_pretrained(name, **options)
         self.bos_token_id: int | None = self._tokenizer.bos_token_id
         self.eos_token_id: int = self._tokenizer.eos_token_id
         self.unk_token_id: int | None = self._tokenizer.unk_token_id

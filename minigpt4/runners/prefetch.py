@@ -2,18 +2,21 @@
 
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 
+from minigpt4.models.cuda_graphs import RECORDING
 from minigpt4.runners.state import to_device
 
 # Batches that wait on the device, beside the one in use.
 AHEAD = 2
 
 
-def prefetch(batches: Iterable[dict], prepare: Callable[[dict], dict], device: torch.device) -> Iterator[dict]:
-    """`prepare(batch)` of each batch, on `device`, in order. An error of the thread is raised here."""
+def prefetch(batches: Iterable[dict], model, device: torch.device) -> Iterator[dict]:
+    """Each batch, in order, through the model's `prepare` and on `device`. An error of the thread is raised here."""
+    prepare = getattr(model, "prepare", _as_it_is)
+    look_ahead = getattr(model, "look_ahead", _as_it_is)
     if device.type != "cuda":
         for samples in batches:
             yield to_device(prepare(samples), device)
@@ -25,10 +28,11 @@ def prefetch(batches: Iterable[dict], prepare: Callable[[dict], dict], device: t
     def produce() -> None:
         try:
             for samples in batches:
-                samples = {key: _pinned(value) for key, value in prepare(samples).items()}
-                with torch.cuda.stream(copies):
-                    moved = to_device(samples, device)
-                done = copies.record_event()
+                samples = prepare(samples)
+                with RECORDING, torch.cuda.stream(copies):
+                    samples = {key: _pinned(value) for key, value in samples.items()}
+                    moved = look_ahead(to_device(samples, device))
+                    done = copies.record_event()
                 # The host's side is kept with the batch: pinned memory must outlive its copy.
                 if not _put(ready, (moved, samples, done), abandoned):
                     return
@@ -49,6 +53,10 @@ def prefetch(batches: Iterable[dict], prepare: Callable[[dict], dict], device: t
             yield moved
     finally:
         abandoned.set()
+
+
+def _as_it_is(samples: dict) -> dict:
+    return samples
 
 
 def _pinned(value):

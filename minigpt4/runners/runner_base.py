@@ -82,7 +82,6 @@ class RunnerBase:
             run.seed,
             rank=dist_utils.get_rank(),
             world_size=self.world_size,
-            pin_memory=self.device.type == "cuda",
         )
         self.iters_per_epoch = run.iters_per_epoch or self._batches_per_pass(datasets)
         self.optimizer = create_optimizer(self.module, run.init_lr, run.weight_decay, run.beta2)
@@ -102,7 +101,6 @@ class RunnerBase:
         epochs = max(run.max_epoch - self.start_epoch, 0)
         length = RunLength(run.batch_size_train, self.world_size, self.iters_per_epoch, epochs, run.accum_grad_iters)
         self.pace = Pace(length, run.log_freq)
-        self.prepare = getattr(self.module, "prepare", lambda samples: samples)
         if self.dtype != torch.float32 and hasattr(self.module, "accelerate"):
             self.module.accelerate(run.packed, run.compile)
         if self.world_size > 1:
@@ -129,7 +127,7 @@ class RunnerBase:
         """Take `iters_per_epoch` steps; returns the epoch's mean learning rate and loss."""
         self.model.train()
         metrics = MetricLogger()
-        batches = prefetch(self.loader.epoch(epoch, self.iters_per_epoch), self.prepare, self.device)
+        batches = prefetch(self.loader.epoch(epoch, self.iters_per_epoch), self.module, self.device)
         header = f"Train: data epoch: [{epoch}]"
         for i, samples in enumerate(metrics.log_every(batches, self.iters_per_epoch, self.run.log_freq, header)):
             self.lr_sched.step(cur_epoch=epoch, cur_step=i)

@@ -1,14 +1,24 @@
 """Where weights come from."""
 
+import hashlib
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+from helpers import ROOT
 
 from minigpt4.common import weights
+from minigpt4.common.download import DownloadError
 from minigpt4.common.errors import ConfigError
 
 
 def test_a_url_is_fetched_once_under_its_published_name(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     source = tmp_path / "eva_vit_g.pth"
     source.write_bytes(b"weights")
     fetched = weights.fetch(source.as_uri())
@@ -31,3 +41,118 @@ def test_published_stands_for_the_named_encoders_weights():
     assert weights.vit_weights({"depth": 2}, "mine.pth") == "mine.pth"
     with pytest.raises(ConfigError, match="vit_weights is required when model.vit_model is a mapping"):
         weights.vit_weights({"depth": 2}, "published")
+
+
+def test_a_path_may_be_a_folder(tmp_path):
+    assert weights.fetch(str(tmp_path)) == tmp_path
+
+
+def test_the_cache_is_torchs_own(monkeypatch, tmp_path):
+    """TORCH_HOME, XDG_CACHE_HOME, the default: files that torch or LAVIS has fetched are found."""
+    for set_to in ({"TORCH_HOME": str(tmp_path / "t")}, {"XDG_CACHE_HOME": str(tmp_path / "x")}, {}):
+        for name in ("TORCH_HOME", "XDG_CACHE_HOME"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in set_to.items():
+            monkeypatch.setenv(name, value)
+        assert weights.cached_file("https://a/b/eva_vit_g.pth?x=1") == Path(torch.hub.get_dir()) / (
+            "checkpoints/eva_vit_g.pth"
+        )
+
+
+def test_a_hash_in_the_url(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    (tmp_path / "a.pth").write_bytes(b"weights")
+    url = (tmp_path / "a.pth").as_uri()
+    with pytest.raises(DownloadError, match="sha256 is 9a12"):
+        weights.fetch(f"{url}#sha256={'0' * 64}")
+    right = hashlib.sha256(b"weights").hexdigest()
+    assert weights.fetch(f"{url}#sha256={right}").read_bytes() == b"weights"
+
+
+def test_the_size_of_a_published_file_is_checked(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    (tmp_path / "a.pth").write_bytes(b"a page of a captive portal")
+    monkeypatch.setitem(weights.PUBLISHED_KIB, (tmp_path / "a.pth").as_uri(), 1000)
+    with pytest.raises(DownloadError, match="is truncated, with 26 bytes instead of about 1,024,000"):
+        weights.fetch((tmp_path / "a.pth").as_uri())
+    assert not weights.cached_file("a.pth").exists()
+
+
+@pytest.mark.parametrize("value", ["1", "true", "YES"])
+def test_offline(tmp_path, monkeypatch, value):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", value)
+    url = weights.VIT_WEIGHTS["eva_clip_g"]
+    with pytest.raises(DownloadError, match="not in the cache, and nothing may be fetched.*Put the file of https.* at"):
+        weights.fetch(url)
+    weights.cached_file(url).parent.mkdir(parents=True)
+    weights.cached_file(url).write_bytes(b"fetched before")
+    assert weights.fetch(url) == weights.cached_file(url)
+
+
+def test_offline_is_a_flag_of_every_command(tmp_path, monkeypatch):
+    from minigpt4.cli import caption, chat
+    from minigpt4.common.config import Config
+
+    parsers = [caption.parse_args, chat.parse_args, _script("train").parse_args, _script("demo").parse_args]
+    for parse in parsers:
+        monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+        arguments = ["--cfg-path", str(ROOT / "eval_configs/minigpt4_tiny_eval.yaml")]
+        images = ["a.png"] if parse in (caption.parse_args, chat.parse_args) else []
+        Config(parse([*images, *arguments]))
+        assert not weights.offline()
+        Config(parse([*images, *arguments, "--offline"]))
+        assert weights.offline()
+
+
+def _script(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"{name}.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    return script
+
+
+def test_shards(tmp_path):
+    assert weights.shards(tmp_path) == {}
+    (tmp_path / "pytorch_model.bin").touch()
+    assert weights.shards(tmp_path) == {"pytorch_model.bin": []}
+    index = {"weight_map": {"a": "x.safetensors", "b": "y.safetensors", "c": "x.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    (tmp_path / "x.safetensors").touch()
+    assert weights.shards(tmp_path) == {"x.safetensors": ["a", "c"], "y.safetensors": ["b"]}
+    assert weights.missing_shards(tmp_path) == ["y.safetensors"]
+    (tmp_path / "model.safetensors.index.json").write_text("<html>")
+    with pytest.raises(ConfigError, match="index.json is no index of shards"):
+        weights.shards(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("a.pth", b"", "it is empty"),
+        ("a.pth", b"version https://git-lfs.github.com/spec/v1\n", "Git-LFS pointer.*git lfs pull"),
+        ("a.pth", b"\n<!DOCTYPE html><html>", "it is a web page"),
+        ("eva_vit_g.pth", b"PK\x03\x04" + bytes(1000), "it is truncated, with 1,004 bytes"),
+    ],
+)
+def test_why_a_file_cannot_be_read(tmp_path, name, content, reason):
+    (tmp_path / name).write_bytes(content)
+    assert re.search(reason, weights.why_unreadable(tmp_path / name))
+
+
+def test_nothing_is_said_of_other_files(tmp_path):
+    (tmp_path / "a.pth").write_bytes(b"PK\x03\x04")
+    assert weights.why_unreadable(tmp_path / "a.pth") is None
+
+
+def test_hub_ids(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    assert weights.is_hub_id("lmsys/vicuna-7b-v1.5")
+    for path in ("models/vicuna", "/abs/vicuna", "vicuna", "a/b/c", "../a"):
+        assert not weights.is_hub_id(path)
+
+
+def test_finding_weights_needs_no_torch():
+    code = "import sys, minigpt4.common.weights; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

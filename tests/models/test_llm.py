@@ -58,7 +58,7 @@ def test_low_resource_means_8_bit(golden_llm_folder, monkeypatch):
 
     asked, load = [], llm.load_llm
 
-    def recording(folder, device, dtype, load_in):
+    def recording(folder, device, dtype, load_in, device_map):
         asked.append(load_in)
         return load(folder, device, dtype)
 

@@ -1,0 +1,156 @@
+"""Fetch a URL into a file: once per machine, resumed after a break, and checked."""
+
+import hashlib
+import logging
+import os
+import time
+import urllib.error
+import urllib.request
+from http.client import HTTPException
+from pathlib import Path
+
+from minigpt4.common.errors import ConfigError
+
+CHUNK = 1 << 20
+# Attempts in a row that may fail without a single new byte, and the seconds before each.
+PAUSES = (1, 2, 5, 10, 20)
+TIMEOUT = 60
+
+
+class DownloadError(ConfigError):
+    """A file that could not be fetched, or that is not what it should be."""
+
+
+class _Broken(Exception):
+    """A connection that ended early; trying again may help."""
+
+
+def download(url: str, path: Path, kibibytes: int | None = None, sha256: str | None = None) -> None:
+    """Fetch `url` to `path`, which appears complete or not at all. Processes that ask for the same path wait for one.
+
+    What a broken download left, `.part` beside the file, is gone on with, also by a later run, where the server takes
+    Range requests and its file is still the same.
+
+    Args:
+        kibibytes: the size that the file is known to have, in KiB, to within 4.
+        sha256: the file's hash, in hex.
+
+    Raises:
+        DownloadError: the server does not have it or keeps breaking off; size or hash are wrong.
+    """
+    from filelock import FileLock, Timeout
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path.with_name(f"{path.name}.lock"))
+    try:
+        held = lock.acquire(blocking=False)
+    except Timeout:
+        logging.info("Another process is fetching %s: waiting for it.", path.name)
+        held = lock.acquire()
+    with held:
+        if path.exists():
+            return
+        logging.info("Fetching %s to %s", url, path)
+        part = _fetch(url, path)
+        _check(part, url, kibibytes, sha256)
+        os.replace(part, path)
+
+
+def _fetch(url: str, path: Path) -> Path:
+    """The complete file, still under the name of a part."""
+    failures = 0
+    while True:
+        part, before = None, -1
+        try:
+            with _open(url) as response:
+                part = _part(path, response.headers)
+                before = _size(part)
+                _receive(url, response, part)
+            return part
+        except urllib.error.HTTPError as error:
+            if error.code < 500 and error.code != 429:
+                raise DownloadError(
+                    f"{url}: the server answers {error.code} {error.reason}. {_by_hand(path)}"
+                ) from None
+            reason = error
+        except (_Broken, OSError, HTTPException) as error:
+            reason = error
+        failures = 0 if part and _size(part) > before else failures + 1
+        if failures > len(PAUSES):
+            got = f" after {_size(part):,} bytes, which the next run goes on from" if part and _size(part) else ""
+            raise DownloadError(f"{url} could not be fetched{got}: {reason}. {_by_hand(path)}") from None
+        logging.warning("Fetching %s broke off (%s): trying again.", path.name, reason)
+        time.sleep(PAUSES[max(failures - 1, 0)])
+
+
+def _by_hand(path: Path) -> str:
+    return f"Fetch it by other means and put it at {path}, or give the path of a copy in the config."
+
+
+def _open(url: str, first_byte: int = 0):
+    headers = {"User-Agent": "minigpt4", "Accept-Encoding": "identity"}
+    if first_byte:
+        headers["Range"] = f"bytes={first_byte}-"
+    return urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT)
+
+
+def _part(path: Path, headers) -> Path:
+    """Where the bytes of this version of the file gather; another version on the server has another part."""
+    version = "".join(str(headers.get(name)) for name in ("ETag", "Last-Modified", "Content-Length"))
+    return path.with_name(f"{path.name}.{hashlib.sha256(version.encode()).hexdigest()[:8]}.part")
+
+
+def _receive(url: str, response, part: Path) -> None:
+    """Append to `part` what it lacks of the file that `response` begins to send. Raises _Broken if that ends early."""
+    total = int(response.headers["Content-Length"]) if response.headers["Content-Length"] else None
+    have = _size(part)
+    if have and have == total:
+        return
+    if have and (total is None or have > total):
+        part.unlink()
+        have = 0
+    if have:
+        ranged = _open(url, have)
+        with ranged:
+            if ranged.status == 206 and ranged.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
+                logging.info("Going on after %s of %s bytes", f"{have:,}", f"{total:,}")
+                return _append(ranged, part, have, total)
+        part.unlink()
+    return _append(response, part, 0, total)
+
+
+def _append(response, part: Path, have: int, total: int | None) -> None:
+    from tqdm import tqdm
+
+    bar = tqdm(initial=have, total=total, unit="B", unit_scale=True, unit_divisor=1024, desc=part.name, disable=None)
+    with open(part, "ab") as file, bar:
+        while chunk := response.read(CHUNK):
+            file.write(chunk)
+            bar.update(len(chunk))
+    if total is not None and _size(part) < total:
+        raise _Broken(f"the connection ended after {_size(part):,} of {total:,} bytes")
+
+
+def _check(part: Path, url: str, kibibytes: int | None, sha256: str | None) -> None:
+    """Raise DownloadError, and remove the part, when it has not the known size or hash."""
+    problem = size_problem(_size(part), kibibytes)
+    if sha256 and not problem:
+        with open(part, "rb") as file:
+            actual = hashlib.file_digest(file, "sha256").hexdigest()
+        if actual != sha256.lower():
+            problem = f"its sha256 is {actual}, not {sha256}"
+    if problem:
+        part.unlink()
+        raise DownloadError(f"{url} is not the file it should be: {problem}.")
+
+
+def size_problem(size: int, kibibytes: int | None) -> str | None:
+    """What is wrong with a file of `size` bytes that should have `kibibytes`; None: nothing, or that is not known."""
+    if kibibytes is None or abs(size - kibibytes * 1024) <= 4096:
+        return None
+    kind = "truncated" if size < kibibytes * 1024 else "too long"
+    return f"it is {kind}, with {size:,} bytes instead of about {kibibytes * 1024:,}"
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0

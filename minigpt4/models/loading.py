@@ -1,0 +1,183 @@
+"""From the paths of a config to weights in place: found and checked first, then read once, straight to the device."""
+
+import json
+import logging
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from minigpt4.common import checkpoint, fingerprint, weights
+from minigpt4.common.checkpoint import CheckpointError
+from minigpt4.common.schema import BLIP2_URL, MiniGPT4Config
+from minigpt4.models import eva_vit, hf_names, llm, qformer
+from minigpt4.models.precision import cast_matrices
+
+# Width of the T5 whose BLIP-2 has the Q-Former that the published projections were trained on.
+FLAN_T5_XXL_WIDTH = 4096
+PUBLISHED_QFORMER_WIDTH = 768
+PUBLISHED_QFORMER = "the Q-Former of blip2-flan-t5-xxl"
+State = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The weights that a config names, mapped from the disk, so that none has taken memory yet. None: random ones."""
+
+    vision: State | None
+    qformer: State | None
+    trained: State | None
+    recorded: dict | None
+    """The fingerprint of the language model that `trained` belongs to."""
+
+
+def open_sources(cfg: MiniGPT4Config) -> Sources:
+    """Find the weights of the vision side, fetch what is missing, and check what can be without a model.
+
+    Raises:
+        CheckpointError: a file holds no weights; the checkpoint was trained with a language model of another width, or
+            with another Q-Former.
+        DownloadError: see `weights.fetch`.
+    """
+    content = checkpoint.read_file(checkpoint.resolve(cfg.ckpt)) if cfg.ckpt else None
+    trained = content and checkpoint.weights_of(content)
+    if trained:
+        _check_width(trained, cfg)
+    vit_source = weights.vit_weights(cfg.vit_model, cfg.vit_weights)
+    vision = checkpoint.read_weights(weights.fetch(vit_source), (hf_names.VISION,)) if vit_source else None
+    read = None
+    if cfg.q_former_model:
+        path = weights.fetch(cfg.q_former_model)
+        read = checkpoint.read_weights(path, (hf_names.QFORMER, hf_names.LN_VISION, "query_tokens"))
+        if content:
+            _check_qformer(path, read, content, cfg)
+    if not (vision and read):
+        logging.warning("Parts of the vision side have random weights, as the config asks.")
+    return Sources(vision, read, trained, content and content.get(fingerprint.KEY))
+
+
+def load_encoder(cfg: MiniGPT4Config, state: State | None, device: torch.device, dtype: torch.dtype):
+    """The vision encoder on `device`, its weights from `state`; linear and convolution layers in `dtype` if frozen."""
+    with torch.device("meta" if state else device):
+        vit = eva_vit.create_vit(cfg.vit_model, cfg.image_size, cfg.drop_path_rate, cfg.use_grad_checkpoint)
+    if cfg.freeze_vit:
+        cast_matrices(vit, dtype)
+    if state:
+        used = eva_vit.checkpoint_filter_fn(state, vit)
+        source = weights.vit_weights(cfg.vit_model, cfg.vit_weights)
+        _say_unused(state, used, source)
+        checkpoint.load_weights(vit, used, source, set(vit.state_dict()), device)
+        vit.give_buffers_memory(device)
+    return vit
+
+
+def load_rest(model: nn.Module, cfg: MiniGPT4Config, sources: Sources, device: torch.device) -> None:
+    """Fill the Q-Former, ln_vision and the queries of a MiniGPT4, then what the checkpoint has trained.
+
+    The model gets its fingerprint. Raises MismatchError for a checkpoint of another language model.
+    """
+    model.fingerprint = fingerprint.take(model.llama_model, cfg.llama_model, cfg.prompt_template, cfg.end_sym)
+    if cfg.ckpt:
+        fingerprint.check(sources.recorded, model.fingerprint, cfg.ckpt, cfg.allow_llm_mismatch)
+    if sources.qformer:
+        used = qformer.checkpoint_filter_fn(sources.qformer)
+        _say_unused(sources.qformer, used, cfg.q_former_model)
+        own = {name for name in model.state_dict() if name.startswith(("Qformer.", "ln_vision.", "query_tokens"))}
+        checkpoint.load_weights(model, used, cfg.q_former_model, own, device)
+    if sources.trained is not None:
+        projection = {name for name in model.state_dict() if name.startswith("llama_proj.")}
+        checkpoint.load_weights(model, sources.trained, cfg.ckpt, required=projection)
+
+
+def report(model: nn.Module) -> None:
+    """Log, for each part of the model: tensors, parameters, types, devices, and whether it trains."""
+    parts: dict[str, list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        parts.setdefault(name.split(".")[0], []).append(parameter)
+    rows = [
+        f"  {name:<15}{len(tensors):>5} tensors{sum(map(_count, tensors)):>16,} parameters  "
+        f"{_joined(str(t.dtype).removeprefix('torch.') for t in tensors):<18} on {_joined(t.device for t in tensors)}, "
+        f"{_joined('trainable' if t.requires_grad else 'frozen' for t in tensors)}"
+        for name, tensors in parts.items()
+    ]
+    logging.info("\n".join(["The parts of the model:", *rows]))
+
+
+def _count(parameter: nn.Parameter) -> int:
+    """Numbers in a parameter; 4-bit ones are packed two to a byte."""
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else state.shape.numel()
+
+
+def _joined(values) -> str:
+    return "+".join(str(value) for value, _ in Counter(values).most_common())
+
+
+def _say_unused(state: State, used: State, source: str) -> None:
+    """Log which tensors of a file are left out, by the beginnings of their names."""
+    if len(used) < len(state) and not any(name.startswith((hf_names.VISION, hf_names.QFORMER)) for name in state):
+        names = Counter(".".join(name.split(".")[:2][: name.count(".")]) for name in state.keys() - used.keys())
+        listed = ", ".join(f"{name} ({count})" for name, count in sorted(names.items()))
+        logging.info("Not used of %s: %s", source, listed)
+
+
+def _check_width(trained: State, cfg: MiniGPT4Config) -> None:
+    """The projection must fit the language model, whose width its config gives before its weights are read."""
+    projection, width = trained.get("llama_proj.weight"), llm.embedding_dim(cfg.llama_model)
+    if projection is not None and projection.shape[0] != width:
+        known = {4096: " (as in Vicuna-7B)", 5120: " (as in Vicuna-13B)"}
+        theirs = projection.shape[0]
+        raise CheckpointError(
+            f"{cfg.ckpt} was trained with a language model {theirs}{known.get(theirs, '')} wide; {cfg.llama_model} is "
+            f"{width}{known.get(width, '')} wide. Change model.ckpt or model.llama_model so that they match."
+        )
+
+
+def _check_qformer(path: Path, state: State, content: dict, cfg: MiniGPT4Config) -> None:
+    """A projection reads what its own Q-Former writes; one trained on the published Q-Former takes no other.
+
+    A checkpoint with a projection of the published width, whose config names no other file, was trained on that one.
+    """
+    settings = (content.get("config") or {}).get("model") or {}
+    trained_on = str(settings.get("q_former_model", BLIP2_URL))
+    projection = checkpoint.weights_of(content).get("llama_proj.weight")
+    has_width = projection is not None and projection.shape[1] == PUBLISHED_QFORMER_WIDTH
+    if not has_width or Path(trained_on).name != weights.cached_file(BLIP2_URL).name:
+        return
+    origin = qformer_origin(path, state)
+    if origin is None:
+        logging.warning(
+            "model.q_former_model=%s does not say which BLIP-2 it is of; %s needs %s.",
+            path,
+            cfg.ckpt,
+            PUBLISHED_QFORMER,
+        )
+    elif origin != PUBLISHED_QFORMER:
+        raise CheckpointError(
+            f"model.ckpt={cfg.ckpt} was trained on {PUBLISHED_QFORMER}; model.q_former_model={path} is {origin}. Leave "
+            "model.q_former_model out to fetch the published one, or train a projection of your own."
+        )
+
+
+def qformer_origin(path: Path, state: State) -> str | None:
+    """Which BLIP-2 a Q-Former is of; None: it cannot be told.
+
+    A Hugging Face folder says in its config.json which language model it was trained with, LAVIS's files have a
+    projection into that model.
+    """
+    config = path / "config.json"
+    if config.is_file():
+        settings = json.loads(config.read_text(encoding="utf-8"))
+        text = settings.get("text_config") or {}
+        kind, width = text.get("model_type", "an unnamed model"), text.get("d_model", text.get("hidden_size"))
+        if settings.get("model_type") == "instructblip":
+            return f"the Q-Former of an InstructBLIP with {kind}"
+    else:
+        name = next((name for name in ("t5_proj.weight", "opt_proj.weight") if name in state), None)
+        if name is None:
+            return None
+        kind, width = name.split("_")[0], len(state[name])
+    is_published = (kind, width) == ("t5", FLAN_T5_XXL_WIDTH)
+    return PUBLISHED_QFORMER if is_published else f"the Q-Former of a BLIP-2 with {kind}, {width} wide"
