@@ -9,7 +9,7 @@ from typing import Any
 
 from minigpt4.common import weights
 from minigpt4.common.config import Config
-from minigpt4.common.schema import VIT_MODELS, MiniGPT4Config
+from minigpt4.common.schema import VIT_KEYS, VIT_MODELS, MiniGPT4Config
 from minigpt4.doctor.headers import HeaderError, Tensor, read_header, tensors_of
 from minigpt4.doctor.machine import Gpu
 
@@ -104,13 +104,17 @@ class Case:
 
     @property
     def load_in(self) -> str:
+        if not self.is_ours:
+            return "16bit"
         return self.model.load_in or ("8bit" if self.model.low_resource else "16bit")
 
     @cached_property
     def vit(self) -> dict[str, float] | None:
-        """Sizes of the encoder; None for a name that is not known."""
+        """Sizes of the encoder; None for a name that is not known, and for a mapping of other sizes."""
         kind = self.model.vit_model
-        return VIT_MODELS.get(kind) if isinstance(kind, str) else dict(kind)
+        if isinstance(kind, str):
+            return VIT_MODELS.get(kind)
+        return dict(kind) if set(kind) == set(VIT_KEYS) else None
 
     @cached_property
     def qformer(self) -> dict[str, int]:

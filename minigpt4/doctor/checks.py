@@ -8,7 +8,7 @@ from minigpt4.common.config import Config
 from minigpt4.common.errors import ConfigError
 from minigpt4.doctor import environment, estimate, files, shapes, texts
 from minigpt4.doctor.case import Case
-from minigpt4.doctor.findings import ERROR, OK, Finding, as_text
+from minigpt4.doctor.findings import ERROR, OK, Finding, as_text, warning
 from minigpt4.doctor.machine import list_gpus
 
 Check = Callable[[Case], Iterator[Finding]]
@@ -48,7 +48,16 @@ NOT_AT_START = (files.check_paths, files.check_shards, files.check_folder_datase
 def examine(case: Case) -> list[Finding]:
     """What all checks find."""
     checks = (*OF_RUN, *OF_MODEL) if case.is_ours else OF_RUN
-    return [finding for check in checks for finding in check(case)]
+    return [finding for check in checks for finding in results(check, case)]
+
+
+def results(check: Check, case: Case) -> Iterator[Finding]:
+    """What a check finds. One that fails itself says so, and keeps no run from being tried."""
+    try:
+        yield from check(case)
+    except Exception as mistake:
+        what = f"could not be made: {type(mistake).__name__}: {mistake}"
+        yield warning(check.__name__.replace("_", " "), what, "This is a mistake of doctor's; please report it.")
 
 
 def preflight(cfg: Config, training: bool, gpu: int | None = None) -> list[Finding]:
@@ -65,7 +74,7 @@ def preflight(cfg: Config, training: bool, gpu: int | None = None) -> list[Findi
     for check in (*OF_RUN, *(OF_MODEL if case.is_ours else ())):
         if check in left_out:
             continue
-        for finding in check(case):
+        for finding in results(check, case):
             if finding.status == ERROR and check not in ONLY_TOLD:
                 errors.append(finding)
             elif finding.status != OK:

@@ -9,9 +9,9 @@ The model of a GPU's memory, in bytes:
                  and of its feed-forward width, in 16 bit; for each labelled token a multiple of the vocabulary
     the rest     a fixed sum for what lies between, and CUDA's own context
 
-`ACTIVATIONS` holds the multiples. They were fitted to steps of a Llama-7B with random weights on an H100, torch 2.11. The
-peaks were, in MiB: 19,168 (S1/16 of docs/performance.md), 30,631 (S1/64) and 26,380 (S2/12) eager; 17,872, 26,056 and
-23,109 with compiled layers. Measure again and change them here when the way a step is computed changes.
+`ACTIVATIONS` holds the multiples. They were fitted to steps of a Llama-7B with random weights on an H100, with torch
+2.11. The peaks of S1/16, S1/64 and S2/12 (docs/performance.md) were 19,168, 30,631 and 26,380 MiB eager, and 17,872,
+26,056 and 23,109 MiB with compiled layers. Measure again and change them here when the way a step is computed changes.
 """
 
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from minigpt4.common.length import RunLength
 from minigpt4.doctor.case import Case
 from minigpt4.doctor.findings import Finding, error, ok, warning
-from minigpt4.doctor.machine import MIB, available_memory, readable
+from minigpt4.doctor.machine import MIB, Gpu, available_memory, readable
 from minigpt4.doctor.sizes import qformer_parameters, vit_parameters
 from minigpt4.doctor.texts import IMAGE_SLOT, load_tokenizer
 
@@ -78,7 +78,7 @@ def parts(case: Case) -> dict[str, int]:
 
 def trainable_parameters(case: Case) -> int:
     """As many as a checkpoint holds. 0 where the language model is not known."""
-    if not case.llm or not case.llm.width:
+    if not case.is_ours or not case.llm or not case.llm.width:
         return 0
     sizes = parts(case)
     projection = (case.qformer["hidden_size"] + 1) * case.llm.width
@@ -157,7 +157,7 @@ def check_gpu_memory(case: Case) -> Iterator[Finding]:
     if not case.on_gpu:
         yield from _on_the_host(memory, told)
         return
-    gpu = min(case.gpus, key=lambda gpu: gpu.total)
+    gpu = _joint(case.gpus) if case.model.llm_device_map else min(case.gpus, key=lambda gpu: gpu.total)
     needed, fix = memory.total + CONTEXT, advice(case, memory)
     what = f"{told} and CUDA's own {readable(CONTEXT)}; {gpu.name} has {readable(gpu.total)}"
     if needed * (1 - TOLERANCE) > gpu.total:
@@ -169,6 +169,12 @@ def check_gpu_memory(case: Case) -> Iterator[Finding]:
         yield warning("GPU memory", what, "End the other programs on it, or choose another by CUDA_VISIBLE_DEVICES.")
     else:
         yield ok("GPU memory", what)
+
+
+def _joint(gpus: list[Gpu]) -> Gpu:
+    """Several GPUs over which the language model is spread."""
+    total, free = sum(gpu.total for gpu in gpus), sum(gpu.free for gpu in gpus)
+    return Gpu(f"all {len(gpus)} GPUs together", gpus[0].capability, total, free)
 
 
 def advice(case: Case, memory: Memory) -> str:

@@ -215,7 +215,9 @@ def check_output(case: Case) -> Iterator[Finding]:
     # weights and AdamW's two averages, float32
     each = 12 * trainable_parameters(case)
     needed, free = each * case.run.max_epoch, free_disk(folder)
-    what = f"{case.run.max_epoch} checkpoints of {readable(each)}, and {readable(free)} are free"
+    what = f"{readable(free)} are free"
+    if each:
+        what = f"{case.run.max_epoch} checkpoints of {readable(each)}, and {what}"
     if free < needed:
         yield error(key, what, f"Make room, or --options {key}=/where/there/is/room")
     else:

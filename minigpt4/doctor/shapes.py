@@ -6,6 +6,8 @@ from math import isqrt
 import numpy as np
 
 from minigpt4.common import fingerprint, weights
+from minigpt4.common.errors import ConfigError
+from minigpt4.common.schema import VIT_KEYS
 from minigpt4.doctor.case import Case
 from minigpt4.doctor.findings import Finding, error, ok, warning
 
@@ -78,6 +80,10 @@ def check_encoder(case: Case) -> Iterator[Finding]:
     key, vit = "model.vit_model", case.vit
     if vit is None:
         return
+    try:
+        weights.vit_weights(case.model.vit_model, case.model.vit_weights)
+    except ConfigError as mistake:
+        yield error("model.vit_weights", str(mistake))
     tensors = case.tensors("model.vit_weights")
     if "pos_embed" not in tensors:
         return
@@ -125,8 +131,8 @@ def check_image_size(case: Case) -> Iterator[Finding]:
     """Image sizes agree, and the encoder's patches tile them."""
     size, vit = case.model.image_size, case.vit
     if vit is None:
-        known = ", ".join(weights.VIT_WEIGHTS)
-        yield error("model.vit_model", f"{case.model.vit_model!r} is not known", f"Use {known}, or a mapping of sizes.")
+        fix = f"Use {', '.join(weights.VIT_WEIGHTS)}, or a mapping of exactly {', '.join(VIT_KEYS)}."
+        yield error("model.vit_model", f"{case.model.vit_model!r} is not known", fix)
         return
     if size % vit["patch_size"]:
         lower = size - size % vit["patch_size"]
