@@ -51,15 +51,12 @@ def check_weights_files(case: Case) -> Iterator[Finding]:
 
 
 def _look_into(key: str, path: Path) -> Finding:
-    reason = weights.why_unreadable(path)
-    if reason:
-        return error(key, f"{path}: {reason}")
     try:
         tensors = tensors_of(read_header(path))
     except HeaderError as problem:
-        if "only torch" in str(problem):
+        if problem.needs_torch:
             return ok(key, f"{path}: not looked into; {problem}")
-        return error(key, f"{path} cannot be read: {problem}", "Fetch or write it again.")
+        return error(key, f"{path}: {weights.why_unreadable(path) or problem}", "Fetch or write it again.")
     return ok(key, f"{path}: {len(tensors)} tensors, {numel(tensors):,} parameters")
 
 

@@ -45,7 +45,11 @@ OLD_FORMAT = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"
 
 
 class HeaderError(ValueError):
-    """A file that cannot be looked into; the message says why."""
+    """A file that cannot be looked into; the message says why. needs_torch: only torch can tell whether it is whole."""
+
+    def __init__(self, message: str, needs_torch: bool = False):
+        super().__init__(message)
+        self.needs_torch = needs_torch
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,8 @@ def read_header(path: Path) -> dict[str, Any]:
     """
     try:
         return _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    except HeaderError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         raise HeaderError(str(error) or type(error).__name__) from error
 
@@ -115,7 +121,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 def _read_torch(path: Path) -> dict[str, Any]:
     with open(path, "rb") as file:
         if file.read(len(OLD_FORMAT)) == OLD_FORMAT:
-            raise ValueError("it is in torch's format from before 2020, which only torch can look into")
+            raise HeaderError("it is in torch's format from before 2020, which only torch can read", needs_torch=True)
     with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
         entries = {name.partition("/")[2]: info for name, info in archive.NameToInfo.items()}
         with archive.open(entries["data.pkl"]) as pickled:

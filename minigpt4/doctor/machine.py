@@ -59,8 +59,10 @@ def _ask(nvml, index: int) -> Gpu:
 
 
 def readable(size: float) -> str:
-    """Bytes for people: `1.9 GB`, `4 MB`."""
-    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.0f} MB"
+    """Bytes for people: `1.9 GB`, `40 MB`, `0.4 MB`."""
+    if size >= 1e8:
+        return f"{size / 1e9:.1f} GB"
+    return f"{size / 1e6:.0f} MB" if size >= 1e7 else f"{size / 1e6:.1f} MB"
 
 
 def available_memory() -> int | None:
