@@ -41,7 +41,7 @@ def _train(case: Case) -> Iterable[Finding]:
         runner.module.train()
         seconds = []
         # The first step compiles; the second shows the time.
-        for batch in prefetch([samples, samples], runner.prepare, runner.device):
+        for batch in prefetch([samples, samples], runner.module, runner.device):
             start = time.perf_counter()
             loss = float(runner.train_step(batch, is_update=True))
             seconds.append(time.perf_counter() - start)
