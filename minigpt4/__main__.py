@@ -11,7 +11,8 @@ import sys
 COMMANDS = {
     "chat": "talk about pictures in the terminal",
     "caption": "describe pictures, a folder or shards, into a JSONL file",
-    "bench": "time training steps",
+    "bench": "measure training steps, answers, or the reading of pictures",
+    "cache-features": "compute image features once, to train from them",
     "doctor": "find what is wrong with a run before it starts",
     "make-random-weights": "write files in the published formats, for rehearsals and benchmarks",
     "rehearse": "run train.py and chat on such files, and measure",

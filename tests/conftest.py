@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import GOLDEN, QFORMER, VIT
+from dataset_files import write_align, write_shards
+from helpers import GOLDEN, QFORMER, ROOT, VIT
+from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 
@@ -86,8 +88,6 @@ def _alone():
 @pytest.fixture
 def golden_config(golden_llm_folder, tmp_path) -> Path:
     """A YAML file for a model of the golden sizes, its vision side random."""
-    from omegaconf import OmegaConf
-
     model = {
         "arch": "mini_gpt4",
         "image_size": 28,
@@ -102,3 +102,58 @@ def golden_config(golden_llm_folder, tmp_path) -> Path:
     path = tmp_path / "golden.yaml"
     OmegaConf.save({"model": model, "preprocess": eval_processor, "run": {"task": "image_text_pretrain"}}, path)
     return path
+
+
+@pytest.fixture(scope="session")
+def parts(tmp_path_factory, golden_weights, golden_llm_folder):
+    """Weights of the frozen parts in files of the published form, shards, and a cc_sbu_align folder."""
+    folder = tmp_path_factory.mktemp("parts")
+    vit = {k.removeprefix("visual_encoder."): v for k, v in golden_weights.items() if k.startswith("visual_encoder.")}
+    torch.save(vit, folder / "vit.pth")
+    qformer = {k: v for k, v in golden_weights.items() if k.startswith(("Qformer.", "ln_vision.", "query_tokens"))}
+    surplus = {"t5_proj.weight": torch.zeros(2), "Qformer.cls.predictions.bias": torch.zeros(3)}
+    torch.save({"model": qformer | surplus}, folder / "blip2.pth")
+    write_shards(folder / "laion", samples=40)
+    write_shards(folder / "cc_sbu", samples=40)
+    write_align(folder / "align", records=20)
+    return {"folder": folder, "llm": golden_llm_folder}
+
+
+@pytest.fixture
+def configs(parts, tmp_path):
+    """The shipped stage-1 and stage-2 files, with the paths and sizes of the small model."""
+    folder = parts["folder"]
+    model = {
+        "image_size": 28,
+        "vit_model": VIT,
+        "vit_weights": str(folder / "vit.pth"),
+        "q_former_model": str(folder / "blip2.pth"),
+        "qformer": QFORMER,
+        "num_query_token": 8,
+        "llama_model": str(parts["llm"]),
+    }
+    processors = {"vis_processor": {"train": {"image_size": 28}}}
+    run = {"device": "cpu", "num_workers": 2, "batch_size_train": 4, "iters_per_epoch": 4, "max_epoch": 2}
+    run |= {"warmup_steps": 2, "init_lr": 0.01, "log_freq": 2}
+    changes = {
+        "stage1": {
+            "model": model,
+            "datasets": {
+                name: processors | {"build_info": {"storage": f"{folder}/{name}/{{00000..00003}}.tar"}}
+                for name in ("laion", "cc_sbu")
+            },
+            "run": run | {"output_dir": str(tmp_path / "stage1")},
+        },
+        "stage2": {
+            "model": model
+            | {"prompt_path": str(ROOT / "prompts/alignment.txt"), "ckpt": str(tmp_path / "missing.pth")},
+            "datasets": {"cc_sbu_align": processors | {"build_info": {"storage": str(folder / "align")}}},
+            "run": run | {"output_dir": str(tmp_path / "stage2")},
+        },
+    }
+    files = {}
+    for stage, name in (("stage1", "minigpt4_stage1_pretrain"), ("stage2", "minigpt4_stage2_finetune")):
+        shipped = OmegaConf.load(ROOT / f"train_configs/{name}.yaml")
+        files[stage] = tmp_path / f"{stage}.yaml"
+        OmegaConf.save(OmegaConf.merge(shipped, changes[stage]), files[stage])
+    return files

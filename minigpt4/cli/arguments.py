@@ -1,7 +1,10 @@
 """Command-line arguments that several commands share."""
 
 import argparse
+from glob import glob
+from pathlib import Path
 
+from minigpt4.common.errors import ConfigError
 from minigpt4.conversation.decoding import Decoding
 
 DECODING_HELP = {
@@ -48,3 +51,17 @@ def _help(text: str, default) -> str:
 def decoding_settings(args: argparse.Namespace) -> dict:
     """The settings of `Decoding` that the arguments give."""
     return {name: getattr(args, name) for name in DECODING_HELP} | {"do_sample": args.sample}
+
+
+def expand_shards(patterns: list[str]) -> list[str]:
+    """The tars that patterns with {00..09} or * name. Raises ConfigError for one that names none."""
+    from braceexpand import braceexpand
+
+    shards = []
+    for pattern in patterns:
+        found = sorted(file for name in braceexpand(pattern) for file in glob(name) or [name])
+        missing = [file for file in found if not Path(file).is_file()]
+        if missing or not found:
+            raise ConfigError(f"--shards {pattern}: there is no file {missing[0] if missing else pattern}.")
+        shards += found
+    return shards

@@ -14,13 +14,18 @@ import io
 import json
 import logging
 import tarfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from glob import glob
 from itertools import islice
 from pathlib import Path
 
-from minigpt4.cli.arguments import add_decoding_arguments, add_model_arguments, decoding_settings
+from minigpt4.cli.arguments import (
+    add_decoding_arguments,
+    add_model_arguments,
+    decoding_settings,
+    expand_shards,
+)
+from minigpt4.cli.parallel import ahead, batches
 from minigpt4.common.config import Config
 from minigpt4.common.errors import ConfigError
 
@@ -82,7 +87,7 @@ class Items:
             if not Path(args.dir).is_dir():
                 raise ConfigError(f"--dir {args.dir} is not a folder.")
             self._files += sorted(path for path in Path(args.dir).rglob("*") if path.suffix.lower() in SUFFIXES)
-        self._shards = _expand(args.shards or [])
+        self._shards = expand_shards(args.shards or [])
         if not self._files and not self._shards:
             raise ConfigError(f"--dir {args.dir} holds no pictures ({', '.join(sorted(SUFFIXES))}).")
         self.total = None if self._shards else len(self._files)
@@ -95,20 +100,6 @@ class Items:
                 for member in tar:
                     if member.isfile() and Path(member.name).suffix.lower() in SUFFIXES:
                         yield f"{shard}/{member.name}", tar.extractfile(member).read()
-
-
-def _expand(patterns: list[str]) -> list[str]:
-    """The tars that patterns with {00..09} or * name. Raises ConfigError for one that names none."""
-    from braceexpand import braceexpand
-
-    shards = []
-    for pattern in patterns:
-        found = sorted(file for name in braceexpand(pattern) for file in glob(name) or [name])
-        missing = [file for file in found if not Path(file).is_file()]
-        if missing or not found:
-            raise ConfigError(f"--shards {pattern}: there is no file {missing[0] if missing else pattern}.")
-        shards += found
-    return shards
 
 
 class Captioner:
@@ -218,7 +209,7 @@ def caption(items: Items, captioner: Captioner, output: Output) -> list[str]:
     total = items.total and len(range(rank, max(0, items.total - len(output.done)), ranks))
     skipped = []
     with ThreadPoolExecutor(4) as pool, tqdm(total=total, unit="picture", disable=rank > 0) as bar:
-        for batch in _batches(_ahead(pool, captioner.load, own, 2 * captioner.batch_size), captioner.batch_size):
+        for batch in batches(ahead(pool, captioner.load, own, 2 * captioner.batch_size), captioner.batch_size):
             good = [(name, picture) for name, picture in batch if not isinstance(picture, Exception)]
             skipped += [f"{name}: {error}" for name, error in batch if isinstance(error, Exception)]
             if good:
@@ -230,19 +221,3 @@ def caption(items: Items, captioner: Captioner, output: Output) -> list[str]:
     if skipped:
         logging.warning("%d pictures were skipped:\n  %s", len(skipped), "\n  ".join(skipped))
     return skipped
-
-
-def _ahead(pool: ThreadPoolExecutor, function: Callable, items: Iterable, depth: int) -> Iterator:
-    """`map(function, items)`, computed by the pool up to `depth` items before they are needed."""
-    items = iter(items)
-    running = [pool.submit(function, item) for item in islice(items, depth)]
-    while running:
-        result = running.pop(0).result()
-        running += [pool.submit(function, item) for item in islice(items, 1)]
-        yield result
-
-
-def _batches(items: Iterable, size: int) -> Iterator[list]:
-    items = iter(items)
-    while batch := list(islice(items, size)):
-        yield batch

@@ -10,7 +10,7 @@
 import json
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import get_type_hints
@@ -89,31 +89,33 @@ class Config:
         """The file, or `--options`, that set `key` last."""
         return next((str(where) for where, source in reversed(self._sources) if _sets(source, key)), "the defaults")
 
-    def check_paths(self, datasets: bool = False) -> None:
-        """Raise a ConfigError that lists every path of model and run (and of `datasets`) that does not exist."""
+    def check_paths(self, datasets: bool = False, keys: Sequence[str] = PATH_KEYS) -> None:
+        """Raise a ConfigError that lists every path at `keys` (and of `datasets`) that does not exist."""
         missing = [
             f"  {key} = {value!r} (set in {self.origin(key)}) does not exist. "
             f"Change it there, or on the command line: --options {key}=/where/it/is"
-            for key, value in [*self._paths(), *(self._storages() if datasets else [])]
+            for key, value in [*self._paths(keys), *(self._storages() if datasets else [])]
             if not _exists(value, key)
         ]
         if missing:
             raise ConfigError("Paths that do not exist:\n" + "\n".join(missing))
 
-    def _paths(self) -> Iterator[tuple[str, str]]:
-        """(key, value) of every path of the model and the run."""
-        for key in PATH_KEYS:
+    def _paths(self, keys: Sequence[str]) -> Iterator[tuple[str, str]]:
+        """(key, value) of the paths of the model and the run."""
+        for key in keys:
             section, name = key.split(".")
             value = getattr(self, f"{section}_cfg").get(name)
             if value and (key, value) != ("model.vit_weights", "published"):
                 yield key, value
 
     def _storages(self) -> Iterator[tuple[str, str]]:
-        """(key, value) of the shards and folders of shipped datasets; a plug-in knows its own."""
+        """(key, value) of the shards, folders and caches of shipped datasets; a plug-in knows its own."""
         for name in self.datasets_cfg.keys() & shipped_datasets().keys():
-            storage = self.datasets_cfg[name].build_info.get("storage")
-            for value in [storage] if isinstance(storage, str) else storage or []:
-                yield f"datasets.{name}.build_info.storage", value
+            build_info = self.datasets_cfg[name].build_info
+            key = "features" if build_info.get("features") else "storage"
+            values = build_info.get(key)
+            for value in [values] if isinstance(values, str) else values or []:
+                yield f"datasets.{name}.build_info.{key}", value
 
     def to_dict(self) -> dict:
         """All settings as plain containers, interpolations resolved."""

@@ -153,12 +153,17 @@ class MiniGPT4Config:
     freeze_qformer: bool = True
     """Keep the Q-Former and its queries as they are."""
 
+    load_vision: bool = True
+    """Build encoder and Q-Former. `train.py` does without them where every dataset is cached features."""
+
     llama_model: str = "/path/to/vicuna/weights/"
     """The language model: a folder in Hugging Face format, a hub id, or a .gguf file."""
     low_resource: bool = False
     """Load the language model in 8 bit."""
     load_in: str | None = field(default=None, metadata={"choices": ("16bit", "8bit", "4bit")})
     """`16bit`, `8bit` or `4bit`; says it more precisely than `low_resource` and wins."""
+    llm_grad_checkpoint: int = field(default=0, metadata={"least": 0})
+    """How many of the language model's layers, from the first, recompute their activations in the backward pass."""
     llm_device_map: str | None = field(default=None, metadata={"choices": ("auto",)})
     """`auto` spreads a language model that does not fit on one GPU over several, for chat; null: the rank's own."""
     device_8bit: int | None = None
@@ -190,7 +195,8 @@ class DatasetConfig:
     type: str = "default"
     """Which default YAML of a plug-in's dataset to start from."""
     build_info: dict[str, Any] = field(default_factory=dict)
-    """`storage`: the shards (brace range, tar, list, glob, URL, pipe:) or the folder."""
+    """`storage`: the shards (brace range, tar, list, glob, URL, pipe:) or the folder. `features`: a cache to train from
+    instead, a folder that `python -m minigpt4 cache-features` made."""
     vis_processor: dict[str, Any] = field(default_factory=dict)
     """Image processor per split: {train: {name, image_size, …}, eval: {…}}."""
     text_processor: dict[str, Any] = field(default_factory=dict)

@@ -3,6 +3,7 @@
 Nothing heavy is imported here, so that a config can be checked before torch is.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -137,3 +138,29 @@ def why_unreadable(path: Path) -> str | None:
     by_name = {cached_file(url).name: kibibytes for url, kibibytes in PUBLISHED_KIB.items()}
     problem = size_problem(path.stat().st_size, by_name.get(path.name))
     return f"{problem}; fetch it again" if problem else None
+
+
+def identity(path_or_url: str) -> dict[str, str | int]:
+    """What tells weights from others: their name and, where they lie here, their size and a digest.
+
+    The digest is of the whole file, of 64 pieces of 1 MB spread over one that is larger; of a folder, of all its
+    weight files. Nothing is downloaded.
+    """
+    path = cached_file(path_or_url) if is_url(path_or_url) else Path(path_or_url).expanduser()
+    files = [path] if path.is_file() else sorted(path / name for name in shards(path)) if path.is_dir() else []
+    if not files:
+        return {"file": path.name}
+    digest = hashlib.sha256()
+    for file in files:
+        _add_pieces(digest, file)
+    size = sum(file.stat().st_size for file in files)
+    return {"file": path.name, "bytes": size, "sha256": digest.hexdigest()}
+
+
+def _add_pieces(digest, path: Path, piece: int = 1 << 20) -> None:
+    size = path.stat().st_size
+    starts = range(0, size, piece) if size <= 64 * piece else (i * (size - piece) // 63 for i in range(64))
+    with open(path, "rb") as file:
+        for start in starts:
+            file.seek(start)
+            digest.update(file.read(piece))

@@ -102,6 +102,16 @@ class Case:
     def on_gpu(self) -> bool:
         return self.run.device.startswith("cuda") and bool(self.gpus)
 
+    def features(self, name: str) -> str | None:
+        """Where a dataset's cached image features are; None: it has pictures."""
+        return (self.cfg.datasets_cfg[name].get("build_info") or {}).get("features")
+
+    @property
+    def with_vision(self) -> bool:
+        """Whether encoder and Q-Former are loaded: a run from cached features does without them."""
+        cached = self.training and self.cfg.datasets_cfg and all(map(self.features, self.cfg.datasets_cfg))
+        return self.model.load_vision and not cached
+
     @property
     def load_in(self) -> str:
         if not self.is_ours:

@@ -33,6 +33,7 @@ OF_RUN: tuple[Check, ...] = (
     files.check_paths,
     files.check_shards,
     files.check_folder_dataset,
+    files.check_features,
     files.check_output,
     environment.check_versions,
     environment.check_gpu,
@@ -42,7 +43,13 @@ OF_RUN: tuple[Check, ...] = (
 # An estimate must not keep a run from being tried.
 ONLY_TOLD = (estimate.check_gpu_memory, estimate.check_host_memory)
 # What train.py and demo.py do themselves before the model is loaded, and, without a GPU, say themselves.
-NOT_AT_START = (files.check_paths, files.check_shards, files.check_folder_dataset, estimate.check_length)
+NOT_AT_START = (
+    files.check_paths,
+    files.check_shards,
+    files.check_folder_dataset,
+    files.check_features,
+    estimate.check_length,
+)
 
 
 def examine(case: Case) -> list[Finding]:

@@ -99,8 +99,8 @@ def check_shared_memory(case: Case) -> Iterator[Finding]:
     shm = Path("/dev/shm")
     if not case.training or not case.run.num_workers or not shm.is_dir():
         return
-    # two batches ahead for each worker, float32
-    batch = case.run.batch_size_train * 3 * case.model.image_size**2 * 4
+    # two batches ahead for each worker, three bytes a pixel
+    batch = case.run.batch_size_train * 3 * case.model.image_size**2
     needed = 2 * case.run.num_workers * batch * case.world_size
     free = shutil.disk_usage(shm).free
     what = f"batches on their way take up to {needed / 1e6:.0f} MB; /dev/shm has {free / 1e6:.0f} MB free"

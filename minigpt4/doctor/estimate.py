@@ -67,7 +67,9 @@ class Memory:
 
 
 def parts(case: Case) -> dict[str, int]:
-    """Parameters of the vision side."""
+    """Parameters of the vision side, as far as it is loaded."""
+    if not case.with_vision:
+        return {"vit": 0, "qformer": 0}
     vit, image_dim = case.vit or {}, (case.vit or {}).get("embed_dim", 0)
     return {
         "vit": vit_parameters(image_size=case.model.image_size, **vit) + 2 * image_dim if vit else 0,
@@ -133,8 +135,11 @@ def _activations(case: Case) -> float:
     values = kind.widths * llm.width + kind.ffn_widths * llm.ffn
     if case.load_in == "8bit":
         values += KEPT_BY_8BIT.widths * llm.width + KEPT_BY_8BIT.ffn_widths * llm.ffn
-    total = batch * (tokens * llm.layers * values * 2 + labels * (llm.vocabulary or 0) * LOGITS_BYTES)
-    if not case.model.freeze_vit and case.vit:
+    # a layer that recomputes keeps its input alone
+    recomputed = min(case.model.llm_grad_checkpoint, llm.layers)
+    numbers = (llm.layers - recomputed) * values + recomputed * llm.width
+    total = batch * (tokens * numbers * 2 + labels * (llm.vocabulary or 0) * LOGITS_BYTES)
+    if not case.model.freeze_vit and case.vit and case.with_vision:
         vit, kept_layers = case.vit, 1 if case.model.use_grad_checkpoint else case.vit["depth"]
         image_tokens = (case.model.image_size // vit["patch_size"]) ** 2 + 1
         eager = ACTIVATIONS["eager"]

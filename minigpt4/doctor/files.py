@@ -189,6 +189,21 @@ def check_folder_dataset(case: Case) -> Iterator[Finding]:
             yield ok(key, f"{records} records")
 
 
+def check_features(case: Case) -> Iterator[Finding]:
+    """Caches of image features are there."""
+    if not case.training:
+        return
+    for name in case.cfg.datasets_cfg:
+        key, value = f"datasets.{name}.build_info.features", case.features(name)
+        if value is None:
+            continue
+        if Path(str(value)).expanduser().exists():
+            yield ok(key, f"{value} is there")
+        else:
+            what = f"{value} does not exist"
+            yield error(key, what, f"Make it: python -m minigpt4 cache-features, or --options {key}=/where/it/is")
+
+
 def _storages(case: Case, *names: str):
     """(name, storage) of the datasets with these names, in training."""
     if not case.training:
@@ -196,7 +211,7 @@ def _storages(case: Case, *names: str):
     for name in names:
         if name in case.cfg.datasets_cfg:
             storage = case.cfg.datasets_cfg[name].build_info.get("storage")
-            if storage:
+            if storage and not case.features(name):
                 yield name, storage if isinstance(storage, str) else list(storage)
 
 

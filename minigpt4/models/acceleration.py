@@ -1,12 +1,14 @@
 """How training steps are computed: packed, compiled, recorded. The numbers stay the same to rounding."""
 
+import functools
 import logging
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from minigpt4.models.cuda_graphs import GraphedFunction
 from minigpt4.models.fused import fuse_projections
-from minigpt4.models.packing import PackedBatch, can_pack
+from minigpt4.models.packing import PackedBatch, allow_packing
 from minigpt4.models.precision import cast_matrices
 
 
@@ -17,21 +19,38 @@ def accelerate(model, packed: bool, compiled: bool) -> None:
     the three networks, and the vision side and the language model replayed from CUDA graphs.
     """
     llm = model.llama_model
-    model.packed = packed and can_pack(llm)
-    if not any(p.requires_grad for p in model.Qformer.parameters()):
+    has_vision = model.visual_encoder is not None  # training from cached features does without
+    model.packed = packed and allow_packing(llm)
+    if has_vision and not any(p.requires_grad for p in model.Qformer.parameters()):
         cast_matrices(model.Qformer, model.dtype)  # what autocast would do at every step
     if not compiled:
         return
     fuse_projections(llm)
+    llm_layers = [] if _is_quantized(llm) else llm.get_decoder().layers  # bitsandbytes' layers run as they are
     # One code object, Module._call_impl, is compiled for every kind of layer, with and without gradient.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-    layers = (*model.visual_encoder.blocks, *model.Qformer.bert.encoder.layer, *llm.get_decoder().layers)
+    layers = [*llm_layers]
+    if has_vision:
+        layers += [*model.visual_encoder.blocks, *model.Qformer.bert.encoder.layer]
     for layer in layers:
         layer.compile()
     logging.info("%d layers will be compiled at the first steps, which takes a minute or two.", len(layers))
     plain = type(model)
-    model.query_outputs = GraphedFunction(lambda image: plain.query_outputs(model, image), "vision side")
-    model.language_loss = _graphed_loss(lambda embeds, tokens: plain.language_loss(model, embeds, tokens))
+    model.sum_of_losses = torch.compile(plain.sum_of_losses, dynamic=True)  # in one pass over the logits
+    if has_vision:
+        model.query_outputs = GraphedFunction(lambda image: plain.query_outputs(model, image), "vision side")
+    if llm_layers:
+        model.language_loss = _graphed_loss(lambda embeds, tokens: plain.language_loss(model, embeds, tokens))
+
+
+def recompute_layers(llm, count: int) -> None:
+    """Let the first `count` layers recompute their activations in the backward pass instead of keeping them."""
+    for layer in llm.get_decoder().layers[:count]:
+        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+
+
+def _is_quantized(llm) -> bool:
+    return any(type(module).__module__.startswith("bitsandbytes") for module in llm.modules())
 
 
 def _graphed_loss(language_loss):

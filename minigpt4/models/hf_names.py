@@ -27,6 +27,7 @@ QFORMER_NAMES = (
     ("query_tokens", "query_tokens"),
     (LN_VISION, "ln_vision."),
     ("qformer.layernorm.", "Qformer.bert.embeddings.LayerNorm."),
+    ("qformer.embeddings.layernorm.", "Qformer.bert.embeddings.LayerNorm."),  # InstructBLIP
     ("qformer.encoder.layer.#.attention.attention.", "Qformer.bert.encoder.layer.#.attention.self."),
     ("qformer.encoder.layer.#.crossattention.attention.", "Qformer.bert.encoder.layer.#.crossattention.self."),
     ("qformer.encoder.layer.#.", "Qformer.bert.encoder.layer.#."),
@@ -64,7 +65,7 @@ def qformer_from_hf(state: State) -> State:
 
 
 def qformer_to_hf(state: State) -> State:
-    """The inverse of `qformer_from_hf`."""
+    """The inverse of `qformer_from_hf`, for a BLIP-2."""
     return _renamed(state, [(ours, theirs) for theirs, ours in QFORMER_NAMES])
 
 

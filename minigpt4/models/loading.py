@@ -19,6 +19,8 @@ from minigpt4.models.precision import cast_matrices
 FLAN_T5_XXL_WIDTH = 4096
 PUBLISHED_QFORMER_WIDTH = 768
 PUBLISHED_QFORMER = "the Q-Former of blip2-flan-t5-xxl"
+# The parts of MiniGPT4; the vision side alone has only the first ones, a model for cached features only the last.
+PARTS = ("visual_encoder", "ln_vision", "query_tokens", "Qformer", "llama_proj", "llama_model")
 State = dict[str, torch.Tensor]
 
 
@@ -37,14 +39,13 @@ def open_sources(cfg: MiniGPT4Config) -> Sources:
     """Find the weights of the vision side, fetch what is missing, and check what can be without a model.
 
     Raises:
-        CheckpointError: a file holds no weights; the checkpoint was trained with a language model of another width, or
-            with another Q-Former.
+        CheckpointError: a file holds no weights, or the checkpoint was trained with another Q-Former.
         DownloadError: see `weights.fetch`.
     """
     content = checkpoint.read_file(checkpoint.resolve(cfg.ckpt)) if cfg.ckpt else None
-    trained = content and checkpoint.weights_of(content)
-    if trained:
-        _check_width(trained, cfg)
+    trained, recorded = (checkpoint.weights_of(content), content.get(fingerprint.KEY)) if content else (None, None)
+    if not cfg.load_vision:
+        return Sources(None, None, trained, recorded)
     vit_source = weights.vit_weights(cfg.vit_model, cfg.vit_weights)
     vision = checkpoint.read_weights(weights.fetch(vit_source), (hf_names.VISION,)) if vit_source else None
     read = None
@@ -55,7 +56,20 @@ def open_sources(cfg: MiniGPT4Config) -> Sources:
             _check_qformer(path, read, content, cfg)
     if not (vision and read):
         logging.warning("Parts of the vision side have random weights, as the config asks.")
-    return Sources(vision, read, trained, content and content.get(fingerprint.KEY))
+    return Sources(vision, read, trained, recorded)
+
+
+def vision_parts(cfg: MiniGPT4Config, sources: Sources, device: torch.device, dtype: torch.dtype) -> dict:
+    """The arguments of `Vision`: encoder and Q-Former, computing in `dtype`; what `load_rest` fills has no memory yet.
+
+    With `load_vision: False` they are but sizes.
+    """
+    device = device if cfg.load_vision else torch.device("meta")
+    dtype = dtype if cfg.vit_precision == "fp16" else torch.float32
+    vit = load_encoder(cfg, sources.vision, device, dtype)
+    with torch.device("meta" if sources.qformer else device):
+        q_former = qformer.QFormer(vit.embed_dim, **cfg.qformer)
+    return {"visual_encoder": vit, "Qformer": q_former, "num_query_token": cfg.num_query_token, "dtype": dtype}
 
 
 def load_encoder(cfg: MiniGPT4Config, state: State | None, device: torch.device, dtype: torch.dtype):
@@ -73,22 +87,28 @@ def load_encoder(cfg: MiniGPT4Config, state: State | None, device: torch.device,
     return vit
 
 
-def load_rest(model: nn.Module, cfg: MiniGPT4Config, sources: Sources, device: torch.device) -> None:
-    """Fill the Q-Former, ln_vision and the queries of a MiniGPT4, then what the checkpoint has trained.
+def identify(model: nn.Module, cfg: MiniGPT4Config, sources: Sources) -> None:
+    """Give the model the fingerprint of its language model, which its checkpoints record.
 
-    The model gets its fingerprint. Raises MismatchError for a checkpoint of another language model.
+    Raises MismatchError where `model.ckpt` records another one.
     """
     model.fingerprint = fingerprint.take(model.llama_model, cfg.llama_model, cfg.prompt_template, cfg.end_sym)
     if cfg.ckpt:
         fingerprint.check(sources.recorded, model.fingerprint, cfg.ckpt, cfg.allow_llm_mismatch)
+
+
+def load_rest(model: nn.Module, cfg: MiniGPT4Config, sources: Sources, device: torch.device) -> None:
+    """Fill the Q-Former, ln_vision and the queries of a model, then what the checkpoint has trained of its parts."""
     if sources.qformer:
         used = qformer.checkpoint_filter_fn(sources.qformer)
         _say_unused(sources.qformer, used, cfg.q_former_model)
         own = {name for name in model.state_dict() if name.startswith(("Qformer.", "ln_vision.", "query_tokens"))}
         checkpoint.load_weights(model, used, cfg.q_former_model, own, device)
     if sources.trained is not None:
+        absent = set(PARTS) - {name.split(".")[0] for name in model.state_dict()}
+        trained = {name: value for name, value in sources.trained.items() if name.split(".")[0] not in absent}
         projection = {name for name in model.state_dict() if name.startswith("llama_proj.")}
-        checkpoint.load_weights(model, sources.trained, cfg.ckpt, required=projection)
+        checkpoint.load_weights(model, trained, cfg.ckpt, required=projection)
 
 
 def report(model: nn.Module) -> None:
@@ -123,8 +143,13 @@ def _say_unused(state: State, used: State, source: str) -> None:
         logging.info("Not used of %s: %s", source, listed)
 
 
-def _check_width(trained: State, cfg: MiniGPT4Config) -> None:
-    """The projection must fit the language model, whose width its config gives before its weights are read."""
+def check_width(trained: State | None, cfg: MiniGPT4Config) -> None:
+    """The projection must fit the language model, whose width its config gives before its weights are read.
+
+    Raises CheckpointError if it does not.
+    """
+    if not trained:
+        return
     projection, width = trained.get("llama_proj.weight"), llm.embedding_dim(cfg.llama_model)
     if projection is not None and projection.shape[0] != width:
         known = {4096: " (as in Vicuna-7B)", 5120: " (as in Vicuna-13B)"}

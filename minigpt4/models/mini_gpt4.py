@@ -11,15 +11,15 @@ from torch import nn
 
 from minigpt4.common.registry import registry
 from minigpt4.common.schema import MiniGPT4Config
-from minigpt4.models import eva_vit, llm, loading, packing, prompt, qformer
-from minigpt4.models.acceleration import accelerate
-from minigpt4.models.base_model import BaseModel
+from minigpt4.models import llm, loading, packing, prompt, qformer, vision
+from minigpt4.models.acceleration import accelerate, recompute_layers
+from minigpt4.models.eva_vit import EvaViT
 from minigpt4.models.generation import answer_text, continue_embeds
 from minigpt4.models.tokenizer import load_tokenizer
 
 
 @registry.register_model("mini_gpt4")
-class MiniGPT4(BaseModel):
+class MiniGPT4(vision.Vision):
     """The whole model; only `llama_proj` trains, unless `freeze_vit` or `freeze_qformer` is False.
 
     Args:
@@ -28,6 +28,7 @@ class MiniGPT4(BaseModel):
         prompt_list: prompts with an image slot; one, drawn at random, serves a training batch. Empty: the image alone.
         max_txt_len: most tokens of a training text, `end_sym` included.
         end_sym: text that ends every training text.
+        llm_grad_checkpoint: how many of the language model's layers recompute their activations.
         dtype: computing type of the vision side.
     """
 
@@ -39,7 +40,7 @@ class MiniGPT4(BaseModel):
 
     def __init__(
         self,
-        visual_encoder: eva_vit.EvaViT,
+        visual_encoder: EvaViT,
         Qformer: qformer.QFormer,
         llama_model: nn.Module,
         tokenizer,
@@ -49,19 +50,18 @@ class MiniGPT4(BaseModel):
         end_sym: str = "\n",
         freeze_vit: bool = True,
         freeze_qformer: bool = True,
+        llm_grad_checkpoint: int = 0,
         dtype: torch.dtype = torch.float32,
     ):
-        super().__init__()
-        self.visual_encoder = visual_encoder
-        self.ln_vision = LayerNorm(visual_encoder.embed_dim)
-        self.query_tokens = nn.Parameter(torch.empty(1, num_query_token, Qformer.hidden_size).normal_(0, 0.02))
-        self.Qformer = Qformer
+        super().__init__(visual_encoder, Qformer, num_query_token, dtype)
         self.llama_proj = nn.Linear(Qformer.hidden_size, llama_model.get_input_embeddings().embedding_dim)
         self.llama_model = llama_model
         self.tokenizer = tokenizer
         self.prompt_list = prompt_list or []
-        self.max_txt_len, self.end_sym, self.dtype = max_txt_len, end_sym, dtype
+        self.max_txt_len, self.end_sym = max_txt_len, end_sym
         self.packed = False
+        if llm_grad_checkpoint:
+            recompute_layers(llama_model, llm_grad_checkpoint)
 
         self._frozen = [self.llama_model]
         self._frozen += [self.visual_encoder, self.ln_vision] if freeze_vit else []
@@ -72,13 +72,14 @@ class MiniGPT4(BaseModel):
         self.train(self.training)
 
     def forward(self, samples: dict) -> dict:
-        """The loss of a batch {"image": [B,3,H,W], "text_input": [str] * B}, with or without `prepare`'s "tokens".
+        """The loss of a batch {"image": [B,3,H,W], "text_input": [str] * B}.
 
+        "image_features" [B,Q,W] may stand for the image, and `prepare`'s "tokens" beside it.
         Returns {"loss": mean cross-entropy over the labelled tokens, "num_labels": how many those are}.
         """
         tokens = samples.get("tokens") or self.prepare(samples)["tokens"].to(self.device)
         if "image_features" in samples:
-            image_embeds = self.llama_proj(samples["image_features"])  # [B,Q,D]
+            image_embeds = self.project(samples["image_features"])  # [B,Q,D]
         else:
             image_embeds, _ = self.encode_img(samples["image"])
         loss = self.language_loss(image_embeds, tokens)
@@ -111,30 +112,25 @@ class MiniGPT4(BaseModel):
 
     def encode_img(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Images [B,3,H,W] to vectors [B,Q,D] in the language model's space, and their attention mask [B,Q] of ones."""
-        image_embeds = self.llama_proj(self.query_outputs(image))
+        image_embeds = self.project(self.query_outputs(image))
         return image_embeds, torch.ones(image_embeds.shape[:2], dtype=torch.long, device=image.device)
 
-    def query_outputs(self, image: torch.Tensor) -> torch.Tensor:
-        """Images [B,3,H,W] to what the Q-Former reads from them [B,Q,Q-Former's width]."""
-        with torch.autocast(image.device.type, self.dtype, enabled=self.dtype != torch.float32, cache_enabled=False):
-            image_tokens = self.ln_vision(self.visual_encoder(image))  # [B,N,vision width]
-            return self.Qformer(self.query_tokens.expand(len(image), -1, -1), image_tokens)
-
-    def look_ahead(self, samples: dict) -> dict:
-        """The batch, on the device, with its "image_features" where these depend on nothing that trains."""
-        if self.query_tokens.requires_grad or self.ln_vision.weight.requires_grad:
-            return samples
-        return {**samples, "image_features": self.query_outputs(samples["image"]).clone()}
+    def project(self, features: torch.Tensor) -> torch.Tensor:
+        """The Q-Former's output [B,Q,W], computed or from a cache, to vectors [B,Q,D]."""
+        with self.autocast(features.device):
+            return self.llama_proj(features.float())
 
     def language_loss(self, image_embeds: torch.Tensor, tokens) -> torch.Tensor:
         """Mean cross-entropy over the labels of `tokens` (padded or packed), given its images [B,Q,D]."""
         embeds = self.embed(tokens, image_embeds)  # [B,S,D], or [1,T,D] where the batch is packed
-        with tokens.attention_of(self.llama_model):
-            logits = self.llama_model(inputs_embeds=embeds, use_cache=False, **tokens.llm_inputs()).logits  # [B,K,V]
-        loss = F.cross_entropy(
-            logits.float().flatten(0, 1), tokens.targets.flatten(), ignore_index=prompt.IGNORE_INDEX, reduction="sum"
-        )
-        return loss / tokens.label_count.clamp(min=1)
+        logits = self.llama_model(inputs_embeds=embeds, use_cache=False, **tokens.llm_inputs()).logits  # [B,K,V]
+        return self.sum_of_losses(logits, tokens.targets) / tokens.label_count.clamp(min=1)
+
+    @staticmethod
+    def sum_of_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy of logits [B,K,V] against targets [B,K], summed in float32."""
+        logits, targets = logits.float().flatten(0, 1), targets.flatten()
+        return F.cross_entropy(logits, targets, ignore_index=prompt.IGNORE_INDEX, reduction="sum")
 
     def embed(self, tokens, image_embeds: torch.Tensor) -> torch.Tensor:
         """The sequences [B,S,D]: token embeddings, with `image_embeds` [images,Q,D] in the image slots, in order."""
@@ -204,35 +200,32 @@ class MiniGPT4(BaseModel):
         cfg, device = cls.config_class(**cfg), torch.device(device)
         prompts = prompt.read_prompts(cfg.prompt_path, cfg.prompt_template) if cfg.prompt_path else []
         sources = loading.open_sources(cfg)
-        vit_dtype = dtype if cfg.vit_precision == "fp16" else torch.float32
-        vit = loading.load_encoder(cfg, sources.vision, device, vit_dtype)
-        with torch.device("meta" if sources.qformer else device):
-            q_former = qformer.QFormer(vit.embed_dim, **cfg.qformer)
+        loading.check_width(sources.trained, cfg)
+        parts = loading.vision_parts(cfg, sources, device, dtype)
         load_in = cfg.load_in or ("8bit" if cfg.low_resource else "16bit")
         llama_model = llm.load_llm(cfg.llama_model, device, dtype, load_in, cfg.llm_device_map)
         tokenizer = load_tokenizer(cfg.llama_model)
         llm.check_answers(llama_model, tokenizer, cfg.llama_model)
         with torch.device(device):
             model = cls(
-                visual_encoder=vit,
-                Qformer=q_former,
+                **parts,
                 llama_model=llama_model,
                 tokenizer=tokenizer,
-                num_query_token=cfg.num_query_token,
                 prompt_list=prompts,
                 max_txt_len=cfg.max_txt_len,
                 end_sym=cfg.end_sym,
                 freeze_vit=cfg.freeze_vit,
                 freeze_qformer=cfg.freeze_qformer,
-                dtype=vit_dtype,
+                llm_grad_checkpoint=cfg.llm_grad_checkpoint,
             )
+        if not cfg.load_vision:
+            model.drop_vision()
+        loading.identify(model, cfg, sources)
         loading.load_rest(model, cfg, sources, device)
         loading.report(model)
         return model
 
-
-class LayerNorm(nn.LayerNorm):
-    """LayerNorm computed in float32 and returned in the type of its input."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x.float()).to(x.dtype)
+    def drop_vision(self) -> None:
+        """Let go of encoder and Q-Former: training from cached features needs neither."""
+        self._frozen = [self.llama_model]
+        self.visual_encoder = self.ln_vision = self.Qformer = None

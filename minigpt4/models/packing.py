@@ -6,7 +6,6 @@ is torch's variable-length attention; elsewhere a loop over the sequences, exact
 B sequences, T tokens in all, Q query tokens per image, K labels.
 """
 
-import contextlib
 import inspect
 import itertools
 from dataclasses import dataclass, replace
@@ -46,6 +45,7 @@ class PackedBatch:
     numbers: torch.Tensor
     sizes: Sizes
     num_labels: int = 0
+    num_tokens: int = 0
 
     def _part(self, index: int) -> torch.Tensor:
         s = self.sizes
@@ -73,13 +73,11 @@ class PackedBatch:
         """[] how many of the targets are labels."""
         return self._part(6).squeeze(0)
 
-    def attention_of(self, llm) -> contextlib.AbstractContextManager:
-        """Within this, the language model attends within the sequences."""
-        return packed_attention(llm)
-
     def llm_inputs(self) -> dict:
-        """What the language model is called with beside the embeddings [1,T,D]."""
+        """What the language model is called with beside the embeddings [1,T,D]; see `allow_packing`."""
         return {
+            # transformers takes a mask of four dimensions as it is; the packed attention does not look at it.
+            "attention_mask": self.numbers.view(1, 1, 1, -1),
             "position_ids": self._part(1).unsqueeze(0),
             "cu_seqlens": self._part(3).int(),
             "longest": self.sizes.longest,
@@ -119,36 +117,50 @@ def pack(sequences: list[list[int]], labels: list[list[int]]) -> PackedBatch:
     )
     longest = round_up(max(lengths), TOKEN_MULTIPLE)
     sizes = Sizes(tokens, int(is_image.sum()), len(lengths), len(learnt) + fill, longest)
-    return PackedBatch(torch.from_numpy(np.concatenate(parts).astype(np.int64)), sizes, len(learnt))
+    return PackedBatch(torch.from_numpy(np.concatenate(parts).astype(np.int64)), sizes, len(learnt), sum(lengths[:-1]))
 
 
 def round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
-def can_pack(llm) -> bool:
-    """Whether a transformers model lets us choose its attention function, which packed batches need."""
-    return getattr(llm, "_supports_attention_backend", False)
+def allow_packing(llm) -> bool:
+    """Let a transformers model take packed batches beside the usual ones; returns whether it can.
 
+    Calls with `cu_seqlens`, those of a packed batch, attend within its sequences; others go on as before.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-@contextlib.contextmanager
-def packed_attention(llm):
-    """Within this, a transformers model attends as `llm_inputs` of a packed batch tells it; afterwards as before."""
-    from transformers import AttentionInterface
-
-    AttentionInterface.register(ATTENTION, _attend)
     usual = llm.config._attn_implementation
-    llm.set_attn_implementation(ATTENTION)
-    try:
-        yield
-    finally:
-        llm.set_attn_implementation(usual)
+    if usual.startswith(ATTENTION):
+        return True
+    if not getattr(llm, "_supports_attention_backend", False) or usual not in ALL_MASK_ATTENTION_FUNCTIONS:
+        return False
+    name = f"{ATTENTION}_{usual}"
+    if name not in ALL_ATTENTION_FUNCTIONS:
+        AttentionInterface.register(name, _attention_function(ALL_ATTENTION_FUNCTIONS[usual]))
+        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[usual])
+    llm.set_attn_implementation(name)
+    return True
 
 
-def _attend(module, query, key, value, attention_mask, scaling, cu_seqlens, longest, **kwargs):
-    """Causal attention within each sequence, as an attention function of transformers.
+def _attention_function(usual):
+    """An attention function of transformers: packed where the call says so, otherwise `usual`."""
 
-    query [1,H,T,d], key and value [1,H or fewer,T,d]; cu_seqlens [B+1] int32. Returns ([1,T,H,d], None).
+    def attend(module, query, key, value, attention_mask, scaling=None, cu_seqlens=None, longest=None, **kwargs):
+        if cu_seqlens is None:
+            return usual(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        return packed_attention(query, key, value, scaling, cu_seqlens, longest), None
+
+    return attend
+
+
+def packed_attention(query, key, value, scaling, cu_seqlens, longest) -> torch.Tensor:
+    """Causal attention within each sequence: query [1,H,T,d], key and value [1,H or fewer,T,d], to [1,T,H,d].
+
+    cu_seqlens [B+1] int32: where the sequences begin and end; none is longer than `longest`.
     """
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
@@ -161,7 +173,7 @@ def _attend(module, query, key, value, attention_mask, scaling, cu_seqlens, long
         out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, scale=scaling, **CAUSAL)[..., :d]
     else:
         out = _one_by_one(q, k, v, cu_seqlens, scaling)
-    return out.unsqueeze(0), None
+    return out.unsqueeze(0)
 
 
 def _one_by_one(q, k, v, cu_seqlens, scaling):

@@ -8,7 +8,6 @@ positions as an image has vectors. `<s>` stands once, in front.
 B batch, S sequence, Q query tokens per image.
 """
 
-import contextlib
 import copy
 from dataclasses import dataclass
 
@@ -44,7 +43,7 @@ class PaddedBatch:
         # [B,K] the tokens that those predict, IGNORE_INDEX where a row has no label there.
         self.targets = labels[:, self.logits_to_keep]
         self.label_count = (labels != IGNORE_INDEX).sum()
-        self.num_labels = int(self.label_count)
+        self.num_labels, self.num_tokens = int(self.label_count), int(self.attention_mask.sum())
 
     def llm_inputs(self) -> dict:
         """What the language model is called with in training, beside the embeddings [B,S,D].
@@ -52,10 +51,6 @@ class PaddedBatch:
         Padding stands on the right, after every label, so causal attention needs no mask.
         """
         return {"logits_to_keep": self.logits_to_keep}
-
-    def attention_of(self, llm) -> contextlib.AbstractContextManager:
-        """Nothing to change: the language model attends as it always does."""
-        return contextlib.nullcontext()
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "PaddedBatch":
         moved = copy.copy(self)

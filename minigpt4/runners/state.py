@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from minigpt4.common import dist_utils
+from minigpt4.processors import normalise
 
 
 def seed_everything(seed: int) -> None:
@@ -45,7 +46,8 @@ def restore_rng_states(states: list[dict] | None) -> None:
 
 
 def to_device(samples: dict, device: torch.device) -> dict:
-    """The batch with what can move (tensors, tokens) on `device`."""
-    return {
+    """The batch with what can move (tensors, tokens) on `device`, images that travelled as uint8 normalised there."""
+    samples = {
         key: value.to(device, non_blocking=True) if hasattr(value, "to") else value for key, value in samples.items()
     }
+    return normalise(samples)

@@ -1,11 +1,15 @@
 """A task says what is built from a config, and what happens with one batch."""
 
+import logging
+
 import torch
+from omegaconf import OmegaConf
 
 from minigpt4.common import dist_utils
 from minigpt4.common.errors import ConfigError
 from minigpt4.common.registry import registry
 from minigpt4.models.base_model import BaseModel
+from minigpt4.tasks.cached_features import check_cache
 
 
 class BaseTask:
@@ -22,7 +26,7 @@ class BaseTask:
     def build_datasets(self, cfg) -> dict[str, dict]:
         """{dataset name: {split: dataset}} for each section of `datasets:`.
 
-        Raises ConfigError when there is none.
+        Raises ConfigError when there is none, and for cached features that the model's own vision side would not make.
         """
         if not cfg.datasets_cfg:
             raise ConfigError("The config has no dataset. Add a section such as datasets: {cc_sbu_align: {...}}.")
@@ -30,6 +34,8 @@ class BaseTask:
         for name, section in cfg.datasets_cfg.items():
             builder = registry.get_builder_class(name)(section)
             builder.name = name  # for messages, whatever a plug-in calls itself
+            if builder.from_features(section):
+                check_cache(cfg, name)
             datasets[name] = builder.build_datasets()
         return datasets
 
@@ -37,7 +43,12 @@ class BaseTask:
         """The model of `model:` on the run's device, its frozen parts computing in the run's type."""
         device = dist_utils.select_device(cfg.run_cfg.device)
         dtype = dist_utils.select_dtype(device, cfg.run_cfg.amp, cfg.run_cfg.amp_dtype)
-        return registry.get_model_class(cfg.model_cfg.arch).build(cfg.model_cfg, device, dtype)
+        model_cfg = cfg.model_cfg
+        cached = [registry.get_builder_class(name).from_features(cfg.datasets_cfg[name]) for name in cfg.datasets_cfg]
+        if cached and all(cached) and "load_vision" in model_cfg:
+            logging.info("Every dataset is cached features: encoder and Q-Former are not loaded.")
+            model_cfg = OmegaConf.merge(model_cfg, {"load_vision": False})
+        return registry.get_model_class(cfg.model_cfg.arch).build(model_cfg, device, dtype)
 
     def train_step(self, model, samples: dict) -> dict | torch.Tensor:
         """The loss of a batch, with gradient: a tensor, or {"loss": …} with "num_labels" beside it as its weight."""

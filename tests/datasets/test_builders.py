@@ -47,7 +47,7 @@ def test_every_builder(name, section):
     datasets = cls(section(name)).build_datasets()
     assert list(datasets) == ["train"]
     sample = next(iter(datasets["train"]))
-    assert sample["image"].shape == (3, 16, 16) and sample["image"].dtype == torch.float32
+    assert sample["image"].shape == (3, 16, 16) and sample["image"].dtype == torch.uint8
     is_stream = isinstance(datasets["train"], IterableDataset)
     assert is_stream == (name != "cc_sbu_align")
     assert sample["text_input"].startswith("sample " if is_stream else "Caption Number ")

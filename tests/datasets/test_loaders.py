@@ -81,7 +81,8 @@ def test_an_epoch_does_not_depend_on_earlier_ones(datasets, num_workers):
     assert same(list(resumed.epoch(1, 12)), epochs[1])
     assert len({tuple(flat(batches)) for batches in epochs}) == 3
     batch = epochs[0][0]
-    assert batch["image"].shape == (4, 3, 16, 16) and batch["image"].dtype == torch.float32
+    assert batch["image"].shape == (4, 3, 16, 16) and batch["image"].dtype == torch.uint8
+    assert batch["image_mean"].shape == batch["image_std"].shape == (4, 3)
     assert isinstance(batch["text_input"], list) and len(batch["text_input"]) == len(batch["image_id"]) == 4
 
 

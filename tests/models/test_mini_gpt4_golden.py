@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 
 from minigpt4.models import MiniGPT4, prompt
 from minigpt4.models.eva_vit import checkpoint_filter_fn, create_vit
-from minigpt4.models.mini_gpt4 import LayerNorm
 from minigpt4.models.precision import cast_matrices
 from minigpt4.models.qformer import QFormer
+from minigpt4.models.vision import LayerNorm
 
 FORWARD_CASES = ["stage1", "stage2", "stage2_56px", "edge_eos_unk_empty", "single", "unfrozen"]
 

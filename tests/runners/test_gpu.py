@@ -52,7 +52,7 @@ def test_training_in_16_bit(golden_weights, golden_llm_folder, golden, make_runn
     runner.train()
     assert model(samples)["loss"].item() < loss - 0.5
     content = torch.load(runner.output_dir / "checkpoint_0.pth", weights_only=True)
-    assert (content["scaler"] is not None) == (amp_dtype == "fp16")
+    assert content["scaler"] is not None  # the first release resumes only with one
     assert content["model"]["llama_proj.weight"].dtype == torch.float32
 
 

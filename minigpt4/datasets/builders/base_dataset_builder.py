@@ -50,6 +50,11 @@ class BaseDatasetBuilder:
         """{split: dataset}, from `self.config`, `self.vis_processors` and `self.text_processors`."""
         raise NotImplementedError(f"{type(self).__name__} must define build(self) -> {{split: dataset}}.")
 
+    @classmethod
+    def from_features(cls, config: Mapping[str, Any]) -> bool:
+        """Whether the section asks for cached image features instead of pictures."""
+        return False
+
     def build_processors(self) -> None:
         """Fill `vis_processors` and `text_processors`; where the config names none, one that changes nothing."""
         self.vis_processors = self._processors("vis_processor")

@@ -1,21 +1,35 @@
 """laion, cc_sbu (streams of shards) and cc_sbu_align (a folder with a list of captions)."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch.utils.data import Dataset
 
 from minigpt4.common.errors import ConfigError
 from minigpt4.common.registry import registry
 from minigpt4.datasets.builders.base_dataset_builder import BaseDatasetBuilder
 from minigpt4.datasets.datasets.cc_sbu_dataset import CCSBUAlignDataset
+from minigpt4.datasets.datasets.feature_dataset import FeatureSet, FeatureStream
 from minigpt4.datasets.datasets.image_text_stream import ImageTextStream
 
 
 class ImageTextPairBuilder(BaseDatasetBuilder):
-    """`build_info.storage` and the train processors become the split "train"."""
+    """`build_info.storage` and the train processors become the split "train"; or `build_info.features`, a cache."""
 
     train_dataset_cls = ImageTextStream
+    feature_dataset_cls: type[Dataset] = FeatureStream
+    """What a cache is read with, in the place of `train_dataset_cls`."""
 
     def build(self) -> dict[str, Dataset]:
-        return {"train": self.train_dataset_cls(self.storage(), name=self.name, **self.processors())}
+        processors = self.processors()
+        if self.from_features(self.config):
+            del processors["vis_processor"]
+            return {"train": self.feature_dataset_cls(self.config.build_info.features, name=self.name, **processors)}
+        return {"train": self.train_dataset_cls(self.storage(), name=self.name, **processors)}
+
+    @classmethod
+    def from_features(cls, config: Mapping[str, Any]) -> bool:
+        return bool((config.get("build_info") or {}).get("features"))
 
     def processors(self) -> dict:
         """The processors that the dataset takes."""
@@ -24,7 +38,7 @@ class ImageTextPairBuilder(BaseDatasetBuilder):
     def storage(self) -> str | list[str]:
         """`build_info.storage`. Raises ConfigError if it is missing or has unknown neighbours."""
         build_info = self.config.get("build_info") or {}
-        self.check_keys("build_info", build_info, ("storage",))
+        self.check_keys("build_info", build_info, ("storage", "features"))
         storage = build_info.get("storage")
         if not storage:
             key = f"datasets.{self.name}.build_info.storage"
@@ -54,6 +68,7 @@ class CCSBUAlignBuilder(ImageTextPairBuilder):
 
     name = "cc_sbu_align"
     train_dataset_cls = CCSBUAlignDataset
+    feature_dataset_cls = FeatureSet
     DATASET_CONFIG_DICT = {"default": "configs/datasets/cc_sbu/align.yaml"}
 
     def processors(self) -> dict:

@@ -4,31 +4,44 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 from PIL import Image
 from torch.utils.data import Dataset
 
 from minigpt4.common.errors import ConfigError
 from minigpt4.datasets.datasets.packed_strings import PackedStrings
-from minigpt4.processors import to_rgb
+from minigpt4.processors import to_rgb, to_sample
 
 log = logging.getLogger(__name__)
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
+class Record(NamedTuple):
+    """A record, its picture not read."""
+
+    index: int
+    key: str
+    image_id: str
+    caption: str
+
+
 class CCSBUAlignDataset(Dataset):
     """The records of `<storage>/filter_cap.json` with the pictures `<storage>/image/<image_id>.jpg` (.jpeg .png .webp).
 
     filter_cap.json: `{"annotations": [{"image_id": "2", "caption": "…"}, …]}`. Captions are taken as they are.
-    Item: `{"image": vis_processor(picture), "text_input": str, "image_id": str}`. A file that is not a picture, or is
-    broken, is left out with a warning and the next record takes its place (its `image_id` says so); where
-    `MAX_BAD_IN_A_ROW` records in a row are bad, the item raises RuntimeError.
+    Item: `{"image": …, "text_input": str, "image_id": str}`; "image" and what goes with it are made by `to_sample`. A
+    file that is not a picture, or is broken, is left out with a warning and the next record takes its place (its
+    `image_id` says so); where `MAX_BAD_IN_A_ROW` records in a row are bad, the item raises RuntimeError.
+
+    The records can also be read part by part: `part(number)` gives those of one, `load` what an item holds of a
+    picture.
     """
 
     MAX_BAD_IN_A_ROW = 10
+    RECORDS_PER_PART = 1000
 
     def __init__(self, storage: str, vis_processor: Callable[[Image.Image], Any], name: str = "cc_sbu_align") -> None:
         """name: the dataset's name in the YAML, for messages.
@@ -66,7 +79,7 @@ class CCSBUAlignDataset(Dataset):
             image = self._read_picture(candidate)
             if image is not None:
                 return {
-                    "image": self.vis_processor(image),
+                    **to_sample(self.vis_processor, image),
                     "text_input": self.captions[candidate],
                     "image_id": self.image_ids[candidate],
                 }
@@ -79,6 +92,20 @@ class CCSBUAlignDataset(Dataset):
         """What this process has left out since it was last asked, by (cause, file)."""
         taken, self._untold = self._untold, Counter()
         return taken
+
+    @property
+    def num_parts(self) -> int:
+        return -(-len(self) // self.RECORDS_PER_PART)
+
+    def part(self, number: int) -> Iterator[Record]:
+        """The records of a part, in order."""
+        for index in range(len(self))[number * self.RECORDS_PER_PART :][: self.RECORDS_PER_PART]:
+            yield Record(index, f"{index:09d}", self.image_ids[index], self.captions[index])
+
+    def load(self, record: Record) -> dict[str, Any] | None:
+        """`image` and what goes with it, or None for a picture that cannot be read, with a warning."""
+        image = self._read_picture(record.index)
+        return None if image is None else to_sample(self.vis_processor, image)
 
     def _path(self, index: int) -> str:
         return os.path.join(self.image_folder, self.files[index])

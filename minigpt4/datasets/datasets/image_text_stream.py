@@ -17,7 +17,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from minigpt4.datasets.datasets.shards import expand_shards, is_local
 from minigpt4.datasets.seeding import derive_seed
-from minigpt4.processors import to_rgb
+from minigpt4.processors import to_rgb, to_sample
 
 log = logging.getLogger(__name__)
 
@@ -29,21 +29,28 @@ class RawSample(NamedTuple):
 
     shard: str
     key: str
+    image_id: str
     image: bytes
     caption: str
     size: int  # in the tar, bytes
 
 
 class ImageTextStream(IterableDataset):
-    """An endless stream of `{"image": vis_processor(picture), "text_input": text_processor(caption), "image_id": str}`.
+    """An endless stream of `{"image": …, "text_input": text_processor(caption), "image_id": str}`.
 
-    Shards are drawn with replacement and pass a shuffle buffer of undecoded samples. The stream is a function of
-    (seed, epoch, rank, worker): the same four give the same samples, any other four give others. It starts anywhere in
-    its first shard, so that short epochs do not see the heads of large shards only (from a local file; what comes
-    through a URL or `pipe:` is read from its start). Samples without caption or picture, pictures that cannot be
-    decoded, and shards that cannot be read are left out with a warning and counted; when nearly all samples are left
-    out, iteration raises RuntimeError that names the causes and a shard.
+    "image" and what goes with it are made by `to_sample`. Shards are drawn with replacement and pass a shuffle buffer
+    of undecoded samples. The stream is a function of (seed, epoch, rank, worker): the same four give the same samples,
+    any other four give others. It starts anywhere in its first shard, so that short epochs do not see the heads of
+    large shards only (from a local file; what comes through a URL or `pipe:` is read from its start). Samples without
+    caption or picture, pictures that cannot be decoded, and shards that cannot be read are left out with a warning and
+    counted; when nearly all samples are left out, iteration raises RuntimeError that names the causes and a shard.
+
+    The shards can also be read once, in order: `part(number)` gives the samples of one, `load` what a sample holds of
+    its picture.
     """
+
+    MEMBERS = IMAGE_KEYS  # of a sample: those that may hold the picture
+    WHAT = "picture"
 
     def __init__(
         self,
@@ -86,7 +93,7 @@ class ImageTextStream(IterableDataset):
         self.decoded.open_window()
         # Our own shard list and seeds: webdataset's come from the time and the process id, or collide.
         pipeline = wds.DataPipeline(
-            lambda: self._draw_shards(rng),
+            lambda: self._opened(self._draw_shards(rng)),
             wds.tarfile_to_samples(handler=self._on_shard_error),
             self._with_fields,
             lambda samples: _start_anywhere(samples, rng),
@@ -95,12 +102,40 @@ class ImageTextStream(IterableDataset):
         )
         return iter(pipeline)
 
-    def _draw_shards(self, rng: random.Random) -> Iterator[dict[str, Any]]:
+    @property
+    def num_parts(self) -> int:
+        return len(self.shards)
+
+    def part(self, number: int) -> Iterator[RawSample]:
+        """The samples of a shard, in its order."""
+        return iter(
+            wds.DataPipeline(
+                lambda: self._opened([self.shards[number]]),
+                wds.tarfile_to_samples(handler=self._on_shard_error),
+                self._with_fields,
+            )
+        )
+
+    def load(self, sample: RawSample) -> dict[str, Any] | None:
+        """ "image" and what goes with it, or None for a picture that cannot be decoded, which is counted."""
+        try:
+            image = to_rgb(Image.open(io.BytesIO(sample.image)))
+        except Exception as error:  # Pillow's plug-ins raise nearly every kind of error on broken files
+            self.decoded.drop("an image that is not one, or is broken", sample.shard, f"{sample.key}: {error}")
+            return None
+        self.decoded.keep()
+        return to_sample(self.vis_processor, image)
+
+    def _draw_shards(self, rng: random.Random) -> Iterator[str]:
         while True:
+            yield rng.choice(self.shards)
+
+    def _opened(self, shards: Iterable[str]) -> Iterator[dict[str, Any]]:
+        for shard in shards:
             self.read.check()
             self.decoded.check()
-            source = {"url": rng.choice(self.shards)}
-            self._current = source["url"]
+            source = {"url": shard}
+            self._current = shard
             seen = self.read.seen
             try:
                 yield source
@@ -132,32 +167,27 @@ class ImageTextStream(IterableDataset):
     def _with_fields(self, samples: Iterator[dict[str, Any]]) -> Iterator[RawSample]:
         for sample in samples:
             shard, key = sample["__url__"], sample["__key__"]
-            image = next((sample[k] for k in IMAGE_KEYS if k in sample), None)
+            image = next((sample[k] for k in self.MEMBERS if k in sample), None)
             caption = read_caption(sample)
             if image is not None and caption is not None:
                 self.read.keep()
                 size = sum(512 + -len(v) % 512 + len(v) for v in sample.values() if isinstance(v, bytes))
-                yield RawSample(shard, key, image, caption, size)
+                yield RawSample(shard, key, self._image_id(sample), image, caption, size)
                 continue
             has = ", ".join("." + k for k in sample if not k.startswith("__"))
             if caption is None:
                 self.read.drop('a sample without caption (.json with "caption", or .txt)', shard, f"{key} has {has}")
             else:
-                self.read.drop(f"a sample without picture (.{', .'.join(IMAGE_KEYS)})", shard, f"{key} has {has}")
+                self.read.drop(f"a sample without {self.WHAT} (.{', .'.join(self.MEMBERS)})", shard, f"{key} has {has}")
+
+    def _image_id(self, sample: dict[str, Any]) -> str:
+        return f"{os.path.basename(sample['__url__'])}/{sample['__key__']}"
 
     def _decode(self, samples: Iterator[RawSample]) -> Iterator[dict[str, Any]]:
         for sample in samples:
-            try:
-                image = to_rgb(Image.open(io.BytesIO(sample.image)))
-            except Exception as error:  # Pillow's plug-ins raise nearly every kind of error on broken files
-                self.decoded.drop("an image that is not one, or is broken", sample.shard, f"{sample.key}: {error}")
-                continue
-            self.decoded.keep()
-            yield {
-                "image": self.vis_processor(image),
-                "text_input": self.text_processor(sample.caption),
-                "image_id": f"{os.path.basename(sample.shard)}/{sample.key}",
-            }
+            fields = self.load(sample)
+            if fields is not None:
+                yield {**fields, "text_input": self.text_processor(sample.caption), "image_id": sample.image_id}
 
 
 def read_caption(sample: dict[str, Any]) -> str | None:

@@ -1,0 +1,175 @@
+"""Compute what encoder and Q-Former make of each picture once, so that training need not.
+
+    python -m minigpt4 cache-features --cfg-path train_configs/minigpt4_stage2_finetune.yaml --out features
+    torchrun --nproc_per_node 4 -m minigpt4 cache-features --cfg-path … --out features
+
+For each dataset of the config a folder in --out, to be named as datasets.<name>.build_info.features in training; see
+docs/data.md. The pictures pass vis_processor.eval: no random crops. A run that was interrupted goes on where it stopped
+when it is given the same command. The language model is not needed.
+"""
+
+import argparse
+import logging
+from collections.abc import Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
+from pathlib import Path
+
+from minigpt4.cli.parallel import ahead, batches
+from minigpt4.common.config import Config
+from minigpt4.common.errors import ConfigError
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="minigpt4 cache-features", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--cfg-path", required=True, metavar="FILE", help="the training run's YAML file")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="where the features go")
+    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="pictures at a time (%(default)s)")
+    parser.add_argument("--threads", type=int, default=8, metavar="N", help="that decode pictures (%(default)s)")
+    several = {"nargs": "+", "action": "extend"}
+    parser.add_argument("--options", **several, metavar="KEY=VALUE", help="settings that override the file's")
+    parser.add_argument("--import", **several, dest="imports", metavar="MODULE", help="plug-ins to import first")
+    args = parser.parse_args(argv)
+    for name in ("batch_size", "threads"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Cache the features of every dataset of the config; each rank takes its share of the shards."""
+    args = parse_args(argv)
+    cfg = Config(args)
+    if not cfg.datasets_cfg:
+        raise ConfigError(f"{args.cfg_path} has no dataset to cache the features of.")
+    cfg.check_paths(datasets=True, keys=("model.vit_weights", "model.q_former_model", "model.ckpt"))
+
+    from minigpt4.common import dist_utils
+    from minigpt4.common.logger import setup_logger
+
+    setup_logger()
+    device = dist_utils.select_device(cfg.run_cfg.device)
+    dist_utils.init_process_group(device, cfg.run_cfg.dist_backend, cfg.run_cfg.distributed)
+    try:
+        sources = {name: (source_dataset(cfg, name), manifest_of(cfg, name)) for name in cfg.datasets_cfg}
+        model = load_vision(cfg, device)
+        with ThreadPoolExecutor(args.threads) as pool:
+            writer = Writer(model, device, pool, args.batch_size)
+            for name, (dataset, manifest) in sources.items():
+                folder = Path(args.out) / name
+                writer.write(name, dataset, manifest, folder)
+                logging.info("To train from them: --options datasets.%s.build_info.features=%s", name, folder)
+    finally:
+        dist_utils.destroy_process_group()
+    return 0
+
+
+def source_dataset(cfg, name: str):
+    """The pictures of a dataset's section, seen by its eval processor. Raises ConfigError if they cannot be walked."""
+    from omegaconf import OmegaConf
+
+    from minigpt4.common.registry import registry
+
+    section = cfg.datasets_cfg[name]
+    eval_processor = section.vis_processor.get("eval")
+    section = OmegaConf.merge(section, {"vis_processor": {"train": None}, "build_info": {"features": None}})
+    section.vis_processor.train = eval_processor
+    builder = registry.get_builder_class(name)(section)
+    builder.name = name
+    dataset = builder.build_datasets()["train"]
+    if not all(hasattr(dataset, method) for method in ("num_parts", "part", "load")):
+        raise ConfigError(
+            f"datasets.{name}: {type(dataset).__name__} has no `num_parts`, `part` and `load`, by which its pictures "
+            "are read once each (minigpt4/datasets/datasets/cc_sbu_dataset.py shows them)."
+        )
+    return dataset
+
+
+def manifest_of(cfg, name: str) -> dict:
+    """What is recorded of a cache: what makes it, and of which data."""
+    from omegaconf import OmegaConf
+
+    from minigpt4.tasks.cached_features import made_by
+
+    data = OmegaConf.to_container(cfg.datasets_cfg[name].build_info)
+    data.pop("features", None)
+    return {"made_by": made_by(cfg, name), "data": data}
+
+
+def load_vision(cfg, device):
+    """The vision side of the config's model. Raises ConfigError for a model that has another one than MiniGPT4."""
+    from minigpt4.common import dist_utils
+    from minigpt4.common.registry import registry
+    from minigpt4.models.vision import Vision
+
+    model_class = registry.get_model_class(cfg.model_cfg.arch)
+    if getattr(model_class, "query_outputs", None) is not Vision.query_outputs:
+        raise ConfigError(
+            f"model.arch={cfg.model_cfg.arch} makes its image features in its own way; this caches mini_gpt4's."
+        )
+    dtype = dist_utils.select_dtype(device, cfg.run_cfg.amp, cfg.run_cfg.amp_dtype)
+    return Vision.from_config(cfg.model_cfg, device, dtype)
+
+
+class Writer:
+    """Computes features and writes them.
+
+    Args:
+        model: a `Vision` on `device`.
+        pool: decodes pictures.
+    """
+
+    def __init__(self, model, device, pool: Executor, batch_size: int):
+        self.model, self.device, self.pool, self.batch_size = model, device, pool, batch_size
+
+    def write(self, name: str, dataset, manifest: dict, folder: Path) -> None:
+        """Write this rank's shards of a dataset that are not there yet."""
+        from tqdm import tqdm
+
+        from minigpt4.common import dist_utils
+        from minigpt4.datasets import feature_cache
+
+        _, num_query_token, width = self.model.query_tokens.shape
+        size = {"shape": [num_query_token, width], "parts": dataset.num_parts}
+        feature_cache.open_cache(folder, manifest | size)
+        rank, ranks = dist_utils.get_rank(), dist_utils.get_world_size()
+        numbers = [
+            number
+            for number in range(rank, dataset.num_parts, ranks)
+            if not feature_cache.shard_path(folder, number).exists()
+        ]
+        written = left_out = 0
+        for number in tqdm(numbers, unit="shard", desc=name, disable=rank > 0):
+            skipped: list[str] = []
+            samples = self._samples(dataset, number, skipped)
+            written += feature_cache.write_shard(feature_cache.shard_path(folder, number), samples)
+            left_out += len(skipped)
+        logging.info(
+            "%s: %d features in %d shards, %d pictures left out; %d shards were there already (rank %d).",
+            name, written, len(numbers), left_out, len(range(rank, dataset.num_parts, ranks)) - len(numbers), rank,
+        )  # fmt: skip
+
+    def _samples(self, dataset, number: int, skipped: list[str]) -> Iterator[tuple]:
+        """(key, features, caption and id) of the pictures of a part; the ids of broken ones are added to `skipped`."""
+        loaded = ahead(self.pool, lambda s: (s, dataset.load(s)), dataset.part(number), 2 * self.batch_size)
+        for batch in batches(loaded, self.batch_size):
+            skipped += [sample.image_id for sample, fields in batch if fields is None]
+            good = [(sample, fields) for sample, fields in batch if fields is not None]
+            if good:
+                features = self._features([fields for _, fields in good])
+                for (sample, _), row in zip(good, features, strict=True):
+                    yield sample.key, row, {"caption": sample.caption, "image_id": sample.image_id}
+
+    def _features(self, fields: list[dict]):
+        """float16 [B,Q,W] of loaded pictures. Raises FloatingPointError if they do not fit into it."""
+        import torch
+        from torch.utils.data import default_collate
+
+        from minigpt4.runners.state import to_device
+
+        with torch.inference_mode():
+            features = self.model.query_outputs(to_device(default_collate(fields), self.device)["image"]).half()
+            if not features.isfinite().all():
+                raise FloatingPointError("Image features are not finite in float16. Are these the right weights?")
+        return features.cpu().numpy()

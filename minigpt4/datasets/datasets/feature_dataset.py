@@ -1,0 +1,99 @@
+"""Datasets of cached image features: a stream of shards, and a set with a length. No picture is decoded."""
+
+import json
+import logging
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from minigpt4.common.errors import ConfigError
+from minigpt4.datasets.datasets.image_text_stream import ImageTextStream, RawSample
+from minigpt4.datasets.datasets.packed_strings import PackedStrings
+from minigpt4.datasets.feature_cache import read_features, read_manifest, shards_of
+
+log = logging.getLogger(__name__)
+
+
+class FeatureStream(ImageTextStream):
+    """As `ImageTextStream`, from a cache: `{"image_features": float16 [Q,W], "text_input": …, "image_id": …}`."""
+
+    MEMBERS = ("npy",)
+    WHAT = "features"
+
+    def __init__(self, folder: str, text_processor: Callable[[str], str], name: str = "image_text") -> None:
+        """Raises ConfigError for a folder that is no cache, or an incomplete one."""
+        self.manifest = read_manifest(folder)
+        super().__init__([str(path) for path in shards_of(folder)], None, text_processor, name)
+
+    def load(self, sample: RawSample) -> dict[str, Any] | None:
+        """The features, or None if they are broken, which is counted."""
+        try:
+            features = read_features(sample.image, self.manifest["shape"])
+        except (ValueError, EOFError) as error:
+            self.decoded.drop("features that are broken", sample.shard, f"{sample.key}: {error}")
+            return None
+        self.decoded.keep()
+        return {"image_features": features}
+
+    def _image_id(self, sample: dict[str, Any]) -> str:
+        return json.loads(sample["json"])["image_id"]
+
+
+class FeatureSet(Dataset):
+    """The samples of a cache by index: `{"image_features": float16 [Q,W], "text_input": str, "image_id": str}`.
+
+    In the order of the dataset that was cached, without the records whose pictures were broken; captions as they are.
+    """
+
+    def __init__(self, folder: str, name: str = "cc_sbu_align") -> None:
+        """Raises ConfigError for a folder that is no cache, or an incomplete or broken one."""
+        self.manifest = read_manifest(folder)
+        self.shards = shards_of(folder)
+        self.name = name
+        places, texts = [], []
+        for number, path in enumerate(self.shards):
+            for offset, size, text in _index(path):
+                places.append((number, offset, size))
+                texts.append(text)
+        self._places = np.array(places, dtype=np.int64).reshape(-1, 3)
+        self.captions = PackedStrings(text["caption"] for text in texts)
+        self.image_ids = PackedStrings(text["image_id"] for text in texts)
+        log.info("%s: %d records of cached features.", name, len(self))
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        index = range(len(self))[index]
+        number, offset, size = self._places[index]
+        with open(self.shards[number], "rb") as file:
+            file.seek(offset)
+            content = file.read(size)
+        try:
+            features = read_features(content, self.manifest["shape"])
+        except (ValueError, EOFError) as error:
+            raise _broken(self.shards[number], error) from error
+        return {"image_features": features, "text_input": self.captions[index], "image_id": self.image_ids[index]}
+
+
+def _index(path: Path) -> list[tuple[int, int, dict[str, str]]]:
+    """Where the features of each sample of a shard begin, their size in bytes, and the caption and image_id."""
+    places, texts = [], []
+    try:
+        with tarfile.open(path) as tar:
+            for member in tar:
+                if member.name.endswith(".npy"):
+                    places.append((member.offset_data, member.size))
+                else:
+                    texts.append(json.load(tar.extractfile(member)))
+        return [(offset, size, text) for (offset, size), text in zip(places, texts, strict=True)]
+    except (OSError, tarfile.TarError, ValueError) as error:
+        raise _broken(path, error) from error
+
+
+def _broken(path: Path, error: Exception) -> ConfigError:
+    return ConfigError(f"{path} is broken ({error}). Delete it and run the same cache-features command again.")

@@ -1,0 +1,120 @@
+"""The vision side: image -> EVA-ViT -> ln_vision -> Q-Former, as the base of MiniGPT-4 and by itself.
+
+B batch, Q query tokens, N image tokens, W width of the Q-Former. What it gives, [B,Q,W], can be cached: see
+`datasets/feature_cache.py`.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import fields
+
+import torch
+from torch import nn
+
+from minigpt4.common import checkpoint, weights
+from minigpt4.common.errors import ConfigError
+from minigpt4.common.schema import MiniGPT4Config
+from minigpt4.models import eva_vit, loading, qformer
+from minigpt4.models.base_model import BaseModel
+
+PREFIXES = ("visual_encoder.", "ln_vision.", "query_tokens", "Qformer.")
+"""What the names of its parameters begin with."""
+
+
+class Vision(BaseModel):
+    """Takes images to Q vectors each.
+
+    Args:
+        visual_encoder, Qformer: the parts.
+        num_query_token: vectors per image (Q).
+        dtype: computing type.
+    """
+
+    def __init__(
+        self,
+        visual_encoder: eva_vit.EvaViT,
+        Qformer: qformer.QFormer,
+        num_query_token: int = 32,
+        dtype: torch.dtype = torch.float32,
+    ):
+        super().__init__()
+        self.visual_encoder = visual_encoder
+        self.ln_vision = LayerNorm(visual_encoder.embed_dim)
+        self.query_tokens = nn.Parameter(torch.empty(1, num_query_token, Qformer.hidden_size).normal_(0, 0.02))
+        self.Qformer = Qformer
+        self.dtype = dtype
+
+    def query_outputs(self, image: torch.Tensor) -> torch.Tensor:
+        """Normalised images [B,3,H,W] to what the Q-Former reads from them [B,Q,W]."""
+        if self.visual_encoder is None:
+            raise ConfigError("The model was built for cached features (model.load_vision=False): it sees no images.")
+        if not image.is_floating_point():
+            raise ConfigError(f"Images must be normalised, floating-point numbers; these are {image.dtype}.")
+        with self.autocast(image.device):
+            image_tokens = self.ln_vision(self.visual_encoder(image))  # [B,N,encoder's width]
+            return self.Qformer(self.query_tokens.expand(len(image), -1, -1), image_tokens)
+
+    def autocast(self, device: torch.device) -> torch.autocast:
+        """Computing in `dtype`. CUDA graphs could not take a cache of casts."""
+        return torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32, cache_enabled=False)
+
+    @classmethod
+    def from_config(cls, cfg, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> "Vision":
+        """The vision side alone, frozen, from the `model:` section; arguments and errors as of `MiniGPT4.from_config`.
+
+        Where `ckpt` holds parts of it, which were trained then, they are loaded from there.
+        """
+        cfg, device = typed(cfg), torch.device(device)
+        sources = loading.open_sources(cfg)
+        parts = loading.vision_parts(cfg, sources, device, dtype)
+        with torch.device(device):
+            model = cls(**parts)
+        loading.load_rest(model, cfg, sources, device)
+        return model.requires_grad_(False).eval()
+
+
+def typed(cfg: Mapping) -> MiniGPT4Config:
+    """The `model:` section without the keys that a plug-in adds."""
+    known = {field.name for field in fields(MiniGPT4Config)}
+    return MiniGPT4Config(**{key: value for key, value in cfg.items() if key in known})
+
+
+def trained_vision(ckpt: str | None) -> dict[str, torch.Tensor]:
+    """The tensors of `model.ckpt` that belong to the vision side; none where that was frozen."""
+    trained = checkpoint.read_weights(checkpoint.resolve(ckpt)) if ckpt else {}
+    return {
+        name: tensor
+        for name, tensor in trained.items()
+        if name.startswith(PREFIXES) and not checkpoint.TOLERATED.search(name)
+    }
+
+
+def identity(cfg: Mapping) -> dict:
+    """What in the `model:` section decides on the features of an image; two equal ones give equal features.
+
+    Weights are told apart by their content (`weights.identity`). Raises ConfigError where they are random.
+    """
+    cfg = typed(cfg)
+    sources = {"vit_weights": weights.vit_weights(cfg.vit_model, cfg.vit_weights), "q_former_model": cfg.q_former_model}
+    for key, source in sources.items():
+        if source is None:
+            raise ConfigError(f"model.{key} is null: random weights make other features each time. Give a file.")
+    digest = hashlib.sha256()
+    trained = trained_vision(cfg.ckpt)
+    for name, tensor in sorted(trained.items()):
+        digest.update(name.encode() + tensor.float().numpy().tobytes())
+    return {
+        "image_size": cfg.image_size,
+        "vit_model": cfg.vit_model if isinstance(cfg.vit_model, str) else dict(cfg.vit_model),
+        "num_query_token": cfg.num_query_token,
+        "qformer": dict(cfg.qformer),
+        **{key: weights.identity(source) for key, source in sources.items()},
+        "ckpt": digest.hexdigest() if trained else None,  # of the parts of the vision side in it
+    }
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm computed in float32 and returned in the type of its input."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.float()).to(x.dtype)

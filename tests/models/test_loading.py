@@ -1,0 +1,205 @@
+"""Frozen parts: found and checked first, read without a second copy, reported; which Q-Former fits which checkpoint."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import ROOT
+
+from minigpt4.common import checkpoint, random_weights
+from minigpt4.common.checkpoint import CheckpointError
+from minigpt4.models import MiniGPT4, llm, loading
+from minigpt4.models.loading import PUBLISHED_QFORMER, qformer_origin
+
+SMALL = {
+    "vit_model": {"embed_dim": 64, "depth": 2, "num_heads": 4, "patch_size": 14, "mlp_ratio": 4.0},
+    "qformer": {
+        "hidden_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 96,
+        "cross_attention_freq": 2,
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    return random_weights.write(tmp_path_factory.mktemp("weights"), "small", text_branch=True)
+
+
+def config(files, **cfg):
+    paths = {"vit_weights": "vision", "q_former_model": "qformer", "llama_model": "llm", "ckpt": "ckpt"}
+    return {**SMALL, **{key: str(files[part]) for key, part in paths.items()}, **cfg}
+
+
+def test_the_report_names_each_part(files, caplog):
+    caplog.set_level("INFO")
+    model = MiniGPT4.from_config(config(files), dtype=torch.bfloat16)
+    lines = {line.split()[0]: " ".join(line.split()[1:]) for line in caplog.text.splitlines() if "parameters  " in line}
+    assert lines.keys() == {name.split(".")[0] for name, _ in model.named_parameters()}
+    assert lines["visual_encoder"] == "30 tensors 154,048 parameters bfloat16+float32 on cpu, frozen"
+    assert lines["llama_model"] == "21 tensors 8,520,320 parameters bfloat16 on cpu, frozen"
+    assert lines["llama_proj"] == "2 tensors 6,272 parameters float32 on cpu, trainable"
+    assert f"Not used of {files['vision']}: blocks.2 (13), head (2), norm (2)" in caplog.text
+    assert f"Not used of {files['qformer']}: Qformer.bert (14), Qformer.cls (7), t5_proj (2)" in caplog.text
+
+
+def test_an_encoder_that_trains_is_in_float32(files):
+    model = MiniGPT4.from_config(config(files, freeze_vit=False, freeze_qformer=False), dtype=torch.bfloat16)
+    assert {p.dtype for p in model.visual_encoder.parameters()} == {torch.float32}
+    assert all(p.requires_grad for p in model.Qformer.parameters())
+    model.query_tokens.data += 1  # mapped from the file, which must not change
+    model.visual_encoder.blocks[0].norm1.weight.data += 1
+    model.Qformer.bert.embeddings.LayerNorm.weight.data += 1
+    again = MiniGPT4.from_config(config(files))
+    for name in ("visual_encoder.blocks.0.norm1.weight", "Qformer.bert.embeddings.LayerNorm.weight", "query_tokens"):
+        torch.testing.assert_close(again.state_dict()[name] + 1, model.state_dict()[name])
+
+
+def test_nothing_stays_on_the_meta_device(files):
+    model = MiniGPT4.from_config(config(files))
+    assert not any(t.is_meta for t in (*model.parameters(), *model.buffers()))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_the_host_holds_no_second_copy(tmp_path, files):
+    """An encoder and Q-Former of 340 MB: what is read in its own type stays mapped, the rest takes its room once."""
+    from minigpt4.common import published
+
+    sizes = published.Sizes(vit_width=704, vit_blocks=18, vit_ffn=2816, qformer_layers=6)
+    for name, table, dtype in (
+        ("eva.pth", published.eva_vit(sizes), torch.float16),
+        ("blip2.pth", published.blip2(sizes), torch.float32),
+    ):
+        values = random_weights.RandomValues(0)
+        tensors = {key: values.tensor(key, shape, dtype) for key, shape in table.items()}
+        checkpoint.save({"model": tensors}, tmp_path / name)
+    cfg = {
+        "vit_model": {"embed_dim": 704, "depth": 17, "num_heads": 11, "patch_size": 14, "mlp_ratio": 4.0},
+        "qformer": {"num_hidden_layers": 6},
+        "vit_weights": str(tmp_path / "eva.pth"),
+        "q_former_model": str(tmp_path / "blip2.pth"),
+        "llama_model": str(files["llm"]),
+    }
+    code = f"""
+import threading, time, torch
+from minigpt4.models import MiniGPT4
+def own():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1]) * 1024
+peak = [0]
+def watch():
+    while True:
+        peak[0] = max(peak[0], own())
+        time.sleep(0.01)
+MiniGPT4.from_config({config(files)!r})  # what the libraries take by themselves
+threading.Thread(target=watch, daemon=True).start()
+for dtype in (torch.float16, torch.float32):
+    before = peak[0] = own()
+    model = MiniGPT4.from_config({cfg!r}, dtype=dtype)
+    size = sum(p.nbytes for part in (model.visual_encoder, model.Qformer) for p in part.parameters())
+    print(size, peak[0] - before)
+    del model
+"""
+    printed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
+    mapped, cast = (tuple(map(int, line.split())) for line in printed.stdout.splitlines())
+    assert mapped[0] > 3e8
+    assert mapped[1] < 0.25 * mapped[0]
+    assert cast[1] < 1.2 * cast[0]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"visual_encoder": {}}, "blocks.0.attn.proj.bias is missing"),
+        (None, "cannot be read as weights: it is a Git-LFS pointer"),
+    ],
+)
+def test_broken_files_are_found_before_the_language_model_is_loaded(files, tmp_path, monkeypatch, content, message):
+    monkeypatch.setattr(llm, "load_llm", lambda *args: pytest.fail("the language model was loaded"))
+    path = tmp_path / "vit.pth"
+    if content is None:
+        path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n")
+    else:
+        torch.save({"pos_embed": torch.zeros(1, 257, 64)}, path)
+    with pytest.raises(CheckpointError, match=message):
+        MiniGPT4.from_config(config(files, vit_weights=str(path)))
+
+
+def projection(path, files, config=None, width=768):
+    """A checkpoint with a projection of the published input width."""
+    tensors = {"llama_proj.weight": torch.zeros(128, width), "llama_proj.bias": torch.zeros(128)}
+    torch.save({"model": tensors} | ({"config": config} if config else {}), path)
+    return str(path)
+
+
+def qformer_folder(folder, kind, width, model_type="blip-2"):
+    """Of a Hugging Face folder, what tells which BLIP-2 it is of."""
+    folder.mkdir()
+    width_name = "d_model" if kind == "t5" else "hidden_size"
+    settings = {"model_type": model_type, "text_config": {"model_type": kind, width_name: width}}
+    (folder / "config.json").write_text(json.dumps(settings))
+    torch.save({"query_tokens": torch.zeros(1, 32, 768)}, folder / "pytorch_model.bin")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("kind", "width", "model_type", "origin"),
+    [
+        ("t5", 4096, "blip-2", PUBLISHED_QFORMER),
+        ("t5", 2048, "blip-2", "the Q-Former of a BLIP-2 with t5, 2048 wide"),
+        ("opt", 4096, "blip-2", "the Q-Former of a BLIP-2 with opt, 4096 wide"),
+        ("t5", 4096, "instructblip", "the Q-Former of an InstructBLIP with t5"),
+    ],
+)
+def test_which_blip2_a_folder_is_of(tmp_path, files, kind, width, model_type, origin):
+    folder = qformer_folder(tmp_path / "blip2", kind, width, model_type)
+    assert qformer_origin(folder, {}) == origin
+    cfg = MiniGPT4.config_class(
+        **config(files, q_former_model=str(folder), ckpt=projection(tmp_path / "published.pth", files))
+    )
+    if origin == PUBLISHED_QFORMER:
+        assert loading.open_sources(cfg).trained
+    else:
+        with pytest.raises(CheckpointError, match=f"was trained on {PUBLISHED_QFORMER}.*is {origin}. Leave"):
+            loading.open_sources(cfg)
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "origin"),
+    [
+        ("t5_proj.weight", 4096, PUBLISHED_QFORMER),
+        ("t5_proj.weight", 2048, "the Q-Former of a BLIP-2 with t5, 2048 wide"),
+        ("opt_proj.weight", 2560, "the Q-Former of a BLIP-2 with opt, 2560 wide"),
+        ("other", 1, None),
+    ],
+)
+def test_which_blip2_a_file_of_lavis_is_of(tmp_path, name, width, origin):
+    assert qformer_origin(tmp_path / "blip2.pth", {name: torch.zeros(width, 2)}) == origin
+
+
+def test_another_qformer_is_allowed_for_a_projection_of_its_own(tmp_path, files):
+    folder = str(qformer_folder(tmp_path / "blip2", "opt", 2560))
+    published = {"model": {"q_former_model": "/elsewhere/blip2_pretrained_flant5xxl.pth"}}
+    own = {"model": {"q_former_model": folder}}
+    for trained_on, allowed in ((published, False), (own, True), ({"model": {}}, False)):
+        ckpt = projection(tmp_path / "ckpt.pth", files, trained_on)
+        cfg = MiniGPT4.config_class(**config(files, q_former_model=folder, ckpt=ckpt))
+        if allowed:
+            assert loading.open_sources(cfg).trained
+        else:
+            with pytest.raises(CheckpointError, match="is the Q-Former of a BLIP-2 with opt"):
+                loading.open_sources(cfg)
+    cfg = MiniGPT4.config_class(**config(files, q_former_model=folder, ckpt=None))
+    assert loading.open_sources(cfg).qformer
+
+
+def test_a_qformer_of_unknown_origin_is_said(tmp_path, files, caplog):
+    torch.save({"query_tokens": torch.zeros(1, 32, 768)}, tmp_path / "q.pth")
+    ckpt = projection(tmp_path / "ckpt.pth", files)
+    cfg = MiniGPT4.config_class(**config(files, q_former_model=str(tmp_path / "q.pth"), ckpt=ckpt))
+    loading.open_sources(cfg)
+    assert "q.pth does not say which BLIP-2 it is of" in caplog.text
