@@ -14,6 +14,8 @@ def probe(case: Case) -> list[Finding]:
     """Load the model, take a step (or encode a picture for a chat) and say what it took."""
     import torch
 
+    if not case.is_ours:
+        return [warning("probe", f"knows no longest batch of model.arch={case.model.get('arch')}: no step was taken")]
     try:
         return list(_train(case) if case.training else _chat(case))
     except torch.OutOfMemoryError as problem:
@@ -55,14 +57,15 @@ def _train(case: Case) -> Iterable[Finding]:
 
 
 def longest_batch(model, batch_size: int) -> dict:
-    """Random images and texts that fill `max_txt_len` tokens."""
+    """Random images (or features, for a model without vision) and texts that fill `max_txt_len` tokens."""
     import torch
 
+    texts = ["word " * model.max_txt_len] * batch_size
+    if model.visual_encoder is None:
+        queries, width = model.query_tokens.shape[1], model.llama_proj.in_features
+        return {"image_features": torch.randn(batch_size, queries, width), "text_input": texts}
     size = model.visual_encoder.image_size
-    return {
-        "image": torch.randn(batch_size, 3, size, size),
-        "text_input": ["word " * model.max_txt_len] * batch_size,
-    }
+    return {"image": torch.randn(batch_size, 3, size, size), "text_input": texts}
 
 
 def _chat(case: Case) -> Iterable[Finding]:

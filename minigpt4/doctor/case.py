@@ -136,11 +136,9 @@ class Case:
         vit = self.model.vit_weights
         if vit == "published":
             vit = weights.VIT_WEIGHTS.get(self.model.vit_model) if isinstance(self.model.vit_model, str) else None
-        found = {
-            "model.vit_weights": vit,
-            "model.q_former_model": self.model.q_former_model,
-            "model.ckpt": self.model.ckpt,
-        }
+        found = {"model.ckpt": self.model.ckpt}
+        if self.with_vision:
+            found |= {"model.vit_weights": vit, "model.q_former_model": self.model.q_former_model}
         if self.run.resume_ckpt_path:
             found["run.resume_ckpt_path"] = self.run.resume_ckpt_path
         return {key: value for key, value in found.items() if value}

@@ -98,6 +98,12 @@ def test_probe(arguments, capsys, stage, said):
     assert f"ok      probe: {said}" in capsys.readouterr().out
 
 
+def test_probe_from_cached_features(arguments, capsys, tmp_path):
+    options = ["run.batch_size_train=4", f"datasets.cc_sbu_align.build_info.features={tmp_path}"]
+    assert main([*arguments("stage2", *options), "--probe"]) == 0
+    assert "ok      probe: a step of 4 × " in capsys.readouterr().out
+
+
 def test_probe_waits_for_the_errors(arguments, capsys, monkeypatch):
     monkeypatch.setattr(probing, "probe", lambda case: 1 / 0)
     assert main([*arguments("chat", "model.ckpt=/no/such"), "--probe"]) == 1

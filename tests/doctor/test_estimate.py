@@ -89,6 +89,14 @@ def test_what_trains(full_case):
     assert more.activations > 2 * checkpointed.activations > 2 * estimate(full_case(STAGE1)).activations
 
 
+def test_layers_that_recompute_keep_little(full_case):
+    usual, half, none = (
+        estimate(full_case(STAGE1, f"model.llm_grad_checkpoint={layers}")).activations for layers in (0, 16, 32)
+    )
+    assert usual > half > none > 0
+    assert usual - half == pytest.approx(half - none)
+
+
 def test_sizes():
     vit = {"embed_dim": 1408, "depth": 39, "num_heads": 16, "mlp_ratio": 4.3637, "patch_size": 14, "image_size": 224}
     assert vit_parameters(**vit) == 985_894_528

@@ -420,6 +420,14 @@ FAULTS = {
         "10 for each GPU",
         "train=10",
     ),
+    "no features": (
+        "stage2",
+        options("datasets.cc_sbu_align.build_info.features=/no/cache"),
+        ERROR,
+        "datasets.cc_sbu_align.build_info.features",
+        "/no/cache does not exist",
+        "cache-features",
+    ),
     # machine
     "no bf16": (
         "stage1",
@@ -474,11 +482,11 @@ def test_a_machine_that_will_not_do(patient, monkeypatch, module, name, value, s
 
 
 def test_too_little_shared_memory(patient, monkeypatch):
-    usage = environment.shutil.disk_usage("/")._replace(free=64 * 2**20)
+    usage = environment.shutil.disk_usage("/")._replace(free=10**7)
     monkeypatch.setattr(environment.shutil, "disk_usage", lambda path: usage)
     patient.stage = "stage1"
     (found,) = [f for f in patient.findings(WARNING) if f.check == "shared memory"]
-    assert "/dev/shm has 67 MB free" in found.what and "--shm-size" in found.fix
+    assert "/dev/shm has 10 MB free" in found.what and "--shm-size" in found.fix
 
 
 def test_a_model_too_large_for_the_host(patient, monkeypatch):
@@ -528,6 +536,15 @@ def test_another_language_model(patient):
     patient.options = []
     checkpoint(projection, llm_fingerprint=own | {"layers": 3, "embedding_rows": rows[ids].half()})(patient)
     assert "layers 2 instead of 3" in patient.findings(ERROR)[0].what
+
+
+def test_cached_features_need_no_vision(patient, tmp_path):
+    """Neither its files nor its memory."""
+    usual = estimate.estimate(patient.case())
+    patient.options = [f"datasets.cc_sbu_align.build_info.features={tmp_path}"]
+    patient.write(patient.vision, LFS)
+    assert patient.findings(ERROR, WARNING) == []
+    assert estimate.estimate(patient.case()).weights < usual.weights
 
 
 def test_a_check_that_fails_is_told(patient, monkeypatch):
