@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         )
         return 2
     gpus = [imagined_gpu(args.gpu_memory)] * args.gpus if args.gpu_memory else list_gpus()
-    case = Case(cfg, is_training(cfg), gpus, args.gpus, args.step_time)
+    case = Case(cfg, is_training(cfg), gpus, args.gpus, step_time=args.step_time)
     findings = examine(case)
     broken = any(finding.status == ERROR for finding in findings)
     if args.probe and not broken:

@@ -83,6 +83,8 @@ class Case:
     training: bool = True
     gpus: list[Gpu] = field(default_factory=list)
     world_size: int = 1
+    """Processes of the run, and those of them on this machine: all, where it is not said."""
+    processes_here: int | None = None
     step_time: float | None = None
 
     @property
@@ -97,6 +99,10 @@ class Case:
     def is_ours(self) -> bool:
         """Whether the model is MiniGPT4, whose keys the checks know."""
         return self.model.get("arch") == MiniGPT4Config.arch
+
+    @property
+    def local_size(self) -> int:
+        return self.processes_here or self.world_size
 
     @property
     def on_gpu(self) -> bool:

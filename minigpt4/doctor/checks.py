@@ -75,7 +75,8 @@ def preflight(cfg: Config, training: bool, gpu: int | None = None) -> list[Findi
     if int(os.environ.get("RANK", 0)):
         return []
     gpus = list_gpus()
-    case = Case(cfg, training, gpus if gpu is None else gpus[gpu : gpu + 1], int(os.environ.get("WORLD_SIZE", 1)))
+    processes, here = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    case = Case(cfg, training, gpus if gpu is None else gpus[gpu : gpu + 1], processes, here)
     left_out = NOT_AT_START if case.gpus else (*NOT_AT_START, environment.check_gpu)
     errors, warnings = [], []
     for check in (*OF_RUN, *(OF_MODEL if case.is_ours else ())):

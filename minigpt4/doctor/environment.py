@@ -23,20 +23,23 @@ def check_versions(case: Case) -> Iterator[Finding]:
     """Python and the libraries are in the ranges that are known to work."""
     if sys.version_info < LEAST_PYTHON:
         yield error("python", f"{sys.version.split()[0]} is older than 3.11", "Make an environment with a newer one.")
-    wrong = []
+    missing, wrong = [], []
     for requirement in _requirements():
         try:
             version = metadata.version(requirement.name)
         except metadata.PackageNotFoundError:
             # what can be left out is reported where it is asked for
             if requirement.name not in ("bitsandbytes", "gradio", "sentencepiece"):
-                wrong.append(f"{requirement.name} is not installed")
+                missing.append(requirement.name)
             continue
         if not requirement.specifier.contains(version, prereleases=True):
             wrong.append(f"{requirement.name} {version} is not {requirement.specifier}")
+    fix = "pip install --constraint requirements.lock --editable ."
+    if missing:
+        yield error("libraries", f"{', '.join(missing)} not installed", fix)
     if wrong:
-        yield error("libraries", "; ".join(wrong), "pip install --constraint requirements.lock --editable .")
-    else:
+        yield warning("libraries", f"{'; '.join(wrong)}, the range that is known to work", fix)
+    if not missing and not wrong:
         yield ok("libraries", f"Python {sys.version.split()[0]}, torch {metadata.version('torch')}")
 
 
@@ -87,8 +90,8 @@ def check_gpu(case: Case) -> Iterator[Finding]:
         yield error(
             "model.load_in", f"{name} has no 8-bit matrix product, which needs 7.5", "--options model.load_in=4bit"
         )
-    if case.world_size > len(case.gpus) and case.training:
-        what = f"{case.world_size} processes on {len(case.gpus)} GPUs of this machine"
+    if case.local_size > len(case.gpus) and case.training:
+        what = f"{case.local_size} processes on {len(case.gpus)} GPUs of this machine"
         yield warning("GPU", what, f"On one machine: torchrun --nproc_per_node {len(case.gpus)}")
     if gpu.capability >= TORCH_WHEELS:
         yield ok("GPU", f"{len(case.gpus)} × {name}, {gpu.total / 1e9:.0f} GB")
@@ -101,7 +104,7 @@ def check_shared_memory(case: Case) -> Iterator[Finding]:
         return
     # two batches ahead for each worker, three bytes a pixel
     batch = case.run.batch_size_train * 3 * case.model.image_size**2
-    needed = 2 * case.run.num_workers * batch * case.world_size
+    needed = 2 * case.run.num_workers * batch * case.local_size
     free = shutil.disk_usage(shm).free
     what = f"batches on their way take up to {needed / 1e6:.0f} MB; /dev/shm has {free / 1e6:.0f} MB free"
     if needed > free:

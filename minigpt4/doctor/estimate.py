@@ -212,7 +212,7 @@ def check_host_memory(case: Case) -> Iterator[Finding]:
     if not case.on_gpu or available is None:
         return
     workers = case.run.num_workers if case.training else 0
-    needed = min(case.world_size, len(case.gpus)) * (HOST_BASE + workers * HOST_WORKER)
+    needed = case.local_size * (HOST_BASE + workers * HOST_WORKER)
     what = f"about {readable(needed)}; {readable(available)} are free"
     if needed > available:
         yield warning("host memory", what, "Lower run.num_workers.")

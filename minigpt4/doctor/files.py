@@ -1,5 +1,6 @@
 """Checks of files: are they there, of the right kind, whole, and is there room for what will be written?"""
 
+import json
 import os
 import random
 import tarfile
@@ -89,9 +90,14 @@ def _check_folder(key: str, folder: Path) -> Iterator[Finding]:
         yield error(key, f"{folder} has no config.json, so it is no language model in Hugging Face format", fix)
         return
     try:
+        json.loads((folder / "config.json").read_text(encoding="utf-8"))
         names = weights.shards(folder)
     except ConfigError as mistake:
         yield error(key, str(mistake))
+        return
+    except ValueError as problem:
+        reason = weights.why_unreadable(folder / "config.json") or f"it is not JSON ({problem})"
+        yield error(key, f"{folder / 'config.json'}: {reason}", "Fetch it again.")
         return
     if not names:
         yield error(key, f"{folder} has no weights (.safetensors or .bin)", "Fetch them into it.")

@@ -142,8 +142,8 @@ def check_image_size(case: Case) -> Iterator[Finding]:
     others = {}
     for name, dataset in case.cfg.datasets_cfg.items():
         processor = (dataset.get("vis_processor") or {}).get("train") or {}
-        # what the processors of ours make without an image_size
-        others[f"datasets.{name}.vis_processor.train.image_size"] = processor.get("image_size", 224)
+        if str(processor.get("name")).startswith("blip2_image_"):  # ours, which make 224 px unless told otherwise
+            others[f"datasets.{name}.vis_processor.train.image_size"] = processor.get("image_size", 224)
     wrong = {key: value for key, value in others.items() if value != size}
     for key, value in wrong.items():
         what = f"{value}, but model.image_size={size}"

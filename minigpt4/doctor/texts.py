@@ -9,6 +9,8 @@ from minigpt4.doctor.case import Case
 from minigpt4.doctor.findings import Finding, error, ok, warning
 
 IMAGE_SLOT = "<ImageHere>"
+# A tokenizer may know so many more tokens than its model embeds: pad tokens and the like, which no text has.
+ADDED_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ def check_tokenizer(case: Case) -> Iterator[Finding]:
     if tokenizer is None:
         return
     rows = case.llm.vocabulary if case.llm else None
-    if rows is not None and tokenizer.size > rows:
+    if rows is not None and tokenizer.size > rows + ADDED_TOKENS:
         what = f"the tokenizer knows {tokenizer.size} tokens, the model embeds {rows}: they do not belong together"
         yield error(key, what, f"Put the model's own tokenizer into {case.llm_folder}.")
         return
@@ -78,11 +80,11 @@ def check_tokenizer(case: Case) -> Iterator[Finding]:
 def check_template(case: Case) -> Iterator[Finding]:
     """The template has a place for the prompt, and each prompt one for the image."""
     template, path = case.model.prompt_template, case.model.prompt_path
+    if not path or not Path(path).expanduser().is_file():
+        return
     if "{}" not in template:
         fix = "For example: '###Human: {} ###Assistant: '"
         yield error("model.prompt_template", f"{template!r} has no {{}} where the prompt goes", fix)
-        return
-    if not path or not Path(path).expanduser().is_file():
         return
     lines = Path(path).expanduser().read_text(encoding="utf-8", errors="replace").splitlines()
     slots = [line.count(IMAGE_SLOT) for line in lines]

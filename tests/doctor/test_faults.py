@@ -9,7 +9,7 @@ from dataset_files import write_tar
 from safetensors.torch import load_file, save_file
 
 from minigpt4.common import published
-from minigpt4.doctor import environment, estimate, files, machine
+from minigpt4.doctor import checks, environment, estimate, files, machine
 from minigpt4.doctor.findings import ERROR, WARNING
 from minigpt4.doctor.machine import Gpu
 
@@ -208,6 +208,14 @@ FAULTS = {
         "model.llama_model",
         "no config.json",
         "--op",
+    ),
+    "config.json is a pointer": (
+        "chat",
+        lambda p: p.write(p.llm / "config.json", LFS),
+        ERROR,
+        "model.llama_model",
+        "config.json: .*Git-LFS",
+        "again",
     ),
     "missing shard": ("chat", missing_shard, ERROR, "model.llama_model", "lacks 1 of 2 shards: b.safet", "Fetch"),
     "pointer among shards": (
@@ -461,6 +469,12 @@ def test_a_fault_is_named(patient, fault):
     assert any(re.search(what, f.what) and fix in f.fix for f in found), patient.findings(ERROR, WARNING)
 
 
+def not_installed(name):
+    if name != "torch":
+        raise environment.metadata.PackageNotFoundError
+    return "2.11.0"
+
+
 @pytest.mark.parametrize(
     ("module", "name", "value", "stage", "status", "check", "what"),
     [
@@ -468,7 +482,8 @@ def test_a_fault_is_named(patient, fault):
         (files, "is_writable", lambda path: False, "stage1", ERROR, "run.output_dir", "cannot be written to"),
         (estimate, "available_memory", lambda: 10**9, "stage1", WARNING, "host memory", "1.0 GB are free"),
         (environment, "find_spec", lambda name: None, "chat", ERROR, "libraries", "bitsandbytes is not installed"),
-        (environment.metadata, "version", lambda name: "1.0", "chat", ERROR, "libraries", "torch 1.0 is not >="),
+        (environment.metadata, "version", lambda name: "1.0", "chat", WARNING, "libraries", "torch 1.0 is not >="),
+        (environment.metadata, "version", not_installed, "chat", ERROR, "libraries", "torchvision"),
         (environment.metadata, "version", lambda name: "2.14.1+cpu", "chat", ERROR, "GPU", "built for CPUs only"),
         (environment.sys, "version_info", (3, 10), "chat", ERROR, "python", "older than 3.11"),
     ],
@@ -550,6 +565,29 @@ def test_cached_features_need_no_vision(patient, tmp_path):
 def test_a_check_that_fails_is_told(patient, monkeypatch):
     monkeypatch.setattr(environment.shutil, "disk_usage", lambda path: 1 / 0)
     assert any("ZeroDivisionError" in f.what for f in patient.findings(WARNING))
+
+
+def test_what_is_no_fault(patient):
+    """A pad token without an embedding; a processor of one's own; a template that nothing uses; several machines."""
+    patient.edit(patient.llm / "tokenizer_config.json", pad_token="[PAD]")
+    patient.write(patient.llm / "added_tokens.json", json.dumps({"[PAD]": 32000}))
+    patient.options = ["datasets.cc_sbu_align.vis_processor.train={name: mine}", "model.prompt_template=Hi"]
+    patient.options += ["model.prompt_path=null"]
+    patient.world_size = 2
+    patient.options += ["run.batch_size_train=4"]
+    case = patient.case()
+    case.processes_here = 1
+    assert [f for f in checks.examine(case) if f.status in (ERROR, WARNING)] == []
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_gpus_are_those_of_torch(monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for index, gpu in enumerate(machine.list_gpus()):
+        properties = torch.cuda.get_device_properties(index)
+        assert (gpu.name, gpu.capability) == (properties.name, (properties.major, properties.minor))
+        assert 0.9 < properties.total_memory / gpu.total < 1.02
+        assert gpu.free <= gpu.total
 
 
 def test_gpus_are_listed_without_torch(monkeypatch):
