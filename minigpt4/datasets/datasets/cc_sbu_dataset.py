@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -65,6 +66,7 @@ class CCSBUAlignDataset(Dataset):
         self.image_ids = PackedStrings(image_ids)
         self.captions = PackedStrings(captions)
         self._warned: set[int] = set()
+        self._untold: Counter[tuple[str, str]] = Counter()
         log.info("%s: %d records.", name, len(self))
 
     def __len__(self) -> int:
@@ -86,6 +88,11 @@ class CCSBUAlignDataset(Dataset):
             f"datasets.{self.name}: the pictures of {tries} records in a row, from annotations[{index}] on, cannot be "
             f"read, e.g. {self._path(index)}. Are these files really pictures?"
         )
+
+    def take_left_out(self) -> Counter[tuple[str, str]]:
+        """What this process has left out since it was last asked, by (cause, file)."""
+        taken, self._untold = self._untold, Counter()
+        return taken
 
     @property
     def num_parts(self) -> int:
@@ -109,6 +116,7 @@ class CCSBUAlignDataset(Dataset):
             with open(self._path(index), "rb") as file:
                 return read_picture(file.read(), self.vis_processor)
         except Exception as error:  # Pillow's plug-ins raise nearly every kind of error on broken files
+            self._untold["an image that is not one, or is broken", self._path(index)] += 1
             if index not in self._warned:
                 self._warned.add(index)
                 log.warning(

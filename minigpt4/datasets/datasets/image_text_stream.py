@@ -80,6 +80,10 @@ class ImageTextStream(IterableDataset):
         """Let the next `iter` give the stream of this epoch."""
         self.epoch = epoch
 
+    def take_left_out(self) -> Counter[tuple[str, str]]:
+        """What this process has left out since it was last asked, by (cause, shard)."""
+        return self.read.take() + self.decoded.take()
+
     def __iter__(self) -> Iterator[dict[str, Any]]:
         worker = get_worker_info()
         seed = derive_seed(self.seed, self.epoch, self.rank, worker.id if worker else 0)
@@ -219,6 +223,7 @@ class Gate:
         self.name = name
         self.num_shards = num_shards
         self.left_out: Counter[str] = Counter()  # by cause, since the start of the process
+        self._untold: Counter[tuple[str, str]] = Counter()  # by cause and shard, since the last `take`
         self.open_window()
 
     def open_window(self) -> None:
@@ -238,10 +243,16 @@ class Gate:
         self.causes[cause] += 1
         self.bad_shards[shard] += 1
         self.left_out[cause] += 1
+        self._untold[cause, shard] += 1
         count = self.left_out[cause]
         if count == 10 ** (len(str(count)) - 1):
             detail = f" ({detail})" if detail else ""
             log.warning("%s: left out %s: %s%s. So far in this process: %d.", self.name, cause, shard, detail, count)
+
+    def take(self) -> Counter[tuple[str, str]]:
+        """What was left out since the last call, by (cause, shard)."""
+        taken, self._untold = self._untold, Counter()
+        return taken
 
     def check(self) -> None:
         """Raise RuntimeError if nearly everything in the window was left out."""
