@@ -184,7 +184,9 @@ def test_a_cache_of_something_else_is_refused(configs, align_cache, tmp_path, pa
     folder = align_cache(configs)
     other = torch.load(parts["folder"] / "vit.pth", weights_only=True)
     torch.save({name: tensor + 1 for name, tensor in other.items()}, tmp_path / "other.pth")
-    torch.save({"model": {"query_tokens": torch.zeros(1, 8, 24)}}, tmp_path / "ckpt.pth")
+    projection = MiniGPT4.from_config(config_of(configs["stage2"]).model_cfg).llama_proj.state_dict()
+    trained = {f"llama_proj.{name}": tensor for name, tensor in projection.items()}
+    torch.save({"model": trained | {"query_tokens": torch.zeros(1, 8, 24)}}, tmp_path / "ckpt.pth")
     option = option.replace("{other}", f"{tmp_path}/other.pth").replace("{ckpt}", f"{tmp_path}/ckpt.pth")
     options = [EVAL, "model.ckpt=null", from_cache(folder), f"run.output_dir={tmp_path}/out", option]
     with pytest.raises(ValueError, match=message):
