@@ -62,12 +62,12 @@ def forget(llm) -> None:
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def warm_up(llm, prompt: int = 100, answer: int = 300) -> None:
-    """On a GPU, prepare for single answers of such lengths in tokens: the first would wait for the compiler."""
+def warm_up(llm, prompt: int = 100, answer: int = 300, rows: int = 1) -> None:
+    """On a GPU, prepare for answers of such lengths in tokens: the first would wait for the compiler."""
     if not fits(llm) or not Decoder(llm).graphs:
         return
     logging.info("Compiling the language model for answers: a minute at first, seconds later on.")
-    ids = torch.zeros(1, prompt, dtype=torch.long, device=llm.device)
+    ids = torch.zeros(rows, prompt, dtype=torch.long, device=llm.device)
     embeds = llm.get_input_embeddings()(ids)
     for _ in decode(llm, embeds, torch.ones_like(ids), answer, lambda ids, logits: logits.argmax(dim=-1)):
         pass
