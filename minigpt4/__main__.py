@@ -15,6 +15,7 @@ COMMANDS = {
     "serve": "answer programs that speak OpenAI's chat completions",
     "bench": "measure training steps, answers, or the reading of pictures",
     "cache-features": "compute image features once, to train from them",
+    "doctor": "find what is wrong with a run before it starts",
     "make-random-weights": "write files in the published formats, for rehearsals and benchmarks",
     "rehearse": "run train.py and chat on such files, and measure",
 }

@@ -15,6 +15,7 @@ RANKS = {
     "runners": 2,
     "tasks": 2,
     "conversation": 2,
+    "doctor": 2,
     "serving": 3,
     "cli": 4,
     "__main__": 4,

@@ -1,7 +1,7 @@
 """python -m minigpt4 rehearse: run the real commands on random weights of full size, and measure them.
 
-    python -m minigpt4 rehearse --out rehearsal --size 7b --jobs 2 # stage 1, stage 2, chat; 16, 8, 4 bit
-    python -m minigpt4 rehearse --out rehearsal --size small # the same in small, also on a CPU
+    python -m minigpt4 rehearse --out rehearsal --size 7b --jobs 2     # stage 1, stage 2, chat; 16, 8, 4 bit
+    python -m minigpt4 rehearse --out rehearsal --size small           # the same in small, also on a CPU
 
 Run in the repository's folder. Writes the weights (`make-random-weights`) and a few random pictures under --out where
 they are missing, starts train.py and `python -m minigpt4 chat` with the shipped YAML files and --options for the paths,
@@ -53,10 +53,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         prog="minigpt4 rehearse", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for weights, data and results")
-    sizes, bits = ("7b", "13b", "small"), ("16bit", "8bit", "4bit")
+    sizes, bits = ("7b", "13b", "small"), ("16bit", "8bit", "4bit", "8bit_weights")
     parser.add_argument("--size", nargs="+", default=["7b"], choices=sizes, help="Vicuna's sizes (7b)")
     parser.add_argument("--work", nargs="+", default=list(WORK), choices=WORK, help="what to run (all)")
-    parser.add_argument("--load-in", nargs="+", default=list(bits), choices=bits, help="precisions of Vicuna (all)")
+    parser.add_argument("--load-in", nargs="+", default=list(bits[:3]), choices=bits, help="precisions (16, 8, 4 bit)")
     parser.add_argument("--steps", type=int, default=8, metavar="N", help="training steps of a run (%(default)s)")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at the same time (%(default)s)")
     parser.add_argument("--options", nargs="+", default=[], metavar="KEY=VALUE", help="more settings for all runs")
@@ -76,7 +76,8 @@ def main(argv: list[str] | None = None) -> int:
     for size in args.size:
         paths = random_weights.write(args.out / f"weights-{size}" if size == "small" else args.out / "weights", size)
         options[size] = random_weights.yaml_options(size, paths)
-    runs = list(product(args.size, args.load_in, args.work))
+    # Neighbours differ in precision: the large ones seldom run side by side.
+    runs = [(size, load_in, work) for size, work, load_in in product(args.size, args.work, args.load_in)]
     logging.info("%d runs", len(runs))
     failed = 0
     with ThreadPoolExecutor(args.jobs) as pool, open(args.out / "rehearsal.jsonl", "a", encoding="utf-8") as kept:
@@ -111,7 +112,8 @@ def rehearse(args: argparse.Namespace, size: str, load_in: str, work: str, paths
         peak.join()
     row["total_s"] = time.monotonic() - start
     if status or not result.exists():
-        row["failed"] = f"exit status {status}, see {log}"
+        last = log.read_text(encoding="utf-8").strip().splitlines()[-1:]
+        row["failed"] = f"exit status {status}, see {log}: {''.join(last)}"
     else:
         row |= json.loads(result.read_text())
     return {key: round(value, 2) if isinstance(value, float) else value for key, value in row.items()}

@@ -20,6 +20,7 @@ from minigpt4 import PACKAGE_ROOT
 from minigpt4.common import checkpoint, published
 from minigpt4.common.errors import ConfigError
 from minigpt4.common.published import Sizes, Table
+from minigpt4.common.sentencepiece_model import UNUSED, piece
 
 PARTS = ("vision", "qformer", "llm", "ckpt")
 VICUNA_VERSIONS = ("v0", "v1.1", "v1.5")
@@ -237,15 +238,8 @@ def _sentencepiece_model(vocabulary: int) -> bytes:
         num_threads=1,
         minloglevel=2,
     )
-    # The model is a protobuf message, and pieces are its repeated field 1: what is appended joins the list.
-    return written.getvalue() + b"".join(_unused_piece(i) for i in range(2000, vocabulary))
-
-
-def _unused_piece(number: int) -> bytes:
-    text = f"\u27e8unused {number}\u27e9".encode()
-    piece = b"\x0a" + bytes([len(text)]) + text  # field 1: the piece
-    piece += b"\x18\x05"  # field 3: its type, UNUSED
-    return b"\x0a" + bytes([len(piece)]) + piece
+    unused = (f"\u27e8unused {i}\u27e9" for i in range(2000, vocabulary))
+    return written.getvalue() + b"".join(piece(text, kind=UNUSED) for text in unused)
 
 
 def _complete(path: Path) -> bool:

@@ -21,6 +21,7 @@ from PIL import Image
 
 from minigpt4.conversation.decoding import Decoding
 from minigpt4.conversation.pictures import open_picture
+from minigpt4.conversation.videos import FRAMES, open_video
 from minigpt4.models.generation import answer_text, continue_embeds, stream, strip_leading
 from minigpt4.models.prompt import IMAGE_SLOT, encode_with_images
 
@@ -109,6 +110,12 @@ class Chat:
         pixels = image if image.ndim == 4 else image.unsqueeze(0)
         img_list.append(self.model.encode_img(pixels.to(self.device))[0])
         conv.add_to_question(IMAGE_TURN)
+        return "Received."
+
+    def upload_video(self, video: str | Path, conv: Conversation, img_list: list, frames: int = FRAMES) -> str:
+        """Show a video file: `frames` frames, drawn evenly, are images of one turn. Raises PictureError."""
+        for frame in open_video(video, frames):
+            self.upload_img(frame, conv, img_list)
         return "Received."
 
     def ask(self, text: str, conv: Conversation) -> None:

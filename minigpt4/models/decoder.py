@@ -76,7 +76,7 @@ def warm_up(llm, prompt: int = 100, answer: int = 300, rows: int = 1) -> None:
 
 
 def fits(llm) -> bool:
-    """Whether the loop can run this model: plain attention to all earlier tokens, positions as fixed rotations."""
+    """Whether the loop can run this model: on one device, every token sees all before it, positions are rotations."""
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer
 
@@ -86,6 +86,7 @@ def fits(llm) -> bool:
         getattr(rotary, "rope_type", "dynamic") in ("default", "linear", "yarn", "llama3")
         and config._attn_implementation.removeprefix(f"{ATTENTION}_") in ("sdpa", "eager")
         and all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
+        and len(set(getattr(llm, "hf_device_map", {}).values())) <= 1
     )
 
 

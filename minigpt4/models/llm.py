@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from minigpt4.common import weights
+from minigpt4.common import dist_utils, weights
 from minigpt4.common.checkpoint import CheckpointError
 from minigpt4.common.errors import ConfigError
 from minigpt4.models import int8
@@ -28,10 +28,10 @@ def load_llm(
 
     Args:
         llama_model: folder in Hugging Face format, a hub id, or a .gguf file, which is unpacked to `dtype`.
-        device: where it lies; its weights go there straight from the mapped files, unless `load_in` says otherwise.
+        device: where it lies; its weights go there straight from the mapped files.
         dtype: type of the weights that are not quantised.
         load_in: "16bit" (meaning `dtype`), "8bit" (LLM.int8) or "4bit" (nf4), these two through bitsandbytes, or
-            "8bit_weights" (`int8.py`), which reads the weights into host memory first.
+            "8bit_weights" (`int8.py`).
         device_map: "auto" spreads the layers over the GPUs, from `device` on, and then the host; None: all on `device`.
 
     Raises:
@@ -40,6 +40,15 @@ def load_llm(
     """
     from transformers import AutoModelForCausalLM
 
+    if device_map and dist_utils.get_world_size() > 1:
+        raise ConfigError(
+            f"model.llm_device_map={device_map} spreads one model over the GPUs, but {dist_utils.get_world_size()} "
+            "processes were started, each with a model of its own. Start one, or unset it."
+        )
+    if device_map and load_in == "8bit_weights":
+        raise ConfigError(
+            "model.load_in=8bit_weights takes one GPU; with model.llm_device_map use 8bit, 4bit or 16bit."
+        )
     logging.info("Loading the language model from %s in %s", llama_model, load_in if load_in != "16bit" else dtype)
     _check_path(llama_model)
     name, options = locate(llama_model)
@@ -48,23 +57,26 @@ def load_llm(
     try:
         llm, info = AutoModelForCausalLM.from_pretrained(
             name,
-            dtype=dtype,
+            # In their own type on the host, weights are not read but mapped: each layer is, when its turn comes.
+            dtype="auto" if load_in == "8bit_weights" else dtype,
             device_map=device_map or {"": "cpu" if load_in == "8bit_weights" else device},
             quantization_config=_quantization(load_in, dtype),
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # `_check_loaded` says which
             **options,
         )
     except OSError as error:
         raise _unreachable(llama_model, error) from error
     _check_loaded(llama_model, info)
     if load_in == "8bit_weights":
-        llm = int8.quantize(llm, device)
+        llm = int8.quantize(llm, device, dtype)
     first = llm.get_input_embeddings().weight.device
     if first != torch.empty(0, device=device).device:
         raise ConfigError(
             f"model.llm_device_map={device_map} puts the first layer on {first}, but the vision side lies on {device}. "
             "Use the first GPU (--gpu-id 0)."
         )
+    _leave_unpacked(llm)
     return llm.requires_grad_(False).eval()
 
 
@@ -133,6 +145,16 @@ def check_answers(llm, tokenizer, llama_model: str) -> None:
             loss,
             guessing,
         )
+
+
+def _leave_unpacked(llm) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights at the first pass without gradients on a CPU with AVX512-BF16.
+
+    Gradients are wrong from then on (bitsandbytes 0.50), and widths that are no multiple of 64 are not possible at all.
+    """
+    for module in llm.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _check_loaded(llama_model: str, info: dict) -> None:

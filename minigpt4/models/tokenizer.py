@@ -1,8 +1,9 @@
 """Text to token ids, a segment at a time, and back.
 
 The published weights were trained with SentencePiece's own segmentation, where each segment starts with its dummy
-prefix "▁". Where a model's folder holds `tokenizer.model`, SentencePiece itself does the work; transformers 5's
-tokenizer of the same file gives other ids for segments such as " ###". Elsewhere transformers' tokenizer is used.
+prefix "▁". Where a model's folder holds `tokenizer.model`, or a .gguf file its pieces, SentencePiece itself does the
+work; transformers 5's tokenizer of the same file gives other ids for segments such as " ###". Elsewhere transformers'
+tokenizer is used.
 """
 
 import itertools
@@ -10,6 +11,7 @@ import json
 import re
 from pathlib import Path
 
+from minigpt4.common.sentencepiece_model import bpe_model
 from minigpt4.models import llm
 
 
@@ -19,12 +21,29 @@ def load_tokenizer(llama_model: str):
 
     name, options = llm.locate(llama_model)
     if "gguf_file" in options:
-        return HuggingFaceTokenizer(llama_model)
+        model = _model_in_gguf(llama_model)
+        return SentencePieceTokenizer(model_proto=model) if model else HuggingFaceTokenizer(llama_model)
     model_file, added_file = (
         cached_file(name, file, _raise_exceptions_for_missing_entries=False, **options)
         for file in ("tokenizer.model", "added_tokens.json")
     )
     return SentencePieceTokenizer(model_file, added_file) if model_file else HuggingFaceTokenizer(llama_model)
+
+
+def _model_in_gguf(path: str) -> bytes | None:
+    """The SentencePiece model that a .gguf file of a LLaMA holds, piece by piece; None for other tokenizers."""
+    from gguf import GGUFReader
+
+    fields = {
+        key.removeprefix("tokenizer.ggml."): field
+        for key, field in GGUFReader(path).fields.items()
+        if key.startswith("tokenizer.ggml.")
+    }
+    if "model" not in fields or fields["model"].contents() != "llama":
+        return None
+    pieces = zip(*(fields[key].contents() for key in ("tokens", "scores", "token_type")), strict=True)
+    prefix = fields["add_space_prefix"].contents() if "add_space_prefix" in fields else True
+    return bpe_model(pieces, bool(prefix))
 
 
 class HuggingFaceTokenizer:
@@ -53,11 +72,11 @@ class HuggingFaceTokenizer:
 class SentencePieceTokenizer:
     """`tokenizer.model` through SentencePiece, split first at the texts of special tokens (`</s>` is id 2)."""
 
-    def __init__(self, model_file: str, added_file: str | None = None):
-        """added_file: added_tokens.json, where Vicuna v0 has a pad token."""
+    def __init__(self, model_file: str | None = None, added_file: str | None = None, model_proto: bytes | None = None):
+        """added_file: added_tokens.json, where Vicuna v0 has a pad token; model_proto: a model file's content."""
         from sentencepiece import SentencePieceProcessor
 
-        self._model = SentencePieceProcessor(model_file=model_file)
+        self._model = SentencePieceProcessor(model_file=model_file, model_proto=model_proto)
         self.bos_token_id: int | None = self._model.bos_id()
         self.eos_token_id: int = self._model.eos_id()
         self.unk_token_id: int | None = self._model.unk_id()

@@ -56,6 +56,15 @@ def test_a_loaded_model_is_close_to_full_precision_and_half_its_size(tmp_path):
     assert size(small) - embeddings < 0.52 * (size(full) - embeddings)
 
 
+def test_a_file_of_another_type_computes_in_the_one_asked_for(tmp_path):
+    random_llm().to(torch.float16).save_pretrained(tmp_path)
+    llm = load_llm(str(tmp_path), CPU, torch.bfloat16, "8bit_weights")
+    assert {p.dtype for p in llm.parameters()} == {torch.bfloat16}
+    assert llm.lm_head.scale.dtype == torch.bfloat16
+    assert llm.model.rotary_emb.inv_freq.dtype == torch.float32
+    assert llm(torch.tensor([[1, 2, 3]])).logits.dtype == torch.bfloat16
+
+
 def test_an_output_layer_that_is_the_embeddings_stays():
     llm = quantize(random_llm(tie_word_embeddings=True), CPU)
     assert type(llm.lm_head) is nn.Linear

@@ -1,9 +1,25 @@
-"""The language model in 8 and 4 bit, trained through on the CPU, against full precision."""
+"""The language model: its formats; 8 and 4 bit on the CPU against full precision; signs of broken weights."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from helpers import ROOT
+from safetensors.torch import load_file, save_file
 
-from minigpt4.models.llm import load_llm
+from minigpt4.common import random_weights
+from minigpt4.common.checkpoint import CheckpointError
+from minigpt4.common.errors import ConfigError
+from minigpt4.models import llm as llm_module
+from minigpt4.models.llm import check_answers, embedding_dim, load_llm
+from minigpt4.models.tokenizer import load_tokenizer
+
+TINY = str(ROOT / "minigpt4/assets/tiny/llama")
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +59,18 @@ def test_low_bit_is_close_to_full_precision(llm_folder, load_in, least_cosine):
         assert cosine > least_cosine
 
 
+@pytest.mark.parametrize("load_in", ["8bit", "4bit"])
+def test_low_bit_trains_alike_after_a_validation(llm_folder, load_in):
+    pytest.importorskip("bitsandbytes")
+    llm = load_llm(llm_folder, torch.device("cpu"), torch.float32, load_in)
+    embeds = torch.randn(2, 7, 128) * 0.02
+    before = run(llm, embeds)
+    with torch.no_grad():
+        llm(inputs_embeds=embeds)
+    for first, second in zip(before, run(llm, embeds), strict=True):
+        torch.testing.assert_close(first, second)
+
+
 def test_loaded_models_are_frozen(llm_folder):
     llm = load_llm(llm_folder, torch.device("cpu"), torch.bfloat16)
     assert llm.dtype == torch.bfloat16
@@ -67,3 +95,240 @@ def test_low_resource_means_8_bit(golden_llm_folder, monkeypatch):
     for extra in ({}, {"low_resource": True}, {"low_resource": True, "load_in": "4bit"}):
         MiniGPT4.from_config({**cfg, "llama_model": str(golden_llm_folder), **extra})
     assert asked == ["16bit", "8bit", "4bit"]
+
+
+def test_missing_and_surplus_tensors_are_not_passed_over(llm_folder, tmp_path, caplog):
+    cpu, folder = torch.device("cpu"), tmp_path / "llm"
+    shutil.copytree(llm_folder, folder)
+    state = load_file(folder / "model.safetensors")
+    save_file(state | {"vision_tower.weight": torch.zeros(2)}, folder / "model.safetensors", {"format": "pt"})
+    load_llm(str(folder), cpu, torch.float32)
+    assert "1 tensors of" in caplog.text and "are not used: vision_tower.weight" in caplog.text
+    lacking = {name: value for name, value in state.items() if "layers.1.mlp" not in name}
+    save_file(lacking, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        CheckpointError, match="do not fit its config.json:\n  model.layers.1.mlp.down_proj.weight is mi"
+    ):
+        load_llm(str(folder), cpu, torch.float32)
+    reshaped = state | {"model.norm.weight": torch.ones(64)}
+    save_file(reshaped, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match="model.norm.weight has another shape"):
+        load_llm(str(folder), cpu, torch.float32)
+
+
+def test_missing_shards_are_named(tmp_path):
+    folder = random_weights.write(tmp_path, "small", parts=("llm",), shard_bytes=10**7)["llm"]
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    for load in (embedding_dim, lambda path: load_llm(path, torch.device("cpu"), torch.float32)):
+        with pytest.raises(ConfigError, match="lacks model-00002-of-00002.safetensors, which its index lists"):
+            load(str(folder))
+
+
+@pytest.mark.parametrize("name", ["a.txt", "folder"])
+def test_what_is_no_language_model(tmp_path, name):
+    (tmp_path / "a.txt").touch()
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ConfigError, match="is no language model: a folder in Hugging Face format has a config.json"):
+        embedding_dim(str(tmp_path / name))
+
+
+def test_a_hub_id_offline(monkeypatch, tmp_path):
+    """Said at once, with the id and what can be done."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    for load in (embedding_dim, lambda name: load_llm(name, torch.device("cpu"), torch.float32)):
+        with pytest.raises(ConfigError, match="nobody/no-such-model cannot be loaded.*Nothing may be fetched") as error:
+            load("nobody/no-such-model")
+        assert "Give a folder, or a model's id on the hub." in str(error.value)
+
+
+def test_a_hub_id_is_found_in_the_cache(llm_folder, tmp_path):
+    """As `huggingface_hub` lays it out; in a process of its own, which reads HF_HOME when it imports that library."""
+    cached = tmp_path / "hub" / "models--owner--llama"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(llm_folder, cached / "snapshots" / ("0" * 40))
+    code = """
+import torch
+from minigpt4.common.weights import go_offline
+go_offline()
+from minigpt4.models.llm import embedding_dim, load_llm
+assert embedding_dim("owner/llama") == 128
+assert load_llm("owner/llama", torch.device("cpu"), torch.float32).config.num_hidden_layers == 2
+"""
+    env = os.environ | {"HF_HOME": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, check=True, capture_output=True)
+
+
+def test_the_first_conversions_of_vicuna_load(tmp_path):
+    """v0 as it was merged in April 2023: other class names, wrong special ids, no num_key_value_heads, pad token -1."""
+    folder = random_weights.write(tmp_path, "small", parts=("llm",), vicuna="v0", as_bin=True)["llm"]
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"architectures": ["LLaMAForCausalLM"], "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": -1}
+    config["max_sequence_length"] = config.pop("max_position_embeddings")
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "generation_config.json").unlink()
+    llm, tokenizer = load_llm(str(folder), torch.device("cpu"), torch.float32), load_tokenizer(str(folder))
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 2)
+    assert tokenizer.encode("[PAD]") == [32000]
+    ids = torch.tensor([[1, *tokenizer.encode("###Human: Hello")]])
+    assert torch.isfinite(llm(ids).logits).all()
+
+
+@pytest.fixture(scope="module")
+def gguf_file(llm_folder, tmp_path_factory):
+    """The Llama of `llm_folder` and a small tokenizer in one .gguf file, as llama.cpp's converter writes them."""
+    gguf = pytest.importorskip("gguf")
+    path = tmp_path_factory.mktemp("gguf") / "llama.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(2048)
+    writer.add_embedding_length(128)
+    writer.add_block_count(2)
+    writer.add_feed_forward_length(256)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(4)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(256)
+    pieces = ["<unk>", "<s>", "</s>", *"▁abcdefghijklmnopqrstuvwxyzT.", "▁a", "an"]
+    pieces += [f"<unused{i}>" for i in range(256 - len(pieces))]
+    normal, unknown, control, unused = 1, 2, 3, 5
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(pieces)
+    writer.add_token_scores([-float(i) for i in range(256)])
+    writer.add_token_types(
+        [unknown, control, control] + [unused if p.startswith("<unused") else normal for p in pieces[3:]]
+    )
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+    names = {
+        "model.embed_tokens": "token_embd",
+        "model.norm": "output_norm",
+        "lm_head": "output",
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output",
+        "mlp.gate_proj": "ffn_gate",
+        "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down",
+    }
+    for name, value in load_file(Path(llm_folder) / "model.safetensors").items():
+        name = name.replace("model.layers.", "blk.")
+        for theirs, ours in names.items():
+            name = name.replace(theirs, ours)
+        if name.endswith(("attn_q.weight", "attn_k.weight")):  # the order of llama.cpp's rotary embedding
+            value = value.view(4, 2, 16, 128).transpose(1, 2).reshape(128, 128)
+        writer.add_tensor(name, value.float().contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return str(path)
+
+
+def test_a_gguf_file_is_the_same_model(gguf_file, llm_folder):
+    cpu = torch.device("cpu")
+    assert embedding_dim(gguf_file) == 128
+    embeds = torch.randn(2, 7, 128) * 0.02
+    actual, expected = (run(load_llm(path, cpu, torch.float32), embeds) for path in (gguf_file, llm_folder))
+    for ours, theirs in zip(actual, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-3)
+    tokenizer = load_tokenizer(gguf_file)
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 2)
+    assert tokenizer.decode(tokenizer.encode("an apple")) == "an apple"
+
+
+def test_a_gguf_file_goes_into_the_whole_model(gguf_file):
+    from helpers import QFORMER, VIT
+
+    from minigpt4.models import MiniGPT4
+
+    cfg = {"image_size": 28, "vit_model": VIT, "qformer": QFORMER, "vit_weights": None, "q_former_model": None}
+    model = MiniGPT4.from_config({**cfg, "llama_model": gguf_file})
+    loss = model({"image": torch.randn(1, 3, 28, 28), "text_input": ["an apple"]})["loss"]
+    assert loss.isfinite()
+
+
+def test_a_gguf_file_is_not_quantised_again(gguf_file):
+    with pytest.raises(ConfigError, match="a .gguf file is unpacked; model.load_in must be 16bit"):
+        load_llm(gguf_file, torch.device("cpu"), torch.float32, "8bit")
+
+
+def test_a_gguf_file_without_the_package(gguf_file, monkeypatch):
+    monkeypatch.setattr(llm_module, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="pip install gguf"):
+        embedding_dim(gguf_file)
+
+
+def test_logits_that_are_not_finite_are_named(llm_folder, golden_llm_folder):
+    llm = load_llm(llm_folder, torch.device("cpu"), torch.float32)
+    tokenizer = load_tokenizer(str(golden_llm_folder))
+    llm.model.layers[1].mlp.up_proj.weight.data[3, 3] = float("nan")
+    with pytest.raises(CheckpointError, match=r"llama is broken: its logits for .* are not finite. Likely causes"):
+        check_answers(llm, tokenizer, "llama")
+
+
+def test_a_model_that_guesses_is_named(llm_folder, golden_llm_folder, caplog):
+    llm = load_llm(llm_folder, torch.device("cpu"), torch.float32)
+    check_answers(llm, load_tokenizer(str(golden_llm_folder)), "llama")
+    assert "llama knows no language" in caplog.text
+    assert "guessing gives ln V = 5.55" in caplog.text
+    assert "never merged" in caplog.text
+
+
+def test_a_model_that_knows_english_is_not(caplog):
+    llm = load_llm(TINY, torch.device("cpu"), torch.float32)
+    check_answers(llm, load_tokenizer(TINY), TINY)
+    assert "knows no language" not in caplog.text
+
+
+@pytest.mark.parametrize(("load_in", "loss_within", "least_cosine"), [("8bit", 0.02, 0.999), ("4bit", 0.1, 0.85)])
+def test_the_tiny_default_trains_in_low_bit(load_in, loss_within, least_cosine, tmp_path):
+    """The loss to 2 or 10 %, and the direction of the projection's gradient: a small network feels 4 bit more."""
+    pytest.importorskip("bitsandbytes")
+    from types import SimpleNamespace
+
+    from PIL import Image
+
+    from minigpt4.cli.drawings import save_examples
+    from minigpt4.common.config import Config
+    from minigpt4.models import MiniGPT4
+    from minigpt4.processors import Blip2ImageEvalProcessor
+
+    captions = ["cat face", "red apple", "sailboat", "automobile"]
+    processor = Blip2ImageEvalProcessor(64)
+    pictures = [processor(Image.open(path).convert("RGB")) for path in save_examples(tmp_path, emoji=True)]
+    samples = {"image": torch.stack(pictures), "text_input": captions}
+    losses, gradients = [], []
+    for precision in ("16bit", load_in):
+        stage1 = ROOT / "minigpt4/assets/tiny/stage1.safetensors"
+        options = [f"model.load_in={precision}", f"model.ckpt={stage1}", "model.prompt_path=null"]
+        cfg = Config(SimpleNamespace(cfg_path=ROOT / "eval_configs/minigpt4_tiny_eval.yaml", options=options))
+        model = MiniGPT4.from_config(cfg.model_cfg)
+        model.end_sym = "\n"
+        loss = model(samples)["loss"]
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append(model.llama_proj.weight.grad.flatten())
+    assert losses[1] == pytest.approx(losses[0], rel=loss_within)
+    assert torch.nn.functional.cosine_similarity(*gradients, dim=0) > least_cosine
+
+
+def test_device_map(llm_folder):
+    """ "auto" on a machine without a GPU is the host; the answers are the same."""
+    cpu = torch.device("cpu")
+    embeds = torch.randn(1, 5, 128)
+    spread = load_llm(llm_folder, cpu, torch.float32, device_map="auto")
+    torch.testing.assert_close(run(spread, embeds)[0], run(load_llm(llm_folder, cpu, torch.float32), embeds)[0])
+
+
+def test_a_device_map_that_cannot_be(llm_folder, monkeypatch):
+    with pytest.raises(ConfigError, match="model.load_in=8bit_weights takes one GPU"):
+        load_llm(llm_folder, torch.device("cpu"), torch.float32, "8bit_weights", "auto")
+    monkeypatch.setattr(llm_module.dist_utils, "get_world_size", lambda: 2)
+    with pytest.raises(ConfigError, match="spreads one model over the GPUs, but 2 processes were started"):
+        load_llm(llm_folder, torch.device("cpu"), torch.float32, device_map="auto")

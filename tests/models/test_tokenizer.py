@@ -3,7 +3,9 @@
 import json
 
 import pytest
+from sentencepiece import SentencePieceProcessor
 
+from minigpt4.common import random_weights
 from minigpt4.models.prompt import IMAGE_ID, encode_with_images
 from minigpt4.models.tokenizer import SentencePieceTokenizer, load_tokenizer
 
@@ -75,3 +77,28 @@ def test_image_slots(tokenizer):
     assert ids.count(IMAGE_ID) == 8
     assert ids[-4:] == [IMAGE_ID] * 4
     assert ids.count(1) == 1
+
+
+def test_a_gguf_file_has_the_same_tokenizer(tmp_path):
+    """The pieces in a .gguf file make the same SentencePiece model as the tokenizer.model that they are from."""
+    gguf = pytest.importorskip("gguf")
+    folder = random_weights.write(tmp_path, "small", parts=("llm",))["llm"]
+    model = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    checks = {3: model.IsControl, 2: model.IsUnknown, 5: model.IsUnused, 6: model.IsByte}
+    ids = range(len(model))
+    kinds = [next((kind for kind, is_kind in checks.items() if is_kind(i)), 1) for i in ids]
+    writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([model.IdToPiece(i) for i in ids])
+    writer.add_token_scores([model.GetScore(i) for i in ids])
+    writer.add_token_types(kinds)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    expected, actual = load_tokenizer(str(folder)), load_tokenizer(str(tmp_path / "a.gguf"))
+    assert isinstance(actual, SentencePieceTokenizer)
+    assert (actual.bos_token_id, actual.eos_token_id, actual.unk_token_id) == (1, 2, 0)
+    assert actual.special_tokens == expected.special_tokens
+    for text in (" ###", "###Assistant: ", "</Img> Describe the  image", "\u00e9 \u65e5\u672c\n", "a</s>b", "   ", ""):
+        assert actual.encode(text) == expected.encode(text)
+        assert actual.decode(actual.encode(text)) == expected.decode(expected.encode(text))

@@ -1,0 +1,65 @@
+"""Loading straight to a GPU: where the weights lie, in which type, and what the host keeps. Skipped without one."""
+
+import pytest
+import torch
+
+from minigpt4.common import random_weights
+from minigpt4.models import MiniGPT4
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+SMALL = {
+    "vit_model": {"embed_dim": 64, "depth": 2, "num_heads": 4, "patch_size": 14, "mlp_ratio": 4.0},
+    "qformer": {
+        "hidden_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 96,
+        "cross_attention_freq": 2,
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def cfg(tmp_path_factory):
+    files = random_weights.write(tmp_path_factory.mktemp("weights"), "small", vicuna="v0", as_bin=True)
+    keys = {"vit_weights": "vision", "q_former_model": "qformer", "llama_model": "llm", "ckpt": "ckpt"}
+    return {**SMALL, **{key: str(files[part]) for key, part in keys.items()}}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("load_in", ["16bit", "8bit", "4bit"])
+def test_all_lies_on_the_gpu_and_trains(cfg, load_in, dtype):
+    if load_in != "16bit":
+        pytest.importorskip("bitsandbytes")
+    model = MiniGPT4.from_config({**cfg, "load_in": load_in}, "cuda", dtype).train()
+    assert {t.device.type for t in (*model.parameters(), *model.buffers())} == {"cuda"}
+    assert model.visual_encoder.blocks[1].mlp.fc2.weight.dtype == dtype
+    assert model.llama_proj.weight.dtype == torch.float32
+    samples = {"image": torch.randn(2, 3, 224, 224, device="cuda"), "text_input": ["a dog", "two cats"]}
+    with torch.autocast("cuda", dtype):
+        loss = model(samples)["loss"]
+    loss.backward()
+    assert 9 < loss.item() < 13
+    assert model.llama_proj.weight.grad.isfinite().all()
+
+
+def test_the_gpu_holds_no_second_copy(cfg):
+    """The peak while loading is what stays, and at most the largest tensor more."""
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    model = MiniGPT4.from_config(cfg, "cuda", torch.float16)
+    stays = torch.cuda.memory_allocated() - before
+    largest = max(p.nbytes for p in model.parameters())
+    assert torch.cuda.max_memory_allocated() - before < stays + 2 * largest
+
+
+def test_device_map_gives_the_same_answers(cfg):
+    """Spread over what there is: one GPU, or several."""
+    prompt = ["###Human: <Img><ImageHere></Img> What is it? ###Assistant:"]
+    image = torch.randn(1, 3, 224, 224, device="cuda")
+    answers = []
+    for device_map in (None, "auto"):
+        model = MiniGPT4.from_config({**cfg, "llm_device_map": device_map}, "cuda:0", torch.float32).eval()
+        answers.append(model.generate(image, prompt, stop="###", max_new_tokens=8))
+    assert answers[0] == answers[1]
