@@ -1,6 +1,8 @@
 # Two commands do all the set-up:
 #   make quickstart    install, prepare the pictures, train the tiny default on the CPU, caption pictures it never saw
 #   make test          install what the tests need, run them
+# And one tries out how stage 1's data is made, with img2dataset in an environment of its own:
+#   make rehearsal     about two minutes
 # PYTHON=python3.12 picks the interpreter; VENV=DIR the environment; TORCH_INDEX=URL another index for torch's wheels
 # (PyTorch's own CPU index saves some 3 GB on a machine without a GPU; docs/installation.md has its address).
 
@@ -8,8 +10,9 @@ PYTHON ?= python3
 VENV ?= .venv
 PIP = $(VENV)/bin/pip install --quiet
 BIN = $(VENV)/bin
+IMG2DATASET_VENV = .venv-img2dataset
 
-.PHONY: quickstart test lint format lock clean
+.PHONY: quickstart test rehearsal lint format lock clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python dataset/quickstart.py
@@ -19,6 +22,9 @@ test: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell
 	$(BIN)/python -m pytest
+
+rehearsal: $(VENV)/.installed-test $(IMG2DATASET_VENV)/.installed
+	IMG2DATASET=$(IMG2DATASET_VENV)/bin/img2dataset $(BIN)/python -m pytest tests/dataset/test_rehearsal.py
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix .
@@ -31,7 +37,7 @@ lock: $(VENV)/.installed-test
 	$(BIN)/python -m pip freeze --exclude-editable | grep -viE '^(nvidia-|triton|cuda-|minigpt4)' >> requirements.lock
 
 clean:
-	rm -rf $(VENV) data output
+	rm -rf $(VENV) $(IMG2DATASET_VENV) data output
 
 $(VENV)/.installed: requirements.txt requirements.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -42,4 +48,10 @@ $(VENV)/.installed: requirements.txt requirements.lock pyproject.toml
 
 $(VENV)/.installed-test: $(VENV)/.installed
 	$(PIP) --constraint requirements.lock --editable '.[tiny,test]'
+	touch $@
+
+# It pins older webdataset, pandas and opencv than ours.
+$(IMG2DATASET_VENV)/.installed:
+	$(PYTHON) -m venv $(IMG2DATASET_VENV)
+	$(IMG2DATASET_VENV)/bin/pip install --quiet img2dataset==1.47.0
 	touch $@

@@ -16,6 +16,7 @@ from datetime import datetime
 from minigpt4.common.config import Config
 from minigpt4.common.errors import ConfigError
 from minigpt4.common.registry import UnknownNameError
+from minigpt4.doctor.checks import log_warnings, preflight
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -31,7 +32,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--share", action="store_true", help="make the page public through a gradio.live tunnel")
     parser.add_argument("--auth", nargs="+", type=_account, metavar="USER:PASSWORD", help="who may use the page")
     parser.add_argument("--concurrency", type=int, default=1, metavar="N", help="answers computed at the same time")
-    parser.add_argument("--max-upload-mb", type=float, default=20, metavar="N", help="largest picture file")
+    parser.add_argument("--max-upload-mb", type=float, default=20, metavar="N", help="largest file")
     args = parser.parse_args(argv)
     for name in ("concurrency", "max_upload_mb"):
         if getattr(args, name) <= 0:
@@ -51,8 +52,10 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     cfg = Config(args)
     cfg.check_paths()
+    warnings = preflight(cfg, training=False, gpu=args.gpu_id)
     with tempfile.TemporaryDirectory(prefix="minigpt4-uploads-") as uploads:
         page = serve(args, uploads, emoji=cfg.model_cfg.get("model_type") == "tiny")
+        log_warnings(warnings)
         try:
             load(cfg, args.gpu_id, page)
             page.blocks.block_thread()

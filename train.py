@@ -17,6 +17,7 @@ from datetime import datetime
 from minigpt4.common.config import Config
 from minigpt4.common.errors import ConfigError
 from minigpt4.common.registry import UnknownNameError
+from minigpt4.doctor.checks import log_warnings, preflight
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -33,6 +34,7 @@ def main(argv: list[str] | None = None) -> None:
     """Read the config, build task, datasets and model, and run."""
     cfg = Config(parse_args(argv))
     cfg.check_paths(datasets=True)
+    warnings = preflight(cfg, training=True)
 
     # Imported late: a mistake in the config is reported before torch and transformers are even loaded.
     from minigpt4.common import dist_utils
@@ -41,6 +43,7 @@ def main(argv: list[str] | None = None) -> None:
     from minigpt4.runners.state import seed_everything
 
     setup_logger()
+    log_warnings(warnings)
     device = dist_utils.select_device(cfg.run_cfg.device)
     dist_utils.init_process_group(device, cfg.run_cfg.dist_backend, cfg.run_cfg.distributed)
     try:

@@ -2,6 +2,7 @@
 
 python -m minigpt4 chat cat.jpg --cfg-path eval_configs/minigpt4_tiny_eval.yaml
 python -m minigpt4 caption --dir photos --out captions.jsonl --cfg-path eval_configs/minigpt4_eval.yaml
+python -m minigpt4 serve --cfg-path eval_configs/minigpt4_eval.yaml
 """
 
 import importlib
@@ -11,8 +12,10 @@ import sys
 COMMANDS = {
     "chat": "talk about pictures in the terminal",
     "caption": "describe pictures, a folder or shards, into a JSONL file",
+    "serve": "answer programs that speak OpenAI's chat completions",
     "bench": "measure training steps, answers, or the reading of pictures",
     "cache-features": "compute image features once, to train from them",
+    "doctor": "find what is wrong with a run before it starts",
     "make-random-weights": "write files in the published formats, for rehearsals and benchmarks",
     "rehearse": "run train.py and chat on such files, and measure",
 }

@@ -48,25 +48,28 @@ def golden_llm_folder(tmp_path_factory, golden_weights) -> Path:
 
 
 @pytest.fixture(scope="session")
-def build_golden_model(golden_llm_folder, golden_weights):
-    """Builder of the golden model: keyword arguments are YAML keys of `model:`."""
+def golden_model_keys(golden_llm_folder) -> dict:
+    """The YAML keys of `model:` that give a model of the golden sizes, its vision side random."""
+    return {
+        "image_size": 28,
+        "vit_model": VIT,
+        "vit_weights": None,
+        "q_former_model": None,
+        "qformer": QFORMER,
+        "num_query_token": 8,
+        "llama_model": str(golden_llm_folder),
+    }
+
+
+@pytest.fixture(scope="session")
+def build_golden_model(golden_model_keys, golden_weights):
+    """Builder of the golden model: keyword arguments are YAML keys of `model:`, or its `device` and `dtype`."""
     from minigpt4.models import MiniGPT4
 
-    def build(**cfg) -> MiniGPT4:
-        image_size = cfg.setdefault("image_size", 28)
-        model = MiniGPT4.from_config(
-            {
-                "vit_model": VIT,
-                "qformer": QFORMER,
-                "num_query_token": 8,
-                "vit_weights": None,
-                "q_former_model": None,
-                "llama_model": str(golden_llm_folder),
-                **cfg,
-            }
-        )
+    def build(device: str = "cpu", dtype: torch.dtype = torch.float32, **cfg) -> MiniGPT4:
+        model = MiniGPT4.from_config(golden_model_keys | cfg, device, dtype)
         weights = dict(golden_weights)
-        if image_size == 56:
+        if cfg.get("image_size") == 56:
             weights |= load_file(GOLDEN / "tiny_weights_56_vision.safetensors")
         own = model.state_dict()
         model.load_state_dict({k: v for k, v in weights.items() if k in own})
@@ -86,18 +89,9 @@ def _alone():
 
 
 @pytest.fixture
-def golden_config(golden_llm_folder, tmp_path) -> Path:
+def golden_config(golden_model_keys, tmp_path) -> Path:
     """A YAML file for a model of the golden sizes, its vision side random."""
-    model = {
-        "arch": "mini_gpt4",
-        "image_size": 28,
-        "vit_model": VIT,
-        "vit_weights": None,
-        "q_former_model": None,
-        "qformer": QFORMER,
-        "num_query_token": 8,
-        "llama_model": str(golden_llm_folder),
-    }
+    model = {"arch": "mini_gpt4", **golden_model_keys}
     eval_processor = {"vis_processor": {"eval": {"name": "blip2_image_eval", "image_size": 28}}}
     path = tmp_path / "golden.yaml"
     OmegaConf.save({"model": model, "preprocess": eval_processor, "run": {"task": "image_text_pretrain"}}, path)
@@ -120,16 +114,12 @@ def parts(tmp_path_factory, golden_weights, golden_llm_folder):
 
 
 @pytest.fixture
-def configs(parts, tmp_path):
+def configs(parts, golden_model_keys, tmp_path):
     """The shipped stage-1 and stage-2 files, with the paths and sizes of the small model."""
     folder = parts["folder"]
-    model = {
-        "image_size": 28,
-        "vit_model": VIT,
+    model = golden_model_keys | {
         "vit_weights": str(folder / "vit.pth"),
         "q_former_model": str(folder / "blip2.pth"),
-        "qformer": QFORMER,
-        "num_query_token": 8,
         "llama_model": str(parts["llm"]),
     }
     processors = {"vis_processor": {"train": {"image_size": 28}}}

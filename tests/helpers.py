@@ -1,5 +1,7 @@
 """What several test modules share."""
 
+import socket
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -15,6 +17,13 @@ QFORMER = {
     "hidden_dropout_prob": 0.0,
     "attention_probs_dropout_prob": 0.0,
 }
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
 
 
 class Pictures(torch.utils.data.Dataset):
@@ -39,3 +48,6 @@ class FixedBatches:
     def epoch(self, epoch, num_batches):
         for row in self.indices[epoch * num_batches : (epoch + 1) * num_batches]:
             yield {"image": self.images[row], "text_input": [self.captions[i] for i in row]}
+
+    def take_left_out(self):
+        return Counter()

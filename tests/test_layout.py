@@ -15,8 +15,10 @@ RANKS = {
     "runners": 2,
     "tasks": 2,
     "conversation": 2,
-    "cli": 3,
-    "__main__": 3,
+    "doctor": 2,
+    "serving": 3,
+    "cli": 4,
+    "__main__": 4,
 }
 MODULES = sorted(ROOT.glob("minigpt4/*/**/*.py"))
 

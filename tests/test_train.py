@@ -94,9 +94,16 @@ def test_resume_through_the_command_line(configs, tmp_path, caplog):
         assert torch.equal(value, second["model"][name])
 
 
-def fails(configs, stage, *options, error=ConfigError, match):
-    with pytest.raises(error, match=match):
-        main(["--cfg-path", str(configs[stage]), "--options", *options])
+def fails(configs, stage, *options, error=ConfigError, match, early=None):
+    """early: how the checks before anything heavy put it; `match` is what loading and training say without them."""
+    arguments = ["--cfg-path", str(configs[stage]), "--options", *options]
+    with pytest.MonkeyPatch.context() as patch:
+        if early:
+            with pytest.raises(ConfigError, match=f"(?s)This cannot work.*{early}"):
+                main(arguments)
+            patch.setattr("train.preflight", lambda *_, **__: [])
+        with pytest.raises(error, match=match):
+            main(arguments)
 
 
 def test_missing_paths(configs, parts):
@@ -120,36 +127,41 @@ def test_a_checkpoint_of_another_width(configs, tmp_path):
         f"model.ckpt={path}",
         error=CheckpointError,
         match=r"13b\.pth was trained with a language model 5120 \(as in Vicuna-13B\) wide; .* is 40 wide",
+        early=r"13b\.pth was trained with a language model 5120 \(as in Vicuna-13B\) wide; .* is 40 wide",
     )
 
 
 def test_a_checkpoint_without_projection(configs, tmp_path):
     save_file({"something.weight": torch.zeros(2)}, tmp_path / "other.safetensors")
     option = f"model.ckpt={tmp_path}/other.safetensors"
-    fails(configs, "stage2", option, error=CheckpointError, match=r"llama_proj\.bias is missing")
+    fails(configs, "stage2", option, error=CheckpointError, match=r"llama_proj\.bias is missing", early="no llama_proj")
 
 
 def test_weights_of_another_encoder(configs):
     option = "model.vit_model={patch_size: 14, embed_dim: 32, depth: 4, num_heads: 4, mlp_ratio: 4.3637}"
-    fails(configs, "stage1", option, error=CheckpointError, match=r"blocks\.3\..* is missing")
+    fails(configs, "stage1", option, error=CheckpointError, match=r"blocks\.3\..* is missing", early="3 blocks")
     option = "model.vit_model={patch_size: 14, embed_dim: 48, depth: 3, num_heads: 4, mlp_ratio: 4.3637}"
-    fails(configs, "stage1", option, error=CheckpointError, match=r"has shape .*, the model's")
+    fails(configs, "stage1", option, error=CheckpointError, match=r"has shape .*, the model's", early="embed_dim 32")
 
 
 def test_vision_settings_that_make_no_sense(configs):
+    match = "vit_model='eva_clip_h' is not known"
     fails(
-        configs, "stage1", "model.vit_model=eva_clip_h", error=ValueError, match="vit_model='eva_clip_h' is not known"
+        configs, "stage1", "model.vit_model=eva_clip_h", error=ValueError, match=match, early="'eva_clip_h' is not kn"
     )
     fails(configs, "stage1", "model.vit_model={width: 2}", match=r"Unknown key model\.vit_model\.width")
-    fails(configs, "stage1", "model.image_size=30", error=ValueError, match="image_size=30 is not a multiple")
-    fails(configs, "stage1", "model.vit_weights=published", error=ValueError, match="vit_weights is required")
+    match = "image_size=30 is not a multiple"
+    fails(configs, "stage1", "model.image_size=30", error=ValueError, match=match, early="30 is not a multiple")
+    match = "vit_weights is required"
+    fails(configs, "stage1", "model.vit_weights=published", error=ValueError, match=match, early=match)
     fails(configs, "stage1", "model.load_in=3bit", error=ValueError, match="load_in = '3bit' .* is not one of")
 
 
 def test_pictures_of_another_size_than_the_encoders(configs):
     options = [f"datasets.{name}.vis_processor.train.image_size=42" for name in ("laion", "cc_sbu")]
     match = r"images are 42 x 42 pixels, the encoder takes 28 x 28\. Set model\.image_size"
-    fails(configs, "stage1", *options, error=ValueError, match=match)
+    early = r"datasets\.cc_sbu\.vis_processor\.train\.image_size: 42, but model\.image_size=28"
+    fails(configs, "stage1", *options, error=ValueError, match=match, early=early)
 
 
 def test_numbers_that_no_run_can_have(configs):
@@ -171,9 +183,11 @@ def test_a_prompt_without_image_slot(configs, tmp_path, parts):
     ckpt = tmp_path / "ckpt.pth"
     torch.save({"model": {"llama_proj.weight": torch.zeros(40, 24), "llama_proj.bias": torch.zeros(40)}}, ckpt)
     options = [f"model.prompt_path={prompts}", f"model.ckpt={ckpt}"]
-    fails(configs, "stage2", *options, error=ValueError, match=r"No line of model\.prompt_path=.*holds <ImageHere>")
+    match = r"No line of model\.prompt_path=.*holds <ImageHere>"
+    fails(configs, "stage2", *options, error=ValueError, match=match, early=r"no line of .* holds <ImageHere>")
     options = [f"model.ckpt={ckpt}", "model.prompt_template=Human:"]
-    fails(configs, "stage2", *options, error=ValueError, match=r"prompt_template='Human:' has no \{\}")
+    match = r"prompt_template='Human:' has no \{\}"
+    fails(configs, "stage2", *options, error=ValueError, match=match, early=r"'Human:' has no \{\}")
 
 
 def test_a_dataset_smaller_than_a_batch(configs, tmp_path):

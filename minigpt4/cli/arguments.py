@@ -6,6 +6,7 @@ from pathlib import Path
 
 from minigpt4.common.errors import ConfigError
 from minigpt4.conversation.decoding import Decoding
+from minigpt4.conversation.videos import FRAMES, MAX_FRAMES
 
 DECODING_HELP = {
     "max_new_tokens": "most tokens of an answer",
@@ -28,6 +29,24 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--import", **several, dest="imports", metavar="MODULE", help="plug-ins to import first")
     parser.add_argument("--offline", action="store_true", help="fetch nothing: what is not cached is an error")
     parser.add_argument("--gpu-id", type=int, metavar="N", help="GPU to use (0); without one, the CPU is")
+
+
+def add_frames_argument(parser: argparse.ArgumentParser) -> None:
+    """`--frames`."""
+    help_text = "pictures taken from a video, evenly (%(default)s)"
+    parser.add_argument("--frames", type=int, default=FRAMES, metavar="N", help=help_text)
+
+
+def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+    """Parse; decoding settings and a number of frames that are out of bounds end the program with a message."""
+    args = parser.parse_args(argv)
+    if not 1 <= args.frames <= MAX_FRAMES:
+        parser.error(f"--frames {args.frames} must be from 1 to {MAX_FRAMES}")
+    try:
+        Decoding(**decoding_settings(args))
+    except ValueError as error:
+        parser.error(str(error))
+    return args
 
 
 def add_decoding_arguments(parser: argparse.ArgumentParser, **defaults) -> None:

@@ -1,12 +1,12 @@
-"""Describe pictures: one JSON object a line, {"image": path, "caption": text}.
+"""Describe pictures and videos: one JSON object a line, {"image": path, "caption": text}.
 
     python -m minigpt4 caption cat.jpg dog.png --cfg-path eval_configs/minigpt4_tiny_eval.yaml
     python -m minigpt4 caption --dir photos --out captions.jsonl --cfg-path …
     python -m minigpt4 caption --shards "cc_sbu/{00000..00009}.tar" --out captions.jsonl --cfg-path …
     torchrun --nproc_per_node 4 -m minigpt4 caption --dir photos --out captions.jsonl --cfg-path …
 
-A run that was interrupted goes on where it stopped, when it is given the same --out. Unreadable files are skipped and
-listed at the end.
+Of a video, the model sees --frames pictures, drawn evenly; its line says so: {…, "frames": 8}. An interrupted run goes
+on where it stopped, when it is given the same --out. Unreadable files are skipped and listed at the end.
 """
 
 import argparse
@@ -14,20 +14,25 @@ import io
 import json
 import logging
 import tarfile
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from glob import escape
 from itertools import islice
 from pathlib import Path
 
 from minigpt4.cli.arguments import (
     add_decoding_arguments,
+    add_frames_argument,
     add_model_arguments,
     decoding_settings,
     expand_shards,
+    parse,
 )
 from minigpt4.cli.parallel import ahead, batches
 from minigpt4.common.config import Config
 from minigpt4.common.errors import ConfigError
+from minigpt4.conversation import PictureError, open_media, open_picture, videos
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"}
 
@@ -36,17 +41,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="minigpt4 caption", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("images", nargs="*", metavar="IMAGE", help="pictures")
-    parser.add_argument("--dir", metavar="FOLDER", help="all pictures in a folder and the folders in it")
+    parser.add_argument("images", nargs="*", metavar="IMAGE", help="pictures and videos")
+    parser.add_argument("--dir", metavar="FOLDER", help="all pictures and videos in a folder and the folders in it")
     parser.add_argument("--shards", nargs="+", metavar="TAR", help="webdataset tars; globs and {00..09} are expanded")
     parser.add_argument("--out", metavar="FILE", help="JSONL file to add to; left out: the screen")
     parser.add_argument(
         "--prompt", metavar="TEXT", help="question, put into model.prompt_template, or a whole prompt with <ImageHere>"
     )
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="pictures at a time (%(default)s)")
+    add_frames_argument(parser)
     add_model_arguments(parser)
     add_decoding_arguments(parser, do_sample=False)
-    args = parser.parse_args(argv)
+    args = parse(parser, argv)
     if not (args.images or args.dir or args.shards):
         parser.error("give pictures, --dir or --shards")
     if args.batch_size < 1:
@@ -76,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 class Items:
-    """The pictures to describe: iterating gives (name, path or bytes).
+    """The pictures and videos to describe: iterating gives (name, path or bytes), or (tar, why it is damaged).
 
     `total` is their number, or None where shards make it unknown. Raises ConfigError when there are none.
     """
@@ -86,62 +92,77 @@ class Items:
         if args.dir:
             if not Path(args.dir).is_dir():
                 raise ConfigError(f"--dir {args.dir} is not a folder.")
-            self._files += sorted(path for path in Path(args.dir).rglob("*") if path.suffix.lower() in SUFFIXES)
+            kinds = SUFFIXES | {*videos.SUFFIXES}
+            self._files += sorted(path for path in Path(args.dir).rglob("*") if path.suffix.lower() in kinds)
         self._shards = expand_shards(args.shards or [])
         if not self._files and not self._shards:
-            raise ConfigError(f"--dir {args.dir} holds no pictures ({', '.join(sorted(SUFFIXES))}).")
+            raise ConfigError(f"--dir {args.dir} holds no pictures or videos ({', '.join(sorted(kinds))}).")
         self.total = None if self._shards else len(self._files)
 
-    def __iter__(self) -> Iterator[tuple[str, Path | bytes]]:
+    def __iter__(self) -> Iterator[tuple[str, Path | bytes | PictureError]]:
         for path in self._files:
             yield str(path), path
         for shard in self._shards:
-            with tarfile.open(shard) as tar:
-                for member in tar:
-                    if member.isfile() and Path(member.name).suffix.lower() in SUFFIXES:
-                        yield f"{shard}/{member.name}", tar.extractfile(member).read()
+            try:
+                with tarfile.open(shard) as tar:
+                    for member in tar:
+                        if member.isfile() and Path(member.name).suffix.lower() in SUFFIXES:
+                            yield f"{shard}/{member.name}", tar.extractfile(member).read()
+            except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
+                yield shard, PictureError(f"the rest of this tar cannot be read: {error}")
 
 
 class Captioner:
-    """Describes pictures, several at a time.
+    """Describes pictures and videos, several at a time.
 
     Args:
         chat: the model and its image processor.
-        args: has `prompt`, `batch_size` and the decoding settings.
+        args: has `prompt`, `batch_size`, `frames` and the decoding settings.
         template: how a question is wrapped, `{}` standing for it.
+
+    Raises ConfigError for a prompt with more than one image slot.
     """
 
     def __init__(self, chat, args: argparse.Namespace, template: str | None):
         from minigpt4.conversation import Decoding
+        from minigpt4.conversation.conversation import IMAGE_TURN
         from minigpt4.models.prompt import IMAGE_SLOT
 
         self._chat = chat
         self.batch_size = args.batch_size
+        self._frames = args.frames
         self._decoding = Decoding(**decoding_settings(args))
         prompts = chat.model.prompt_list or [IMAGE_SLOT]
         self._prompt = args.prompt or prompts[0]
         if IMAGE_SLOT not in self._prompt:
-            self._prompt = (template or "{}").replace("{}", f"<Img>{IMAGE_SLOT}</Img> {args.prompt}")
+            self._prompt = (template or "{}").replace("{}", f"{IMAGE_TURN} {args.prompt}")
+        if self._prompt.count(IMAGE_SLOT) != 1:
+            raise ConfigError(f"--prompt {self._prompt!r} must have {IMAGE_SLOT} once: each line is about one file.")
+        self._slot = IMAGE_TURN if IMAGE_TURN in self._prompt else IMAGE_SLOT
 
-    def load(self, item: tuple[str, Path | bytes]):
-        """Read an item: (name, processed picture [3,H,W], or the PictureError that tells why there is none)."""
-        from minigpt4.conversation import PictureError, open_picture
-
+    def load(self, item: tuple[str, Path | bytes | PictureError]):
+        """Read an item: (name, processed pictures [3,H,W], or the PictureError that tells why there are none)."""
         name, source = item
         try:
-            source = io.BytesIO(source) if isinstance(source, bytes) else source
-            return name, self._chat.vis_processor(open_picture(source, Path(name).name))
+            if isinstance(source, PictureError):
+                raise source
+            if isinstance(source, bytes):
+                pictures = [open_picture(io.BytesIO(source), Path(name).name)]
+            else:
+                pictures = open_media(source, self._frames)
+            return name, [self._chat.vis_processor(picture) for picture in pictures]
         except PictureError as error:
             return name, error
 
-    def describe(self, pictures: list) -> list[str]:
-        """The captions of processed pictures."""
+    def describe(self, items: list[list]) -> list[str]:
+        """The captions of items, each of which is one or more processed pictures."""
         import torch
 
         if self._decoding.seed is not None:
             torch.manual_seed(self._decoding.seed)
-        images = torch.stack(pictures).to(self._chat.device)
-        return self._chat.model.generate(images, [self._prompt] * len(pictures), **self._decoding.options())
+        images = torch.stack([picture for pictures in items for picture in pictures]).to(self._chat.device)
+        prompts = [self._prompt.replace(self._slot, " ".join([self._slot] * len(pictures))) for pictures in items]
+        return self._chat.model.generate(images, prompts, **self._decoding.options())
 
 
 class Output:
@@ -156,24 +177,25 @@ class Output:
         self.done: set[str] = set()
         if self._path is None:
             return
+        if self._path.is_dir():
+            raise ConfigError(f"--out {path} is a folder; name a file in it.")
         if self._ranks > 1:
             self._own = self._path.with_name(f"{self._path.name}.part{self._rank}")
         self.finish()  # of an earlier run
         if self._path.is_file():
-            self.done = {json.loads(line)["image"] for line in _whole_lines(self._path)}
+            self.done = {_image(line, self._path) for line in _whole_lines(self._path)}
         dist_utils.gather_objects(None)  # all have read before any writes
 
-    def write(self, names: list[str], captions: list[str]) -> None:
+    def write(self, entries: list[dict]) -> None:
         """Add lines; they are on disk when this returns, so that an interrupted run can go on."""
-        lines = [
-            json.dumps({"image": name, "caption": text}, ensure_ascii=False) + "\n"
-            for name, text in zip(names, captions, strict=True)
-        ]
+        lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
+        # A file name that is no text holds lone surrogates; JSON's way to write one is Python's, too.
+        content = lines.encode("utf-8", "backslashreplace")
         if self._path is None:
-            print("".join(lines), end="", flush=True)
+            print(content.decode(), end="", flush=True)
             return
-        with self._own.open("a", encoding="utf-8") as file:
-            file.writelines(lines)
+        with self._own.open("ab") as file:
+            file.write(content)
 
     def finish(self) -> None:
         """Rank 0 puts the parts of all ranks together."""
@@ -182,20 +204,30 @@ class Output:
         dist_utils.gather_objects(None)  # all have written
         if self._rank == 0 and self._path:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            for part in sorted(self._path.parent.glob(f"{self._path.name}.part*")):
-                with self._path.open("a", encoding="utf-8") as file:
+            for part in sorted(self._path.parent.glob(f"{escape(self._path.name)}.part[0-9]*")):
+                with self._path.open("ab") as file:
                     file.writelines(_whole_lines(part))
                 part.unlink()
         dist_utils.gather_objects(None)
 
 
-def _whole_lines(path: Path) -> list[str]:
+def _whole_lines(path: Path) -> list[bytes]:
     """The lines of a file; the last one is cut from it if a run was interrupted while writing it."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    if lines and not lines[-1].endswith("\n"):
-        lines.pop()
-        path.write_text("".join(lines), encoding="utf-8")
-    return lines
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if whole != content:
+        path.write_bytes(whole)
+    return whole.splitlines(keepends=True)  # of bytes: U+2028 in a caption ends no line
+
+
+def _image(line: bytes, path: Path) -> str:
+    """The image that a line is about. Raises ConfigError if it is not one of ours."""
+    try:
+        return json.loads(line)["image"]
+    except (ValueError, KeyError, TypeError):
+        raise ConfigError(
+            f"--out {path} exists, and its line {line[:60]!r} is no caption. Name another file."
+        ) from None
 
 
 def caption(items: Items, captioner: Captioner, output: Output) -> list[str]:
@@ -208,16 +240,21 @@ def caption(items: Items, captioner: Captioner, output: Output) -> list[str]:
     own = islice((item for item in items if item[0] not in output.done), rank, None, ranks)
     total = items.total and len(range(rank, max(0, items.total - len(output.done)), ranks))
     skipped = []
-    with ThreadPoolExecutor(4) as pool, tqdm(total=total, unit="picture", disable=rank > 0) as bar:
+    with ThreadPoolExecutor(4) as pool, tqdm(total=total, unit="file", disable=rank > 0) as bar:
         for batch in batches(ahead(pool, captioner.load, own, 2 * captioner.batch_size), captioner.batch_size):
-            good = [(name, picture) for name, picture in batch if not isinstance(picture, Exception)]
+            good = [(name, pictures) for name, pictures in batch if not isinstance(pictures, Exception)]
             skipped += [f"{name}: {error}" for name, error in batch if isinstance(error, Exception)]
             if good:
-                names, pictures = zip(*good, strict=True)
-                output.write(names, captioner.describe(pictures))
+                captions = captioner.describe([pictures for _, pictures in good])
+                output.write([_entry(*item, text) for item, text in zip(good, captions, strict=True)])
             bar.update(len(batch))
     output.finish()
     skipped = [line for lines in dist_utils.gather_objects(skipped) for line in lines]
     if skipped:
-        logging.warning("%d pictures were skipped:\n  %s", len(skipped), "\n  ".join(skipped))
+        logging.warning("%d files were skipped:\n  %s", len(skipped), "\n  ".join(skipped))
     return skipped
+
+
+def _entry(name: str, pictures: list, text: str) -> dict:
+    """What stands in the line of an item."""
+    return {"image": name, "caption": text} | ({"frames": len(pictures)} if videos.is_video(name) else {})

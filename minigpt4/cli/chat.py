@@ -2,8 +2,8 @@
 
     python -m minigpt4 chat cat.jpg --cfg-path eval_configs/minigpt4_tiny_eval.yaml
 
-Type a question, or a command: /image PATH, /reset, /retry, /help, /quit. Ctrl-C stops an answer, Ctrl-D leaves. The
-arrow keys bring back earlier questions.
+Type a question, or a command: /image PATH, /video PATH, /reset, /retry, /help, /quit. Ctrl-C stops an answer, Ctrl-D
+leaves. The arrow keys bring back earlier questions.
 """
 
 import argparse
@@ -13,11 +13,19 @@ import shlex
 from contextlib import closing
 from pathlib import Path
 
-from minigpt4.cli.arguments import add_decoding_arguments, add_model_arguments, decoding_settings
+from minigpt4.cli.arguments import (
+    add_decoding_arguments,
+    add_frames_argument,
+    add_model_arguments,
+    decoding_settings,
+    parse,
+)
 from minigpt4.common.config import Config
+from minigpt4.conversation.videos import FRAMES, is_video
 
 COMMANDS = """\
   /image PATH …   show pictures; they belong to the next question
+  /video PATH …   show videos: some pictures of each, drawn evenly
   /reset          start anew
   /retry          answer the last question again
   /help           show this
@@ -28,10 +36,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="minigpt4 chat", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("images", nargs="*", metavar="IMAGE", help="pictures to begin with")
+    parser.add_argument("images", nargs="*", metavar="IMAGE", help="pictures or videos to begin with")
+    add_frames_argument(parser)
     add_model_arguments(parser)
     add_decoding_arguments(parser)
-    return parser.parse_args(argv)
+    return parse(parser, argv)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -46,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     print("Loading the model …", flush=True)
     chat = load_chat(cfg, select_gpu(cfg, args.gpu_id or 0))
     warm_up(chat.model.llama_model)
-    terminal = Terminal(chat, decoding_settings(args))
+    terminal = Terminal(chat, decoding_settings(args), args.frames)
     if args.images:
         terminal.show(args.images)
     print("Ask something, or /help.")
@@ -63,10 +72,11 @@ class Terminal:
     Args:
         chat: the model.
         settings: of `Decoding`.
+        frames: pictures taken from a video.
     """
 
-    def __init__(self, chat, settings: dict):
-        self.chat, self.settings = chat, settings
+    def __init__(self, chat, settings: dict, frames: int = FRAMES):
+        self.chat, self.settings, self.frames = chat, settings, frames
         self.reset()
 
     def reset(self) -> None:
@@ -93,8 +103,8 @@ class Terminal:
     def obey(self, line: str) -> None:
         """Carry out a command, or answer a question."""
         command, _, argument = line.partition(" ")
-        if command == "/image":
-            self.show(_paths(argument))
+        if command in ("/image", "/video") and argument.strip():
+            self.show(_paths(argument.strip()), video=command == "/video")
         elif command == "/reset":
             self.reset()
         elif command == "/retry":
@@ -102,31 +112,43 @@ class Terminal:
         elif command.startswith("/"):
             print(COMMANDS)
         else:
-            self.chat.ask(line, self.conv)
-            self.answer()
+            conv = self.conv.copy()
+            self.chat.ask(line, conv)
+            self.answer(conv)
 
-    def show(self, paths: list[str]) -> None:
+    def show(self, paths: list[str], video: bool = False) -> None:
+        """Show pictures and videos; `video`: whatever they are called, they are videos."""
         from minigpt4.conversation import PictureError
 
         for path in paths:
+            file, first = Path(path).expanduser(), len(self.img_list) + 1
             try:
-                self.chat.upload_img(Path(path).expanduser(), self.conv, self.img_list)
-                print(f"[image {len(self.img_list)}: {path}]")
+                if video or is_video(file):
+                    self.chat.upload_video(file, self.conv, self.img_list, self.frames)
+                    print(f"[images {first} to {len(self.img_list)}: {path}]")
+                else:
+                    self.chat.upload_img(file, self.conv, self.img_list)
+                    print(f"[image {first}: {path}]")
             except PictureError as error:
                 print(error)
 
     def retry(self) -> None:
         if self.conv.messages and self.conv.messages[-1][0] == self.conv.roles[1]:
-            self.conv.messages.pop()
-            self.answer()
+            conv = self.conv.copy()
+            conv.messages.pop()
+            self.answer(conv)
         else:
             print("There is no answer yet.")
 
-    def answer(self) -> None:
-        """Print the answer while it is being written; Ctrl-C ends it."""
+    def answer(self, conv) -> None:
+        """Print the answer to what `conv` ends with while it is being written; Ctrl-C ends it.
+
+        A question that does not fit is as if it had never been asked.
+        """
+        before, self.conv = self.conv, conv
         printed = ""
         answering = self.chat.stream_answer(
-            self.conv, self.img_list, notify=lambda text: print(f"\n[{text}]"), **self.settings
+            conv, self.img_list, notify=lambda text: print(f"\n[{text}]"), **self.settings
         )
         try:
             with closing(answering):
@@ -136,7 +158,7 @@ class Terminal:
         except KeyboardInterrupt:
             print(" [stopped]", end="")
         except ValueError as error:
-            self.conv.messages.pop()
+            self.conv = before
             print(error, end="")
         print()
 

@@ -18,22 +18,20 @@ def _house(draw: ImageDraw.ImageDraw) -> None:
 
 
 def _boat(draw: ImageDraw.ImageDraw) -> None:
-    draw.rectangle((0, 0, SIZE, 165), fill="#fce2c4")
-    draw.rectangle((0, 165, SIZE, SIZE), fill="#2f7fb5")
-    draw.polygon(((55, 165), (205, 165), (175, 205), (85, 205)), fill="#8a4b2a")
-    draw.rectangle((126, 50, 132, 165), fill="#4a2c17")
-    draw.polygon(((136, 55), (136, 150), (195, 150)), fill="#ffffff")
-    draw.polygon(((122, 70), (122, 150), (80, 150)), fill="#e8483f")
+    draw.rectangle((0, 0, SIZE, SIZE), fill="#ffffff")
+    draw.polygon(((30, 170), (226, 170), (190, 220), (66, 220)), fill="#8a4b2a")
+    draw.rectangle((124, 30, 132, 170), fill="#4a2c17")
+    draw.polygon(((138, 35), (138, 155), (215, 155)), fill="#ffd23f")
+    draw.polygon(((118, 60), (118, 155), (55, 155)), fill="#e8483f")
+    draw.rectangle((0, 215, SIZE, SIZE), fill="#2f7fb5")
 
 
 def _tree(draw: ImageDraw.ImageDraw) -> None:
-    draw.rectangle((0, 0, SIZE, 200), fill="#dff1fb")
-    draw.rectangle((0, 200, SIZE, SIZE), fill="#8fc46b")
-    draw.rectangle((116, 130, 140, 215), fill="#6b4226")
-    for box in ((70, 60, 150, 140), (110, 60, 190, 140), (90, 25, 170, 105)):
-        draw.ellipse(box, fill="#3f8f4f")
-    for x, y in ((100, 95), (150, 70), (160, 110), (125, 50)):
-        draw.ellipse((x - 8, y - 8, x + 8, y + 8), fill="#e23b3b")
+    draw.rectangle((0, 0, SIZE, SIZE), fill="#ffffff")
+    draw.polygon(((128, 20), (60, 110), (196, 110)), fill="#3f9f4f")
+    draw.polygon(((128, 70), (40, 170), (216, 170)), fill="#3f9f4f")
+    draw.polygon(((128, 120), (30, 220), (226, 220)), fill="#2f8f3f")
+    draw.rectangle((112, 220, 144, 250), fill="#7b4a2b")
 
 
 def _shapes(draw: ImageDraw.ImageDraw) -> None:

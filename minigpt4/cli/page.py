@@ -1,6 +1,7 @@
 """The web page (gradio 6): pictures on the left, the conversation on the right; below each other on a phone."""
 
 import logging
+import re
 import tempfile
 import time
 from pathlib import Path
@@ -8,18 +9,25 @@ from pathlib import Path
 import gradio as gr
 
 from minigpt4.cli.drawings import save_examples
-from minigpt4.cli.visit import Visit, Visits
+from minigpt4.cli.visit import MAX_PICTURES, Visit, Visits
 from minigpt4.conversation import Chat
+from minigpt4.conversation.videos import FRAMES
 
 TITLE = "MiniGPT-4"
 HIDDEN = {"show_progress": "hidden", "api_visibility": "private"}
+# Opening pictures and videos, so that a slow one keeps nobody else waiting.
+READING = {"concurrency_id": "reading", "concurrency_limit": 4, **HIDDEN}
+MEDIA = ["image", "video"]
+INVISIBLE = "\u2060"  # word joiner
 CSS = """
-.gradio-container {max-width: 1200px !important; margin: 0 auto !important}
+.gradio-container {width: 100% !important; max-width: 1200px !important; margin: 0 auto !important}
+#picker .grid-wrap {padding-top: 32px}
 #header {align-items: center}
 #header h1 {margin: 0}
 #notice {min-height: 1.5em; font-size: 0.9em; opacity: 0.8}
 #chatbot .message-content span {white-space: pre-wrap; overflow-wrap: anywhere}
-#chatbot img {max-height: 160px; width: auto}
+#chatbot .placeholder {padding: 0 1em; text-align: center}
+#chatbot img, #chatbot video {max-height: 160px; width: auto}
 #chatbot button[aria-label="Share"] {display: none}
 #examples .grid-container {grid-template-columns: repeat(4, minmax(0, 1fr)) !important}
 #examples .thumbnail-item {min-width: 0; width: 100%}
@@ -85,7 +93,7 @@ class Page:
 
     def _build_left(self, examples: list[Path]) -> None:
         self._picker = gr.Gallery(
-            label="Pictures", type="filepath", file_types=["image"], columns=2, height=250, object_fit="contain",
+            label="Pictures and videos", type="filepath", file_types=MEDIA, columns=2, height=250, object_fit="contain",
             fit_columns=False, interactive=True, elem_id="picker", buttons=[],
         )  # fmt: skip
         self._start = gr.Button("Upload & Start Chat", variant="primary", interactive=False, elem_id="start")
@@ -108,17 +116,22 @@ class Page:
             repetition = gr.Slider(1.0, 2.0, value=1.0, step=0.05, label="Repetition penalty")
             length = gr.Slider(-2.0, 2.0, value=1.0, step=0.1, label="Length penalty", info="With beam search")
             seed = gr.Number(None, label="Seed", info="Makes an answer repeatable", precision=0)
+            self._frames = gr.Slider(
+                1, MAX_PICTURES, value=FRAMES, step=1, label="Pictures from a video", info="Drawn evenly",
+                elem_id="frames",
+            )  # fmt: skip
         self._settings = [beams, temperature, sample, top_p, new_tokens, repetition, length, seed]
 
     def _build_right(self) -> None:
         self._chatbot = gr.Chatbot(
             label="Conversation", height=600, elem_id="chatbot", editable="user", buttons=["copy", "copy_all"],
             render_markdown=False, feedback_options=None, layout="bubble",
-            placeholder="Choose a picture and press **Upload & Start Chat**.",
+            group_consecutive_messages=False,  # gradio cannot edit a text that shares a bubble with a picture
+            placeholder="Choose a picture or a video and press **Upload & Start Chat**.",
         )  # fmt: skip
         self._notice = gr.Markdown("", elem_id="notice")
         self._box = gr.MultimodalTextbox(
-            **self._waiting_box(), show_label=False, file_types=["image"], file_count="multiple", sources=["upload"],
+            **self._waiting_box(), show_label=False, file_types=MEDIA, file_count="multiple", sources=["upload"],
             max_plain_text_length=100_000, elem_id="box", interactive=False, autofocus=False,
         )  # fmt: skip
 
@@ -131,11 +144,11 @@ class Page:
     def _connect(self) -> None:
         view = [self._chatbot, self._notice]
         begun = self._start.click(
-            self._begin, self._picker, [*view, self._picker, self._start, self._box], **self._model
+            self._begin, [self._picker, self._frames], [*view, self._picker, self._start, self._box], **READING
         )
         self._picker.upload(self._note, self._picker, None, queue=False, **HIDDEN)
         self._example_gallery.select(self._add_example, self._picker, self._picker, queue=False, **HIDDEN)
-        said = self._box.submit(self._say, self._box, [*view, self._box], **HIDDEN)
+        said = self._box.submit(self._say, [self._box, self._frames], [*view, self._box], **READING)
         retried = self._chatbot.retry(self._retry, None, [*view, self._box], **HIDDEN)
         edited = self._chatbot.edit(self._edit, None, [*view, self._box], **HIDDEN)
         running = [begun, said, retried, edited]
@@ -159,15 +172,15 @@ class Page:
     def _status_text(self) -> str:
         return "" if self.chat else f"⏳ {self.progress} … ({time.monotonic() - self._started:.0f} s)"
 
-    def _begin(self, pictures: list[tuple[str, str | None]] | None, request: gr.Request):
+    def _begin(self, pictures: list[tuple[str, str | None]] | None, frames: int, request: gr.Request):
         """Upload & Start Chat."""
-        visit = self._visit(request)
+        visit = self._idle_visit(request)
         if not pictures:
             raise gr.Error("Choose a picture first.", print_exception=False)
-        _warn(visit.show(self._loaded(), [path for path, _ in pictures]))
+        _warn(visit.show(self._loaded(), [path for path, _ in pictures], int(frames)))
         opened = visit.started
         box = gr.MultimodalTextbox(interactive=True, placeholder="Type and press Enter") if opened else gr.skip()
-        return visit.history, visit.notice, gr.Gallery(interactive=not opened), gr.Button(interactive=not opened), box
+        return *_view(visit), gr.Gallery(interactive=not opened), gr.Button(interactive=not opened), box
 
     def _note(self, pictures: list[tuple[str, str | None]] | None, request: gr.Request) -> None:
         """Remember uploads, so that they are deleted even if the visitor leaves without a word."""
@@ -177,27 +190,27 @@ class Page:
         chosen = [path for path, _ in pictures or []]
         return [*chosen, self._examples[selected.index]]
 
-    def _say(self, message: dict, request: gr.Request):
+    def _say(self, message: dict, frames: int, request: gr.Request):
         """A question from the text box, perhaps with more pictures."""
-        visit = self._visit(request)
+        visit = self._idle_visit(request)
         if not visit.started:
             raise gr.Error("Please upload your image first.", print_exception=False)
-        _warn(visit.show(self._loaded(), message["files"]))
+        _warn(visit.show(self._loaded(), message["files"], int(frames)))
         return self._ask(visit, message["text"])
 
     def _retry(self, request: gr.Request):
-        visit = self._visit(request)
+        visit = self._idle_visit(request)
         if visit.question is None:
             raise gr.Error("There is no question to answer again.", print_exception=False)
         return self._ask(visit, visit.take_back())
 
     def _edit(self, edit: gr.EditData, request: gr.Request):
-        visit = self._visit(request)
+        visit = self._idle_visit(request)
         if edit.index != visit.question_index:
             gr.Info("Only the last question can be edited.")
-            return visit.history, visit.notice, gr.skip()
+            return *_view(visit), gr.skip()
         visit.take_back()
-        return self._ask(visit, str(edit.value))
+        return self._ask(visit, str(edit.value).replace(INVISIBLE, ""))
 
     @staticmethod
     def _ask(visit: Visit, text: str):
@@ -205,8 +218,8 @@ class Page:
             visit.ask(text)
         except ValueError as error:
             gr.Warning(str(error))
-        busy = visit.pending
-        return visit.history, visit.notice, gr.MultimodalTextbox(value=None, submit_btn=not busy, stop_btn=busy)
+        busy = visit.busy
+        return *_view(visit), gr.MultimodalTextbox(value=None, submit_btn=not busy, stop_btn=busy)
 
     def _answer(self, beams, temperature, sample, top_p, new_tokens, repetition, length, seed, request: gr.Request):
         visit, session = self._visit(request), request.session_hash
@@ -221,7 +234,7 @@ class Page:
             for _ in visit.answer(self._loaded(), settings):
                 if not self._visits.is_current(session, visit):
                     return
-                yield visit.history, visit.notice
+                yield _view(visit)
         except ValueError as error:
             visit.take_back()
             gr.Warning(str(error))
@@ -232,7 +245,10 @@ class Page:
 
     def _open_box(self, request: gr.Request):
         visit = self._visit(request)
-        return visit.history, visit.notice, gr.MultimodalTextbox(submit_btn=True, stop_btn=False)
+        if visit.pending:  # the answer never began
+            visit.take_back()
+            gr.Warning("Too many visitors are waiting for an answer. Try again in a moment.")
+        return *_view(visit), gr.MultimodalTextbox(submit_btn=True, stop_btn=False)
 
     def _stop(self, request: gr.Request) -> None:
         self._visit(request).end()
@@ -250,10 +266,30 @@ class Page:
     def _visit(self, request: gr.Request) -> Visit:
         return self._visits.of(request.session_hash)
 
+    def _idle_visit(self, request: gr.Request) -> Visit:
+        """The visit, for something new."""
+        visit = self._visit(request)
+        if visit.busy:
+            raise gr.Error("Wait for the answer, or stop it.", print_exception=False)
+        return visit
+
     def _loaded(self) -> Chat:
         if self.chat is None:
             raise gr.Error("The model is still being loaded.", print_exception=False)
         return self.chat
+
+
+def _view(visit: Visit) -> tuple[list[dict], str]:
+    """What the chatbot and the notice show."""
+    return [entry | {"content": _as_text(entry["content"])} for entry in visit.history], visit.notice
+
+
+def _as_text(content):
+    """Text that the chatbot shows as it is: an invisible character keeps a tag from being one.
+
+    gradio takes text for HTML, and a picture in it would be fetched from elsewhere.
+    """
+    return re.sub(r"([<&])(?=[a-zA-Z/!?#])", f"\\1{INVISIBLE}", content) if isinstance(content, str) else content
 
 
 def _warn(problems: list[str]) -> None:

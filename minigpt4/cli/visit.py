@@ -3,14 +3,17 @@
 import logging
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 
-from minigpt4.conversation import CONV_VISION, Chat, PictureError, open_picture
+from minigpt4.conversation import CONV_VISION, Chat, PictureError, open_media
+from minigpt4.conversation.videos import FRAMES
 
-MAX_PICTURES = 8
+MAX_PICTURES = 16  # in a conversation, those of videos included
+MAX_VISITS = 200
 MAX_CHARACTERS = 20_000
 
 
@@ -26,7 +29,8 @@ class Visit:
         self.history: list[dict] = []
         self.notice = ""
         self.files: set[Path] = set()
-        self.pending = False  # is there a question without an answer?
+        self.pending = False  # is there a question whose answer has not begun?
+        self._answering = False
         self._pictures: list[torch.Tensor] = []  # shown, not yet seen by the model
         self._question: int | None = None  # its place in the history
         self._conv_before = self.conv
@@ -38,6 +42,11 @@ class Visit:
         return bool(self.history)
 
     @property
+    def busy(self) -> bool:
+        """Is there a question whose answer is not complete?"""
+        return self.pending or self._answering
+
+    @property
     def question(self) -> str | None:
         """The last question."""
         return None if self._question is None else self.history[self._question]["content"]
@@ -47,22 +56,35 @@ class Visit:
         """The place of the last question in the history."""
         return self._question
 
-    def show(self, chat: Chat, paths: list[str]) -> list[str]:
-        """Take pictures; the model sees them with the next question. Returns why some were refused."""
+    def show(self, chat: Chat, paths: list[str], frames: int = FRAMES) -> list[str]:
+        """Take pictures and videos; the model sees them with the next question. Returns why some were refused.
+
+        `frames`: pictures taken from a video.
+        """
         problems = []
         for path in paths:
             self.files.add(Path(path))
             try:
-                if len(self.img_list) + len(self._pictures) >= MAX_PICTURES:
-                    raise PictureError(f"{Path(path).name} is one too many: at most {MAX_PICTURES} in a conversation.")
-                self._pictures.append(chat.vis_processor(open_picture(path)))
+                self._pictures += [chat.vis_processor(picture) for picture in self._open(path, frames)]
                 self.history.append({"role": "user", "content": {"path": str(path)}})
             except PictureError as error:
                 problems.append(str(error))
         return problems
 
+    def _open(self, path: str, frames: int) -> list:
+        """The pictures that a file holds. Raises PictureError if they are too many."""
+        room = MAX_PICTURES - len(self.img_list) - len(self._pictures)
+        pictures = open_media(path, frames) if room else []
+        if not 0 < len(pictures) <= room:
+            many = f"has {len(pictures)} pictures, too many" if len(pictures) > 1 else "is one too many"
+            limit = f"at most {MAX_PICTURES} in a conversation, those of videos included"
+            raise PictureError(f"{Path(path).name} {many}: {limit}.")
+        return pictures
+
     def ask(self, text: str) -> None:
         """Take a question, for `answer`. Raises ValueError for an empty or an endless one."""
+        if self.busy:
+            raise ValueError("The last question is still being answered. Wait, or stop the answer.")
         if not text.strip():
             raise ValueError("Ask something about the picture.")
         if len(text) > MAX_CHARACTERS:
@@ -79,7 +101,7 @@ class Visit:
         del self.history[self._question :]
         if self._conv_before:
             self.conv = self._conv_before
-        self._question, self.notice = None, ""
+        self._question, self.notice, self.pending = None, "", False
         return question
 
     def end(self) -> None:
@@ -91,7 +113,13 @@ class Visit:
 
         Raises ValueError for settings out of bounds, or when the question does not fit; it is still there then.
         """
-        self.pending = False
+        self.pending, self._answering = False, True
+        try:
+            yield from self._answer(chat, settings)
+        finally:
+            self._answering = False
+
+    def _answer(self, chat: Chat, settings: dict) -> Iterator[None]:
         while self._pictures:
             chat.upload_img(self._pictures[0], self.conv, self.img_list)
             self._pictures.pop(0)
@@ -104,10 +132,11 @@ class Visit:
         answering = chat.stream_answer(
             self.conv, self.img_list, told_to_end=self._ending.is_set, notify=notices.append, **settings
         )
-        self.history.append({"role": "assistant", "content": ""})
+        answer = {"role": "assistant", "content": ""}
+        self.history.append(answer)
         while True:
             try:
-                self.history[-1]["content"] = next(answering)
+                answer["content"] = next(answering)
             except StopIteration as end:
                 tokens = len(end.value)
                 break
@@ -120,16 +149,28 @@ class Visit:
 
 
 class Visits:
-    """The visits in progress, by session. The files `keep` are never deleted."""
+    """The visits in progress, by session. The files `keep` are never deleted.
 
-    def __init__(self, keep: Iterable[str] = ()) -> None:
+    Beyond `limit` visits, the one that was idle for longest ends: not every client says goodbye.
+    """
+
+    def __init__(self, keep: Iterable[str] = (), limit: int = MAX_VISITS) -> None:
         self._keep = {Path(path) for path in keep}
-        self._visits: dict[str, Visit] = {}
+        self._limit = limit
+        self._visits: OrderedDict[str, Visit] = OrderedDict()
         self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._visits)
 
     def of(self, session: str) -> Visit:
         with self._lock:
-            return self._visits.setdefault(session, Visit())
+            visit = self._visits.setdefault(session, Visit())
+            self._visits.move_to_end(session)
+            idle = next(iter(self._visits)) if len(self._visits) > self._limit else None
+        if idle is not None:
+            self.close(idle)
+        return visit
 
     def is_current(self, session: str, visit: Visit) -> bool:
         return self._visits.get(session) is visit

@@ -26,6 +26,13 @@ QFORMER_KEYS = (
 )
 
 
+# Vision encoders by name. `eva_clip_g` is the published 1B encoder; the first 39 of its 40 blocks are used.
+VIT_MODELS = {
+    "eva_clip_g": {"patch_size": 14, "embed_dim": 1408, "depth": 39, "num_heads": 16, "mlp_ratio": 4.3637},
+    "eva_tiny": {"patch_size": 8, "embed_dim": 256, "depth": 6, "num_heads": 4, "mlp_ratio": 3.0},
+}
+
+
 @dataclass
 class RunConfig:
     """The `run:` section."""
@@ -161,6 +168,9 @@ class MiniGPT4Config:
     """`auto` spreads a language model that does not fit on one GPU over several, for chat; null: the rank's own."""
     device_8bit: int | None = None
     """*Inert*: the quantised model lies on the rank's own device."""
+
+    allow_llm_mismatch: bool = False
+    """Accept a checkpoint that was trained with another language model of the same width."""
 
     ckpt: str | None = None
     """MiniGPT-4 weights to start from: a file, or a run's folder (its newest checkpoint)."""

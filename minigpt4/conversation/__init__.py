@@ -8,7 +8,9 @@ _HOMES = {
     "Conversation": "conversation",
     "Decoding": "decoding",
     "PictureError": "pictures",
+    "open_media": "videos",
     "open_picture": "pictures",
+    "open_video": "videos",
 }
 __all__ = sorted(_HOMES)
 

@@ -21,6 +21,7 @@ from PIL import Image
 
 from minigpt4.conversation.decoding import Decoding
 from minigpt4.conversation.pictures import open_picture
+from minigpt4.conversation.videos import FRAMES, open_video
 from minigpt4.models.generation import answer_text, continue_embeds, stream, strip_leading
 from minigpt4.models.prompt import IMAGE_SLOT, encode_with_images
 
@@ -111,10 +112,20 @@ class Chat:
         conv.add_to_question(IMAGE_TURN)
         return "Received."
 
+    def upload_video(self, video: str | Path, conv: Conversation, img_list: list, frames: int = FRAMES) -> str:
+        """Show a video file: `frames` frames, drawn evenly, are images of one turn. Raises PictureError."""
+        for frame in open_video(video, frames):
+            self.upload_img(frame, conv, img_list)
+        return "Received."
+
     def ask(self, text: str, conv: Conversation) -> None:
         """Ask a question. What would be a separator, an image slot or a special token in it is broken up."""
+        conv.add_to_question(self.harmless(text, conv))
+
+    def harmless(self, text: str, conv: Conversation) -> str:
+        """`text` with what would be a separator, an image slot or a special token broken up."""
         special = self.model.tokenizer.special_tokens
-        conv.add_to_question(break_up(text, [conv.sep, conv.sep2 or "", IMAGE_SLOT, *special]))
+        return break_up(text, [conv.sep, conv.sep2 or "", IMAGE_SLOT, *special])
 
     @torch.inference_mode()
     def get_context_emb(self, conv: Conversation, img_list: list[torch.Tensor]) -> torch.Tensor:
@@ -173,8 +184,7 @@ class Chat:
 
     def _fit(self, conv: Conversation, decoding: Decoding, notify: Callable) -> tuple[Conversation, Decoding]:
         """What fits into the model's window: the oldest text is left out first, images never."""
-        config = self.model.llama_model.config.get_text_config()
-        window = min(decoding.max_length, getattr(config, "max_position_embeddings", decoding.max_length))
+        window = self.window(decoding.max_length)
         reserve = min(decoding.max_new_tokens, window // 4)
         forgotten = 0
         while self._length(conv) > window - reserve and (shorter := conv.without_oldest_text()):
@@ -192,6 +202,11 @@ class Chat:
             )
         new = min(decoding.max_new_tokens, room)
         return conv, replace(decoding, max_new_tokens=new, min_length=min(decoding.min_length, new))
+
+    def window(self, max_length: int = Decoding.max_length) -> int:
+        """Most tokens of conversation and answer together: `max_length`, or fewer where the model holds fewer."""
+        config = self.model.llama_model.config.get_text_config()
+        return min(max_length, getattr(config, "max_position_embeddings", max_length))
 
     def _length(self, conv: Conversation) -> int:
         return len(encode_with_images(self.model.tokenizer, conv.get_prompt(), self.model.query_tokens.shape[1]))

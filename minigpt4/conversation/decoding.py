@@ -40,6 +40,8 @@ class Decoding:
             "max_length": (2, None),
             "top_k": (0, None),
         }
+        if self.seed is not None:
+            bounds["seed"] = (0, 2**63 - 1)
         for name, (low, high) in bounds.items():
             value = getattr(self, name)
             if value < low or (high is not None and value > high):

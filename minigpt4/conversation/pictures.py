@@ -10,7 +10,7 @@ MAX_PIXELS = 64_000_000
 
 
 class PictureError(ValueError):
-    """A file that is no usable picture; the message says why, and names the file but not its folder."""
+    """A file that is no usable picture or video; the message says why, and names the file but not its folder."""
 
 
 def open_picture(source: str | Path | BinaryIO, name: str | None = None, max_pixels: int = MAX_PIXELS) -> Image.Image:

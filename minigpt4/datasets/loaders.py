@@ -29,6 +29,14 @@ class BatchRequest(NamedTuple):
     indices: list[int] | None  # None: the next samples of the stream
 
 
+class LeftOut(NamedTuple):
+    """What broken samples are counted by."""
+
+    dataset: str
+    cause: str
+    shard: str
+
+
 class TrainLoader:
     """Endless training batches of one rank from one or more datasets.
 
@@ -65,6 +73,7 @@ class TrainLoader:
         for name, dataset in datasets.items():
             if hasattr(dataset, "set_seed"):
                 dataset.set_seed(derive_seed(seed, name), rank, world_size)
+        self._left_out: Counter[LeftOut] = Counter()
         self._plan: list[BatchRequest] = []  # the sampler; filled anew for each epoch
         maker = BatchMaker(dict(datasets), batch_size, derive_seed(seed, "batch", rank))
         self._loader = _data_loader(maker, self._plan, num_workers, pin_memory)
@@ -76,7 +85,17 @@ class TrainLoader:
         that was not used up is void once the next one is asked for.
         """
         self._plan[:] = self._requests(epoch, num_batches)
-        return iter(self._loader)
+        return self._counted(iter(self._loader))
+
+    def take_left_out(self) -> Counter[LeftOut]:
+        """What this rank has left out in making batches, since it was last asked."""
+        taken, self._left_out = self._left_out, Counter()
+        return taken
+
+    def _counted(self, batches: Iterator[tuple[Any, dict]]) -> Iterator[dict[str, Any]]:
+        for batch, left_out in batches:
+            self._left_out.update(left_out)
+            yield batch
 
     def _requests(self, epoch: int, num_batches: int) -> list[BatchRequest]:
         done = sum((Counter(self._draw(earlier, num_batches)) for earlier in range(epoch)), Counter())
@@ -134,22 +153,40 @@ class EndlessWalk:
         return int(self._order[offset])
 
 
+def report_left_out(left_out: Counter[LeftOut]) -> list[str]:
+    """A line for each dataset and cause: how many samples were left out, and the shards where most were."""
+    by_cause: dict[tuple[str, str], Counter[str]] = {}
+    for (dataset, cause, shard), count in left_out.items():
+        by_cause.setdefault((dataset, cause), Counter())[shard] += count
+    lines = []
+    for (dataset, cause), shards in sorted(by_cause.items()):
+        worst = ", ".join(f"{shard} ({count})" for shard, count in shards.most_common(3))
+        more = f" and {len(shards) - 3} more" if len(shards) > 3 else ""
+        lines.append(f"{dataset}: left out {shards.total()} × {cause}: {worst}{more}.")
+    return lines
+
+
 class BatchMaker(Dataset):
-    """Makes whole batches on request: what runs inside the workers. Each batch has a seed of its own."""
+    """Makes whole batches on request: what runs inside the workers. Each batch has a seed of its own.
+
+    Item: the batch, and what was left out in making it, {LeftOut: count}, by datasets that have `take_left_out()`.
+    """
 
     def __init__(self, datasets: dict[str, Dataset], batch_size: int, seed: int) -> None:
         self.datasets, self.batch_size, self.seed = datasets, batch_size, seed
         self._streams: dict[str, Iterator[Any]] = {}
         self._turns: dict[str, tuple[int, int]] = {}
 
-    def __getitem__(self, request: BatchRequest) -> Any:
+    def __getitem__(self, request: BatchRequest) -> tuple[Any, dict[LeftOut, int]]:
         dataset = self.datasets[request.dataset]
         with seeded(derive_seed(self.seed, request.epoch, request.number)):
             if request.indices is None:
                 samples = list(islice(self._stream(request), self.batch_size))
             else:
                 samples = [dataset[index] for index in request.indices]
-            return collate_fn_of(dataset)(samples)
+            left_out = dataset.take_left_out() if hasattr(dataset, "take_left_out") else {}
+            # a plain dict: torch pins memory by updating a copy, which would double a Counter
+            return collate_fn_of(dataset)(samples), {LeftOut(request.dataset, *key): n for key, n in left_out.items()}
 
     def _stream(self, request: BatchRequest) -> Iterator[Any]:
         name = request.dataset
@@ -161,7 +198,9 @@ class BatchMaker(Dataset):
         return self._streams[name]
 
 
-def eval_loader(dataset: Dataset, batch_size: int, num_workers: int, rank: int = 0, world_size: int = 1) -> DataLoader:
+def eval_loader(
+    dataset: Dataset, batch_size: int, num_workers: int, rank: int = 0, world_size: int = 1
+) -> Iterator[dict[str, Any]]:
     """Batches of a dataset in order, every sample once; over several ranks each takes every world_size-th sample.
 
     The last batch may be smaller, and a rank may have none. What is random is the same each time.
@@ -176,7 +215,8 @@ def eval_loader(dataset: Dataset, batch_size: int, num_workers: int, rank: int =
     part = range(rank, len(dataset), world_size)
     starts = range(0, len(part), batch_size)
     plan = [BatchRequest("", 0, number, 0, list(part[i : i + batch_size])) for number, i in enumerate(starts)]
-    return _data_loader(BatchMaker({"": dataset}, batch_size, derive_seed("eval", rank)), plan, num_workers)
+    loader = _data_loader(BatchMaker({"": dataset}, batch_size, derive_seed("eval", rank)), plan, num_workers)
+    return (batch for batch, _ in loader)
 
 
 def collate_fn_of(dataset: Dataset) -> Callable[[list[Any]], Any]:

@@ -23,6 +23,9 @@ class BaseModel(nn.Module):
     config_class: type | None = None
     """Dataclass of the model's YAML keys; None: any key is accepted."""
 
+    fingerprint: dict | None = None
+    """What tells its frozen language model from others (`common.fingerprint`); checkpoints record it."""
+
     @classmethod
     def default_config_path(cls, model_type: str) -> Path:
         """The default YAML of a model type. Raises KeyError that lists the known types."""

@@ -62,12 +62,12 @@ def forget(llm) -> None:
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def warm_up(llm, prompt: int = 100, answer: int = 300) -> None:
-    """On a GPU, prepare for single answers of such lengths in tokens: the first would wait for the compiler."""
+def warm_up(llm, prompt: int = 100, answer: int = 300, rows: int = 1) -> None:
+    """On a GPU, prepare for answers of such lengths in tokens: the first would wait for the compiler."""
     if not fits(llm) or not Decoder(llm).graphs:
         return
     logging.info("Compiling the language model for answers: a minute at first, seconds later on.")
-    ids = torch.zeros(1, prompt, dtype=torch.long, device=llm.device)
+    ids = torch.zeros(rows, prompt, dtype=torch.long, device=llm.device)
     embeds = llm.get_input_embeddings()(ids)
     for _ in decode(llm, embeds, torch.ones_like(ids), answer, lambda ids, logits: logits.argmax(dim=-1)):
         pass
@@ -76,7 +76,7 @@ def warm_up(llm, prompt: int = 100, answer: int = 300) -> None:
 
 
 def fits(llm) -> bool:
-    """Whether the loop can run this model: plain attention to all earlier tokens, positions as fixed rotations."""
+    """Whether the loop can run this model: on one device, every token sees all before it, positions are rotations."""
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer
 
@@ -86,6 +86,7 @@ def fits(llm) -> bool:
         getattr(rotary, "rope_type", "dynamic") in ("default", "linear", "yarn", "llama3")
         and config._attn_implementation.removeprefix(f"{ATTENTION}_") in ("sdpa", "eager")
         and all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
+        and len(set(getattr(llm, "hf_device_map", {}).values())) <= 1
     )
 
 

@@ -11,13 +11,8 @@ import torch.nn.functional as F
 from timm.models.eva import Eva
 
 from minigpt4.common.errors import ConfigError
+from minigpt4.common.schema import VIT_MODELS
 from minigpt4.models import hf_names
-
-# Sizes by name. `eva_clip_g` is the published 1B encoder; the first 39 of its 40 blocks are used.
-VIT_MODELS = {
-    "eva_clip_g": {"patch_size": 14, "embed_dim": 1408, "depth": 39, "num_heads": 16, "mlp_ratio": 4.3637},
-    "eva_tiny": {"patch_size": 8, "embed_dim": 256, "depth": 6, "num_heads": 4, "mlp_ratio": 3.0},
-}
 
 
 class EvaViT(Eva):

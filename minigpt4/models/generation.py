@@ -18,18 +18,22 @@ from minigpt4.models.sampling import DEFAULTS, Sampling
 
 
 class StopOnText:
-    """Stopping criterion for transformers' `generate`: a row is done once `stop` stands in its new text."""
+    """Stopping criterion for transformers' `generate`: a row is done once one of `stops` stands in its new text."""
 
-    def __init__(self, tokenizer, stop: str):
+    def __init__(self, tokenizer, *stops: str):
         self._tokenizer = tokenizer
-        self._stop = stop
+        self._stops = stops
         # A token is at least one byte of text.
-        self._tail = len(stop.encode()) + 8
+        self._tail = max(len(stop.encode()) for stop in stops) + 8
 
     def __call__(self, input_ids: torch.Tensor, scores, **kwargs) -> torch.Tensor:
-        tails = input_ids[:, -self._tail :].tolist()
-        done = [self._stop in self._tokenizer.decode(tail, skip_special_tokens=False) for tail in tails]
+        done = [self.reached(row) for row in input_ids[:, -self._tail :].tolist()]
         return torch.tensor(done, device=input_ids.device)
+
+    def reached(self, ids: list[int]) -> bool:
+        """Does the text of these new ids, of which the last one is news, hold one of the stops?"""
+        text = self._tokenizer.decode(ids[-self._tail :], skip_special_tokens=False)
+        return any(stop in text for stop in self._stops)
 
 
 class Tap:
@@ -51,6 +55,7 @@ def continue_embeds(
     attention_mask: torch.Tensor,
     stop: str,
     criteria: Iterable = (),
+    processors: Iterable = (),
     **options,
 ) -> torch.Tensor:
     """Continue the sequences [B,S,D], padded on the left; greedily by default.
@@ -62,6 +67,7 @@ def continue_embeds(
         attention_mask: [B,S], 0 on padding.
         stop: text that ends a row; it is part of what is returned. Empty: only the eos token ends it.
         criteria: further stopping criteria.
+        processors: further logits processors, applied last.
         options: as for transformers' `generate`, for example max_new_tokens=60, num_beams=5, do_sample=True.
 
     Returns:
@@ -76,8 +82,10 @@ def continue_embeds(
                 attention_mask=attention_mask,
                 pad_token_id=tokenizer.eos_token_id,
                 stopping_criteria=criteria,
+                logits_processor=[*processors],
                 **DEFAULTS | options,
             )
+    sampling.processors += processors
     # Caches outlive this call, and inference tensors could not be written to outside of its mode.
     with torch.inference_mode(False), torch.no_grad():
         return _continue(llm, tokenizer.eos_token_id, inputs_embeds, attention_mask, criteria, sampling)
@@ -143,22 +151,30 @@ def strip_leading(tokenizer, ids: list[int]) -> list[int]:
     return ids
 
 
-def answer_text(tokenizer, ids: list[int], stop: str, label: str | None = None, complete: bool = True) -> str:
+def answer_text(
+    tokenizer, ids: list[int], stop: str | Iterable[str], label: str | None = None, complete: bool = True
+) -> str:
     """The answer that stands in new token ids, stripped.
 
-    It ends before `stop`, or before a control token other than unk and bos, such as eos. What precedes the last
-    `label` ("Assistant:") goes too: models repeat it. Of an answer that is not `complete`, a tail that may become
-    `stop` or `label`, or half a character, is held back.
+    It ends before `stop`, or the first of several, or before a control token other than unk and bos, such as eos. What
+    precedes the last `label` ("Assistant:") goes too: models repeat it. Of an answer that is not `complete`, a tail
+    that may become `stop` or `label`, or half a character, is held back.
     """
-    ends = set(tokenizer.special_tokens.values()) - {tokenizer.unk_token_id, tokenizer.bos_token_id}
-    ids = strip_leading(tokenizer, ids)
+    stops = [text for text in ([stop] if isinstance(stop, str) else stop) if text]
+    ids, ends = strip_leading(tokenizer, ids), end_ids(tokenizer)
     end = next((n for n, i in enumerate(ids) if i in ends), len(ids))
     text = tokenizer.decode(ids[:end], skip_special_tokens=False)
-    if not complete and not (stop and stop in text):
+    stopped = min((text.find(stop) for stop in stops if stop in text), default=None)
+    if not complete and stopped is None:
         text = text.rstrip("\ufffd")
-        text = text[: len(text) - max(_overlap(text, marker) for marker in (stop, label or ""))]
-    text = text.split(stop)[0] if stop else text
+        text = text[: len(text) - max(_overlap(text, marker) for marker in (*stops, label or ""))]
+    text = text[:stopped]
     return (text.split(label)[-1] if label else text).strip()
+
+
+def end_ids(tokenizer) -> set[int]:
+    """The control tokens that end an answer: all but unk and bos."""
+    return set(tokenizer.special_tokens.values()) - {tokenizer.unk_token_id, tokenizer.bos_token_id}
 
 
 def _overlap(text: str, marker: str) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from minigpt4.common import checkpoint, weights
+from minigpt4.common import checkpoint, fingerprint, weights
 from minigpt4.common.checkpoint import CheckpointError
 from minigpt4.common.schema import BLIP2_URL, MiniGPT4Config
 from minigpt4.models import eva_vit, hf_names, llm, qformer
@@ -31,6 +31,8 @@ class Sources:
     vision: State | None
     qformer: State | None
     trained: State | None
+    recorded: dict | None
+    """The fingerprint of the language model that `trained` belongs to."""
 
 
 def open_sources(cfg: MiniGPT4Config) -> Sources:
@@ -41,9 +43,9 @@ def open_sources(cfg: MiniGPT4Config) -> Sources:
         DownloadError: see `weights.fetch`.
     """
     content = checkpoint.read_file(checkpoint.resolve(cfg.ckpt)) if cfg.ckpt else None
-    trained = content and checkpoint.weights_of(content)
+    trained, recorded = (checkpoint.weights_of(content), content.get(fingerprint.KEY)) if content else (None, None)
     if not cfg.load_vision:
-        return Sources(None, None, trained)
+        return Sources(None, None, trained, recorded)
     vit_source = weights.vit_weights(cfg.vit_model, cfg.vit_weights)
     vision = checkpoint.read_weights(weights.fetch(vit_source), (hf_names.VISION,)) if vit_source else None
     read = None
@@ -54,7 +56,7 @@ def open_sources(cfg: MiniGPT4Config) -> Sources:
             _check_qformer(path, read, content, cfg)
     if not (vision and read):
         logging.warning("Parts of the vision side have random weights, as the config asks.")
-    return Sources(vision, read, trained)
+    return Sources(vision, read, trained, recorded)
 
 
 def vision_parts(cfg: MiniGPT4Config, sources: Sources, device: torch.device, dtype: torch.dtype) -> dict:
@@ -83,6 +85,16 @@ def load_encoder(cfg: MiniGPT4Config, state: State | None, device: torch.device,
         checkpoint.load_weights(vit, used, source, set(vit.state_dict()), device)
         vit.give_buffers_memory(device)
     return vit
+
+
+def identify(model: nn.Module, cfg: MiniGPT4Config, sources: Sources) -> None:
+    """Give the model the fingerprint of its language model, which its checkpoints record.
+
+    Raises MismatchError where `model.ckpt` records another one.
+    """
+    model.fingerprint = fingerprint.take(model.llama_model, cfg.llama_model, cfg.prompt_template, cfg.end_sym)
+    if cfg.ckpt:
+        fingerprint.check(sources.recorded, model.fingerprint, cfg.ckpt, cfg.allow_llm_mismatch)
 
 
 def load_rest(model: nn.Module, cfg: MiniGPT4Config, sources: Sources, device: torch.device) -> None:

@@ -220,6 +220,7 @@ class MiniGPT4(vision.Vision):
             )
         if not cfg.load_vision:
             model.drop_vision()
+        loading.identify(model, cfg, sources)
         loading.load_rest(model, cfg, sources, device)
         loading.report(model)
         return model

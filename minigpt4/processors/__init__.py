@@ -2,7 +2,7 @@
 
 from minigpt4.processors.base_processor import BaseProcessor, to_rgb
 from minigpt4.processors.blip_processors import Blip2ImageEvalProcessor, Blip2ImageTrainProcessor, BlipCaptionProcessor
-from minigpt4.processors.pixels import normalise, to_sample
+from minigpt4.processors.pixels import normalise, read_picture, to_sample
 
 __all__ = [
     "BaseProcessor",
@@ -10,6 +10,7 @@ __all__ = [
     "Blip2ImageTrainProcessor",
     "BlipCaptionProcessor",
     "normalise",
+    "read_picture",
     "to_rgb",
     "to_sample",
 ]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from PIL import Image
 from torchvision import transforms
-from torchvision.transforms.functional import InterpolationMode, pil_to_tensor
+from torchvision.transforms.functional import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from minigpt4.common.errors import ConfigError
@@ -34,12 +34,12 @@ class BlipCaptionProcessor(BaseProcessor):
 
 
 class _Blip2ImageProcessor(BaseProcessor):
-    """A PIL image of any mode and size, in one of two forms.
+    """A picture of any size in one of two forms.
 
-    Called, it gives float32 [3,S,S]: resized by Pillow, in [0, 1], normalised; what the first release gives.
-    `pixels` gives uint8 [3,S,S], to be normalised on the device: the same but for the rounding of the resize, which is
-    torch's antialiased bicubic, four times as fast. A value differs by at most 2 of 255 levels, in
-    photographs by less than 0.01 on average.
+    Called with a PIL image of any mode, it gives float32 [3,S,S]: resized by Pillow, in [0, 1], normalised; what the
+    first release gives. `pixels` takes uint8 [3,H,W] and gives uint8 [3,S,S], to be normalised on the device: the same
+    but for the rounding of the resize, which is torch's antialiased bicubic, four times as fast. A value differs by at
+    most 2 of 255 levels, in photographs by less than 0.01 on average.
     """
 
     def __init__(self, resize: torch.nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
@@ -50,11 +50,6 @@ class _Blip2ImageProcessor(BaseProcessor):
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         return self.transform(to_rgb(image))
-
-
-def _resized(image: Image.Image, size: tuple[int, int]) -> torch.Tensor:
-    """An RGB picture as uint8 [3,*size]."""
-    return F.resize(pil_to_tensor(image), list(size), InterpolationMode.BICUBIC, antialias=True)
 
 
 def _checked_size(image_size: int) -> tuple[int, int]:
@@ -87,10 +82,10 @@ class Blip2ImageTrainProcessor(_Blip2ImageProcessor):
         )
         super().__init__(crop, mean or CLIP_MEAN, std or CLIP_STD)
 
-    def pixels(self, image: Image.Image) -> torch.Tensor:
-        image, crop = to_rgb(image), self.transform.transforms[0]
-        top, left, height, width = crop.get_params(image, crop.scale, crop.ratio)
-        return _resized(image.crop((left, top, left + width, top + height)), crop.size)
+    def pixels(self, picture: torch.Tensor) -> torch.Tensor:
+        crop = self.transform.transforms[0]
+        box = crop.get_params(picture, crop.scale, crop.ratio)
+        return F.resized_crop(picture, *box, list(crop.size), InterpolationMode.BICUBIC, antialias=True)
 
 
 @registry.register_processor("blip2_image_eval")
@@ -103,5 +98,6 @@ class Blip2ImageEvalProcessor(_Blip2ImageProcessor):
         resize = transforms.Resize(_checked_size(image_size), interpolation=InterpolationMode.BICUBIC)
         super().__init__(resize, mean or CLIP_MEAN, std or CLIP_STD)
 
-    def pixels(self, image: Image.Image) -> torch.Tensor:
-        return _resized(to_rgb(image), self.transform.transforms[0].size)
+    def pixels(self, picture: torch.Tensor) -> torch.Tensor:
+        size = list(self.transform.transforms[0].size)
+        return F.resize(picture, size, InterpolationMode.BICUBIC, antialias=True)

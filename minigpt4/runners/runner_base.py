@@ -6,18 +6,21 @@ import json
 import logging
 import time
 import warnings
+from collections import Counter
 from pathlib import Path
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import IterableDataset
 
-from minigpt4.common import checkpoint, dist_utils
+from minigpt4.common import checkpoint, dist_utils, fingerprint
 from minigpt4.common.errors import ConfigError
+from minigpt4.common.length import RunLength
 from minigpt4.common.logger import MetricLogger
 from minigpt4.common.optims import create_optimizer
 from minigpt4.common.registry import registry
-from minigpt4.datasets.loaders import TrainLoader, eval_loader
+from minigpt4.datasets.loaders import TrainLoader, eval_loader, report_left_out
+from minigpt4.runners.pace import Pace
 from minigpt4.runners.prefetch import prefetch
 from minigpt4.runners.state import restore_rng_states, rng_states, to_device
 
@@ -44,6 +47,7 @@ class RunnerBase:
         self.device = dist_utils.select_device(self.run.device)
         if next(model.parameters()).device != self.device:
             model = model.to(self.device)
+        self.fingerprint = getattr(model, "fingerprint", None)  # of its language model
         self.module = self.model = model  # `model` is what is called: DDP around the module when there are ranks
         self.dtype = dist_utils.select_dtype(self.device, self.run.amp, self.run.amp_dtype)
         self.world_size = dist_utils.get_world_size()
@@ -94,6 +98,9 @@ class RunnerBase:
         )
         if run.resume_ckpt_path:
             self._resume(checkpoint.resolve(run.resume_ckpt_path))
+        epochs = max(run.max_epoch - self.start_epoch, 0)
+        length = RunLength(run.batch_size_train, self.world_size, self.iters_per_epoch, epochs, run.accum_grad_iters)
+        self.pace = Pace(length, run.log_freq)
         if self.dtype != torch.float32 and hasattr(self.module, "accelerate"):
             self.module.accelerate(run.packed, run.compile)
         if self.world_size > 1:
@@ -105,6 +112,8 @@ class RunnerBase:
         if not self.run.evaluate:
             if self.start_epoch >= self.run.max_epoch:
                 logging.info("Nothing left to train: the checkpoint has done all %d epochs.", self.run.max_epoch)
+            else:
+                self.pace.announce()
             for epoch in range(self.start_epoch, self.run.max_epoch):
                 logging.info("Start training epoch %d, %d iters per inner epoch.", epoch, self.iters_per_epoch)
                 self._log_stats("train", self.train_epoch(epoch))
@@ -125,6 +134,9 @@ class RunnerBase:
             is_update = (i + 1) % self.run.accum_grad_iters == 0 or i + 1 == self.iters_per_epoch
             loss = self.train_step(samples, is_update)
             metrics.update(lr=self.optimizer.param_groups[0]["lr"], loss=loss)
+            self.pace.step(i)
+        for line in report_left_out(sum(dist_utils.gather_objects(self.loader.take_left_out()), Counter())):
+            logging.info("Epoch %d: %s", epoch, line)
         stats = metrics.global_avg()
         logging.info("Averaged stats: %s", "  ".join(f"{name}: {value:.4f}" for name, value in stats.items()))
         return stats
@@ -194,6 +206,8 @@ class RunnerBase:
             "rng": states,
             "best_metric": self.best_metric,
         }
+        if self.fingerprint:
+            content[fingerprint.KEY] = self.fingerprint
         for name in [f"checkpoint_{epoch}.pth", *(["checkpoint_best.pth"] if is_best else [])]:
             logging.info("Saving checkpoint at epoch %d to %s.", epoch, self.output_dir / name)
             checkpoint.save(content, self.output_dir / name)
@@ -218,6 +232,8 @@ class RunnerBase:
     def _load(self, path: Path) -> dict:
         """Load the trained weights of a checkpoint; returns all that it holds."""
         content = checkpoint.read_file(path)
+        allowed = self.cfg.model_cfg.get("allow_llm_mismatch", False)
+        fingerprint.check(content.get(fingerprint.KEY), self.fingerprint, str(path), allowed)
         checkpoint.load_weights(self.module, checkpoint.weights_of(content), str(path), required=set(self._trainable()))
         return content
 

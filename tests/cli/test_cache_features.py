@@ -255,7 +255,7 @@ def test_a_model_with_features_of_its_own(configs, tmp_path, monkeypatch):
 
 
 def test_vision_parts_in_a_checkpoint_count(configs, tmp_path):
-    """A Q-Former that was trained is in model.ckpt: the cache is made with it."""
+    """A Q-Former that was trained is in model.ckpt: the cache is made with it; a model without vision ignores it."""
     model = MiniGPT4.from_config(config_of(configs["stage2"]).model_cfg)
     trained = {f"llama_proj.{name}": tensor for name, tensor in model.llama_proj.state_dict().items()}
     torch.save({"model": trained | {"query_tokens": model.query_tokens.flip(1)}}, tmp_path / "ckpt.pth")

@@ -1,6 +1,8 @@
 """python -m minigpt4 caption."""
 
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -8,7 +10,8 @@ import tarfile
 
 import pytest
 import torch
-from helpers import GOLDEN, ROOT
+from helpers import GOLDEN, ROOT, free_port
+from video_files import bad_videos, write_video
 
 from minigpt4.__main__ import main
 
@@ -26,7 +29,7 @@ def run(golden_config, tmp_path):
             ["caption", *map(str, arguments), "--out", str(out), "--cfg-path", str(golden_config)]
             + ["--max-new-tokens", "8"]
         )
-        return status, [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+        return status, [json.loads(line) for line in out.read_bytes().splitlines()] if out.exists() else []
 
     return command
 
@@ -72,13 +75,90 @@ def test_goes_on_where_it_stopped(run, folder, tmp_path):
     assert not list(tmp_path.glob("*.part*"))
 
 
+def test_captions_with_any_character_in_them_do_not_break_resuming(run, monkeypatch, tmp_path):
+    """U+2028 and others end a line for `str.splitlines`, and a run may be interrupted within a character."""
+    from minigpt4.models import MiniGPT4
+
+    text = "a\u2028b\u2029c\u0085d\x1ce\r\nf ✓ 猫"
+    monkeypatch.setattr(MiniGPT4, "generate", lambda self, images, texts, **options: [text] * len(texts))
+    out = tmp_path / "out.jsonl"
+    _, lines = run(*IMAGES[:2])
+    assert [line["caption"] for line in lines] == [text] * 2
+    before = out.read_bytes()
+    out.write_bytes(before[: before.rindex("猫".encode()) + 1])
+    _, lines = run(*IMAGES[:3])
+    assert out.read_bytes().startswith(before)
+    assert [line["image"] for line in lines] == [str(path) for path in IMAGES[:3]]
+
+
+def test_file_names_that_are_no_text(run, tmp_path):
+    strange = os.fsdecode(os.fsencode(tmp_path) + b"/\xe9.png")
+    shutil.copy(IMAGES[0], strange)
+    for _ in range(2):  # the second time it is done already
+        status, (line,) = run(strange)
+        assert (status, line["image"]) == (0, strange)
+
+
+def test_videos(run, folder, tmp_path):
+    """They stand among pictures, in a folder or by name, and are described in the same batches."""
+    videos = [write_video(folder / name) for name in ("clip.mp4", "deep/clip.webm")]
+    status, lines = run("--dir", folder, "--frames", 3)
+    assert status == 0
+    assert len(lines) == len(IMAGES) + 2
+    frames = {line["image"]: line.get("frames") for line in lines}
+    assert {path for path, count in frames.items() if count == 3} == {str(path) for path in videos}
+    together = {line["image"]: line["caption"] for line in lines}
+    (tmp_path / "out.jsonl").unlink()
+    status, single = run(*videos, "--frames", 3, "--batch-size", 1)
+    assert [line["caption"] for line in single] == [together[str(path)] for path in videos]
+
+
+def test_prompts_for_videos(run, monkeypatch, tmp_path):
+    from minigpt4.models import MiniGPT4
+
+    seen = []
+    monkeypatch.setattr(
+        MiniGPT4, "generate", lambda self, images, texts, **o: seen.append((len(images), texts)) or ["x"] * len(texts)
+    )
+    run(IMAGES[0], write_video(tmp_path / "clip.mp4"), "--frames", 2, "--prompt", "Is <Img><ImageHere></Img> new?")
+    run(write_video(tmp_path / "other.mp4"), "--frames", 2, "--prompt", "<ImageHere>")
+    picture = "<Img><ImageHere></Img>"
+    assert seen == [(3, [f"Is {picture} new?", f"Is {picture} {picture} new?"]), (2, ["<ImageHere> <ImageHere>"])]
+
+
+def test_bad_videos_are_skipped_and_listed(run, tmp_path, caplog):
+    messages = bad_videos(tmp_path)
+    status, lines = run(*(tmp_path / name for name in messages), IMAGES[0])
+    assert status == 1
+    assert [line["image"] for line in lines] == [str(IMAGES[0])]
+    for name, message in messages.items():
+        assert re.search(f"{name} .*{message}", caplog.text)
+
+
+def test_a_damaged_tar_is_skipped_and_listed(run, tmp_path, caplog):
+    with tarfile.open(tmp_path / "good.tar", "w") as tar:
+        for path in IMAGES[:2]:
+            tar.add(path, path.name)
+    content = (tmp_path / "good.tar").read_bytes()
+    (tmp_path / "0.tar").write_bytes(content[: content.index(IMAGES[1].name.encode()) + 600])
+    (tmp_path / "1.tar").write_text("this is no tar")
+    status, lines = run("--shards", tmp_path / "{0..1}.tar", tmp_path / "good.tar")
+    assert status == 1
+    assert [line["image"] for line in lines] == [
+        f"{tmp_path}/{shard}.tar/{path.name}"
+        for shard, path in (("0", IMAGES[0]), ("good", IMAGES[0]), ("good", IMAGES[1]))
+    ]
+    assert f"{tmp_path}/0.tar: the rest of this tar cannot be read" in caplog.text
+    assert f"{tmp_path}/1.tar: the rest of this tar cannot be read" in caplog.text
+
+
 def test_unreadable_files_are_skipped_and_listed(run, folder, caplog):
     (folder / "bad.png").write_text("x")
     (folder / "notes.txt").write_text("no picture")
     status, lines = run("--dir", folder)
     assert status == 1
     assert len(lines) == len(IMAGES)
-    assert "1 pictures were skipped" in caplog.text
+    assert "1 files were skipped" in caplog.text
     assert "bad.png is not a picture" in caplog.text
 
 
@@ -108,23 +188,66 @@ def test_batches_equal_single_pictures(run, tmp_path):
     assert len({line["caption"] for line in single}) > 1
 
 
+def test_seeds_make_sampling_repeatable(run, tmp_path):
+    def captions(seed):
+        _, lines = run(*IMAGES, "--sample", "--seed", seed)
+        (tmp_path / "out.jsonl").unlink()
+        return [line["caption"] for line in lines]
+
+    assert captions(1) == captions(1) != captions(2)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--dir", "/nowhere"], "--dir /nowhere is not a folder"),
         (["--shards", "/nowhere/{0..1}.tar"], "there is no file /nowhere/0.tar"),
+        ([str(IMAGES[0]), "--out", "/"], "--out / is a folder"),
+        ([str(IMAGES[0]), "--out", str(ROOT / "train.py")], "train.py exists, and its line"),
+        ([str(IMAGES[0]), "--prompt", "<ImageHere> or <ImageHere>"], "must have <ImageHere> once"),
     ],
 )
 def test_wrong_arguments(run, golden_config, arguments, message):
     assert message in main(["caption", *arguments, "--cfg-path", str(golden_config)])
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["a.png", "--temperature", "-1"], "temperature=-1.0 must be more than 0"),
+        (["a.png", "--frames", "65"], "--frames 65 must be from 1 to 64"),
+        (["a.png", "--batch-size", "0"], "--batch-size 0 must be at least 1"),
+        ([], "give pictures, --dir or --shards"),
+    ],
+)
+def test_wrong_numbers(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        main(["caption", *arguments, "--cfg-path", "x"])
+    assert message in capsys.readouterr().err
+
+
 def test_several_ranks(golden_config, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master-port", "29731"]
-    command += ["-m", "minigpt4", "caption", *map(str, IMAGES), "--out", str(tmp_path / "out.jsonl")]
+    """Each describes files of its own; what an interrupted run of several ranks left is kept and not done again."""
+    out, kept = tmp_path / "out.jsonl", ["of an earlier run", "of its first rank", "of its second rank"]
+    left = [json.dumps({"image": str(path), "caption": text}) + "\n" for path, text in zip(IMAGES, kept, strict=False)]
+    out.write_text(left[0])
+    (tmp_path / "out.jsonl.part0").write_text(left[1] + left[2][:20])
+    (tmp_path / "out.jsonl.part1").write_text(left[2])
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master-port",
+        str(free_port()),
+    ]
+    command += ["-m", "minigpt4", "caption", *map(str, IMAGES), "--out", str(out), "--batch-size", "1"]
     command += ["--cfg-path", str(golden_config), "--max-new-tokens", "5"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert result.returncode == 0, result.stderr
-    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    assert sorted(line["image"] for line in lines) == sorted(map(str, IMAGES))
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert sorted(line["image"] for line in lines) == sorted(map(str, IMAGES))  # none twice
+    assert [line["caption"] for line in lines[:3]] == kept
+    assert not {line["caption"] for line in lines[3:]} & {*kept}
     assert sorted(path.name for path in tmp_path.glob("out*")) == ["out.jsonl"]

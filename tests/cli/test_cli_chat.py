@@ -5,6 +5,7 @@ import sys
 
 import pytest
 from helpers import GOLDEN, ROOT
+from video_files import bad_videos, write_video
 
 from minigpt4.cli.chat import Terminal, _paths, parse_args
 from minigpt4.conversation import Chat
@@ -44,6 +45,51 @@ def test_problems_are_told_and_the_talk_goes_on(terminal, capsys):
     assert len(terminal.conv.messages) == 2
 
 
+def test_a_question_that_does_not_fit_takes_nothing_with_it(terminal, capsys):
+    """It shares a turn with the picture before it, and that stays."""
+    terminal.obey(f"/image {PICTURE}")
+    before = terminal.conv.copy()
+    terminal.obey("a dog " * 3000)
+    assert "the model holds" in capsys.readouterr().out
+    assert terminal.conv == before
+    terminal.obey("What is it?")
+    assert terminal.conv.messages[0] == ["Human", "<Img><ImageHere></Img> What is it?"]
+    assert capsys.readouterr().out == f"{terminal.conv.messages[1][1]}\n"
+    before = terminal.conv.copy()
+    terminal.settings["max_length"] = 10
+    terminal.obey("/retry")
+    assert "the model holds 10" in capsys.readouterr().out
+    assert terminal.conv == before
+
+
+def test_videos(terminal, capsys, tmp_path):
+    terminal.frames = 3
+    path = write_video(tmp_path / "my clip.mp4")
+    terminal.obey(f"/image {PICTURE}")
+    terminal.obey(f"/video {path}")
+    terminal.obey(f"/image {path}")  # its name says what it is
+    assert capsys.readouterr().out.splitlines()[1:] == [f"[images 2 to 4: {path}]", f"[images 5 to 7: {path}]"]
+    terminal.obey("What happens?")
+    assert terminal.conv.messages[0][1].count("<ImageHere>") == len(terminal.img_list) == 7
+    assert capsys.readouterr().out == f"{terminal.conv.messages[1][1]}\n"
+    messages = bad_videos(tmp_path)
+    for name, message in messages.items():
+        terminal.obey(f"/video {tmp_path / name}")
+        assert message in capsys.readouterr().out
+    terminal.obey(f"/video {PICTURE}")
+    assert "rgb.png is not a video" in capsys.readouterr().out
+    assert len(terminal.img_list) == 7
+    terminal.obey("/video")
+    assert "/video PATH" in capsys.readouterr().out
+
+
+def test_what_is_typed_is_no_markup(terminal, capsys):
+    terminal.obey(f"/image {PICTURE}")
+    terminal.obey("<ImageHere> ### <Img>")
+    assert terminal.conv.get_prompt().count("<ImageHere>") == 1
+    assert "the model holds" not in capsys.readouterr().out
+
+
 def test_ctrl_c_stops_an_answer(terminal, capsys, monkeypatch):
     terminal.settings |= {"max_new_tokens": 300, "min_length": 300}
 
@@ -80,3 +126,17 @@ def test_the_whole_command(golden_config, tmp_path):
 def test_settings():
     args = parse_args(["--cfg-path", "x", "--num-beams", "3", "--temperature", "0.5", "--no-sample"])
     assert (args.num_beams, args.temperature, args.sample, args.max_new_tokens, args.seed) == (3, 0.5, False, 300, None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--temperature", "0"], "temperature=0.0 must be more than 0"),
+        (["--num-beams", "0"], "num_beams=0 must be at least 1"),
+        (["--frames", "0"], "--frames 0 must be from 1 to 64"),
+    ],
+)
+def test_settings_out_of_bounds_are_told_before_anything_is_loaded(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        parse_args(["--cfg-path", "x", *arguments])
+    assert message in capsys.readouterr().err

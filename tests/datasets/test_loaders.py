@@ -12,7 +12,7 @@ from dataset_files import TEXT, VIS, write_align, write_shards
 from torch.utils.data import Dataset, IterableDataset
 
 from minigpt4.common.registry import registry
-from minigpt4.datasets.loaders import TrainLoader, eval_loader
+from minigpt4.datasets.loaders import LeftOut, TrainLoader, eval_loader, report_left_out
 from minigpt4.datasets.seeding import derive_seed, seeded
 
 
@@ -254,7 +254,36 @@ def test_what_goes_to_the_workers_can_be_pickled(datasets):
     loader = TrainLoader(datasets("laion", "cc_sbu_align"), None, 4, 0, seed=0)
     copy = pickle.loads(pickle.dumps(loader._loader.dataset))
     request = loader._requests(0, 1)[0]
-    assert same([copy[request]], list(loader.epoch(0, 1)))
+    batch, _ = copy[request]
+    assert same([batch], list(loader.epoch(0, 1)))
+
+
+# --- what is left out
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_what_batches_left_out_is_counted(tmp_path, num_workers):
+    write_align(tmp_path, records=12)
+    broken = tmp_path / "image" / "5.jpg"
+    broken.write_bytes(b"text")
+    cfg = {"vis_processor": VIS, "text_processor": TEXT, "build_info": {"storage": str(tmp_path)}}
+    dataset = registry.get_builder_class("cc_sbu_align")(cfg).build_datasets()["train"]
+    loader = TrainLoader({"cc_sbu_align": dataset}, None, 4, num_workers, seed=0)
+    for epoch in range(2):
+        assert len(flat(loader.epoch(epoch, 6))) == 24  # twice the dataset
+        key = LeftOut("cc_sbu_align", "an image that is not one, or is broken", str(broken))
+        assert loader.take_left_out() == {key: 2}
+        assert not loader.take_left_out()
+
+
+def test_a_report_names_the_worst_shards():
+    counts = {LeftOut("laion", "no caption", f"{i}.tar"): i for i in range(1, 6)}
+    counts |= {LeftOut("cc_sbu", "no picture", "a.tar"): 1}
+    assert report_left_out(counts) == [
+        "cc_sbu: left out 1 × no picture: a.tar (1).",
+        "laion: left out 15 × no caption: 5.tar (5), 4.tar (4), 3.tar (3) and 2 more.",
+    ]
+    assert report_left_out({}) == []
 
 
 # --- evaluation

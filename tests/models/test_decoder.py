@@ -185,6 +185,13 @@ def test_models_that_do_not_fit_are_left_to_transformers(kind):
     assert run(llm, embeds, mask) == theirs(llm, embeds, mask)
 
 
+def test_a_model_on_several_devices_is_left_to_transformers(llm):
+    llm.hf_device_map = {"": 0}
+    assert decoder.fits(llm)
+    llm.hf_device_map = {"model.embed_tokens": 0, "model.layers.0": 1}
+    assert not decoder.fits(llm)
+
+
 def test_rows_end_by_themselves_and_are_filled_up(llm):
     embeds, mask = prompts(7, 20, 13)
     full = run(llm, embeds, mask)
@@ -409,3 +416,13 @@ def test_without_a_compiler_decoding_goes_on(llm, monkeypatch, caplog):
     decoder._decoders[llm] = Decoder(llm, graphs=True)
     assert run(llm, *prompts(9)) == theirs(llm, *prompts(9))
     assert "no C compiler" in caplog.text
+
+
+def test_a_model_that_takes_packed_batches_too(llm):
+    from minigpt4.models.packing import allow_packing
+
+    embeds, mask = prompts(7, 20)
+    expected = run(llm, embeds, mask)
+    assert allow_packing(llm)
+    assert decoder.fits(llm)
+    assert run(llm, embeds, mask) == expected

@@ -3,24 +3,17 @@
 import copy
 import os
 import random
-import socket
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.multiprocessing as mp
-from helpers import FixedBatches, Pictures
+from helpers import FixedBatches, Pictures, free_port
 
 from minigpt4.common import dist_utils
 from minigpt4.common.config import Config
 from minigpt4.runners import RunnerBase
 from minigpt4.tasks import ImageTextPretrainTask
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
 
 
 def make_runner(folder, model, splits, job_id, **run):

@@ -8,6 +8,7 @@ import torch
 from helpers import Pictures
 
 from minigpt4.common.checkpoint import CheckpointError, resolve
+from minigpt4.common.fingerprint import MismatchError
 
 
 def weights(runner):
@@ -267,3 +268,14 @@ def test_a_plain_module_can_be_run(make_runner):
     runner = make_runner(Plain(), iters_per_epoch=3)
     runner.train()
     assert set(torch.load(runner.output_dir / "checkpoint_0.pth")["model"]) == {"layer.weight", "layer.bias"}
+
+
+def test_a_run_does_not_go_on_with_another_language_model(build_golden_model, make_runner, tmp_path):
+    first = make_runner(build_golden_model(), job_id="first", iters_per_epoch=1)
+    first.train()
+    path = str(first.output_dir / "checkpoint_0.pth")
+    assert torch.load(path, weights_only=True)["llm_fingerprint"]["layers"] == first.module.fingerprint["layers"]
+    other = build_golden_model()
+    other.fingerprint = other.fingerprint | {"embedding_rows": other.fingerprint["embedding_rows"].flip(0)}
+    with pytest.raises(MismatchError, match="trained with another language model"):
+        make_runner(other, job_id="second", resume_ckpt_path=path)

@@ -3,15 +3,17 @@
 import json
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
 from minigpt4.common.errors import ConfigError
 from minigpt4.datasets.datasets.packed_strings import PackedStrings
-from minigpt4.processors import to_rgb, to_sample
+from minigpt4.processors import read_picture, to_sample
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +66,7 @@ class CCSBUAlignDataset(Dataset):
         self.image_ids = PackedStrings(image_ids)
         self.captions = PackedStrings(captions)
         self._warned: set[int] = set()
+        self._untold: Counter[tuple[str, str]] = Counter()
         log.info("%s: %d records.", name, len(self))
 
     def __len__(self) -> int:
@@ -74,10 +77,10 @@ class CCSBUAlignDataset(Dataset):
         tries = min(self.MAX_BAD_IN_A_ROW, len(self))
         for candidate in range(index, index + tries):
             candidate %= len(self)
-            image = self._read_picture(candidate)
-            if image is not None:
+            picture = self._read_picture(candidate)
+            if picture is not None:
                 return {
-                    **to_sample(self.vis_processor, image),
+                    **to_sample(self.vis_processor, picture),
                     "text_input": self.captions[candidate],
                     "image_id": self.image_ids[candidate],
                 }
@@ -85,6 +88,11 @@ class CCSBUAlignDataset(Dataset):
             f"datasets.{self.name}: the pictures of {tries} records in a row, from annotations[{index}] on, cannot be "
             f"read, e.g. {self._path(index)}. Are these files really pictures?"
         )
+
+    def take_left_out(self) -> Counter[tuple[str, str]]:
+        """What this process has left out since it was last asked, by (cause, file)."""
+        taken, self._untold = self._untold, Counter()
+        return taken
 
     @property
     def num_parts(self) -> int:
@@ -97,17 +105,18 @@ class CCSBUAlignDataset(Dataset):
 
     def load(self, record: Record) -> dict[str, Any] | None:
         """`image` and what goes with it, or None for a picture that cannot be read, with a warning."""
-        image = self._read_picture(record.index)
-        return None if image is None else to_sample(self.vis_processor, image)
+        picture = self._read_picture(record.index)
+        return None if picture is None else to_sample(self.vis_processor, picture)
 
     def _path(self, index: int) -> str:
         return os.path.join(self.image_folder, self.files[index])
 
-    def _read_picture(self, index: int) -> Image.Image | None:
+    def _read_picture(self, index: int) -> Image.Image | torch.Tensor | None:
         try:
-            with Image.open(self._path(index)) as file:
-                return to_rgb(file)
+            with open(self._path(index), "rb") as file:
+                return read_picture(file.read(), self.vis_processor)
         except Exception as error:  # Pillow's plug-ins raise nearly every kind of error on broken files
+            self._untold["an image that is not one, or is broken", self._path(index)] += 1
             if index not in self._warned:
                 self._warned.add(index)
                 log.warning(

@@ -1,6 +1,5 @@
 """Pictures with captions streamed from webdataset shards without end: laion and cc_sbu."""
 
-import io
 import json
 import logging
 import os
@@ -17,7 +16,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from minigpt4.datasets.datasets.shards import expand_shards, is_local
 from minigpt4.datasets.seeding import derive_seed
-from minigpt4.processors import to_rgb, to_sample
+from minigpt4.processors import read_picture, to_sample
 
 log = logging.getLogger(__name__)
 
@@ -81,6 +80,10 @@ class ImageTextStream(IterableDataset):
         """Let the next `iter` give the stream of this epoch."""
         self.epoch = epoch
 
+    def take_left_out(self) -> Counter[tuple[str, str]]:
+        """What this process has left out since it was last asked, by (cause, shard)."""
+        return self.read.take() + self.decoded.take()
+
     def __iter__(self) -> Iterator[dict[str, Any]]:
         worker = get_worker_info()
         seed = derive_seed(self.seed, self.epoch, self.rank, worker.id if worker else 0)
@@ -115,12 +118,12 @@ class ImageTextStream(IterableDataset):
     def load(self, sample: RawSample) -> dict[str, Any] | None:
         """ "image" and what goes with it, or None for a picture that cannot be decoded, which is counted."""
         try:
-            image = to_rgb(Image.open(io.BytesIO(sample.image)))
+            picture = read_picture(sample.image, self.vis_processor)
         except Exception as error:  # Pillow's plug-ins raise nearly every kind of error on broken files
             self.decoded.drop("an image that is not one, or is broken", sample.shard, f"{sample.key}: {error}")
             return None
         self.decoded.keep()
-        return to_sample(self.vis_processor, image)
+        return to_sample(self.vis_processor, picture)
 
     def _draw_shards(self, rng: random.Random) -> Iterator[str]:
         while True:
@@ -220,6 +223,7 @@ class Gate:
         self.name = name
         self.num_shards = num_shards
         self.left_out: Counter[str] = Counter()  # by cause, since the start of the process
+        self._untold: Counter[tuple[str, str]] = Counter()  # by cause and shard, since the last `take`
         self.open_window()
 
     def open_window(self) -> None:
@@ -239,10 +243,16 @@ class Gate:
         self.causes[cause] += 1
         self.bad_shards[shard] += 1
         self.left_out[cause] += 1
+        self._untold[cause, shard] += 1
         count = self.left_out[cause]
         if count == 10 ** (len(str(count)) - 1):
             detail = f" ({detail})" if detail else ""
             log.warning("%s: left out %s: %s%s. So far in this process: %d.", self.name, cause, shard, detail, count)
+
+    def take(self) -> Counter[tuple[str, str]]:
+        """What was left out since the last call, by (cause, shard)."""
+        taken, self._untold = self._untold, Counter()
+        return taken
 
     def check(self) -> None:
         """Raise RuntimeError if nearly everything in the window was left out."""

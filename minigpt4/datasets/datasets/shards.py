@@ -4,7 +4,7 @@ import glob
 import os
 from collections.abc import Iterable
 
-from webdataset.shardlists import expand_urls
+from braceexpand import braceexpand
 
 from minigpt4.common.errors import ConfigError
 
@@ -29,7 +29,7 @@ def is_local(shard: str) -> bool:
 
 
 def _expand(pattern: str, name: str) -> list[str]:
-    shards = expand_urls(pattern)
+    shards = [shard for part in pattern.split("::") for shard in braceexpand(part)]
     local = [os.path.expanduser(shard) for shard in shards if is_local(shard)]
     if len(local) < len(shards):
         return shards

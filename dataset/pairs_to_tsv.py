@@ -1,0 +1,140 @@
+"""BLIP's list of URLs and captions, one JSON file of up to 115 million objects, becomes the TSV that img2dataset reads.
+
+`convert_cc_sbu.py` and `convert_laion.py` are this with file names of their own. The JSON is streamed: memory stays the
+same however long it is.
+"""
+
+import argparse
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from itertools import chain, count, islice
+from pathlib import Path
+from typing import BinaryIO
+
+import ijson
+from tqdm import tqdm
+
+COLUMNS = ("caption", "url")
+# img2dataset reads through pyarrow, which takes the file in blocks of this size and lets each end at its last line
+# break, be that one inside quotes.
+READ_BLOCK = 1 << 20
+
+
+class ConvertError(ValueError):
+    """A JSON file that is no list of pairs, or an output that is in the way."""
+
+
+def convert(source: Path, target: Path, limit: int | None = None, rows_per_file: int | None = None) -> Counter[str]:
+    """Write the pairs of `source` to `target`.
+
+    Args:
+        limit: the first so many pairs only.
+        rows_per_file: so many in each of `<target without .tsv>/00000.tsv` … instead; img2dataset takes a folder too.
+
+    Returns:
+        How many are "written", and by cause how many objects were left out.
+
+    Raises:
+        ConvertError: `source` is no list of pairs, or the folder of a split file has some already. A file that was
+            being written is removed.
+    """
+    counts: Counter[str] = Counter()
+    size = source.stat().st_size
+    with open(source, "rb") as file, tqdm.wrapattr(file, "read", total=size, desc=source.name) as wrapped:
+        pairs = islice(read_pairs(wrapped, counts), limit)
+        for path, first in zip(_paths(target, rows_per_file), pairs, strict=False):
+            rest = islice(pairs, rows_per_file - 1) if rows_per_file else pairs
+            counts["written"] += write_tsv(path, chain([first], rest))
+    if not counts["written"]:
+        raise ConvertError(f'{source} holds no pairs. Expected a list: [{{"caption": "…", "url": "…"}}, …].')
+    return counts
+
+
+def _paths(target: Path, rows_per_file: int | None) -> Iterator[Path]:
+    """Where to write: `target`, or without end the files of a folder."""
+    if rows_per_file is None:
+        return iter([target])
+    folder = target.with_suffix("")
+    if any(folder.glob("*.tsv")):
+        raise ConvertError(f"{folder} has .tsv files already, which img2dataset would read too. Move them away.")
+    return (folder / f"{number:05d}.tsv" for number in count())
+
+
+def read_pairs(file: BinaryIO, left_out: Counter[str]) -> Iterator[tuple[str, str]]:
+    """(caption, URL) of each object of a JSON list; objects that lack one are counted by cause.
+
+    Raises ConvertError that says after how many objects the file is no longer JSON.
+    """
+    number = 0
+    try:
+        for number, item in enumerate(ijson.items(file, "item"), 1):  # noqa: B007 (read when it breaks off)
+            values = [item.get(name) if isinstance(item, dict) else None for name in COLUMNS]
+            missing = [n for n, v in zip(COLUMNS, values, strict=True) if not (isinstance(v, str) and v.strip())]
+            if missing:
+                left_out[f"no {' and no '.join(missing)}"] += 1
+            else:
+                yield tuple(values)
+    except ijson.JSONError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConvertError(f"Not JSON after {number:,} objects. Was the download cut off? {reason}") from error
+
+
+def write_tsv(path: Path, rows: Iterable[tuple[str, str]]) -> int:
+    """Write rows below a header; returns how many. The file appears when it is complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    number = 0
+    try:
+        with open(part, "wb") as file:
+            size = file.write(tsv_line(COLUMNS))
+            for number, row in enumerate(rows, 1):  # noqa: B007 (returned)
+                line = tsv_line(row)
+                room = READ_BLOCK - size % READ_BLOCK
+                if len(line) > room and (b"\n" in line[:-1] or b"\r" in line):
+                    # A block must not end inside this row. Readers pass over empty lines.
+                    size += file.write(b"\n" * room)
+                size += file.write(line)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+    return number
+
+
+def tsv_line(fields: tuple[str, ...]) -> bytes:
+    """A line of the TSV; a field with tabs, quotes or line breaks stands in quotes, as csv, pandas and pyarrow do."""
+    quoted = ('"' + text.replace('"', '""') + '"' if re.search('[\t\r\n"]', text) else text for text in fields)
+    return ("\t".join(quoted) + "\n").encode(errors="replace")
+
+
+def main(usage: str, name: str, argv: list[str] | None = None) -> None:
+    """The command of one list; `name` is that of its files, without suffix."""
+    parser = argparse.ArgumentParser(description=usage, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--input", type=Path, default=f"{name}.json", metavar="FILE", help="JSON list (%(default)s)")
+    parser.add_argument("--output", type=Path, default=f"{name}.tsv", metavar="FILE", help="TSV (%(default)s)")
+    parser.add_argument("--limit", type=_positive, metavar="N", help="convert the first N pairs only")
+    parser.add_argument(
+        "--rows-per-file", type=_positive, metavar="N", help=f"write files of N rows into a folder ({name}/)"
+    )
+    args = parser.parse_args(argv)
+    try:
+        counts = convert(args.input, args.output, args.limit, args.rows_per_file)
+    except FileNotFoundError:
+        sys.exit(
+            f"Error: there is no {args.input}. Name the list with --input; README_1_STAGE.md says where to get it."
+        )
+    except (ConvertError, OSError) as error:
+        sys.exit(f"Error: {error}")
+    written = counts.pop("written")
+    for cause, number in counts.most_common():
+        print(f"Left out {number:,} objects with {cause}.")
+    target = args.output.with_suffix("") if args.rows_per_file else args.output
+    print(f"Wrote {written:,} pairs to {target}")
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return number

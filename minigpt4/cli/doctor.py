@@ -1,0 +1,80 @@
+"""python -m minigpt4 doctor: find what is wrong with a run before anything heavy is loaded.
+
+    python -m minigpt4 doctor --cfg-path train_configs/minigpt4_stage1_pretrain.yaml
+    python -m minigpt4 doctor --cfg-path train_configs/minigpt4_stage1_pretrain.yaml --gpus 4 --step-time 0.34
+    python -m minigpt4 doctor --cfg-path eval_configs/minigpt4_eval.yaml --json
+    python -m minigpt4 doctor --cfg-path train_configs/minigpt4_stage2_finetune.yaml --probe     # one real step
+
+Looks at every file that the config names, at shapes, tokenizer and template, at the machine, and estimates memory and
+time. Exit status: 0 if nothing is wrong (warnings are nothing), 1 if something is, 2 for a config that cannot be read.
+"""
+
+import argparse
+import json
+from dataclasses import asdict
+
+from minigpt4.common.config import Config
+from minigpt4.common.errors import ConfigError
+from minigpt4.common.registry import UnknownNameError
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="minigpt4 doctor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--cfg-path", required=True, metavar="FILE", help="YAML file of a training run or of a chat")
+    several = {"nargs": "+", "action": "extend"}
+    parser.add_argument("--options", **several, metavar="KEY=VALUE", help="settings that override the file's")
+    parser.add_argument("--import", **several, dest="imports", metavar="MODULE", help="plug-ins to import first")
+    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="processes of the run (%(default)s)")
+    parser.add_argument(
+        "--gpu-memory", type=float, metavar="GB", help="reckon with a GPU of this size, not this machine's"
+    )
+    parser.add_argument("--step-time", type=float, metavar="S", help="seconds a batch takes, to reckon hours with")
+    parser.add_argument(
+        "--probe", action="store_true", help="then load everything and take a step with the longest batch"
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object a finding")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print what the checks find. Returns the exit status."""
+    args = parse_args(argv)
+    from minigpt4.doctor.case import Case
+    from minigpt4.doctor.checks import examine
+    from minigpt4.doctor.findings import ERROR, WARNING, as_text
+    from minigpt4.doctor.machine import imagined_gpu, list_gpus
+
+    try:
+        cfg = Config(args)
+    except (ConfigError, UnknownNameError) as mistake:
+        print(
+            json.dumps({"check": "config", "status": ERROR, "what": str(mistake), "fix": ""}) if args.json else mistake
+        )
+        return 2
+    gpus = [imagined_gpu(args.gpu_memory)] * args.gpus if args.gpu_memory else list_gpus()
+    case = Case(cfg, is_training(cfg), gpus, args.gpus, step_time=args.step_time)
+    findings = examine(case)
+    broken = any(finding.status == ERROR for finding in findings)
+    if args.probe and not broken:
+        from minigpt4.cli.probe import probe
+
+        findings += probe(case)
+    if args.json:
+        for finding in findings:
+            print(json.dumps(asdict(finding), ensure_ascii=False))
+    else:
+        print(as_text(findings))
+        counts = [sum(finding.status == status for finding in findings) for status in (ERROR, WARNING)]
+        print(
+            "\n{} error{}, {} warning{}.".format(counts[0], "s" * (counts[0] != 1), counts[1], "s" * (counts[1] != 1))
+        )
+        if args.probe and broken:
+            print("No step was taken: the errors come first.")
+    return int(any(finding.status == ERROR for finding in findings))
+
+
+def is_training(cfg: Config) -> bool:
+    """Whether the file describes a run of train.py: a chat's sets none of what only training needs."""
+    return any(cfg.origin(f"run.{key}") != "the defaults" for key in ("max_epoch", "init_lr", "output_dir"))

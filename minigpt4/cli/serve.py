@@ -1,0 +1,110 @@
+"""Serve MiniGPT-4 to programs that speak OpenAI's chat completions.
+
+    python -m minigpt4 serve --cfg-path eval_configs/minigpt4_tiny_eval.yaml
+    curl http://127.0.0.1:8000/health
+
+docs/serving.md has requests to copy, and says what is supported. Ctrl-C ends the answers that are being written, then
+the server.
+"""
+
+import argparse
+import logging
+import os
+from dataclasses import fields
+
+from minigpt4.cli.arguments import add_model_arguments
+from minigpt4.common.config import Config
+from minigpt4.serving.settings import Settings
+
+KEY_VARIABLE = "MINIGPT4_API_KEY"
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+MAX_CONNECTIONS = 500
+GRACE_SECONDS = 10
+LIMITS = {
+    "max_batch": "answers computed together",
+    "max_queue": "requests at a time, being answered or waiting",
+    "max_upload_mb": "size of a request, pictures included",
+    "max_images": "pictures in a request",
+    "max_megapixels": "size of a picture",
+    "max_tokens": "tokens of an answer",
+    "timeout": "seconds for a request",
+}
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="minigpt4 serve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_model_arguments(parser)
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s: this machine only)")
+    parser.add_argument("--port", type=int, default=8000, metavar="N", help="port to listen on (%(default)s)")
+    parser.add_argument(
+        "--api-key", default=os.environ.get(KEY_VARIABLE), metavar="KEY",
+        help=f"what clients must send; safer as the variable {KEY_VARIABLE}, since command lines can be seen",
+    )  # fmt: skip
+    parser.add_argument(
+        "--model-name", default=Settings.model_name, metavar="NAME", help="its name in requests (%(default)s)"
+    )
+    parser.add_argument("--allow-http-images", action="store_true", help="fetch pictures by URL, from public addresses")
+    parser.add_argument("--allow-private-hosts", action="store_true", help="… and from private networks, for tests")
+    limits = parser.add_argument_group("limits, each the most")
+    for name, text in LIMITS.items():
+        flag, default = f"--{name.replace('_', '-')}", getattr(Settings, name)
+        limits.add_argument(flag, type=type(default), default=default, metavar="N", help=f"{text} (%(default)s)")
+    args = parser.parse_args(argv)
+    for name in LIMITS:
+        if not getattr(args, name) > 0:
+            parser.error(f"--{name.replace('_', '-')} must be more than 0, not {getattr(args, name)}.")
+    if args.api_key == "":
+        parser.error(f"--api-key or {KEY_VARIABLE} is empty; leave it out to serve without a key.")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Serve, load the model meanwhile, and go on until Ctrl-C. Raises what loading raises."""
+    args = parse_args(argv)
+    cfg = Config(args)
+    cfg.check_paths()
+    import uvicorn
+
+    from minigpt4.common.logger import setup_logger
+    from minigpt4.conversation.loading import load_chat, select_gpu
+    from minigpt4.models.decoder import warm_up
+    from minigpt4.serving.app import create_app
+    from minigpt4.serving.batching import Batcher
+
+    class Server(uvicorn.Server):
+        def handle_exit(self, sig, frame) -> None:
+            batcher.close(seconds=0)  # uvicorn waits for answers, so they have to end
+            super().handle_exit(sig, frame)
+
+    setup_logger()
+    if args.api_key is None and args.host not in LOOPBACK:
+        logging.warning("Everyone who reaches %s can use this server: set %s.", args.host, KEY_VARIABLE)
+    settings = Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})
+
+    def load():
+        chat = load_chat(cfg, select_gpu(cfg, args.gpu_id or 0))
+        for rows in (1, settings.max_batch):
+            warm_up(chat.model.llama_model, rows=rows)
+        logging.info("The model is ready.")
+        return chat
+
+    def give_up() -> None:
+        server.should_exit = True
+
+    batcher = Batcher(load, settings.max_batch, failed=give_up)
+    config = uvicorn.Config(
+        create_app(batcher, settings), host=args.host, port=args.port, log_config=None, server_header=False,
+        limit_concurrency=MAX_CONNECTIONS, timeout_graceful_shutdown=GRACE_SECONDS,
+    )  # fmt: skip
+    server = Server(config)
+    try:
+        server.run()
+    except KeyboardInterrupt:
+        logging.info("Stopped.")
+    if batcher.failure:
+        raise batcher.failure
+    if batcher.is_alive:  # still loading: torch would abort the process when its thread is cut off at a normal exit
+        logging.shutdown()
+        os._exit(0)

@@ -1,0 +1,42 @@
+"""How long a run is."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class RunLength:
+    """Batches of `batch_size` on each of `world_size` ranks, `iters_per_epoch` in each of `epochs`."""
+
+    batch_size: int
+    world_size: int
+    iters_per_epoch: int
+    epochs: int
+    accum: int = 1
+
+    @property
+    def batches(self) -> int:
+        """Micro-batches of each rank."""
+        return self.epochs * self.iters_per_epoch
+
+    @property
+    def steps(self) -> int:
+        """Updates; what is left at an epoch's end is one too."""
+        return self.epochs * -(-self.iters_per_epoch // self.accum)
+
+    @property
+    def samples(self) -> int:
+        return self.batches * self.batch_size * self.world_size
+
+    def hours(self, batch_seconds: float) -> float:
+        """With so many seconds for each micro-batch."""
+        return self.batches * batch_seconds / 3600
+
+    def __str__(self) -> str:
+        total = self.batch_size * self.world_size * self.accum
+        gpus = f"{self.world_size} GPUs" if self.world_size > 1 else "1 GPU"
+        accumulated = f", {self.accum} batches a step" if self.accum > 1 else ""
+        epochs = f"{self.epochs} epochs" if self.epochs > 1 else "1 epoch"
+        return (
+            f"batch {self.batch_size} per GPU, {total} in total ({gpus}{accumulated}); "
+            f"{epochs} of {self.iters_per_epoch} batches = {self.steps:,} steps, {self.samples:,} samples"
+        )

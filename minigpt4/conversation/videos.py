@@ -1,0 +1,78 @@
+"""Videos from strangers: a few frames, drawn evenly, are pictures like others.
+
+Decoding (decord) happens in a process of its own with bounded time and memory (`draw_frames.py`).
+"""
+
+import importlib.util
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from PIL import Image
+
+from minigpt4.conversation.pictures import PictureError, open_picture
+
+SUFFIXES = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi")
+FRAMES = 8
+MAX_FRAMES = 64
+SECONDS = 60  # for decoding
+WORKER = Path(__file__).with_name("draw_frames.py")
+
+
+def is_video(path: str | Path) -> bool:
+    """Does the name say that this is a video?"""
+    return Path(path).suffix.lower() in SUFFIXES
+
+
+def open_media(path: str | Path, frames: int = FRAMES) -> list[Image.Image]:
+    """The frames of a video, or the one picture that another file is. Raises PictureError."""
+    return open_video(path, frames) if is_video(path) else [open_picture(path)]
+
+
+def open_video(path: str | Path, frames: int = FRAMES) -> list[Image.Image]:
+    """`frames` frames of a video file, drawn evenly, in RGB, at most 512 pixels a side; fewer of a shorter video.
+
+    Raises:
+        ValueError: `frames` is not from 1 to 64.
+        PictureError: no video, damaged, too long (an hour), too large to decode in 2 GiB and a minute; or decord, which
+            decodes, is not installed.
+    """
+    if not 1 <= frames <= MAX_FRAMES:
+        raise ValueError(f"frames={frames} must be from 1 to {MAX_FRAMES}.")
+    name = Path(path).name
+    if importlib.util.find_spec("decord") is None:
+        raise PictureError(f"{name} is a video: it takes `pip install decord` (or eva-decord, on other processors).")
+    _check_container(path, name)
+    command = [sys.executable, "-P", str(WORKER), os.path.abspath(path), str(frames)]
+    # Threads of numerical libraries would take the address space that is for the video.
+    environment = os.environ | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    try:
+        result = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, timeout=SECONDS, env=environment
+        )
+    except subprocess.TimeoutExpired:
+        raise PictureError(f"{name} takes more than {SECONDS} s to decode. Cut or shrink it first.") from None
+    if result.returncode == 2:
+        raise PictureError(f"{name} {result.stdout.decode().strip()}")
+    if result.returncode:
+        raise PictureError(f"{name} cannot be decoded: it is damaged, or too large.")
+    import numpy as np
+
+    return [Image.fromarray(frame) for frame in np.load(io.BytesIO(result.stdout), allow_pickle=False)]
+
+
+def _check_container(path: str | Path, name: str) -> None:
+    """Only real containers pass: to FFmpeg a text file can be a playlist, which names other files and addresses."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(12)
+    except OSError as error:
+        raise PictureError(f"{name} cannot be read: {error.strerror}.") from None
+    mp4 = head[4:8] in (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")
+    matroska = head.startswith(b"\x1a\x45\xdf\xa3")
+    avi = head.startswith(b"RIFF") and head[8:] == b"AVI "
+    if not (mp4 or matroska or avi):
+        kinds = ", ".join(suffix[1:].upper() for suffix in SUFFIXES)
+        raise PictureError(f"{name} is not a video that can be read. Accepted: {kinds}.")

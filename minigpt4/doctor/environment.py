@@ -1,0 +1,113 @@
+"""Checks of the machine: libraries, GPU, shared memory."""
+
+import shutil
+import sys
+from collections.abc import Iterator
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+from minigpt4.doctor.case import Case
+from minigpt4.doctor.findings import Finding, error, ok, warning
+
+LEAST_PYTHON = (3, 11)
+# Least compute capability for …
+BF16 = (8, 0)
+TORCH_WHEELS = (7, 5)
+BITS_8 = (7, 5)
+
+
+def check_versions(case: Case) -> Iterator[Finding]:
+    """Python and the libraries are in the ranges that are known to work."""
+    if sys.version_info < LEAST_PYTHON:
+        yield error("python", f"{sys.version.split()[0]} is older than 3.11", "Make an environment with a newer one.")
+    missing, wrong = [], []
+    for requirement in _requirements():
+        try:
+            version = metadata.version(requirement.name)
+        except metadata.PackageNotFoundError:
+            # what can be left out is reported where it is asked for
+            if requirement.name not in ("bitsandbytes", "gradio", "sentencepiece"):
+                missing.append(requirement.name)
+            continue
+        if not requirement.specifier.contains(version, prereleases=True):
+            wrong.append(f"{requirement.name} {version} is not {requirement.specifier}")
+    fix = "pip install --constraint requirements.lock --editable ."
+    if missing:
+        yield error("libraries", f"{', '.join(missing)} not installed", fix)
+    if wrong:
+        yield warning("libraries", f"{'; '.join(wrong)}, the range that is known to work", fix)
+    if not missing and not wrong:
+        yield ok("libraries", f"Python {sys.version.split()[0]}, torch {metadata.version('torch')}")
+
+
+def _requirements() -> list[Requirement]:
+    try:
+        lines = metadata.requires("minigpt4") or []
+    except metadata.PackageNotFoundError:
+        return []
+    requirements = map(Requirement, lines)
+    return [r for r in requirements if r.marker is None or r.marker.evaluate({"extra": ""})]
+
+
+def check_optional_libraries(case: Case) -> Iterator[Finding]:
+    """What this config needs beyond the rest is installed."""
+    needed = {}
+    if case.load_in != "16bit":
+        needed["bitsandbytes"] = f"model.load_in={case.load_in} (low_resource: {case.model.low_resource})"
+    if str(case.model.llama_model).endswith(".gguf"):
+        needed["gguf"] = "a .gguf file"
+    if case.llm_folder and (case.llm_folder / "tokenizer.model").is_file():
+        needed["sentencepiece"] = "the language model's tokenizer.model"
+    for package, reason in needed.items():
+        if find_spec(package) is None:
+            extra = " Or --options model.low_resource=False model.load_in=16bit" if package == "bitsandbytes" else ""
+            yield error("libraries", f"{package} is not installed; {reason} needs it", f"pip install {package}.{extra}")
+
+
+def check_gpu(case: Case) -> Iterator[Finding]:
+    """The GPU is there, and computes in the types that are asked for."""
+    if not case.run.device.startswith("cuda"):
+        return
+    if not case.gpus:
+        what = "no NVIDIA GPU is to be seen: the run falls back to the CPU"
+        yield warning("GPU", what, "With a GPU: check the driver (nvidia-smi) and CUDA_VISIBLE_DEVICES.")
+        return
+    if "+cpu" in metadata.version("torch"):
+        yield error("GPU", f"torch {metadata.version('torch')} is built for CPUs only", "Install torch with CUDA.")
+        return
+    gpu = min(case.gpus, key=lambda gpu: gpu.capability)
+    major, minor = gpu.capability
+    name = f"{gpu.name}, compute capability {major}.{minor}"
+    if gpu.capability < TORCH_WHEELS:
+        fix = "Install a torch that still supports it (built for CUDA 12.6), or use another GPU."
+        yield warning("GPU", f"{name}: torch's newest builds want 7.5 and more", fix)
+    if case.run.amp and case.run.amp_dtype == "bf16" and gpu.capability < BF16:
+        yield error("run.amp_dtype", f"{name} has no bfloat16, which needs 8.0", "--options run.amp_dtype=fp16")
+    if case.load_in == "8bit" and gpu.capability < BITS_8:
+        yield error(
+            "model.load_in", f"{name} has no 8-bit matrix product, which needs 7.5", "--options model.load_in=4bit"
+        )
+    if case.local_size > len(case.gpus) and case.training:
+        what = f"{case.local_size} processes on {len(case.gpus)} GPUs of this machine"
+        yield warning("GPU", what, f"On one machine: torchrun --nproc_per_node {len(case.gpus)}")
+    if gpu.capability >= TORCH_WHEELS:
+        yield ok("GPU", f"{len(case.gpus)} × {name}, {gpu.total / 1e9:.0f} GB")
+
+
+def check_shared_memory(case: Case) -> Iterator[Finding]:
+    """Worker processes hand batches over in shared memory, which containers are given little of."""
+    shm = Path("/dev/shm")
+    if not case.training or not case.run.num_workers or not shm.is_dir():
+        return
+    # two batches ahead for each worker, three bytes a pixel
+    batch = case.run.batch_size_train * 3 * case.model.image_size**2
+    needed = 2 * case.run.num_workers * batch * case.local_size
+    free = shutil.disk_usage(shm).free
+    what = f"batches on their way take up to {needed / 1e6:.0f} MB; /dev/shm has {free / 1e6:.0f} MB free"
+    if needed > free:
+        yield warning("shared memory", what, "docker run --shm-size=8g (or --ipc=host), or lower run.num_workers.")
+    else:
+        yield ok("shared memory", what)

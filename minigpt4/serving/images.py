@@ -1,0 +1,145 @@
+"""The pictures that a request names: in it, as data URLs, or elsewhere, fetched only from public addresses."""
+
+import asyncio
+import base64
+import binascii
+import ipaddress
+import socket
+from urllib.parse import quote, urljoin, urlsplit
+
+import httpcore
+
+from minigpt4.serving.errors import ApiError
+
+MAX_REDIRECTS = 3
+FETCH_SECONDS = 15
+NAT64 = ipaddress.ip_network("64:ff9b::/96")
+
+
+class Images:
+    """Reads pictures.
+
+    Args:
+        allow_http: fetch http and https URLs.
+        allow_private: of hosts in private networks and of this machine too.
+        max_bytes: largest file that is fetched.
+    """
+
+    def __init__(self, allow_http: bool = False, allow_private: bool = False, max_bytes: int = 20 * 2**20):
+        self._allow_http, self._max_bytes = allow_http, max_bytes
+        self._network = PublicNetwork(allow_private)
+
+    async def read(self, url: str, place: str) -> bytes:
+        """The content of the file. `place`, such as "messages[1].content[0]", is for messages. Raises ApiError."""
+        try:
+            scheme = url[:10].partition(":")[0].lower()
+            if scheme == "data":
+                return await asyncio.to_thread(read_data_url, url)
+            if scheme not in ("http", "https"):
+                raise _Refused("it must be a data: URL, such as data:image/png;base64,…")
+            if not self._allow_http:
+                raise _Refused(
+                    "this server fetches no pictures; send a data: URL (or start it with --allow-http-images)"
+                )
+            async with asyncio.timeout(FETCH_SECONDS):
+                return await self._fetch(url)
+        except TimeoutError:
+            reason = f"it took longer than {FETCH_SECONDS} s to fetch"
+        except _Refused as error:
+            reason = str(error)
+        raise ApiError(400, f"The picture in {place} cannot be used: {reason}.", "invalid_image_url", place)
+
+    async def _fetch(self, url: str) -> bytes:
+        for _ in range(MAX_REDIRECTS + 1):
+            target = _http_url(url)
+            try:
+                async with httpcore.AsyncConnectionPool(network_backend=self._network) as pool:
+                    headers = {"User-Agent": "minigpt4", "Accept": "image/*", "Accept-Encoding": "identity"}
+                    async with pool.stream("GET", target, headers=headers) as response:
+                        if response.status == 200:
+                            return await self._body(response)
+                        location = {name.lower(): value for name, value in response.headers}.get(b"location")
+                        if response.status not in (301, 302, 303, 307, 308) or not location:
+                            raise _Refused(f"its server answered {response.status}")
+            except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException, OSError):
+                raise _Refused("its server cannot be reached") from None
+            url = urljoin(url, location.decode("latin-1"))
+        raise _Refused(f"there were more than {MAX_REDIRECTS} redirects")
+
+    async def _body(self, response: httpcore.Response) -> bytes:
+        content = bytearray()
+        async for chunk in response.aiter_stream():
+            content += chunk
+            if len(content) > self._max_bytes:
+                raise _Refused(f"it is larger than {self._max_bytes / 2**20:g} MB")
+        return bytes(content)
+
+
+class _Refused(Exception):
+    """Why a picture is not read."""
+
+
+def read_data_url(url: str) -> bytes:
+    """The content of a base64 data URL."""
+    head, comma, data = url.partition(",")
+    if not comma or not head.lower().startswith("data:image/") or not head.lower().endswith(";base64"):
+        raise _Refused("a data URL must begin with data:image/…;base64,")
+    try:
+        return base64.b64decode(data, validate=True)
+    except (binascii.Error, ValueError):
+        raise _Refused("its base64 is damaged") from None
+
+
+def _http_url(url: str) -> httpcore.URL:
+    """An http or https URL in parts, each in the form that a request needs."""
+    try:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https"):
+            raise _Refused("it leads to something other than http and https")
+        if parts.username or parts.password:
+            raise _Refused("a URL with a password is not fetched")
+        host, port = (parts.hostname or "").encode("idna"), parts.port
+        if not host:
+            raise ValueError("no host")
+        target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        ascii_target = quote(target, safe="/%:@!$&'()*+,;=?~").encode()
+        return httpcore.URL(scheme=parts.scheme.encode(), host=host, port=port, target=ascii_target)
+    except ValueError:
+        raise _Refused("its URL is malformed") from None
+
+
+class PublicNetwork(httpcore.AnyIOBackend):
+    """Connects to public addresses only: the one that was checked is the one that is connected to.
+
+    A name could point elsewhere the next time that it is looked up, so it is looked up once.
+    """
+
+    def __init__(self, allow_private: bool):
+        self._allow_private = allow_private
+
+    async def connect_tcp(self, host, port, timeout=None, local_address=None, socket_options=None):
+        address = await self._look_up(host, port)
+        return await super().connect_tcp(address, port, timeout, local_address, socket_options)
+
+    async def _look_up(self, host: str, port: int) -> str:
+        """An address of a host that has public ones only. The message does not tell whether a private name exists."""
+        try:
+            found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        except (OSError, UnicodeError):
+            found = []
+        addresses = [entry[4][0] for entry in found]
+        if not addresses or not (self._allow_private or all(map(is_public, addresses))):
+            raise _Refused("its host has no public address")
+        return addresses[0]
+
+
+def is_public(address: str) -> bool:
+    """Does an IP address belong to the public internet, also the IPv4 address that an IPv6 address may stand for?"""
+    ip = ipaddress.ip_address(address)
+    if ip.version == 6:
+        inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo and ip.teredo[1])
+        if ip in NAT64:
+            inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
+        if inner:
+            return is_public(str(inner))
+    return ip.is_global and not ip.is_multicast

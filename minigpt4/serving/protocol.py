@@ -1,0 +1,197 @@
+"""OpenAI's chat completions, as far as this model can serve them: what may be asked, and the shape of the answers."""
+
+import json
+import time
+import uuid
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, ValidationError, field_validator
+
+from minigpt4.serving.errors import ApiError
+from minigpt4.serving.sampling import RowSampling
+
+MAX_CHOICES = 8
+MAX_STOPS = 4
+MAX_STOP_CHARACTERS = 100
+MAX_MESSAGES = 200
+
+# Accepted, and without effect: they change nothing that a user of the answer could see.
+IGNORED = (
+    "metadata", "parallel_tool_calls", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention",
+    "reasoning_effort", "safety_identifier", "service_tier", "store", "user", "verbosity",
+)  # fmt: skip
+# Refused, unless the value asks for nothing: an answer without them would not be what was asked for.
+REFUSED: dict[str, tuple] = {
+    "audio": (),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "logit_bias": ({},),
+    "logprobs": (False,),
+    "modalities": (["text"],),
+    "moderation": (),
+    "prediction": (),
+    "response_format": ({"type": "text"},),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "top_logprobs": (0,),
+    "web_search_options": (),
+}
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+
+class Text(_Strict):
+    type: Literal["text"]
+    text: str
+
+
+class ImageUrl(_Strict):
+    url: str
+
+
+class Image(_Strict):
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+
+class Message(_Strict):
+    """A message; its content is always a list of parts here. Other fields, such as `name`, have no effect."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: list[Annotated[Text | Image, Discriminator("type")]] = Field(default=[], validate_default=True)
+    tool_calls: None = None
+    function_call: None = None
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _parts(cls, content):
+        if isinstance(content, str):
+            return [{"type": "text", "text": content}]
+        return [] if content is None else content
+
+
+class StreamOptions(_Strict):
+    include_usage: bool | None = None
+
+
+class ChatRequest(_Strict):
+    """The body of a request to /v1/chat/completions. null is the same as leaving a key out."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str
+    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
+    max_tokens: int | None = Field(default=None, ge=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    n: int = Field(default=1, ge=1, le=MAX_CHOICES)
+    stop: list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]] = Field(
+        default=[], max_length=MAX_STOPS
+    )
+    temperature: float = Field(default=RowSampling.temperature, ge=0, le=2)
+    top_p: float = Field(default=RowSampling.top_p, ge=0, le=1)
+    top_k: int = Field(default=RowSampling.top_k, ge=0, le=2**31)
+    frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
+    presence_penalty: float = Field(default=0.0, ge=-2, le=2)
+    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _stops(cls, stop):
+        return [stop] if isinstance(stop, str) else stop
+
+    @property
+    def new_tokens(self) -> int | None:
+        """Most tokens that are asked for."""
+        return self.max_completion_tokens or self.max_tokens
+
+    def sampling(self, choice: int) -> RowSampling:
+        """How choice number `choice` is drawn: each has random numbers of its own."""
+        return RowSampling(
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            frequency_penalty=self.frequency_penalty,
+            presence_penalty=self.presence_penalty,
+            seed=None if self.seed is None else self.seed + choice,
+        )
+
+
+def read_request(body: bytes) -> ChatRequest:
+    """The request in the body of a call. Raises ApiError."""
+    try:
+        fields = json.loads(body)
+        json.dumps(fields, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ApiError(400, "The body holds half a character (a lone surrogate, such as \\ud800).") from None
+    except (ValueError, RecursionError):
+        raise ApiError(400, "The body is not JSON.") from None
+    if not isinstance(fields, dict):
+        raise ApiError(400, "The body must be a JSON object.")
+    given = {name: value for name, value in fields.items() if value is not None and name not in IGNORED}
+    for name, neutral in REFUSED.items():
+        if name in given and given.pop(name) not in neutral:
+            raise ApiError(400, f"{name} is not supported here.", "unsupported_parameter", name)
+    try:
+        return ChatRequest.model_validate(given)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        place = _place(first["loc"])
+        if first["type"] == "extra_forbidden":
+            raise ApiError(400, f"Unrecognized request argument: {place}", "unknown_parameter", place) from None
+        raise ApiError(400, f"{place}: {first['msg'][:300]}", "invalid_value", place) from None
+
+
+def _place(location: tuple[str | int, ...]) -> str:
+    """A place in words: ("messages", 1, "content", 0, "text", "text"), whose first "text" is the part's type, is
+    messages[1].content[0].text.
+    """
+    name = ""
+    for before, step in zip((None, *location), location, strict=False):
+        if isinstance(step, int):
+            name += f"[{step}]"
+        elif not (isinstance(before, int) and step in ("text", "image_url")):
+            name += f".{step[:100]}" if name else step[:100]
+    return name
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """What all that is sent back for one request has in common."""
+
+    model: str
+    id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def completion(self, texts: list[str], reasons: list[str], usage: dict) -> dict:
+        """The whole answer, not streamed."""
+        choices = [
+            {
+                "index": n,
+                "message": {"role": "assistant", "content": text, "refusal": None},
+                "logprobs": None,
+                "finish_reason": reason,
+            }
+            for n, (text, reason) in enumerate(zip(texts, reasons, strict=True))
+        ]
+        return self._of("chat.completion", choices) | {"usage": usage}
+
+    def chunk(self, choice: int, delta: dict, reason: str | None = None) -> dict:
+        """A piece of choice number `choice`."""
+        choices = [{"index": choice, "delta": delta, "logprobs": None, "finish_reason": reason}]
+        return self._of("chat.completion.chunk", choices)
+
+    def usage_chunk(self, usage: dict) -> dict:
+        return self._of("chat.completion.chunk", []) | {"usage": usage}
+
+    def _of(self, kind: str, choices: list[dict]) -> dict:
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model, "choices": choices}
+
+
+def usage(prompt_tokens: int, completion_tokens: int) -> dict:
+    total = prompt_tokens + completion_tokens
+    return {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens, "total_tokens": total}

@@ -1,0 +1,68 @@
+"""The next token of each row of a batch by that row's own settings, so that any requests can share a batch.
+
+B batch, T new tokens so far, V vocabulary.
+"""
+
+import random
+from dataclasses import dataclass
+
+import torch
+
+from minigpt4.conversation.decoding import Decoding
+
+GREEDY_BELOW = 0.01
+
+
+@dataclass(frozen=True)
+class RowSampling:
+    """How the tokens of an answer are drawn. A temperature below GREEDY_BELOW takes the likeliest token."""
+
+    temperature: float = Decoding.temperature
+    top_p: float = Decoding.top_p
+    top_k: int = Decoding.top_k
+    frequency_penalty: float = 0.0
+    """Taken from a token's score for each time that it stands in the answer."""
+    presence_penalty: float = 0.0
+    """Taken from a token's score if it stands in the answer."""
+    seed: int | None = None
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature < GREEDY_BELOW
+
+
+class RowSampler:
+    """Logits processor for greedy generation: all but the token drawn for a row become impossible.
+
+    Each row has random numbers of its own, one for each of `max_tokens`, so a seed gives the same answer whoever shares
+    the batch. They are drawn beforehand: a GPU need not wait for them.
+    """
+
+    def __init__(self, rows: list[RowSampling], max_tokens: int, device: torch.device):
+        def column(values) -> torch.Tensor:
+            return torch.tensor(list(values), device=device).unsqueeze(1)  # [B,1]
+
+        self._plain = all(row.greedy and not row.frequency_penalty and not row.presence_penalty for row in rows)
+        sources = [random.Random(row.seed) for row in rows]
+        drawn = [[source.random() for _ in range(max_tokens)] for source in sources]
+        self._random = torch.tensor(drawn, device=device)  # [B,max_tokens]
+        self._temperature = column(1.0 if row.greedy else row.temperature for row in rows)
+        self._top_p = column(row.top_p for row in rows)
+        self._top_k = column(1 if row.greedy else row.top_k or 2**31 for row in rows)
+        self._frequency = column(row.frequency_penalty for row in rows)
+        self._presence = column(row.presence_penalty for row in rows)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Args: input_ids [B,T], the new tokens so far; scores [B,V]. Returns [B,V]."""
+        if self._plain:
+            return scores
+        counts = torch.zeros_like(scores).scatter_add_(1, input_ids, torch.ones_like(input_ids, dtype=scores.dtype))
+        scores = scores - self._frequency * counts - self._presence * (counts > 0)
+        probs, tokens = (scores / self._temperature).softmax(dim=1).sort(dim=1, descending=True, stable=True)
+        probs = probs * (torch.arange(probs.shape[1], device=probs.device) < self._top_k)
+        keep = probs.cumsum(dim=1) - probs < self._top_p * probs.sum(dim=1, keepdim=True)
+        keep[:, 0] = True
+        mass = (probs * keep).cumsum(dim=1)
+        drawn = self._random[:, input_ids.shape[1], None] * mass[:, -1:]
+        place = (mass <= drawn).sum(dim=1, keepdim=True).minimum(keep.sum(dim=1, keepdim=True) - 1)  # rounding
+        return torch.full_like(scores, -torch.inf).scatter_(1, tokens.gather(1, place), 0.0)

@@ -1,0 +1,127 @@
+"""python -m minigpt4 doctor, as people and scripts call it."""
+
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from dataset_files import write_align, write_shards
+from helpers import ROOT
+
+from minigpt4.cli import probe as probing
+from minigpt4.cli.doctor import is_training, main
+from minigpt4.common.config import Config
+
+TINY = {stage: ROOT / f"train_configs/minigpt4_tiny_{name}.yaml" for stage, name in
+        {"stage1": "stage1_pretrain", "stage2": "stage2_finetune"}.items()}  # fmt: skip
+TINY["chat"] = ROOT / "eval_configs/minigpt4_tiny_eval.yaml"
+
+
+@pytest.fixture
+def arguments(tmp_path, monkeypatch):
+    """Builder of the command line for a tiny config."""
+    monkeypatch.chdir(ROOT)
+    for name in ("laion", "cc_sbu"):
+        write_shards(tmp_path / name, count=2, samples=20)
+    write_align(tmp_path / "align", records=20)
+
+    def build(stage, *options):
+        given = {
+            "stage1": [f"datasets.{n}.build_info.storage={tmp_path}/{n}/*.tar" for n in ("laion", "cc_sbu")],
+            "stage2": [f"datasets.cc_sbu_align.build_info.storage={tmp_path}/align"],
+            "chat": ["run.seed=1"],
+        }[stage]
+        return ["--cfg-path", str(TINY[stage]), "--options", *given, *options]
+
+    return build
+
+
+@pytest.mark.parametrize("stage", TINY)
+def test_the_tiny_default_is_healthy(arguments, capsys, stage):
+    assert main(arguments(stage)) == 0
+    out = capsys.readouterr().out
+    assert "ERROR" not in out
+    assert "0 errors" in out.splitlines()[-1]
+
+
+def test_an_error_shows_in_the_status_and_comes_with_its_fix(arguments, capsys):
+    assert main(arguments("chat", "model.ckpt=/no/such")) == 1
+    out = capsys.readouterr().out
+    assert "ERROR   model.ckpt: '/no/such' (set in --options) does not exist\n        -> Change it there" in out
+    assert "1 error, " in out.splitlines()[-1]
+
+
+def test_json(arguments, capsys):
+    assert main([*arguments("stage1", "model.image_size=66"), "--json"]) == 1
+    findings = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert all(set(f) == {"check", "status", "what", "fix"} for f in findings)
+    (wrong,) = [f for f in findings if f["status"] == "error"]
+    assert wrong["check"] == "model.image_size" and wrong["fix"] == "--options model.image_size=64"
+
+
+@pytest.mark.parametrize("as_json", [[], ["--json"]])
+def test_a_config_that_cannot_be_read(arguments, capsys, as_json):
+    assert main([*arguments("chat", "run.int_lr=1"), *as_json]) == 2
+    assert "Did you mean 'init_lr'?" in capsys.readouterr().out
+
+
+def test_hours(arguments, capsys):
+    main([*arguments("stage1"), "--gpus", "4", "--step-time", "6", "--gpu-memory", "24"])
+    out = capsys.readouterr().out
+    assert "batch 32 per GPU, 128 in total (4 GPUs)" in out
+    assert "600 steps, 76,800 samples; 1.0 hours at 6.0 s a step" in out
+    assert "4 × a GPU of 24 GB" in out
+
+
+def test_nothing_heavy_is_imported(arguments):
+    code = (
+        f"import sys\nfrom minigpt4.cli.doctor import main\nstatus = main({arguments('stage1')!r})\n"
+        "heavy = {'torch', 'transformers', 'timm', 'webdataset', 'gradio'} & set(sys.modules)\n"
+        "sys.exit(str(heavy or status))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stderr.strip() == "0", done.stderr
+
+
+def test_what_counts_as_training():
+    for stage, path in TINY.items():
+        cfg = Config(SimpleNamespace(cfg_path=path, options=None))
+        assert is_training(cfg) == (stage != "chat")
+
+
+@pytest.mark.parametrize(("stage", "said"), [("stage2", "a step of 4 × "), ("chat", "an answer of 32 tokens took ")])
+def test_probe(arguments, capsys, stage, said):
+    options = ["run.batch_size_train=4"] if stage == "stage2" else []
+    assert main([*arguments(stage, *options), "--probe"]) == 0
+    assert f"ok      probe: {said}" in capsys.readouterr().out
+
+
+def test_probe_from_cached_features(arguments, capsys, tmp_path):
+    options = ["run.batch_size_train=4", f"datasets.cc_sbu_align.build_info.features={tmp_path}"]
+    assert main([*arguments("stage2", *options), "--probe"]) == 0
+    assert "ok      probe: a step of 4 × " in capsys.readouterr().out
+
+
+def test_probe_waits_for_the_errors(arguments, capsys, monkeypatch):
+    monkeypatch.setattr(probing, "probe", lambda case: 1 / 0)
+    assert main([*arguments("chat", "model.ckpt=/no/such"), "--probe"]) == 1
+    assert "No step was taken: the errors come first." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("problem", "what", "fix"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "out of memory", "batch_size_train=6"),
+        (RuntimeError("no kernel image"), "RuntimeError: no kernel image", ""),
+    ],
+)
+def test_probe_that_fails(arguments, capsys, monkeypatch, problem, what, fix):
+    def fail(case):
+        raise problem
+
+    monkeypatch.setattr(probing, "_train", fail)
+    assert main([*arguments("stage2"), "--probe", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["status"] == "error" and what in found["what"] and fix in found["fix"]

@@ -1,0 +1,137 @@
+"""python -m minigpt4 serve, as a user runs it."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from dataclasses import fields
+
+import pytest
+from helpers import ROOT
+
+from minigpt4.cli.serve import main, parse_args
+from minigpt4.common.errors import ConfigError
+from minigpt4.serving.settings import Settings
+
+TINY = "eval_configs/minigpt4_tiny_eval.yaml"
+
+
+def start(*arguments, **variables):
+    command = [sys.executable, "-m", "minigpt4", "serve", *arguments]
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, **variables}
+    )
+
+
+def free_port():
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+def wait_for(process, port, *expected):
+    """Wait until /health reports one of these; all reports so far."""
+    statuses = []
+    for _ in range(600):
+        time.sleep(0.1)
+        assert process.poll() is None, process.stdout.read()
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as response:
+                statuses.append(json.load(response)["status"])
+        except urllib.error.HTTPError as error:
+            statuses.append(json.load(error)["status"])
+        except urllib.error.URLError:
+            continue
+        if statuses[-1] in expected:
+            return statuses
+    raise AssertionError(statuses)
+
+
+def end(process):
+    """Press Ctrl-C; what was printed."""
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    assert "Traceback" not in output
+    return output
+
+
+def test_start_ask_and_ctrl_c():
+    port = free_port()
+    process = start("--cfg-path", TINY, "--port", str(port), MINIGPT4_API_KEY="secret")
+    try:
+        assert set(wait_for(process, port, "ready")[:-1]) <= {"loading"}
+        body = {"model": "minigpt4", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 5}
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{port}/v1/chat/completions",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json", "Authorization": "Bearer secret"},
+        )
+        with urllib.request.urlopen(request, timeout=60) as response:
+            assert json.load(response)["choices"][0]["finish_reason"] in ("stop", "length")
+        assert "secret" not in end(process)
+    finally:
+        process.kill()
+
+
+SLOW = """
+import time
+from minigpt4.conversation import loading
+
+def load_chat(cfg, device):
+    import torch
+    end = time.time() + 60
+    while time.time() < end:
+        (torch.rand(500, 500) @ torch.rand(500, 500)).sum().item()
+
+loading.load_chat = load_chat
+"""
+
+
+def test_ctrl_c_while_the_model_is_loading(tmp_path):
+    (tmp_path / "slow_model.py").write_text(SLOW)
+    port, path = free_port(), os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    process = start("--cfg-path", TINY, "--port", str(port), "--import", "slow_model", PYTHONPATH=path)
+    try:
+        wait_for(process, port, "loading")
+        end(process)
+    finally:
+        process.kill()
+
+
+def test_weights_that_do_not_fit_end_it(tmp_path):
+    from safetensors.torch import save_file
+    from torch import zeros
+
+    save_file({"llama_proj.weight": zeros(5120, 768), "llama_proj.bias": zeros(5120)}, tmp_path / "other.safetensors")
+    arguments = ["--cfg-path", str(ROOT / TINY), "--port", str(free_port())]
+    with pytest.raises(ConfigError, match="5120"):
+        main([*arguments, "--options", f"model.ckpt={tmp_path / 'other.safetensors'}"])
+
+
+def test_wrong_arguments(capsys):
+    for arguments, message in {
+        ("--max-queue", "0"): "--max-queue must be more than 0",
+        ("--timeout", "-1"): "--timeout must be more than 0",
+        ("--max-upload-mb", "nan"): "--max-upload-mb must be more than 0",
+        ("--api-key", ""): "is empty",
+        ("--port", "x"): "invalid int",
+    }.items():
+        with pytest.raises(SystemExit):
+            parse_args(["--cfg-path", "x", *arguments])
+        assert message in capsys.readouterr().err
+
+
+def test_every_setting_is_a_flag(monkeypatch):
+    monkeypatch.delenv("MINIGPT4_API_KEY", raising=False)
+    args = parse_args(["--cfg-path", "x"])
+    assert Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)}) == Settings()
+    assert (args.host, args.port, args.api_key) == ("127.0.0.1", 8000, None)
+    assert not (args.allow_http_images or args.allow_private_hosts)
+    monkeypatch.setenv("MINIGPT4_API_KEY", "k")
+    assert parse_args(["--cfg-path", "x"]).api_key == "k"

@@ -1,0 +1,598 @@
+"""A healthy run passes; with one fault planted, doctor names it and the fix."""
+
+import json
+import re
+
+import pytest
+import torch
+from dataset_files import write_tar
+from safetensors.torch import load_file, save_file
+
+from minigpt4.common import published
+from minigpt4.doctor import checks, environment, estimate, files, machine
+from minigpt4.doctor.findings import ERROR, WARNING
+from minigpt4.doctor.machine import Gpu
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 5\n"
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2", "chat"])
+def test_a_healthy_run_passes(patient, stage):
+    patient.stage = stage
+    assert patient.findings(ERROR, WARNING) == []
+    assert {f.check for f in patient.findings()} >= {"paths", "libraries", "GPU", "GPU memory", "tokenizer"}
+
+
+def rename(path):
+    path.rename(path.with_name("elsewhere"))
+
+
+def shards(p):
+    """The language model's weights in two shards, with an index."""
+    weights = load_file(p.llm / "model.safetensors")
+    names = sorted(weights)
+    halves = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, half in halves.items():
+        save_file({name: weights[name] for name in half}, p.llm / file)
+    (p.llm / "model.safetensors").unlink()
+    weight_map = {name: file for file, half in halves.items() for name in half}
+    p.write(p.llm / "model.safetensors.index.json", json.dumps({"weight_map": weight_map}))
+
+
+def missing_shard(p):
+    shards(p)
+    (p.llm / "b.safetensors").unlink()
+
+
+def pointer_among_shards(p):
+    shards(p)
+    p.write(p.llm / "b.safetensors", LFS)
+
+
+def no_weights(p):
+    (p.llm / "model.safetensors").unlink()
+
+
+def no_tokenizer(p):
+    (p.llm / "tokenizer.model").unlink()
+
+
+def tokenizer_of_another(p):
+    """One with more tokens than the model embeds."""
+    p.edit(p.llm / "config.json", vocab_size=1000)
+    weights = load_file(p.llm / "model.safetensors")
+    cut = {"model.embed_tokens.weight", "lm_head.weight"}
+    (p.llm / "model.safetensors").unlink()
+    small = {name: value[:1000].clone() if name in cut else value for name, value in weights.items()}
+    save_file(small, p.llm / "model.safetensors")
+
+
+def tokenizer_without_separator(p):
+    """A word-level tokenizer: ### is unknown to it."""
+    (p.llm / "tokenizer.model").unlink()
+    model = {"type": "WordLevel", "vocab": {"<unk>": 0, "a": 1}, "unk_token": "<unk>"}
+    p.write(p.llm / "tokenizer.json", json.dumps({"version": "1.0", "added_tokens": [], "model": model}))
+
+
+def options(*given):
+    return lambda p: p.options.extend(given)
+
+
+def prompts(text):
+    def plant(p):
+        p.write(p.folder / "prompts.txt", text)
+        p.options += [f"model.prompt_path={p.folder}/prompts.txt"]
+
+    return plant
+
+
+def checkpoint(tensors, **more):
+    def plant(p):
+        p.ckpt.unlink()
+        torch.save({"model": tensors, **more}, p.ckpt)
+
+    return plant
+
+
+def linear(width_in, width_out):
+    return {"llama_proj.weight": torch.zeros(width_out, width_in), "llama_proj.bias": torch.zeros(width_out)}
+
+
+def all_tars(content):
+    def plant(p):
+        for path in p.shards.glob("*.tar"):
+            p.write(path, content)
+
+    return plant
+
+
+def another_bundle(p):
+    """A Q-Former's file for a wider encoder."""
+    content = torch.load(p.qformer, weights_only=True)
+    content["model"]["ln_vision.weight"] = torch.zeros(72)
+    p.qformer.unlink()
+    torch.save(content, p.qformer)
+
+
+def more_queries(p):
+    content = torch.load(p.qformer, weights_only=True)
+    content["model"]["query_tokens"] = torch.zeros(1, 40, content["model"]["query_tokens"].shape[2])
+    p.qformer.unlink()
+    torch.save(content, p.qformer)
+
+
+def records(change):
+    def plant(p):
+        path = p.align / "filter_cap.json"
+        p.write(path, json.dumps(change(json.loads(path.read_text()))))
+
+    return plant
+
+
+def gpu(**change):
+    def plant(p):
+        p.gpus = [Gpu(**{"name": "a GPU", "capability": (9, 0), "total": 80 * 10**9, "free": 80 * 10**9, **change})]
+
+    return plant
+
+
+def also(*plants):
+    return lambda p: [plant(p) for plant in plants]
+
+
+ALIGN = "datasets.cc_sbu_align.build_info.storage"
+LAION = "datasets.laion.build_info.storage"
+SIZES = published.SIZES["small"]
+# name: (stage, what is done to the run, status, check, what doctor says, and how to mend it)
+FAULTS = {
+    # paths
+    "llm missing": ("chat", lambda p: rename(p.llm), ERROR, "model.llama_model", "does not exist", "--options"),
+    "ckpt missing": ("stage2", lambda p: p.ckpt.unlink(), ERROR, "model.ckpt", "does not exist", "--options"),
+    "prompts missing": (
+        "stage2",
+        options("model.prompt_path=/no"),
+        ERROR,
+        "model.prompt_path",
+        "does not exist",
+        "--opt",
+    ),
+    "llm is a file": (
+        "chat",
+        lambda p: setattr(p, "llm", p.ckpt),
+        ERROR,
+        "model.llama_model",
+        "it is a file",
+        "folder",
+    ),
+    "llm is a pointer": (
+        "chat",
+        also(lambda p: p.write(p.folder / "llm", LFS), lambda p: setattr(p, "llm", p.folder / "llm")),
+        ERROR,
+        "model.llama_model",
+        "Git-LFS pointer",
+        "",
+    ),
+    "ckpt is a folder": (
+        "stage2",
+        lambda p: setattr(p, "ckpt", p.align),
+        ERROR,
+        "model.ckpt",
+        "without a checkpoint_N.pth",
+        "file",
+    ),
+    "encoder is a folder": (
+        "stage1",
+        lambda p: setattr(p, "vision", p.align),
+        ERROR,
+        "model.vit_weights",
+        "folder without weights",
+        "Name",
+    ),
+    # weights
+    "vision is a pointer": ("stage1", lambda p: p.write(p.vision, LFS), ERROR, "model.vit_weights", "Git-LFS", "again"),
+    "ckpt is empty": ("stage2", lambda p: p.write(p.ckpt, b""), ERROR, "model.ckpt", "is empty", "again"),
+    "ckpt is a page": ("stage2", lambda p: p.write(p.ckpt, "<html>"), ERROR, "model.ckpt", "web page", "again"),
+    "vision is cut off": ("stage1", lambda p: p.cut(p.vision, 0.7), ERROR, "model.vit_weights", "truncated", "again"),
+    "llm is cut off": (
+        "chat",
+        lambda p: p.cut(p.llm / "model.safetensors", 0.7),
+        ERROR,
+        "model.llama_model",
+        r"is cut off: [\d,]+ of [\d,]+ bytes",
+        "again",
+    ),
+    "no config.json": (
+        "chat",
+        lambda p: rename(p.llm / "config.json"),
+        ERROR,
+        "model.llama_model",
+        "no config.json",
+        "--op",
+    ),
+    "config.json is a pointer": (
+        "chat",
+        lambda p: p.write(p.llm / "config.json", LFS),
+        ERROR,
+        "model.llama_model",
+        "config.json: .*Git-LFS",
+        "again",
+    ),
+    "missing shard": ("chat", missing_shard, ERROR, "model.llama_model", "lacks 1 of 2 shards: b.safet", "Fetch"),
+    "pointer among shards": (
+        "chat",
+        pointer_among_shards,
+        ERROR,
+        "model.llama_model",
+        "b.safetensors.*Git-LFS",
+        "again",
+    ),
+    "no weights": ("chat", no_weights, ERROR, "model.llama_model", "has no weights", "Fetch"),
+    "broken index": (
+        "chat",
+        lambda p: p.write(p.llm / "model.safetensors.index.json", "{"),
+        ERROR,
+        "model.llama_model",
+        "no index of shards",
+        "",
+    ),
+    # shapes
+    "13B projection": (
+        "stage2",
+        checkpoint(linear(SIZES.qformer_width, 5120)),
+        ERROR,
+        "model.ckpt",
+        r"language model 5120 \(as in Vicuna-13B\) wide; .* is 128 wide",
+        "so that they match",
+    ),
+    "another Q-Former's": (
+        "stage2",
+        checkpoint(linear(99, 128)),
+        ERROR,
+        "model.ckpt",
+        "takes 99 numbers",
+        "model.qformer",
+    ),
+    "no projection": (
+        "chat",
+        checkpoint({"x": torch.zeros(2)}),
+        ERROR,
+        "model.ckpt",
+        "no llama_proj.weight",
+        "--options",
+    ),
+    "queries": ("stage1", more_queries, ERROR, "model.num_query_token", "has 40 queries", "num_query_token=40"),
+    "Q-Former's width": (
+        "stage1",
+        options("model.qformer.hidden_size=96"),
+        ERROR,
+        "model.qformer",
+        "48 wide",
+        "sizes of the file",
+    ),
+    "two bundles": ("stage1", another_bundle, ERROR, "model.q_former_model", "reads an encoder 72 wide", "one BLIP-2"),
+    "encoder's width": (
+        "stage1",
+        options("model.vit_model.embed_dim=32"),
+        ERROR,
+        "model.vit_model",
+        "embed_dim 64 instead of 32",
+        "vit_model",
+    ),
+    "encoder's depth": (
+        "stage1",
+        options("model.vit_model.depth=9"),
+        ERROR,
+        "model.vit_model",
+        "3 blocks instead of 9",
+        "vit_model",
+    ),
+    "encoder's name": (
+        "chat",
+        options("model.vit_model=eva_h"),
+        ERROR,
+        "model.vit_model",
+        "'eva_h' is not known",
+        "eva_clip_g",
+    ),
+    "no encoder": (
+        "chat",
+        options("model.vit_weights=published"),
+        ERROR,
+        "model.vit_weights",
+        "vit_weights is required",
+        "",
+    ),
+    "image size": (
+        "stage1",
+        options("model.image_size=230"),
+        ERROR,
+        "model.image_size",
+        "not a multiple",
+        "image_size=224",
+    ),
+    "processor's size": (
+        "stage2",
+        options("datasets.cc_sbu_align.vis_processor.train.image_size=448"),
+        ERROR,
+        "datasets.cc_sbu_align.vis_processor.train.image_size",
+        "448, but model.image_size=224",
+        "=224",
+    ),
+    # texts
+    "no tokenizer": ("chat", no_tokenizer, ERROR, "model.llama_model", "has no tokenizer", "Fetch"),
+    "broken tokenizer": (
+        "chat",
+        lambda p: p.write(p.llm / "tokenizer.model", b"garbage"),
+        ERROR,
+        "model.llama_model",
+        "tokenizer in .* cannot be read",
+        "again",
+    ),
+    "another tokenizer": (
+        "chat",
+        tokenizer_of_another,
+        ERROR,
+        "model.llama_model",
+        "knows 32000 tokens, the model embeds 1000",
+        "own tokenizer",
+    ),
+    "separator": (
+        "chat",
+        tokenizer_without_separator,
+        ERROR,
+        "model.end_sym",
+        "'###' comes back .*would not end",
+        "end_sym",
+    ),
+    "no room for text": (
+        "stage2",
+        options("model.max_txt_len=2"),
+        ERROR,
+        "model.max_txt_len",
+        "no room",
+        "max_txt_len=",
+    ),
+    "template": (
+        "stage2",
+        options("model.prompt_template=Hi"),
+        ERROR,
+        "model.prompt_template",
+        "has no {}",
+        "###Human: {}",
+    ),
+    "no slot": (
+        "stage2",
+        prompts("Describe.\n"),
+        ERROR,
+        "model.prompt_path",
+        "no line of .* holds <ImageHere>",
+        "Write",
+    ),
+    "two slots": ("stage2", prompts("<ImageHere><ImageHere>"), ERROR, "model.prompt_path", "2 times", "one"),
+    "end_sym": (
+        "stage2",
+        options("model.end_sym=x"),
+        WARNING,
+        "model.end_sym",
+        "taught to end with 'x'",
+        "end_sym=###",
+    ),
+    # data
+    "no shards": ("stage1", lambda p: rename(p.shards), ERROR, LAION, "no file matches", ""),
+    "a shard is missing": (
+        "stage1",
+        lambda p: p.options.append(f"{LAION}={p.shards}/{{00000..00009}}.tar"),
+        ERROR,
+        LAION,
+        "7 of 10 shards are missing",
+        "",
+    ),
+    "a cut shard": (
+        "stage1",
+        lambda p: p.cut(p.shards / "00001.tar", 0.5),
+        WARNING,
+        LAION,
+        "00001.tar: it is cut off",
+        "again",
+    ),
+    "shards of pointers": ("stage1", all_tars(LFS), ERROR, LAION, "none of 3 shards", "folder"),
+    "shards of rubbish": ("stage1", all_tars(b"rubbish" * 500), WARNING, LAION, "it is no tar", "again"),
+    "an empty shard": (
+        "stage1",
+        lambda p: write_tar(replace(p.shards / "00000.tar"), []),
+        WARNING,
+        LAION,
+        "no samples",
+        "",
+    ),
+    "no align folder": ("stage2", lambda p: rename(p.align), ERROR, ALIGN, "does not exist", "--options"),
+    "align is a file": ("stage2", lambda p: setattr(p, "align", p.ckpt), ERROR, ALIGN, "is a file", "--options"),
+    "no list": (
+        "stage2",
+        lambda p: rename(p.align / "filter_cap.json"),
+        ERROR,
+        ALIGN,
+        "filter_cap.json is not there",
+        "READ",
+    ),
+    "list is a pointer": ("stage2", lambda p: p.write(p.align / "filter_cap.json", LFS), ERROR, ALIGN, "Git-LFS", ""),
+    "no pictures": ("stage2", lambda p: rename(p.align / "image"), ERROR, ALIGN, "image is not there", ""),
+    "a missing picture": ("stage2", lambda p: rename(p.align / "image" / "3.jpg"), ERROR, ALIGN, "1 of 20 records", ""),
+    "a list of another form": ("stage2", records(lambda c: c["annotations"]), ERROR, ALIGN, "is not of the form", ""),
+    "small dataset": ("stage2", options("run.batch_size_train=30"), ERROR, ALIGN, "20 records", "batch_size_train=20"),
+    "small for its GPUs": (
+        "stage2",
+        lambda p: setattr(p, "world_size", 2),
+        ERROR,
+        ALIGN,
+        "10 for each GPU",
+        "train=10",
+    ),
+    "no features": (
+        "stage2",
+        options("datasets.cc_sbu_align.build_info.features=/no/cache"),
+        ERROR,
+        "datasets.cc_sbu_align.build_info.features",
+        "/no/cache does not exist",
+        "cache-features",
+    ),
+    # machine
+    "no bf16": (
+        "stage1",
+        also(gpu(capability=(7, 5)), options("run.amp_dtype=bf16")),
+        ERROR,
+        "run.amp_dtype",
+        "bfloat16",
+        "fp16",
+    ),
+    "no 8 bit": ("chat", gpu(capability=(7, 0)), ERROR, "model.load_in", "no 8-bit", "4bit"),
+    "an old GPU": ("stage1", gpu(capability=(6, 1)), WARNING, "GPU", "torch's newest builds", "CUDA 12.6"),
+    "no GPU": ("stage1", lambda p: setattr(p, "gpus", []), WARNING, "GPU", "no NVIDIA GPU", "nvidia-smi"),
+    "fewer GPUs": ("stage1", lambda p: setattr(p, "world_size", 2), WARNING, "GPU", "2 processes on 1 GPU", "torchrun"),
+    "too small": ("stage1", gpu(total=10**9), ERROR, "GPU memory", "a GPU has 1.0 GB", "run.batch_size_train=8"),
+    "in use": ("stage1", gpu(free=10**8), WARNING, "GPU memory", "of which 0.1 GB are free", "End the other"),
+    "warm-up": ("stage1", options("run.warmup_steps=900"), WARNING, "run.warmup_steps", "longer than an epoch", "=500"),
+}
+
+
+def replace(path):
+    path.unlink()
+    return path
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_named(patient, fault):
+    stage, plant, status, check, what, fix = FAULTS[fault]
+    patient.stage = stage
+    plant(patient)
+    found = [f for f in patient.findings(ERROR, WARNING) if f.check == check and f.status == status]
+    assert any(re.search(what, f.what) and fix in f.fix for f in found), patient.findings(ERROR, WARNING)
+
+
+def not_installed(name):
+    if name != "torch":
+        raise environment.metadata.PackageNotFoundError
+    return "2.11.0"
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "value", "stage", "status", "check", "what"),
+    [
+        (files, "free_disk", lambda path: 10, "stage1", ERROR, "run.output_dir", "and 0.0 MB are free"),
+        (files, "is_writable", lambda path: False, "stage1", ERROR, "run.output_dir", "cannot be written to"),
+        (estimate, "available_memory", lambda: 10**9, "stage1", WARNING, "host memory", "1.0 GB are free"),
+        (environment, "find_spec", lambda name: None, "chat", ERROR, "libraries", "bitsandbytes is not installed"),
+        (environment.metadata, "version", lambda name: "1.0", "chat", WARNING, "libraries", "torch 1.0 is not >="),
+        (environment.metadata, "version", not_installed, "chat", ERROR, "libraries", "torchvision"),
+        (environment.metadata, "version", lambda name: "2.14.1+cpu", "chat", ERROR, "GPU", "built for CPUs only"),
+        (environment.sys, "version_info", (3, 10), "chat", ERROR, "python", "older than 3.11"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_machine_that_will_not_do(patient, monkeypatch, module, name, value, stage, status, check, what):
+    patient.stage = stage
+    monkeypatch.setattr(module, name, value)
+    found = patient.findings(status)
+    assert any(f.check == check and what in f.what and f.fix for f in found), found
+
+
+def test_too_little_shared_memory(patient, monkeypatch):
+    usage = environment.shutil.disk_usage("/")._replace(free=10**7)
+    monkeypatch.setattr(environment.shutil, "disk_usage", lambda path: usage)
+    patient.stage = "stage1"
+    (found,) = [f for f in patient.findings(WARNING) if f.check == "shared memory"]
+    assert "/dev/shm has 10 MB free" in found.what and "--shm-size" in found.fix
+
+
+def test_a_model_too_large_for_the_host(patient, monkeypatch):
+    patient.gpus = []
+    monkeypatch.setattr(estimate, "available_memory", lambda: 10**7)
+    assert [f.check for f in patient.findings(ERROR)] == ["host memory"]
+
+
+def test_downloads(patient, monkeypatch, tmp_path):
+    """What is not in the cache is announced; an error where nothing may be fetched, or there is no room."""
+    patient.stage = "stage1"
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    patient.options = ["model.q_former_model=https://example.org/blip2.pth"]
+    (found,) = patient.findings(ERROR, WARNING)
+    assert found.status == WARNING and "blip2.pth is not in the cache and will be fetched" in found.what
+    assert f"Put the file of https://example.org/blip2.pth at {tmp_path}/torch/hub/checkpoints/blip2.pth" in found.fix
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert "nothing may be fetched" in patient.findings(ERROR)[0].what
+    patient.options = ["model.llama_model=nobody/nothing"]
+    assert "nobody/nothing is not in the hub's cache" in patient.findings(ERROR)[0].what
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    assert "will be fetched from the hub" in patient.findings(WARNING)[0].what
+
+    patient.options = ["model.q_former_model=https://example.org/blip2.pth"]
+    monkeypatch.setattr(files, "free_disk", lambda path: -1)
+    assert "will be fetched: 0.0 MB" in next(f.what for f in patient.findings(ERROR) if "former" in f.check)
+
+
+def test_another_language_model(patient):
+    """Found before anything is loaded, from eight rows of the embeddings in the file."""
+    rows = load_file(patient.llm / "model.safetensors")["model.embed_tokens.weight"]
+    ids = [len(rows) >> shift for shift in range(1, 9)]
+    own = {"name": "mine", "width": 128, "layers": 2, "vocabulary": len(rows), "prompt_template": "{}", "end_sym": "\n"}
+    projection = linear(SIZES.qformer_width, 128)
+    checkpoint(projection, llm_fingerprint=own | {"embedding_rows": rows[ids].half()})(patient)
+    assert patient.findings(ERROR, WARNING) == []
+    assert "was trained with this language model" in {f.what for f in patient.findings()}
+
+    checkpoint(projection, llm_fingerprint=own | {"embedding_rows": rows[ids].half().flip(0)})(patient)
+    (found,) = patient.findings(ERROR)
+    assert found.check == "model.ckpt" and "trained with mine (128 wide" in found.what
+    assert "token embeddings do not" in found.what and "model.allow_llm_mismatch=true" in found.fix
+    patient.options = ["model.allow_llm_mismatch=true"]
+    assert [f.status for f in patient.findings(ERROR, WARNING)] == [WARNING]
+
+    patient.options = []
+    checkpoint(projection, llm_fingerprint=own | {"layers": 3, "embedding_rows": rows[ids].half()})(patient)
+    assert "layers 2 instead of 3" in patient.findings(ERROR)[0].what
+
+
+def test_cached_features_need_no_vision(patient, tmp_path):
+    """Neither its files nor its memory."""
+    usual = estimate.estimate(patient.case())
+    patient.options = [f"datasets.cc_sbu_align.build_info.features={tmp_path}"]
+    patient.write(patient.vision, LFS)
+    assert patient.findings(ERROR, WARNING) == []
+    assert estimate.estimate(patient.case()).weights < usual.weights
+
+
+def test_a_check_that_fails_is_told(patient, monkeypatch):
+    monkeypatch.setattr(environment.shutil, "disk_usage", lambda path: 1 / 0)
+    assert any("ZeroDivisionError" in f.what for f in patient.findings(WARNING))
+
+
+def test_what_is_no_fault(patient):
+    """A pad token without an embedding; a processor of one's own; a template that nothing uses; several machines."""
+    patient.edit(patient.llm / "tokenizer_config.json", pad_token="[PAD]")
+    patient.write(patient.llm / "added_tokens.json", json.dumps({"[PAD]": 32000}))
+    patient.options = ["datasets.cc_sbu_align.vis_processor.train={name: mine}", "model.prompt_template=Hi"]
+    patient.options += ["model.prompt_path=null"]
+    patient.world_size = 2
+    patient.options += ["run.batch_size_train=4"]
+    case = patient.case()
+    case.processes_here = 1
+    assert [f for f in checks.examine(case) if f.status in (ERROR, WARNING)] == []
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_gpus_are_those_of_torch(monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for index, gpu in enumerate(machine.list_gpus()):
+        properties = torch.cuda.get_device_properties(index)
+        assert (gpu.name, gpu.capability) == (properties.name, (properties.major, properties.minor))
+        assert 0.9 < properties.total_memory / gpu.total < 1.02
+        assert gpu.free <= gpu.total
+
+
+def test_gpus_are_listed_without_torch(monkeypatch):
+    """Whatever this machine has, the answer is a list; CUDA_VISIBLE_DEVICES hides all."""
+    everything = machine.list_gpus()
+    assert all(g.total > 10**9 and g.capability >= (3, 0) for g in everything)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert machine.list_gpus() == []

@@ -1,0 +1,290 @@
+"""The routes: keys, limits, time, and clients that leave."""
+
+import io
+import json
+import socket
+import struct
+import threading
+import time
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+
+import httpx
+import pytest
+from endpoint import data_url, image, serving, text, user
+from PIL import Image
+
+HI = user(text("Hi"))
+BODY = {"model": "minigpt4", "messages": [HI], "max_tokens": 2, "temperature": 0}
+
+
+def error(response, status, message=""):
+    assert response.status_code == status, response.text
+    body = response.json()["error"]
+    assert set(body) == {"message", "type", "param", "code"}
+    assert message in body["message"]
+    return body
+
+
+def png(size=(8, 8), **options):
+    buffer = io.BytesIO()
+    Image.new("RGB", size).save(buffer, options.pop("format", "PNG"), **options)
+    return buffer.getvalue()
+
+
+# Before and after the model
+
+
+def test_it_serves_before_the_model_is_there(chat):
+    ready = threading.Event()
+
+    def load():
+        assert ready.wait(20)
+        return chat
+
+    with serving(load) as served:
+        response = served.get("/health")
+        assert (response.status_code, response.json()["status"]) == (503, "loading")
+        response = served.post(BODY)
+        assert error(response, 503, "still loading")["code"] == "not_ready"
+        assert int(response.headers["retry-after"]) > 0
+        assert served.get("/v1/models").status_code == 200
+        ready.set()
+        served.wait_for(status="ready")
+        assert served.get("/health").status_code == 200
+        assert served.post(BODY).status_code == 200
+        served.batcher.close()
+        assert served.health()["status"] == "stopping"
+        error(served.post(BODY), 503, "stopping")
+
+
+def test_stopping_answers_those_who_wait(serve, gate, talkative):
+    served = serve(max_batch=1)
+    with ThreadPoolExecutor(2) as pool:
+        running = pool.submit(served.ask, HI, max_tokens=200)
+        served.wait_for(running=1)
+        waiting = pool.submit(served.ask, HI)
+        served.wait_for(waiting=1)
+        gate.step(2)
+        served.batcher.close(seconds=0)
+        gate.open()
+        assert running.result().json()["choices"][0]["finish_reason"] == "length"
+        error(waiting.result(), 503, "stopping")
+
+
+# Who may ask
+
+
+def test_keys(serve):
+    served = serve(api_key="correct horse é")
+    right = {"Authorization": "Bearer correct horse é".encode()}
+    for path in ("/v1/models", "/v1/models/minigpt4"):
+        assert served.get(path, headers=right).status_code == 200
+        body = error(served.get(path), 401, "API key is missing or wrong")
+        assert (body["code"], body["type"]) == ("invalid_api_key", "authentication_error")
+    assert served.post(BODY, headers=right).status_code == 200
+    wrong = ("correct horse é", "Bearer", "Bearer correct horse", "Basic correct horse é", "Bearer \xff\xfe")
+    for given in wrong:
+        error(served.post(BODY, headers={"Authorization": given.encode()}), 401)
+    error(served.post(content=b"{", headers={"Content-Type": "application/json"}), 401)  # nothing is read before
+    assert served.get("/health").status_code == 200
+
+
+def test_a_page_in_a_browser_gets_no_answer(served):
+    """Without asking first, a page can send only these types, to any address that the visitor's machine reaches."""
+    for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", ""):
+        response = served.post(content=json.dumps(BODY).encode(), headers={"Content-Type": kind})
+        error(response, 415, "application/json")
+    response = served._http.options("/v1/chat/completions", headers={"Origin": "https://example.com"})
+    assert not any(name.startswith("access-control") for name in response.headers)
+
+
+def test_unknown_routes(served):
+    assert error(served.get("/v1/embeddings"), 404, "There is no /v1/embeddings")["type"] == "invalid_request_error"
+    error(served.get("/v1/../../etc/passwd"), 404)
+    error(served.get("/v1/models/..%2f..%2fetc%2fpasswd"), 404)
+    error(served.get("/v1/chat/completions"), 405, "GET is not allowed")
+    error(served.post({**BODY, "model": "x" * 500}), 404, "There is no model")
+
+
+# Limits
+
+
+def test_bytes(serve):
+    served = serve(max_upload_mb=0.1)
+    padded = {**BODY, "user": "x" * (100_000 - len(json.dumps(BODY)))}
+    assert served.post(padded).status_code == 200
+    for size in (110_000, 300_000):
+        assert error(served.post({**BODY, "user": "x" * size}), 413, "0.1 MB")["code"] == "request_too_large"
+    taken = []
+    endless = (taken.append(n) or b"x" * 2**16 for n in range(5000))
+    with suppress(httpx.TransportError):  # the server hangs up
+        error(served.post(content=endless, headers={"Content-Type": "application/json"}), 413)
+    assert len(taken) < 1000
+    assert served.post(BODY).status_code == 200
+
+
+def test_pictures(serve, pictures):
+    served = serve(max_images=2, max_megapixels=0.001)
+    assert served.ask(user(*[image(png())] * 2), max_tokens=2).status_code == 200
+    assert error(served.ask(user(*[image(png())] * 3)), 400, "at most 2")["code"] == "too_many_images"
+    error(served.ask(user(image(png((40, 40))))), 400, "40 × 40 pixels")
+    for size, reason in ((9_000, "9000 × 9000 pixels"), (2**31 - 1, "too many pixels")):  # its header is enough
+        header = b"IHDR" + struct.pack(">II", size, size) + b"\x08\x02\0\0\0"
+        bomb = png()[:12] + header + struct.pack(">I", zlib.crc32(header)) + png()[33:]
+        error(served.ask(user(image(bomb))), 400, reason)
+    body = error(served.ask(user(text("A"), image(b"<svg/>"))), 400, "is not a picture")
+    assert (body["code"], body["param"]) == ("invalid_image", "messages[0].content[1]")
+    error(served.ask(user(image(pictures[0][:300]))), 400, "The picture in messages[0].content[0]")
+    error(served.ask(user(image(b""))), 400)
+    error(served.ask(user(image(png(format="TIFF")))), 400, "Accepted: JPEG")
+    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
+    animated = png(format="GIF", save_all=True, append_images=frames)
+    assert served.ask(user(image(animated)), max_tokens=2).status_code == 200  # its first frame
+
+
+def test_tokens_and_text(serve):
+    served = serve(max_tokens=5)
+    assert served.ask(HI, max_tokens=5).status_code == 200
+    assert served.ask(HI).status_code == 200  # the default is less where the limit is
+    body = error(served.ask(HI, max_tokens=6), 400, "6 tokens are too many: at most 5")
+    assert body["param"] == "max_tokens"
+    assert error(served.ask(HI, max_completion_tokens=6), 400)["param"] == "max_completion_tokens"
+    long = served.ask(user(text("word " * 3000)), max_tokens=5)
+    assert error(long, 400, "the model holds")["code"] == "context_length_exceeded"
+    error(served.ask(user(text("x" * 100_001)), max_tokens=5), 400, "at most 100,000")
+
+
+def test_the_queue_is_bounded_and_its_places_come_back(serve, gate):
+    served = serve(max_queue=3)
+    with ThreadPoolExecutor(3) as pool:
+        asked = [pool.submit(served.ask, HI, max_tokens=2) for _ in range(3)]
+        served.wait_for(requests=3)
+        response = served.post(BODY)
+        assert error(response, 429, "3 requests")["code"] == "queue_full"
+        assert int(response.headers["retry-after"]) > 0
+        gate.open()
+        assert [request.result().status_code for request in asked] == [200] * 3
+    served.wait_for(requests=0)
+    for bad in ({"model": "x"}, {**BODY, "model": "x"}, {**BODY, "n": 0}, {**BODY, "messages": [user()]}):
+        assert served.post(bad).status_code >= 400
+    assert served.health()["requests"] == 0
+    assert served.post(BODY).status_code == 200
+
+
+def test_time(serve, gate, talkative):
+    """An answer that is being written ends there; a request that waits is given up."""
+    served = serve(timeout=1.5, max_batch=1)
+    with ThreadPoolExecutor(2) as pool:
+        running = pool.submit(served.ask, HI, max_tokens=300)
+        served.wait_for(running=1)
+        waiting = pool.submit(served.ask, HI)
+        response = waiting.result()
+        assert error(response, 503, "waited too long")["code"] == "timeout"
+        assert "retry-after" in response.headers
+        gate.open()
+        answer = running.result().json()
+    assert answer["choices"][0]["finish_reason"] == "length"
+    assert answer["usage"]["completion_tokens"] == 1
+    served.wait_for(requests=0, waiting=0, running=0)
+
+
+def test_a_request_that_never_arrives(serve, monkeypatch):
+    monkeypatch.setattr("minigpt4.serving.app.BODY_SECONDS", 0.3)
+    served = serve()
+    host, port = served.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as client:
+        client.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n")
+        client.sendall(b"Content-Length: 100\r\n\r\n{")
+        served.wait_for(requests=1)
+        assert b" 408 " in client.recv(1000)
+    served.wait_for(requests=0)
+
+
+# Clients that leave
+
+
+def leave(served, body, after=None):
+    """Send a request, wait until it is served, and hang up without the answer."""
+    host, port = served.url.removeprefix("http://").split(":")
+    content = json.dumps(body).encode()
+    with socket.create_connection((host, int(port))) as client:
+        client.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n")
+        client.sendall(b"Content-Length: %d\r\n\r\n" % len(content) + content)
+        after(client)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_frees_its_place(serve, gate, talkative, stream):
+    served = serve(max_batch=1)
+    long = {**BODY, "max_tokens": 300, "stream": stream}
+
+    def once_it_waits(client):
+        served.wait_for(running=1, waiting=1)
+
+    def once_it_runs(client):
+        served.wait_for(running=1)
+        gate.step(3)
+        if stream:
+            assert b"data: " in client.recv(10_000)
+        else:
+            while served.batcher.running and len(served.batcher.running[0].ids) < 3:
+                time.sleep(0.01)
+
+    with ThreadPoolExecutor(1) as pool:
+        kept = pool.submit(served.ask, HI, max_tokens=2)
+        served.wait_for(running=1)
+        leave(served, long, once_it_waits)
+        served.wait_for(requests=1, waiting=0)
+        gate.step(2)
+        assert kept.result().status_code == 200
+    served.wait_for(requests=0, running=0)
+    leave(served, long, once_it_runs)
+    served.wait_for(requests=0)
+    gate.step()  # the one that was under way: the batch ends with it
+    served.wait_for(running=0)
+
+
+def test_a_client_that_leaves_while_it_sends(served):
+    host, port = served.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as client:
+        client.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n")
+        client.sendall(b"Content-Length: 100\r\n\r\n{")
+        served.wait_for(requests=1)
+    served.wait_for(requests=0)
+
+
+# Two users
+
+
+def test_users_never_see_each_others_content(served, pictures, gate, batches):
+    """Sent at the same time, answered in the same batch: each gets what it gets alone."""
+    gate.open()
+    things = [(picture, f"Is this number {n}?") for n, picture in enumerate(pictures)]
+    alone = [served.ask(user(image(p), text(q)), max_tokens=20).json()["choices"] for p, q in things]
+    assert len({choices[0]["message"]["content"] for choices in alone}) == len(things)
+    batches.clear()
+    with ThreadPoolExecutor(8) as pool:
+        asked = [pool.submit(served.ask, user(image(p), text(q)), max_tokens=20) for _ in range(4) for p, q in things]
+        together = [request.result().json()["choices"] for request in asked]
+    assert together == alone * 4
+    assert max(map(len, batches)) > 1
+    for prompts in batches:
+        for prompt in prompts:
+            assert prompt.count("Is this number") == 1
+
+
+def test_an_image_slot_in_words_takes_nobodys_picture(served, pictures):
+    words = "<Img><ImageHere></Img> What is this?"
+    alone = served.ask(user(text(words)), max_tokens=20).json()["choices"][0]["message"]["content"]
+    with ThreadPoolExecutor(8) as pool:
+        shown = [pool.submit(served.ask, user(image(p), text("What is this?")), max_tokens=20) for p in pictures]
+        thief = pool.submit(served.ask, user(text(words)), max_tokens=20)
+        assert thief.result().json()["choices"][0]["message"]["content"] == alone
+        assert all(request.result().status_code == 200 for request in shown)
+
+
+def test_damaged_data_urls_name_no_content(served):
+    response = served.ask(user({"type": "image_url", "image_url": {"url": data_url(b"secret") + "$"}}))
+    assert "messages[0].content[0]" in error(response, 400)["message"]

@@ -1,0 +1,209 @@
+"""Pictures by URL: what is read, and what nobody can make the server fetch."""
+
+import asyncio
+import base64
+import socket
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from endpoint import data_url, text, user
+
+from minigpt4.serving import images
+from minigpt4.serving.errors import ApiError
+from minigpt4.serving.images import Images, is_public
+
+LOCAL = Images(allow_http=True, allow_private=True, max_bytes=100_000)
+PUBLIC = Images(allow_http=True)
+
+
+def read(url, reader=LOCAL):
+    return asyncio.run(reader.read(url, "here"))
+
+
+def refusal(url, reader=LOCAL):
+    with pytest.raises(ApiError) as error:
+        read(url, reader)
+    assert error.value.status == 400
+    assert error.value.code == "invalid_image_url"
+    return str(error.value)
+
+
+class Site(BaseHTTPRequestHandler):
+    """A web site: /picture, /to?URL, /loop, /large, /endless, /slow, /404."""
+
+    def do_GET(self):
+        self.server.paths.append(self.path)
+        path, _, query = self.path.partition("?")
+        if path == "/picture":
+            self.answer(200, b"content")
+        elif path == "/large":
+            self.answer(200, b"x" * 100_001)
+        elif path == "/endless":
+            self.answer(200, b"x" * 50_000, {"Content-Length": "10000000"})
+        elif path == "/slow":
+            self.server.release.wait(10)
+        elif path in ("/to", "/loop"):
+            self.answer(302, b"", {"Location": query or "/loop"})
+        else:
+            self.answer(404, b"")
+
+    def answer(self, status, content, headers=()):
+        self.send_response(status)
+        for name, value in dict(headers).items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture(scope="module")
+def site():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Site)
+    server.paths, server.release = [], threading.Event()
+    server.url = f"http://127.0.0.1:{server.server_port}"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.release.set()
+    server.shutdown()
+    server.server_close()
+
+
+def test_data_urls():
+    assert read(data_url(b"content", "png")) == b"content"
+    assert read(data_url(b"", "png")) == b""
+    assert read("DATA:image/png;charset=utf-8;BASE64," + base64.b64encode(b"x").decode()) == b"x"
+    for url in ("data:", "data:,", "data:image/png,abc", "data:text/html;base64,aGk=", "data:image/png;base64"):
+        assert "must begin with data:image/" in refusal(url)
+    for url in (
+        "data:image/png;base64,a",
+        "data:image/png;base64,$$$$",
+        "data:image/png;base64,YWJj\nYWJj",
+        "data:image/png;base64,é",
+    ):
+        assert "base64 is damaged" in refusal(url)
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["", "/etc/passwd", "file:///etc/passwd", "ftp://x/y", "gopher://x", "javascript:alert(1)", "cat.png", "\0", "//x"],
+)
+def test_other_schemes(url):
+    assert "it must be a data: URL" in refusal(url)
+
+
+def test_nothing_is_fetched_without_the_flag(site):
+    before = len(site.paths)
+    assert "--allow-http-images" in refusal(f"{site.url}/picture", Images())
+    assert "--allow-http-images" in refusal(f"{site.url}/picture", Images(allow_private=True))
+    assert len(site.paths) == before
+
+
+def test_fetching(site):
+    assert read(f"{site.url}/picture") == b"content"
+    assert read(f"{site.url.upper()}/picture") == b"content"
+    assert read(f"{site.url}/to?/picture") == b"content"
+    assert read(f"{site.url}/to?{site.url}/to?/picture") == b"content"
+    assert "answered 404" in refusal(f"{site.url}/ä ö\r\nX: y")
+    assert site.paths[-1] == "/%C3%A4%20%C3%B6X:%20y"  # no header can be smuggled in
+
+
+def test_bounds(site, monkeypatch):
+    assert "more than 3 redirects" in refusal(f"{site.url}/loop")
+    assert "larger than" in refusal(f"{site.url}/large")
+    assert "cannot be reached" in refusal(f"{site.url}/endless")  # cut short
+    monkeypatch.setattr(images, "FETCH_SECONDS", 0.5)
+    start = time.monotonic()
+    assert "longer than 0.5 s" in refusal(f"{site.url}/slow")
+    assert time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://", "http:///x", "http://user:pass@127.0.0.1/", "http://user@127.0.0.1/", "http://127.0.0.1:99999/",
+        "http://127.0.0.1:x/", "http://[::1/", "http://" + "a" * 300, "http://a..b/", "http://\u2100/",
+        "http://localhost:1/",
+    ],
+)  # fmt: skip
+def test_malformed(url):
+    refusal(url)
+
+
+def test_redirects_lead_to_http_only(site):
+    for target in ("file:///etc/passwd", "ftp://127.0.0.1/", "data:image/png;base64,YWJj"):
+        assert "other than http" in refusal(f"{site.url}/to?{target}")
+
+
+PRIVATE = [
+    "127.0.0.1", "127.1", "2130706433", "0x7f.0.0.1", "0177.0.0.1", "0.0.0.0", "localhost", "10.0.0.1", "172.16.0.1",
+    "192.168.1.1", "169.254.169.254", "100.64.0.1", "224.0.0.1", "255.255.255.255", "[::1]", "[::]", "[fe80::1]",
+    "[fd00::1]", "[::ffff:127.0.0.1]", "[::ffff:10.0.0.1]", "[2002:7f00:1::]", "[64:ff9b::a00:1]", "[ff02::1]",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("host", PRIVATE)
+def test_private_addresses_are_refused(site, host):
+    """And all look alike to the client: it learns nothing of the network behind the server."""
+    before = len(site.paths)
+    assert "its host has no public address" in refusal(f"http://{host}:{site.server_port}/picture", PUBLIC)
+    assert len(site.paths) == before
+
+
+def test_names_that_do_not_exist_look_the_same(monkeypatch):
+    async def look_up(self, host, port, **options):
+        raise socket.gaierror("Name or service not known")
+
+    monkeypatch.setattr(asyncio.BaseEventLoop, "getaddrinfo", look_up)
+    assert "its host has no public address" in refusal("http://no.such.host.invalid/", PUBLIC)
+
+
+def test_redirects_are_checked_too(site, monkeypatch):
+    """A public site that sends its visitors to a private one."""
+    monkeypatch.setattr(images, "is_public", lambda address: address == "127.0.0.1")
+    assert "no public address" in refusal(f"{site.url}/to?http://169.254.169.254/latest/meta-data", PUBLIC)
+    assert read(f"{site.url}/to?/picture", PUBLIC) == b"content"
+
+
+def test_a_name_is_looked_up_once(site, monkeypatch):
+    """DNS rebinding: the second answer would be a private address. One private address among public ones is enough."""
+    answers = [["93.184.216.34"], ["127.0.0.1"]]
+
+    async def look_up(self, host, port, **options):
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port)) for address in answers.pop(0)]
+
+    connected = []
+
+    async def connect(self, host, *args):
+        connected.append(host)
+        raise images.httpcore.ConnectError
+
+    monkeypatch.setattr(asyncio.BaseEventLoop, "getaddrinfo", look_up)
+    monkeypatch.setattr(images.httpcore.AnyIOBackend, "connect_tcp", connect)
+    assert "cannot be reached" in refusal("http://rebinding.example/", PUBLIC)
+    assert connected == ["93.184.216.34"]
+    assert "no public address" in refusal("http://rebinding.example/", PUBLIC)
+    answers.append(["93.184.216.34", "10.0.0.1"])
+    assert "no public address" in refusal("http://rebinding.example/", PUBLIC)
+    assert connected == ["93.184.216.34"]
+
+
+@pytest.mark.parametrize(
+    "address", ["8.8.8.8", "2606:4700::1111", "::ffff:8.8.8.8", "64:ff9b::808:808", "2002:808:808::"]
+)
+def test_public_addresses(address):
+    assert is_public(address)
+
+
+def test_through_the_endpoint(serve, served, site, pictures):
+    """The flags, as a user gives them."""
+    picture = {"type": "image_url", "image_url": {"url": f"{site.url}/picture"}}
+    message = user(picture, text("What is this?"))
+    assert "--allow-http-images" in served.ask(message).json()["error"]["message"]
+    assert "no public address" in serve(allow_http_images=True).ask(message).json()["error"]["message"]
+    allowed = serve(allow_http_images=True, allow_private_hosts=True)
+    assert "is not a picture" in allowed.ask(message).json()["error"]["message"]  # fetched
+    assert site.paths[-1] == "/picture"

@@ -1,0 +1,43 @@
+"""Writes small videos for tests."""
+
+from pathlib import Path
+
+import numpy as np
+
+CODECS = {".mp4": "mp4v", ".mov": "mp4v", ".m4v": "mp4v", ".mkv": "mp4v", ".avi": "MJPG", ".webm": "VP80"}
+STEP = 8
+
+
+def write_video(path: Path, frames: int = 30, fps: float = 10, size: tuple[int, int] = (64, 48)) -> Path:
+    """A video of that (width, height) whose frame n is an even gray of 8 n (from 256 on again from 0)."""
+    import cv2
+
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*CODECS[path.suffix]), fps, size)
+    for n in range(frames):
+        writer.write(np.full((size[1], size[0], 3), n * STEP % 256, np.uint8))
+    writer.release()
+    return path
+
+
+def bad_videos(folder: Path) -> dict[str, str]:
+    """Writes videos that cannot be used; gives their names and a piece of what is to be said about each."""
+    content = write_video(folder / "good.mp4").read_bytes()
+    (folder / "good.mp4").unlink()
+    (folder / "text.mp4").write_text("this is no video")
+    (folder / "empty.mp4").touch()
+    (folder / "playlist.mp4").write_text("#EXTM3U\n#EXTINF:1,\n/etc/passwd\n")
+    (folder / "concat.avi").write_text("ffconcat version 1.0\nfile '/etc/passwd'\n")
+    (folder / "cut.mp4").write_bytes(content[: len(content) // 2])
+    (folder / "noise.mp4").write_bytes(content[:40] + np.random.default_rng(0).bytes(len(content)))
+    write_video(folder / "frameless.mp4", frames=0)
+    write_video(folder / "long.mp4", frames=400, fps=0.1, size=(32, 32))
+    return {
+        "text.mp4": "is not a video that can be read",
+        "empty.mp4": "is not a video that can be read",
+        "playlist.mp4": "is not a video that can be read",
+        "concat.avi": "is not a video that can be read",
+        "cut.mp4": "cannot be decoded",
+        "noise.mp4": "cannot be decoded",
+        "frameless.mp4": "cannot be decoded",
+        "long.mp4": "67 minutes long; at most 60",
+    }
