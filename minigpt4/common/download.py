@@ -3,6 +3,8 @@
 import hashlib
 import logging
 import os
+import shutil
+import ssl
 import time
 import urllib.error
 import urllib.request
@@ -17,12 +19,16 @@ PAUSES = (1, 2, 5, 10, 20)
 TIMEOUT = 60
 
 
-class DownloadError(ConfigError):
-    """A file that could not be fetched, or that is not what it should be."""
-
-
 class _Broken(Exception):
     """A connection that ended early; trying again may help."""
+
+
+# What trying again may mend; errors of the disk are not among them.
+CONNECTION_ERRORS = (_Broken, HTTPException, urllib.error.URLError, ConnectionError, TimeoutError, ssl.SSLError)
+
+
+class DownloadError(ConfigError):
+    """A file that could not be fetched, or that is not what it should be."""
 
 
 def download(url: str, path: Path, kibibytes: int | None = None, sha256: str | None = None) -> None:
@@ -36,7 +42,7 @@ def download(url: str, path: Path, kibibytes: int | None = None, sha256: str | N
         sha256: the file's hash, in hex.
 
     Raises:
-        DownloadError: the server does not have it or keeps breaking off; size or hash are wrong.
+        DownloadError: the server does not have it or keeps breaking off; size or hash are wrong; the disk is full.
     """
     from filelock import FileLock, Timeout
 
@@ -73,7 +79,7 @@ def _fetch(url: str, path: Path) -> Path:
                     f"{url}: the server answers {error.code} {error.reason}. {_by_hand(path)}"
                 ) from None
             reason = error
-        except (_Broken, OSError, HTTPException) as error:
+        except CONNECTION_ERRORS as error:
             reason = error
         failures = 0 if part and _size(part) > before else failures + 1
         if failures > len(PAUSES):
@@ -109,6 +115,12 @@ def _receive(url: str, response, part: Path) -> None:
     if have and (total is None or have > total):
         part.unlink()
         have = 0
+    free = shutil.disk_usage(part.parent).free
+    if total is not None and total - have > free:
+        raise DownloadError(
+            f"{url} needs {(total - have) / 1e9:.1f} GB more, and {part.parent} has {free / 1e9:.1f} GB free. Make "
+            "room, or set TORCH_HOME to a folder with more."
+        )
     if have:
         ranged = _open(url, have)
         with ranged:

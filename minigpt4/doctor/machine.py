@@ -40,8 +40,9 @@ def list_gpus() -> list[Gpu]:
 
 
 def imagined_gpu(gigabytes: float) -> Gpu:
-    """An empty GPU of today with so much memory."""
-    return Gpu(f"a GPU of {gigabytes:g} GB", (8, 0), int(gigabytes * 1e9), int(gigabytes * 1e9))
+    """An empty GPU of today that is sold as one of so many GB, which are GiB."""
+    size = int(gigabytes * 2**30)
+    return Gpu(f"a GPU of {gigabytes:g} GB", (8, 0), size, size)
 
 
 class _Memory(ctypes.Structure):

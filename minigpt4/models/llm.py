@@ -4,9 +4,11 @@ import logging
 import math
 from importlib.util import find_spec
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 
 from minigpt4.common import dist_utils, weights
 from minigpt4.common.checkpoint import CheckpointError
@@ -38,37 +40,19 @@ def load_llm(
         ConfigError: there is no language model at `llama_model`, or it cannot be loaded so.
         CheckpointError: its files lack tensors, or have some of other shapes.
     """
-    from transformers import AutoModelForCausalLM
-
-    if device_map and dist_utils.get_world_size() > 1:
-        raise ConfigError(
-            f"model.llm_device_map={device_map} spreads one model over the GPUs, but {dist_utils.get_world_size()} "
-            "processes were started, each with a model of its own. Start one, or unset it."
-        )
-    if device_map and load_in == "8bit_weights":
-        raise ConfigError(
-            "model.load_in=8bit_weights takes one GPU; with model.llm_device_map use 8bit, 4bit or 16bit."
-        )
+    if device_map:
+        _check_map(device_map, load_in)
     logging.info("Loading the language model from %s in %s", llama_model, load_in if load_in != "16bit" else dtype)
-    _check_path(llama_model)
-    name, options = locate(llama_model)
-    if "gguf_file" in options and load_in != "16bit":
-        raise ConfigError(f"model.llama_model={llama_model}: a .gguf file is unpacked; model.load_in must be 16bit.")
-    try:
-        llm, info = AutoModelForCausalLM.from_pretrained(
-            name,
-            # In their own type on the host, weights are not read but mapped: each layer is, when its turn comes.
-            dtype="auto" if load_in == "8bit_weights" else dtype,
-            device_map=device_map or {"": "cpu" if load_in == "8bit_weights" else device},
-            quantization_config=_quantization(load_in, dtype),
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # `_check_loaded` says which
-            **options,
-        )
-    except OSError as error:
-        raise _unreachable(llama_model, error) from error
-    _check_loaded(llama_model, info)
-    if load_in == "8bit_weights":
+    # In their own type on the host, weights are not read but mapped: each layer is, when its turn comes.
+    mapped = load_in == "8bit_weights"
+    llm = _read(
+        llama_model,
+        load_in,
+        dtype="auto" if mapped else dtype,
+        device_map=device_map or {"": "cpu" if mapped else device},
+        quantization_config=_quantization(load_in, dtype),
+    )
+    if mapped:
         llm = int8.quantize(llm, device, dtype)
     first = llm.get_input_embeddings().weight.device
     if first != torch.empty(0, device=device).device:
@@ -78,6 +62,44 @@ def load_llm(
         )
     _leave_unpacked(llm)
     return llm.requires_grad_(False).eval()
+
+
+def _check_map(device_map: str, load_in: str) -> None:
+    if dist_utils.get_world_size() > 1:
+        raise ConfigError(
+            f"model.llm_device_map={device_map} spreads one model over the GPUs, but {dist_utils.get_world_size()} "
+            "processes were started, each with a model of its own. Start one, or unset it."
+        )
+    if load_in == "8bit_weights":
+        raise ConfigError(
+            "model.load_in=8bit_weights takes one GPU; with model.llm_device_map use 8bit, 4bit or 16bit."
+        )
+
+
+def _read(llama_model: str, load_in: str, **how):
+    """transformers' `from_pretrained`, with errors that name what is to be mended, and nothing missing in silence."""
+    from transformers import AutoModelForCausalLM
+
+    _check_path(llama_model)
+    name, options = locate(llama_model)
+    if "gguf_file" in options and load_in != "16bit":
+        raise ConfigError(f"model.llama_model={llama_model}: a .gguf file is unpacked; model.load_in must be 16bit.")
+    try:
+        llm, info = AutoModelForCausalLM.from_pretrained(
+            name,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # `_check_loaded` says which
+            **how,
+            **options,
+        )
+    except (SafetensorError, UnpicklingError, EOFError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "PytorchStreamReader" not in str(error):
+            raise  # a GPU that is full, for example
+        raise _unreadable(llama_model, error) from error
+    except OSError as error:
+        raise _unreachable(llama_model, error) from error
+    _check_loaded(llama_model, info)
+    return llm
 
 
 def embedding_dim(llama_model: str) -> int:
@@ -171,6 +193,14 @@ def _check_loaded(llama_model: str, info: dict) -> None:
     if surplus:
         listed = ", ".join(surplus[:5]) + (" …" if len(surplus) > 5 else "")
         logging.warning("%d tensors of %s are not used: %s", len(surplus), llama_model, listed)
+
+
+def _unreadable(llama_model: str, error: Exception) -> CheckpointError:
+    """Which of the files is broken, and why, as far as it shows."""
+    folder = Path(llama_model)
+    reasons = {name: weights.why_unreadable(folder / name) for name in weights.shards(folder) if folder.is_dir()}
+    broken = [f"{name}: {reason}" for name, reason in reasons.items() if reason] or [str(error).splitlines()[0]]
+    return CheckpointError(f"The weights in {llama_model} cannot be read. " + "; ".join(broken))
 
 
 def _unreachable(llama_model: str, error: OSError) -> ConfigError:

@@ -199,3 +199,21 @@ def test_processes_of_one_machine_fetch_once(server, tmp_path):
     assert [process.exitcode for process in processes] == [0, 0, 0]
     assert sum(waiting in log.read_text() for log in logs) == 2
     assert server.requests == [None]
+
+
+def test_a_full_disk_is_noticed_first(server, tmp_path, monkeypatch):
+    usage = module.shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(DownloadError, match="needs 0.0 GB more, and .* has 0.0 GB free.*set TORCH_HOME"):
+        download(server.url(), tmp_path / "weights.pth")
+    assert server.requests == [None]
+
+
+def test_errors_of_the_disk_are_not_tried_again(server, tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "_append", full)
+    with pytest.raises(OSError, match="No space left"):
+        download(server.url(), tmp_path / "weights.pth")
+    assert server.requests == [None]

@@ -124,6 +124,35 @@ def test_missing_shards_are_named(tmp_path):
             load(str(folder))
 
 
+@pytest.mark.parametrize("as_bin", [True, False])
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\n", r"00002-of-00002\.\w+: it is a Git-LFS pointer"),
+        (b"", r"00002-of-00002\.\w+: it is empty"),
+        (None, "."),
+    ],
+)
+def test_broken_shards_are_named(tmp_path, as_bin, content, reason):
+    folder = random_weights.write(tmp_path, "small", parts=("llm",), shard_bytes=10**7, as_bin=as_bin)["llm"]
+    (shard,) = folder.glob("*00002-of-00002*")
+    shard.write_bytes(shard.read_bytes()[:100_000] if content is None else content)
+    with pytest.raises(CheckpointError, match=f"The weights in .* cannot be read. .*{reason}"):
+        load_llm(str(folder), torch.device("cpu"), torch.float32)
+
+
+def test_shards_that_run_code_are_refused(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (exec, ("raise SystemExit",))
+
+    folder = random_weights.write(tmp_path, "small", parts=("llm",), as_bin=True)["llm"]
+    (shard,) = folder.glob("*.bin")
+    torch.save({"lm_head.weight": Evil()}, shard)
+    with pytest.raises(CheckpointError, match="cannot be read. Weights only load failed"):
+        load_llm(str(folder), torch.device("cpu"), torch.float32)
+
+
 @pytest.mark.parametrize("name", ["a.txt", "folder"])
 def test_what_is_no_language_model(tmp_path, name):
     (tmp_path / "a.txt").touch()
