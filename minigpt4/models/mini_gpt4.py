@@ -147,8 +147,8 @@ class MiniGPT4(vision.Vision):
         image_embeds = image_embeds.reshape(-1, embeds.shape[-1]).to(embeds.dtype)
         if len(image_embeds) != len(tokens.image_positions):
             raise ValueError(
-                f"The images have {len(image_embeds)} vectors, the texts have places for {len(tokens.image_positions)}. "
-                f"Give each text one image; every prompt needs an {prompt.IMAGE_SLOT}; `encode_img` must give as many "
+                f"The images have {len(image_embeds)} vectors, the texts have places for "
+                f"{len(tokens.image_positions)}. Give each text one image; every prompt needs an {prompt.IMAGE_SLOT}; `encode_img` must give as many "
                 f"vectors an image as there are query tokens ({self.query_tokens.shape[1]})."
             )
         return embeds.flatten(0, 1).index_copy(0, tokens.image_positions, image_embeds).view_as(embeds)

@@ -152,7 +152,7 @@ def allow_packing(llm) -> bool:
 
 
 def sees_all(config) -> bool:
-    """Whether in every layer of a transformers model each token attends to all before it, and nothing else mixes them."""
+    """Whether in every layer of a transformers model tokens attend to all before them, and nothing else mixes them."""
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer
 
