@@ -148,8 +148,9 @@ class MiniGPT4(vision.Vision):
         if len(image_embeds) != len(tokens.image_positions):
             raise ValueError(
                 f"The images have {len(image_embeds)} vectors, the texts have places for "
-                f"{len(tokens.image_positions)}. Give each text one image; every prompt needs an {prompt.IMAGE_SLOT}; `encode_img` must give as many "
-                f"vectors an image as there are query tokens ({self.query_tokens.shape[1]})."
+                f"{len(tokens.image_positions)}. Give each text one image; every prompt needs an {prompt.IMAGE_SLOT}; "
+                "`encode_img` must give as many vectors an image as there are query tokens "
+                f"({self.query_tokens.shape[1]})."
             )
         return embeds.flatten(0, 1).index_copy(0, tokens.image_positions, image_embeds).view_as(embeds)
 
