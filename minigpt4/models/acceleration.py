@@ -10,17 +10,22 @@ from minigpt4.models.cuda_graphs import GraphedFunction
 from minigpt4.models.fused import fuse_projections
 from minigpt4.models.packing import PackedBatch, allow_packing
 from minigpt4.models.precision import cast_matrices
+from minigpt4.models.vision import PREFIXES
 
 
 def accelerate(model, packed: bool, compiled: bool) -> None:
     """Set up a MiniGPT4 on its device for training; it may be set up anew.
 
     packed: batches without padding. compiled: joint projections in the language model, torch.compile for each layer of
-    the three networks, and the vision side and the language model replayed from CUDA graphs.
+    the three networks, and the vision side and the language model replayed from CUDA graphs, as far as they are frozen.
     """
+    for name in ("sum_of_losses", "query_outputs", "language_loss"):  # of an earlier set-up
+        vars(model).pop(name, None)
     llm = model.llama_model
     has_vision = model.visual_encoder is not None  # training from cached features does without
     model.packed = packed and allow_packing(llm)
+    if packed and not model.packed:
+        logging.info("Batches are padded: the language model, or this GPU, cannot take packed ones.")
     if has_vision and not any(p.requires_grad for p in model.Qformer.parameters()):
         cast_matrices(model.Qformer, model.dtype)  # what autocast would do at every step
     if not compiled:
@@ -37,9 +42,11 @@ def accelerate(model, packed: bool, compiled: bool) -> None:
     logging.info("%d layers will be compiled at the first steps, which takes a minute or two.", len(layers))
     plain = type(model)
     model.sum_of_losses = torch.compile(plain.sum_of_losses, dynamic=True)  # in one pass over the logits
-    if has_vision:
+    # A graph gives gradients to its arguments alone: what it computes with must not train.
+    trained = [name for name, p in model.named_parameters() if p.requires_grad and not name.startswith("llama_proj.")]
+    if has_vision and not trained:
         model.query_outputs = GraphedFunction(lambda image: plain.query_outputs(model, image), "vision side")
-    if llm_layers:
+    if llm_layers and all(name.startswith(PREFIXES) for name in trained):
         model.language_loss = _graphed_loss(lambda embeds, tokens: plain.language_loss(model, embeds, tokens))
 
 
@@ -60,7 +67,7 @@ def _graphed_loss(language_loss):
     )
 
     def loss(image_embeds: torch.Tensor, tokens) -> torch.Tensor:
-        if isinstance(tokens, PackedBatch) and image_embeds.requires_grad:
+        if isinstance(tokens, PackedBatch) and image_embeds.requires_grad and torch.is_grad_enabled():
             return graphed(image_embeds, tokens.numbers, static=(tokens.sizes,))
         return language_loss(image_embeds, tokens)
 

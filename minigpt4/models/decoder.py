@@ -21,7 +21,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import nn
 
-from minigpt4.models.packing import ATTENTION
+from minigpt4.models.packing import ATTENTION, sees_all
 
 # Caches kept between answers: each conversation that goes on has one, and batches share one.
 KEPT = 2
@@ -77,15 +77,12 @@ def warm_up(llm, prompt: int = 100, answer: int = 300, rows: int = 1) -> None:
 
 def fits(llm) -> bool:
     """Whether the loop can run this model: on one device, every token sees all before it, positions are rotations."""
-    from transformers import DynamicCache
-    from transformers.cache_utils import DynamicLayer
-
     config = llm.config.get_text_config()
     rotary = getattr(getattr(llm, "base_model", None), "rotary_emb", None)
     return (
         getattr(rotary, "rope_type", "dynamic") in ("default", "linear", "yarn", "llama3")
         and config._attn_implementation.removeprefix(f"{ATTENTION}_") in ("sdpa", "eager")
-        and all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
+        and sees_all(config)
         and len(set(getattr(llm, "hf_device_map", {}).values())) <= 1
     )
 

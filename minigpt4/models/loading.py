@@ -117,7 +117,7 @@ def report(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         parts.setdefault(name.split(".")[0], []).append(parameter)
     rows = [
-        f"  {name:<15}{len(tensors):>5} tensors{sum(map(_count, tensors)):>16,} parameters  "
+        f"  {name:<15}{len(tensors):>5} tensors{sum(map(parameter_count, tensors)):>16,} parameters  "
         f"{_joined(str(t.dtype).removeprefix('torch.') for t in tensors):<18} on {_joined(t.device for t in tensors)}, "
         f"{_joined('trainable' if t.requires_grad else 'frozen' for t in tensors)}"
         for name, tensors in parts.items()
@@ -125,7 +125,7 @@ def report(model: nn.Module) -> None:
     logging.info("\n".join(["The parts of the model:", *rows]))
 
 
-def _count(parameter: nn.Parameter) -> int:
+def parameter_count(parameter: nn.Parameter) -> int:
     """Numbers in a parameter; 4-bit ones are packed two to a byte."""
     state = getattr(parameter, "quant_state", None)
     return parameter.numel() if state is None else state.shape.numel()

@@ -74,10 +74,12 @@ class MiniGPT4(vision.Vision):
     def forward(self, samples: dict) -> dict:
         """The loss of a batch {"image": [B,3,H,W], "text_input": [str] * B}.
 
-        "image_features" [B,Q,W] may stand for the image, and `prepare`'s "tokens" beside it.
+        "image_features" [B,Q,W] may stand for the image. What `prepare` has done is used while the texts are the same.
         Returns {"loss": mean cross-entropy over the labelled tokens, "num_labels": how many those are}.
         """
-        tokens = samples.get("tokens") or self.prepare(samples)["tokens"].to(self.device)
+        if samples.get("tokens_of") != [*samples["text_input"]]:  # not prepared, or a task has changed the texts since
+            samples = self.prepare(samples)
+        tokens = samples["tokens"].to(self.device)
         if "image_features" in samples:
             image_embeds = self.project(samples["image_features"])  # [B,Q,D]
         else:
@@ -89,10 +91,14 @@ class MiniGPT4(vision.Vision):
         accelerate(self, packed, compiled)
 
     def prepare(self, samples: dict) -> dict:
-        """The batch with its texts tokenised as "tokens", on the host: what can be done before its turn comes."""
+        """The batch with its texts tokenised, on the host: what can be done before its turn comes.
+
+        Beside "tokens" stand the texts they were made of, "tokens_of", and "drawn_prompt", which is kept if made anew.
+        """
+        drawn = samples.get("drawn_prompt") or self._draw_prompt()
         ids, labels = prompt.training_sequences(
             self.tokenizer,
-            self._draw_prompt(),
+            drawn,
             samples["text_input"],
             self.query_tokens.shape[1],
             self.max_txt_len,
@@ -102,7 +108,7 @@ class MiniGPT4(vision.Vision):
             tokens = packing.pack(ids, labels)
         else:
             tokens = prompt.pad(ids, labels, self.tokenizer.eos_token_id)
-        return {**samples, "tokens": tokens}
+        return {**samples, "tokens": tokens, "tokens_of": [*samples["text_input"]], "drawn_prompt": drawn}
 
     def _draw_prompt(self) -> str:
         """One of the prompts in training, the first in evaluation, the image alone where there is none."""
@@ -133,9 +139,19 @@ class MiniGPT4(vision.Vision):
         return F.cross_entropy(logits, targets, ignore_index=prompt.IGNORE_INDEX, reduction="sum")
 
     def embed(self, tokens, image_embeds: torch.Tensor) -> torch.Tensor:
-        """The sequences [B,S,D]: token embeddings, with `image_embeds` [images,Q,D] in the image slots, in order."""
+        """The sequences [B,S,D]: token embeddings, with `image_embeds` [images,Q,D] in the image slots, in order.
+
+        Raises ValueError unless there are as many vectors as places for them.
+        """
         embeds = self.llama_model.get_input_embeddings()(tokens.input_ids)
         image_embeds = image_embeds.reshape(-1, embeds.shape[-1]).to(embeds.dtype)
+        if len(image_embeds) != len(tokens.image_positions):
+            raise ValueError(
+                f"The images have {len(image_embeds)} vectors, the texts have places for "
+                f"{len(tokens.image_positions)}. Give each text one image; every prompt needs an {prompt.IMAGE_SLOT}; "
+                "`encode_img` must give as many vectors an image as there are query tokens "
+                f"({self.query_tokens.shape[1]})."
+            )
         return embeds.flatten(0, 1).index_copy(0, tokens.image_positions, image_embeds).view_as(embeds)
 
     @torch.inference_mode()

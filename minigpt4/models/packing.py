@@ -101,8 +101,9 @@ def pack(sequences: list[list[int]], labels: list[list[int]]) -> PackedBatch:
     lengths.append(tokens - sum(lengths))
     ids = np.concatenate([*map(np.asarray, sequences), np.zeros(lengths[-1], dtype=np.int64)])
     starts = np.concatenate([[0], np.cumsum(lengths)])
-    # The first token of a sequence never is a label, so shifting all of them at once mixes nothing.
-    targets = np.concatenate([*map(np.asarray, labels), np.full(lengths[-1] + 1, IGNORE_INDEX)])[1:]
+    targets = np.concatenate([*map(np.asarray, labels), np.full(lengths[-1] + 1, IGNORE_INDEX)])
+    targets[starts[:-1]] = IGNORE_INDEX  # nothing precedes the first token of a sequence
+    targets = targets[1:]
     learnt = np.flatnonzero(targets != IGNORE_INDEX)
     fill = round_up(max(len(learnt), 1), LABEL_MULTIPLE) - len(learnt)
     is_image = ids == IMAGE_ID
@@ -127,7 +128,8 @@ def round_up(number: int, multiple: int) -> int:
 def allow_packing(llm) -> bool:
     """Let a transformers model take packed batches beside the usual ones; returns whether it can.
 
-    Calls with `cu_seqlens`, those of a packed batch, attend within its sequences; others go on as before.
+    Calls with `cu_seqlens`, those of a packed batch, attend within its sequences; others go on as before. It cannot
+    where tokens do not see all before them (windows, recurrent layers), or the GPU has no variable-length attention.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -136,7 +138,10 @@ def allow_packing(llm) -> bool:
     usual = llm.config._attn_implementation
     if usual.startswith(ATTENTION):
         return True
-    if not getattr(llm, "_supports_attention_backend", False) or usual not in ALL_MASK_ATTENTION_FUNCTIONS:
+    known = getattr(llm, "_supports_attention_backend", False) and usual in ALL_MASK_ATTENTION_FUNCTIONS
+    device = llm.get_input_embeddings().weight.device
+    old_gpu = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
+    if not known or old_gpu or not sees_all(llm.config.get_text_config()):
         return False
     name = f"{ATTENTION}_{usual}"
     if name not in ALL_ATTENTION_FUNCTIONS:
@@ -144,6 +149,14 @@ def allow_packing(llm) -> bool:
         AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[usual])
     llm.set_attn_implementation(name)
     return True
+
+
+def sees_all(config) -> bool:
+    """Whether in every layer of a transformers model tokens attend to all before them, and nothing else mixes them."""
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    return all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
 
 
 def _attention_function(usual):

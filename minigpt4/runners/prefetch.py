@@ -11,10 +11,15 @@ from minigpt4.runners.state import to_device
 
 # Batches that wait on the device, beside the one in use.
 AHEAD = 2
+# Seconds that the thread gets to end when it is no longer needed. It may be waiting for data that never come.
+PATIENCE = 5
 
 
 def prefetch(batches: Iterable[dict], model, device: torch.device) -> Iterator[dict]:
-    """Each batch, in order, through the model's `prepare` and on `device`. An error of the thread is raised here."""
+    """Each batch, in order, through the model's `prepare` and on `device`. An error of the thread is raised here.
+
+    Close it (`contextlib.closing`) where its consumer may fail: that ends the thread.
+    """
     prepare = getattr(model, "prepare", lambda samples: samples)
     if device.type != "cuda":
         for samples in batches:
@@ -24,27 +29,28 @@ def prefetch(batches: Iterable[dict], model, device: torch.device) -> Iterator[d
     abandoned = threading.Event()
     copies = torch.cuda.Stream(device)
 
+    def copied(samples: dict) -> tuple[dict, torch.cuda.Event]:
+        # Torch keeps pinned memory until it is copied. It is given back in here, while no graph is recorded.
+        with RECORDING, torch.cuda.stream(copies):
+            moved = to_device({key: _pinned(value) for key, value in samples.items()}, device)
+            return moved, copies.record_event()
+
     def produce() -> None:
         try:
             for samples in batches:
-                samples = prepare(samples)
-                with RECORDING, torch.cuda.stream(copies):
-                    samples = {key: _pinned(value) for key, value in samples.items()}
-                    moved = to_device(samples, device)
-                    done = copies.record_event()
-                # The host's side is kept with the batch: pinned memory must outlive its copy.
-                if not _put(ready, (moved, samples, done), abandoned):
+                if not _put(ready, copied(prepare(samples)), abandoned):
                     return
             _put(ready, None, abandoned)
         except BaseException as error:  # whatever it is, it belongs to the one who waits
             _put(ready, error, abandoned)
 
-    threading.Thread(target=produce, daemon=True, name="prefetch").start()
+    thread = threading.Thread(target=produce, daemon=True, name="prefetch")
+    thread.start()
     try:
         while (item := ready.get()) is not None:
             if isinstance(item, BaseException):
                 raise item
-            moved, _, done = item
+            moved, done = item
             torch.cuda.current_stream(device).wait_event(done)
             for value in moved.values():
                 if hasattr(value, "record_stream"):
@@ -52,6 +58,7 @@ def prefetch(batches: Iterable[dict], model, device: torch.device) -> Iterator[d
             yield moved
     finally:
         abandoned.set()
+        thread.join(PATIENCE)
 
 
 def _pinned(value):

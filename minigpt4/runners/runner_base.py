@@ -127,14 +127,15 @@ class RunnerBase:
         """Take `iters_per_epoch` steps; returns the epoch's mean learning rate and loss."""
         self.model.train()
         metrics = MetricLogger()
-        batches = prefetch(self.loader.epoch(epoch, self.iters_per_epoch), self.module, self.device)
         header = f"Train: data epoch: [{epoch}]"
-        for i, samples in enumerate(metrics.log_every(batches, self.iters_per_epoch, self.run.log_freq, header)):
-            self.lr_sched.step(cur_epoch=epoch, cur_step=i)
-            is_update = (i + 1) % self.run.accum_grad_iters == 0 or i + 1 == self.iters_per_epoch
-            loss = self.train_step(samples, is_update)
-            metrics.update(lr=self.optimizer.param_groups[0]["lr"], loss=loss)
-            self.pace.step(i)
+        epoch_batches = self.loader.epoch(epoch, self.iters_per_epoch)
+        with contextlib.closing(prefetch(epoch_batches, self.module, self.device)) as batches:
+            for i, samples in enumerate(metrics.log_every(batches, self.iters_per_epoch, self.run.log_freq, header)):
+                self.lr_sched.step(cur_epoch=epoch, cur_step=i)
+                is_update = (i + 1) % self.run.accum_grad_iters == 0 or i + 1 == self.iters_per_epoch
+                loss = self.train_step(samples, is_update)
+                metrics.update(lr=self.optimizer.param_groups[0]["lr"], loss=loss)
+                self.pace.step(i)
         for line in report_left_out(sum(dist_utils.gather_objects(self.loader.take_left_out()), Counter())):
             logging.info("Epoch %d: %s", epoch, line)
         stats = metrics.global_avg()
@@ -216,6 +217,8 @@ class RunnerBase:
         """Go on after the epoch that `path` was written at: weights, optimiser, scaler, random states, best metric."""
         content = self._load(path)
         try:
+            for group in content["optimizer"]["param_groups"]:
+                group["fused"] = self.optimizer.defaults["fused"]  # as fits this device, not the one that saved
             self.optimizer.load_state_dict(content["optimizer"])
         except (KeyError, ValueError) as error:
             raise checkpoint.CheckpointError(

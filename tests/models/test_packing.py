@@ -1,12 +1,15 @@
 """Packed batches compute what padded ones do, and fused layers what separate ones do."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
+from transformers import MistralConfig, MistralForCausalLM
 
 from minigpt4.models.fused import fuse_projections
 from minigpt4.models.packing import LABEL_MULTIPLE, TOKEN_MULTIPLE, allow_packing, pack
-from minigpt4.models.prompt import IGNORE_INDEX, IMAGE_ID
+from minigpt4.models.prompt import IGNORE_INDEX, IMAGE_ID, pad
 
 
 def loss_and_gradient(model, samples):
@@ -67,6 +70,59 @@ def test_a_full_row_needs_no_fill():
     batch = pack([[1] * TOKEN_MULTIPLE], [[IGNORE_INDEX] * (TOKEN_MULTIPLE - 1) + [1]])
     assert batch.sizes.tokens == TOKEN_MULTIPLE
     assert batch.llm_inputs()["cu_seqlens"].tolist() == [0, TOKEN_MULTIPLE, TOKEN_MULTIPLE]
+
+
+def test_a_first_token_is_no_label():
+    """Nothing stands before it but another sequence. Padded batches leave it out too."""
+    sequences = [[5, 6], [7, 8, 9]]
+    packed, padded = pack(sequences, sequences), pad(sequences, sequences, 0)
+    assert packed.num_labels == padded.num_labels == 3
+    assert packed.targets[0, :4].tolist() == [6, 8, 9, IGNORE_INDEX]
+
+
+def test_models_and_gpus_that_cannot_take_packed_batches(build_golden_model, monkeypatch):
+    llm = build_golden_model().llama_model
+    windows = MistralForCausalLM(
+        MistralConfig(
+            vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
+            num_key_value_heads=1, sliding_window=4,
+        )
+    )  # fmt: skip
+    assert not allow_packing(windows)
+    assert windows.config._attn_implementation == "sdpa"
+    weight = SimpleNamespace(device=torch.device("cuda"))
+    monkeypatch.setattr(llm, "get_input_embeddings", lambda: SimpleNamespace(weight=weight))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert not allow_packing(llm)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert allow_packing(llm)
+
+
+def test_texts_that_changed_since_prepare_are_read_anew(golden, build_golden_model):
+    """A task may change the texts of a batch in its `train_step`, after the thread has tokenised them."""
+    _, tensors = golden("train_forward")
+    model = build_golden_model()
+    image = tensors["stage1.image"][:2]
+    prepared = model.prepare({"image": image, "text_input": ["a long caption of a dog", "and of a cat"]})
+    short = {**prepared, "text_input": ["a", "and"]}
+    expected = model({"image": image, "text_input": ["a", "and"]})
+    output = model(short)
+    assert output["num_labels"] == expected["num_labels"]
+    assert torch.equal(output["loss"], expected["loss"])
+    model.prompt_list = [f"{i} <ImageHere>" for i in range(100)]
+    prepared = model.prepare(prepared)
+    assert model.prepare(prepared)["drawn_prompt"] == prepared["drawn_prompt"]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_not_as_many_images_as_texts(build_golden_model, packed):
+    model = build_golden_model()
+    model.packed = packed and allow_packing(model.llama_model)
+    with pytest.raises(ValueError, match="images have 8 vectors, the texts have places for 16"):
+        model({"image": torch.zeros(1, 3, 28, 28), "text_input": ["a", "b"]})
+    model.prompt_list = ["no place"]
+    with pytest.raises(ValueError, match=r"places for 0\. .*every prompt needs an <ImageHere>"):
+        model({"image": torch.zeros(1, 3, 28, 28), "text_input": ["a"]})
 
 
 def test_texts_without_any_label_give_loss_zero(build_golden_model):

@@ -64,6 +64,19 @@ def test_resumed_equals_uninterrupted(build_golden_model, make_runner):
     assert [p.name for p in sorted(resumed.output_dir.glob("*.pth"))] == ["checkpoint_1.pth", "checkpoint_2.pth"]
 
 
+def test_resume_on_another_device_keeps_the_optimiser_of_this_one(build_golden_model, make_runner):
+    """A GPU's is fused, with the loss scaler's checks in it; a checkpoint of the CPU or the first release is not."""
+    first = make_runner(build_golden_model(), job_id="first", iters_per_epoch=1)
+    first.train()
+    path = first.output_dir / "checkpoint_0.pth"
+    content = torch.load(path, weights_only=True)
+    for group in content["optimizer"]["param_groups"]:
+        group["fused"] = True
+    torch.save(content, path)
+    again = make_runner(build_golden_model(), job_id="again", resume_ckpt_path=str(path))
+    assert [group["fused"] for group in again.optimizer.param_groups] == [False] * 2
+
+
 def test_resume_of_a_finished_run_trains_nothing(build_golden_model, make_runner, caplog):
     caplog.set_level("INFO")
     first = make_runner(build_golden_model(), job_id="first", iters_per_epoch=1)

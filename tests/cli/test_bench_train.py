@@ -1,0 +1,77 @@
+"""python -m minigpt4 bench train, as a user calls it."""
+
+import json
+from importlib.util import find_spec
+
+import pytest
+
+from minigpt4.__main__ import main
+from minigpt4.cli.bench_train import APART, WordTokenizer, random_batches, useful_operations
+
+PARTS = ["data_s", "vision_s", "language_s", "backward_s", "optimizer_s"]
+
+
+def rows(capsys, *arguments) -> list[dict]:
+    assert main(["bench", "train", "--steps", "2", "--warmup", "1", "--json", *arguments]) == 0
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_small(capsys):
+    (row,) = rows(capsys, "--small", "--work", "S2/12")
+    assert row["work"] == "S2/12"
+    assert 0 < row["min_s"] <= row["median_s"] <= row["max_s"]
+    assert 100 * row["images_per_s"] < row["tokens_per_s"] < 300 * row["images_per_s"]
+    assert all(row[part] > 0 for part in PARTS[1:])
+
+
+def test_compare(capsys):
+    found = rows(capsys, "--small", "--work", "S1/16", "--compare", "run.accum_grad_iters=1")
+    assert [row.get("options") for row in found] == ["", "run.accum_grad_iters=1", None]
+    assert found[2]["second / first, median of pairs"] > 0
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
+@pytest.mark.parametrize("load_in", ["8bit", "4bit"])
+def test_low_bits(capsys, load_in):
+    (row,) = rows(capsys, "--small", "--work", "S1/16", "--load-in", load_in)
+    assert row["language_s"] > 0
+
+
+def test_a_config_with_its_own_data(capsys, configs):
+    options = ["--options", "run.num_workers=0", "model.ckpt=null"]
+    (row,) = rows(capsys, "--cfg-path", str(configs["stage2"]), *options)
+    assert row["work"] == str(configs["stage2"]) and row["images_per_s"] > 0
+
+
+def test_beside_a_script(capsys, tmp_path):
+    script = tmp_path / "baseline.py"
+    script.write_text(
+        "class Baseline:\n    pass\n\ndef measure(model, work):\n    return {'work': work, 'median_s': 1.0}\n"
+    )
+    found = rows(capsys, "--small", "--work", "S1/16", "--baseline", str(script))
+    assert found[0] == {"baseline": True, "work": "S1/16", "median_s": 1.0}
+    assert found[1]["work"] == "S1/16"
+
+
+def test_no_steps(capsys):
+    with pytest.raises(SystemExit):
+        main(["bench", "train", "--steps", "0"])
+    assert "--steps 0 must be at least 1" in capsys.readouterr().err
+
+
+def test_useful_operations(build_golden_model):
+    model = build_golden_model()
+    language = sum(p.numel() for p in model.llama_model.model.layers.parameters())
+    encoder = sum(p.numel() for p in model.visual_encoder.parameters())
+    assert useful_operations(model, 10, 3) == 4 * language * 10 + 2 * encoder * 5 * 3  # 4 patches and the class token
+    model.drop_vision()
+    assert useful_operations(model, 10, 0) == 4 * language * 10
+    assert useful_operations(model.llama_proj, 10, 0) == 0
+
+
+def test_the_work_is_the_same_each_time():
+    first, second = (list(random_batches(2, 3, 1 + APART)) for _ in range(2))
+    assert [b["text_input"] for b in first] == [b["text_input"] for b in second]
+    lengths = [len(WordTokenizer().encode(text + " .")) for batch in first for text in batch["text_input"]]
+    assert 80 <= min(lengths) and max(lengths) <= 160
+    assert WordTokenizer().encode("w") == [9601]  # in every process
