@@ -56,7 +56,7 @@ class Served:
 
     def wait_for(self, **counts) -> None:
         """Wait until /health reports these counts."""
-        end = time.monotonic() + 15
+        end = time.monotonic() + 60
         while time.monotonic() < end:
             health = self.health()
             if counts.items() <= health.items():
@@ -81,5 +81,5 @@ def serving(load, **changed):
     finally:
         batcher.close()
         server.should_exit = True
-        thread.join(20)
+        thread.join(60)
         assert not thread.is_alive()

@@ -94,6 +94,7 @@ class Items:
                 raise ConfigError(f"--dir {args.dir} is not a folder.")
             kinds = SUFFIXES | {*videos.SUFFIXES}
             self._files += sorted(path for path in Path(args.dir).rglob("*") if path.suffix.lower() in kinds)
+        self._files = list(dict.fromkeys(self._files))  # a file may be named and lie in the folder
         self._shards = expand_shards(args.shards or [])
         if not self._files and not self._shards:
             raise ConfigError(f"--dir {args.dir} holds no pictures or videos ({', '.join(sorted(kinds))}).")
@@ -150,6 +151,7 @@ class Captioner:
                 pictures = [open_picture(io.BytesIO(source), Path(name).name)]
             else:
                 pictures = open_media(source, self._frames)
+            self._check_length(Path(name).name, len(pictures))
             return name, [self._chat.vis_processor(picture) for picture in pictures]
         except PictureError as error:
             return name, error
@@ -161,8 +163,23 @@ class Captioner:
         if self._decoding.seed is not None:
             torch.manual_seed(self._decoding.seed)
         images = torch.stack([picture for pictures in items for picture in pictures]).to(self._chat.device)
-        prompts = [self._prompt.replace(self._slot, " ".join([self._slot] * len(pictures))) for pictures in items]
+        prompts = [self._prompt_for(len(pictures)) for pictures in items]
         return self._chat.model.generate(images, prompts, **self._decoding.options())
+
+    def _prompt_for(self, pictures: int) -> str:
+        return self._prompt.replace(self._slot, " ".join([self._slot] * pictures))
+
+    def _check_length(self, name: str, pictures: int) -> None:
+        """Raises PictureError where the model cannot hold so many pictures: it would write nonsense, and not say so."""
+        from minigpt4.models.prompt import encode_with_images
+
+        model, new, window = self._chat.model, self._decoding.max_new_tokens, self._chat.window()
+        length = len(encode_with_images(model.tokenizer, self._prompt_for(pictures), model.query_tokens.shape[1]))
+        if length + new > window:
+            raise PictureError(
+                f"{name} takes {length} tokens, prompt included, and its caption up to {new}; the model holds {window}."
+                " Lower --frames or --max-new-tokens."
+            )
 
 
 class Output:

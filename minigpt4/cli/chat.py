@@ -2,15 +2,15 @@
 
     python -m minigpt4 chat cat.jpg --cfg-path eval_configs/minigpt4_tiny_eval.yaml
 
-Type a question, or a command: /image PATH, /video PATH, /reset, /retry, /help, /quit. Ctrl-C stops an answer, Ctrl-D
-leaves. The arrow keys bring back earlier questions.
+Type a question, or a command: /image PATH, /video PATH, /reset, /retry, /help, /quit. Ctrl-C stops an answer or
+the reading of a file, Ctrl-D leaves. The arrow keys bring back earlier questions.
 """
 
 import argparse
 import logging
 import os
 import shlex
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 from minigpt4.cli.arguments import (
@@ -98,7 +98,10 @@ class Terminal:
             if line == "/quit":
                 return
             if line:
-                self.obey(line)
+                try:
+                    self.obey(line)
+                except KeyboardInterrupt:  # while pictures were read; that of an answer is caught there
+                    print("\n[stopped]")
 
     def obey(self, line: str) -> None:
         """Carry out a command, or answer a question."""
@@ -181,7 +184,7 @@ def _history():
         return lambda: None
     folder = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "minigpt4"
     file = folder / "chat_history"
-    if file.is_file():
+    with suppress(OSError):  # there is none yet, or not one that can be read
         readline.read_history_file(file)
     readline.set_history_length(1000)
 

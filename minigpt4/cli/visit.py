@@ -113,7 +113,7 @@ class Visit:
 
         Raises ValueError for settings out of bounds, or when the question does not fit; it is still there then.
         """
-        self.pending, self._answering = False, True
+        self._answering, self.pending = True, False  # in this order: it is busy throughout
         try:
             yield from self._answer(chat, settings)
         finally:

@@ -9,6 +9,7 @@ Q query tokens per image, S sequence, T new tokens, D width of the language mode
 """
 
 import logging
+from bisect import bisect_left
 from collections.abc import Callable, Generator, Iterable
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -59,12 +60,17 @@ class Conversation:
         else:
             self.append_message(self.roles[0], message)
 
-    def without_oldest_text(self) -> "Conversation | None":
-        """A copy that forgot all up to its first answer, whose images moved to the next turn; None: no answer yet."""
-        answers = [i for i, (role, text) in enumerate(self.messages) if role == self.roles[1] and text is not None]
-        if not answers:
+    @property
+    def answers(self) -> list[int]:
+        """The places of the answers among the messages."""
+        return [i for i, (role, text) in enumerate(self.messages) if role == self.roles[1] and text is not None]
+
+    def without_oldest_text(self, answers: int = 1) -> "Conversation | None":
+        """A copy that forgot all up to its n-th answer, whose images moved to the next turn; None: it has no n-th."""
+        ends = [0, *(i + 1 for i in self.answers)]
+        if answers >= len(ends):
             return None
-        forgotten, rest = self.messages[: answers[0] + 1], self.messages[answers[0] + 1 :]
+        forgotten, rest = self.messages[: ends[answers]], self.messages[ends[answers] :]
         shorter = replace(self, messages=[])
         for _ in range(sum(text.count(IMAGE_SLOT) for _, text in forgotten)):
             shorter.add_to_question(IMAGE_TURN)
@@ -186,9 +192,11 @@ class Chat:
         """What fits into the model's window: the oldest text is left out first, images never."""
         window = self.window(decoding.max_length)
         reserve = min(decoding.max_new_tokens, window // 4)
-        forgotten = 0
-        while self._length(conv) > window - reserve and (shorter := conv.without_oldest_text()):
-            conv, forgotten = shorter, forgotten + 1
+        # Halving: a text of a thousand turns is not measured a thousand times.
+        forgotten = bisect_left(
+            range(len(conv.answers)), True, key=lambda n: self._length(conv.without_oldest_text(n)) <= window - reserve
+        )
+        conv = conv.without_oldest_text(forgotten)
         room = window - self._length(conv)
         if room < 1:
             raise ValueError(

@@ -50,8 +50,10 @@ def open_video(path: str | Path, frames: int = FRAMES) -> list[Image.Image]:
     environment = os.environ | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
     try:
         result = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, timeout=SECONDS, env=environment
-        )
+            # What decoders complain of has no bound, and nobody reads it.
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=SECONDS,
+            env=environment,
+        )  # fmt: skip
     except subprocess.TimeoutExpired:
         raise PictureError(f"{name} takes more than {SECONDS} s to decode. Cut or shrink it first.") from None
     if result.returncode == 2:

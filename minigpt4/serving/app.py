@@ -23,6 +23,7 @@ from minigpt4.serving.replies import Reply
 from minigpt4.serving.settings import Settings
 
 BODY_SECONDS = 60
+READ_SECONDS = 60  # for reading the end of an answer, once its time is over
 RETRY_SECONDS = 5
 
 
@@ -62,17 +63,21 @@ async def _server_error(request: Request, error: Exception) -> Response:
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events; `close` is called when the last was sent or the client is gone."""
+    """Server-sent events; `close` is called when the last was sent or the client is gone.
 
-    def __init__(self, events: AsyncIterator[str], close: Callable[[], None]):
+    A client that does not read what it is sent is gone at `deadline` (`time.monotonic()`): it would keep its place.
+    """
+
+    def __init__(self, events: AsyncIterator[str], close: Callable[[], None], deadline: float):
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(events, media_type="text/event-stream", headers=headers)
-        self._close = close
+        self._close, self._deadline = close, deadline
 
     async def __call__(self, scope, receive, send) -> None:
-        with suppress(ClientDisconnect):
+        with suppress(ClientDisconnect, TimeoutError):
             try:
-                await super().__call__(scope, receive, send)
+                async with asyncio.timeout(max(0, self._deadline - time.monotonic())):
+                    await super().__call__(scope, receive, send)
             finally:
                 self._close()
 
@@ -199,12 +204,12 @@ class Endpoint:
         if not asked.stream:
             return JSONResponse(await reply.whole())
         await reply.begun()  # an error before the first word still has a status
-        return EventStream(reply.events(), stack.pop_all().close)
+        return EventStream(reply.events(), stack.pop_all().close, deadline + READ_SECONDS)
 
     async def _begin(self, asked: ChatRequest, deadline: float) -> Reply:
         """Read the pictures and the messages."""
         urls = image_urls(asked.messages, self._settings.max_images)
-        pictures = {place: await self._images.read(url, place) for place, url in urls.items()}
+        pictures = await self._images.read_all(urls)
         chat = self._batcher.chat
         prompt = await asyncio.get_running_loop().run_in_executor(
             self._pool, read_prompt, chat, asked.messages, pictures, int(self._settings.max_megapixels * 1e6)

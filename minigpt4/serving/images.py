@@ -22,17 +22,28 @@ class Images:
     Args:
         allow_http: fetch http and https URLs.
         allow_private: of hosts in private networks and of this machine too.
-        max_bytes: largest file that is fetched.
+        max_bytes: most that is fetched for a request, all its pictures together.
     """
 
     def __init__(self, allow_http: bool = False, allow_private: bool = False, max_bytes: int = 20 * 2**20):
         self._allow_http, self._max_bytes = allow_http, max_bytes
         self._network = PublicNetwork(allow_private)
 
-    async def read(self, url: str, place: str) -> bytes:
-        """The content of the file. `place`, such as "messages[1].content[0]", is for messages. Raises ApiError."""
+    async def read_all(self, urls: dict[str, str]) -> dict[str, bytes]:
+        """The contents of the files of a request, by their places in it. Raises ApiError."""
+        contents, left = {}, self._max_bytes
+        for place, url in urls.items():
+            contents[place] = await self.read(url, place, left)
+            left -= 0 if _scheme(url) == "data" else len(contents[place])  # those came with the request
+        return contents
+
+    async def read(self, url: str, place: str, most: int) -> bytes:
+        """The content of the file; one that is fetched has at most `most` bytes.
+
+        `place`, such as "messages[1].content[0]", is for messages. Raises ApiError.
+        """
         try:
-            scheme = url[:10].partition(":")[0].lower()
+            scheme = _scheme(url)
             if scheme == "data":
                 return await asyncio.to_thread(read_data_url, url)
             if scheme not in ("http", "https"):
@@ -42,14 +53,14 @@ class Images:
                     "this server fetches no pictures; send a data: URL (or start it with --allow-http-images)"
                 )
             async with asyncio.timeout(FETCH_SECONDS):
-                return await self._fetch(url)
+                return await self._fetch(url, most)
         except TimeoutError:
             reason = f"it took longer than {FETCH_SECONDS} s to fetch"
         except _Refused as error:
             reason = str(error)
         raise ApiError(400, f"The picture in {place} cannot be used: {reason}.", "invalid_image_url", place)
 
-    async def _fetch(self, url: str) -> bytes:
+    async def _fetch(self, url: str, most: int) -> bytes:
         for _ in range(MAX_REDIRECTS + 1):
             target = _http_url(url)
             try:
@@ -57,7 +68,7 @@ class Images:
                     headers = {"User-Agent": "minigpt4", "Accept": "image/*", "Accept-Encoding": "identity"}
                     async with pool.stream("GET", target, headers=headers) as response:
                         if response.status == 200:
-                            return await self._body(response)
+                            return await self._body(response, most)
                         location = {name.lower(): value for name, value in response.headers}.get(b"location")
                         if response.status not in (301, 302, 303, 307, 308) or not location:
                             raise _Refused(f"its server answered {response.status}")
@@ -66,13 +77,18 @@ class Images:
             url = urljoin(url, location.decode("latin-1"))
         raise _Refused(f"there were more than {MAX_REDIRECTS} redirects")
 
-    async def _body(self, response: httpcore.Response) -> bytes:
+    async def _body(self, response: httpcore.Response, most: int) -> bytes:
         content = bytearray()
         async for chunk in response.aiter_stream():
             content += chunk
-            if len(content) > self._max_bytes:
-                raise _Refused(f"it is larger than {self._max_bytes / 2**20:g} MB")
+            if len(content) > most:
+                limit = f"{self._max_bytes / 2**20:g} MB are fetched for a request"
+                raise _Refused(f"it is larger than {most / 2**20:.3g} MB, and at most {limit}")
         return bytes(content)
+
+
+def _scheme(url: str) -> str:
+    return url[:10].partition(":")[0].lower()
 
 
 class _Refused(Exception):

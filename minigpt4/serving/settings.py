@@ -16,7 +16,7 @@ class Settings:
     max_queue: int = 64
     """Requests at a time, being answered or waiting."""
     max_upload_mb: float = 20.0
-    """Size of a request, its pictures included (base64 makes them a third larger), and of a picture that is fetched."""
+    """Size of a request, its pictures included (base64 makes them a third larger), and of what is fetched for it."""
     max_images: int = 8
     """Pictures in a request."""
     max_megapixels: float = 32.0

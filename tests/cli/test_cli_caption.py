@@ -50,6 +50,9 @@ def test_pictures_folders_and_shards(run, folder, tmp_path):
     status, of_folder = run("--dir", folder)
     assert {line["image"] for line in of_folder} == {str(path) for path in folder.rglob("*.png")}
     (tmp_path / "out.jsonl").unlink()
+    _, named_twice = run(folder / IMAGES[0].name, "--dir", folder)
+    assert sorted(line["image"] for line in named_twice) == sorted(line["image"] for line in of_folder)
+    (tmp_path / "out.jsonl").unlink()
     for shard in range(2):
         with tarfile.open(tmp_path / f"{shard:05}.tar", "w") as tar:
             for path in IMAGES[shard::2]:
@@ -124,6 +127,15 @@ def test_prompts_for_videos(run, monkeypatch, tmp_path):
     run(write_video(tmp_path / "other.mp4"), "--frames", 2, "--prompt", "<ImageHere>")
     picture = "<Img><ImageHere></Img>"
     assert seen == [(3, [f"Is {picture} new?", f"Is {picture} {picture} new?"]), (2, ["<ImageHere> <ImageHere>"])]
+
+
+def test_what_the_model_cannot_hold_is_skipped_and_listed(run, tmp_path, caplog):
+    """The golden model holds 2,000 tokens, and a picture is 8 of them."""
+    video = write_video(tmp_path / "clip.mp4", frames=64)
+    status, lines = run(video, IMAGES[0], "--frames", 64, "--prompt", f"{'Hm? ' * 400} <ImageHere>")
+    assert status == 1
+    assert [line["image"] for line in lines] == [str(IMAGES[0])]
+    assert re.search(r"clip.mp4 takes \d+ tokens, .* up to 8; the model holds 2000. Lower --frames", caplog.text)
 
 
 def test_bad_videos_are_skipped_and_listed(run, tmp_path, caplog):

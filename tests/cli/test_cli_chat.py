@@ -7,7 +7,7 @@ import pytest
 from helpers import GOLDEN, ROOT
 from video_files import bad_videos, write_video
 
-from minigpt4.cli.chat import Terminal, _paths, parse_args
+from minigpt4.cli.chat import Terminal, _history, _paths, parse_args
 from minigpt4.conversation import Chat
 from minigpt4.processors import Blip2ImageEvalProcessor
 
@@ -104,6 +104,32 @@ def test_ctrl_c_stops_an_answer(terminal, capsys, monkeypatch):
     assert terminal.conv.messages[-1][0] == "Assistant"
     terminal.settings |= {"max_new_tokens": 5, "min_length": 1}
     terminal.obey("And now?")
+
+
+def test_ctrl_c_while_a_picture_is_read_leaves_the_talk_alone(terminal, capsys, monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    lines = iter(["/image big.png", "/reset", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    monkeypatch.setattr(terminal.chat, "upload_img", interrupted)
+    terminal.run()
+    assert list(lines) == []
+    assert capsys.readouterr().out == "\n[stopped]\n"
+
+
+def test_a_history_that_cannot_be_read_is_no_obstacle(monkeypatch, tmp_path):
+    readline = pytest.importorskip("readline")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def unreadable(file):
+        raise OSError("Invalid argument")
+
+    (tmp_path / "minigpt4").mkdir()
+    (tmp_path / "minigpt4" / "chat_history").write_text("x")
+    monkeypatch.setattr(readline, "read_history_file", unreadable)
+    _history()()
+    assert (tmp_path / "minigpt4" / "chat_history").is_file()
 
 
 def test_paths_with_spaces(tmp_path, monkeypatch):

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,7 +11,7 @@ import urllib.request
 from dataclasses import fields
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, free_port
 
 from minigpt4.cli.serve import main, parse_args
 from minigpt4.common.errors import ConfigError
@@ -26,12 +25,6 @@ def start(*arguments, **variables):
     return subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, **variables}
     )
-
-
-def free_port():
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
 
 
 def wait_for(process, port, *expected):

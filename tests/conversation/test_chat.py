@@ -318,6 +318,22 @@ def test_images_of_forgotten_turns_join_the_next_question(play):
     assert len(conv.messages) == 5
 
 
+def test_a_very_long_conversation_is_cut_where_it_has_to_be_and_at_once(chat, play, monkeypatch):
+    conv, _ = play([["upload", 0]] + [["ask", "Well?"], ["answer", "Hm."]] * 300 + [["ask", "Last?"]])
+    conv.append_message("Assistant", None)
+    measured, length = [], chat._length
+    monkeypatch.setattr(chat, "_length", lambda conv: measured.append(1) or length(conv))
+    shorter, _ = chat._fit(conv, Decoding(), lambda notice: None)
+    assert len(measured) < 20
+    forgotten = 301 - sum(role == "Human" for role, _ in shorter.messages)
+    one_by_one = conv
+    for _ in range(forgotten - 1):
+        one_by_one = one_by_one.without_oldest_text()
+    assert length(one_by_one) > 2000 - 300  # one answer less would have been too long
+    assert one_by_one.without_oldest_text() == shorter
+    assert length(shorter) <= 2000 - 300
+
+
 def test_a_context_that_fits_exactly_is_left_alone(chat, play):
     notices = []
     conv, img_list = play([["upload", 0], ["ask", "Hi"], ["answer", "Hello"], ["ask", "What is it?"]])

@@ -1,5 +1,6 @@
 """The routes: keys, limits, time, and clients that leave."""
 
+import asyncio
 import io
 import json
 import socket
@@ -14,6 +15,8 @@ import httpx
 import pytest
 from endpoint import data_url, image, serving, text, user
 from PIL import Image
+
+from minigpt4.serving.app import EventStream
 
 HI = user(text("Hi"))
 BODY = {"model": "minigpt4", "messages": [HI], "max_tokens": 2, "temperature": 0}
@@ -197,7 +200,6 @@ def test_a_request_that_never_arrives(serve, monkeypatch):
     with socket.create_connection((host, int(port))) as client:
         client.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n")
         client.sendall(b"Content-Length: 100\r\n\r\n{")
-        served.wait_for(requests=1)
         assert b" 408 " in client.recv(1000)
     served.wait_for(requests=0)
 
@@ -255,6 +257,26 @@ def test_a_client_that_leaves_while_it_sends(served):
         client.sendall(b"Content-Length: 100\r\n\r\n{")
         served.wait_for(requests=1)
     served.wait_for(requests=0)
+
+
+def test_a_client_that_never_reads_its_stream_loses_its_place():
+    """Its socket is full, so that nothing can be sent to it: the send of the server waits for ever."""
+    closed = []
+
+    async def events():
+        yield "data: {}\n\n"
+
+    async def receive():
+        await asyncio.Event().wait()
+
+    async def send(message):
+        if message["type"] == "http.response.body":
+            await asyncio.Event().wait()
+
+    response = EventStream(events(), lambda: closed.append(1), time.monotonic() + 0.1)
+    scope = {"type": "http", "asgi": {"spec_version": "2.3"}}
+    asyncio.run(asyncio.wait_for(response(scope, receive, send), 60))
+    assert closed == [1]
 
 
 # Two users

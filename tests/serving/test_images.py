@@ -19,7 +19,7 @@ PUBLIC = Images(allow_http=True)
 
 
 def read(url, reader=LOCAL):
-    return asyncio.run(reader.read(url, "here"))
+    return asyncio.run(reader.read_all({"here": url}))["here"]
 
 
 def refusal(url, reader=LOCAL):
@@ -109,6 +109,16 @@ def test_fetching(site):
     assert read(f"{site.url}/to?{site.url}/to?/picture") == b"content"
     assert "answered 404" in refusal(f"{site.url}/ä ö\r\nX: y")
     assert site.paths[-1] == "/%C3%A4%20%C3%B6X:%20y"  # no header can be smuggled in
+
+
+def test_all_pictures_of_a_request_share_one_bound(site):
+    """Fetched ones: those in the request were counted when it arrived."""
+    reader = Images(allow_http=True, allow_private=True, max_bytes=15)
+    inside = data_url(b"x" * 100, "png")
+    two = {"a": f"{site.url}/picture", "b": inside, "c": f"{site.url}/picture"}
+    assert [len(content) for content in asyncio.run(reader.read_all(two)).values()] == [7, 100, 7]
+    with pytest.raises(ApiError, match="The picture in d cannot be used: it is larger than"):
+        asyncio.run(reader.read_all(two | {"d": f"{site.url}/picture"}))
 
 
 def test_bounds(site, monkeypatch):
