@@ -17,6 +17,17 @@ QFORMER = {
     "hidden_dropout_prob": 0.0,
     "attention_probs_dropout_prob": 0.0,
 }
+# Of the files that `make-random-weights --size small` writes, as keys of `model:`.
+SMALL_SIZES = {
+    "vit_model": {"embed_dim": 64, "depth": 2, "num_heads": 4, "patch_size": 14, "mlp_ratio": 4.0},
+    "qformer": {
+        "hidden_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 96,
+        "cross_attention_freq": 2,
+    },
+}
 
 
 def free_port() -> int:

@@ -7,22 +7,12 @@ import sys
 import pytest
 import torch
 from helpers import ROOT
+from helpers import SMALL_SIZES as SMALL
 
 from minigpt4.common import checkpoint, random_weights
 from minigpt4.common.checkpoint import CheckpointError
 from minigpt4.models import MiniGPT4, llm, loading
 from minigpt4.models.loading import PUBLISHED_QFORMER, qformer_origin
-
-SMALL = {
-    "vit_model": {"embed_dim": 64, "depth": 2, "num_heads": 4, "patch_size": 14, "mlp_ratio": 4.0},
-    "qformer": {
-        "hidden_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "intermediate_size": 96,
-        "cross_attention_freq": 2,
-    },
-}
 
 
 @pytest.fixture(scope="module")

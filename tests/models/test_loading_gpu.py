@@ -2,21 +2,12 @@
 
 import pytest
 import torch
+from helpers import SMALL_SIZES as SMALL
 
 from minigpt4.common import random_weights
 from minigpt4.models import MiniGPT4
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-SMALL = {
-    "vit_model": {"embed_dim": 64, "depth": 2, "num_heads": 4, "patch_size": 14, "mlp_ratio": 4.0},
-    "qformer": {
-        "hidden_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "intermediate_size": 96,
-        "cross_attention_freq": 2,
-    },
-}
 
 
 @pytest.fixture(scope="module")

@@ -5,10 +5,8 @@ import time
 
 import pytest
 import torch
-from helpers import QFORMER, VIT
 
 from minigpt4.conversation import Chat
-from minigpt4.models import MiniGPT4
 from minigpt4.models.prompt import IMAGE_SLOT
 from minigpt4.serving.batching import Answer, Batcher, Prompt
 from minigpt4.serving.sampling import RowSampling
@@ -17,18 +15,9 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_batches(golden_llm_folder, golden, dtype):
+def test_batches(build_golden_model, golden, dtype):
     _, tensors = golden("conversation")
-    cfg = {
-        "image_size": 28,
-        "vit_model": VIT,
-        "vit_weights": None,
-        "q_former_model": None,
-        "qformer": QFORMER,
-        "num_query_token": 8,
-        "llama_model": str(golden_llm_folder),
-    }
-    batcher = Batcher(lambda: Chat(MiniGPT4.from_config(cfg, "cuda", dtype), None, "cuda"), 8)
+    batcher = Batcher(lambda: Chat(build_golden_model("cuda", dtype), None, "cuda"), 8)
     batcher.start()
     while batcher.chat is None:
         assert not batcher.failure
