@@ -11,6 +11,7 @@ Any key of the YAML files can be given on the command line:
 
 import argparse
 import logging
+import os
 import sys
 from datetime import datetime
 
@@ -18,6 +19,9 @@ from minigpt4.common.config import Config
 from minigpt4.common.errors import ConfigError
 from minigpt4.common.registry import UnknownNameError
 from minigpt4.doctor.checks import log_warnings, preflight
+
+# What the user can mend; the message says how.
+MISTAKES = (ConfigError, UnknownNameError, FileNotFoundError, IsADirectoryError)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -32,9 +36,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     """Read the config, build task, datasets and model, and run."""
-    cfg = Config(parse_args(argv))
-    cfg.check_paths(datasets=True)
-    warnings = preflight(cfg, training=True)
+    try:
+        cfg = Config(parse_args(argv))
+        cfg.check_paths(datasets=True)
+        warnings = preflight(cfg, training=True)
+    except MISTAKES:
+        if int(os.environ.get("LOCAL_RANK", 0)):  # the first process of the machine says it for all
+            sys.exit(1)
+        raise
 
     # Imported late: a mistake in the config is reported before torch and transformers are even loaded.
     from minigpt4.common import dist_utils
@@ -58,13 +67,28 @@ def main(argv: list[str] | None = None) -> None:
         seed_everything(cfg.run_cfg.seed + dist_utils.get_rank())
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         logging.info("number of trainable parameters: %d", trainable)
-        runner_class(cfg, task, model, datasets, job_id).train()
+        runner = runner_class(cfg, task, model, datasets, job_id)
+        try:
+            runner.train()
+        except KeyboardInterrupt:
+            logging.info("Stopped by Ctrl-C. %s", how_to_go_on(runner))
+            raise
     finally:
         dist_utils.destroy_process_group()
+
+
+def how_to_go_on(runner) -> str:
+    """What to type after a run was stopped, in a sentence."""
+    saved = getattr(runner, "last_checkpoint", None)
+    if saved is None:
+        return "It had saved no checkpoint yet."
+    return f"To go on after the last whole epoch: --options run.resume_ckpt_path={saved}"
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (ConfigError, UnknownNameError, FileNotFoundError, IsADirectoryError) as error:
+    except MISTAKES as error:
         sys.exit(f"Error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)  # as a shell reports Ctrl-C

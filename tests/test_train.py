@@ -2,8 +2,11 @@
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -215,3 +218,40 @@ def test_the_command_line_prints_an_error_without_a_traceback(configs):
     assert done.returncode == 1
     assert done.stderr.startswith("Error: Unknown key run.int_lr in --options. Did you mean 'init_lr'?")
     assert "Traceback" not in done.stderr
+
+
+def test_ctrl_c_says_how_to_go_on(configs, tmp_path):
+    """In the second epoch, as a shell sends it: to the data-loading process too."""
+    log = tmp_path / "log"
+    command = [sys.executable, str(ROOT / "train.py"), "--cfg-path", str(configs["stage1"])]
+    options = ["--options", "run.iters_per_epoch=200", "run.max_epoch=2000", "run.num_workers=1", "run.log_freq=1"]
+    with open(log, "w") as file:
+        process = subprocess.Popen(
+            [*command, *options],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            # a background job, which a test may be, ignores SIGINT unless told otherwise
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )
+    deadline = time.monotonic() + 200
+    while "data epoch: [1]" not in log.read_text():
+        assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(60) == 130
+    said = log.read_text()
+    saved = re.findall(r"Stopped by Ctrl-C.* run.resume_ckpt_path=(.*)", said)[-1]
+    assert torch.load(saved, weights_only=True)["model"]
+    assert "Traceback" not in said
+
+
+def test_a_mistake_is_told_once_on_a_machine(configs):
+    command = [sys.executable, str(ROOT / "train.py"), "--cfg-path", str(configs["stage1"]), "--options", "run.sed=1"]
+    told = [
+        subprocess.run(command, env={**os.environ, "LOCAL_RANK": rank}, capture_output=True, text=True)
+        for rank in ("0", "1")
+    ]
+    assert [done.returncode for done in told] == [1, 1]
+    assert "seed" in told[0].stderr
+    assert told[1].stderr == ""

@@ -268,7 +268,7 @@ def caption(items: Items, captioner: Captioner, output: Output) -> list[str]:
     output.finish()
     skipped = [line for lines in dist_utils.gather_objects(skipped) for line in lines]
     if skipped:
-        logging.warning("%d files were skipped:\n  %s", len(skipped), "\n  ".join(skipped))
+        logging.warning("Skipped, %d in all:\n  %s", len(skipped), "\n  ".join(skipped))
     return skipped
 
 

@@ -27,9 +27,10 @@ class RunLength:
     def samples(self) -> int:
         return self.batches * self.batch_size * self.world_size
 
-    def hours(self, batch_seconds: float) -> float:
-        """With so many seconds for each micro-batch."""
-        return self.batches * batch_seconds / 3600
+    def duration(self, batch_seconds: float) -> str:
+        """With so many seconds for each micro-batch: "12 minutes", "3.5 hours"."""
+        minutes = self.batches * batch_seconds / 60
+        return f"{minutes / 60:.1f} hours" if minutes >= 90 else f"{max(round(minutes), 1)} min"
 
     def __str__(self) -> str:
         total = self.batch_size * self.world_size * self.accum

@@ -32,14 +32,23 @@ def load_yaml(path: str | Path) -> DictConfig:
 
 
 def parse_options(options: list[str]) -> DictConfig:
-    """`["run.batch_size_train=8", …]` as a nested config. Raises ConfigError for an item without key or value."""
-    parsed = OmegaConf.create({})
+    """`["run.batch_size_train=8", …]` as a nested config.
+
+    Raises ConfigError for an item without key or value, and for a key with two values: a shell makes many items of
+    one unquoted `{00000..01255}`, of which the last would count.
+    """
+    parsed, given = OmegaConf.create({}), {}
     for option in options:
         key, equals, text = option.partition("=")
         if not equals or not re.fullmatch(r"[A-Za-z_][\w-]*(\.[\w-]+)+", key):
             raise ConfigError(f"--options {option!r} is not of the form section.key=value, as in run.init_lr=1e-4.")
         if not text:
             raise ConfigError(f"--options {option!r} has no value. Write {key}=null to unset it, or {key}='\"\"'.")
+        if given.setdefault(key, text) != text:
+            raise ConfigError(
+                f"--options gives {key} more than once: {given[key]!r} and {text!r}. Give it once; put quotes around "
+                f"a range, as in {key}='{{00000..01255}}.tar', or the shell takes it apart."
+            )
         OmegaConf.update(parsed, key, _option_value(text, key), force_add=True)
     return parsed
 

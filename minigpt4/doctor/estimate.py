@@ -221,15 +221,15 @@ def check_host_memory(case: Case) -> Iterator[Finding]:
 
 
 def check_length(case: Case) -> Iterator[Finding]:
-    """How long the run is, in steps, samples and hours."""
+    """How long the run is, in steps, samples and time."""
     run = case.run
     if not case.training:
         return
     if run.iters_per_epoch is None:
         return
     length = RunLength(run.batch_size_train, case.world_size, run.iters_per_epoch, run.max_epoch, run.accum_grad_iters)
-    hours = f"; {length.hours(case.step_time):.1f} hours at {case.step_time} s a step" if case.step_time else ""
-    yield ok("length", f"{length}{hours}")
+    duration = f"; {length.duration(case.step_time)} at {case.step_time} s a step" if case.step_time else ""
+    yield ok("length", f"{length}{duration}")
     if run.warmup_steps > run.iters_per_epoch and run.max_epoch > 1:
         what = (
             f"{run.warmup_steps} is longer than an epoch, {run.iters_per_epoch}: the next one begins to warm up again"

@@ -74,7 +74,8 @@ def check_tokenizer(case: Case) -> Iterator[Finding]:
         what = f"{case.model.max_txt_len} leaves no room beside model.end_sym, which has {length} tokens"
         yield error("model.max_txt_len", what, f"--options model.max_txt_len={32 + length}")
         return
-    yield ok("tokenizer", f"{tokenizer.size} tokens; {case.model.end_sym!r} and '###' come back as they were")
+    signs = " and ".join(repr(sign) for sign in dict.fromkeys((case.model.end_sym, "###")))
+    yield ok("tokenizer", f"{tokenizer.size} tokens; it gives {signs} back unchanged")
 
 
 def check_template(case: Case) -> Iterator[Finding]:

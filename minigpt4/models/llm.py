@@ -217,5 +217,7 @@ def _quantization(load_in: str, dtype: torch.dtype):
     from transformers import BitsAndBytesConfig
 
     if load_in == "8bit":
+        # It warns in every layer of every step where the run computes in another type than float16.
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)

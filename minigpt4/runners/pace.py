@@ -1,4 +1,4 @@
-"""What a run says of its length: batches, steps and samples at the start, hours as soon as a step's time is known."""
+"""What a run says of its length: batches, steps, samples at the start, its time as soon as that of a step is known."""
 
 import logging
 import time
@@ -27,6 +27,6 @@ class Pace:
             self._start = time.perf_counter()
         elif number == self._last and self._start is not None:
             seconds = (time.perf_counter() - self._start) / (number - 1)
-            hours = self._length.hours(seconds)
-            logging.info("At %.3f s a batch the run will take %.2f hours, without validation.", seconds, hours)
+            duration = self._length.duration(seconds)
+            logging.info("At %.3f s a batch the run will take %s, without validation.", seconds, duration)
             self._told = True

@@ -53,6 +53,7 @@ class RunnerBase:
         self.world_size = dist_utils.get_world_size()
         self.output_dir = Path(self.run.output_dir) / job_id
         self.start_epoch, self.best_metric = 0, float("-inf")
+        self.last_checkpoint: Path | None = None
         self.labels_of_step: list[torch.Tensor] = []  # of each micro-batch of the step, over all ranks
         if self.run.evaluate and not self.run.test_splits:
             raise ConfigError("run.evaluate=True needs run.test_splits, the splits to evaluate. For example: [test]")
@@ -212,6 +213,7 @@ class RunnerBase:
         for name in [f"checkpoint_{epoch}.pth", *(["checkpoint_best.pth"] if is_best else [])]:
             logging.info("Saving checkpoint at epoch %d to %s.", epoch, self.output_dir / name)
             checkpoint.save(content, self.output_dir / name)
+        self.last_checkpoint = self.output_dir / f"checkpoint_{epoch}.pth"
 
     def _resume(self, path: Path) -> None:
         """Go on after the epoch that `path` was written at: weights, optimiser, scaler, random states, best metric."""

@@ -170,7 +170,7 @@ def test_unreadable_files_are_skipped_and_listed(run, folder, caplog):
     status, lines = run("--dir", folder)
     assert status == 1
     assert len(lines) == len(IMAGES)
-    assert "1 files were skipped" in caplog.text
+    assert "Skipped, 1 in all" in caplog.text
     assert "bad.png is not a picture" in caplog.text
 
 

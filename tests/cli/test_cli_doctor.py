@@ -71,7 +71,7 @@ def test_hours(arguments, capsys):
     main([*arguments("stage1"), "--gpus", "4", "--step-time", "6", "--gpu-memory", "24"])
     out = capsys.readouterr().out
     assert "batch 32 per GPU, 128 in total (4 GPUs)" in out
-    assert "600 steps, 76,800 samples; 1.0 hours at 6.0 s a step" in out
+    assert "600 steps, 76,800 samples; 60 min at 6.0 s a step" in out
     assert "4 × a GPU of 24 GB" in out
 
 

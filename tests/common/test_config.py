@@ -218,3 +218,11 @@ def test_pretty_print_has_the_headings_people_grep(caplog):
     ):
         assert heading in caplog.text
     assert '    "init_lr": 0.0001' in caplog.text
+
+
+def test_a_key_given_twice():
+    """What bash makes of an unquoted brace range."""
+    shards = [f"datasets.laion.build_info.storage=data/laion/{i:05}.tar" for i in range(3)]
+    with pytest.raises(ConfigError, match=r"storage more than once: 'data/laion/00000.tar' and .*put quotes around"):
+        parse_options(shards)
+    assert parse_options(["run.seed=1", "run.seed=1"]).run.seed == 1

@@ -79,6 +79,8 @@ class Patient:
         ]
         if self.stage == "chat":
             used = [option for option in used if not option.startswith("run.")]
+        changed = {option.split("=")[0] for option in self.options}
+        used = [option for option in used if option.split("=")[0] not in changed]
         return ["--cfg-path", str(ROOT / CONFIGS[self.stage]), "--options", *used, *self.options]
 
     def case(self) -> Case:

@@ -138,7 +138,8 @@ def test_on_a_cpu_everything_is_float32(full_case):
 
 def test_length():
     length = RunLength(batch_size=16, world_size=4, iters_per_epoch=500, epochs=3)
-    assert (length.steps, length.samples, length.hours(0.36)) == (1500, 96000, pytest.approx(0.15))
+    assert (length.steps, length.samples, length.duration(0.36)) == (1500, 96000, "9 min")
+    assert (length.duration(0.001), length.duration(36)) == ("1 min", "15.0 hours")
     said = "batch 16 per GPU, 64 in total (4 GPUs); 3 epochs of 500 batches = 1,500 steps, 96,000 samples"
     assert str(length) == said
     length = RunLength(batch_size=2, world_size=1, iters_per_epoch=5, epochs=1, accum=2)
