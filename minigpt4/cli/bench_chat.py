@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     import torch
 
-    from minigpt4.cli.bench_train import random_model
+    from minigpt4.cli.random_work import random_model
     from minigpt4.common import dist_utils
     from minigpt4.models import decoder, int8
     from minigpt4.models.fused import fuse_projections

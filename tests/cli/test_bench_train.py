@@ -6,7 +6,8 @@ from importlib.util import find_spec
 import pytest
 
 from minigpt4.__main__ import main
-from minigpt4.cli.bench_train import APART, WordTokenizer, random_batches, useful_operations
+from minigpt4.cli.random_work import WordTokenizer, random_batches
+from minigpt4.cli.step_timer import APART, useful_operations
 
 PARTS = ["data_s", "vision_s", "language_s", "backward_s", "optimizer_s"]
 

@@ -2,7 +2,7 @@
 
 from helpers import Pictures
 
-from minigpt4.cli.bench_train import StepTimer
+from minigpt4.cli.step_timer import StepTimer
 
 
 def test_taking_a_step_apart_leaves_all_as_it_was(build_golden_model, make_runner, pool):
