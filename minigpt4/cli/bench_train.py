@@ -118,10 +118,7 @@ def time_full_size(args: argparse.Namespace) -> Iterator[dict]:
 def settings(args: argparse.Namespace) -> list[list[str]]:
     """The options of each setting that is timed: one, or with --compare two."""
     first = args.options or []
-    if not args.compare:
-        return [first]
-    changed = {option.split("=")[0] for option in args.compare}
-    return [first, [*(option for option in first if option.split("=")[0] not in changed), *args.compare]]
+    return [first, [*first, *args.compare]] if args.compare else [first]
 
 
 def time_in_turn(args: argparse.Namespace, work: str, runners: list) -> Iterator[dict]:

@@ -40,9 +40,10 @@ def read_file(path: Path, prefixes: tuple[str, ...] = ("",)) -> dict:
         mmap = zipfile.is_zipfile(path)  # only the current format of torch.save can be mapped
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError, OSError, ValueError) as error:
-        reason = why_unreadable(path) or str(error).partition("\n")[0] or type(error).__name__
+        reason = str(error).partition("\n")[0] or type(error).__name__
         if isinstance(error, pickle.UnpicklingError):  # torch's advice, to allow any code in it, is none
             reason = "it is no weights file, or holds more than tensors, such as code, and is not opened"
+        reason = why_unreadable(path) or reason
         raise CheckpointError(f"{path} ({path.stat().st_size:,} bytes) cannot be read as weights: {reason}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a dict of tensors.")

@@ -32,10 +32,10 @@ def load_yaml(path: str | Path) -> DictConfig:
 
 
 def parse_options(options: list[str]) -> DictConfig:
-    """`["run.batch_size_train=8", …]` as a nested config.
+    """`["run.batch_size_train=8", …]` as a nested config. Of a key that is given twice, the later value counts.
 
-    Raises ConfigError for an item without key or value, and for a key with two values: a shell makes many items of
-    one unquoted `{00000..01255}`, of which the last would count.
+    Raises ConfigError for an item without key or value, and for shards that are given twice: a shell makes many items
+    of one unquoted `{00000..01255}`, and the run would read the last shard alone.
     """
     parsed, given = OmegaConf.create({}), {}
     for option in options:
@@ -44,7 +44,7 @@ def parse_options(options: list[str]) -> DictConfig:
             raise ConfigError(f"--options {option!r} is not of the form section.key=value, as in run.init_lr=1e-4.")
         if not text:
             raise ConfigError(f"--options {option!r} has no value. Write {key}=null to unset it, or {key}='\"\"'.")
-        if given.setdefault(key, text) != text:
+        if key.endswith(".storage") and given.setdefault(key, text) != text:
             raise ConfigError(
                 f"--options gives {key} more than once: {given[key]!r} and {text!r}. Give it once; put quotes around "
                 f"a range, as in {key}='{{00000..01255}}.tar', or the shell takes it apart."

@@ -225,4 +225,4 @@ def test_a_key_given_twice():
     shards = [f"datasets.laion.build_info.storage=data/laion/{i:05}.tar" for i in range(3)]
     with pytest.raises(ConfigError, match=r"storage more than once: 'data/laion/00000.tar' and .*put quotes around"):
         parse_options(shards)
-    assert parse_options(["run.seed=1", "run.seed=1"]).run.seed == 1
+    assert parse_options(["run.seed=1", "run.seed=2"]).run.seed == 2
