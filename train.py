@@ -16,7 +16,7 @@ import sys
 from datetime import datetime
 
 from minigpt4.common.config import Config
-from minigpt4.common.errors import ConfigError
+from minigpt4.common.errors import ConfigError, told
 from minigpt4.common.registry import UnknownNameError
 from minigpt4.doctor.checks import log_warnings, preflight
 
@@ -89,6 +89,6 @@ if __name__ == "__main__":
     try:
         main()
     except MISTAKES as error:
-        sys.exit(f"Error: {error}")
+        sys.exit(told(error))
     except KeyboardInterrupt:
         sys.exit(130)  # as a shell reports Ctrl-C

@@ -28,13 +28,13 @@ def main(argv: list[str] | None = None) -> int | str | None:
         return _help()
     if command not in COMMANDS:
         return f"Unknown command {command!r}. Known: {', '.join(COMMANDS)}."
-    from minigpt4.common.errors import ConfigError
+    from minigpt4.common.errors import ConfigError, told
     from minigpt4.common.registry import UnknownNameError
 
     try:
         return importlib.import_module(f"minigpt4.cli.{command.replace('-', '_')}").main(arguments)
     except (ConfigError, UnknownNameError) as error:
-        return f"Error: {error}"
+        return told(error)
 
 
 def _help() -> None:

@@ -4,10 +4,19 @@
     python -m minigpt4 bench train --baseline FILE             # beside another script's `Baseline` and `measure`
     python -m minigpt4 bench train --compare run.compile=false # two settings in one process, step by step in turn
     python -m minigpt4 bench train --cfg-path train_configs/minigpt4_tiny_stage1_pretrain.yaml   # a config, its data
+    torchrun --nproc_per_node 4 -m minigpt4 bench train        # all of this on several GPUs, but for --baseline
 
 A step is: images on the host, forward, backward, optimiser step, loss read. Captions have 8 to 24 tokens in stage 1
 and 80 to 160 in stage 2, drawn with seed 1; stage 2 has a prompt of 22 tokens around the image. Where the time goes is
 seen in more steps after the timed ones, each part of which is waited for: their sum is more than a step's time.
+
+Under torchrun each rank trains on its own batches, of the size named, and the first prints: the time of the slowest
+rank, images and tokens a second of all ranks, the largest memory, and rank 0's parts. Also
+    alone_s        one rank's step while the others wait, the mean over the ranks
+    efficiency     alone_s / median_s: the rate of N ranks against N times that of one
+    no_exchange_s  a step of all ranks at once that exchanges nothing, timed in turn with those that do
+    communication  the share of median_s that this saves
+What efficiency lacks beside communication, ranks with shorter batches wait for the others, or all share a machine.
 """
 
 import argparse
@@ -16,6 +25,8 @@ import gc
 import importlib.util
 import itertools
 import json
+import logging
+import os
 import statistics
 import tempfile
 from collections.abc import Iterator
@@ -24,6 +35,7 @@ from types import SimpleNamespace
 
 from minigpt4.cli.random_work import RandomPairs, random_batches, random_model
 from minigpt4.cli.step_timer import APART, StepTimer
+from minigpt4.common.errors import ConfigError
 
 WORK = {"S1/16": (1, 16), "S1/64": (1, 64), "S2/12": (2, 12)}
 TRAIN_CONFIGS = Path(__file__).resolve().parents[2] / "train_configs"
@@ -52,14 +64,27 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Time what the arguments name, and print a line for each workload."""
+    """Time what the arguments name, and print a line for each workload.
+
+    Raises ConfigError for a baseline under torchrun.
+    """
     args = parse_args(argv)
+    if args.baseline and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ConfigError("--baseline times a script that knows one process. Run it without torchrun.")
+    from minigpt4.common import dist_utils
+
+    if int(os.environ.get("RANK", 0)):
+        logging.disable(logging.WARNING)  # the first rank warns for all
     if args.cfg_path:
         rows = time_config(args)
     else:
         rows = itertools.chain(time_baseline(args.baseline, args.work) if args.baseline else [], time_full_size(args))
-    for row in rows:
-        report(row, args.json)
+    try:
+        for row in rows:
+            if dist_utils.is_main_process():
+                report(row, args.json)
+    finally:
+        dist_utils.destroy_process_group()
     return 0
 
 
@@ -69,19 +94,23 @@ def report(row: dict, as_json: bool) -> None:
 
 def time_config(args: argparse.Namespace) -> Iterator[dict]:
     """Steps of a training config, with its own model and data, through its own runner."""
+    from minigpt4.common import dist_utils
     from minigpt4.common.config import Config
     from minigpt4.common.registry import registry
 
+    cfgs = [Config(SimpleNamespace(cfg_path=args.cfg_path, options=options)) for options in settings(args)]
+    for cfg in cfgs:
+        cfg.check_paths(datasets=True)
+    run = cfgs[0].run_cfg
+    dist_utils.init_process_group(dist_utils.select_device(run.device), run.dist_backend, run.distributed)
     with contextlib.ExitStack() as stack:
         runners = []
-        for options in settings(args):
-            cfg = Config(SimpleNamespace(cfg_path=args.cfg_path, options=options))
-            cfg.check_paths(datasets=True)
+        for cfg in cfgs:
             cfg.run_cfg.output_dir = stack.enter_context(tempfile.TemporaryDirectory())
             task = registry.get_task_class(cfg.run_cfg.task).setup_task(cfg=cfg)
             runner_class = registry.get_runner_class(cfg.run_cfg.runner)
             runner = runner_class(cfg, task, task.build_model(cfg), task.build_datasets(cfg), "bench")
-            runners.append((runner, runner.loader.epoch(0, args.warmup + args.steps + APART)))
+            runners.append((runner, runner.loader.epoch(0, batches_needed(args))))
         yield from time_in_turn(args, args.cfg_path, runners)
 
 
@@ -93,6 +122,8 @@ def time_full_size(args: argparse.Namespace) -> Iterator[dict]:
     from minigpt4.tasks import ImageTextPretrainTask
 
     device = dist_utils.select_device("cuda")
+    dist_utils.init_process_group(device)
+    rank, ranks = dist_utils.get_rank(), dist_utils.get_world_size()
     for work in args.work:
         stage, batch_size = WORK[work]
         name = {1: "stage1_pretrain", 2: "stage2_finetune"}[stage]
@@ -109,7 +140,9 @@ def time_full_size(args: argparse.Namespace) -> Iterator[dict]:
                 model.prompt_list = [" w" * 11 + "<ImageHere>" + " w" * 11] if stage == 2 else []
                 datasets = {"random": {"train": RandomPairs(256)}}
                 runner = RunnerBase(cfg, ImageTextPretrainTask(), model.train(), datasets, "bench")
-                runners.append((runner, random_batches(stage, batch_size, args.warmup + args.steps + APART)))
+                # with exchange and without, each batch is taken twice
+                batches = random_batches(stage, batch_size, batches_needed(args), rank, repeat=min(ranks, 2))
+                runners.append((runner, batches))
             del runner, model
             yield from time_in_turn(args, work, runners)
             runners.clear()
@@ -121,16 +154,26 @@ def settings(args: argparse.Namespace) -> list[list[str]]:
     return [first, [*first, *args.compare]] if args.compare else [first]
 
 
+def batches_needed(args: argparse.Namespace) -> int:
+    """How many batches the steps of a runner take: on several ranks with exchange, without, and alone."""
+    from minigpt4.common import dist_utils
+
+    return (args.warmup + args.steps) * (3 if dist_utils.get_world_size() > 1 else 1) + APART
+
+
 def time_in_turn(args: argparse.Namespace, work: str, runners: list) -> Iterator[dict]:
     """Rows for the runners' steps on their batches, one step of each in turn."""
+    from minigpt4.cli.scaling import ScalingTimer
+    from minigpt4.common import dist_utils
     from minigpt4.runners.prefetch import prefetch
 
+    several = dist_utils.get_world_size() > 1
     with contextlib.ExitStack() as stack:
         timers = []
         for runner, batches in runners:
             runner.module.train()
             ready = stack.enter_context(contextlib.closing(prefetch(batches, runner.module, runner.device)))
-            timers.append(StepTimer(runner, ready))
+            timers.append((ScalingTimer if several else StepTimer)(runner, ready))
         for _ in range(args.warmup + args.steps):
             for timer in timers:
                 timer.step()
@@ -138,6 +181,8 @@ def time_in_turn(args: argparse.Namespace, work: str, runners: list) -> Iterator
             timer.note_memory()
             for _ in range(APART):
                 timer.step_apart()
+            if several:
+                timer.step_alone(args.warmup + args.steps)
     for timer, options in zip(timers, settings(args), strict=True):
         yield {"work": work, "options": " ".join(options), **timer.row(args.warmup)}
     if len(timers) == 2:

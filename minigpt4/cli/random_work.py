@@ -80,13 +80,17 @@ class RandomPairs:
         return self.length
 
 
-def random_batches(stage: int, batch_size: int, count: int) -> Iterator[dict]:
-    """Batches on the host: random images (three sets in turn) and captions of the workload's lengths."""
+def random_batches(stage: int, batch_size: int, count: int, rank: int = 0, repeat: int = 1) -> Iterator[dict]:
+    """`count` batches on the host: random images (three sets in turn) and captions of the workload's lengths.
+
+    Each rank has its own. `repeat`: how often each comes in a row.
+    """
     import torch
 
     low, high = (80, 160) if stage == 2 else (8, 24)
-    rng = random.Random(1)
-    images = [torch.randn(batch_size, 3, 224, 224) for _ in range(3)]
+    rng, generator = random.Random(1 + rank), torch.Generator().manual_seed(1 + rank)
+    images = [torch.randn(batch_size, 3, 224, 224, generator=generator) for _ in range(3)]
     for i in range(count):
-        texts = [" ".join(["w"] * (rng.randint(low, high) - 1)) for _ in range(batch_size)]
+        if i % repeat == 0:
+            texts = [" ".join(["w"] * (rng.randint(low, high) - 1)) for _ in range(batch_size)]
         yield {"image": images[i % 3], "text_input": texts}

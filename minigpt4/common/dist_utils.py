@@ -32,7 +32,7 @@ def is_main_process() -> bool:
 def select_device(name: str) -> torch.device:
     """The device of this rank. `cuda` without a GPU falls back to the CPU with a warning.
 
-    Raises ConfigError for another unknown or absent device.
+    Raises ConfigError for another unknown or absent device, and for more processes than GPUs.
     """
     kind = name.split(":")[0]
     if kind == "cuda" and not torch.cuda.is_available():
@@ -44,6 +44,12 @@ def select_device(name: str) -> torch.device:
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ConfigError("run.device=mps, but this machine has no Apple GPU. Use cpu or cuda.")
     if device.type == "cuda" and device.index is None:
+        processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+        if processes > gpus:
+            raise ConfigError(
+                f"torchrun started {processes} processes on this machine, and torch sees {gpus} of its GPUs; each "
+                f"process needs one of its own. Use --nproc_per_node {gpus}, or check CUDA_VISIBLE_DEVICES."
+            )
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     if device.type == "cuda":
         # Memory that a smaller or larger batch can use again: CUDA graphs of several sizes share one pool.
@@ -77,6 +83,12 @@ def init_process_group(device: torch.device, backend: str | None = None, distrib
 def destroy_process_group() -> None:
     if is_distributed():
         dist.destroy_process_group()
+
+
+def barrier() -> None:
+    """Wait for the other ranks."""
+    if is_distributed():
+        dist.barrier()
 
 
 def broadcast_object(value):

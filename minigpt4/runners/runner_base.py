@@ -288,7 +288,8 @@ class RunnerBase:
 
     def _sum_over_ranks(self, number: float) -> torch.Tensor:
         # torch.full is a kernel; a tensor made on the host would make the host wait for the GPU.
-        return dist_utils.all_reduce_sum(torch.full((), float(number), device=self.device))
+        own = torch.full((), float(number), device=self.device)
+        return dist_utils.all_reduce_sum(own) if self.world_size > 1 else own
 
     def _autocast(self):
         # Frozen matrices are in this type already; a cache of casts is all that CUDA graphs could not take.

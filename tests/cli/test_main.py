@@ -8,6 +8,7 @@ import pytest
 from helpers import ROOT
 
 from minigpt4.__main__ import COMMANDS, main
+from minigpt4.common.errors import PATIENCE
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"]])
@@ -21,6 +22,17 @@ def test_commands_are_listed(capsys, arguments):
 
 def test_unknown_command():
     assert main(["chatt"]) == f"Unknown command 'chatt'. Known: {', '.join(COMMANDS)}."
+
+
+def test_a_mistake_of_one_rank_is_told_after_a_while(monkeypatch):
+    """Of one that all ranks make, torchrun gives the others no time to tell it."""
+    waited = []
+    monkeypatch.setattr("time.sleep", waited.append)
+    mistake = ["bench", "train", "--cfg-path", "missing.yaml"]
+    told = main(mistake)
+    assert "missing.yaml" in told and not waited
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert main(mistake) == told and waited == [PATIENCE]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

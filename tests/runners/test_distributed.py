@@ -10,8 +10,10 @@ import torch
 import torch.multiprocessing as mp
 from helpers import FixedBatches, Pictures, free_port
 
+from minigpt4.cli.scaling import ScalingTimer, without_exchange
 from minigpt4.common import dist_utils
 from minigpt4.common.config import Config
+from minigpt4.common.errors import ConfigError
 from minigpt4.runners import RunnerBase
 from minigpt4.tasks import ImageTextPretrainTask
 
@@ -108,5 +110,48 @@ def test_ranks_resume_and_evaluate_together(build_golden_model, pool, tmp_path):
     assert ranks[0][1][0] == pytest.approx(expected, abs=1e-5)
 
 
+def timed_rank(rank, world_size, port, folder, model, pool):
+    """Steps with exchange and without; and one that rank 0 takes alone, as no other takes part."""
+    join(rank, world_size, port)
+    samples = {"image": pool[0][rank::2][:2], "text_input": pool[1][rank::2][:2]}
+    runner = make_runner(folder, copy.deepcopy(model), {"train": Pictures(*pool)}, "job", batch_size_train=2)
+    projection = runner.module.llama_proj.weight
+    runner.train_step(samples, is_update=True)
+    weights = [projection.detach().clone()]
+    if rank == 0:
+        with without_exchange(runner):
+            runner.train_step(samples, is_update=True)
+    weights.append(projection.detach().clone())
+    projection.data.copy_(weights[0])
+    runner.optimizer.state.clear()
+    runner.train_step(samples, is_update=True)
+    weights.append(projection.detach().clone())
+    timer = ScalingTimer(runner, iter([samples] * 7))
+    for _ in range(2):
+        timer.step()
+    timer.step_alone(3)
+    steps = [len(each.seconds) for each in (timer, timer.no_exchange, timer.alone)]
+    torch.save((weights, steps), folder / f"rank{rank}.pth")
+    dist_utils.destroy_process_group()
+
+
+def test_steps_without_exchange(build_golden_model, pool, tmp_path):
+    """A rank can take them while the others do nothing, and afterwards all exchange again."""
+    args = (2, free_port(), tmp_path, build_golden_model(), pool)
+    mp.start_processes(timed_rank, args, nprocs=2, start_method="spawn")
+    (first, steps), (second, others) = (torch.load(tmp_path / f"rank{rank}.pth") for rank in range(2))
+    assert steps == others == [2, 2, 3]
+    assert not first[1].equal(first[0])
+    assert first[0].equal(second[0]) and first[2].equal(second[2]) and not first[2].equal(first[0])
+
+
 def test_ranks_wait_minutes_not_days():
     assert dist_utils.TIMEOUT.total_seconds() < 3600
+
+
+def test_more_processes_than_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    with pytest.raises(ConfigError, match="4 processes on this machine.* 2 of its GPUs.*--nproc_per_node 2"):
+        dist_utils.select_device("cuda")

@@ -1,0 +1,36 @@
+"""tests/loss_curves.py on a small model and few steps: one rank against two."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from helpers import ROOT
+from loss_curves import compare, main
+
+
+def test_two_ranks_learn_as_one(configs, tmp_path, capsys):
+    common = ["--cfg-path", str(configs["stage1"]), "--batch", "6", "--steps", "12"]
+    one = tmp_path / "one.json"
+    assert main([*common, "--out", str(one)]) == 0
+    curve = json.loads(one.read_text())
+    assert len(curve) == 12 and curve[-1] < curve[0] - 0.5
+    assert main([*common, "--against", str(one), "--reverse", "--tolerance", "1e-5"]) == 0
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += ["tests/loss_curves.py", *common, "--against", str(one), "--tolerance", "1e-5"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 × 3: loss" in done.stdout and done.stdout.count("largest difference") == 1
+
+
+@pytest.mark.parametrize("loss", [1.2, float("nan")])
+def test_curves_that_differ(loss, capsys):
+    assert compare([2.0, loss], [2.0, 1.0], tolerance=0.1) == 1
+    assert compare([2.0, 1.05], [2.0, 1.0], tolerance=0.1) == 0
+
+
+def test_what_cannot_be_compared(configs):
+    with pytest.raises(SystemExit, match="without model.prompt_path"):
+        main(["--cfg-path", str(configs["stage2"]), "--options", "model.ckpt=null"])
