@@ -16,9 +16,9 @@ def test_two_ranks_learn_as_one(configs, tmp_path, capsys):
     assert main([*common, "--out", str(one)]) == 0
     curve = json.loads(one.read_text())
     assert len(curve) == 12 and curve[-1] < curve[0] - 0.5
-    assert main([*common, "--against", str(one), "--reverse", "--tolerance", "1e-5"]) == 0
+    assert main([*common, "--against", str(one), "--reverse", "--tolerance", "1e-4"]) == 0
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += ["tests/loss_curves.py", *common, "--against", str(one), "--tolerance", "1e-5"]
+    command += ["tests/loss_curves.py", *common, "--against", str(one), "--tolerance", "1e-4"]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
