@@ -6,23 +6,40 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from helpers import ROOT
 from loss_curves import compare, main
 
 
-def test_two_ranks_learn_as_one(configs, tmp_path, capsys):
-    common = ["--cfg-path", str(configs["stage1"]), "--batch", "6", "--steps", "12"]
+def compare_two_ranks(config, tmp_path, tolerance, *options):
+    """One rank, one with its samples turned around, and two, which torchrun starts."""
+    common = ["--cfg-path", str(config), "--batch", "6", "--steps", "12"]
+    common += ["--options", *options] if options else []
     one = tmp_path / "one.json"
     assert main([*common, "--out", str(one)]) == 0
     curve = json.loads(one.read_text())
     assert len(curve) == 12 and curve[-1] < curve[0] - 0.5
-    assert main([*common, "--against", str(one), "--reverse", "--tolerance", "1e-4"]) == 0
+    common += ["--against", str(one), "--tolerance", tolerance]
+    assert main([*common, "--reverse"]) == 0
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += ["tests/loss_curves.py", *common, "--against", str(one), "--tolerance", "1e-4"]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        [*command, "tests/loss_curves.py", *common], cwd=ROOT, env=env, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 × 3: loss" in done.stdout and done.stdout.count("largest difference") == 1
+
+
+@pytest.mark.slow
+def test_two_ranks_learn_as_one(configs, tmp_path):
+    """The ranks' means, averaged, would be off by 9e-3 here."""
+    compare_two_ranks(configs["stage1"], tmp_path, "1e-4")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_two_ranks_share_a_gpu(configs, tmp_path):
+    """Gradients are exchanged while layers are compiled and graphs replayed; in 16 bit, so less exactly."""
+    compare_two_ranks(configs["stage1"], tmp_path, "0.1", "run.device=cuda:0", "run.dist_backend=gloo")
 
 
 @pytest.mark.parametrize("loss", [1.2, float("nan")])

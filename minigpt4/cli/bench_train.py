@@ -94,15 +94,13 @@ def report(row: dict, as_json: bool) -> None:
 
 def time_config(args: argparse.Namespace) -> Iterator[dict]:
     """Steps of a training config, with its own model and data, through its own runner."""
-    from minigpt4.common import dist_utils
     from minigpt4.common.config import Config
     from minigpt4.common.registry import registry
 
     cfgs = [Config(SimpleNamespace(cfg_path=args.cfg_path, options=options)) for options in settings(args)]
     for cfg in cfgs:
         cfg.check_paths(datasets=True)
-    run = cfgs[0].run_cfg
-    dist_utils.init_process_group(dist_utils.select_device(run.device), run.dist_backend, run.distributed)
+    join_group(cfgs[0].run_cfg)
     with contextlib.ExitStack() as stack:
         runners = []
         for cfg in cfgs:
@@ -121,8 +119,8 @@ def time_full_size(args: argparse.Namespace) -> Iterator[dict]:
     from minigpt4.runners import RunnerBase
     from minigpt4.tasks import ImageTextPretrainTask
 
-    device = dist_utils.select_device("cuda")
-    dist_utils.init_process_group(device)
+    first = Config(SimpleNamespace(cfg_path=TRAIN_CONFIGS / "minigpt4_stage1_pretrain.yaml", options=args.options))
+    device = join_group(first.run_cfg)
     rank, ranks = dist_utils.get_rank(), dist_utils.get_world_size()
     for work in args.work:
         stage, batch_size = WORK[work]
@@ -146,6 +144,15 @@ def time_full_size(args: argparse.Namespace) -> Iterator[dict]:
             del runner, model
             yield from time_in_turn(args, work, runners)
             runners.clear()
+
+
+def join_group(run):
+    """The device of this process, after it has joined the others that torchrun started, if there are any."""
+    from minigpt4.common import dist_utils
+
+    device = dist_utils.select_device(run.device)
+    dist_utils.init_process_group(device, run.dist_backend, run.distributed)
+    return device
 
 
 def settings(args: argparse.Namespace) -> list[list[str]]:
