@@ -8,8 +8,8 @@
 Every rank makes the batches of 64 that one rank alone would train on, crops included, and takes its part of each: every
 fourth sample of 4 ranks. A point of the curve is what the step minimises, the mean over the labels of all ranks.
 --reverse turns the samples of each batch around, which leaves the sums the same but for rounding. By default the tiny
-model trains (`make quickstart` makes its pictures), on the GPU where there is one; on one GPU and in 16 bit expect more
-rounding, and give --tolerance. Fails (exit status 1) where a step's loss differs by more than that.
+model trains (`make quickstart` makes its pictures), on a GPU where there is one, in 16 bit unless run.amp=False: how
+much more rounding that is, --reverse tells. Fails (exit status 1) where a step's loss differs by more than --tolerance.
 """
 
 import argparse

@@ -11,7 +11,7 @@ and 80 to 160 in stage 2, drawn with seed 1; stage 2 has a prompt of 22 tokens a
 seen in more steps after the timed ones, each part of which is waited for: their sum is more than a step's time.
 
 Under torchrun each rank trains on its own batches, of the size named, and the first prints: the time of the slowest
-rank, images and tokens a second of all ranks, the largest memory, and rank 0's parts. Also
+rank, images and tokens a second of all ranks, the largest memory, and rank 0's parts, the exchange in backward_s. Also
     alone_s        one rank's step while the others wait, the mean over the ranks
     efficiency     alone_s / median_s: the rate of N ranks against N times that of one
     no_exchange_s  a step of all ranks at once that exchanges nothing, timed in turn with those that do
