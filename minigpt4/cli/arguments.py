@@ -78,16 +78,10 @@ def decoding_settings(args: argparse.Namespace) -> dict:
 
 def check_files(paths: Iterable[Path]) -> None:
     """Raise a ConfigError that names those of the pictures and videos that are not there, or are folders."""
-    wrong = [
-        f"{path} is a folder" if path.is_dir() else f"there is no file {path}" for path in paths if not _there(path)
-    ]
+    wrong = [str(path) for path in paths if os.path.isdir(path) or not os.path.exists(path)]
     if wrong:
         more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
-        raise ConfigError(f"{'; '.join(wrong[:3])}{more}.")
-
-
-def _there(path: Path) -> bool:
-    return os.path.exists(path) and not os.path.isdir(path)  # a pipe will do
+        raise ConfigError(f"There is no file {', '.join(wrong[:3])}{more}.")
 
 
 def port(text: str) -> int:
