@@ -425,7 +425,7 @@ FAULTS = {
         lambda p: setattr(p, "world_size", 2),
         ERROR,
         ALIGN,
-        "10 for each GPU",
+        "10 for each process",
         "train=10",
     ),
     "no features": (
