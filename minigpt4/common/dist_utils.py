@@ -55,7 +55,8 @@ def select_device(name: str) -> torch.device:
 
 @cache  # task, model and runner all ask for the device
 def _warn_of_the_cpu(name: str) -> None:
-    logging.warning("run.device=%s, but there is no GPU: running on the CPU.", name)
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # the first process of the machine says it for all
+        logging.warning("run.device=%s, but there is no GPU: running on the CPU.", name)
 
 
 def select_dtype(device: torch.device, amp: bool = True, amp_dtype: str = "auto") -> torch.dtype:

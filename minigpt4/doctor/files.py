@@ -143,7 +143,7 @@ def check_shards(case: Case) -> Iterator[Finding]:
         try:
             shards = [shard for shard in expand_shards(storage, name) if is_local(shard)]
         except (ConfigError, OSError) as mistake:
-            yield error(key, str(mistake))
+            yield error(key, str(mistake).removeprefix(f"{key}="))
             continue
         sample = random.Random(0).sample(shards, min(SAMPLED_SHARDS, len(shards)))
         problems = {shard: reason for shard in sample if (reason := why_no_shard(Path(shard)))}
@@ -153,7 +153,7 @@ def check_shards(case: Case) -> Iterator[Finding]:
         if sample and len(problems) == len(sample):
             yield error(key, f"none of {counted(len(sample), 'shard')} can be used", "Is this the right folder?")
         elif not problems:
-            opened = f", of which {len(sample)} could be opened" if sample else ""
+            opened = f"; looked into {len(sample)}" if sample else ""
             yield ok(key, f"{counted(len(shards), 'local shard')}{opened}")
 
 
