@@ -227,7 +227,9 @@ def check_length(case: Case) -> Iterator[Finding]:
         return
     if run.iters_per_epoch is None:
         return
-    length = RunLength(run.batch_size_train, case.world_size, run.iters_per_epoch, run.max_epoch, run.accum_grad_iters)
+    length = RunLength(
+        run.batch_size_train, case.world_size, run.iters_per_epoch, run.max_epoch, run.accum_grad_iters, case.on_gpu
+    )
     duration = f"; {length.duration(case.step_time)} at {case.step_time} s a step" if case.step_time else ""
     yield ok("length", f"{length}{duration}")
     if run.warmup_steps > run.iters_per_epoch and run.max_epoch > 1:

@@ -19,6 +19,7 @@ from minigpt4.common.length import RunLength
 from minigpt4.common.logger import MetricLogger
 from minigpt4.common.optims import create_optimizer
 from minigpt4.common.registry import registry
+from minigpt4.common.words import counted
 from minigpt4.datasets.loaders import TrainLoader, eval_loader, report_left_out
 from minigpt4.runners.pace import Pace
 from minigpt4.runners.prefetch import prefetch
@@ -100,7 +101,10 @@ class RunnerBase:
         if run.resume_ckpt_path:
             self._resume(checkpoint.resolve(run.resume_ckpt_path))
         epochs = max(run.max_epoch - self.start_epoch, 0)
-        length = RunLength(run.batch_size_train, self.world_size, self.iters_per_epoch, epochs, run.accum_grad_iters)
+        length = RunLength(
+            run.batch_size_train, self.world_size, self.iters_per_epoch, epochs, run.accum_grad_iters,
+            on_gpu=self.device.type != "cpu",
+        )  # fmt: skip
         self.pace = Pace(length, run.log_freq)
         if self.dtype != torch.float32 and hasattr(self.module, "accelerate"):
             self.module.accelerate(run.packed, run.compile)
@@ -112,7 +116,7 @@ class RunnerBase:
         start = time.time()
         if not self.run.evaluate:
             if self.start_epoch >= self.run.max_epoch:
-                logging.info("Nothing left to train: the checkpoint has done all %d epochs.", self.run.max_epoch)
+                logging.info("Nothing left to train: the checkpoint has done %s.", counted(self.run.max_epoch, "epoch"))
             else:
                 self.pace.announce()
             for epoch in range(self.start_epoch, self.run.max_epoch):

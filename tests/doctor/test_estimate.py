@@ -142,6 +142,8 @@ def test_length():
     assert (length.duration(0.001), length.duration(36)) == ("1 min", "15.0 hours")
     said = "batch 16 per GPU, 64 in total (4 GPUs); 3 epochs of 500 batches = 1,500 steps, 96,000 samples"
     assert str(length) == said
+    said = "batch 1 per process, 2 in total (2 processes); 1 epoch of 1 batch = 1 step, 2 samples"
+    assert str(RunLength(1, 2, 1, 1, on_gpu=False)) == said
     length = RunLength(batch_size=2, world_size=1, iters_per_epoch=5, epochs=1, accum=2)
     assert (length.steps, length.samples) == (3, 10)
     assert str(length).startswith(

@@ -384,7 +384,7 @@ FAULTS = {
         lambda p: p.options.append(f"{LAION}={p.shards}/{{00000..00009}}.tar"),
         ERROR,
         LAION,
-        "7 of 10 shards are missing",
+        r"^(?!datasets).*: 7 of 10 shards are missing",
         "",
     ),
     "a cut shard": (
@@ -425,7 +425,7 @@ FAULTS = {
         lambda p: setattr(p, "world_size", 2),
         ERROR,
         ALIGN,
-        "10 for each GPU",
+        "10 for each process",
         "train=10",
     ),
     "no features": (
