@@ -143,7 +143,12 @@ def time_in_turn(args: argparse.Namespace, work: str, runners: list) -> Iterator
     if len(timers) == 2:
         first, second = (timer.seconds[args.warmup :] for timer in timers)
         ratios = [b / a for a, b in zip(first, second, strict=True)]
-        yield {"work": work, "second / first, median of pairs": round(statistics.median(ratios), 3)}
+        gaps = [abs(b - a) for a, b in zip(*(timer.losses for timer in timers), strict=True)]
+        yield {
+            "work": work,
+            "second / first, median of pairs": round(statistics.median(ratios), 3),
+            "loss difference, mean of pairs": round(statistics.mean(gaps), 5),
+        }
 
 
 def time_baseline(path: str, work: list[str]) -> Iterator[dict]:
