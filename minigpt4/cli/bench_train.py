@@ -71,6 +71,7 @@ def time_config(args: argparse.Namespace) -> Iterator[dict]:
     """Steps of a training config, with its own model and data, through its own runner."""
     from minigpt4.common.config import Config
     from minigpt4.common.registry import registry
+    from minigpt4.runners.state import seed_everything
 
     with contextlib.ExitStack() as stack:
         runners = []
@@ -80,6 +81,7 @@ def time_config(args: argparse.Namespace) -> Iterator[dict]:
             cfg.run_cfg.output_dir = stack.enter_context(tempfile.TemporaryDirectory())
             task = registry.get_task_class(cfg.run_cfg.task).setup_task(cfg=cfg)
             runner_class = registry.get_runner_class(cfg.run_cfg.runner)
+            seed_everything(cfg.run_cfg.seed)  # two settings start from the same weights
             runner = runner_class(cfg, task, task.build_model(cfg), task.build_datasets(cfg), "bench")
             runners.append((runner, runner.loader.epoch(0, args.warmup + args.steps + APART)))
         yield from time_in_turn(args, args.cfg_path, runners)

@@ -85,8 +85,8 @@ def random_batches(stage: int, batch_size: int, count: int) -> Iterator[dict]:
     import torch
 
     low, high = (80, 160) if stage == 2 else (8, 24)
-    rng = random.Random(1)
-    images = [torch.randn(batch_size, 3, 224, 224) for _ in range(3)]
+    rng, generator = random.Random(1), torch.Generator().manual_seed(1)
+    images = [torch.randn(batch_size, 3, 224, 224, generator=generator) for _ in range(3)]
     for i in range(count):
         texts = [" ".join(["w"] * (rng.randint(low, high) - 1)) for _ in range(batch_size)]
         yield {"image": images[i % 3], "text_input": texts}

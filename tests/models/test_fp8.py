@@ -10,14 +10,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import ROOT
+from PIL import Image
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from minigpt4.cli.drawings import save_examples
+from minigpt4.cli.random_work import quantize
 from minigpt4.common import fingerprint
 from minigpt4.common.config import Config
 from minigpt4.common.errors import ConfigError
-from minigpt4.models import MiniGPT4, acceleration, fp8
+from minigpt4.models import MiniGPT4, acceleration, fp8, int8
 from minigpt4.models.fused import fuse_projections
+from minigpt4.processors import Blip2ImageEvalProcessor
 
 
 def stand_in(rows, columns, row_scale, column_scale, bias=None, out_dtype=None, use_fast_accum=False):
@@ -172,35 +176,40 @@ def load_tiny():
     """Builder of the tiny default in bfloat16, its projection trained."""
 
     def load() -> MiniGPT4:
-        options = ["model.ckpt=${package:assets/tiny/stage1.safetensors}"]
+        options = ["model.ckpt=${package:assets/tiny/stage1.safetensors}", "model.prompt_path=null"]
         cfg = Config(SimpleNamespace(cfg_path=ROOT / "eval_configs/minigpt4_tiny_eval.yaml", options=options))
         model = MiniGPT4.from_config(cfg.model_cfg, dtype=torch.bfloat16)
-        model.max_txt_len, model.prompt_list = 32, []
+        model.end_sym = "\n"
         return model
 
     return load
 
 
-SAMPLES = {
-    "image": torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(2)),
-    "text_input": ["red apple", "a dog with a hat", "the sun", "grinning face"],
-}
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory):
+    """Four drawings with their names."""
+    processor = Blip2ImageEvalProcessor(64)
+    files = save_examples(tmp_path_factory.mktemp("drawings"), emoji=True)
+    images = torch.stack([processor(Image.open(file).convert("RGB")) for file in files])
+    return {"image": images, "text_input": ["cat face", "red apple", "sailboat", "automobile"]}
 
 
-def loss_and_gradient(model):
+def loss_and_gradient(model, samples):
     model.zero_grad()
     with model.autocast(model.device):
-        loss = model(SAMPLES)["loss"]
+        loss = model(samples)["loss"]
     loss.backward()
     return loss.item(), model.llama_proj.weight.grad.flatten().clone()
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_the_whole_model(load_tiny, fused, products, caplog):
+def test_the_whole_model(load_tiny, samples, fused, products, caplog):
+    """The loss to 2 %, and the direction of the projection's gradient, in which a small network feels any rounding:
+    between bfloat16 and float32 the cosine is 0.990."""
     model = load_tiny()
     names, shapes = zip(*((name, p.shape) for name, p in model.named_parameters()), strict=True)
     keys, taken = list(model.state_dict()), fingerprint.take(model.llama_model, "tiny", "{}", "\n")
-    loss, gradient = loss_and_gradient(model)
+    loss, gradient = loss_and_gradient(model, samples)
     if fused:
         assert fuse_projections(model.llama_model) == 6
     with caplog.at_level(logging.INFO):
@@ -209,20 +218,20 @@ def test_the_whole_model(load_tiny, fused, products, caplog):
     assert f"{per_layer * layers} linear layers compute in fp8, 0 do not, of LlamaDecoderLayer." in caplog.text
     assert f"{4 * blocks} linear layers compute in fp8, 0 do not, of EvaBlock." in caplog.text
 
-    rounded_loss, rounded_gradient = loss_and_gradient(model)
+    rounded_loss, rounded_gradient = loss_and_gradient(model, samples)
     assert len(products) == 4 * blocks + 2 * per_layer * layers
     assert rounded_loss == pytest.approx(loss, rel=0.02) and rounded_loss != loss
-    assert torch.cosine_similarity(rounded_gradient, gradient, dim=0) > 0.98
+    assert torch.cosine_similarity(rounded_gradient, gradient, dim=0) > 0.93
 
     assert tuple(name for name, _ in model.named_parameters()) == names and list(model.state_dict()) == keys
     assert tuple(p.shape for p in model.parameters()) == shapes
     own = fingerprint.take(model.llama_model, "tiny", "{}", "\n")
     assert fingerprint.difference_of(taken, own) is None
     fp8.convert(model.llama_model, model.visual_encoder)  # set up anew
-    assert loss_and_gradient(model)[0] == rounded_loss
+    assert loss_and_gradient(model, samples)[0] == rounded_loss
 
 
-def test_fused_layers_compute_what_separate_ones_do(load_tiny):
+def test_fused_layers_compute_what_separate_ones_do(load_tiny, samples):
     separate, fused = load_tiny(), load_tiny()
     fuse_projections(fused.llama_model)
     for model in (separate, fused):
@@ -231,18 +240,18 @@ def test_fused_layers_compute_what_separate_ones_do(load_tiny):
         assert a.dtype == b.dtype, name
         if a.dtype == fp8.DTYPE:
             assert torch.equal(a.view(torch.uint8), b.view(torch.uint8)), name
-    assert loss_and_gradient(fused)[0] == pytest.approx(loss_and_gradient(separate)[0], rel=2e-3)
+    assert loss_and_gradient(fused, samples)[0] == pytest.approx(loss_and_gradient(separate, samples)[0], rel=2e-3)
 
 
-def test_answers_after_training(load_tiny, products):
+def test_answers_after_training(load_tiny, samples, products):
     """In the process that trains, answers come from the rounded layers too."""
     model = load_tiny()
     acceleration.accelerate(model, packed=True, compiled=False, fp8=True)
-    loss_and_gradient(model)
+    loss_and_gradient(model, samples)
     products.clear()
-    first = model.generate(SAMPLES["image"], ["<ImageHere>"] * 4, stop="\n", max_new_tokens=6)
+    first = model.generate(samples["image"], ["<ImageHere>"] * 4, stop="\n", max_new_tokens=6)
     assert products and len(first) == 4
-    assert model.generate(SAMPLES["image"], ["<ImageHere>"] * 4, stop="\n", max_new_tokens=6) == first
+    assert model.generate(samples["image"], ["<ImageHere>"] * 4, stop="\n", max_new_tokens=6) == first
 
 
 def test_an_encoder_that_trains_stays_as_it_is(load_tiny):
@@ -256,13 +265,21 @@ def test_an_encoder_that_trains_stays_as_it_is(load_tiny):
 # Where it is not possible
 
 
-def test_a_model_without_such_layers(build_golden_model):
-    model = build_golden_model(dtype=torch.bfloat16)  # 40 wide, which is no multiple of 16
-    for quantized in (False, True):
-        if quantized:
-            model = build_golden_model(load_in="8bit_weights", dtype=torch.bfloat16)
-        with pytest.raises(ConfigError, match=r"run.fp8=True: the language model has no .*model.load_in=16bit"):
-            model.accelerate(packed=False, compiled=False, fp8=True)
+@pytest.mark.parametrize("quantized", [False, True])
+def test_a_model_without_such_layers(build_golden_model, load_tiny, quantized):
+    model = load_tiny() if quantized else build_golden_model(dtype=torch.bfloat16)  # 40 wide, no multiple of 16
+    if quantized:
+        int8.quantize(model.llama_model, model.device)
+    with pytest.raises(ConfigError, match=r"run.fp8=True: the language model has no .*model.load_in=16bit"):
+        model.accelerate(packed=False, compiled=False, fp8=True)
+
+
+def test_a_bitsandbytes_model(load_tiny):
+    pytest.importorskip("bitsandbytes")
+    llm = load_tiny().llama_model
+    quantize(llm.model, "4bit", torch.bfloat16)
+    with pytest.raises(ConfigError, match=r"run.fp8=True: the language model has no .*model.load_in=16bit"):
+        fp8.convert(llm)
 
 
 @pytest.mark.parametrize(
