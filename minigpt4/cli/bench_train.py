@@ -4,10 +4,13 @@
     python -m minigpt4 bench train --baseline FILE             # beside another script's `Baseline` and `measure`
     python -m minigpt4 bench train --compare run.compile=false # two settings in one process, step by step in turn
     python -m minigpt4 bench train --cfg-path train_configs/minigpt4_tiny_stage1_pretrain.yaml   # a config, its data
+    python -m minigpt4 bench train --compare run.fp8=True --warmup 0 --steps 100   # what a setting does to the loss
 
 A step is: images on the host, forward, backward, optimiser step, loss read. Captions have 8 to 24 tokens in stage 1
 and 80 to 160 in stage 2, drawn with seed 1; stage 2 has a prompt of 22 tokens around the image. Where the time goes is
 seen in more steps after the timed ones, each part of which is waited for: their sum is more than a step's time.
+Two settings take the same batches and start from the same weights; the difference of their losses, warm-up included, is
+what they compute differently. (With several prompts, a config's steps draw them apart: model.prompt_path=null.)
 """
 
 import argparse
@@ -106,7 +109,8 @@ def time_full_size(args: argparse.Namespace) -> Iterator[dict]:
                 options = [*options, f"run.output_dir={folder}", "run.num_workers=0"]
                 cfg = Config(SimpleNamespace(cfg_path=TRAIN_CONFIGS / f"minigpt4_{name}.yaml", options=options))
                 dtype = dist_utils.select_dtype(device, cfg.run_cfg.amp, cfg.run_cfg.amp_dtype)
-                model = random_model(device, dtype, args.small, args.load_in, cfg.model_cfg.llm_grad_checkpoint)
+                load_in = cfg.model_cfg.load_in or args.load_in
+                model = random_model(device, dtype, args.small, load_in, cfg.model_cfg.llm_grad_checkpoint)
                 model.max_txt_len, model.end_sym = cfg.model_cfg.max_txt_len, " ."
                 model.prompt_list = [" w" * 11 + "<ImageHere>" + " w" * 11] if stage == 2 else []
                 datasets = {"random": {"train": RandomPairs(256)}}

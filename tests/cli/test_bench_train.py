@@ -59,6 +59,17 @@ def test_low_bits(capsys, load_in):
     assert row["language_s"] > 0
 
 
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
+def test_compare_with_low_bits(capsys):
+    found = rows(capsys, "--small", "--work", "S1/16", "--compare", "model.load_in=8bit")
+    assert 0 < found[2]["loss difference, mean of pairs"] < 0.01
+
+
+def test_random_weights_in_8bit_weights():
+    arguments = ["bench", "train", "--small", "--work", "S1/16", "--options", "model.load_in=8bit_weights"]
+    assert "not model.load_in=8bit_weights" in main(arguments)
+
+
 def test_a_config_with_its_own_data(capsys, configs):
     options = ["--options", "run.num_workers=0", "model.ckpt=null"]
     (row,) = rows(capsys, "--cfg-path", str(configs["stage2"]), *options)
