@@ -1,4 +1,4 @@
-"""How training steps are computed: packed, compiled, recorded. The numbers stay the same to rounding."""
+"""How training steps are computed: packed, compiled, recorded. The numbers stay the same to rounding, but for fp8."""
 
 import functools
 import logging
@@ -7,7 +7,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from minigpt4.models.cuda_graphs import GraphedFunction
-from minigpt4.models.fp8 import convert
+from minigpt4.models.fp8 import convert_to_fp8
 from minigpt4.models.fused import fuse_projections
 from minigpt4.models.packing import PackedBatch, allow_packing
 from minigpt4.models.precision import cast_matrices
@@ -34,7 +34,7 @@ def accelerate(model, packed: bool, compiled: bool, fp8: bool = False) -> None:
     if compiled:
         fuse_projections(llm)
     if fp8:
-        convert(llm, model.visual_encoder)
+        convert_to_fp8(llm, model.visual_encoder)
     if not compiled:
         return
     llm_layers = [] if _is_quantized(llm) else llm.get_decoder().layers  # bitsandbytes' layers run as they are

@@ -1,12 +1,13 @@
-"""Frozen linear layers in fp8: twice the rate of 16-bit products on a Hopper GPU, and weights and inputs rounded.
+"""Frozen linear layers in fp8: products at twice the rate of 16 bit on a Hopper GPU, of rounded weights and inputs.
 
-Weights are rounded once, what is multiplied with them at each step: both to e4m3, with one scale a row, by its largest
-entry. The result has the rows' scales times the columns', in bfloat16. In the backward pass the gradient of the input is
-a product of the same kind. It has a second copy of the weights, rounded by columns, since the GPU's fp8 product reads
-both factors along the dimension that it sums over; two copies in 8 bit take the place of one in 16. Gradients are in
-e4m3 too: with a scale for each row, its three bits of mantissa are worth more than the range of e5m2.
-The sums are the fast ones of the tensor cores: to some 14 bits, which is far finer than what rounding to e4m3 leaves.
-The scheme is that of torchao's row-wise recipe, there with gradients for the weights.
+Both are rounded to e4m3, the weights once, the inputs at each step, with one scale a row by its largest entry, as in
+torchao's row-wise recipe. The backward pass gives the gradient of the input by a product of the same kind, with a copy
+of the weights that is rounded by columns: the GPU wants both factors to lie along the dimension that it sums over. So
+two copies in 8 bit take the place of one in 16.
+
+Gradients are in e4m3 too: each row having a scale, the third bit of mantissa is worth more than the range of e5m2. Both
+directions use fast sums (`use_fast_accum`): partial sums stay in the tensor cores and are not carried over to float32
+every few products. Where a scale belongs to a row, that recipe does so for all products.
 
 M tokens, K inputs, N outputs.
 """
@@ -31,10 +32,11 @@ def check(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
     if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device) < (9, 0):
         here = device.type
         if device.type == "cuda":
-            here = f"{torch.cuda.get_device_name(device)} ({'.'.join(map(str, torch.cuda.get_device_capability(device)))})"
+            capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
+            here = f"{torch.cuda.get_device_name(device)} ({capability})"
         raise ConfigError(
-            f"run.fp8=True needs an NVIDIA GPU of compute capability 9.0 or newer (Hopper); this run's device is {here}. "
-            f"Use such a GPU, {off}"
+            "run.fp8=True needs an NVIDIA GPU of compute capability 9.0 or newer (Hopper); this run's device is "
+            f"{here}. Use such a GPU, {off}"
         )
     if dtype != torch.bfloat16:
         raise ConfigError(
@@ -42,13 +44,16 @@ def check(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
             f"Set run.amp=True and run.amp_dtype=bf16, {off}"
         )
     if not hasattr(model, "accelerate"):
-        raise ConfigError(f"run.fp8=True: {type(model).__name__} has no `accelerate`, which would do it. Set run.fp8=False.")
+        raise ConfigError(
+            f"run.fp8=True: {type(model).__name__} has no `accelerate`, which would do it. Set run.fp8=False."
+        )
 
 
-def convert(llm: nn.Module, visual_encoder: nn.Module | None = None) -> None:
-    """Let the frozen bfloat16 linear layers of the language model's layers, and of a frozen encoder's blocks, compute so.
+def convert_to_fp8(llm: nn.Module, visual_encoder: nn.Module | None = None) -> None:
+    """Turn frozen linear layers in bfloat16 into such in fp8: the language model's, and a frozen encoder's.
 
-    Layers of other sizes than multiples of `MULTIPLE` stay as they are. No gradient passes through the encoder then.
+    Those inside its layers and blocks are meant; others, and sizes that are no multiples of `MULTIPLE`, stay as they
+    are. The encoder passes no gradient on from then.
 
     Raises ConfigError for a language model that has no such layer, as a quantised one.
     """
@@ -86,7 +91,7 @@ def product(
 
 
 class _Product(torch.autograd.Function):
-    """`product`, with a gradient for x alone. Plain operations, so that the compiler joins them with their neighbours."""
+    """`product`, with a gradient for x alone. Of plain operations, which the compiler joins with their neighbours."""
 
     @staticmethod
     def forward(ctx, x, weight, scale, columns, column_scale, bias):

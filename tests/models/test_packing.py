@@ -4,19 +4,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import loss_and_gradient
 from torch import nn
 from transformers import MistralConfig, MistralForCausalLM
 
 from minigpt4.models.fused import fuse_projections
 from minigpt4.models.packing import LABEL_MULTIPLE, TOKEN_MULTIPLE, allow_packing, pack
 from minigpt4.models.prompt import IGNORE_INDEX, IMAGE_ID, pad
-
-
-def loss_and_gradient(model, samples):
-    model.zero_grad()
-    output = model(samples)
-    output["loss"].backward()
-    return output, model.llama_proj.weight.grad.clone()
 
 
 @pytest.mark.parametrize("name", ["stage1", "stage2"])
