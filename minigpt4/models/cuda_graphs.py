@@ -3,12 +3,14 @@
 A replay is one launch for the host where the function itself is thousands, which is what small batches wait for.
 """
 
+import contextlib
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 
 import torch
+from torch.autograd.function import once_differentiable
 
 # Recordings per function. A function that meets more shapes runs the rest unrecorded.
 LIMIT = 24
@@ -19,15 +21,18 @@ RECORDING = threading.RLock()
 class GraphedFunction:
     """`fn(*tensors)` with one output that may require grad, forward and backward replayed from CUDA graphs.
 
-    Gradients reach the tensors only: nothing else that `fn` uses may train. All recordings share one pool of memory, so
-    the backward of a call must come before the next call; one that comes before runs unrecorded, as do calls in
-    inference mode, whose sizes come once.
+    A combination of shapes runs as it stands when it is first met, which compiles what has to be; when it is met again
+    it is recorded. Gradients reach the tensors only: nothing else that `fn` uses may train.
+
+    All that `fn` computes shares one piece of memory, so the backward of a call must come before the next call; one
+    that comes before has memory of its own and is not recorded. Nor are calls in inference mode, whose sizes come once.
     """
 
     def __init__(self, fn: Callable, name: str):
         self.fn, self.name = fn, name
-        self.pool = None
-        self.recorded: dict[Hashable, Callable] = {}
+        self.memory: Memory | None = None
+        self.met: set[Hashable] = set()
+        self.recorded: dict[Hashable, Recording] = {}
         self.pending: Callable[[], _Backward | None] = lambda: None  # of the last call, while its graph lives
 
     def __call__(self, *tensors: torch.Tensor, static: tuple = ()) -> torch.Tensor:
@@ -35,27 +40,88 @@ class GraphedFunction:
         pending = self.pending()
         if torch.is_inference_mode_enabled() or (pending and not pending.begun):
             return self.fn(*tensors, *static)
-        autocast = torch.is_autocast_enabled(tensors[0].device.type)
-        key = (static, autocast, *((t.shape, t.dtype, t.requires_grad) for t in tensors))
-        if key not in self.recorded and len(self.recorded) < LIMIT:
-            self.recorded[key] = self._record(tensors, static)
-        if key not in self.recorded:
-            return self.fn(*tensors, *static)
-        output = self.recorded[key](*tensors).clone()  # the next replay writes over the graph's own
+        modes = (torch.is_autocast_enabled(tensors[0].device.type), torch.is_grad_enabled())
+        key = (static, modes, *((t.shape, t.dtype, t.requires_grad) for t in tensors))
+        self.memory = self.memory or Memory()
+        if key in self.met and key not in self.recorded and len(self.recorded) < LIMIT:
+            logging.info("Recording a CUDA graph of the %s for %s", self.name, static or tuple(tensors[0].shape))
+            self.recorded[key] = Recording(self.fn, tensors, static, self.memory)
+        self.met.add(key)
+        if key in self.recorded:
+            output = _Replayed.apply(self.recorded[key], *tensors)
+        else:
+            with self.memory.in_use():
+                output = self.fn(*tensors, *static)
+            output = output.clone()  # in memory of its own
         if output.requires_grad:
             pending = _Backward()
             output.register_hook(pending)
             self.pending = weakref.ref(pending)
         return output
 
-    def _record(self, tensors: tuple[torch.Tensor, ...], static: tuple) -> Callable:
-        logging.info("Recording a CUDA graph of the %s for %s", self.name, static or tuple(tensors[0].shape))
+
+class Memory:
+    """Memory that recordings share with the calls that precede them.
+
+    Without it a GPU would have to hold the activations of both. Torch keeps memory apart by stream, hence the stream.
+    """
+
+    def __init__(self):
+        self.pool, self.stream = torch.cuda.MemPool(), torch.cuda.Stream()
+
+    @contextlib.contextmanager
+    def in_use(self) -> Iterator[None]:
+        current = torch.cuda.current_stream()
+        self.stream.wait_stream(current)
+        with torch.cuda.use_mem_pool(self.pool), torch.cuda.stream(self.stream):
+            yield
+        current.wait_stream(self.stream)
+
+    def graph(self, graph: torch.cuda.CUDAGraph) -> torch.cuda.graph:
+        """Context in which a graph is recorded."""
+        return torch.cuda.graph(graph, pool=self.pool.id, stream=self.stream)
+
+
+class Recording:
+    """CUDA graphs of a function's forward and backward pass, with the tensors that they read and write."""
+
+    def __init__(self, fn: Callable, tensors: tuple[torch.Tensor, ...], static: tuple, memory: Memory):
+        self.inputs = tuple(t.detach().clone().requires_grad_(t.requires_grad) for t in tensors)
+        self.forward_graph = torch.cuda.CUDAGraph()
         with RECORDING:
-            self.pool = self.pool or torch.cuda.graph_pool_handle()
-            samples = tuple(t.detach().clone().requires_grad_(t.requires_grad) for t in tensors)
-            recorded = torch.cuda.make_graphed_callables(lambda *args: self.fn(*args, *static), samples, pool=self.pool)
-            torch.cuda.empty_cache()  # what the warm-up used outside the pool
-        return recorded
+            with memory.graph(self.forward_graph):
+                output = fn(*self.inputs, *static)
+            self.output = output.detach()
+            if output.requires_grad:
+                self.grad_output, self.backward_graph = torch.empty_like(output), torch.cuda.CUDAGraph()
+                learning = [t for t in self.inputs if t.requires_grad]
+                with memory.graph(self.backward_graph):
+                    self.gradients = torch.autograd.grad(output, learning, self.grad_output)
+
+    def replay(self, tensors: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        for own, given in zip(self.inputs, tensors, strict=True):
+            own.copy_(given)
+        self.forward_graph.replay()
+        return self.output.clone()  # the next replay writes over the graph's own
+
+    def replay_backward(self, grad_output: torch.Tensor) -> list[torch.Tensor | None]:
+        """The gradient of each input that requires one."""
+        self.grad_output.copy_(grad_output)
+        self.backward_graph.replay()
+        gradients = iter(self.gradients)
+        return [next(gradients).clone() if t.requires_grad else None for t in self.inputs]
+
+
+class _Replayed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, recording: Recording, *tensors: torch.Tensor) -> torch.Tensor:
+        ctx.recording = recording
+        return recording.replay(tensors)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output: torch.Tensor) -> tuple:
+        return None, *ctx.recording.replay_backward(grad_output)
 
 
 class _Backward:

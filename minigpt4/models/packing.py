@@ -1,14 +1,19 @@
-"""Packed batches: sequences of different lengths end to end in one row, so that no work is spent on padding.
+"""Packed batches: sequences of different lengths end to end in one row, so that no work is spent twice or in vain.
 
-Attention keeps the sequences apart: it is told where each begins (`cu_seqlens`) and is causal within it. On a GPU that
-is torch's variable-length attention; elsewhere a loop over the sequences, exact and good enough for tests.
+- No padding, save some rows at the end.
+- What all sequences begin with, up to their first image (`<s>`, the prompt), stands in the row once, as a sequence of
+  its own. Its keys and values precede those of each other sequence.
+- The last token of a sequence is left out. It is predicted, but nothing is predicted from it.
 
-B sequences, T tokens in all, Q query tokens per image, K labels.
+Attention keeps the sequences apart: it is told where each begins (`Segments`) and is causal within it. On a GPU that is
+torch's variable-length attention; elsewhere a loop over the sequences, exact and good enough for tests.
+
+B sequences, P tokens that they share, T rows in all, L keys (T + B * P), Q query tokens per image, K labels.
 """
 
 import inspect
-import itertools
 from dataclasses import dataclass, replace
+from itertools import chain, pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -28,11 +33,24 @@ TOKEN_MULTIPLE, LABEL_MULTIPLE = 128, 64
 class Sizes(NamedTuple):
     """Lengths of the parts of a packed batch: all that its shapes depend on."""
 
-    tokens: int
+    rows: int
     image_positions: int
     sequences: int
+    shared: int
     labels: int
     longest: int
+
+
+class Segments(NamedTuple):
+    """Where the sequences of a packed batch lie in its rows, and in its keys and values: what attention needs."""
+
+    starts: torch.Tensor  # [B+3] int32, in the rows: the shared beginning, the sequences, the fill, the end
+    key_starts: torch.Tensor  # [B+3] int32, in the keys
+    key_rows: torch.Tensor  # [L] of which row each key is
+    own_keys: torch.Tensor  # [T] the key of each row in its own sequence
+    copied_keys: torch.Tensor  # [B*P] keys that are copies of the shared beginning's
+    shared: int  # P
+    longest: int  # no sequence has more keys
 
 
 @dataclass
@@ -45,43 +63,45 @@ class PackedBatch:
     numbers: torch.Tensor
     sizes: Sizes
     num_labels: int = 0
-    num_tokens: int = 0
+    num_tokens: int = 0  # of the sequences, those included that are shared or left out
 
-    def _part(self, index: int) -> torch.Tensor:
-        s = self.sizes
-        lengths = (s.tokens, s.tokens, s.image_positions, s.sequences + 1, s.labels, s.labels, 1)
-        start = sum(lengths[:index])
-        return self.numbers[start : start + lengths[index]]
+    def _parts(self) -> list[torch.Tensor]:
+        """In the order of `pack`."""
+        rows, image_positions, sequences, shared, labels, _ = self.sizes
+        copies, starts = sequences * shared, sequences + 3
+        return self.numbers.split(
+            [rows, rows, image_positions, labels, labels, 1, starts, starts, rows + copies, rows, copies]
+        )
 
     @property
     def input_ids(self) -> torch.Tensor:
         """[1,T], 0 where an image vector belongs."""
-        return self._part(0).unsqueeze(0)
+        return self._parts()[0].unsqueeze(0)
 
     @property
     def image_positions(self) -> torch.Tensor:
         """[images * Q] where the image vectors belong, in order."""
-        return self._part(2)
+        return self._parts()[2]
 
     @property
     def targets(self) -> torch.Tensor:
         """[1,K] the tokens to be predicted at `logits_to_keep`, IGNORE_INDEX in the fill."""
-        return self._part(5).unsqueeze(0)
+        return self._parts()[4].unsqueeze(0)
 
     @property
     def label_count(self) -> torch.Tensor:
         """[] how many of the targets are labels."""
-        return self._part(6).squeeze(0)
+        return self._parts()[5].squeeze(0)
 
     def llm_inputs(self) -> dict:
         """What the language model is called with beside the embeddings [1,T,D]; see `allow_packing`."""
+        _, positions, _, label_rows, _, _, starts, key_starts, *keys = self._parts()
         return {
             # transformers takes a mask of four dimensions as it is; the packed attention does not look at it.
             "attention_mask": self.numbers.view(1, 1, 1, -1),
-            "position_ids": self._part(1).unsqueeze(0),
-            "cu_seqlens": self._part(3).int(),
-            "longest": self.sizes.longest,
-            "logits_to_keep": self._part(4),
+            "position_ids": positions.unsqueeze(0),
+            "segments": Segments(starts.int(), key_starts.int(), *keys, self.sizes.shared, self.sizes.longest),
+            "logits_to_keep": label_rows,
         }
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "PackedBatch":
@@ -96,29 +116,61 @@ class PackedBatch:
 
 def pack(sequences: list[list[int]], labels: list[list[int]]) -> PackedBatch:
     """Pack token ids (IMAGE_ID where an image vector belongs) and their labels, of the same lengths, not shifted."""
-    lengths = [len(sequence) for sequence in sequences]
-    tokens = round_up(sum(lengths), TOKEN_MULTIPLE)
-    lengths.append(tokens - sum(lengths))
-    ids = np.concatenate([*map(np.asarray, sequences), np.zeros(lengths[-1], dtype=np.int64)])
-    starts = np.concatenate([[0], np.cumsum(lengths)])
-    targets = np.concatenate([*map(np.asarray, labels), np.full(lengths[-1] + 1, IGNORE_INDEX)])
-    targets[starts[:-1]] = IGNORE_INDEX  # nothing precedes the first token of a sequence
-    targets = targets[1:]
-    learnt = np.flatnonzero(targets != IGNORE_INDEX)
-    fill = round_up(max(len(learnt), 1), LABEL_MULTIPLE) - len(learnt)
-    is_image = ids == IMAGE_ID
+    shared = shared_beginning(sequences, labels)
+    # An image vector is never left out: `embed` puts in all of them.
+    ends = [len(ids) - (ids[-1] != IMAGE_ID) for ids in sequences]
+    lengths = np.array([shared, *(end - shared for end in ends), 0])
+    lengths[-1] = -lengths.sum() % TOKEN_MULTIPLE
+    rows, starts = lengths.sum(), np.concatenate([[0], np.cumsum(lengths)])
+
+    def row_of(first: list[int], others: list[list[int]], fill: int) -> np.ndarray:
+        """A number for each row."""
+        parts = [first[:shared], *(other[shared:end] for other, end in zip(others, ends, strict=True))]
+        return np.array([*chain.from_iterable(parts), *[fill] * lengths[-1]], dtype=np.int64)
+
+    ids = row_of(sequences[0], sequences, 0)
+    predicted = row_of([IGNORE_INDEX] * shared, [[*row[1:], IGNORE_INDEX] for row in labels], IGNORE_INDEX)
+    is_image, is_label = ids == IMAGE_ID, predicted != IGNORE_INDEX
+    num_labels = int(is_label.sum())
+    fill = -num_labels % LABEL_MULTIPLE if num_labels else LABEL_MULTIPLE
+
+    offsets = np.array([0, *[shared] * len(sequences), 0])  # of each sequence's keys: what precedes its own
+    key_starts = np.concatenate([[0], np.cumsum(lengths + offsets)])
+    own_keys = np.arange(rows) + np.repeat(np.cumsum(offsets), lengths)
+    copied_keys = (key_starts[1:-2, None] + np.arange(shared)).ravel()
+    key_rows = np.empty(key_starts[-1], dtype=np.int64)
+    key_rows[own_keys], key_rows[copied_keys] = np.arange(rows), np.tile(np.arange(shared), len(sequences))
     parts = (
         np.where(is_image, 0, ids),
-        np.arange(tokens) - np.repeat(starts[:-1], lengths),
+        np.arange(rows) + np.repeat(offsets - starts[:-1], lengths),
         np.flatnonzero(is_image),
+        np.pad(np.flatnonzero(is_label), (0, fill)),
+        np.pad(predicted[is_label], (0, fill), constant_values=IGNORE_INDEX),
+        [num_labels],
         starts,
-        np.pad(learnt, (0, fill)),
-        np.pad(targets[learnt], (0, fill), constant_values=IGNORE_INDEX),
-        [len(learnt)],
+        key_starts,
+        key_rows,
+        own_keys,
+        copied_keys,
     )
-    longest = round_up(max(lengths), TOKEN_MULTIPLE)
-    sizes = Sizes(tokens, int(is_image.sum()), len(lengths), len(learnt) + fill, longest)
-    return PackedBatch(torch.from_numpy(np.concatenate(parts).astype(np.int64)), sizes, len(learnt), sum(lengths[:-1]))
+    longest = round_up(int(max(lengths + offsets)), TOKEN_MULTIPLE)
+    sizes = Sizes(int(rows), int(is_image.sum()), len(sequences), shared, num_labels + fill, longest)
+    numbers = torch.from_numpy(np.concatenate(parts).astype(np.int64))
+    return PackedBatch(numbers, sizes, num_labels, sum(map(len, sequences)))
+
+
+def shared_beginning(sequences: list[list[int]], labels: list[list[int]]) -> int:
+    """How many tokens all sequences begin with, before any image, that neither they nor the next ones are labels of."""
+    first, count = sequences[0], 0
+    most = min(map(len, sequences)) - 1
+    while (
+        count < most
+        and first[count] != IMAGE_ID
+        and all(ids[count] == first[count] for ids in sequences)
+        and all(row[count + 1] == IGNORE_INDEX for row in labels)
+    ):
+        count += 1
+    return count
 
 
 def round_up(number: int, multiple: int) -> int:
@@ -128,7 +180,7 @@ def round_up(number: int, multiple: int) -> int:
 def allow_packing(llm) -> bool:
     """Let a transformers model take packed batches beside the usual ones; returns whether it can.
 
-    Calls with `cu_seqlens`, those of a packed batch, attend within its sequences; others go on as before. It cannot
+    Calls with `segments`, those of a packed batch, attend within its sequences; others go on as before. It cannot
     where tokens do not see all before them (windows, recurrent layers), or the GPU has no variable-length attention.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
@@ -162,39 +214,58 @@ def sees_all(config) -> bool:
 def _attention_function(usual):
     """An attention function of transformers: packed where the call says so, otherwise `usual`."""
 
-    def attend(module, query, key, value, attention_mask, scaling=None, cu_seqlens=None, longest=None, **kwargs):
-        if cu_seqlens is None:
+    def attend(module, query, key, value, attention_mask, scaling=None, segments=None, **kwargs):
+        if segments is None:
             return usual(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-        return packed_attention(query, key, value, scaling, cu_seqlens, longest), None
+        return packed_attention(query, key, value, scaling, segments), None
 
     return attend
 
 
-def packed_attention(query, key, value, scaling, cu_seqlens, longest) -> torch.Tensor:
-    """Causal attention within each sequence: query [1,H,T,d], key and value [1,H or fewer,T,d], to [1,T,H,d].
-
-    cu_seqlens [B+1] int32: where the sequences begin and end; none is longer than `longest`.
-    """
+def packed_attention(query, key, value, scaling, segments: Segments) -> torch.Tensor:
+    """Causal attention within each sequence: query [1,H,T,d], key and value [1,H or fewer,T,d], to [1,T,H,d]."""
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # [T,H,d]
+    if segments.shared:
+        k, v = (PrecededByShared.apply(x, *segments[2:6]) for x in (k, v))  # [L,H,d]
     if query.is_cuda and query.dtype != torch.float32:
-        d = q.shape[-1]
+        d, longest = q.shape[-1], segments.longest
         # A copy of v where it is a part of a joint projection, all of which would be kept for the backward pass.
         q, k, v = (F.pad(x, (0, -d % 8)).contiguous() for x in (q, k, v))
-        out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, scale=scaling, **CAUSAL)[..., :d]
+        starts = (segments.starts, segments.key_starts)
+        out = varlen_attn(q, k, v, *starts, longest, longest, scale=scaling, **CAUSAL)[..., :d]
     else:
-        out = _one_by_one(q, k, v, cu_seqlens, scaling)
+        out = _one_by_one(q, k, v, segments, scaling)
     return out.unsqueeze(0)
 
 
-def _one_by_one(q, k, v, cu_seqlens, scaling):
-    starts = cu_seqlens.tolist()
-    outs = [
-        F.scaled_dot_product_attention(
-            *(x[start:end].transpose(0, 1) for x in (q, k, v)), is_causal=True, scale=scaling
-        ).transpose(0, 1)
-        for start, end in itertools.pairwise(starts)
-    ]
+class PrecededByShared(torch.autograd.Function):
+    """Keys, or values, of the rows [T,H,d] to those of the sequences [L,H,d], the shared ones before each one's own.
+
+    The backward pass of torch's own indexing would add row by row, in any order.
+    """
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, key_rows, own_keys, copied_keys, shared: int) -> torch.Tensor:
+        ctx.save_for_backward(own_keys, copied_keys)
+        ctx.shared = shared
+        return x[key_rows]
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple:
+        own_keys, copied_keys = ctx.saved_tensors
+        own = grad[own_keys]
+        shared = own[: ctx.shared] + grad[copied_keys].unflatten(0, (-1, ctx.shared)).sum(0)
+        return torch.cat([shared, own[ctx.shared :]]), None, None, None, None
+
+
+def _one_by_one(q, k, v, segments: Segments, scaling):
+    outs = []
+    for rows, keys in zip(pairwise(segments.starts.tolist()), pairwise(segments.key_starts.tolist()), strict=True):
+        parts = (x[slice(*part)].transpose(0, 1) for x, part in ((q, rows), (k, keys), (v, keys)))
+        length, key_length = rows[1] - rows[0], keys[1] - keys[0]
+        causal = torch.ones(length, key_length, dtype=torch.bool, device=q.device).tril(key_length - length)
+        outs.append(F.scaled_dot_product_attention(*parts, attn_mask=causal, scale=scaling).transpose(0, 1))
     return torch.cat(outs)

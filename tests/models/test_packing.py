@@ -45,25 +45,51 @@ def test_a_packed_batch_mixes_no_sequences(golden, build_golden_model):
     assert together["loss"].item() * sum(label_counts) == pytest.approx(total, rel=1e-5)
 
 
+IGN = IGNORE_INDEX
+
+
 def test_layout_of_a_packed_batch():
-    batch = pack(
-        [[1, IMAGE_ID, IMAGE_ID, 5, 6], [1, IMAGE_ID, IMAGE_ID, 7]], [[IGNORE_INDEX] * 3 + [5, 6], [-100] * 3 + [7]]
-    )
-    assert batch.sizes == (TOKEN_MULTIPLE, 4, 3, LABEL_MULTIPLE, TOKEN_MULTIPLE)
+    """Two sequences begin alike; the last token of each stands for nothing but itself."""
+    sequences = [[1, 9, IMAGE_ID, IMAGE_ID, 5, 6], [1, 9, IMAGE_ID, IMAGE_ID, 7]]
+    batch = pack(sequences, [[IGN] * 4 + [5, 6], [IGN] * 4 + [7]])
+    assert batch.sizes == (TOKEN_MULTIPLE, 4, 2, 2, LABEL_MULTIPLE, TOKEN_MULTIPLE)
     assert batch.num_labels == int(batch.label_count) == 3
-    assert batch.input_ids[0, :10].tolist() == [1, 0, 0, 5, 6, 1, 0, 0, 7, 0]
-    assert batch.image_positions.tolist() == [1, 2, 6, 7]
+    assert batch.num_tokens == 11
+    assert batch.input_ids[0, :8].tolist() == [1, 9, 0, 0, 5, 0, 0, 0]
+    assert batch.image_positions.tolist() == [2, 3, 5, 6]
+    assert batch.targets[0, :4].tolist() == [5, 6, 7, IGN]
     inputs = batch.llm_inputs()
-    assert inputs["position_ids"][0, :11].tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3, 0, 1]
-    assert inputs["cu_seqlens"].tolist() == [0, 5, 9, TOKEN_MULTIPLE]
-    assert inputs["logits_to_keep"][:4].tolist() == [2, 3, 7, 0]
-    assert batch.targets[0, :4].tolist() == [5, 6, 7, IGNORE_INDEX]
+    assert inputs["position_ids"][0, :9].tolist() == [0, 1, 2, 3, 4, 2, 3, 0, 1]
+    assert inputs["logits_to_keep"][:4].tolist() == [3, 4, 6, 0]
+    segments = inputs["segments"]
+    assert segments.starts.tolist() == [0, 2, 5, 7, TOKEN_MULTIPLE]
+    assert segments.key_starts.tolist() == [0, 2, 7, 11, TOKEN_MULTIPLE + 4]
+    assert segments.key_rows[:12].tolist() == [0, 1, 0, 1, 2, 3, 4, 0, 1, 5, 6, 7]
+    assert segments.own_keys[:8].tolist() == [0, 1, 4, 5, 6, 9, 10, 11]
+    assert segments.copied_keys.tolist() == [2, 3, 7, 8]
 
 
 def test_a_full_row_needs_no_fill():
-    batch = pack([[1] * TOKEN_MULTIPLE], [[IGNORE_INDEX] * (TOKEN_MULTIPLE - 1) + [1]])
-    assert batch.sizes.tokens == TOKEN_MULTIPLE
-    assert batch.llm_inputs()["cu_seqlens"].tolist() == [0, TOKEN_MULTIPLE, TOKEN_MULTIPLE]
+    batch = pack([[1] * (TOKEN_MULTIPLE + 1)], [[IGN] * TOKEN_MULTIPLE + [1]])
+    assert batch.sizes.rows == TOKEN_MULTIPLE
+    assert batch.llm_inputs()["segments"].starts.tolist()[-2:] == [TOKEN_MULTIPLE, TOKEN_MULTIPLE]
+
+
+@pytest.mark.parametrize(
+    ("sequences", "labels", "shared"),
+    [
+        ([[1, 2, 3], [1, 2, 4]], [[IGN] * 3] * 2, 2),
+        ([[1, 2, 3], [1, 2]], [[IGN] * 3, [IGN] * 2], 1),  # the last token is left out
+        ([[1, 2, 3], [1, 2, 4]], [[IGN, IGN, 3], [IGN, IGN, 4]], 1),  # 3 and 4 are predicted from the second
+        ([[1, 2, 3], [1, 2, 4]], [[1, 2, 3], [1, 2, 4]], 0),
+        ([[1, 2, 3], [5, 2, 3]], [[IGN] * 3] * 2, 0),
+        ([[IMAGE_ID, 2, 3], [IMAGE_ID, 2, 3]], [[IGN] * 3] * 2, 0),
+        ([[1, IMAGE_ID, 2, 3], [1, IMAGE_ID, 2, 3]], [[IGN] * 4] * 2, 1),
+        ([[1], [1]], [[IGN]] * 2, 0),
+    ],
+)
+def test_what_sequences_share(sequences, labels, shared):
+    assert pack(sequences, labels).sizes.shared == shared
 
 
 def test_a_first_token_is_no_label():
@@ -72,6 +98,30 @@ def test_a_first_token_is_no_label():
     packed, padded = pack(sequences, sequences), pad(sequences, sequences, 0)
     assert packed.num_labels == padded.num_labels == 3
     assert packed.targets[0, :4].tolist() == [6, 8, 9, IGNORE_INDEX]
+
+
+def test_image_vectors_at_the_end_are_not_left_out():
+    assert pack([[1, IMAGE_ID], [1, IMAGE_ID]], [[IGN] * 2] * 2).image_positions.tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("texts", [["a dog", "two cats on a mat", "x"], ["a dog"], ["same", "same"]])
+def test_packed_equals_padded_where_the_language_model_trains(build_golden_model, texts):
+    """Then the shared beginning gets gradients too: those of all sequences together."""
+    model = build_golden_model()
+    model.prompt_list = ["###Human: <Img><ImageHere></Img> Say what it is. ###Assistant: "]
+    model.llama_model.requires_grad_(True)
+    torch.manual_seed(0)
+    samples = {"image": torch.randn(len(texts), 3, 28, 28), "text_input": texts}
+    gradients = []
+    for packed in (False, allow_packing(model.llama_model)):
+        model.packed = packed
+        loss_and_gradient(model, samples)
+        gradients.append({name: p.grad for name, p in model.llama_model.named_parameters()})
+    assert model.prepare(samples)["tokens"].sizes.shared > 5
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(
+            gradients[1][name], gradient, atol=1e-6, rtol=1e-4, msg=lambda m, name=name: name + m
+        )
 
 
 def test_models_and_gpus_that_cannot_take_packed_batches(build_golden_model, monkeypatch):
