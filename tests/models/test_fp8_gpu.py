@@ -61,8 +61,10 @@ def test_close_to_bfloat16(load_tiny, samples, compiled):
     (expected, gradient), (output, own) = (loss_and_gradient(model, samples) for model in (plain, rounded))
     assert output["loss"].item() == pytest.approx(expected["loss"].item(), rel=0.03)
     assert cosine(own, gradient) > 0.92
-    # A graph that was recorded at the first step gives the same at the next.
-    assert loss_and_gradient(rounded, samples)[0]["loss"].item() == pytest.approx(output["loss"].item(), rel=1e-3)
+    for _ in range(3):  # the same as it stands, recorded, replayed
+        again, gradient = loss_and_gradient(rounded, samples)
+        assert again["loss"].item() == pytest.approx(output["loss"].item(), rel=1e-3)
+        assert cosine(gradient, own) > 0.99
 
 
 def test_compiled_equals_eager(load_tiny, samples):
