@@ -32,15 +32,10 @@ def random_model(device, dtype, small: bool, load_in: str = "16bit", llm_grad_ch
         vit = create_vit(vit_model, 224)
         if load_in != "16bit":
             quantize(llm.model, load_in, dtype)
-        model = MiniGPT4(
-            vit,
-            QFormer(vit.embed_dim, **qformer),
-            llm,
-            WordTokenizer(),
-            dtype=dtype,
-            llm_grad_checkpoint=llm_grad_checkpoint,
-        )
-    cast_matrices(vit, dtype)
+        q_former = QFormer(vit.embed_dim, **qformer)
+        cast_matrices(vit, dtype)
+        cast_matrices(q_former, dtype)
+        model = MiniGPT4(vit, q_former, llm, WordTokenizer(), dtype=dtype, llm_grad_checkpoint=llm_grad_checkpoint)
     return model
 
 

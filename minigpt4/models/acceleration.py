@@ -10,7 +10,6 @@ from minigpt4.models.cuda_graphs import GraphedFunction
 from minigpt4.models.fp8 import convert_to_fp8
 from minigpt4.models.fused import fuse_projections
 from minigpt4.models.packing import PackedBatch, allow_packing
-from minigpt4.models.precision import cast_matrices
 from minigpt4.models.vision import PREFIXES
 
 
@@ -29,8 +28,6 @@ def accelerate(model, packed: bool, compiled: bool, fp8: bool = False) -> None:
     model.packed = packed and allow_packing(llm)
     if packed and not model.packed:
         logging.info("Batches are padded: the language model, or this GPU, cannot take packed ones.")
-    if has_vision and not any(p.requires_grad for p in model.Qformer.parameters()):
-        cast_matrices(model.Qformer, model.dtype)  # what autocast would do at every step
     if compiled:
         fuse_projections(llm)
     if fp8:

@@ -69,6 +69,8 @@ def vision_parts(cfg: MiniGPT4Config, sources: Sources, device: torch.device, dt
     vit = load_encoder(cfg, sources.vision, device, dtype)
     with torch.device("meta" if sources.qformer else device):
         q_former = qformer.QFormer(vit.embed_dim, **cfg.qformer)
+    if cfg.freeze_qformer:
+        cast_matrices(q_former, dtype)
     return {"visual_encoder": vit, "Qformer": q_former, "num_query_token": cfg.num_query_token, "dtype": dtype}
 
 
