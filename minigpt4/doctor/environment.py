@@ -19,6 +19,7 @@ LEAST_PYTHON = (3, 11)
 BF16 = (8, 0)
 TORCH_WHEELS = (7, 5)
 BITS_8 = (7, 5)
+FP8 = (9, 0)
 
 
 def check_versions(case: Case) -> Iterator[Finding]:
@@ -92,6 +93,11 @@ def check_gpu(case: Case) -> Iterator[Finding]:
         yield error(
             "model.load_in", f"{name} has no 8-bit matrix product, which needs 7.5", "--options model.load_in=4bit"
         )
+    if case.run.fp8 and case.training and gpu.capability < FP8:
+        yield error("run.fp8", f"{name} has no fp8 product by rows, which needs 9.0", "--options run.fp8=False")
+    if case.run.fp8 and case.training and case.load_in != "16bit":
+        what = f"model.load_in={case.load_in} leaves no 16-bit layers that could be in fp8"
+        yield error("run.fp8", what, "--options run.fp8=False, or model.load_in=16bit")
     if case.local_size > len(case.gpus) and case.training:
         what = f"{case.local_size} processes on {counted(len(case.gpus), 'GPU')} of this machine"
         yield warning("GPU", what, f"On one machine: torchrun --nproc_per_node {len(case.gpus)}")

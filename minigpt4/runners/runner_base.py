@@ -21,6 +21,7 @@ from minigpt4.common.optims import create_optimizer
 from minigpt4.common.registry import registry
 from minigpt4.common.words import counted
 from minigpt4.datasets.loaders import TrainLoader, eval_loader, report_left_out
+from minigpt4.models import fp8
 from minigpt4.runners.pace import Pace
 from minigpt4.runners.prefetch import prefetch
 from minigpt4.runners.state import restore_rng_states, rng_states, to_device
@@ -106,8 +107,10 @@ class RunnerBase:
             on_gpu=self.device.type != "cpu",
         )  # fmt: skip
         self.pace = Pace(length, run.log_freq)
+        if run.fp8:
+            fp8.check(self.module, self.device, self.dtype)
         if self.dtype != torch.float32 and hasattr(self.module, "accelerate"):
-            self.module.accelerate(run.packed, run.compile)
+            self.module.accelerate(run.packed, run.compile, run.fp8)
         if self.world_size > 1:
             self.model = self._distributed()
 
