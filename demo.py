@@ -13,6 +13,7 @@ import sys
 import tempfile
 from datetime import datetime
 
+from minigpt4.cli.arguments import check_address, port
 from minigpt4.common.config import Config
 from minigpt4.common.errors import ConfigError
 from minigpt4.common.registry import UnknownNameError
@@ -28,7 +29,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--import", **several, dest="imports", metavar="MODULE", help="plug-ins to import first")
     parser.add_argument("--offline", action="store_true", help="fetch nothing: what is not cached is an error")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s: this machine only)")
-    parser.add_argument("--port", type=int, help="port to listen on (the first free one from 7860)")
+    parser.add_argument("--port", type=port, metavar="N", help="port to listen on (the first free one from 7860)")
     parser.add_argument("--share", action="store_true", help="make the page public through a gradio.live tunnel")
     parser.add_argument("--auth", nargs="+", type=_account, metavar="USER:PASSWORD", help="who may use the page")
     parser.add_argument("--concurrency", type=int, default=1, metavar="N", help="answers computed at the same time")
@@ -52,6 +53,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     cfg = Config(args)
     cfg.check_paths()
+    if args.port is not None:
+        check_address(args.host, args.port)
     warnings = preflight(cfg, training=False, gpu=args.gpu_id)
     with tempfile.TemporaryDirectory(prefix="minigpt4-uploads-") as uploads:
         page = serve(args, uploads, emoji=cfg.model_cfg.get("model_type") == "tiny")
@@ -86,8 +89,12 @@ def serve(args: argparse.Namespace, uploads: str, emoji: bool = False):
         run_history=False,
         enable_monitoring=False,
         ssr_mode=False,
+        quiet=True,  # its hints are for programmers
         state_session_capacity=200,  # what gradio remembers of a visitor, some 300 kB
     )
+    logging.info("Running on local URL:  %s", page.blocks.local_url)
+    if not args.share:
+        logging.info("To create a public link, start with --share.")
     return page
 
 

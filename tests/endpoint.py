@@ -7,9 +7,7 @@ import time
 from contextlib import contextmanager
 
 import httpx
-import uvicorn
 
-from minigpt4.serving.app import create_app
 from minigpt4.serving.batching import Batcher
 from minigpt4.serving.settings import Settings
 
@@ -67,6 +65,11 @@ class Served:
 
 @contextmanager
 def serving(load, **changed):
+    # Only here, so that tests that do not serve are collected where no server is installed.
+    import uvicorn
+
+    from minigpt4.serving.app import create_app
+
     settings = Settings(**changed)
     batcher = Batcher(load, settings.max_batch)
     sock = socket.socket()

@@ -37,6 +37,15 @@ def free_port() -> int:
         return sock.getsockname()[1]
 
 
+def loss_and_gradient(model, samples: dict) -> tuple[dict, torch.Tensor]:
+    """A batch's output, computed as a run does in the model's type, and the gradient of the projection's weight."""
+    model.zero_grad()
+    with model.autocast(model.device):
+        output = model(samples)
+    output["loss"].backward()
+    return output, model.llama_proj.weight.grad.clone()
+
+
 class Pictures(torch.utils.data.Dataset):
     """Pictures and captions held in memory."""
 

@@ -13,6 +13,7 @@ import threading
 import time
 import urllib.request
 import zlib
+from contextlib import redirect_stdout
 from dataclasses import replace
 
 import load_page
@@ -38,7 +39,9 @@ def page(uploads):
     """The page, served, without a model."""
     pytest.importorskip("gradio")
     args = demo.parse_args(["--cfg-path", "unused.yaml", "--port", str(free_port()), "--max-upload-mb", "1"])
-    page = demo.serve(args, str(uploads))
+    with redirect_stdout(io.StringIO()) as printed:
+        page = demo.serve(args, str(uploads))
+    page.printed = printed.getvalue()
     page.url = page.blocks.local_url
     yield page
     page.blocks.close()
@@ -102,6 +105,11 @@ def visit(browser, page, chat):
     for context in contexts:
         context.close()
     assert elsewhere == []  # the page works offline and calls nobody
+
+
+def test_nothing_is_advised_that_users_cannot_do(page):
+    """gradio's own hints are about arguments of its functions; ours go through logging."""
+    assert page.printed == ""
 
 
 def upload(tab, *files):

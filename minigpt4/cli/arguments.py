@@ -1,6 +1,10 @@
 """Command-line arguments that several commands share."""
 
 import argparse
+import errno
+import os
+import socket
+from collections.abc import Iterable
 from glob import glob
 from pathlib import Path
 
@@ -70,6 +74,39 @@ def _help(text: str, default) -> str:
 def decoding_settings(args: argparse.Namespace) -> dict:
     """The settings of `Decoding` that the arguments give."""
     return {name: getattr(args, name) for name in DECODING_HELP} | {"do_sample": args.sample}
+
+
+def check_files(paths: Iterable[Path]) -> None:
+    """Raise a ConfigError that names those of the pictures and videos that are not there, or are folders."""
+    wrong = [str(path) for path in paths if os.path.isdir(path) or not os.path.exists(path)]
+    if wrong:
+        more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
+        raise ConfigError(f"There is no file {', '.join(wrong[:3])}{more}.")
+
+
+def port(text: str) -> int:
+    """Type of `--port`."""
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to 65535")
+    return int(text)
+
+
+def check_address(host: str, port: int) -> None:
+    """Raise ConfigError where no server can listen, before anything slow begins."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, socket.SOCK_STREAM) as sock:
+            # As servers do: connections of an earlier one that are still closing do not count.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind(address)
+    except socket.gaierror as error:
+        raise ConfigError(f"--host {host}: {error.strerror}. 127.0.0.1 is this machine, 0.0.0.0 the network.") from None
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            reason = f"port {port} of {host} is taken by another program"
+        else:
+            reason = f"cannot listen on port {port} of {host}: {error.strerror}"
+        raise ConfigError(f"{reason}; use --port (or --host) for another.") from None
 
 
 def expand_shards(patterns: list[str]) -> list[str]:

@@ -4,11 +4,14 @@
     python -m minigpt4 bench train --baseline FILE             # beside another script's `Baseline` and `measure`
     python -m minigpt4 bench train --compare run.compile=false # two settings in one process, step by step in turn
     python -m minigpt4 bench train --cfg-path train_configs/minigpt4_tiny_stage1_pretrain.yaml   # a config, its data
+    python -m minigpt4 bench train --compare run.fp8=True --warmup 0 --steps 100   # what a setting does to the loss
     torchrun --nproc_per_node 4 -m minigpt4 bench train        # all of this on several GPUs, but for --baseline
 
 A step is: images on the host, forward, backward, optimiser step, loss read. Captions have 8 to 24 tokens in stage 1
 and 80 to 160 in stage 2, drawn with seed 1; stage 2 has a prompt of 22 tokens around the image. Where the time goes is
 seen in more steps after the timed ones, each part of which is waited for: their sum is more than a step's time.
+Two settings take the same batches and start from the same weights; the difference of their losses, warm-up included, is
+what they compute differently. (With several prompts, a config's steps draw them apart: model.prompt_path=null.)
 
 Under torchrun each rank trains on its own batches, of the size named, and the first prints: the time of the slowest
 rank, images and tokens a second of all ranks, the largest memory, and rank 0's parts, the exchange in backward_s. Also
@@ -25,7 +28,6 @@ import gc
 import importlib.util
 import itertools
 import json
-import logging
 import os
 import statistics
 import tempfile
@@ -73,8 +75,6 @@ def main(argv: list[str] | None = None) -> int:
         raise ConfigError("--baseline times a script that knows one process. Run it without torchrun.")
     from minigpt4.common import dist_utils
 
-    if int(os.environ.get("RANK", 0)):
-        logging.disable(logging.WARNING)  # the first rank warns for all
     if args.cfg_path:
         rows = time_config(args)
     else:
@@ -96,6 +96,7 @@ def time_config(args: argparse.Namespace) -> Iterator[dict]:
     """Steps of a training config, with its own model and data, through its own runner."""
     from minigpt4.common.config import Config
     from minigpt4.common.registry import registry
+    from minigpt4.runners.state import seed_everything
 
     cfgs = [Config(SimpleNamespace(cfg_path=args.cfg_path, options=options)) for options in settings(args)]
     for cfg in cfgs:
@@ -107,6 +108,7 @@ def time_config(args: argparse.Namespace) -> Iterator[dict]:
             cfg.run_cfg.output_dir = stack.enter_context(tempfile.TemporaryDirectory())
             task = registry.get_task_class(cfg.run_cfg.task).setup_task(cfg=cfg)
             runner_class = registry.get_runner_class(cfg.run_cfg.runner)
+            seed_everything(cfg.run_cfg.seed)  # two settings start from the same weights
             runner = runner_class(cfg, task, task.build_model(cfg), task.build_datasets(cfg), "bench")
             runners.append((runner, runner.loader.epoch(0, batches_needed(args))))
         yield from time_in_turn(args, args.cfg_path, runners)
@@ -133,7 +135,8 @@ def time_full_size(args: argparse.Namespace) -> Iterator[dict]:
                 options = [*options, f"run.output_dir={folder}", "run.num_workers=0"]
                 cfg = Config(SimpleNamespace(cfg_path=TRAIN_CONFIGS / f"minigpt4_{name}.yaml", options=options))
                 dtype = dist_utils.select_dtype(device, cfg.run_cfg.amp, cfg.run_cfg.amp_dtype)
-                model = random_model(device, dtype, args.small, args.load_in, cfg.model_cfg.llm_grad_checkpoint)
+                load_in = cfg.model_cfg.load_in or args.load_in
+                model = random_model(device, dtype, args.small, load_in, cfg.model_cfg.llm_grad_checkpoint)
                 model.max_txt_len, model.end_sym = cfg.model_cfg.max_txt_len, " ."
                 model.prompt_list = [" w" * 11 + "<ImageHere>" + " w" * 11] if stage == 2 else []
                 datasets = {"random": {"train": RandomPairs(256)}}
@@ -195,7 +198,12 @@ def time_in_turn(args: argparse.Namespace, work: str, runners: list) -> Iterator
     if len(timers) == 2:
         first, second = (timer.seconds[args.warmup :] for timer in timers)
         ratios = [b / a for a, b in zip(first, second, strict=True)]
-        yield {"work": work, "second / first, median of pairs": round(statistics.median(ratios), 3)}
+        gaps = [abs(b - a) for a, b in zip(*(timer.losses for timer in timers), strict=True)]
+        yield {
+            "work": work,
+            "second / first, median of pairs": round(statistics.median(ratios), 3),
+            "loss difference, mean of pairs": round(statistics.mean(gaps), 5),
+        }
 
 
 def time_baseline(path: str, work: list[str]) -> Iterator[dict]:

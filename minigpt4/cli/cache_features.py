@@ -17,6 +17,7 @@ from pathlib import Path
 from minigpt4.cli.parallel import ahead, batches
 from minigpt4.common.config import Config
 from minigpt4.common.errors import ConfigError
+from minigpt4.common.words import counted
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -146,8 +147,9 @@ class Writer:
             written += feature_cache.write_shard(feature_cache.shard_path(folder, number), samples)
             left_out += len(skipped)
         logging.info(
-            "%s: %d features in %d shards, %d pictures left out; %d shards were there already (rank %d).",
-            name, written, len(numbers), left_out, len(range(rank, dataset.num_parts, ranks)) - len(numbers), rank,
+            "%s: %s in %s, %s left out; already there: %s (rank %d).",
+            name, counted(written, "feature"), counted(len(numbers), "shard"), counted(left_out, "picture"),
+            counted(len(range(rank, dataset.num_parts, ranks)) - len(numbers), "shard"), rank,
         )  # fmt: skip
 
     def _samples(self, dataset, number: int, skipped: list[str]) -> Iterator[tuple]:

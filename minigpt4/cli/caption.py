@@ -25,6 +25,7 @@ from minigpt4.cli.arguments import (
     add_decoding_arguments,
     add_frames_argument,
     add_model_arguments,
+    check_files,
     decoding_settings,
     expand_shards,
     parse,
@@ -84,11 +85,13 @@ def main(argv: list[str] | None = None) -> int:
 class Items:
     """The pictures and videos to describe: iterating gives (name, path or bytes), or (tar, why it is damaged).
 
-    `total` is their number, or None where shards make it unknown. Raises ConfigError when there are none.
+    `total` is their number, or None where shards make it unknown. Raises ConfigError when there are none, and for named
+    files that are not there.
     """
 
     def __init__(self, args: argparse.Namespace):
         self._files = [Path(path) for path in args.images]
+        check_files(self._files)
         if args.dir:
             if not Path(args.dir).is_dir():
                 raise ConfigError(f"--dir {args.dir} is not a folder.")

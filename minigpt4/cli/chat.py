@@ -17,6 +17,7 @@ from minigpt4.cli.arguments import (
     add_decoding_arguments,
     add_frames_argument,
     add_model_arguments,
+    check_files,
     decoding_settings,
     parse,
 )
@@ -46,6 +47,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Load the model and talk until the end of the input."""
     args = parse_args(argv)
+    check_files(Path(path).expanduser() for path in args.images)
     cfg = Config(args)
     cfg.check_paths()
     from minigpt4.conversation.loading import load_chat, select_gpu

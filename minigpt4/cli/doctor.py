@@ -16,6 +16,7 @@ from dataclasses import asdict
 from minigpt4.common.config import Config
 from minigpt4.common.errors import ConfigError
 from minigpt4.common.registry import UnknownNameError
+from minigpt4.common.words import counted
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -67,9 +68,7 @@ def main(argv: list[str] | None = None) -> int:
     else:
         print(as_text(findings))
         counts = [sum(finding.status == status for finding in findings) for status in (ERROR, WARNING)]
-        print(
-            "\n{} error{}, {} warning{}.".format(counts[0], "s" * (counts[0] != 1), counts[1], "s" * (counts[1] != 1))
-        )
+        print(f"\n{counted(counts[0], 'error')}, {counted(counts[1], 'warning')}.")
         if args.probe and broken:
             print("No step was taken: the errors come first.")
     return int(any(finding.status == ERROR for finding in findings))

@@ -4,6 +4,8 @@ import random
 import zlib
 from collections.abc import Iterator
 
+from minigpt4.common.errors import ConfigError
+
 VOCABULARY = 32000
 
 
@@ -38,10 +40,12 @@ def random_model(device, dtype, small: bool, load_in: str = "16bit", llm_grad_ch
 
 
 def quantize(module, load_in: str, dtype) -> None:
-    """Quantise the linear layers in place, as bitsandbytes does on loading."""
+    """Quantise the linear layers in place, as bitsandbytes does on loading. Raises ConfigError for other ways."""
     import bitsandbytes as bnb
     from torch import nn
 
+    if load_in not in ("8bit", "4bit"):
+        raise ConfigError(f"Random weights can be in 16bit, 8bit or 4bit, not model.load_in={load_in}.")
     for name, layer in module.named_children():
         if not isinstance(layer, nn.Linear):
             quantize(layer, load_in, dtype)

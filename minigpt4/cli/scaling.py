@@ -53,16 +53,19 @@ class ScalingTimer(StepTimer):
         dist_utils.barrier()
 
     def row(self, warmup: int) -> dict:
-        """As of one rank, for all together: times of the slowest, rates of all, the largest memory, rank 0's parts.
+        """As of one rank, for all together: times of the slowest, rates of all, the largest memory, the mean loss,
+        rank 0's parts.
 
         And `no_exchange_s`, the slowest rank's median; `alone_s`, the mean of the ranks' medians; `efficiency`, of N
         ranks against N times one: alone_s / median_s; `communication`, the share of a step that goes when nothing is
         exchanged, the median of pairs. It can be below 0 by noise.
         """
-        own = (self.seconds, self.no_exchange.seconds, self.alone.seconds, self.images, self.tokens, self.memory)
-        seconds, no_exchange, alone, images, tokens, memory = zip(*dist_utils.gather_objects(own), strict=True)
+        steps = (self.seconds, self.no_exchange.seconds, self.alone.seconds, self.losses, self.images, self.tokens)
+        of_ranks = dist_utils.gather_objects((*steps, self.memory))
+        seconds, no_exchange, alone, losses, images, tokens, memory = zip(*of_ranks, strict=True)
         self.seconds, no_exchange = _each_step(max, seconds), _each_step(max, no_exchange)
         self.images, self.tokens = _each_step(sum, images), _each_step(sum, tokens)
+        self.losses = _each_step(statistics.mean, losses)
         self.memory = {name: max(of_rank[name] for of_rank in memory) for name in self.memory}
         row = super().row(warmup)
         pairs = zip(self.seconds[warmup:], no_exchange[warmup:], strict=True)

@@ -12,7 +12,7 @@ import logging
 import os
 from dataclasses import fields
 
-from minigpt4.cli.arguments import add_model_arguments
+from minigpt4.cli.arguments import add_model_arguments, check_address, port
 from minigpt4.common.config import Config
 from minigpt4.serving.settings import Settings
 
@@ -37,7 +37,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add_model_arguments(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s: this machine only)")
-    parser.add_argument("--port", type=int, default=8000, metavar="N", help="port to listen on (%(default)s)")
+    parser.add_argument("--port", type=port, default=8000, metavar="N", help="port to listen on (%(default)s)")
     parser.add_argument(
         "--api-key", default=os.environ.get(KEY_VARIABLE), metavar="KEY",
         help=f"what clients must send; safer as the variable {KEY_VARIABLE}, since command lines can be seen",
@@ -65,6 +65,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     cfg = Config(args)
     cfg.check_paths()
+    check_address(args.host, args.port)
     import uvicorn
 
     from minigpt4.common.logger import setup_logger

@@ -20,6 +20,7 @@ class StepTimer:
     def __init__(self, runner, batches: Iterator[dict]):
         self.runner, self.batches = runner, batches
         self.seconds: list[float] = []
+        self.losses: list[float] = []
         self.tokens: list[int] = []
         self.images: list[int] = []
         self.phases = {name: [] for name in ("data", "vision", "language", "backward", "optimizer")}
@@ -46,7 +47,7 @@ class StepTimer:
         start = self._wait()
         samples = next(self.batches)
         arrived = time.perf_counter()
-        float(self.runner.train_step(samples, is_update=True))
+        self.losses.append(float(self.runner.train_step(samples, is_update=True)))
         self.seconds.append(self._wait() - start)
         self.phases["data"].append(arrived - start)
         self.images.append(len(samples["image"]) if "image" in samples else 0)
@@ -105,6 +106,7 @@ class StepTimer:
             "median_s": round(median, 4),
             "min_s": round(min(seconds), 4),
             "max_s": round(max(seconds), 4),
+            "loss": round(statistics.mean(self.losses[warmup:]), 5),
             "images_per_s": round(images / median, 1),
             "tokens_per_s": round(tokens / median),
             **{f"{name}_s": round(statistics.median(values), 4) for name, values in self.phases.items()},

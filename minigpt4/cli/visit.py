@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from minigpt4.common.words import counted
 from minigpt4.conversation import CONV_VISION, Chat, PictureError, open_media
 from minigpt4.conversation.videos import FRAMES
 
@@ -144,7 +145,7 @@ class Visit:
             yield
         seconds = time.perf_counter() - start
         stopped = ["Stopped."] if self._ending.is_set() else []
-        self.notice = " ".join([*notices, *stopped, f"{tokens} tokens, {tokens / seconds:.1f} tokens/s."])
+        self.notice = " ".join([*notices, *stopped, f"{counted(tokens, 'token')}, {tokens / seconds:.1f} tokens/s."])
         yield
 
 

@@ -3,6 +3,7 @@
 import logging
 import os
 from datetime import timedelta
+from functools import cache
 
 import torch
 import torch.distributed as dist
@@ -30,13 +31,13 @@ def is_main_process() -> bool:
 
 
 def select_device(name: str) -> torch.device:
-    """The device of this rank. `cuda` without a GPU falls back to the CPU with a warning.
+    """The device of this rank. `cuda` without a GPU falls back to the CPU with a warning, the first time.
 
     Raises ConfigError for another unknown or absent device, and for more processes than GPUs.
     """
     kind = name.split(":")[0]
     if kind == "cuda" and not torch.cuda.is_available():
-        logging.warning("run.device=%s, but there is no GPU: running on the CPU.", name)
+        _warn_of_the_cpu(name)
         name = "cpu"
     if kind not in ("cuda", "cpu", "mps"):
         raise ConfigError(f"run.device={name!r} is not one of cuda, cpu, mps.")
@@ -56,6 +57,12 @@ def select_device(name: str) -> torch.device:
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         torch.cuda.set_device(device)
     return device
+
+
+@cache  # task, model and runner all ask for the device
+def _warn_of_the_cpu(name: str) -> None:
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # the first process of the machine says it for all
+        logging.warning("run.device=%s, but there is no GPU: running on the CPU.", name)
 
 
 def select_dtype(device: torch.device, amp: bool = True, amp_dtype: str = "auto") -> torch.dtype:

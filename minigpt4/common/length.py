@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from minigpt4.common.words import counted
+
 
 @dataclass(frozen=True)
 class RunLength:
@@ -12,6 +14,7 @@ class RunLength:
     iters_per_epoch: int
     epochs: int
     accum: int = 1
+    on_gpu: bool = True
 
     @property
     def batches(self) -> int:
@@ -34,10 +37,11 @@ class RunLength:
 
     def __str__(self) -> str:
         total = self.batch_size * self.world_size * self.accum
-        gpus = f"{self.world_size} GPUs" if self.world_size > 1 else "1 GPU"
+        each, several = ("GPU", "GPUs") if self.on_gpu else ("process", "processes")
         accumulated = f", {self.accum} batches a step" if self.accum > 1 else ""
-        epochs = f"{self.epochs} epochs" if self.epochs > 1 else "1 epoch"
         return (
-            f"batch {self.batch_size} per GPU, {total} in total ({gpus}{accumulated}); "
-            f"{epochs} of {self.iters_per_epoch} batches = {self.steps:,} steps, {self.samples:,} samples"
+            f"batch {self.batch_size} per {each}, {total} in total "
+            f"({counted(self.world_size, each, several)}{accumulated}); "
+            f"{counted(self.epochs, 'epoch')} of {counted(self.iters_per_epoch, 'batch', 'batches')} = "
+            f"{counted(self.steps, 'step')}, {counted(self.samples, 'sample')}"
         )

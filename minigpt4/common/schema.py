@@ -100,6 +100,9 @@ class RunConfig:
     """Batches without padding, on a GPU in 16 bit. False: padded to the longest caption."""
     compile: bool = True
     """torch.compile for the layers, and CUDA graphs where batches are packed; on a GPU in 16 bit."""
+    fp8: bool = False
+    """Training with the frozen linear layers of language model and encoder in 8-bit floating point: faster, and not the
+    same to rounding. Needs a Hopper GPU or newer, bfloat16, and a language model in 16 bit."""
     device: str = "cuda"
     """`cuda`, `cpu` or `mps`. Without a GPU, `cuda` falls back to the CPU with a warning."""
     distributed: bool = True

@@ -41,9 +41,13 @@ def parse_options(options: list[str]) -> DictConfig:
     for option in options:
         key, equals, text = option.partition("=")
         if not equals or not re.fullmatch(r"[A-Za-z_][\w-]*(\.[\w-]+)+", key):
-            raise ConfigError(f"--options {option!r} is not of the form section.key=value, as in run.init_lr=1e-4.")
+            form = "section.key=value, without spaces around =, as in run.init_lr=1e-4"
+            raise ConfigError(f"--options {option!r} is not of the form {form}.")
         if not text:
-            raise ConfigError(f"--options {option!r} has no value. Write {key}=null to unset it, or {key}='\"\"'.")
+            raise ConfigError(
+                f"--options {option!r} has no value. Write it behind the = without a space; {key}=null unsets the key, "
+                f"{key}='\"\"' empties it."
+            )
         if key.endswith(".storage") and given.setdefault(key, text) != text:
             raise ConfigError(
                 f"--options gives {key} more than once: {given[key]!r} and {text!r}. Give it once; put quotes around "

@@ -1,7 +1,5 @@
 """From a config to a `Chat`."""
 
-import logging
-
 import torch
 
 from minigpt4.common import dist_utils
@@ -40,11 +38,8 @@ def select_gpu(cfg: Config, gpu_id: int) -> torch.device:
 
     Raises ConfigError for a GPU that this machine lacks.
     """
-    if cfg.run_cfg.device != "cuda":
+    if cfg.run_cfg.device != "cuda" or not torch.cuda.is_available():
         return dist_utils.select_device(cfg.run_cfg.device)
-    if not torch.cuda.is_available():
-        logging.warning("There is no GPU: running on the CPU.")
-        return torch.device("cpu")
     count = torch.cuda.device_count()
     if not 0 <= gpu_id < count:
         raise ConfigError(f"--gpu-id {gpu_id}: this machine's GPUs are 0 to {count - 1}.")

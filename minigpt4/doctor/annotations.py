@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from minigpt4.common import weights
+from minigpt4.common.words import counted
 
 
 def read_records(folder: Path) -> tuple[int, str | None]:
@@ -23,7 +24,6 @@ def read_records(folder: Path) -> tuple[int, str | None]:
         return 0, f'{listing} is not of the form {{"annotations": [{{"image_id": …, "caption": …}}, …]}} ({error!r})'
     missing = ids - {path.stem for path in pictures.iterdir()}
     if missing:
-        return len(
-            records
-        ), f"{len(missing)} of {len(records)} records have no picture in {pictures}, e.g. {min(missing)}"
+        some = f"{len(missing)} of {counted(len(records), 'record')}"
+        return len(records), f"{some} without a picture in {pictures}, e.g. {min(missing)}"
     return len(records), None

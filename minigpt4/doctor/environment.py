@@ -9,14 +9,17 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
+from minigpt4.common.words import counted
 from minigpt4.doctor.case import Case
 from minigpt4.doctor.findings import Finding, error, ok, warning
+from minigpt4.doctor.machine import readable
 
 LEAST_PYTHON = (3, 11)
 # Least compute capability for …
 BF16 = (8, 0)
 TORCH_WHEELS = (7, 5)
 BITS_8 = (7, 5)
+FP8 = (9, 0)
 
 
 def check_versions(case: Case) -> Iterator[Finding]:
@@ -90,11 +93,16 @@ def check_gpu(case: Case) -> Iterator[Finding]:
         yield error(
             "model.load_in", f"{name} has no 8-bit matrix product, which needs 7.5", "--options model.load_in=4bit"
         )
+    if case.run.fp8 and case.training and gpu.capability < FP8:
+        yield error("run.fp8", f"{name} has no fp8 product by rows, which needs 9.0", "--options run.fp8=False")
+    if case.run.fp8 and case.training and case.load_in != "16bit":
+        what = f"model.load_in={case.load_in} leaves no 16-bit layers that could be in fp8"
+        yield error("run.fp8", what, "--options run.fp8=False, or model.load_in=16bit")
     if case.local_size > len(case.gpus) and case.training:
-        what = f"{case.local_size} processes on {len(case.gpus)} GPUs of this machine"
+        what = f"{case.local_size} processes on {counted(len(case.gpus), 'GPU')} of this machine"
         yield warning("GPU", what, f"On one machine: torchrun --nproc_per_node {len(case.gpus)}")
     if gpu.capability >= TORCH_WHEELS:
-        yield ok("GPU", f"{len(case.gpus)} × {name}, {gpu.total / 1e9:.0f} GB")
+        yield ok("GPU", f"{len(case.gpus)} × {name}, {readable(gpu.total)}")
 
 
 def check_shared_memory(case: Case) -> Iterator[Finding]:
@@ -106,7 +114,7 @@ def check_shared_memory(case: Case) -> Iterator[Finding]:
     batch = case.run.batch_size_train * 3 * case.model.image_size**2
     needed = 2 * case.run.num_workers * batch * case.local_size
     free = shutil.disk_usage(shm).free
-    what = f"batches on their way take up to {needed / 1e6:.0f} MB; /dev/shm has {free / 1e6:.0f} MB free"
+    what = f"batches on their way take up to {readable(needed)}; /dev/shm has {readable(free)} free"
     if needed > free:
         yield warning("shared memory", what, "docker run --shm-size=8g (or --ipc=host), or lower run.num_workers.")
     else:

@@ -3,15 +3,17 @@
 The model of a GPU's memory, in bytes:
 
     weights      2 for each frozen parameter (16 bit), 1 or 0.5625 for those of the language model that 8 or 4 bit
-                 shrink, 4 for the Q-Former's in a chat, for what trains, and for all on a CPU
+                 shrink, 4 for what trains, and for all on a CPU
     training     12 more for each trained parameter, which is float32: gradient and AdamW's two averages
     activations  what the backward pass needs of the language model: for each token and layer a multiple of its width
                  and of its feed-forward width, in 16 bit; for each labelled token a multiple of the vocabulary
-    the rest     a fixed sum for what lies between, and CUDA's own context
+    the rest     a fixed sum for what lies between, another for the memory that CUDA graphs keep apart, and CUDA's own
+                 context
 
 `ACTIVATIONS` holds the multiples. They were fitted to steps of a Llama-7B with random weights on an H100, with torch
-2.11. The peaks of S1/16, S1/64 and S2/12 (docs/performance.md) were 19,168, 30,631 and 26,380 MiB eager, and 17,872,
-26,056 and 23,109 MiB with compiled layers. Measure again and change them here when the way a step is computed changes.
+2.11. The peaks of S1/16, S1/64 and S2/12 (docs/performance.md) were 19,168, 30,631 and 26,380 MiB eager, and 17,867,
+24,966 and 21,881 MiB with compiled layers, in graphs that had 2,000 to 2,400 MiB more reserved. Measure again and
+change them here when the way a step is computed changes.
 """
 
 from collections.abc import Iterator
@@ -47,6 +49,7 @@ BYTES_PER_PARAMETER = {"16bit": 2.0, "8bit": 1.0, "4bit": 0.5 + 4 / 64}
 TRAINING_BYTES = 12
 WORKSPACE = 200 * MIB
 CONTEXT = 700 * MIB
+GRAPHS = 2000 * MIB
 # What one rank takes of the host: libraries and CUDA, and each data worker with its share of shuffled samples.
 HOST_BASE, HOST_WORKER = 4.5e9, 0.9e9
 # An estimate is good to about so much.
@@ -60,10 +63,11 @@ class Memory:
     weights: float
     training: float
     activations: float
+    graphs: float = 0
 
     @property
     def total(self) -> float:
-        return self.weights + self.training + self.activations + WORKSPACE
+        return self.weights + self.training + self.activations + self.graphs + WORKSPACE
 
 
 def parts(case: Case) -> dict[str, int]:
@@ -118,20 +122,26 @@ def estimate(case: Case) -> Memory | None:
         else shrinking * BYTES_PER_PARAMETER[case.load_in] + kept * 2
     )
     vit_bytes = 4 if full or case.model.vit_precision == "fp32" or not case.model.freeze_vit else 2
-    qformer_bytes = 4 if full or not case.training or not case.model.freeze_qformer else 2
+    qformer_bytes = 4 if full or not case.model.freeze_qformer else 2
     weights += (
         sizes["vit"] * vit_bytes + sizes["qformer"] * qformer_bytes + (case.qformer["hidden_size"] + 1) * llm.width * 4
     )
     if not case.training:
         tokens = 2000  # a chat's context at most
         return Memory(weights, 0, tokens * llm.layers * llm.kv_width * 2 * (4 if full else 2))
-    return Memory(weights, trained * TRAINING_BYTES, _activations(case) * (2 if full else 1))
+    # A small model's graphs are small.
+    graphs = min(GRAPHS, weights) if compiles(case) and case.load_in == "16bit" else 0
+    return Memory(weights, trained * TRAINING_BYTES, _activations(case) * (2 if full else 1), graphs)
+
+
+def compiles(case: Case) -> bool:
+    return case.run.compile and case.on_gpu and case.run.amp
 
 
 def _activations(case: Case) -> float:
     llm, batch = case.llm, case.run.batch_size_train
     tokens, labels = longest_sequence(case), case.model.max_txt_len
-    kind = ACTIVATIONS["compiled" if case.run.compile and case.on_gpu and case.run.amp else "eager"]
+    kind = ACTIVATIONS["compiled" if compiles(case) else "eager"]
     values = kind.widths * llm.width + kind.ffn_widths * llm.ffn
     if case.load_in == "8bit":
         values += KEPT_BY_8BIT.widths * llm.width + KEPT_BY_8BIT.ffn_widths * llm.ffn
@@ -190,7 +200,12 @@ def advice(case: Case, memory: Memory) -> str:
         return f"--options {shrink}" if shrink else "Use a smaller language model or a GPU with more memory."
     half = max(case.run.batch_size_train // 2, 1)
     batch = f"run.batch_size_train={half} run.accum_grad_iters={2 * case.run.accum_grad_iters} (the same step)"
-    options = [batch if case.run.batch_size_train > 1 else None, shrink]
+    recompute = f"model.llm_grad_checkpoint={case.llm.layers} (the same numbers, a third more time)"
+    options = [
+        recompute if case.model.llm_grad_checkpoint < case.llm.layers else None,
+        batch if case.run.batch_size_train > 1 else None,
+        shrink,
+    ]
     if memory.activations < memory.weights:
         options.reverse()
     return "--options " + ", or ".join(option for option in options if option)
@@ -227,7 +242,9 @@ def check_length(case: Case) -> Iterator[Finding]:
         return
     if run.iters_per_epoch is None:
         return
-    length = RunLength(run.batch_size_train, case.world_size, run.iters_per_epoch, run.max_epoch, run.accum_grad_iters)
+    length = RunLength(
+        run.batch_size_train, case.world_size, run.iters_per_epoch, run.max_epoch, run.accum_grad_iters, case.on_gpu
+    )
     duration = f"; {length.duration(case.step_time)} at {case.step_time} s a step" if case.step_time else ""
     yield ok("length", f"{length}{duration}")
     if run.warmup_steps > run.iters_per_epoch and run.max_epoch > 1:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from minigpt4.common import weights
 from minigpt4.common.errors import ConfigError
+from minigpt4.common.words import counted
 from minigpt4.datasets.datasets.shards import expand_shards, is_local
 from minigpt4.doctor.annotations import read_records
 from minigpt4.doctor.case import Case
@@ -58,7 +59,7 @@ def _look_into(key: str, path: Path) -> Finding:
         if problem.needs_torch:
             return ok(key, f"{path}: not looked into; {problem}")
         return error(key, f"{path}: {weights.why_unreadable(path) or problem}", "Fetch or write it again.")
-    return ok(key, f"{path}: {len(tensors)} tensors, {numel(tensors):,} parameters")
+    return ok(key, f"{path}: {counted(len(tensors), 'tensor')}, {counted(numel(tensors), 'parameter')}")
 
 
 def check_language_model(case: Case) -> Iterator[Finding]:
@@ -115,7 +116,7 @@ def _check_folder(key: str, folder: Path) -> Iterator[Finding]:
         yield error(key, f"{folder} has no tokenizer ({', '.join(tokenizers)})", "Fetch it into the folder.")
     if not missing and not broken:
         size = sum((folder / name).stat().st_size for name in names)
-        yield ok(key, f"{folder}: {len(names)} file{'s' * (len(names) > 1)} of weights, {readable(size)}")
+        yield ok(key, f"{folder}: {counted(len(names), 'file')} of weights, {readable(size)}")
 
 
 def check_downloads(case: Case) -> Iterator[Finding]:
@@ -142,18 +143,18 @@ def check_shards(case: Case) -> Iterator[Finding]:
         try:
             shards = [shard for shard in expand_shards(storage, name) if is_local(shard)]
         except (ConfigError, OSError) as mistake:
-            yield error(key, str(mistake))
+            yield error(key, str(mistake).removeprefix(f"{key}="))
             continue
         sample = random.Random(0).sample(shards, min(SAMPLED_SHARDS, len(shards)))
         problems = {shard: reason for shard in sample if (reason := why_no_shard(Path(shard)))}
         for shard, reason in problems.items():
-            share = f"{len(problems)} of {len(sample)} shards that were opened cannot be used whole"
+            share = f"{len(problems)} of {counted(len(sample), 'opened shard')} cannot be used whole"
             yield warning(key, f"{shard}: {reason}. {share}", "Such shards are left out; fetch them again.")
         if sample and len(problems) == len(sample):
-            yield error(key, f"none of {len(sample)} shards that were opened can be used", "Is this the right folder?")
+            yield error(key, f"none of {counted(len(sample), 'shard')} can be used", "Is this the right folder?")
         elif not problems:
-            opened = f"; {len(sample)} were opened" if sample else ""
-            yield ok(key, f"{len(shards)} local shards{opened}")
+            opened = f"; looked into {len(sample)}" if sample else ""
+            yield ok(key, f"{counted(len(shards), 'local shard')}{opened}")
 
 
 def why_no_shard(path: Path) -> str | None:
@@ -189,10 +190,11 @@ def check_folder_dataset(case: Case) -> Iterator[Finding]:
             continue
         per_rank = records // case.world_size
         if per_rank < case.run.batch_size_train:
-            what = f"{records} records, {per_rank} for each GPU; run.batch_size_train={case.run.batch_size_train}"
+            what = f"{counted(records, 'record')}, {per_rank} for each process; "
+            what += f"run.batch_size_train={case.run.batch_size_train}"
             yield error(key, what, f"--options run.batch_size_train={max(per_rank, 1)}, or add data.")
         else:
-            yield ok(key, f"{records} records")
+            yield ok(key, counted(records, "record"))
 
 
 def check_features(case: Case) -> Iterator[Finding]:
@@ -235,7 +237,7 @@ def check_output(case: Case) -> Iterator[Finding]:
     needed, free = each * case.run.max_epoch, free_disk(folder)
     what = f"{readable(free)} are free"
     if each:
-        what = f"{case.run.max_epoch} checkpoints of {readable(each)}, and {what}"
+        what = f"{counted(case.run.max_epoch, 'checkpoint')} of {readable(each)}, and {what}"
     if free < needed:
         yield error(key, what, f"Make room, or --options {key}=/where/there/is/room")
     else:

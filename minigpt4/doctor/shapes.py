@@ -8,6 +8,7 @@ import numpy as np
 from minigpt4.common import fingerprint, weights
 from minigpt4.common.errors import ConfigError
 from minigpt4.common.schema import VIT_KEYS
+from minigpt4.common.words import counted
 from minigpt4.doctor.case import Case
 from minigpt4.doctor.findings import Finding, error, ok, warning
 
@@ -93,14 +94,14 @@ def check_encoder(case: Case) -> Iterator[Finding]:
     found = {"embed_dim": width, "patch_size": patch}
     wrong = [f"{name} {found[name]} instead of {vit[name]}" for name in found if found[name] != vit[name]]
     if depth < vit["depth"]:
-        wrong.append(f"{depth} blocks instead of {vit['depth']}")
+        wrong.append(f"{counted(depth, 'block')} instead of {vit['depth']}")
     if wrong:
         what = f"{case.file('model.vit_weights')} has {', '.join(wrong)}"
         yield error(key, what, "Change model.vit_model, or model.vit_weights to the file of that encoder.")
         return
     size = isqrt(tokens - 1) * patch
     resized = f"; positions for {size} px will be interpolated" if size != case.model.image_size else ""
-    yield ok(key, f"{depth} blocks, {width} wide{resized}")
+    yield ok(key, f"{counted(depth, 'block')}, {width} wide{resized}")
 
 
 def check_qformer(case: Case) -> Iterator[Finding]:
@@ -112,7 +113,7 @@ def check_qformer(case: Case) -> Iterator[Finding]:
     _, count, width = queries.shape
     file = case.file("model.q_former_model")
     if count != case.model.num_query_token:
-        what = f"{file} has {count} queries, model.num_query_token={case.model.num_query_token}"
+        what = f"{file} has {counted(count, 'query', 'queries')}, model.num_query_token={case.model.num_query_token}"
         yield error("model.num_query_token", what, f"--options model.num_query_token={count}")
         return
     if width != case.qformer["hidden_size"]:
@@ -124,7 +125,7 @@ def check_qformer(case: Case) -> Iterator[Finding]:
         what = f"{file} reads an encoder {norm.shape[0]} wide; model.vit_model is {case.vit['embed_dim']} wide"
         yield error("model.q_former_model", what, "The two must come from one BLIP-2.")
         return
-    yield ok("model.q_former_model", f"{count} queries, {width} wide")
+    yield ok("model.q_former_model", f"{counted(count, 'query', 'queries')}, {width} wide")
 
 
 def check_image_size(case: Case) -> Iterator[Finding]:

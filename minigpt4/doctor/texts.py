@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from minigpt4.common.words import counted
 from minigpt4.doctor.case import Case
 from minigpt4.doctor.findings import Finding, error, ok, warning
 
@@ -71,7 +72,7 @@ def check_tokenizer(case: Case) -> Iterator[Finding]:
             return
     length = len(tokenizer.encode(case.model.end_sym))
     if length >= case.model.max_txt_len:
-        what = f"{case.model.max_txt_len} leaves no room beside model.end_sym, which has {length} tokens"
+        what = f"{case.model.max_txt_len} leaves no room beside model.end_sym, which has {counted(length, 'token')}"
         yield error("model.max_txt_len", what, f"--options model.max_txt_len={32 + length}")
         return
     signs = " and ".join(repr(sign) for sign in dict.fromkeys((case.model.end_sym, "###")))
@@ -95,7 +96,7 @@ def check_template(case: Case) -> Iterator[Finding]:
     elif max(slots) > 1:
         yield error("model.prompt_path", f"a line of {path} holds {IMAGE_SLOT} {max(slots)} times", "Leave one.")
     else:
-        yield ok("model.prompt_path", f"{sum(slots)} prompts")
+        yield ok("model.prompt_path", counted(sum(slots), "prompt"))
     # Stage 2's template and end_sym make a chat; one without the other teaches a model that does not stop.
     if "###" in template and "###" not in case.model.end_sym:
         what = f"the template separates turns by ###, but an answer is taught to end with {case.model.end_sym!r}"

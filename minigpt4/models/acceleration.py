@@ -1,4 +1,4 @@
-"""How training steps are computed: packed, compiled, recorded. The numbers stay the same to rounding."""
+"""How training steps are computed: packed, compiled, recorded. The numbers stay the same to rounding, but for fp8."""
 
 import functools
 import logging
@@ -7,16 +7,19 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from minigpt4.models.cuda_graphs import GraphedFunction
+from minigpt4.models.fp8 import convert_to_fp8
 from minigpt4.models.fused import fuse_projections
 from minigpt4.models.packing import PackedBatch, allow_packing
 from minigpt4.models.vision import PREFIXES
 
 
-def accelerate(model, packed: bool, compiled: bool) -> None:
+def accelerate(model, packed: bool, compiled: bool, fp8: bool = False) -> None:
     """Set up a MiniGPT4 on its device for training; it may be set up anew.
 
     packed: batches without padding. compiled: joint projections in the language model, torch.compile for each layer of
     the three networks, and the vision side and the language model replayed from CUDA graphs, as far as they are frozen.
+    fp8: products with the frozen weights of language model and encoder in 8 bit, from then on; raises ConfigError where
+    there are none to be had.
     """
     for name in ("sum_of_losses", "query_outputs", "language_loss"):  # of an earlier set-up
         vars(model).pop(name, None)
@@ -25,9 +28,12 @@ def accelerate(model, packed: bool, compiled: bool) -> None:
     model.packed = packed and allow_packing(llm)
     if packed and not model.packed:
         logging.info("Batches are padded: the language model, or this GPU, cannot take packed ones.")
+    if compiled:
+        fuse_projections(llm)
+    if fp8:
+        convert_to_fp8(llm, model.visual_encoder)
     if not compiled:
         return
-    fuse_projections(llm)
     llm_layers = [] if _is_quantized(llm) else llm.get_decoder().layers  # bitsandbytes' layers run as they are
     # One code object, Module._call_impl, is compiled for every kind of layer, with and without gradient.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)

@@ -30,9 +30,12 @@ class FirstOfFused(nn.Linear):
     """Computes the products of all layers of its group, and leaves the others' for them to fetch."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        first, *others = F.linear(x, self.joint_weight).split(self.widths, dim=-1)
+        first, *others = self.joint_product(x).split(self.widths, dim=-1)
         self.others.products = list(others)
         return first
+
+    def joint_product(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.joint_weight)
 
 
 class NextOfFused(nn.Linear):

@@ -87,8 +87,8 @@ class MiniGPT4(vision.Vision):
         loss = self.language_loss(image_embeds, tokens)
         return {"loss": loss, "num_labels": tokens.num_labels}
 
-    def accelerate(self, packed: bool, compiled: bool) -> None:
-        accelerate(self, packed, compiled)
+    def accelerate(self, packed: bool, compiled: bool, fp8: bool = False) -> None:
+        accelerate(self, packed, compiled, fp8)
 
     def prepare(self, samples: dict) -> dict:
         """The batch with its texts tokenised, on the host: what can be done before its turn comes.

@@ -27,7 +27,7 @@ ATTENTION = "minigpt4_packed"
 # How torch's variable-length attention is told to be causal; the name changed between releases.
 CAUSAL = {"is_causal": True} if "is_causal" in inspect.signature(varlen_attn).parameters else {"window_size": (-1, 0)}
 # Sizes are rounded up to multiples of these, so that few different ones occur: each has a CUDA graph of its own.
-TOKEN_MULTIPLE, LABEL_MULTIPLE = 128, 64
+TOKEN_MULTIPLE, LABEL_MULTIPLE = 128, 128
 
 
 class Sizes(NamedTuple):

@@ -19,7 +19,9 @@ from minigpt4.common.length import RunLength
 from minigpt4.common.logger import MetricLogger
 from minigpt4.common.optims import create_optimizer
 from minigpt4.common.registry import registry
+from minigpt4.common.words import counted
 from minigpt4.datasets.loaders import TrainLoader, eval_loader, report_left_out
+from minigpt4.models import fp8
 from minigpt4.runners.pace import Pace
 from minigpt4.runners.prefetch import prefetch
 from minigpt4.runners.state import restore_rng_states, rng_states, to_device
@@ -100,10 +102,15 @@ class RunnerBase:
         if run.resume_ckpt_path:
             self._resume(checkpoint.resolve(run.resume_ckpt_path))
         epochs = max(run.max_epoch - self.start_epoch, 0)
-        length = RunLength(run.batch_size_train, self.world_size, self.iters_per_epoch, epochs, run.accum_grad_iters)
+        length = RunLength(
+            run.batch_size_train, self.world_size, self.iters_per_epoch, epochs, run.accum_grad_iters,
+            on_gpu=self.device.type != "cpu",
+        )  # fmt: skip
         self.pace = Pace(length, run.log_freq)
+        if run.fp8:
+            fp8.check(self.module, self.device, self.dtype)
         if self.dtype != torch.float32 and hasattr(self.module, "accelerate"):
-            self.module.accelerate(run.packed, run.compile)
+            self.module.accelerate(run.packed, run.compile, run.fp8)
         if self.world_size > 1:
             self.model = self._distributed()
 
@@ -112,7 +119,7 @@ class RunnerBase:
         start = time.time()
         if not self.run.evaluate:
             if self.start_epoch >= self.run.max_epoch:
-                logging.info("Nothing left to train: the checkpoint has done all %d epochs.", self.run.max_epoch)
+                logging.info("Nothing left to train: the checkpoint has done %s.", counted(self.run.max_epoch, "epoch"))
             else:
                 self.pace.announce()
             for epoch in range(self.start_epoch, self.run.max_epoch):

@@ -4,6 +4,7 @@ import json
 from importlib.util import find_spec
 
 import pytest
+import torch
 
 from minigpt4.__main__ import main
 from minigpt4.cli.random_work import WordTokenizer, random_batches
@@ -29,6 +30,26 @@ def test_compare(capsys):
     found = rows(capsys, "--small", "--work", "S1/16", "--compare", "run.accum_grad_iters=1")
     assert [row.get("options") for row in found] == ["", "run.accum_grad_iters=1", None]
     assert found[2]["second / first, median of pairs"] > 0
+    assert found[2]["loss difference, mean of pairs"] == 0  # the same batches, from the same weights
+    assert found[0]["loss"] == found[1]["loss"]
+    assert 9 < found[0]["loss"] < 12  # guessing gives ln 32000 = 10.4
+
+
+def test_compare_gives_the_difference_of_losses(capsys):
+    options = ["--work", "S1/16", "--options", "run.init_lr=0", "--compare", "run.init_lr=0.01"]
+    found = rows(capsys, "--small", *options)
+    assert found[2]["loss difference, mean of pairs"] > 0.01
+
+
+def test_compare_a_config_with_itself(capsys, configs):
+    options = ["--options", "run.num_workers=0", "--compare", "run.log_freq=7"]
+    found = rows(capsys, "--cfg-path", str(configs["stage1"]), *options)
+    assert found[2]["loss difference, mean of pairs"] == 0
+
+
+def test_fp8_says_what_it_needs():
+    arguments = ["--small", "--work", "S1/16", "--options", "run.device=cpu", "--compare", "run.fp8=True"]
+    assert "run.fp8=True needs an NVIDIA GPU" in main(["bench", "train", *arguments])
 
 
 @pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
@@ -36,6 +57,17 @@ def test_compare(capsys):
 def test_low_bits(capsys, load_in):
     (row,) = rows(capsys, "--small", "--work", "S1/16", "--load-in", load_in)
     assert row["language_s"] > 0
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
+def test_compare_with_low_bits(capsys):
+    found = rows(capsys, "--small", "--work", "S1/16", "--compare", "model.load_in=8bit")
+    assert 0 < found[2]["loss difference, mean of pairs"] < 0.01
+
+
+def test_random_weights_in_8bit_weights():
+    arguments = ["bench", "train", "--small", "--work", "S1/16", "--options", "model.load_in=8bit_weights"]
+    assert "not model.load_in=8bit_weights" in main(arguments)
 
 
 def test_a_config_with_its_own_data(capsys, configs):
@@ -73,6 +105,7 @@ def test_useful_operations(build_golden_model):
 def test_the_work_is_the_same_each_time():
     first, second = (list(random_batches(2, 3, 1 + APART)) for _ in range(2))
     assert [b["text_input"] for b in first] == [b["text_input"] for b in second]
+    assert all(map(torch.equal, (b["image"] for b in first), (b["image"] for b in second)))
     lengths = [len(WordTokenizer().encode(text + " .")) for batch in first for text in batch["text_input"]]
     assert 80 <= min(lengths) and max(lengths) <= 160
     assert WordTokenizer().encode("w") == [9601]  # in every process

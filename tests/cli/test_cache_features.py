@@ -130,7 +130,7 @@ def test_it_goes_on_where_it_stopped(configs, tmp_path, monkeypatch, caplog):
     assert cache(configs["stage1"], out) == 0
     assert shard.read_bytes() == (whole / "laion" / "00002.tar").read_bytes()
     assert kept.read_bytes() == b"not touched"
-    assert "laion: 40 features in 1 shards, 0 pictures left out; 3 shards were there already (rank 0)." in caplog.text
+    assert "laion: 40 features in 1 shard, 0 pictures left out; already there: 3 shards (rank 0)." in caplog.text
 
 
 def test_ranks_share_the_shards(configs, tmp_path, monkeypatch):
@@ -147,7 +147,7 @@ def test_broken_pictures_are_left_out_and_counted(configs, tmp_path, caplog):
     storage = write_align(tmp_path / "align", records=4)
     (storage / "image" / "1.jpg").write_bytes(picture_bytes(0, format="JPEG")[:300])
     assert cache(configs["stage2"], tmp_path / "f", f"datasets.cc_sbu_align.build_info.storage={storage}") == 0
-    assert "cc_sbu_align: 3 features in 1 shards, 1 pictures left out" in caplog.text
+    assert "cc_sbu_align: 3 features in 1 shard, 1 picture left out" in caplog.text
     assert "1.jpg" in caplog.text
     cached = FeatureSet(str(tmp_path / "f" / "cc_sbu_align"))
     assert [cached[i]["image_id"] for i in range(3)] == ["0", "2", "3"]

@@ -214,6 +214,8 @@ def test_seeds_make_sampling_repeatable(run, tmp_path):
     [
         (["--dir", "/nowhere"], "--dir /nowhere is not a folder"),
         (["--shards", "/nowhere/{0..1}.tar"], "there is no file /nowhere/0.tar"),
+        ([str(IMAGES[0]), "gone.png", "docs"], "There is no file gone.png, docs."),
+        ([f"{n}.png" for n in range(9)], "There is no file 0.png, 1.png, 2.png (and 6 more)."),
         ([str(IMAGES[0]), "--out", "/"], "--out / is a folder"),
         ([str(IMAGES[0]), "--out", str(ROOT / "train.py")], "train.py exists, and its line"),
         ([str(IMAGES[0]), "--prompt", "<ImageHere> or <ImageHere>"], "must have <ImageHere> once"),

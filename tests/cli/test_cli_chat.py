@@ -7,6 +7,7 @@ import pytest
 from helpers import GOLDEN, ROOT
 from video_files import bad_videos, write_video
 
+from minigpt4.__main__ import main as minigpt4
 from minigpt4.cli.chat import Terminal, _history, _paths, parse_args
 from minigpt4.conversation import Chat
 from minigpt4.processors import Blip2ImageEvalProcessor
@@ -60,6 +61,13 @@ def test_a_question_that_does_not_fit_takes_nothing_with_it(terminal, capsys):
     terminal.obey("/retry")
     assert "the model holds 10" in capsys.readouterr().out
     assert terminal.conv == before
+
+
+def test_a_picture_that_is_not_there_is_told_before_the_model_is_loaded(monkeypatch):
+    monkeypatch.setattr("minigpt4.conversation.loading.load_chat", lambda *_: pytest.fail("loads"))
+    config = ["--cfg-path", str(ROOT / "eval_configs/minigpt4_tiny_eval.yaml")]
+    for command in ("chat", "caption"):
+        assert minigpt4([command, PICTURE, "gone.png", *config]) == "Error: There is no file gone.png."
 
 
 def test_videos(terminal, capsys, tmp_path):

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ from dataclasses import fields
 import pytest
 from helpers import ROOT, free_port
 
+import demo
 from minigpt4.cli.serve import main, parse_args
 from minigpt4.common.errors import ConfigError
 from minigpt4.serving.settings import Settings
@@ -107,13 +109,27 @@ def test_weights_that_do_not_fit_end_it(tmp_path):
         main([*arguments, "--options", f"model.ckpt={tmp_path / 'other.safetensors'}"])
 
 
+def test_an_address_that_cannot_be_had():
+    arguments = ["--cfg-path", str(ROOT / TINY)]
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        for command in (main, demo.main):
+            with pytest.raises(ConfigError, match=f"port {port} of 127.0.0.1 is taken by another program; use --port"):
+                command([*arguments, "--port", str(port)])
+    with pytest.raises(ConfigError, match="--host no.such.host.invalid: "):
+        main([*arguments, "--host", "no.such.host.invalid"])
+    with pytest.raises(ConfigError, match="cannot listen on port 8000 of 192.0.2.1: "):  # an address of nobody's
+        main([*arguments, "--host", "192.0.2.1"])
+
+
 def test_wrong_arguments(capsys):
     for arguments, message in {
         ("--max-queue", "0"): "--max-queue must be more than 0",
         ("--timeout", "-1"): "--timeout must be more than 0",
         ("--max-upload-mb", "nan"): "--max-upload-mb must be more than 0",
         ("--api-key", ""): "is empty",
-        ("--port", "x"): "invalid int",
+        ("--port", "x"): "'x' is not a whole number from 0 to 65535",
+        ("--port", "65536"): "'65536' is not a whole",
     }.items():
         with pytest.raises(SystemExit):
             parse_args(["--cfg-path", "x", *arguments])

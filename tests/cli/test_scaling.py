@@ -30,7 +30,7 @@ def test_two_ranks_make_one_report():
     assert row["images_per_s"] == pytest.approx(2 * 16 / row["median_s"], rel=0.01)
     assert row["efficiency"] == pytest.approx(row["alone_s"] / row["median_s"], rel=0.01)
     assert row["no_exchange_s"] > 0 and row["communication"] < 1
-    assert done.stderr.count("there is no GPU") in (0, 2)  # as often as in one process
+    assert done.stderr.count("there is no GPU") == (not torch.cuda.is_available())
 
 
 def test_a_baseline_is_refused_once():
@@ -55,7 +55,15 @@ def make_timer(monkeypatch, ranks: list[tuple]) -> ScalingTimer:
     monkeypatch.setattr(dist_utils, "get_world_size", lambda: len(ranks))
     monkeypatch.setattr(dist_utils, "gather_objects", lambda own: ranks)
     timer = ScalingTimer(runner, iter([]))
-    timer.seconds, timer.no_exchange.seconds, timer.alone.seconds, timer.images, timer.tokens, timer.memory = ranks[0]
+    (
+        timer.seconds,
+        timer.no_exchange.seconds,
+        timer.alone.seconds,
+        timer.losses,
+        timer.images,
+        timer.tokens,
+        timer.memory,
+    ) = ranks[0]
     timer.phases = {name: [0.5, 0.5] for name in timer.phases}
     return timer
 
@@ -65,12 +73,28 @@ def test_what_is_made_of_the_times(monkeypatch):
     timer = make_timer(
         monkeypatch,
         [
-            ([9.0, 2.0, 4.0, 4.0], [9.0, 1.0, 3.0, 3.0], [9.0, 2.0, 2.0, 2.0], [16] * 4, [100] * 4, {"max_mem_MB": 7}),
-            ([8.0, 3.0, 2.0, 5.0], [9.0, 2.7, 2.0, 4.0], [9.0, 3.0, 3.0, 3.0], [16] * 4, [200] * 4, {"max_mem_MB": 8}),
+            (
+                [9.0, 2.0, 4.0, 4.0],
+                [9.0, 1.0, 3.0, 3.0],
+                [9.0, 2.0, 2.0, 2.0],
+                [1.0] * 4,
+                [16] * 4,
+                [100] * 4,
+                {"max_mem_MB": 7},
+            ),
+            (
+                [8.0, 3.0, 2.0, 5.0],
+                [9.0, 2.7, 2.0, 4.0],
+                [9.0, 3.0, 3.0, 3.0],
+                [2.0] * 4,
+                [16] * 4,
+                [200] * 4,
+                {"max_mem_MB": 8},
+            ),
         ],
     )
     row = timer.row(warmup=1)
     expected = {"median_s": 4.0, "min_s": 3.0, "max_s": 5.0, "images_per_s": 8.0, "tokens_per_s": 75, "max_mem_MB": 8}
     expected |= {"no_exchange_s": 3.0, "alone_s": 2.5, "efficiency": 0.625, "communication": 0.2}  # of 0.1, 0.25, 0.2
     assert row.items() >= expected.items()
-    assert row["first_step_s"] == 9.0
+    assert row["first_step_s"] == 9.0 and row["loss"] == 1.5

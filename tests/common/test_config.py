@@ -112,6 +112,8 @@ def test_option_values(option, expected):
         ("run.max_epoch=2.5", r"run\.max_epoch = 2\.5 .* is not of type int"),
         ("run.train_splits=train", r"is not of type list\[str\]"),
         ("model.ckpt=", r"has no value.*model\.ckpt=null"),
+        ("model.ckpt=", r"without a space"),  # what a shell makes of "model.ckpt= x"
+        ("run.max_epoch", r"without spaces around ="),  # of "run.max_epoch = 2"
         ("model.ckpt", r"not of the form section\.key=value"),
         ("nonsense", r"not of the form"),
         ("model.vit_model={depth: 2", r"not valid YAML"),

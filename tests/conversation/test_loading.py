@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import GOLDEN, ROOT
 
+from minigpt4.common import dist_utils
 from minigpt4.common.config import Config, ConfigError
 from minigpt4.conversation import CONV_VISION
 from minigpt4.conversation.loading import load_chat, load_vis_processor, select_gpu
@@ -56,8 +57,9 @@ def test_an_unknown_processor(golden_config):
 def test_select_gpu(golden_config, monkeypatch, caplog):
     cfg = config(golden_config)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert select_gpu(cfg, 3).type == "cpu"
-    assert "There is no GPU" in caplog.text
+    dist_utils._warn_of_the_cpu.cache_clear()
+    assert {select_gpu(cfg, 3).type, dist_utils.select_device("cuda").type} == {"cpu"}
+    assert caplog.text.count("there is no GPU") == 1
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)

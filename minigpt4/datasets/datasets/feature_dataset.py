@@ -11,6 +11,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from minigpt4.common.errors import ConfigError
+from minigpt4.common.words import counted
 from minigpt4.datasets.datasets.image_text_stream import ImageTextStream, RawSample
 from minigpt4.datasets.datasets.packed_strings import PackedStrings
 from minigpt4.datasets.feature_cache import read_features, read_manifest, shards_of
@@ -62,7 +63,7 @@ class FeatureSet(Dataset):
         self._places = np.array(places, dtype=np.int64).reshape(-1, 3)
         self.captions = PackedStrings(text["caption"] for text in texts)
         self.image_ids = PackedStrings(text["image_id"] for text in texts)
-        log.info("%s: %d records of cached features.", name, len(self))
+        log.info("%s: %s of cached features.", name, counted(len(self), "record"))
 
     def __len__(self) -> int:
         return len(self._places)

@@ -14,6 +14,7 @@ import webdataset as wds
 from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
 
+from minigpt4.common.words import counted
 from minigpt4.datasets.datasets.shards import expand_shards, is_local
 from minigpt4.datasets.seeding import derive_seed
 from minigpt4.processors import read_picture, to_sample
@@ -70,7 +71,7 @@ class ImageTextStream(IterableDataset):
         self._current = ""  # the shard being read
         self.epoch = 0
         self.set_seed(0)
-        log.info("%s: streaming %d shard%s.", name, len(self.shards), "" if len(self.shards) == 1 else "s")
+        log.info("%s: streaming %s.", name, counted(len(self.shards), "shard"))
 
     def set_seed(self, seed: int, rank: int = 0, world_size: int = 1) -> None:
         """Set where the randomness comes from. Ranks draw their own shards, so their number does not matter here."""
