@@ -49,8 +49,8 @@ def test_the_published_files_pass(full_case, config, size):
     assert [f for f in examine(full_case(config, size=size)) if f.status in (ERROR, WARNING)] == []
 
 
-# Peaks on one H100, MiB, that doctor/estimate.py names: torch's eager, the allocator's with CUDA graphs (which share the
-# beginning of the samples, what the estimate leaves out). The text of the longest sample has 24 tokens in stage 1; in
+# Peaks on one H100, MiB, that doctor/estimate.py names: torch's eager, the allocator's with CUDA graphs (there samples
+# share their beginning, which the estimate leaves out). The text of the longest sample has 24 tokens in stage 1; in
 # stage 2, 160, with a prompt of 22.
 MEASURED = [
     (16, 24, 0, False, 19168),

@@ -28,16 +28,16 @@ def steps(model, order):
 def test_accelerated_equals_plain(build_golden_model, caplog, dtype, recomputed):
     caplog.set_level("INFO")
     order = (0, 1, 2, 0, 1, 2, 0, 0, 1)  # as it stands, recorded, replayed
-    # Sums of 16-bit numbers in another order; the largest gradients are near 0.1.
+    exact = steps(build_golden_model("cuda"), order)
     plain = steps(build_golden_model("cuda", dtype), order)
     model = build_golden_model("cuda", dtype, llm_grad_checkpoint=recomputed)
     model.accelerate(packed=True, compiled=True)
     assert model.packed
     accelerated = steps(model, order)
-    for (loss, gradient), (other, other_gradient) in zip(plain, accelerated, strict=True):
-        assert other == pytest.approx(loss, rel=0.01)
-        distance = (other_gradient - gradient).norm() / gradient.norm()
-        assert distance < 0.03
+    for (loss, gradient), usual, ours in zip(exact, plain, accelerated, strict=True):
+        usual_error, error = ((other - gradient).norm() / gradient.norm() for _, other in (usual, ours))
+        assert error < 1.5 * usual_error + 0.01  # no further from float32 than a plain step in 16 bit is
+        assert ours[0] == pytest.approx(loss, rel=0.01)
     assert "Recording a CUDA graph of the language model" in caplog.text
     # Two replays of one batch differ in the order in which attention's backward pass adds, at most.
     assert accelerated[6][0] == accelerated[7][0]
