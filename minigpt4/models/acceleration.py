@@ -37,6 +37,9 @@ def accelerate(model, packed: bool, compiled: bool, fp8: bool = False) -> None:
     llm_layers = [] if _is_quantized(llm) else llm.get_decoder().layers  # bitsandbytes' layers run as they are
     # One code object, Module._call_impl, is compiled for every kind of layer, with and without gradient.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    # Joint projections hand each other their products, in recomputed layers too. Older torch leaves those uncompiled.
+    if hasattr(torch._dynamo.config, "skip_fwd_side_effects_in_bwd_under_checkpoint"):
+        torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
     layers = [*llm_layers]
     if has_vision:
         layers += [*model.visual_encoder.blocks, *model.Qformer.bert.encoder.layer]
@@ -56,7 +59,17 @@ def accelerate(model, packed: bool, compiled: bool, fp8: bool = False) -> None:
 def recompute_layers(llm, count: int) -> None:
     """Let the first `count` layers recompute their activations in the backward pass instead of keeping them."""
     for layer in llm.get_decoder().layers[:count]:
-        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+        layer.forward = _recomputing(layer.forward)
+
+
+def _recomputing(forward):
+    """`forward` under checkpoint: a function, which torch.compile reads through; it passes functools.partial over."""
+
+    @functools.wraps(forward)
+    def recomputing(*args, **kwargs):
+        return checkpoint(forward, *args, **kwargs, use_reentrant=False, preserve_rng_state=False)
+
+    return recomputing
 
 
 def _is_quantized(llm) -> bool:
