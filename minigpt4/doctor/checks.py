@@ -37,6 +37,7 @@ OF_RUN: tuple[Check, ...] = (
     files.check_output,
     environment.check_versions,
     environment.check_gpu,
+    environment.check_fp8,
     estimate.check_host_memory,
     estimate.check_length,
 )

@@ -12,7 +12,7 @@ from packaging.requirements import Requirement
 from minigpt4.common.words import counted
 from minigpt4.doctor.case import Case
 from minigpt4.doctor.findings import Finding, error, ok, warning
-from minigpt4.doctor.machine import readable
+from minigpt4.doctor.machine import Gpu, readable
 
 LEAST_PYTHON = (3, 11)
 # Least compute capability for …
@@ -81,9 +81,7 @@ def check_gpu(case: Case) -> Iterator[Finding]:
     if "+cpu" in metadata.version("torch"):
         yield error("GPU", f"torch {metadata.version('torch')} is built for CPUs only", "Install torch with CUDA.")
         return
-    gpu = min(case.gpus, key=lambda gpu: gpu.capability)
-    major, minor = gpu.capability
-    name = f"{gpu.name}, compute capability {major}.{minor}"
+    gpu, name = _weakest(case.gpus)
     if gpu.capability < TORCH_WHEELS:
         fix = "Install a torch that still supports it (built for CUDA 12.6), or use another GPU."
         yield warning("GPU", f"{name}: torch's newest builds want 7.5 and more", fix)
@@ -93,16 +91,38 @@ def check_gpu(case: Case) -> Iterator[Finding]:
         yield error(
             "model.load_in", f"{name} has no 8-bit matrix product, which needs 7.5", "--options model.load_in=4bit"
         )
-    if case.run.fp8 and case.training and gpu.capability < FP8:
-        yield error("run.fp8", f"{name} has no fp8 product by rows, which needs 9.0", "--options run.fp8=False")
-    if case.run.fp8 and case.training and case.load_in != "16bit":
-        what = f"model.load_in={case.load_in} leaves no 16-bit layers that could be in fp8"
-        yield error("run.fp8", what, "--options run.fp8=False, or model.load_in=16bit")
     if case.local_size > len(case.gpus) and case.training:
         what = f"{case.local_size} processes on {counted(len(case.gpus), 'GPU')} of this machine"
         yield warning("GPU", what, f"On one machine: torchrun --nproc_per_node {len(case.gpus)}")
     if gpu.capability >= TORCH_WHEELS:
         yield ok("GPU", f"{len(case.gpus)} × {name}, {readable(gpu.total)}")
+
+
+def _weakest(gpus: list[Gpu]) -> tuple[Gpu, str]:
+    """The GPU that can do least, and what to call it."""
+    gpu = min(gpus, key=lambda gpu: gpu.capability)
+    major, minor = gpu.capability
+    return gpu, f"{gpu.name}, compute capability {major}.{minor}"
+
+
+def check_fp8(case: Case) -> Iterator[Finding]:
+    """Training in fp8 has the GPU, type and layers that it needs. The run (models/fp8.py) asks once all is loaded."""
+    if not case.run.fp8 or not case.training:
+        return
+    off = "--options run.fp8=False"
+    if not case.on_gpu:
+        found = "none is to be seen" if case.run.device.startswith("cuda") else f"run.device is {case.run.device}"
+        yield error("run.fp8", f"needs an NVIDIA GPU of compute capability 9.0 or newer; {found}", off)
+    else:
+        gpu, name = _weakest(case.gpus)
+        if gpu.capability < FP8:
+            yield error("run.fp8", f"{name} has no fp8 product by rows, which needs 9.0", off)
+    if not case.run.amp or case.run.amp_dtype == "fp16":
+        what = f"goes with bfloat16, not with run.amp={case.run.amp} run.amp_dtype={case.run.amp_dtype}"
+        yield error("run.fp8", what, f"{off}, or run.amp=True run.amp_dtype=bf16")
+    if case.load_in != "16bit":
+        what = f"model.load_in={case.load_in} leaves no 16-bit layers that could be in fp8"
+        yield error("run.fp8", what, f"{off}, or model.load_in=16bit")
 
 
 def check_shared_memory(case: Case) -> Iterator[Finding]:

@@ -9,6 +9,7 @@ from dataset_files import write_tar
 from safetensors.torch import load_file, save_file
 
 from minigpt4.common import published
+from minigpt4.common.errors import ConfigError
 from minigpt4.doctor import checks, environment, estimate, files, machine
 from minigpt4.doctor.findings import ERROR, WARNING
 from minigpt4.doctor.machine import Gpu
@@ -462,6 +463,38 @@ FAULTS = {
         "model.load_in=8bit leaves no",
         "model.load_in=16bit",
     ),
+    "fp8 in float16": (
+        "stage1",
+        also(gpu(), options("run.fp8=True", "run.amp_dtype=fp16")),
+        ERROR,
+        "run.fp8",
+        "goes with bfloat16, not with run.amp=True run.amp_dtype=fp16",
+        "run.amp_dtype=bf16",
+    ),
+    "fp8 in float32": (
+        "stage1",
+        also(gpu(), options("run.fp8=True", "run.amp=False")),
+        ERROR,
+        "run.fp8",
+        "goes with bfloat16, not with run.amp=False run.amp_dtype=auto",
+        "run.amp=True run.amp_dtype=bf16",
+    ),
+    "fp8 without a GPU": (
+        "stage1",
+        also(lambda p: setattr(p, "gpus", []), options("run.fp8=True")),
+        ERROR,
+        "run.fp8",
+        "needs an NVIDIA GPU .*; none is to be seen",
+        "run.fp8=False",
+    ),
+    "fp8 on the CPU": (
+        "stage1",
+        also(gpu(), options("run.fp8=True", "run.device=cpu")),
+        ERROR,
+        "run.fp8",
+        "needs an NVIDIA GPU .*; run.device is cpu",
+        "run.fp8=False",
+    ),
     "an old GPU": ("stage1", gpu(capability=(6, 1)), WARNING, "GPU", "torch's newest builds", "CUDA 12.6"),
     "no GPU": ("stage1", lambda p: setattr(p, "gpus", []), WARNING, "GPU", "no NVIDIA GPU", "nvidia-smi"),
     "fewer GPUs": ("stage1", lambda p: setattr(p, "world_size", 2), WARNING, "GPU", "2 processes on 1 GPU", "torchrun"),
@@ -594,6 +627,23 @@ def test_what_is_no_fault(patient):
     case = patient.case()
     case.processes_here = 1
     assert [f for f in checks.examine(case) if f.status in (ERROR, WARNING)] == []
+
+
+def test_fp8_that_can_run(patient):
+    patient.stage = "stage1"
+    patient.options = ["run.fp8=True"]
+    gpu()(patient)
+    assert patient.findings(ERROR, WARNING) == []
+
+
+def test_fp8_without_a_gpu_stops_at_the_start(patient, monkeypatch):
+    """train.py's cheap part, which leaves the lack of a GPU to the run itself, does not leave this one."""
+    patient.stage = "stage1"
+    monkeypatch.setattr(checks, "list_gpus", lambda: [])
+    checks.preflight(patient.case().cfg, training=True)
+    patient.options = ["run.fp8=True"]
+    with pytest.raises(ConfigError, match="run.fp8: needs an NVIDIA GPU"):
+        checks.preflight(patient.case().cfg, training=True)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
