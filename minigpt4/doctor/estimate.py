@@ -10,10 +10,17 @@ The model of a GPU's memory, in bytes:
     the rest     a fixed sum for what lies between, another for the memory that CUDA graphs keep apart, and CUDA's own
                  context
 
-`ACTIVATIONS` holds the multiples. They were fitted to steps of a Llama-7B with random weights on an H100, with torch
-2.11. The peaks of S1/16, S1/64 and S2/12 (docs/performance.md) were 19,168, 30,631 and 26,380 MiB eager, and 17,867,
-24,966 and 21,881 MiB with compiled layers, in graphs that had 2,000 to 2,400 MiB more reserved. Measure again and
-change them here when the way a step is computed changes.
+`ACTIVATIONS` holds the multiples, `GRAPHS` that other sum. They come from three runs of `bench train` on an H100
+(S1/16, S1/64 and S2/12: Llama-7B with random weights, bfloat16, torch 2.11). None of them is in the table of
+docs/performance.md, which has other states of the code. Peaks in MiB:
+
+    eager        fitted to 19,168, 30,631 and 26,380 (`max_mem_MB`): padded batches, before layers were compiled
+    compiled     fitted to 17,872, 26,056 and 23,109: the first layers that were
+    graphs       a later run with CUDA graphs that share their memory: 17,867, 24,966 and 21,881, for which 19,840,
+                 27,370 and 24,088 were reserved (`reserved_MB`); `GRAPHS` is about the difference
+
+The estimate is within 1 % of the first two, and up to 5 % above what the third reserved, where samples share their
+beginning. Measure again and change them here when the way a step is computed changes.
 """
 
 from collections.abc import Iterator
@@ -129,8 +136,9 @@ def estimate(case: Case) -> Memory | None:
     if not case.training:
         tokens = 2000  # a chat's context at most
         return Memory(weights, 0, tokens * llm.layers * llm.kv_width * 2 * (4 if full else 2))
-    # A small model's graphs are small.
-    graphs = min(GRAPHS, weights) if compiles(case) and case.load_in == "16bit" else 0
+    # Of the language model, whose padded batches and quantised layers are not recorded. A small model's are small.
+    recorded = compiles(case) and case.run.packed and case.load_in == "16bit"
+    graphs = min(GRAPHS, weights) if recorded else 0
     return Memory(weights, trained * TRAINING_BYTES, _activations(case) * (2 if full else 1), graphs)
 
 
@@ -168,7 +176,9 @@ def check_gpu_memory(case: Case) -> Iterator[Finding]:
         return
     told = f"about {readable(memory.total)} (weights {readable(memory.weights)}"
     told += f", training {readable(memory.training)}" if case.training else ""
-    told += f", {'activations' if case.training else 'a full context'} {readable(memory.activations)})"
+    told += f", {'activations' if case.training else 'a full context'} {readable(memory.activations)}"
+    told += f", CUDA graphs {readable(memory.graphs)}" if memory.graphs else ""
+    told += f", the rest {readable(WORKSPACE)})"
     if not case.on_gpu:
         yield from _on_the_host(memory, told)
         return
@@ -195,9 +205,11 @@ def _joint(gpus: list[Gpu]) -> Gpu:
 def advice(case: Case, memory: Memory) -> str:
     """The setting that would help most, first."""
     smaller = {"16bit": "8bit", "8bit": "4bit"}.get(case.load_in)
-    shrink = f"model.load_in={smaller}" if smaller else None
+    in_fp8 = case.training and case.run.fp8  # which needs a language model in 16 bit
+    shrink = f"model.load_in={smaller}" if smaller and not in_fp8 else None
+    otherwise = "Use a smaller language model or a GPU with more memory."
     if not case.training:
-        return f"--options {shrink}" if shrink else "Use a smaller language model or a GPU with more memory."
+        return f"--options {shrink}" if shrink else otherwise
     half = max(case.run.batch_size_train // 2, 1)
     batch = f"run.batch_size_train={half} run.accum_grad_iters={2 * case.run.accum_grad_iters} (the same step)"
     recompute = f"model.llm_grad_checkpoint={case.llm.layers} (the same numbers, a third more time)"
@@ -208,7 +220,8 @@ def advice(case: Case, memory: Memory) -> str:
     ]
     if memory.activations < memory.weights:
         options.reverse()
-    return "--options " + ", or ".join(option for option in options if option)
+    possible = ", or ".join(option for option in options if option)
+    return f"--options {possible}" if possible else otherwise
 
 
 def _on_the_host(memory: Memory, told: str) -> Iterator[Finding]:

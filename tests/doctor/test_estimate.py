@@ -1,6 +1,7 @@
 """The estimate at full size, against what was measured; lengths; what the sizes say of parameters."""
 
 import inspect
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,14 @@ from minigpt4.common.config import Config
 from minigpt4.common.length import RunLength
 from minigpt4.doctor.case import QFORMER, Case
 from minigpt4.doctor.checks import examine
-from minigpt4.doctor.estimate import estimate, longest_sequence, trainable_parameters
+from minigpt4.doctor.estimate import (
+    GRAPHS,
+    advice,
+    check_gpu_memory,
+    estimate,
+    longest_sequence,
+    trainable_parameters,
+)
 from minigpt4.doctor.findings import ERROR, WARNING
 from minigpt4.doctor.machine import MIB, imagined_gpu
 from minigpt4.doctor.sizes import qformer_parameters, vit_parameters
@@ -49,9 +57,9 @@ def test_the_published_files_pass(full_case, config, size):
     assert [f for f in examine(full_case(config, size=size)) if f.status in (ERROR, WARNING)] == []
 
 
-# Peaks on one H100, MiB, that doctor/estimate.py names: torch's eager, the allocator's with CUDA graphs (there samples
-# share their beginning, which the estimate leaves out). The text of the longest sample has 24 tokens in stage 1; in
-# stage 2, 160, with a prompt of 22.
+# Peaks on one H100, MiB, that doctor/estimate.py names: torch's eager, and what was reserved with CUDA graphs (there
+# samples share their beginning, which the estimate leaves out). The text of the longest sample has 24 tokens in stage
+# 1; in stage 2, 160, with a prompt of 22.
 MEASURED = [
     (16, 24, 0, False, 19168),
     (64, 24, 0, False, 30631),
@@ -123,6 +131,56 @@ def test_which_gpu_is_enough(full_case, config, size, gpu, options, fits):
     found = [f for f in examine(full_case(config, *options, size=size, gpu=gpu)) if f.check == "GPU memory"]
     assert [f.status != ERROR for f in found] == [fits], found
     assert fits or "--options" in found[0].fix
+
+
+GRAPHED = ["run.compile=True", "run.packed=True", "run.amp=True", "model.load_in=16bit"]
+
+
+def test_the_memory_of_cuda_graphs(full_case):
+    """A fixed sum where the language model's steps are recorded, and nothing where they are not."""
+    assert estimate(full_case(STAGE1, *GRAPHED)).graphs == GRAPHS
+    for plain in ("run.compile=False", "run.packed=False", "run.amp=False", "model.load_in=8bit", "model.load_in=4bit"):
+        assert estimate(full_case(STAGE1, *GRAPHED, plain)).graphs == 0, plain
+    assert estimate(full_case(STAGE1, *GRAPHED, gpu=None)).graphs == 0
+    assert estimate(full_case(CHAT)).graphs == 0
+
+
+def test_a_small_models_graphs_are_small(patient):
+    memory = estimate(patient.case())
+    assert 0 < memory.graphs == memory.weights < GRAPHS
+
+
+@pytest.mark.parametrize("options", [[], ["run.packed=False"], ["run.compile=False"]])
+def test_the_parts_told_add_up(full_case, options):
+    case = full_case(STAGE1, *options)
+    (found,) = check_gpu_memory(case)
+    whole, parts = re.fullmatch(r"about (.*?) \((.*)\) and CUDA's own 0\.7 GB; .*", found.what).groups()
+    assert ("CUDA graphs 2.1 GB" in parts) == (not options)
+    assert sum(map(gigabytes, parts.split(", "))) == pytest.approx(gigabytes(whole), abs=0.05 * 6)  # all are rounded
+    assert gigabytes(whole) == pytest.approx(estimate(case).total / 1e9, abs=0.05)
+
+
+def gigabytes(told):
+    """Of text that ends as `1.9 GB` or `40 MB`."""
+    number, unit = told.split()[-2:]
+    return float(number) * {"GB": 1, "MB": 1e-3}[unit]
+
+
+def test_fp8_is_not_advised_to_quantise(full_case):
+    """Nor is anybody advised to nothing: who has done all that the settings can do needs another model or GPU."""
+
+    def advised(*options):
+        case = full_case(STAGE1, *options)
+        return advice(case, estimate(case))
+
+    assert "model.load_in=8bit" in advised()
+    fix = advised("run.fp8=True")
+    assert "load_in" not in fix and "run.batch_size_train=8" in fix and "model.llm_grad_checkpoint=32" in fix
+    least = ["run.batch_size_train=1", "model.llm_grad_checkpoint=32"]
+    assert advised(*least) == "--options model.load_in=8bit"
+    assert advised(*least, "run.fp8=True") == "Use a smaller language model or a GPU with more memory."
+    chat = full_case(CHAT, "run.fp8=True", "model.low_resource=False")
+    assert advice(chat, estimate(chat)) == "--options model.load_in=8bit"  # where fp8 does nothing
 
 
 def test_two_gpus_for_a_model_that_does_not_fit_on_one(full_case):
