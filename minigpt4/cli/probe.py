@@ -1,5 +1,6 @@
-"""One real step with the longest batch: `doctor --probe`. Everything is loaded."""
+"""Real steps with the longest batch: `doctor --probe`. Everything is loaded."""
 
+import contextlib
 import tempfile
 import time
 from collections.abc import Iterable
@@ -42,11 +43,12 @@ def _train(case: Case) -> Iterable[Finding]:
         runner = registry.get_runner_class(run.runner)(cfg, task, model, datasets, "probe")
         runner.module.train()
         seconds = []
-        # The first step compiles; the second shows the time.
-        for batch in prefetch([samples, samples], runner.module, runner.device):
-            start = time.perf_counter()
-            loss = float(runner.train_step(batch, is_update=True))
-            seconds.append(time.perf_counter() - start)
+        # The first step compiles, the second records CUDA graphs; the third, which replays them, shows the time.
+        with contextlib.closing(prefetch([samples] * 3, runner.module, runner.device)) as batches:
+            for batch in batches:
+                start = time.perf_counter()
+                loss = float(runner.train_step(batch, is_update=True))
+                seconds.append(time.perf_counter() - start)
     if loss != loss or abs(loss) == float("inf"):
         yield error("probe", f"the loss is {loss}", "Check the weights; with fp16, try run.amp_dtype=bf16.")
         return

@@ -13,6 +13,8 @@ from helpers import ROOT
 from minigpt4.cli import probe as probing
 from minigpt4.cli.doctor import is_training, main
 from minigpt4.common.config import Config
+from minigpt4.doctor.estimate import WORKSPACE, Memory
+from minigpt4.runners.runner_base import RunnerBase
 
 TINY = {stage: ROOT / f"train_configs/minigpt4_tiny_{name}.yaml" for stage, name in
         {"stage1": "stage1_pretrain", "stage2": "stage2_finetune"}.items()}  # fmt: skip
@@ -96,6 +98,40 @@ def test_probe(arguments, capsys, stage, said):
     options = ["run.batch_size_train=4"] if stage == "stage2" else []
     assert main([*arguments(stage, *options), "--probe"]) == 0
     assert f"ok      probe: {said}" in capsys.readouterr().out
+
+
+def test_probe_times_a_step_that_neither_compiles_nor_records(arguments, capsys, monkeypatch):
+    """As on a GPU: the first step compiles, the second records CUDA graphs, and from the third on they are replayed."""
+    clock, durations, plain = [0.0], iter([30, 20]), RunnerBase.train_step
+
+    def train_step(self, *args, **kwargs):
+        clock[0] += next(durations, 0.25)
+        return plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(RunnerBase, "train_step", train_step)
+    monkeypatch.setattr(probing, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    assert main([*arguments("stage2", "run.batch_size_train=4"), "--probe"]) == 0
+    assert " tokens took 0.25 s, loss " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("estimated", "reserved", "warned"),
+    [
+        (20e9, 24e9, None),
+        (20e9, 26e9, "the estimate was 20.0 GB, 1.30 times that was reserved"),
+        (20e9, 15e9, "the estimate was 20.0 GB, 0.75 times that was reserved"),
+        # a small model, where a large share is little memory
+        (0.3e9, 0.7e9, None),
+        (0.3e9, 0.9e9, "the estimate was 0.3 GB, 3.00 times that was reserved"),
+        (0.6e9, 0.2e9, None),
+    ],
+)
+def test_probe_warns_of_an_estimate_that_was_far_off(monkeypatch, estimated, reserved, warned):
+    monkeypatch.setattr(probing, "estimate", lambda case: Memory(estimated - WORKSPACE, 0, 0))
+    gpu = SimpleNamespace(cuda=SimpleNamespace(max_memory_reserved=lambda: reserved))
+    found = list(probing._compare(None, on_gpu=True, torch=gpu))
+    assert [f.what for f in found] == ([warned] if warned else [])
+    assert list(probing._compare(None, on_gpu=False, torch=gpu)) == []
 
 
 def test_probe_from_cached_features(arguments, capsys, tmp_path):
