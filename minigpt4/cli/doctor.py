@@ -3,7 +3,7 @@
     python -m minigpt4 doctor --cfg-path train_configs/minigpt4_stage1_pretrain.yaml
     python -m minigpt4 doctor --cfg-path train_configs/minigpt4_stage1_pretrain.yaml --gpus 4 --step-time 0.34
     python -m minigpt4 doctor --cfg-path eval_configs/minigpt4_eval.yaml --json
-    python -m minigpt4 doctor --cfg-path train_configs/minigpt4_stage2_finetune.yaml --probe     # one real step
+    python -m minigpt4 doctor --cfg-path train_configs/minigpt4_stage2_finetune.yaml --probe     # real steps
 
 Looks at every file that the config names, at shapes, tokenizer and template, at the machine, and estimates memory and
 time. Exit status: 0 if nothing is wrong (warnings are nothing), 1 if something is, 2 for a config that cannot be read.
@@ -33,7 +33,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--step-time", type=float, metavar="S", help="seconds a batch takes, to reckon hours with")
     parser.add_argument(
-        "--probe", action="store_true", help="then load everything and take a step with the longest batch"
+        "--probe", action="store_true", help="then load everything and take three steps with the longest batch"
     )
     parser.add_argument("--json", action="store_true", help="one JSON object a finding")
     return parser.parse_args(argv)

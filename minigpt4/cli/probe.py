@@ -12,7 +12,7 @@ from minigpt4.doctor.machine import readable
 
 
 def probe(case: Case) -> list[Finding]:
-    """Load the model, take a step (or encode a picture for a chat) and say what it took."""
+    """Load the model, take three steps (or answer once, for a chat) and say what the last took."""
     import torch
 
     if not case.is_ours:

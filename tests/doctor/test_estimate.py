@@ -19,7 +19,7 @@ from minigpt4.doctor.estimate import (
     longest_sequence,
     trainable_parameters,
 )
-from minigpt4.doctor.findings import ERROR, WARNING
+from minigpt4.doctor.findings import ERROR, WARNING, as_text
 from minigpt4.doctor.machine import MIB, imagined_gpu
 from minigpt4.doctor.sizes import qformer_parameters, vit_parameters
 from minigpt4.models.qformer import QFormer
@@ -158,6 +158,11 @@ def test_the_parts_told_add_up(full_case, options):
     assert ("CUDA graphs 2.1 GB" in parts) == (not options)
     assert sum(map(gigabytes, parts.split(", "))) == pytest.approx(gigabytes(whole), abs=0.05 * 6)  # all are rounded
     assert gigabytes(whole) == pytest.approx(estimate(case).total / 1e9, abs=0.05)
+
+
+def test_the_sample_in_the_docs_is_what_is_told(full_case):
+    (found,) = check_gpu_memory(full_case(STAGE2, gpu=24))
+    assert as_text([found]) in (ROOT / "docs/doctor.md").read_text(encoding="utf-8")
 
 
 def gigabytes(told):
