@@ -24,14 +24,14 @@ class GraphedFunction:
     A combination of shapes runs as it stands when it is first met, which compiles what has to be; when it is met again
     it is recorded. Gradients reach the tensors only: nothing else that `fn` uses may train.
 
-    All that `fn` computes shares one piece of memory, so the backward of a call must come before the next call; one
-    that comes before has memory of its own and is not recorded. Nor are calls in inference mode, whose sizes come once.
+    All calls share one piece of memory: each has one backward pass, before the next call. A call that comes earlier
+    runs as it stands, in memory of its own; so do calls in inference mode, whose sizes come once.
     """
 
     def __init__(self, fn: Callable, name: str):
         self.fn, self.name = fn, name
         self.memory: Memory | None = None
-        self.met: set[Hashable] = set()
+        self.met: set[Hashable] = set()  # whose forward and backward passes have run
         self.recorded: dict[Hashable, Recording] = {}
         self.pending: Callable[[], _Backward | None] = lambda: None  # of the last call, while its graph lives
 
@@ -46,18 +46,28 @@ class GraphedFunction:
         if key in self.met and key not in self.recorded and len(self.recorded) < LIMIT:
             logging.info("Recording a CUDA graph of the %s for %s", self.name, static or tuple(tensors[0].shape))
             self.recorded[key] = Recording(self.fn, tensors, static, self.memory)
-        self.met.add(key)
         if key in self.recorded:
             output = _Replayed.apply(self.recorded[key], *tensors)
         else:
-            with self.memory.in_use():
-                output = self.fn(*tensors, *static)
-            output = output.clone()  # in memory of its own
+            output = self._run(key, tensors, static)
         if output.requires_grad:
             pending = _Backward()
             output.register_hook(pending)
             self.pending = weakref.ref(pending)
         return output
+
+    def _run(self, key: Hashable, tensors: tuple[torch.Tensor, ...], static: tuple) -> torch.Tensor:
+        """The function as it stands, in the shared memory."""
+        if key not in self.met:
+            torch.cuda.empty_cache()  # torch does not do it by itself when memory of this kind runs out
+        with self.memory.in_use():
+            output = self.fn(*tensors, *static)
+        if output.requires_grad:
+            learning = next(t for t in tensors if t.requires_grad)
+            learning.register_hook(lambda gradient: self.met.add(key))  # at the end of the backward pass
+        else:
+            self.met.add(key)
+        return output.clone()  # in memory of its own
 
 
 class Memory:
@@ -73,9 +83,11 @@ class Memory:
     def in_use(self) -> Iterator[None]:
         current = torch.cuda.current_stream()
         self.stream.wait_stream(current)
-        with torch.cuda.use_mem_pool(self.pool), torch.cuda.stream(self.stream):
-            yield
-        current.wait_stream(self.stream)
+        try:
+            with torch.cuda.use_mem_pool(self.pool), torch.cuda.stream(self.stream):
+                yield
+        finally:
+            current.wait_stream(self.stream)
 
     def graph(self, graph: torch.cuda.CUDAGraph) -> torch.cuda.graph:
         """Context in which a graph is recorded."""
@@ -130,4 +142,9 @@ class _Backward:
     begun = False
 
     def __call__(self, grad: torch.Tensor) -> None:
+        if self.begun:
+            raise RuntimeError(
+                "A second backward pass through what CUDA graphs computed: the first has written over what it needs. "
+                "Compute the loss again, or set run.compile=False."
+            )
         self.begun = True

@@ -118,9 +118,9 @@ def pack(sequences: list[list[int]], labels: list[list[int]]) -> PackedBatch:
     """Pack token ids (IMAGE_ID where an image vector belongs) and their labels, of the same lengths, not shifted."""
     shared = shared_beginning(sequences, labels)
     # An image vector is never left out: `embed` puts in all of them.
-    ends = [len(ids) - (ids[-1] != IMAGE_ID) for ids in sequences]
+    ends = [len(ids) - (ids[-1:] != [IMAGE_ID]) if ids else 0 for ids in sequences]
     lengths = np.array([shared, *(end - shared for end in ends), 0])
-    lengths[-1] = -lengths.sum() % TOKEN_MULTIPLE
+    lengths[-1] = round_up(max(lengths.sum(), 1), TOKEN_MULTIPLE) - lengths.sum()
     rows, starts = lengths.sum(), np.concatenate([[0], np.cumsum(lengths)])
 
     def row_of(first: list[int], others: list[list[int]], fill: int) -> np.ndarray:
@@ -132,7 +132,7 @@ def pack(sequences: list[list[int]], labels: list[list[int]]) -> PackedBatch:
     predicted = row_of([IGNORE_INDEX] * shared, [[*row[1:], IGNORE_INDEX] for row in labels], IGNORE_INDEX)
     is_image, is_label = ids == IMAGE_ID, predicted != IGNORE_INDEX
     num_labels = int(is_label.sum())
-    fill = -num_labels % LABEL_MULTIPLE if num_labels else LABEL_MULTIPLE
+    fill = round_up(max(num_labels, 1), LABEL_MULTIPLE) - num_labels
 
     offsets = np.array([0, *[shared] * len(sequences), 0])  # of each sequence's keys: what precedes its own
     key_starts = np.concatenate([[0], np.cumsum(lengths + offsets)])
@@ -160,7 +160,7 @@ def pack(sequences: list[list[int]], labels: list[list[int]]) -> PackedBatch:
 
 
 def shared_beginning(sequences: list[list[int]], labels: list[list[int]]) -> int:
-    """How many tokens all sequences begin with, before any image, that neither they nor the next ones are labels of."""
+    """How many tokens all sequences begin with, before any image, from which no label is predicted."""
     first, count = sequences[0], 0
     most = min(map(len, sequences)) - 1
     while (
@@ -224,12 +224,13 @@ def _attention_function(usual):
 
 def packed_attention(query, key, value, scaling, segments: Segments) -> torch.Tensor:
     """Causal attention within each sequence: query [1,H,T,d], key and value [1,H or fewer,T,d], to [1,T,H,d]."""
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # [T,H,d]
     if segments.shared:
-        k, v = (PrecededByShared.apply(x, *segments[2:6]) for x in (k, v))  # [L,H,d]
+        where = (segments.key_rows, segments.own_keys, segments.copied_keys, segments.shared)
+        k, v = (PrecededByShared.apply(x, *where) for x in (k, v))  # [L,H,d]
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
     if query.is_cuda and query.dtype != torch.float32:
         d, longest = q.shape[-1], segments.longest
         # A copy of v where it is a part of a joint projection, all of which would be kept for the backward pass.

@@ -14,8 +14,8 @@ from minigpt4.runners.state import to_device
 AHEAD = 2
 # Seconds that the thread gets to end when it is no longer needed. It may be waiting for data that never come.
 PATIENCE = 5
-# Seconds that either thread may run Python while the other waits for its turn. With Python's own 5 ms the GPU stood
-# idle for 2 ms a step: its next work was not launched while the thread tokenised.
+# Seconds that a thread of this process may run Python while another waits for its turn, from now on. With Python's own
+# 5 ms the GPU stood idle for 2 ms a step: its next work was not launched while the thread tokenised.
 TURN = 1e-4
 
 
@@ -49,7 +49,6 @@ def prefetch(batches: Iterable[dict], model, device: torch.device) -> Iterator[d
             _put(ready, error, abandoned)
 
     thread = threading.Thread(target=produce, daemon=True, name="prefetch")
-    usual_turn = sys.getswitchinterval()
     sys.setswitchinterval(TURN)
     thread.start()
     try:
@@ -65,7 +64,6 @@ def prefetch(batches: Iterable[dict], model, device: torch.device) -> Iterator[d
     finally:
         abandoned.set()
         thread.join(PATIENCE)
-        sys.setswitchinterval(usual_turn)
 
 
 def _pinned(value):

@@ -1,4 +1,7 @@
-"""When a function is recorded, replayed or run as it stands; a stand-in records, so that no GPU is needed."""
+"""When a function is recorded, replayed or run as it stands, and in which memory.
+
+Stand-ins for CUDA's graphs and memory let it run without a GPU; test_acceleration_gpu.py has the real ones.
+"""
 
 import contextlib
 
@@ -7,38 +10,61 @@ import torch
 from torch import nn
 
 from minigpt4.models import acceleration, cuda_graphs
-from minigpt4.models.cuda_graphs import GraphedFunction
+from minigpt4.models.cuda_graphs import GraphedFunction, Recording
 
 
-class Recording:
-    """Like a CUDA graph, it leaves its result in the same memory each time."""
+class Graph:
+    """Computes again what was recorded, into the same memory. What that is, the recording below says."""
+
+    def replay(self):
+        self.compute()
+
+
+class Doubling(Recording):
+    """The recording of a function that doubles."""
 
     made = None
 
     def __init__(self, fn, tensors, static, memory):
         assert not tensors[0].is_inference()
-        self.made.append(tensors)
-        self.memory = torch.empty(tensors[0].shape)
+        super().__init__(fn, tensors, static, memory)
+        self.made.append(self)
+        self.forward_graph.compute = lambda: self.output.copy_(self.inputs[0].detach() * 2)
+        if self.output_requires_grad:
+            self.backward_graph.compute = lambda: self.gradients[0].copy_(self.grad_output * 2)
 
-    def replay(self, tensors):
-        return self.memory.copy_(tensors[0].detach() * 2).clone()
-
-    def replay_backward(self, gradient):
-        return [gradient * 2]
+    @property
+    def output_requires_grad(self):
+        return hasattr(self, "backward_graph")
 
 
 class Memory:
+    """Counts its uses."""
+
+    made = None
+
+    def __init__(self):
+        self.uses = 0
+        self.made.append(self)
+
+    @contextlib.contextmanager
     def in_use(self):
+        self.uses += 1
+        yield
+
+    def graph(self, graph):
         return contextlib.nullcontext()
 
 
 @pytest.fixture
 def recordings(monkeypatch):
-    """The inputs of each recording that was made."""
-    monkeypatch.setattr(Recording, "made", [])
-    monkeypatch.setattr(cuda_graphs, "Recording", Recording)
+    """The recordings that were made."""
+    monkeypatch.setattr(Doubling, "made", [])
+    monkeypatch.setattr(Memory, "made", [])
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(cuda_graphs, "Recording", Doubling)
     monkeypatch.setattr(cuda_graphs, "Memory", Memory)
-    return Recording.made
+    return Doubling.made
 
 
 @pytest.fixture
@@ -49,9 +75,15 @@ def plain():
 
 @pytest.fixture
 def doubled(recordings, plain):
+    """Doubles; its results share memory, as those in a pool may."""
+    pool = {}
+
     def double(x, *static):
         plain.append(x)
-        return x * 2
+        result = x * 2
+        if not result.requires_grad:
+            result = pool.setdefault((x.shape, x.dtype), torch.empty_like(x)).copy_(result)
+        return result
 
     return GraphedFunction(double, "test")
 
@@ -62,16 +94,52 @@ def test_what_is_met_again_is_recorded_for_each_shape_type_and_static_value(doub
     for times in range(3):
         for tensor, static in kinds:
             assert torch.equal(doubled(tensor, static=static), tensor * 2)
-        assert len(recordings) == (5 if times else 0) and len(plain) == 5
+        assert len(recordings) == (5 if times else 0)
+    assert len(plain) == 5 + 5  # each once as it stands, once while it is recorded
+    assert [memory.uses for memory in Memory.made] == [5]
 
 
-def test_without_gradients_there_is_another_recording(doubled, recordings):
+def test_with_and_without_gradients_are_recorded_apart(doubled, recordings):
     x = torch.ones(3, requires_grad=True)
-    for _ in range(2):
+    for times in range(3):
         doubled(x).sum().backward()
-    with torch.no_grad():
-        assert not doubled(x).requires_grad
+        with torch.no_grad():
+            assert not doubled(x).requires_grad
+        doubled(x.detach())
+        assert len(recordings) == (3 if times else 0)
+    assert torch.equal(x.grad, torch.full((3,), 6.0))
+
+
+def test_autocast_is_recorded_apart(doubled, recordings):
+    for _ in range(2):
+        doubled(torch.ones(3))
+    with torch.autocast("cpu", torch.bfloat16):
+        doubled(torch.ones(3))
     assert len(recordings) == 1
+
+
+def test_what_has_not_gone_through_is_not_recorded(doubled, recordings):
+    """Its backward pass, or all of it, would be compiled while it is recorded, which CUDA forbids."""
+    x = torch.ones(3, requires_grad=True)
+    for _ in range(3):
+        doubled(x)
+    assert not recordings
+    usual, doubled.fn = doubled.fn, None
+    for _ in range(2):
+        with pytest.raises(TypeError):
+            doubled(torch.ones(5))
+    doubled.fn = usual
+    doubled(torch.ones(5))
+    assert not recordings
+
+
+def test_a_second_backward_pass_is_refused(doubled, recordings):
+    for _ in range(3):  # as it stands, recorded, replayed
+        x = torch.ones(3, requires_grad=True)
+        loss = doubled(x).sum()
+        loss.backward(retain_graph=True)
+        with pytest.raises(RuntimeError, match="second backward"):
+            loss.backward()
 
 
 def test_beyond_the_limit_calls_run_as_they_stand(doubled, recordings, plain, monkeypatch):
@@ -79,40 +147,49 @@ def test_beyond_the_limit_calls_run_as_they_stand(doubled, recordings, plain, mo
     for _ in range(3):
         for n in (1, 2, 3):
             assert torch.equal(doubled(torch.ones(n)), torch.full((n,), 2.0))
-    assert len(recordings) == 2 and len(plain) == 3 + 2
+    assert len(recordings) == 2 and len(plain) == 3 + 2 + 2
 
 
-def test_a_result_outlives_the_next_replay(doubled, recordings):
-    results = [doubled(torch.tensor([float(n)])).item for n in range(4)]
+def test_a_result_outlives_the_next_call(doubled, recordings):
+    results = [doubled(torch.tensor([float(n)])) for n in range(4)]
     assert len(recordings) == 1
-    assert [result() for result in results] == [0, 2, 4, 6]
+    assert [result.item() for result in results] == [0, 2, 4, 6]
+
+
+def test_gradients_outlive_the_next_call(doubled, recordings):
+    inputs = [torch.tensor([float(n)], requires_grad=True) for n in range(4)]
+    gradients = [torch.autograd.grad(doubled(x), x, torch.tensor([float(n)]))[0] for n, x in enumerate(inputs)]
+    assert len(recordings) == 1
+    assert [gradient.item() for gradient in gradients] == [0, 2, 4, 6]
 
 
 @pytest.mark.parametrize("met_before", [0, 1, 2])
-def test_a_call_before_the_backward_of_the_last_one_is_not_replayed(doubled, recordings, plain, met_before):
-    """It would write over what that backward pass reads, as would a call that is not yet recorded."""
+def test_a_call_before_the_backward_of_the_last_one_is_not_replayed(doubled, recordings, met_before):
+    """It would write over what that backward pass reads, as would one that runs in the same memory."""
     x = torch.ones(3, requires_grad=True)
     for _ in range(met_before):
         doubled(x).sum().backward()
     x.grad = None
     first = doubled(x)
-    before, made = len(plain), len(recordings)
+    uses, made = Memory.made[0].uses, len(recordings)
     second = doubled(x)
-    assert (len(plain), len(recordings)) == (before + 1, made)
+    assert (Memory.made[0].uses, len(recordings)) == (uses, made)
     (first + second).sum().backward()
     assert torch.equal(x.grad, torch.full((3,), 4.0))
     doubled(x)
-    assert len(plain) == before + 1 and len(recordings) == 1
+    assert Memory.made[0].uses == uses and len(recordings) == 1
 
 
-def test_a_call_whose_backward_never_comes_is_waited_for_no_longer_than_its_graph_lives(doubled, recordings, plain):
+def test_a_call_whose_backward_never_comes_is_waited_for_no_longer_than_its_graph_lives(doubled, recordings):
     x = torch.ones(3, requires_grad=True)
+    doubled(x).sum().backward()
     loss = doubled(x).sum()
     doubled(x)
-    assert len(plain) == 2 and not recordings
+    assert Memory.made[0].uses == 1 and len(recordings) == 1
+    recordings.clear()
     del loss
-    doubled(x)
-    assert len(plain) == 2 and len(recordings) == 1
+    doubled(torch.ones(4, requires_grad=True))
+    assert Memory.made[0].uses == 2
 
 
 def test_answers_record_nothing(doubled, recordings, plain):

@@ -49,6 +49,14 @@ def test_an_encoder_that_trains_is_in_float32(files):
         torch.testing.assert_close(again.state_dict()[name] + 1, model.state_dict()[name])
 
 
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_frozen_qformer_is_in_16_bit(files, frozen):
+    model = MiniGPT4.from_config(config(files, freeze_qformer=frozen), dtype=torch.bfloat16)
+    layer = model.Qformer.bert.encoder.layer[0]
+    assert layer.attention.self.query.weight.dtype == (torch.bfloat16 if frozen else torch.float32)
+    assert layer.attention.output.LayerNorm.weight.dtype == model.query_tokens.dtype == torch.float32
+
+
 def test_nothing_stays_on_the_meta_device(files):
     model = MiniGPT4.from_config(config(files))
     assert not any(t.is_meta for t in (*model.parameters(), *model.buffers()))

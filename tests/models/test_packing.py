@@ -9,7 +9,7 @@ from torch import nn
 from transformers import MistralConfig, MistralForCausalLM
 
 from minigpt4.models.fused import fuse_projections
-from minigpt4.models.packing import LABEL_MULTIPLE, TOKEN_MULTIPLE, allow_packing, pack
+from minigpt4.models.packing import LABEL_MULTIPLE, TOKEN_MULTIPLE, allow_packing, pack, packed_attention
 from minigpt4.models.prompt import IGNORE_INDEX, IMAGE_ID, pad
 
 
@@ -73,6 +73,40 @@ def test_a_full_row_needs_no_fill():
     batch = pack([[1] * (TOKEN_MULTIPLE + 1)], [[IGN] * TOKEN_MULTIPLE + [1]])
     assert batch.sizes.rows == TOKEN_MULTIPLE
     assert batch.llm_inputs()["segments"].starts.tolist()[-2:] == [TOKEN_MULTIPLE, TOKEN_MULTIPLE]
+
+
+def test_the_longest_has_the_shared_beginning_too():
+    length = TOKEN_MULTIPLE - 28
+    sequences = [[1] * length + [IMAGE_ID] + [number] * length for number in (5, 6)]
+    batch = pack(sequences, [[IGN] * len(sequences[0])] * 2)
+    assert batch.sizes.shared == length
+    assert batch.sizes.longest == 2 * TOKEN_MULTIPLE
+
+
+@pytest.mark.parametrize("sequences", [[[], [1, 2]], [[]], [[1]], [[1], [1]]])
+def test_sequences_of_next_to_nothing(build_golden_model, sequences):
+    model = build_golden_model()
+    assert allow_packing(model.llama_model)
+    batch = pack(sequences, [[IGN] * len(ids) for ids in sequences])
+    assert batch.sizes.rows == TOKEN_MULTIPLE
+    assert model.language_loss(torch.zeros(0, 8, model.llama_proj.out_features), batch).item() == 0
+
+
+def test_attention_with_fewer_heads_of_keys_and_another_scaling():
+    """Against attention in one piece, under a mask."""
+    torch.manual_seed(0)
+    segments = pack([[1, 1, IMAGE_ID, 5, 6, 7], [1, 1, IMAGE_ID, 5, 6]], [[IGN] * 6, [IGN] * 5]).llm_inputs()[
+        "segments"
+    ]
+    rows = len(segments.own_keys)
+    query, key, value = (torch.randn(1, heads, rows, 8, dtype=torch.float64) for heads in (6, 2, 2))
+    output = packed_attention(query, key, value, 0.7, segments)
+    sequence = torch.bucketize(torch.arange(rows), segments.starts[1:], right=True)
+    seen = (sequence[:, None] == sequence) | (sequence[:, None] <= 2) & (sequence == 0)
+    seen &= torch.ones(rows, rows, dtype=torch.bool).tril()
+    key, value = (x.repeat_interleave(3, dim=1) for x in (key, value))
+    scores = (query @ key.transpose(2, 3) * 0.7).masked_fill(~seen, -torch.inf)
+    torch.testing.assert_close(output, (scores.softmax(-1) @ value).transpose(1, 2))
 
 
 @pytest.mark.parametrize(
