@@ -15,6 +15,7 @@ def random_model(device, dtype, small: bool, load_in: str = "16bit", llm_grad_ch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from minigpt4.models import MiniGPT4
+    from minigpt4.models.bnb_8bit import keep_no_inputs
     from minigpt4.models.eva_vit import create_vit
     from minigpt4.models.precision import cast_matrices
     from minigpt4.models.qformer import QFormer
@@ -32,6 +33,7 @@ def random_model(device, dtype, small: bool, load_in: str = "16bit", llm_grad_ch
         vit = create_vit(vit_model, 224)
         if load_in != "16bit":
             quantize(llm.model, load_in, dtype)
+            keep_no_inputs(llm)
         q_former = QFormer(vit.embed_dim, **qformer)
         cast_matrices(vit, dtype)
         cast_matrices(q_former, dtype)

@@ -14,6 +14,7 @@ from minigpt4.common import dist_utils, weights
 from minigpt4.common.checkpoint import CheckpointError
 from minigpt4.common.errors import ConfigError
 from minigpt4.models import int8
+from minigpt4.models.bnb_8bit import keep_no_inputs
 
 # A sentence that a model of English, also of the tiny default's, finds easy.
 SENTENCE = "The image shows a red apple."
@@ -61,6 +62,7 @@ def load_llm(
             "Use the first GPU (--gpu-id 0)."
         )
     _leave_unpacked(llm)
+    keep_no_inputs(llm)
     return llm.requires_grad_(False).eval()
 
 

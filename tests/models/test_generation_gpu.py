@@ -159,13 +159,15 @@ def test_the_next_turn_is_as_from_scratch(llm):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_16_bit(dtype):
-    """Rounding may turn an id; the first ones agree."""
+    """Rounding may turn an id where two are nearly as likely, and what follows it: the first ones are as good."""
     llm = random_llm(dtype, num_key_value_heads=2)
     embeds, mask = prompts(30, 12)
     ours, expected = run(llm, embeds.to(dtype), mask), theirs(llm, embeds.to(dtype), mask)
-    agreeing = [a == b for row, other in zip(ours, expected, strict=True) for a, b in zip(row, other, strict=True)]
-    assert all(row[0] == other[0] for row, other in zip(ours, expected, strict=True))
-    assert sum(agreeing) > 10
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    exact = llm.float()(inputs_embeds=embeds, attention_mask=mask, position_ids=positions).logits[:, -1]
+    for ids in (ours, expected):
+        chosen = exact[[0, 1], [row[0] for row in ids]]
+        assert (exact.amax(dim=1) - chosen).max() < 0.05 * exact.std()
 
 
 def test_8_bit_weights():

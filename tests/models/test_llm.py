@@ -1,10 +1,12 @@
 """The language model: its formats; 8 and 4 bit on the CPU against full precision; signs of broken weights."""
 
+import gc
 import json
 import os
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,8 @@ from minigpt4.common import random_weights
 from minigpt4.common.checkpoint import CheckpointError
 from minigpt4.common.errors import ConfigError
 from minigpt4.models import llm as llm_module
+from minigpt4.models.acceleration import recompute_layers
+from minigpt4.models.bnb_8bit import keep_no_inputs
 from minigpt4.models.llm import check_answers, embedding_dim, load_llm
 from minigpt4.models.tokenizer import load_tokenizer
 
@@ -69,6 +73,35 @@ def test_low_bit_trains_alike_after_a_validation(llm_folder, load_in):
         llm(inputs_embeds=embeds)
     for first, second in zip(before, run(llm, embeds), strict=True):
         torch.testing.assert_close(first, second)
+
+
+@pytest.mark.parametrize("recomputed", [0, 2])
+def test_8_bit_layers_keep_no_inputs(llm_folder, monkeypatch, recomputed):
+    """The same numbers, with less held until the backward pass, in layers that are recomputed too."""
+    pytest.importorskip("bitsandbytes")
+    embeds, results, held = torch.randn(2, 50, 128) * 0.02, [], []
+    for patch in (lambda llm: None, keep_no_inputs):
+        monkeypatch.setattr(llm_module, "keep_no_inputs", patch)
+        llm = load_llm(llm_folder, torch.device("cpu"), torch.float32, "8bit")
+        recompute_layers(llm, recomputed)
+        before = living_bytes()
+        x = embeds.clone().requires_grad_()
+        logits = llm(inputs_embeds=x, use_cache=False).logits
+        held.append(living_bytes() - before)
+        (logits * torch.arange(logits.numel()).view_as(logits).sin()).sum().backward()
+        results.append((logits.detach(), x.grad))
+        del logits
+    for usual, ours in zip(*results, strict=True):
+        assert (ours - usual).norm() < 1e-5 * usual.norm()
+    assert held[1] < held[0] * (0.5 if recomputed else 0.9)
+
+
+def living_bytes():
+    gc.collect()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # some objects warn when they are looked at
+        tensors = [x for x in gc.get_objects() if isinstance(x, torch.Tensor)]
+    return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
 
 
 def test_loaded_models_are_frozen(llm_folder):
