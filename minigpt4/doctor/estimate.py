@@ -48,8 +48,6 @@ ACTIVATIONS = {
     "eager": Activations(8.2, 3),
     "compiled": Activations(6.1, 2),
 }
-# bitsandbytes keeps the input of each 8-bit layer beside that: q, k, v, o, gate and up of the width, down of the other.
-KEPT_BY_8BIT = Activations(6, 1)
 LOGITS_BYTES = 10
 """For each labelled token and entry of the vocabulary: logits in 16 bit and float32, and their gradient."""
 BYTES_PER_PARAMETER = {"16bit": 2.0, "8bit": 1.0, "4bit": 0.5 + 4 / 64}
@@ -151,8 +149,6 @@ def _activations(case: Case) -> float:
     tokens, labels = longest_sequence(case), case.model.max_txt_len
     kind = ACTIVATIONS["compiled" if compiles(case) else "eager"]
     values = kind.widths * llm.width + kind.ffn_widths * llm.ffn
-    if case.load_in == "8bit":
-        values += KEPT_BY_8BIT.widths * llm.width + KEPT_BY_8BIT.ffn_widths * llm.ffn
     # a layer that recomputes keeps its input alone
     recomputed = min(case.model.llm_grad_checkpoint, llm.layers)
     numbers = (llm.layers - recomputed) * values + recomputed * llm.width

@@ -167,7 +167,7 @@ def test_16_bit(dtype):
     exact = llm.float()(inputs_embeds=embeds, attention_mask=mask, position_ids=positions).logits[:, -1]
     for ids in (ours, expected):
         chosen = exact[[0, 1], [row[0] for row in ids]]
-        assert (exact.amax(dim=1) - chosen).max() < 0.05 * exact.std()
+        assert (exact.amax(dim=1) - chosen).max() < 0.1 * exact.std()
 
 
 def test_8_bit_weights():
