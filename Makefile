@@ -40,6 +40,8 @@ clean:
 	rm -rf $(VENV) $(IMG2DATASET_VENV) data output
 
 $(VENV)/.installed: requirements.txt requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else \
+		f"Python 3.11 or newer is needed; {sys.executable} is {v[0]}.{v[1]}. Name another: make PYTHON=python3.12 …")'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --upgrade pip
 	$(PIP) --constraint requirements.lock $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch torchvision

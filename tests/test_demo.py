@@ -315,8 +315,10 @@ def test_several_pictures_and_beams(page, visit):
 def test_videos(page, visit, tmp_path):
     tab = visit()
     tab.click("text=More settings")
+    tab.wait_for_function("document.querySelector('#frames input[type=range]')?.value == '8'")
     tab.fill("#frames input[type=number]", "3")
     tab.keyboard.press("Tab")
+    tab.wait_for_function("document.querySelector('#frames input[type=range]').value == '3'")
     tab.set_input_files("#picker input[type=file]", str(write_video(tmp_path / "clip.webm")))
     tab.wait_for_selector("#picker video")
     tab.click("#start")

@@ -81,7 +81,8 @@ def check_files(paths: Iterable[Path]) -> None:
     wrong = [str(path) for path in paths if os.path.isdir(path) or not os.path.exists(path)]
     if wrong:
         more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
-        raise ConfigError(f"There is no file {', '.join(wrong[:3])}{more}.")
+        folders = " A folder is no file." if any(map(os.path.isdir, wrong)) else ""
+        raise ConfigError(f"There is no file {', '.join(wrong[:3])}{more}.{folders}")
 
 
 def port(text: str) -> int:

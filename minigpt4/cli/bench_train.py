@@ -123,6 +123,11 @@ def time_full_size(args: argparse.Namespace) -> Iterator[dict]:
 
     first = Config(SimpleNamespace(cfg_path=TRAIN_CONFIGS / "minigpt4_stage1_pretrain.yaml", options=args.options))
     device = join_group(first.run_cfg)
+    if device.type == "cpu" and not args.small:
+        raise ConfigError(
+            "The fixed workloads are of full size, 31 GB in float32, and there is no GPU. Add --small, or time a "
+            "config: --cfg-path train_configs/minigpt4_tiny_stage1_pretrain.yaml"
+        )
     rank, ranks = dist_utils.get_rank(), dist_utils.get_world_size()
     for work in args.work:
         stage, batch_size = WORK[work]

@@ -33,6 +33,7 @@ from minigpt4.cli.arguments import (
 from minigpt4.cli.parallel import ahead, batches
 from minigpt4.common.config import Config
 from minigpt4.common.errors import ConfigError
+from minigpt4.common.words import counted
 from minigpt4.conversation import PictureError, open_media, open_picture, videos
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"}
@@ -259,7 +260,7 @@ def caption(items: Items, captioner: Captioner, output: Output) -> list[str]:
     rank, ranks = dist_utils.get_rank(), dist_utils.get_world_size()
     own = islice((item for item in items if item[0] not in output.done), rank, None, ranks)
     total = items.total and len(range(rank, max(0, items.total - len(output.done)), ranks))
-    skipped = []
+    skipped, written = [], 0
     with ThreadPoolExecutor(4) as pool, tqdm(total=total, unit="file", disable=rank > 0) as bar:
         for batch in batches(ahead(pool, captioner.load, own, 2 * captioner.batch_size), captioner.batch_size):
             good = [(name, pictures) for name, pictures in batch if not isinstance(pictures, Exception)]
@@ -267,11 +268,14 @@ def caption(items: Items, captioner: Captioner, output: Output) -> list[str]:
             if good:
                 captions = captioner.describe([pictures for _, pictures in good])
                 output.write([_entry(*item, text) for item, text in zip(good, captions, strict=True)])
+                written += len(good)
             bar.update(len(batch))
     output.finish()
     skipped = [line for lines in dist_utils.gather_objects(skipped) for line in lines]
     if skipped:
         logging.warning("Skipped, %d in all:\n  %s", len(skipped), "\n  ".join(skipped))
+    written = sum(dist_utils.gather_objects(written))
+    logging.info("%s written; %d were there already.", counted(written, "caption"), len(output.done))
     return skipped
 
 

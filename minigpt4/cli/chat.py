@@ -22,6 +22,7 @@ from minigpt4.cli.arguments import (
     parse,
 )
 from minigpt4.common.config import Config
+from minigpt4.common.errors import ConfigError
 from minigpt4.conversation.videos import FRAMES, is_video
 
 COMMANDS = """\
@@ -50,16 +51,20 @@ def main(argv: list[str] | None = None) -> None:
     check_files(Path(path).expanduser() for path in args.images)
     cfg = Config(args)
     cfg.check_paths()
+    from minigpt4.conversation import PictureError
     from minigpt4.conversation.loading import load_chat, select_gpu
     from minigpt4.models.decoder import warm_up
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     print("Loading the model …", flush=True)
     chat = load_chat(cfg, select_gpu(cfg, args.gpu_id or 0))
-    warm_up(chat.model.llama_model)
     terminal = Terminal(chat, decoding_settings(args), args.frames)
-    if args.images:
-        terminal.show(args.images)
+    try:
+        for path in args.images:
+            terminal.add(path)
+    except PictureError as error:
+        raise ConfigError(str(error)) from error
+    warm_up(chat.model.llama_model)
     print("Ask something, or /help.")
     history = _history()
     try:
@@ -115,6 +120,8 @@ class Terminal:
         elif command == "/retry":
             self.retry()
         elif command.startswith("/"):
+            if command != "/help":
+                print(f"There is no command {line}.")
             print(COMMANDS)
         else:
             conv = self.conv.copy()
@@ -126,16 +133,20 @@ class Terminal:
         from minigpt4.conversation import PictureError
 
         for path in paths:
-            file, first = Path(path).expanduser(), len(self.img_list) + 1
             try:
-                if video or is_video(file):
-                    self.chat.upload_video(file, self.conv, self.img_list, self.frames)
-                    print(f"[images {first} to {len(self.img_list)}: {path}]")
-                else:
-                    self.chat.upload_img(file, self.conv, self.img_list)
-                    print(f"[image {first}: {path}]")
+                self.add(path, video)
             except PictureError as error:
                 print(error)
+
+    def add(self, path: str, video: bool = False) -> None:
+        """Show one picture or video. Raises PictureError for what is none."""
+        file, first = Path(path).expanduser(), len(self.img_list) + 1
+        if video or is_video(file):
+            self.chat.upload_video(file, self.conv, self.img_list, self.frames)
+            print(f"[images {first} to {len(self.img_list)}: {path}]")
+        else:
+            self.chat.upload_img(file, self.conv, self.img_list)
+            print(f"[image {first}: {path}]")
 
     def retry(self) -> None:
         if self.conv.messages and self.conv.messages[-1][0] == self.conv.roles[1]:

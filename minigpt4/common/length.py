@@ -33,7 +33,9 @@ class RunLength:
     def duration(self, batch_seconds: float) -> str:
         """With so many seconds for each micro-batch: "12 minutes", "3.5 hours"."""
         minutes = self.batches * batch_seconds / 60
-        return f"{minutes / 60:.1f} hours" if minutes >= 90 else f"{max(round(minutes), 1)} min"
+        if minutes < 1.5:
+            return f"{round(60 * minutes)} s"
+        return f"{minutes / 60:.1f} hours" if minutes >= 90 else f"{round(minutes)} min"
 
     def __str__(self) -> str:
         total = self.batch_size * self.world_size * self.accum

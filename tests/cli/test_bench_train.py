@@ -109,3 +109,9 @@ def test_the_work_is_the_same_each_time():
     lengths = [len(WordTokenizer().encode(text + " .")) for batch in first for text in batch["text_input"]]
     assert 80 <= min(lengths) and max(lengths) <= 160
     assert WordTokenizer().encode("w") == [9601]  # in every process
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_full_size_needs_a_gpu():
+    """Or a machine would be out of memory in half a minute."""
+    assert "there is no GPU. Add --small" in main(["bench", "train", "--work", "S1/16"])

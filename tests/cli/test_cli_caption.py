@@ -64,13 +64,15 @@ def test_pictures_folders_and_shards(run, folder, tmp_path):
     ]
 
 
-def test_goes_on_where_it_stopped(run, folder, tmp_path):
+def test_goes_on_where_it_stopped(run, folder, tmp_path, caplog):
     _, lines = run("--dir", folder)
     out = tmp_path / "out.jsonl"
     text = out.read_text()
     out.write_text(text[: text.index("\n") + 15])  # the second line was cut short
+    caplog.set_level("INFO")
     _, again = run("--dir", folder)
     assert [line["image"] for line in again] == [line["image"] for line in lines]
+    assert f"{len(lines) - 1} captions written; 1 were there already." in caplog.text
     (tmp_path / "out.jsonl.part1").write_text(text.splitlines()[0] + "\n{")  # left by a run of several ranks
     out.unlink()
     _, again = run("--dir", folder)

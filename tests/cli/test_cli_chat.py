@@ -34,7 +34,8 @@ def test_a_talk(terminal, capsys):
     terminal.obey("/retry")
     assert "no answer yet" in capsys.readouterr().out
     terminal.obey("/what")
-    assert "/image PATH" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "no command /what" in told and "/image PATH" in told
 
 
 def test_problems_are_told_and_the_talk_goes_on(terminal, capsys):
@@ -68,6 +69,13 @@ def test_a_picture_that_is_not_there_is_told_before_the_model_is_loaded(monkeypa
     config = ["--cfg-path", str(ROOT / "eval_configs/minigpt4_tiny_eval.yaml")]
     for command in ("chat", "caption"):
         assert minigpt4([command, PICTURE, "gone.png", *config]) == "Error: There is no file gone.png."
+
+
+def test_a_named_file_that_is_no_picture_ends_the_command(golden_config, tmp_path, monkeypatch):
+    (tmp_path / "note.jpg").write_text("no picture")
+    monkeypatch.setattr("builtins.input", lambda prompt: pytest.fail("it went on without the picture"))
+    config = ("--cfg-path", str(golden_config))
+    assert "note.jpg is not a picture that can be read" in minigpt4(["chat", str(tmp_path / "note.jpg"), *config])
 
 
 def test_videos(terminal, capsys, tmp_path):

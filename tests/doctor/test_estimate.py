@@ -203,7 +203,7 @@ def test_on_a_cpu_everything_is_float32(full_case):
 def test_length():
     length = RunLength(batch_size=16, world_size=4, iters_per_epoch=500, epochs=3)
     assert (length.steps, length.samples, length.duration(0.36)) == (1500, 96000, "9 min")
-    assert (length.duration(0.001), length.duration(36)) == ("1 min", "15.0 hours")
+    assert (length.duration(0.01), length.duration(36)) == ("15 s", "15.0 hours")
     said = "batch 16 per GPU, 64 in total (4 GPUs); 3 epochs of 500 batches = 1,500 steps, 96,000 samples"
     assert str(length) == said
     said = "batch 1 per process, 2 in total (2 processes); 1 epoch of 1 batch = 1 step, 2 samples"
