@@ -14,7 +14,8 @@ from torch.autograd.function import once_differentiable
 
 # Recordings per function. A function that meets more shapes runs the rest unrecorded.
 LIMIT = 24
-# Held while a graph is recorded: no other thread may then allocate, copy or synchronise on the GPU.
+# Held while a graph is recorded: no other thread may then draw random numbers on the GPU, nor, while training steps are
+# recorded, allocate, copy or synchronise there.
 RECORDING = threading.RLock()
 
 

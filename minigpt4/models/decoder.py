@@ -21,6 +21,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import nn
 
+from minigpt4.models.cuda_graphs import RECORDING
 from minigpt4.models.packing import ATTENTION, sees_all
 
 # Caches kept between answers: each conversation that goes on has one, and batches share one.
@@ -134,7 +135,8 @@ class Decoder:
             logits = slots.read(llm, embeds[:, known:], attention_mask[:, known:], known)
             content = embeds[0]
             for n in range(steps):
-                history[:, n] = ids = choose(history[:, :n], logits[:rows])
+                with RECORDING:  # torch's random numbers belong to a graph while that is recorded
+                    history[:, n] = ids = choose(history[:, :n], logits[:rows])
                 look = _read_later(ids) if self.graphs else ids.cpu
                 if not self.graphs:
                     yield look()
@@ -203,7 +205,7 @@ class Decoder:
             graph = torch.cuda.CUDAGraph()
             slots.pool = slots.pool or torch.cuda.graph_pool_handle()
             # thread_local: other threads may go on allocating
-            with torch.cuda.graph(graph, pool=slots.pool, capture_error_mode="thread_local"):
+            with RECORDING, torch.cuda.graph(graph, pool=slots.pool, capture_error_mode="thread_local"):
                 logits = slots.step(llm, reach)
         return graph, logits
 
