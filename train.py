@@ -11,7 +11,6 @@ Any key of the YAML files can be given on the command line:
 
 import argparse
 import logging
-import os
 import sys
 from datetime import datetime
 
@@ -19,9 +18,6 @@ from minigpt4.common.config import Config
 from minigpt4.common.errors import ConfigError, told
 from minigpt4.common.registry import UnknownNameError
 from minigpt4.doctor.checks import log_warnings, preflight
-
-# What the user can mend; the message says how.
-MISTAKES = (ConfigError, UnknownNameError, FileNotFoundError, IsADirectoryError)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -36,14 +32,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     """Read the config, build task, datasets and model, and run."""
-    try:
-        cfg = Config(parse_args(argv))
-        cfg.check_paths(datasets=True)
-        warnings = preflight(cfg, training=True)
-    except MISTAKES:
-        if int(os.environ.get("LOCAL_RANK", 0)):  # the first process of the machine says it for all
-            sys.exit(1)
-        raise
+    cfg = Config(parse_args(argv))
+    cfg.check_paths(datasets=True)
+    warnings = preflight(cfg, training=True)
 
     # Imported late: a mistake in the config is reported before torch and transformers are even loaded.
     from minigpt4.common import dist_utils
@@ -88,7 +79,7 @@ def how_to_go_on(runner) -> str:
 if __name__ == "__main__":
     try:
         main()
-    except MISTAKES as error:
+    except (ConfigError, UnknownNameError, FileNotFoundError, IsADirectoryError) as error:
         sys.exit(told(error))
     except KeyboardInterrupt:
         sys.exit(130)  # as a shell reports Ctrl-C

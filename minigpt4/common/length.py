@@ -31,7 +31,7 @@ class RunLength:
         return self.batches * self.batch_size * self.world_size
 
     def duration(self, batch_seconds: float) -> str:
-        """With so many seconds for each micro-batch: "12 minutes", "3.5 hours"."""
+        """With so many seconds for each micro-batch: "40 s", "12 min", "3.5 hours"."""
         minutes = self.batches * batch_seconds / 60
         if minutes < 1.5:
             return f"{round(60 * minutes)} s"
