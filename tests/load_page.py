@@ -1,7 +1,7 @@
 """Many visitors at once on the page, by plain HTTP, as a browser speaks it.
 
     python tests/load_page.py                                      # 16 visitors for two minutes, on the tiny default
-    python tests/load_page.py --visitors 4 --seconds 20 --cfg-path eval_configs/minigpt4_eval.yaml
+    python tests/load_page.py --visitors 4 --seconds 20 --cfg-path eval_configs/minigpt4_eval.yaml --options model.ckpt=F
 
 Starts demo.py. Each visitor comes again and again with a picture of its own, asks, asks again, and leaves. The answers
 are greedy, and must be those that the visitor got when it was alone. Prints the server's memory, and fails (exit status
@@ -147,10 +147,11 @@ def crowd(url: str, visitors: int, seconds: float, expected: list[list[str]]) ->
 
 
 @contextmanager
-def served(cfg_path: str, folder: Path) -> Iterator[tuple[str, subprocess.Popen]]:
+def served(cfg_path: str, folder: Path, options: list[str] | None = None) -> Iterator[tuple[str, subprocess.Popen]]:
     """demo.py in a process of its own, its model loaded; temporary files go to `folder`."""
     port = free_port()
     command = [sys.executable, "demo.py", "--cfg-path", cfg_path, "--port", str(port)]
+    command += ["--options", *options] if options else []
     log = (folder / "log.txt").open("w+")
     environment = {**psutil.Process().environ(), "TMPDIR": str(folder), "PYTHONPATH": str(ROOT)}
     server = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=environment)
@@ -170,8 +171,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--cfg-path", default="eval_configs/minigpt4_tiny_eval.yaml")
     parser.add_argument("--visitors", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=120)
+    parser.add_argument("--options", nargs="+", metavar="KEY=VALUE", help="settings for demo.py")
     args = parser.parse_args(argv)
-    with tempfile.TemporaryDirectory() as folder, served(args.cfg_path, Path(folder)) as (url, server):
+    with tempfile.TemporaryDirectory() as folder, served(args.cfg_path, Path(folder), args.options) as (url, server):
+        print((Path(folder) / "log.txt").read_text())
         expected = [visit(url, number) for number in range(args.visitors)]
         print(f"{len({str(answers) for answers in expected})} different answers among {args.visitors} visitors")
         process, memory, start = psutil.Process(server.pid), [], time.monotonic()
