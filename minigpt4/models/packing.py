@@ -5,13 +5,13 @@
   its own. Its keys and values precede those of each other sequence.
 - The last token of a sequence is left out. It is predicted, but nothing is predicted from it.
 
-Attention keeps the sequences apart: it is told where each begins (`Segments`) and is causal within it. On a GPU that is
-torch's variable-length attention; elsewhere a loop over the sequences, exact and good enough for tests.
+Attention keeps the sequences apart: it is told where each begins (`Segments`) and is causal within it. Kernels of our
+own do that on a GPU in 16 bit (`packed_kernels.py`); elsewhere a loop over the sequences, good enough for tests.
 
-B sequences, P tokens that they share, T rows in all, L keys (T + B * P), Q query tokens per image, K labels.
+B sequences, P tokens that they share, T rows in all, Q query tokens per image, K labels.
 """
 
-import inspect
+import importlib.util
 from dataclasses import dataclass, replace
 from itertools import chain, pairwise
 from typing import NamedTuple
@@ -19,13 +19,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.varlen import varlen_attn
 
 from minigpt4.models.prompt import IGNORE_INDEX, IMAGE_ID
 
 ATTENTION = "minigpt4_packed"
-# How torch's variable-length attention is told to be causal; the name changed between releases.
-CAUSAL = {"is_causal": True} if "is_causal" in inspect.signature(varlen_attn).parameters else {"window_size": (-1, 0)}
+LARGEST_HEAD = 256  # dimensions that the kernels take
 # Sizes are rounded up to multiples of these, so that few different ones occur: each has a CUDA graph of its own.
 TOKEN_MULTIPLE, LABEL_MULTIPLE = 128, 128
 
@@ -42,15 +40,11 @@ class Sizes(NamedTuple):
 
 
 class Segments(NamedTuple):
-    """Where the sequences of a packed batch lie in its rows, and in its keys and values: what attention needs."""
+    """Where the sequences of a packed batch lie in its rows: what attention needs."""
 
-    starts: torch.Tensor  # [B+3] int32, in the rows: the shared beginning, the sequences, the fill, the end
-    key_starts: torch.Tensor  # [B+3] int32, in the keys
-    key_rows: torch.Tensor  # [L] of which row each key is
-    own_keys: torch.Tensor  # [T] the key of each row in its own sequence
-    copied_keys: torch.Tensor  # [B*P] keys that are copies of the shared beginning's
+    starts: torch.Tensor  # [B+3] int32: the shared beginning, the sequences, the fill, the end
     shared: int  # P
-    longest: int  # no sequence has more keys
+    longest: int  # no sequence has more keys: its own rows, and before them the shared ones
 
 
 @dataclass
@@ -67,11 +61,8 @@ class PackedBatch:
 
     def _parts(self) -> list[torch.Tensor]:
         """In the order of `pack`."""
-        rows, image_positions, sequences, shared, labels, _ = self.sizes
-        copies, starts = sequences * shared, sequences + 3
-        return self.numbers.split(
-            [rows, rows, image_positions, labels, labels, 1, starts, starts, rows + copies, rows, copies]
-        )
+        rows, image_positions, sequences, _, labels, _ = self.sizes
+        return self.numbers.split([rows, rows, image_positions, labels, labels, 1, sequences + 3])
 
     @property
     def input_ids(self) -> torch.Tensor:
@@ -95,12 +86,12 @@ class PackedBatch:
 
     def llm_inputs(self) -> dict:
         """What the language model is called with beside the embeddings [1,T,D]; see `allow_packing`."""
-        _, positions, _, label_rows, _, _, starts, key_starts, *keys = self._parts()
+        _, positions, _, label_rows, _, _, starts = self._parts()
         return {
             # transformers takes a mask of four dimensions as it is; the packed attention does not look at it.
             "attention_mask": self.numbers.view(1, 1, 1, -1),
             "position_ids": positions.unsqueeze(0),
-            "segments": Segments(starts.int(), key_starts.int(), *keys, self.sizes.shared, self.sizes.longest),
+            "segments": Segments(starts.int(), self.sizes.shared, self.sizes.longest),
             "logits_to_keep": label_rows,
         }
 
@@ -134,12 +125,7 @@ def pack(sequences: list[list[int]], labels: list[list[int]]) -> PackedBatch:
     num_labels = int(is_label.sum())
     fill = round_up(max(num_labels, 1), LABEL_MULTIPLE) - num_labels
 
-    offsets = np.array([0, *[shared] * len(sequences), 0])  # of each sequence's keys: what precedes its own
-    key_starts = np.concatenate([[0], np.cumsum(lengths + offsets)])
-    own_keys = np.arange(rows) + np.repeat(np.cumsum(offsets), lengths)
-    copied_keys = (key_starts[1:-2, None] + np.arange(shared)).ravel()
-    key_rows = np.empty(key_starts[-1], dtype=np.int64)
-    key_rows[own_keys], key_rows[copied_keys] = np.arange(rows), np.tile(np.arange(shared), len(sequences))
+    offsets = np.array([0, *[shared] * len(sequences), shared])  # how many precede the own ones; the fill's too
     parts = (
         np.where(is_image, 0, ids),
         np.arange(rows) + np.repeat(offsets - starts[:-1], lengths),
@@ -148,10 +134,6 @@ def pack(sequences: list[list[int]], labels: list[list[int]]) -> PackedBatch:
         np.pad(predicted[is_label], (0, fill), constant_values=IGNORE_INDEX),
         [num_labels],
         starts,
-        key_starts,
-        key_rows,
-        own_keys,
-        copied_keys,
     )
     longest = round_up(int(max(lengths + offsets)), TOKEN_MULTIPLE)
     sizes = Sizes(int(rows), int(is_image.sum()), len(sequences), shared, num_labels + fill, longest)
@@ -181,7 +163,8 @@ def allow_packing(llm) -> bool:
     """Let a transformers model take packed batches beside the usual ones; returns whether it can.
 
     Calls with `segments`, those of a packed batch, attend within its sequences; others go on as before. It cannot
-    where tokens do not see all before them (windows, recurrent layers), or the GPU has no variable-length attention.
+    where tokens do not see all before them (windows, recurrent layers), or the kernels do not run: on GPUs older than
+    Ampere, without Triton, with heads of more than 256 dimensions or other ones of values than of keys.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -191,9 +174,8 @@ def allow_packing(llm) -> bool:
     if usual.startswith(ATTENTION):
         return True
     known = getattr(llm, "_supports_attention_backend", False) and usual in ALL_MASK_ATTENTION_FUNCTIONS
-    device = llm.get_input_embeddings().weight.device
-    old_gpu = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
-    if not known or old_gpu or not sees_all(llm.config.get_text_config()):
+    config = llm.config.get_text_config()
+    if not known or not sees_all(config) or not _attention_runs(config, llm.get_input_embeddings().weight.device):
         return False
     name = f"{ATTENTION}_{usual}"
     if name not in ALL_ATTENTION_FUNCTIONS:
@@ -201,6 +183,15 @@ def allow_packing(llm) -> bool:
         AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[usual])
     llm.set_attn_implementation(name)
     return True
+
+
+def _attention_runs(config, device: torch.device) -> bool:
+    if device.type != "cuda":
+        return True
+    new_enough = torch.cuda.get_device_capability(device) >= (8, 0)
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    fits = head <= LARGEST_HEAD and not hasattr(config, "v_head_dim")  # values as long as keys
+    return new_enough and fits and importlib.util.find_spec("triton") is not None
 
 
 def sees_all(config) -> bool:
@@ -225,48 +216,22 @@ def _attention_function(usual):
 def packed_attention(query, key, value, scaling, segments: Segments) -> torch.Tensor:
     """Causal attention within each sequence: query [1,H,T,d], key and value [1,H or fewer,T,d], to [1,T,H,d]."""
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # [T,H,d]
-    if segments.shared:
-        where = (segments.key_rows, segments.own_keys, segments.copied_keys, segments.shared)
-        k, v = (PrecededByShared.apply(x, *where) for x in (k, v))  # [L,H,d]
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
-    if query.is_cuda and query.dtype != torch.float32:
-        d, longest = q.shape[-1], segments.longest
-        # A copy of v where it is a part of a joint projection, all of which would be kept for the backward pass.
-        q, k, v = (F.pad(x, (0, -d % 8)).contiguous() for x in (q, k, v))
-        starts = (segments.starts, segments.key_starts)
-        out = varlen_attn(q, k, v, *starts, longest, longest, scale=scaling, **CAUSAL)[..., :d]
+    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
+        from minigpt4.models.packed_kernels import attention
+
+        out = attention(q, k, v, *segments, q.shape[-1] ** -0.5 if scaling is None else scaling)
     else:
         out = _one_by_one(q, k, v, segments, scaling)
     return out.unsqueeze(0)
 
 
-class PrecededByShared(torch.autograd.Function):
-    """Keys, or values, of the rows [T,H,d] to those of the sequences [L,H,d], the shared ones before each one's own.
-
-    The backward pass of torch's own indexing would add row by row, in any order.
-    """
-
-    @staticmethod
-    def forward(ctx, x: torch.Tensor, key_rows, own_keys, copied_keys, shared: int) -> torch.Tensor:
-        ctx.save_for_backward(own_keys, copied_keys)
-        ctx.shared = shared
-        return x[key_rows]
-
-    @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> tuple:
-        own_keys, copied_keys = ctx.saved_tensors
-        own = grad[own_keys]
-        shared = own[: ctx.shared] + grad[copied_keys].unflatten(0, (-1, ctx.shared)).sum(0)
-        return torch.cat([shared, own[ctx.shared :]]), None, None, None, None
-
-
 def _one_by_one(q, k, v, segments: Segments, scaling):
     outs = []
-    for rows, keys in zip(pairwise(segments.starts.tolist()), pairwise(segments.key_starts.tolist()), strict=True):
-        parts = (x[slice(*part)].transpose(0, 1) for x, part in ((q, rows), (k, keys), (v, keys)))
-        length, key_length = rows[1] - rows[0], keys[1] - keys[0]
-        causal = torch.ones(length, key_length, dtype=torch.bool, device=q.device).tril(key_length - length)
-        outs.append(F.scaled_dot_product_attention(*parts, attn_mask=causal, scale=scaling).transpose(0, 1))
+    for number, (start, end) in enumerate(pairwise(segments.starts.tolist())):
+        before = segments.shared if number else 0
+        own = q[start:end].transpose(0, 1)  # [H,..,d]
+        keys, values = (torch.cat([x[:before], x[start:end]]).transpose(0, 1) for x in (k, v))
+        causal = torch.ones(end - start, before + end - start, dtype=torch.bool, device=q.device).tril(before)
+        out = F.scaled_dot_product_attention(own, keys, values, attn_mask=causal, scale=scaling, enable_gqa=True)
+        outs.append(out.transpose(0, 1))
     return torch.cat(outs)

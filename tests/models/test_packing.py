@@ -1,5 +1,6 @@
 """Packed batches compute what padded ones do, and fused layers what separate ones do."""
 
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -59,14 +60,11 @@ def test_layout_of_a_packed_batch():
     assert batch.image_positions.tolist() == [2, 3, 5, 6]
     assert batch.targets[0, :4].tolist() == [5, 6, 7, IGN]
     inputs = batch.llm_inputs()
-    assert inputs["position_ids"][0, :9].tolist() == [0, 1, 2, 3, 4, 2, 3, 0, 1]
+    assert inputs["position_ids"][0, :9].tolist() == [0, 1, 2, 3, 4, 2, 3, 2, 3]
     assert inputs["logits_to_keep"][:4].tolist() == [3, 4, 6, 0]
-    segments = inputs["segments"]
-    assert segments.starts.tolist() == [0, 2, 5, 7, TOKEN_MULTIPLE]
-    assert segments.key_starts.tolist() == [0, 2, 7, 11, TOKEN_MULTIPLE + 4]
-    assert segments.key_rows[:12].tolist() == [0, 1, 0, 1, 2, 3, 4, 0, 1, 5, 6, 7]
-    assert segments.own_keys[:8].tolist() == [0, 1, 4, 5, 6, 9, 10, 11]
-    assert segments.copied_keys.tolist() == [2, 3, 7, 8]
+    starts, shared, longest = inputs["segments"]
+    assert starts.dtype == torch.int32 and starts.tolist() == [0, 2, 5, 7, TOKEN_MULTIPLE]
+    assert (shared, longest) == (2, TOKEN_MULTIPLE)
 
 
 def test_a_full_row_needs_no_fill():
@@ -81,6 +79,15 @@ def test_the_longest_has_the_shared_beginning_too():
     batch = pack(sequences, [[IGN] * len(sequences[0])] * 2)
     assert batch.sizes.shared == length
     assert batch.sizes.longest == 2 * TOKEN_MULTIPLE
+
+
+def test_the_fill_has_the_shared_beginning_too():
+    """Its attention is computed, though nobody looks at it."""
+    sequences = [[1] * 9 + [IMAGE_ID, number] for number in (5, 6)]
+    batch = pack(sequences, [[IGN] * 11] * 2)
+    starts, shared, longest = batch.llm_inputs()["segments"]
+    assert starts[-1] - starts[-2] + shared > 120
+    assert longest == TOKEN_MULTIPLE
 
 
 @pytest.mark.parametrize("sequences", [[[], [1, 2]], [[]], [[1]], [[1], [1]]])
@@ -98,11 +105,11 @@ def test_attention_with_fewer_heads_of_keys_and_another_scaling():
     segments = pack([[1, 1, IMAGE_ID, 5, 6, 7], [1, 1, IMAGE_ID, 5, 6]], [[IGN] * 6, [IGN] * 5]).llm_inputs()[
         "segments"
     ]
-    rows = len(segments.own_keys)
+    rows = int(segments.starts[-1])
     query, key, value = (torch.randn(1, heads, rows, 8, dtype=torch.float64) for heads in (6, 2, 2))
     output = packed_attention(query, key, value, 0.7, segments)
     sequence = torch.bucketize(torch.arange(rows), segments.starts[1:], right=True)
-    seen = (sequence[:, None] == sequence) | (sequence[:, None] <= 2) & (sequence == 0)
+    seen = (sequence[:, None] == sequence) | (sequence == 0)
     seen &= torch.ones(rows, rows, dtype=torch.bool).tril()
     key, value = (x.repeat_interleave(3, dim=1) for x in (key, value))
     scores = (query @ key.transpose(2, 3) * 0.7).masked_fill(~seen, -torch.inf)
@@ -171,6 +178,12 @@ def test_models_and_gpus_that_cannot_take_packed_batches(build_golden_model, mon
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert not allow_packing(llm)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr("minigpt4.models.packing.LARGEST_HEAD", llm.config.head_dim - 1)
+    assert not allow_packing(llm)
+    monkeypatch.setattr("minigpt4.models.packing.LARGEST_HEAD", llm.config.head_dim)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert not allow_packing(llm)
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__spec__="found"))
     assert allow_packing(llm)
 
 

@@ -1,0 +1,95 @@
+"""Attention of packed batches by the kernels against one in float64, on the GPU or, as a script, interpreted.
+
+    TRITON_INTERPRET=1 python tests/attention_cases.py
+
+prints a JSON object: the relative errors of the output and of the gradients of q, k and v, for each of CASES.
+"""
+
+import json
+from itertools import accumulate, pairwise
+
+import torch
+
+# Lengths of the ranges after the first, rows shared, heads of queries, of keys and values, dimensions.
+CASES = {
+    "one block each": ([5, 64, 33], 0, 2, 2, 64),
+    "a shared row": ([40, 63, 51, 20], 1, 2, 2, 128),
+    "a shared row makes a second block": ([64, 64, 10], 1, 2, 2, 64),
+    "several blocks": ([150, 3, 129], 20, 2, 2, 64),
+    "empty ranges, no fill": ([0, 40, 0, 150, 0], 1, 2, 2, 64),
+    "empty ranges, more shared than a block": ([0, 70, 33, 0], 100, 2, 2, 64),
+    "all ranges but the first empty": ([0, 0], 9, 2, 2, 64),
+    "grouped heads": ([40, 150], 20, 6, 2, 64),
+    "one head of keys": ([20, 70], 1, 4, 1, 64),
+    "a head that is no power of two": ([30, 150], 20, 2, 2, 24),
+    "a narrow head": ([30, 70], 5, 2, 2, 8),
+    "a wide head": ([30, 50], 5, 2, 1, 256),
+}
+
+
+def lengths_to_starts(lengths: list[int], shared: int, device: str) -> tuple[torch.Tensor, int]:
+    """What the kernels are told: the starts of the ranges, and a bound of the keys."""
+    starts = torch.tensor([0, *accumulate([shared, *lengths])], dtype=torch.int32, device=device)
+    return starts, -(-(max(lengths) + shared) // 128) * 128
+
+
+def inputs(rows: int, heads: int, groups: int, d: int, dtype: torch.dtype, device: str) -> list[torch.Tensor]:
+    """q and k with heads first in memory, v as a part of a joint projection, and a gradient of the output."""
+    q, k = (torch.randn(count, rows, d, dtype=dtype, device=device).transpose(0, 1) for count in (heads, groups))
+    joint = torch.randn(rows, (heads + 2 * groups) * d, dtype=dtype, device=device)
+    v = joint[:, -groups * d :].view(rows, groups, d)
+    gradient = torch.randn(rows, heads, d, dtype=dtype, device=device)
+    return [*(x.requires_grad_() for x in (q, k, v)), gradient]
+
+
+def reference(q, k, v, starts: torch.Tensor, shared: int, scaling: float) -> torch.Tensor:
+    """One range after the other, in float64."""
+    q, k, v = q.double(), *(x.double().repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    outs = []
+    for number, (start, end) in enumerate(pairwise(starts.tolist())):
+        before = shared if number else 0
+        keys, values = (torch.cat([x[:before], x[start:end]]) for x in (k, v))
+        scores = torch.einsum("qhd,khd->hqk", q[start:end], keys) * scaling
+        seen = torch.ones_like(scores, dtype=torch.bool).tril(before)
+        weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+        outs.append(torch.einsum("hqk,khd->qhd", weights, values))
+    return torch.cat(outs)
+
+
+def errors(attention, q, k, v, gradient, starts: torch.Tensor, shared: int, longest: int) -> list[float]:
+    """Of the output and of the gradients of q, k and v, each relative to the norm of the true one."""
+    scaling = 0.7 * q.shape[-1] ** -0.5
+    output = attention(q, k, v, starts, shared, longest, scaling)
+    expected = reference(q, k, v, starts, shared, scaling)
+    results = output, *torch.autograd.grad(output, (q, k, v), gradient)
+    truths = expected, *torch.autograd.grad(expected, (q, k, v), gradient.double())
+    assert all(result.dtype == q.dtype for result in results)
+    return [((a.double() - b).norm() / b.norm()).item() for a, b in zip(results, truths, strict=True)]
+
+
+def case_errors(attention, name: str, dtype: torch.dtype, device: str) -> list[float]:
+    lengths, shared, *sizes = CASES[name]
+    starts, longest = lengths_to_starts(lengths, shared, device)
+    return errors(attention, *inputs(int(starts[-1]), *sizes, dtype, device), starts, shared, longest)
+
+
+def main() -> None:
+    from minigpt4.models import packed_kernels
+
+    torch.manual_seed(0)
+    # New memory holds NaN: what the kernels leave out would show.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    attention = packed_kernels.attention
+    results = {name: case_errors(attention, name, torch.float32, "cpu") for name in CASES}
+    results["float16"] = case_errors(attention, "several blocks", torch.float16, "cpu")
+    starts, longest = lengths_to_starts([4, 70], 2, "cpu")
+    *tensors, _ = inputs(76, 2, 1, 16, torch.float32, "cpu")
+    torch.library.opcheck(packed_kernels._attention, (*tensors, starts, 2, longest, 0.25))
+    compiled = torch.compile(attention, backend="aot_eager", fullgraph=True)
+    results["compiled"] = case_errors(compiled, "grouped heads", torch.float32, "cpu")
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""The attention kernels on a GPU: in 16 bit, compiled, recorded in a CUDA graph. Skipped, and said so, without one."""
+
+import pytest
+import torch
+from attention_cases import CASES, case_errors, errors, inputs, lengths_to_starts, reference
+
+from minigpt4.models.packing import Segments, packed_attention
+
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0),
+    reason="needs a GPU of compute capability 8.0 (Ampere)",
+)
+DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+# Of Llama-7B's heads; sequences of stage 1, of stage 2, of next to nothing and of a full context.
+LENGTHS = {1: [*range(40, 57)] * 2, 8: [115, 195, 160, 188, 131, 20], 0: [1, 0, 5, 0, 12, 0, 3, 0], 30: [2000, 5, 300]}
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """New memory holds NaN: what the kernels leave out would show."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def attention():
+    from minigpt4.models.packed_kernels import attention
+
+    return attention
+
+
+@DTYPES
+@pytest.mark.parametrize("name", CASES)
+def test_output_and_gradients(attention, name, dtype):
+    assert max(case_errors(attention, name, dtype, "cuda")) < 1e-2
+
+
+@DTYPES
+@pytest.mark.parametrize("shared", LENGTHS)
+def test_sizes_of_training(attention, shared, dtype):
+    starts, longest = lengths_to_starts(LENGTHS[shared], shared, "cuda")
+    tensors = inputs(int(starts[-1]), 8, 8, 128, dtype, "cuda")
+    assert max(errors(attention, *tensors, starts, shared, longest)) < 1e-2
+
+
+def test_the_same_bits_each_time(attention):
+    starts, longest = lengths_to_starts(LENGTHS[8], 8, "cuda")
+    *tensors, gradient = inputs(int(starts[-1]), 8, 2, 128, torch.bfloat16, "cuda")
+    runs = []
+    for _ in range(3):
+        output = attention(*tensors, starts, 8, longest, 0.1)
+        runs.append((output, *torch.autograd.grad(output, tensors, gradient)))
+    assert all(torch.equal(a, b) for other in runs[1:] for a, b in zip(runs[0], other, strict=True))
+
+
+@DTYPES
+def test_compiled(dtype):
+    """As a layer calls it: one compilation for all lengths."""
+
+    def attend(query, key, value, segments):
+        return packed_attention(query * 1.0, key, value, 0.1, segments) * 1.0
+
+    torch._dynamo.reset()
+    compiled = torch.compile(attend, fullgraph=True)
+    for lengths, shared in ((LENGTHS[1], 1), (LENGTHS[8], 8), (LENGTHS[30], 30), (LENGTHS[0], 0)):
+        starts, longest = lengths_to_starts(lengths, shared, "cuda")
+        *tensors, gradient = inputs(int(starts[-1]), 8, 2, 64, dtype, "cuda")
+        heads_first = (x.transpose(0, 1).unsqueeze(0) for x in tensors)
+        output = compiled(*heads_first, Segments(starts, shared, longest))
+        assert output.shape == (1, *gradient.shape)
+        expected = reference(*tensors, starts, shared, 0.1)
+        results = output[0], *torch.autograd.grad(output, tensors, gradient.unsqueeze(0))
+        truths = expected, *torch.autograd.grad(expected, tensors, gradient.double())
+        assert all((a.double() - b).norm() < 1e-2 * b.norm() for a, b in zip(results, truths, strict=True))
+
+
+@DTYPES
+def test_replayed_with_other_lengths(attention, dtype):
+    """One recording serves all batches of as many rows and ranges: the lengths are read on the GPU."""
+    batches = [[40, 56, 48, 20], [64, 1, 99, 0], [0, 0, 0, 164], [41, 41, 41, 41]]
+    starts, _ = lengths_to_starts(batches[0], 4, "cuda")
+    *tensors, gradient = inputs(int(starts[-1]), 4, 2, 128, dtype, "cuda")
+    static = [x.detach().requires_grad_() for x in tensors]
+
+    def run():
+        output = attention(*static, starts, 4, 256, 0.1)
+        return output, *torch.autograd.grad(output, static, gradient)
+
+    run()  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = run()
+    for lengths in batches:
+        starts.copy_(lengths_to_starts(lengths, 4, "cuda")[0])
+        for x in (*static, gradient):
+            x.data.normal_()
+        for result in results:
+            result.fill_(torch.nan)
+        graph.replay()
+        expected = reference(*static, starts, 4, 0.1)
+        truths = expected, *torch.autograd.grad(expected, static, gradient.double())
+        assert all((a.double() - b).norm() < 1e-2 * b.norm() for a, b in zip(results, truths, strict=True))
