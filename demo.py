@@ -11,7 +11,9 @@ import logging
 import os
 import sys
 import tempfile
+import threading
 from datetime import datetime
+from pathlib import Path
 
 from minigpt4.cli.arguments import check_address, port
 from minigpt4.common.config import Config
@@ -92,6 +94,7 @@ def serve(args: argparse.Namespace, uploads: str, emoji: bool = False):
         quiet=True,  # its hints are for programmers
         state_session_capacity=200,  # what gradio remembers of a visitor, some 300 kB
     )
+    threading.Thread(target=page.sweep, args=(Path(uploads),), name="sweep", daemon=True).start()
     logging.info("Running on local URL:  %s", page.blocks.local_url)
     if not args.share:
         logging.info("To create a public link, start with --share.")

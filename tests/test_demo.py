@@ -6,6 +6,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -15,6 +16,8 @@ import urllib.request
 import zlib
 from contextlib import redirect_stdout
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import load_page
 import pytest
@@ -244,6 +247,7 @@ def test_retry_and_edit(page, visit):
     wait_for_question(tab, "Third?")
     wait_for_end(tab, 2)
     assert questions(tab) == ["First?", "Third?"]
+    wait_until(lambda: not state.busy)  # the notice can still be the one before
     assert [text for role, text in state.conv.messages if role == "Human"][1:] == ["Third?"]
     assert len(state.conv.messages) == 4
 
@@ -481,15 +485,31 @@ def test_a_file_that_is_too_large_is_refused(visit, tmp_path):
     tab.click("#restart")
 
 
+def picture(name):
+    """A file for the browser, like no other."""
+    content = io.BytesIO()
+    Image.effect_noise((50, 40), 80).save(content, "PNG")
+    return {"name": name, "mimeType": "image/png", "buffer": content.getvalue()}
+
+
+def attach(tab, file):
+    """Attach a file to the text box."""
+    before = tab.locator("#box .thumbnail-item").count()
+    tab.set_input_files("#box input[type=file]", file)
+    tab.wait_for_function("n => document.querySelectorAll('#box .thumbnail-item').length > n", arg=before)
+
+
+def holders(page, name):
+    """How many visits hold a file of this name."""
+    visits = [*page._visits._visits.values()]
+    return sum(path.name == name for visit in visits for path in visit.files.copy())
+
+
 @needs_chromium
 def test_uploads_are_deleted_after_the_visit(visit, uploads):
     tab = visit()
-    content = io.BytesIO()
-    Image.effect_noise((50, 40), 80).save(content, "PNG")
     before = set(uploads.rglob("*.png"))
-    tab.set_input_files(
-        "#picker input[type=file]", {"name": "mine.png", "mimeType": "image/png", "buffer": content.getvalue()}
-    )
+    tab.set_input_files("#picker input[type=file]", picture("mine.png"))
     tab.wait_for_selector("#picker img")
     tab.click("#start")
     tab.wait_for_selector("#box textarea:not([disabled])")
@@ -501,15 +521,78 @@ def test_uploads_are_deleted_after_the_visit(visit, uploads):
 @needs_chromium
 def test_uploads_that_were_never_shown_are_deleted_too(page, visit, uploads):
     tab = visit()
-    content = io.BytesIO()
-    Image.effect_noise((50, 40), 80).save(content, "PNG")
-    file = {"name": "unused.png", "mimeType": "image/png", "buffer": content.getvalue()}
-    tab.set_input_files("#picker input[type=file]", file)
-    visits = page._visits._visits
-    wait_until(lambda: any(path.name == "unused.png" for visit in [*visits.values()] for path in [*visit.files]))
+    tab.set_input_files("#picker input[type=file]", picture("unused.png"))
+    wait_until(lambda: holders(page, "unused.png") == 1)
     assert any(path.name == "unused.png" for path in uploads.rglob("*.png"))
     tab.context.close()
     wait_until(lambda: not any(path.name == "unused.png" for path in uploads.rglob("*.png")))
+
+
+@needs_chromium
+@pytest.mark.parametrize("how", ["close", "go elsewhere"])
+def test_what_was_attached_and_never_sent_goes_with_the_visit(page, visit, uploads, how):
+    """And nothing else does: another tab of this browser and another visitor send what they attached."""
+    leaving, stranger = visit(), visit()
+    staying = leaving.context.new_page()
+    staying.goto(page.url)
+    staying.wait_for_selector("#start:not([disabled])")
+    shared = picture("shared.png")
+    for tab, own in ((leaving, "leaving.png"), (staying, "staying.png"), (stranger, "stranger.png")):
+        upload(tab, PICTURE)
+        attach(tab, picture(own))
+        attach(tab, shared)
+    own_names = {"leaving.png", "staying.png", "stranger.png"}
+    wait_until(lambda: all(holders(page, name) == 1 for name in own_names) and holders(page, "shared.png") == 3)
+    attached = own_names | {"shared.png"}
+    stored = lambda: {path.name for path in uploads.rglob("*.png")} & attached  # noqa: E731
+    assert stored() == attached
+    if how == "close":
+        leaving.close()
+    else:
+        leaving.goto("about:blank")
+    wait_until(lambda: stored() == attached - {"leaving.png"})
+    for tab in (staying, stranger):
+        ask(tab, "What is in these?")
+        wait_for_end(tab)
+        tab.wait_for_function(
+            "[...document.querySelectorAll('#chatbot img')].filter(image => image.naturalWidth == 50).length == 2"
+        )
+        tab.close()
+    wait_until(lambda: stored() == set())
+
+
+@needs_chromium
+def test_what_was_attached_before_a_restart_goes_too(page, visit, uploads):
+    tab = visit()
+    for name in ("before.png", "after.png"):
+        upload(tab, PICTURE)
+        attach(tab, picture(name))
+        wait_until(lambda: holders(page, name) == 1)  # noqa: B023
+        tab.click("#restart")
+        tab.wait_for_selector("#box textarea[disabled]")
+        wait_until(lambda: not any(path.name == name for path in uploads.rglob("*.png")))  # noqa: B023
+
+
+def test_what_is_left_of_an_upload_that_was_cut_off_goes(page, uploads, monkeypatch):
+    def partial():
+        return [path for path in uploads.rglob("*") if path.is_file() and path.read_bytes().startswith(b"cut cut ")]
+
+    with socket.create_connection(("127.0.0.1", page.blocks.server_port)) as connection:
+        connection.sendall(
+            b"POST /gradio_api/upload HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n"
+            b"Content-Type: multipart/form-data; boundary=x\r\n\r\n"
+            b'--x\r\nContent-Disposition: form-data; name="files"; filename="cut.png"\r\n\r\n' + b"cut " * 10_000
+        )
+        wait_until(partial)
+    naps = iter([])
+    monkeypatch.setattr("minigpt4.cli.page.time", SimpleNamespace(sleep=lambda seconds: next(naps)))
+    for age, left in ((3600, 1), (0, 0)):
+        naps = iter([None])
+        with pytest.raises(StopIteration):
+            page.sweep(uploads, age=age)
+        assert len(partial()) == left
+    assert all(Path(example).exists() for example in page._examples)
+    assert any(thread.name == "sweep" for thread in threading.enumerate())  # demo.py has it done
 
 
 def test_sixteen_visitors_at_once(page, chat, uploads, monkeypatch):

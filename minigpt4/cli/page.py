@@ -71,6 +71,12 @@ class Page:
         self._examples = [entry["image"]["path"] for entry in self._example_gallery.value]
         self._visits = Visits(keep=self._examples)
 
+    def sweep(self, folder: Path, every: float = 600, age: float = 3600) -> None:
+        """Keep deleting uploads in `folder` that belong to no visit; `every` and `age` in seconds. Never returns."""
+        while True:
+            time.sleep(every)
+            self._visits.sweep(folder, age)
+
     # What the page looks like
 
     def _build(self, examples: list[Path]) -> gr.Blocks:
@@ -146,7 +152,9 @@ class Page:
         begun = self._start.click(
             self._begin, [self._picker, self._frames], [*view, self._picker, self._start, self._box], **READING
         )
-        self._picker.upload(self._note, self._picker, None, queue=False, **HIDDEN)
+        self._picker.upload(self._note_chosen, self._picker, None, queue=False, **HIDDEN)
+        # It comes with what is typed as well (some 5 ms of the server each): gradio has none for attached files alone.
+        self._box.change(self._note_attached, self._box, None, queue=False, **HIDDEN)
         self._example_gallery.select(self._add_example, self._picker, self._picker, queue=False, **HIDDEN)
         said = self._box.submit(self._say, [self._box, self._frames], [*view, self._box], **READING)
         retried = self._chatbot.retry(self._retry, None, [*view, self._box], **HIDDEN)
@@ -164,10 +172,10 @@ class Page:
         self._timer.tick(self._ready, None, [self._status, self._start, self._timer], queue=False, **HIDDEN)
 
     def _ready(self, request: gr.Request):
+        visit = self._visit(request)  # which begins here, so that it can note uploads
         if self.chat is None:
             return self._status_text(), gr.skip(), gr.skip()
-        started = self._visits.of(request.session_hash).started
-        return "", gr.Button(interactive=not started), gr.Timer(active=False)
+        return "", gr.Button(interactive=not visit.started), gr.Timer(active=False)
 
     def _status_text(self) -> str:
         return "" if self.chat else f"⏳ {self.progress} … ({time.monotonic() - self._started:.0f} s)"
@@ -182,9 +190,11 @@ class Page:
         box = gr.MultimodalTextbox(interactive=True, placeholder="Type and press Enter") if opened else gr.skip()
         return *_view(visit), gr.Gallery(interactive=not opened), gr.Button(interactive=not opened), box
 
-    def _note(self, pictures: list[tuple[str, str | None]] | None, request: gr.Request) -> None:
-        """Remember uploads, so that they are deleted even if the visitor leaves without a word."""
-        self._visit(request).files |= {Path(path) for path, _ in pictures or []}
+    def _note_chosen(self, pictures: list[tuple[str, str | None]] | None, request: gr.Request) -> None:
+        self._visits.note(request.session_hash, [path for path, _ in pictures or []])
+
+    def _note_attached(self, message: dict | None, request: gr.Request) -> None:
+        self._visits.note(request.session_hash, message["files"] if message else [])
 
     def _add_example(self, pictures, selected: gr.SelectData):
         chosen = [path for path, _ in pictures or []]
@@ -256,6 +266,7 @@ class Page:
     def _begin_again(self, request: gr.Request):
         """Restart."""
         self._leave(request)
+        self._visit(request)  # the next one
         box = gr.MultimodalTextbox(**self._waiting_box(), interactive=False, submit_btn=True, stop_btn=False)
         picker, start = gr.Gallery(value=None, interactive=True), gr.Button(interactive=self.chat is not None)
         return [], "", picker, start, box

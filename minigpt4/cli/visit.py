@@ -5,6 +5,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -176,6 +177,13 @@ class Visits:
     def is_current(self, session: str, visit: Visit) -> bool:
         return self._visits.get(session) is visit
 
+    def note(self, session: str, paths: Iterable[str]) -> None:
+        """Remember uploads, so that they go with the visit. When it has already ended, `sweep` deletes them."""
+        with self._lock:
+            if visit := self._visits.get(session):
+                visit.files |= {Path(path) for path in paths}
+                self._visits.move_to_end(session)
+
     def close(self, session: str) -> None:
         """End a visit: a running answer stops, and the uploads go, save those that another visitor also sent."""
         with self._lock:
@@ -187,3 +195,16 @@ class Visits:
         for path in visit.files - others - self._keep:
             path.unlink(missing_ok=True)
         logging.info("A visit ended; %d are in progress.", len(self._visits))
+
+    def sweep(self, folder: Path, age: float) -> None:
+        """Delete what is in `folder`, belongs to no visit, and is older than `age` seconds.
+
+        That is what is left of an upload that was cut off, and a file that arrived when its visitor had just gone. A
+        file that is still arriving is young, but the first of several is as old as the others take, so be generous.
+        """
+        with self._lock:
+            kept = self._keep.union(*(visit.files.copy() for visit in self._visits.values()))
+        for path in folder.rglob("*"):
+            with suppress(FileNotFoundError):
+                if path not in kept and path.is_file() and time.time() - path.stat().st_ctime > age:
+                    path.unlink()

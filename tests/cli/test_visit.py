@@ -1,5 +1,8 @@
 """Visitors of the page, without the page."""
 
+import os
+import time
+
 import pytest
 from helpers import GOLDEN
 from video_files import bad_videos, write_video
@@ -207,3 +210,35 @@ def test_the_longest_idle_visit_ends_where_there_are_too_many(chat, tmp_path):
     visits.of("g")
     assert not own.exists()
     assert not visits.of("a").started
+
+
+def test_noted_uploads_go_with_the_visit(tmp_path):
+    visits, path = Visits(), tmp_path / "attached.png"
+    path.touch()
+    visits.note("a", [str(path)])  # "a" has not come, or has just gone: nobody would ever end this visit
+    assert len(visits) == 0
+    visits.of("a")
+    visits.note("a", [str(path)])
+    visits.of("b")
+    visits.close("b")
+    assert path.exists()
+    visits.close("a")
+    assert not path.exists()
+
+
+def test_only_what_belongs_to_no_visit_and_is_old_is_swept(tmp_path):
+    example, noted, late, young = (tmp_path / folder / "x.png" for folder in "abcd")
+    for path in (example, noted, late, young):
+        path.parent.mkdir()
+        path.touch()
+    visits = Visits(keep=[str(example)])
+    visits.of("visitor")
+    visits.note("visitor", [str(noted)])
+    visits.sweep(tmp_path, age=60)
+    assert all(path.exists() for path in (example, noted, late, young))
+    time.sleep(0.5)
+    os.rename(young, tmp_path / "moved")  # as gradio does when an upload is complete
+    os.rename(tmp_path / "moved", young)
+    visits.sweep(tmp_path, age=0.4)
+    assert [path.exists() for path in (example, noted, late, young)] == [True, True, False, True]
+    visits.sweep(tmp_path / "nowhere", age=0)
