@@ -1,5 +1,6 @@
 """What several test modules share."""
 
+import os
 import socket
 from collections import Counter
 from pathlib import Path
@@ -7,6 +8,8 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+# For processes of their own: this checkout first, then what was there.
+PYTHONPATH = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
 GOLDEN = ROOT / "tests" / "golden"
 VIT = {"patch_size": 14, "embed_dim": 32, "depth": 3, "num_heads": 4, "mlp_ratio": 4.3637}
 QFORMER = {

@@ -1,7 +1,7 @@
 """Many visitors at once on the page, by plain HTTP, as a browser speaks it.
 
     python tests/load_page.py                                      # 16 visitors for two minutes, on the tiny default
-    python tests/load_page.py --visitors 4 --seconds 20 --cfg-path eval_configs/minigpt4_eval.yaml --options model.ckpt=F
+    python tests/load_page.py --visitors 4 --cfg-path eval_configs/minigpt4_eval.yaml --options model.ckpt=FILE
 
 Starts demo.py. Each visitor comes again and again with a picture of its own, asks, asks again, and leaves. The answers
 are greedy, and must be those that the visitor got when it was alone. Prints the server's memory, and fails (exit status
@@ -25,7 +25,7 @@ from pathlib import Path
 import httpx
 import psutil
 from dataset_files import picture_bytes
-from helpers import ROOT, free_port
+from helpers import PYTHONPATH, ROOT, free_port
 
 QUESTIONS = ("What is this?", "And what colour is it?")
 GROWTH = 1.05  # of memory, from the second quarter of the time to the last
@@ -153,7 +153,11 @@ def served(cfg_path: str, folder: Path, options: list[str] | None = None) -> Ite
     command = [sys.executable, "demo.py", "--cfg-path", cfg_path, "--port", str(port)]
     command += ["--options", *options] if options else []
     log = (folder / "log.txt").open("w+")
-    environment = {**psutil.Process().environ(), "TMPDIR": str(folder), "PYTHONPATH": str(ROOT)}
+    environment = {
+        **psutil.Process().environ(),
+        "TMPDIR": str(folder),
+        "PYTHONPATH": PYTHONPATH,
+    }
     server = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=environment)
     try:
         while "The model is ready" not in (text := (folder / "log.txt").read_text()):

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from helpers import ROOT
+from helpers import PYTHONPATH, ROOT
 from loss_curves import compare, main
 
 
@@ -22,7 +22,10 @@ def compare_two_ranks(config, tmp_path, tolerance, *options):
     common += ["--against", str(one), "--tolerance", tolerance]
     assert main([*common, "--reverse"]) == 0
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    env = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": PYTHONPATH,
+    }
     done = subprocess.run(
         [*command, "tests/loss_curves.py", *common], cwd=ROOT, env=env, capture_output=True, text=True
     )

@@ -4,27 +4,27 @@ import functools
 import logging
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from minigpt4.models.cuda_graphs import GraphedFunction
 from minigpt4.models.fp8 import convert_to_fp8
 from minigpt4.models.fused import fuse_projections
-from minigpt4.models.packing import PackedBatch, allow_packing
+from minigpt4.models.packing import Piece, allow_packing
 from minigpt4.models.vision import PREFIXES
 
 
 def accelerate(model, packed: bool, compiled: bool, fp8: bool = False) -> None:
     """Set up a MiniGPT4 on its device for training; it may be set up anew.
 
-    packed: batches without padding. compiled: joint projections in the language model, torch.compile for each layer of
-    the three networks, and the vision side and the language model replayed from CUDA graphs, as far as they are frozen.
-    fp8: products with the frozen weights of language model and encoder in 8 bit, from then on; raises ConfigError where
-    there are none to be had.
+    packed: batches without padding, whose pieces have their gradients taken one by one where the language model is
+    frozen. compiled: joint projections in the language model, torch.compile for each layer of the three networks, and
+    the vision side and the pieces replayed from CUDA graphs, as far as they are frozen. fp8: products with the frozen
+    weights of language model and encoder in 8 bit, from then on; raises ConfigError where there are none to be had.
     """
-    for name in ("sum_of_losses", "query_outputs", "language_loss"):  # of an earlier set-up
+    for name in ("sum_of_losses", "query_outputs", "piece_loss"):  # of an earlier set-up
         vars(model).pop(name, None)
-    llm = model.llama_model
-    has_vision = model.visual_encoder is not None  # training from cached features does without
+    llm, plain = model.llama_model, type(model)
     model.packed = packed and allow_packing(llm)
     if packed and not model.packed:
         logging.info("Batches are padded: the language model, or this GPU, cannot take packed ones.")
@@ -32,28 +32,77 @@ def accelerate(model, packed: bool, compiled: bool, fp8: bool = False) -> None:
         fuse_projections(llm)
     if fp8:
         convert_to_fp8(llm, model.visual_encoder)
-    if not compiled:
-        return
-    llm_layers = [] if _is_quantized(llm) else llm.get_decoder().layers  # bitsandbytes' layers run as they are
+    quantized = any(type(module).__module__.startswith("bitsandbytes") for module in llm.modules())
+    if compiled:
+        _compile(model, [] if quantized else llm.get_decoder().layers)  # bitsandbytes' layers run as they are
+    # What follows gives gradients to its arguments alone: what it computes with must not train.
+    trained = [name for name, p in model.named_parameters() if p.requires_grad and not name.startswith("llama_proj.")]
+    if compiled and model.visual_encoder is not None and not trained:  # from cached features it does without
+        vision = GraphedFunction(lambda image: (plain.query_outputs(model, image),), "vision side")
+        model.query_outputs = lambda image: vision(image)[0]
+    # In float16 the loss has to be scaled before its gradient is taken.
+    in_float16 = llm.get_input_embeddings().weight.dtype == torch.float16
+    if model.packed and not in_float16 and all(name.startswith(PREFIXES) for name in trained):
+        compute = _loss_and_gradient(lambda *args: plain.piece_loss(model, *args))
+        model.piece_loss = _with_gradient(
+            lambda *args: plain.piece_loss(model, *args),
+            GraphedFunction(compute, "language model") if compiled and not quantized else compute,
+        )
+
+
+def _compile(model, llm_layers) -> None:
     # One code object, Module._call_impl, is compiled for every kind of layer, with and without gradient.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     # Joint projections hand each other their products, in recomputed layers too. Older torch leaves those uncompiled.
     if hasattr(torch._dynamo.config, "skip_fwd_side_effects_in_bwd_under_checkpoint"):
         torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
     layers = [*llm_layers]
-    if has_vision:
+    if model.visual_encoder is not None:
         layers += [*model.visual_encoder.blocks, *model.Qformer.bert.encoder.layer]
     for layer in layers:
         layer.compile()
     logging.info("%d layers will be compiled at the first steps, which takes a minute or two.", len(layers))
-    plain = type(model)
-    model.sum_of_losses = torch.compile(plain.sum_of_losses, dynamic=True)  # in one pass over the logits
-    # A graph gives gradients to its arguments alone: what it computes with must not train.
-    trained = [name for name, p in model.named_parameters() if p.requires_grad and not name.startswith("llama_proj.")]
-    if has_vision and not trained:
-        model.query_outputs = GraphedFunction(lambda image: plain.query_outputs(model, image), "vision side")
-    if llm_layers and all(name.startswith(PREFIXES) for name in trained):
-        model.language_loss = _graphed_loss(lambda embeds, tokens: plain.language_loss(model, embeds, tokens))
+    model.sum_of_losses = torch.compile(type(model).sum_of_losses, dynamic=True)  # in one pass over the logits
+
+
+def _loss_and_gradient(piece_loss):
+    """A function that computes the loss of a piece, and its gradient by the image vectors, at once."""
+
+    def compute(image_embeds: torch.Tensor, numbers: torch.Tensor, sizes) -> tuple[torch.Tensor, torch.Tensor]:
+        image_embeds = image_embeds.detach().requires_grad_()
+        with torch.enable_grad():
+            loss = piece_loss(image_embeds, Piece(numbers, sizes))
+        with torch.autocast(image_embeds.device.type, enabled=False):
+            return loss.detach(), *torch.autograd.grad(loss, image_embeds)
+
+    return compute
+
+
+def _with_gradient(piece_loss, loss_and_gradient):
+    """`piece_loss`, whose gradient, where it is wanted, is taken before the next piece's turn comes."""
+
+    def loss(image_embeds: torch.Tensor, piece) -> torch.Tensor:
+        if isinstance(piece, Piece) and image_embeds.requires_grad and torch.is_grad_enabled():
+            return _TakenAtOnce.apply(loss_and_gradient, image_embeds, piece)
+        return piece_loss(image_embeds, piece)
+
+    return loss
+
+
+class _TakenAtOnce(torch.autograd.Function):
+    """The loss of a piece, of which nothing is kept for the backward pass but its gradient."""
+
+    @staticmethod
+    def forward(ctx, loss_and_gradient, image_embeds: torch.Tensor, piece: Piece) -> torch.Tensor:
+        loss, gradient = loss_and_gradient(image_embeds, piece.numbers, piece.sizes)
+        ctx.save_for_backward(gradient)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: torch.Tensor) -> tuple:
+        (gradient,) = ctx.saved_tensors
+        return None, gradient * grad, None
 
 
 def recompute_layers(llm, count: int) -> None:
@@ -70,21 +119,3 @@ def _recomputing(forward):
         return checkpoint(forward, *args, **kwargs, use_reentrant=False, preserve_rng_state=False)
 
     return recomputing
-
-
-def _is_quantized(llm) -> bool:
-    return any(type(module).__module__.startswith("bitsandbytes") for module in llm.modules())
-
-
-def _graphed_loss(language_loss):
-    """`language_loss` replayed from CUDA graphs where its batch is packed and it trains."""
-    graphed = GraphedFunction(
-        lambda embeds, numbers, sizes: language_loss(embeds, PackedBatch(numbers, sizes)), "language model"
-    )
-
-    def loss(image_embeds: torch.Tensor, tokens) -> torch.Tensor:
-        if isinstance(tokens, PackedBatch) and image_embeds.requires_grad and torch.is_grad_enabled():
-            return graphed(image_embeds, tokens.numbers, static=(tokens.sizes,))
-        return language_loss(image_embeds, tokens)
-
-    return loss

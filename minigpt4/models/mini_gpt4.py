@@ -84,6 +84,7 @@ class MiniGPT4(vision.Vision):
             image_embeds = self.project(samples["image_features"])  # [B,Q,D]
         else:
             image_embeds, _ = self.encode_img(samples["image"])
+        self.check_images(image_embeds, tokens)
         loss = self.language_loss(image_embeds, tokens)
         return {"loss": loss, "num_labels": tokens.num_labels}
 
@@ -128,9 +129,13 @@ class MiniGPT4(vision.Vision):
 
     def language_loss(self, image_embeds: torch.Tensor, tokens) -> torch.Tensor:
         """Mean cross-entropy over the labels of `tokens` (padded or packed), given its images [B,Q,D]."""
-        embeds = self.embed(tokens, image_embeds)  # [B,S,D], or [1,T,D] where the batch is packed
-        logits = self.llama_model(inputs_embeds=embeds, use_cache=False, **tokens.llm_inputs()).logits  # [B,K,V]
-        return self.sum_of_losses(logits, tokens.targets) / tokens.label_count.clamp(min=1)
+        return sum(self.piece_loss(image_embeds, piece) for piece in tokens.pieces) / max(tokens.num_labels, 1)
+
+    def piece_loss(self, image_embeds: torch.Tensor, piece) -> torch.Tensor:
+        """Cross-entropy summed over the labels of a piece of a batch, given all of the batch's images [B,Q,D]."""
+        embeds = self.embed(piece, image_embeds)  # [B,S,D], or [1,T,D] where the batch is packed
+        logits = self.llama_model(inputs_embeds=embeds, use_cache=False, **piece.llm_inputs()).logits  # [..,K,V]
+        return self.sum_of_losses(logits, piece.targets)
 
     @staticmethod
     def sum_of_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -139,20 +144,19 @@ class MiniGPT4(vision.Vision):
         return F.cross_entropy(logits, targets, ignore_index=prompt.IGNORE_INDEX, reduction="sum")
 
     def embed(self, tokens, image_embeds: torch.Tensor) -> torch.Tensor:
-        """The sequences [B,S,D]: token embeddings, with `image_embeds` [images,Q,D] in the image slots, in order.
-
-        Raises ValueError unless there are as many vectors as places for them.
-        """
+        """Embeddings [B,S,D] of a padded batch, or a piece, with `image_embeds` [images,Q,D] in its image slots."""
         embeds = self.llama_model.get_input_embeddings()(tokens.input_ids)
-        image_embeds = image_embeds.reshape(-1, embeds.shape[-1]).to(embeds.dtype)
-        if len(image_embeds) != len(tokens.image_positions):
+        return tokens.insert(embeds, image_embeds.reshape(-1, embeds.shape[-1]).to(embeds.dtype))
+
+    def check_images(self, image_embeds: torch.Tensor, tokens) -> None:
+        """Raises ValueError unless the images [images,Q,D] have as many vectors as the texts have places for."""
+        given = image_embeds.shape[:-1].numel()
+        if given != tokens.num_image_vectors:
             raise ValueError(
-                f"The images have {len(image_embeds)} vectors, the texts have places for "
-                f"{len(tokens.image_positions)}. Give each text one image; every prompt needs an {prompt.IMAGE_SLOT}; "
-                "`encode_img` must give as many vectors an image as there are query tokens "
-                f"({self.query_tokens.shape[1]})."
+                f"The images have {given} vectors, the texts have places for {tokens.num_image_vectors}. Give each "
+                f"text one image; every prompt needs an {prompt.IMAGE_SLOT}; `encode_img` must give as many vectors an "
+                f"image as there are query tokens ({self.query_tokens.shape[1]})."
             )
-        return embeds.flatten(0, 1).index_copy(0, tokens.image_positions, image_embeds).view_as(embeds)
 
     @torch.inference_mode()
     def generate(

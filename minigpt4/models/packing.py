@@ -5,10 +5,13 @@
   its own. Its keys and values precede those of each other sequence.
 - The last token of a sequence is left out. It is predicted, but nothing is predicted from it.
 
+A long row is cut into pieces, each with whole sequences and a beginning of its own. The language model takes them one
+by one, and has to hold no more than one.
+
 Attention keeps the sequences apart: it is told where each begins (`Segments`) and is causal within it. Kernels of our
 own do that on a GPU in 16 bit (`packed_kernels.py`); elsewhere a loop over the sequences, good enough for tests.
 
-B sequences, P tokens that they share, T rows in all, Q query tokens per image, K labels.
+B sequences, P tokens that they share, T rows of a piece, N image vectors, K labels, D width.
 """
 
 import importlib.util
@@ -24,15 +27,19 @@ from minigpt4.models.prompt import IGNORE_INDEX, IMAGE_ID
 
 ATTENTION = "minigpt4_packed"
 LARGEST_HEAD = 256  # dimensions that the kernels take
+# About as many rows has a piece. Matrix products are as quick with 1,024 rows as with more.
+PIECE = 1024
 # Sizes are rounded up to multiples of these, so that few different ones occur: each has a CUDA graph of its own.
-TOKEN_MULTIPLE, LABEL_MULTIPLE = 128, 128
+ROW_MULTIPLE, LABEL_MULTIPLE, IMAGE_MULTIPLE, SEQUENCE_MULTIPLE, LONGEST_MULTIPLE = 128, 128, 256, 8, 64
+# Sequences that the fill is divided into, so that it does not have the longest one.
+FILLS = 4
 
 
 class Sizes(NamedTuple):
-    """Lengths of the parts of a packed batch: all that its shapes depend on."""
+    """Lengths of the parts of a piece: all that its shapes depend on."""
 
     rows: int
-    image_positions: int
+    image_vectors: int
     sequences: int
     shared: int
     labels: int
@@ -40,29 +47,27 @@ class Sizes(NamedTuple):
 
 
 class Segments(NamedTuple):
-    """Where the sequences of a packed batch lie in its rows: what attention needs."""
+    """Where the sequences of a piece lie in its rows: what attention needs."""
 
-    starts: torch.Tensor  # [B+3] int32: the shared beginning, the sequences, the fill, the end
+    starts: torch.Tensor  # [B+FILLS+2] int32: the shared beginning, the sequences, the fill, the end
     shared: int  # P
     longest: int  # no sequence has more keys: its own rows, and before them the shared ones
 
 
 @dataclass
-class PackedBatch:
-    """B sequences in one row of T tokens, filled up by one more sequence that nothing is learnt from.
+class Piece:
+    """B sequences in one row of T tokens, filled up by some more that nothing is learnt from.
 
     All numbers lie in one tensor [..] int64, so that they travel to the GPU, and into a CUDA graph, in one copy.
     """
 
     numbers: torch.Tensor
     sizes: Sizes
-    num_labels: int = 0
-    num_tokens: int = 0  # of the sequences, those included that are shared or left out
 
-    def _parts(self) -> list[torch.Tensor]:
-        """In the order of `pack`."""
-        rows, image_positions, sequences, _, labels, _ = self.sizes
-        return self.numbers.split([rows, rows, image_positions, labels, labels, 1, sequences + 3])
+    def _parts(self) -> tuple[torch.Tensor, ...]:
+        """In the order of `_piece`."""
+        rows, images, sequences, _, labels, _ = self.sizes
+        return self.numbers.split([rows, rows, images, images, labels, labels, sequences + FILLS + 2])
 
     @property
     def input_ids(self) -> torch.Tensor:
@@ -70,23 +75,18 @@ class PackedBatch:
         return self._parts()[0].unsqueeze(0)
 
     @property
-    def image_positions(self) -> torch.Tensor:
-        """[images * Q] where the image vectors belong, in order."""
-        return self._parts()[2]
-
-    @property
     def targets(self) -> torch.Tensor:
         """[1,K] the tokens to be predicted at `logits_to_keep`, IGNORE_INDEX in the fill."""
-        return self._parts()[4].unsqueeze(0)
+        return self._parts()[5].unsqueeze(0)
 
-    @property
-    def label_count(self) -> torch.Tensor:
-        """[] how many of the targets are labels."""
-        return self._parts()[5].squeeze(0)
+    def insert(self, embeds: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
+        """The rows [1,T,D], with those of the whole batch's image vectors [all,D] that belong here in their places."""
+        _, _, places, which, *_ = self._parts()
+        return embeds.index_copy(1, places, vectors.index_select(0, which).unsqueeze(0))
 
     def llm_inputs(self) -> dict:
         """What the language model is called with beside the embeddings [1,T,D]; see `allow_packing`."""
-        _, positions, _, label_rows, _, _, starts = self._parts()
+        _, positions, _, _, label_rows, _, starts = self._parts()
         return {
             # transformers takes a mask of four dimensions as it is; the packed attention does not look at it.
             "attention_mask": self.numbers.view(1, 1, 1, -1),
@@ -95,50 +95,98 @@ class PackedBatch:
             "logits_to_keep": label_rows,
         }
 
-    def to(self, device: torch.device, non_blocking: bool = False) -> "PackedBatch":
+    def to(self, device: torch.device, non_blocking: bool = False) -> "Piece":
         return replace(self, numbers=self.numbers.to(device, non_blocking=non_blocking))
 
-    def record_stream(self, stream: torch.cuda.Stream) -> None:
-        self.numbers.record_stream(stream)
+    def pin_memory(self) -> "Piece":
+        return replace(self, numbers=self.numbers.pin_memory())
+
+
+@dataclass
+class PackedBatch:
+    """The sequences of a batch, in pieces."""
+
+    pieces: list[Piece]
+    num_labels: int
+    num_tokens: int  # of the sequences, those included that are shared or left out
+    num_image_vectors: int
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> "PackedBatch":
+        return replace(self, pieces=[piece.to(device, non_blocking) for piece in self.pieces])
 
     def pin_memory(self) -> "PackedBatch":
-        return replace(self, numbers=self.numbers.pin_memory())
+        return replace(self, pieces=[piece.pin_memory() for piece in self.pieces])
+
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        for piece in self.pieces:
+            piece.numbers.record_stream(stream)
 
 
 def pack(sequences: list[list[int]], labels: list[list[int]]) -> PackedBatch:
     """Pack token ids (IMAGE_ID where an image vector belongs) and their labels, of the same lengths, not shifted."""
     shared = shared_beginning(sequences, labels)
-    # An image vector is never left out: `embed` puts in all of them.
+    # An image vector is never left out: the batch has a place for each.
     ends = [len(ids) - (ids[-1:] != [IMAGE_ID]) if ids else 0 for ids in sequences]
-    lengths = np.array([shared, *(end - shared for end in ends), 0])
-    lengths[-1] = round_up(max(lengths.sum(), 1), TOKEN_MULTIPLE) - lengths.sum()
-    rows, starts = lengths.sum(), np.concatenate([[0], np.cumsum(lengths)])
+    vectors = np.cumsum([0, *(ids.count(IMAGE_ID) for ids in sequences)])
+    pieces = []
+    for group in divide([end - shared for end in ends], shared):
+        rows = [slice(shared, ends[i]) for i in group]
+        own = [sequences[i][part] for i, part in zip(group, rows, strict=True)]
+        predicted = [[*labels[i][1:], IGNORE_INDEX][part] for i, part in zip(group, rows, strict=True)]
+        which = np.concatenate([np.arange(vectors[i], vectors[i + 1]) for i in group])
+        pieces.append(_piece(sequences[0][:shared], own, predicted, which))
+    return PackedBatch(
+        pieces,
+        num_labels=sum(label != IGNORE_INDEX for row in labels for label in row[1:]),
+        num_tokens=sum(map(len, sequences)),
+        num_image_vectors=int(vectors[-1]),
+    )
+
+
+def divide(lengths: list[int], shared: int) -> list[list[int]]:
+    """Sequences with so many rows of their own, by number, into groups of about PIECE rows, each filled as far."""
+    count = max(1, round(sum(lengths) / PIECE))
+    multiples = -(-(sum(lengths) + count * (shared + 1)) // ROW_MULTIPLE)
+    room = [(multiples + i) // count * ROW_MULTIPLE - shared - 1 for i in range(count)]
+    groups = [[] for _ in room]
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        emptiest = room.index(max(room))
+        groups[emptiest].append(i)
+        room[emptiest] -= lengths[i]
+    return [sorted(group) for group in groups if group]
+
+
+def _piece(first: list[int], own: list[list[int]], predicted: list[list[int]], which: np.ndarray) -> Piece:
+    """What all begin with, then the sequences, with what each row predicts; `which`: their image vectors' numbers."""
+    shared = len(first)
+    empty = [0] * (round_up(len(own), SEQUENCE_MULTIPLE) - len(own))
+    used = shared + sum(map(len, own))
+    rows = round_up(used + 1, ROW_MULTIPLE)  # vectors that make up the number of places share the last row
+    fill = np.diff(np.linspace(0, rows - used, FILLS + 1, dtype=int))
+    lengths = np.array([shared, *map(len, own), *empty, *fill])
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    offsets = np.array([0, *[shared] * (len(lengths) - 1)])  # how many precede the own ones
 
     def row_of(first: list[int], others: list[list[int]], fill: int) -> np.ndarray:
         """A number for each row."""
-        parts = [first[:shared], *(other[shared:end] for other, end in zip(others, ends, strict=True))]
-        return np.array([*chain.from_iterable(parts), *[fill] * lengths[-1]], dtype=np.int64)
+        return np.array([*first, *chain.from_iterable(others), *[fill] * (rows - used)], dtype=np.int64)
 
-    ids = row_of(sequences[0], sequences, 0)
-    predicted = row_of([IGNORE_INDEX] * shared, [[*row[1:], IGNORE_INDEX] for row in labels], IGNORE_INDEX)
-    is_image, is_label = ids == IMAGE_ID, predicted != IGNORE_INDEX
-    num_labels = int(is_label.sum())
-    fill = round_up(max(num_labels, 1), LABEL_MULTIPLE) - num_labels
-
-    offsets = np.array([0, *[shared] * len(sequences), shared])  # how many precede the own ones; the fill's too
+    ids, targets = row_of(first, own, 0), row_of([IGNORE_INDEX] * shared, predicted, IGNORE_INDEX)
+    places, learnt = np.flatnonzero(ids == IMAGE_ID), np.flatnonzero(targets != IGNORE_INDEX)
+    images = (0, round_up(len(places), IMAGE_MULTIPLE) - len(places))
+    labels = (0, round_up(max(len(learnt), 1), LABEL_MULTIPLE) - len(learnt))
     parts = (
-        np.where(is_image, 0, ids),
+        np.where(ids == IMAGE_ID, 0, ids),
         np.arange(rows) + np.repeat(offsets - starts[:-1], lengths),
-        np.flatnonzero(is_image),
-        np.pad(np.flatnonzero(is_label), (0, fill)),
-        np.pad(predicted[is_label], (0, fill), constant_values=IGNORE_INDEX),
-        [num_labels],
+        np.pad(places, images, constant_values=rows - 1),
+        np.pad(which, images),
+        np.pad(learnt, labels),
+        np.pad(targets[learnt], labels, constant_values=IGNORE_INDEX),
         starts,
     )
-    longest = round_up(int(max(lengths + offsets)), TOKEN_MULTIPLE)
-    sizes = Sizes(int(rows), int(is_image.sum()), len(sequences), shared, num_labels + fill, longest)
-    numbers = torch.from_numpy(np.concatenate(parts).astype(np.int64))
-    return PackedBatch(numbers, sizes, num_labels, sum(map(len, sequences)))
+    longest = round_up(int(max(lengths + offsets)), LONGEST_MULTIPLE)
+    sizes = Sizes(rows, len(parts[2]), len(own) + len(empty), shared, len(parts[4]), longest)
+    return Piece(torch.from_numpy(np.concatenate(parts).astype(np.int64)), sizes)
 
 
 def shared_beginning(sequences: list[list[int]], labels: list[list[int]]) -> int:
@@ -219,7 +267,8 @@ def packed_attention(query, key, value, scaling, segments: Segments) -> torch.Te
     if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
         from minigpt4.models.packed_kernels import attention
 
-        out = attention(q, k, v, *segments, q.shape[-1] ** -0.5 if scaling is None else scaling)
+        # A copy of v where it is a part of a joint projection, all of which would be kept for the backward pass.
+        out = attention(q, k, v.contiguous(), *segments, q.shape[-1] ** -0.5 if scaling is None else scaling)
     else:
         out = _one_by_one(q, k, v, segments, scaling)
     return out.unsqueeze(0)

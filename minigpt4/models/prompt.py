@@ -42,8 +42,17 @@ class PaddedBatch:
         self.logits_to_keep = (labels != IGNORE_INDEX).any(dim=0).nonzero().flatten()
         # [B,K] the tokens that those predict, IGNORE_INDEX where a row has no label there.
         self.targets = labels[:, self.logits_to_keep]
-        self.label_count = (labels != IGNORE_INDEX).sum()
-        self.num_labels, self.num_tokens = int(self.label_count), int(self.attention_mask.sum())
+        self.num_labels = int((labels != IGNORE_INDEX).sum())
+        self.num_tokens, self.num_image_vectors = int(self.attention_mask.sum()), len(self.image_positions)
+
+    @property
+    def pieces(self) -> list["PaddedBatch"]:
+        """What the language model takes at a time: all of it."""
+        return [self]
+
+    def insert(self, embeds: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
+        """The embeddings [B,S,D], with the image vectors [images * Q,D] in their places."""
+        return embeds.flatten(0, 1).index_copy(0, self.image_positions, vectors).view_as(embeds)
 
     def llm_inputs(self) -> dict:
         """What the language model is called with in training, beside the embeddings [B,S,D].

@@ -1,6 +1,7 @@
 """Packed batches compute what padded ones do, and fused layers what separate ones do."""
 
 import sys
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -9,8 +10,19 @@ from helpers import loss_and_gradient
 from torch import nn
 from transformers import MistralConfig, MistralForCausalLM
 
+from minigpt4.models import acceleration, packing
 from minigpt4.models.fused import fuse_projections
-from minigpt4.models.packing import LABEL_MULTIPLE, TOKEN_MULTIPLE, allow_packing, pack, packed_attention
+from minigpt4.models.packing import (
+    IMAGE_MULTIPLE,
+    LABEL_MULTIPLE,
+    LONGEST_MULTIPLE,
+    ROW_MULTIPLE,
+    SEQUENCE_MULTIPLE,
+    allow_packing,
+    divide,
+    pack,
+    packed_attention,
+)
 from minigpt4.models.prompt import IGNORE_INDEX, IMAGE_ID, pad
 
 
@@ -53,41 +65,95 @@ def test_layout_of_a_packed_batch():
     """Two sequences begin alike; the last token of each stands for nothing but itself."""
     sequences = [[1, 9, IMAGE_ID, IMAGE_ID, 5, 6], [1, 9, IMAGE_ID, IMAGE_ID, 7]]
     batch = pack(sequences, [[IGN] * 4 + [5, 6], [IGN] * 4 + [7]])
-    assert batch.sizes == (TOKEN_MULTIPLE, 4, 2, 2, LABEL_MULTIPLE, TOKEN_MULTIPLE)
-    assert batch.num_labels == int(batch.label_count) == 3
-    assert batch.num_tokens == 11
-    assert batch.input_ids[0, :8].tolist() == [1, 9, 0, 0, 5, 0, 0, 0]
-    assert batch.image_positions.tolist() == [2, 3, 5, 6]
-    assert batch.targets[0, :4].tolist() == [5, 6, 7, IGN]
-    inputs = batch.llm_inputs()
+    assert (batch.num_labels, batch.num_tokens, batch.num_image_vectors) == (3, 11, 4)
+    (piece,) = batch.pieces
+    assert piece.sizes == (ROW_MULTIPLE, IMAGE_MULTIPLE, SEQUENCE_MULTIPLE, 2, LABEL_MULTIPLE, LONGEST_MULTIPLE)
+    assert piece.input_ids[0, :8].tolist() == [1, 9, 0, 0, 5, 0, 0, 0]
+    assert piece.targets[0, :4].tolist() == [5, 6, 7, IGN]
+    inputs = piece.llm_inputs()
     assert inputs["position_ids"][0, :9].tolist() == [0, 1, 2, 3, 4, 2, 3, 2, 3]
     assert inputs["logits_to_keep"][:4].tolist() == [3, 4, 6, 0]
     starts, shared, longest = inputs["segments"]
-    assert starts.dtype == torch.int32 and starts.tolist() == [0, 2, 5, 7, TOKEN_MULTIPLE]
-    assert (shared, longest) == (2, TOKEN_MULTIPLE)
+    assert starts.dtype == torch.int32
+    assert starts.tolist() == [0, 2, 5, *[7] * 7, 37, 67, 97, ROW_MULTIPLE]  # six empty sequences, then the fill
+    assert (shared, longest) == (2, LONGEST_MULTIPLE)
+    vectors = torch.arange(1.0, 5).unsqueeze(1)
+    assert piece.insert(torch.zeros(1, ROW_MULTIPLE, 1), vectors)[0, :9, 0].tolist() == [0, 0, 1, 2, 0, 3, 4, 0, 0]
 
 
-def test_a_full_row_needs_no_fill():
-    batch = pack([[1] * (TOKEN_MULTIPLE + 1)], [[IGN] * TOKEN_MULTIPLE + [1]])
-    assert batch.sizes.rows == TOKEN_MULTIPLE
-    assert batch.llm_inputs()["segments"].starts.tolist()[-2:] == [TOKEN_MULTIPLE, TOKEN_MULTIPLE]
+def test_a_row_is_always_left_for_vectors_that_fill_up_the_places():
+    batch = pack([[1] * (ROW_MULTIPLE + 1)], [[IGN] * ROW_MULTIPLE + [1]])
+    assert [piece.sizes.rows for piece in batch.pieces] == [2 * ROW_MULTIPLE]
 
 
 def test_the_longest_has_the_shared_beginning_too():
-    length = TOKEN_MULTIPLE - 28
+    length = LONGEST_MULTIPLE - 28
     sequences = [[1] * length + [IMAGE_ID] + [number] * length for number in (5, 6)]
-    batch = pack(sequences, [[IGN] * len(sequences[0])] * 2)
-    assert batch.sizes.shared == length
-    assert batch.sizes.longest == 2 * TOKEN_MULTIPLE
+    (piece,) = pack(sequences, [[IGN] * len(sequences[0])] * 2).pieces
+    assert piece.sizes.shared == length
+    assert piece.sizes.longest == 2 * LONGEST_MULTIPLE
 
 
 def test_the_fill_has_the_shared_beginning_too():
     """Its attention is computed, though nobody looks at it."""
-    sequences = [[1] * 9 + [IMAGE_ID, number] for number in (5, 6)]
-    batch = pack(sequences, [[IGN] * 11] * 2)
-    starts, shared, longest = batch.llm_inputs()["segments"]
-    assert starts[-1] - starts[-2] + shared > 120
-    assert longest == TOKEN_MULTIPLE
+    sequences = [[1] * 50 + [IMAGE_ID, number] for number in (5, 6)]
+    (piece,) = pack(sequences, [[IGN] * 52] * 2).pieces
+    assert max(piece.llm_inputs()["segments"].starts.diff()[1:]) + 50 > 64
+    assert piece.sizes.longest == 2 * LONGEST_MULTIPLE
+
+
+def test_pieces_are_filled_evenly_and_leave_little_room():
+    torch.manual_seed(0)
+    for count, low, high in ((64, 40, 57), (12, 115, 195), (16, 40, 57), (1, 5000, 5001), (3, 900, 1200), (200, 1, 9)):
+        lengths = torch.randint(low, high, (count,)).tolist()
+        groups = divide(lengths, shared=3)
+        assert sorted(i for group in groups for i in group) == list(range(count))
+        rows = [sum(lengths[i] for i in group) + 4 for group in groups]
+        assert len(groups) == min(count, max(1, round(sum(lengths) / packing.PIECE)))
+        assert max(rows) - min(rows) <= ROW_MULTIPLE + max(lengths)
+        if max(lengths) < 60:
+            rounded = sum(-(-each // ROW_MULTIPLE) * ROW_MULTIPLE for each in rows)
+            assert rounded < sum(rows) + 2 * ROW_MULTIPLE
+
+
+@pytest.mark.parametrize("prompt", [None, "###Human: <Img><ImageHere></Img> Say what it is. ###Assistant: "])
+@pytest.mark.parametrize("at_once", [False, True])
+def test_pieces_equal_one_row(build_golden_model, monkeypatch, at_once, prompt):
+    """Loss and gradient, also where the gradient of each piece is taken before the next one's turn."""
+    model = build_golden_model()
+    model.prompt_list = [prompt] if prompt else []
+    model.max_txt_len = 200
+    torch.manual_seed(0)
+    samples = {"image": torch.randn(9, 3, 28, 28), "text_input": ["a b c " * (1 + i * i) for i in range(9)]}
+    model.packed = allow_packing(model.llama_model)
+    assert len(model.prepare(samples)["tokens"].pieces) == 1
+    expected, gradient = loss_and_gradient(model, samples)
+    monkeypatch.setattr(packing, "PIECE", 128)
+    if at_once:
+        acceleration.accelerate(model, packed=True, compiled=False)
+        held = []
+        monkeypatch.setattr(packing.Piece, "llm_inputs", _held(packing.Piece.llm_inputs, held))
+    assert len(model.prepare(samples)["tokens"].pieces) > 3
+    output, pieces_gradient = loss_and_gradient(model, samples)
+    assert output["num_labels"] == expected["num_labels"]
+    torch.testing.assert_close(output["loss"], expected["loss"], atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(pieces_gradient, gradient, atol=1e-6, rtol=1e-4)
+    if at_once:
+        assert len(held) > 3 and all(alive() is None for alive in held)
+        with torch.no_grad():
+            assert torch.equal(model(samples)["loss"], output["loss"])
+
+
+def _held(llm_inputs, held):
+    """`llm_inputs`, which checks that what earlier pieces computed with is no longer kept for a backward pass."""
+
+    def checked(piece):
+        assert all(alive() is None for alive in held)
+        inputs = llm_inputs(piece)
+        held.append(weakref.ref(inputs["position_ids"]))
+        return inputs
+
+    return checked
 
 
 @pytest.mark.parametrize("sequences", [[[], [1, 2]], [[]], [[1]], [[1], [1]]])
@@ -95,16 +161,15 @@ def test_sequences_of_next_to_nothing(build_golden_model, sequences):
     model = build_golden_model()
     assert allow_packing(model.llama_model)
     batch = pack(sequences, [[IGN] * len(ids) for ids in sequences])
-    assert batch.sizes.rows == TOKEN_MULTIPLE
+    assert [piece.sizes.rows for piece in batch.pieces] == [ROW_MULTIPLE]
     assert model.language_loss(torch.zeros(0, 8, model.llama_proj.out_features), batch).item() == 0
 
 
 def test_attention_with_fewer_heads_of_keys_and_another_scaling():
     """Against attention in one piece, under a mask."""
     torch.manual_seed(0)
-    segments = pack([[1, 1, IMAGE_ID, 5, 6, 7], [1, 1, IMAGE_ID, 5, 6]], [[IGN] * 6, [IGN] * 5]).llm_inputs()[
-        "segments"
-    ]
+    (piece,) = pack([[1, 1, IMAGE_ID, 5, 6, 7], [1, 1, IMAGE_ID, 5, 6]], [[IGN] * 6, [IGN] * 5]).pieces
+    segments = piece.llm_inputs()["segments"]
     rows = int(segments.starts[-1])
     query, key, value = (torch.randn(1, heads, rows, 8, dtype=torch.float64) for heads in (6, 2, 2))
     output = packed_attention(query, key, value, 0.7, segments)
@@ -130,7 +195,7 @@ def test_attention_with_fewer_heads_of_keys_and_another_scaling():
     ],
 )
 def test_what_sequences_share(sequences, labels, shared):
-    assert pack(sequences, labels).sizes.shared == shared
+    assert pack(sequences, labels).pieces[0].sizes.shared == shared
 
 
 def test_a_first_token_is_no_label():
@@ -138,11 +203,12 @@ def test_a_first_token_is_no_label():
     sequences = [[5, 6], [7, 8, 9]]
     packed, padded = pack(sequences, sequences), pad(sequences, sequences, 0)
     assert packed.num_labels == padded.num_labels == 3
-    assert packed.targets[0, :4].tolist() == [6, 8, 9, IGNORE_INDEX]
+    assert packed.pieces[0].targets[0, :4].tolist() == [6, 8, 9, IGNORE_INDEX]
 
 
 def test_image_vectors_at_the_end_are_not_left_out():
-    assert pack([[1, IMAGE_ID], [1, IMAGE_ID]], [[IGN] * 2] * 2).image_positions.tolist() == [1, 2]
+    (piece,) = pack([[1, IMAGE_ID], [1, IMAGE_ID]], [[IGN] * 2] * 2).pieces
+    assert piece.insert(torch.zeros(1, ROW_MULTIPLE, 1), torch.ones(2, 1))[0, :4, 0].tolist() == [0, 1, 1, 0]
 
 
 @pytest.mark.parametrize("texts", [["a dog", "two cats on a mat", "x"], ["a dog"], ["same", "same"]])
@@ -158,7 +224,7 @@ def test_packed_equals_padded_where_the_language_model_trains(build_golden_model
         model.packed = packed
         loss_and_gradient(model, samples)
         gradients.append({name: p.grad for name, p in model.llama_model.named_parameters()})
-    assert model.prepare(samples)["tokens"].sizes.shared > 5
+    assert model.prepare(samples)["tokens"].pieces[0].sizes.shared > 5
     for name, gradient in gradients[0].items():
         assert (gradients[1][name] - gradient).norm() < 1e-5 * gradient.norm(), name
 
