@@ -16,15 +16,8 @@ import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)  # powers of two are quicker than those of e
-# Chosen by the registers and the shared memory of what is compiled for an H100; not timed yet.
-WARPS_AND_STAGES = {
-    ("forward", "short"): (4, 1),
-    ("forward", "long"): (4, 1),
-    ("forward", "all"): (4, 2),
-    ("backward", "short"): (4, 1),
-    ("backward", "long"): (4, 1),
-    ("backward", "all"): (4, 1),
-}
+# The quickest on an H100: forward and backward take 39 and 107 us at S1/64, reading and writing once would take 34 and 67.
+WARPS, STAGES = 4, 1
 
 
 def attention(
@@ -39,23 +32,11 @@ def attention(
     return _attention(q, k, v, starts, shared, longest, scaling)[0]
 
 
-def launches(kernel: str, longest: int, dimensions: int, group: int, memory: int) -> list[dict]:
-    """Constants of each launch of a kernel. memory: bytes of the GPU's shared memory that a program may have.
-
-    Without loops over further blocks a kernel has fewer registers to keep; so where most sequences may fit in one
-    block, these have a launch of their own.
-    """
+def block_size(dimensions: int, memory: int) -> int:
+    """Positions of a block. memory: bytes of the GPU's shared memory that a program may have."""
     block = 64 if dimensions <= 128 else 32
-    if 14 * block * dimensions > memory:  # seven blocks in 16 bit, the most that either kernel wants
-        block //= 2
-    scopes = ["all"] if longest > 2 * block else ["short", "long"] if longest > block else ["short"]
-    constants = []
-    for scope in scopes:
-        warps, stages = WARPS_AND_STAGES[kernel, scope]
-        if kernel == "backward" and group > 1:
-            warps = 8  # it holds the gradients of keys and values while it goes through the group
-        constants.append({"N": block, "SCOPE": scope, "num_warps": warps, "num_stages": stages})
-    return constants
+    # Seven blocks in 16 bit are the most that either kernel wants.
+    return block if 14 * block * dimensions <= memory else block // 2
 
 
 @torch.library.custom_op("minigpt4::packed_attention", mutates_args=())
@@ -91,12 +72,14 @@ def _launch(kernel: str, programs: int, q, k, v, others: tuple, shared: int, lon
     padded = max(16, triton.next_power_of_2(d))  # what Triton's products take
     memory = torch.cuda.get_device_properties(q.device).shared_memory_per_block_optin if q.is_cuda else 2**20
     strides = [stride for x in (q, k, v) for stride in x.stride()[:2]]
+    block, launch = block_size(padded, memory), _forward if kernel == "forward" else _backward
+    # The backward pass of a group holds the gradients of keys and values while it goes through its heads.
+    warps = 2 * WARPS if kernel == "backward" and group > 1 else WARPS
     with torch.cuda.device_of(q):
-        for constants in launches(kernel, longest, padded, group, memory):
-            blocks = 1 if constants["SCOPE"] == "short" else triton.cdiv(longest, constants["N"])
-            (_forward if kernel == "forward" else _backward)[programs, len(others[-1]) - 1, blocks](
-                q, k, v, *others, *strides, shared, rows, scaling, heads, group, d, padded, **constants
-            )
+        launch[programs, len(others[-1]) - 1, triton.cdiv(longest, block)](
+            q, k, v, *others, *strides, shared, rows, scaling, heads, group, d, padded, block,
+            num_warps=warps, num_stages=STAGES,
+        )  # fmt: skip
 
 
 @_attention.register_fake
@@ -123,20 +106,12 @@ _attention.register_autograd(_gradients, setup_context=_keep)
 
 
 @triton.jit
-def _sequence(starts, shared, N: tl.constexpr, SCOPE: tl.constexpr):
-    """Row of the first own position, how many positions precede it, and how many there are in all.
-
-    None where the sequence is another launch's.
-    """
+def _sequence(starts, shared):
+    """Row of the first own position, how many positions precede it, and how many there are in all."""
     sequence = tl.program_id(1)
     start = tl.load(starts + sequence)
     before = tl.where(sequence == 0, 0, shared)
-    keys = before + tl.load(starts + sequence + 1) - start
-    if SCOPE == "short":
-        keys = tl.where(keys <= N, keys, 0)
-    elif SCOPE == "long":
-        keys = tl.where(keys > N, keys, 0)
-    return start, before, keys
+    return start, before, before + tl.load(starts + sequence + 1) - start
 
 
 @triton.jit
@@ -163,11 +138,10 @@ def _store(x, values, rows, stride, mask, d: tl.constexpr, D: tl.constexpr):
 def _forward(
     q, k, v, out, lse, starts, q_row, q_head, k_row, k_head, v_row, v_head, shared, T, scaling,
     H: tl.constexpr, GROUP: tl.constexpr, d: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
-    SCOPE: tl.constexpr,
 ):  # fmt: skip
     """One head's outputs of one block of queries."""
-    head, block = tl.program_id(0), 0 if SCOPE == "short" else tl.program_id(2)
-    start, before, keys = _sequence(starts, shared, N, SCOPE)
+    head, block = tl.program_id(0), tl.program_id(2)
+    start, before, keys = _sequence(starts, shared)
     if block * N >= keys or (block + 1) * N <= before:
         return
     q, k, v = q + head * q_head, k + head // GROUP * k_head, v + head // GROUP * v_head
@@ -220,18 +194,17 @@ def _weights(key, value, queries, gradient, lse, delta, scale, seen):
 def _backward(
     q, k, v, out, lse, grad, dq, dk, dv, starts, q_row, q_head, k_row, k_head, v_row, v_head, shared, T, scaling,
     H: tl.constexpr, GROUP: tl.constexpr, d: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
-    SCOPE: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one block of positions: of the queries of each head in a group, and of the group's keys and values.
 
     What block i's queries and keys have to do with each other goes into both; then come the queries with earlier keys,
     then the keys with later queries. So each block has as much to do as the others of its sequence.
     """
-    group, block = tl.program_id(0), 0 if SCOPE == "short" else tl.program_id(2)
-    start, before, keys = _sequence(starts, shared, N, SCOPE)
+    group, block = tl.program_id(0), tl.program_id(2)
+    start, before, keys = _sequence(starts, shared)
     if block * N >= keys:
         return
-    blocks = 1 if SCOPE == "short" else tl.cdiv(keys, N)
+    blocks = tl.cdiv(keys, N)
     k, v = k + group * k_head, v + group * v_head
     o_row, scale = H * d, scaling * LOG2_E
     positions, rows = _block(block, start, before, N)

@@ -35,16 +35,9 @@ def test_in_16_bit(interpreted):
     assert 1e-5 < max(interpreted["float16"]) < 2e-3
 
 
-def test_blocks_by_shared_memory_and_length():
-    from minigpt4.models.packed_kernels import launches
-
-    def blocks(*given):
-        return [(constants["SCOPE"], constants["N"]) for constants in launches("backward", *given)]
+def test_blocks_fit_into_shared_memory():
+    from minigpt4.models.packed_kernels import block_size
 
     hopper, ada = 227 * 1024, 99 * 1024
-    assert blocks(64, 128, 1, hopper) == [("short", 64)]
-    assert blocks(128, 128, 1, hopper) == [("short", 64), ("long", 64)]
-    assert blocks(256, 128, 1, hopper) == [("all", 64)]
-    assert blocks(128, 128, 1, ada) == [("all", 32)]
-    assert blocks(128, 64, 1, ada) == [("short", 64), ("long", 64)]
-    assert [blocks(512, 256, 1, memory) for memory in (hopper, ada)] == [[("all", 32)], [("all", 16)]]
+    assert [block_size(d, hopper) for d in (64, 128, 256)] == [64, 64, 32]
+    assert [block_size(d, ada) for d in (64, 128, 256)] == [64, 32, 16]
