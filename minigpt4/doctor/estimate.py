@@ -20,8 +20,9 @@ docs/performance.md, which has other states of the code. Peaks in MiB:
                  27,370 and 24,088 were reserved (`reserved_MB`); `GRAPHS` is about the difference
 
 The estimate is within 1 % of the first two, and up to 5 % above what the third reserved, where samples share their
-beginning. Since then long batches go through a frozen language model in pieces (`models/packing.py`), which hold less: it
-does not count on that, and is up to a third above what a batch of 64 now takes. Measure again and change them here when the way a step is computed changes.
+beginning. Since then long batches go through a frozen language model in pieces (`models/packing.py`), which hold less:
+it does not count on that, and is up to a third above what a batch of 64 now takes. Measure again and change them here
+when the way a step is computed changes.
 """
 
 from collections.abc import Iterator
