@@ -703,7 +703,7 @@ def test_malformed_requests_leave_it_serving(page, chat, monkeypatch):
                         if "process_completed" in line or "close_stream" in line:
                             reached += 1
                             break
-    assert reached > 50  # so many came as far as the page's own code
+    assert reached > 40  # so many came as far as the page's own code
     assert load_page.visit(page.url, 1) == expected
 
 
