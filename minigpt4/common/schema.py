@@ -26,6 +26,10 @@ QFORMER_KEYS = (
 )
 
 
+# Rows that a piece of a packed batch has, about: up to one and a half times as many, and a longer sequence is one by
+# itself. More would be a little quicker and take more memory.
+PIECE = 1280
+
 # Vision encoders by name. `eva_clip_g` is the published 1B encoder; the first 39 of its 40 blocks are used.
 VIT_MODELS = {
     "eva_clip_g": {"patch_size": 14, "embed_dim": 1408, "depth": 39, "num_heads": 16, "mlp_ratio": 4.3637},

@@ -6,7 +6,8 @@ The model of a GPU's memory, in bytes:
                  shrink, 4 for what trains, and for all on a CPU
     training     12 more for each trained parameter, which is float32: gradient and AdamW's two averages
     activations  what the backward pass needs of the language model: for each token and layer a multiple of its width
-                 and of its feed-forward width, in 16 bit; for each labelled token a multiple of the vocabulary
+                 and of its feed-forward width, in 16 bit; for each labelled token a multiple of the vocabulary. Of a
+                 packed batch, of as many tokens as its largest piece may have (`models/packing.py`)
     the rest     a fixed sum for what lies between, another for the memory that CUDA graphs keep apart, and CUDA's own
                  context
 
@@ -16,19 +17,19 @@ docs/performance.md, which has other states of the code. Peaks in MiB:
 
     eager        fitted to 19,168, 30,631 and 26,380 (`max_mem_MB`): padded batches, before layers were compiled
     compiled     fitted to 17,872, 26,056 and 23,109: the first layers that were
-    graphs       a later run with CUDA graphs that share their memory: 17,867, 24,966 and 21,881, for which 19,840,
-                 27,370 and 24,088 were reserved (`reserved_MB`); `GRAPHS` is about the difference
+    graphs       later runs of `rehearse` (7b, S1/16 and S2/12), with CUDA graphs and in pieces: 17,786 and 18,959, for
+                 which 19,321 and 20,475 were reserved (`gpu_GB`, `reserved_GB`); `GRAPHS` is about the difference
 
-The estimate is within 1 % of the first two, and up to 5 % above what the third reserved, where samples share their
-beginning. Since then long batches go through a frozen language model in pieces (`models/packing.py`), which hold less:
-it does not count on that, and is up to a third above what a batch of 64 now takes. Measure again and change them here
-when the way a step is computed changes.
+The estimate is within 1 % of the first two. It is 1 % above what the third reserved at S1/16, and 11 % at S2/12: there
+it reckons with a piece of one and a half times PIECE, where that run's had 1,024 rows. Measure again and change the
+constants here when the way a step is computed changes.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from minigpt4.common.length import RunLength
+from minigpt4.common.schema import PIECE
 from minigpt4.doctor.case import Case
 from minigpt4.doctor.findings import Finding, error, ok, warning
 from minigpt4.doctor.machine import MIB, Gpu, available_memory, readable
@@ -56,7 +57,7 @@ BYTES_PER_PARAMETER = {"16bit": 2.0, "8bit": 1.0, "4bit": 0.5 + 4 / 64}
 TRAINING_BYTES = 12
 WORKSPACE = 200 * MIB
 CONTEXT = 700 * MIB
-GRAPHS = 2000 * MIB
+GRAPHS = 1600 * MIB
 # What one rank takes of the host: libraries and CUDA, and each data worker with its share of shuffled samples.
 HOST_BASE, HOST_WORKER = 4.5e9, 0.9e9
 # An estimate is good to about so much.
@@ -146,15 +147,25 @@ def compiles(case: Case) -> bool:
     return case.run.compile and case.on_gpu and case.run.amp
 
 
+def _tokens_at_once(case: Case) -> float:
+    """Tokens whose activations are kept at a time: of the largest piece of a batch, or of all of it."""
+    tokens = longest_sequence(case)
+    all_of_them = case.run.batch_size_train * tokens
+    in_pieces = case.on_gpu and case.run.amp and case.run.packed and case.run.amp_dtype != "fp16"
+    return min(all_of_them, max(1.5 * PIECE, tokens)) if in_pieces else all_of_them
+
+
 def _activations(case: Case) -> float:
     llm, batch = case.llm, case.run.batch_size_train
-    tokens, labels = longest_sequence(case), case.model.max_txt_len
+    tokens = longest_sequence(case)
+    at_once = _tokens_at_once(case)
+    labels = case.model.max_txt_len * at_once / tokens
     kind = ACTIVATIONS["compiled" if compiles(case) else "eager"]
     values = kind.widths * llm.width + kind.ffn_widths * llm.ffn
     # a layer that recomputes keeps its input alone
     recomputed = min(case.model.llm_grad_checkpoint, llm.layers)
     numbers = (llm.layers - recomputed) * values + recomputed * llm.width
-    total = batch * (tokens * numbers * 2 + labels * (llm.vocabulary or 0) * LOGITS_BYTES)
+    total = at_once * numbers * 2 + labels * (llm.vocabulary or 0) * LOGITS_BYTES
     if not case.model.freeze_vit and case.vit and case.with_vision:
         vit, kept_layers = case.vit, 1 if case.model.use_grad_checkpoint else case.vit["depth"]
         image_tokens = (case.model.image_size // vit["patch_size"]) ** 2 + 1
@@ -213,7 +224,7 @@ def advice(case: Case, memory: Memory) -> str:
     recompute = f"model.llm_grad_checkpoint={case.llm.layers} (the same numbers, a third more time)"
     options = [
         recompute if case.model.llm_grad_checkpoint < case.llm.layers else None,
-        batch if case.run.batch_size_train > 1 else None,
+        batch if case.run.batch_size_train > 1 and half * longest_sequence(case) < _tokens_at_once(case) else None,
         shrink,
     ]
     if memory.activations < memory.weights:

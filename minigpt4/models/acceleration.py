@@ -43,11 +43,11 @@ def accelerate(model, packed: bool, compiled: bool, fp8: bool = False) -> None:
     # In float16 the loss has to be scaled before its gradient is taken.
     in_float16 = llm.get_input_embeddings().weight.dtype == torch.float16
     if model.packed and not in_float16 and all(name.startswith(PREFIXES) for name in trained):
-        compute = _loss_and_gradient(lambda *args: plain.piece_loss(model, *args))
-        model.piece_loss = _with_gradient(
-            lambda *args: plain.piece_loss(model, *args),
-            GraphedFunction(compute, "language model") if compiled and not quantized else compute,
-        )
+        piece_loss = functools.partial(plain.piece_loss, model)
+        compute = _loss_and_gradient(piece_loss)
+        if compiled and not quantized:
+            compute = GraphedFunction(compute, "language model")
+        model.piece_loss = _with_gradient(piece_loss, compute)
 
 
 def _compile(model, llm_layers) -> None:

@@ -84,7 +84,6 @@ class MiniGPT4(vision.Vision):
             image_embeds = self.project(samples["image_features"])  # [B,Q,D]
         else:
             image_embeds, _ = self.encode_img(samples["image"])
-        self.check_images(image_embeds, tokens)
         loss = self.language_loss(image_embeds, tokens)
         return {"loss": loss, "num_labels": tokens.num_labels}
 
@@ -129,6 +128,7 @@ class MiniGPT4(vision.Vision):
 
     def language_loss(self, image_embeds: torch.Tensor, tokens) -> torch.Tensor:
         """Mean cross-entropy over the labels of `tokens` (padded or packed), given its images [B,Q,D]."""
+        self._check_images(image_embeds, tokens)
         return sum(self.piece_loss(image_embeds, piece) for piece in tokens.pieces) / max(tokens.num_labels, 1)
 
     def piece_loss(self, image_embeds: torch.Tensor, piece) -> torch.Tensor:
@@ -148,7 +148,7 @@ class MiniGPT4(vision.Vision):
         embeds = self.llama_model.get_input_embeddings()(tokens.input_ids)
         return tokens.insert(embeds, image_embeds.reshape(-1, embeds.shape[-1]).to(embeds.dtype))
 
-    def check_images(self, image_embeds: torch.Tensor, tokens) -> None:
+    def _check_images(self, image_embeds: torch.Tensor, tokens) -> None:
         """Raises ValueError unless the images [images,Q,D] have as many vectors as the texts have places for."""
         given = image_embeds.shape[:-1].numel()
         if given != tokens.num_image_vectors:
@@ -193,7 +193,8 @@ class MiniGPT4(vision.Vision):
                 f"The prompts have {slots} image slots ({prompt.IMAGE_SLOT}), but {len(image_embeds)} images are given."
             )
         tokens = prompt.generation_batch(self.tokenizer, prompts, self.query_tokens.shape[1]).to(self.device)
-        images = torch.cat([*image_embeds]) if slots else self.query_tokens.new_empty(0)
+        images = torch.cat([*image_embeds]) if slots else self.query_tokens.new_empty(0, 0, 0)
+        self._check_images(images, tokens)
         return self.embed(tokens, images.to(self.device)), tokens.attention_mask
 
     def train(self, mode: bool = True) -> "MiniGPT4":

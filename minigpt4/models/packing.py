@@ -23,12 +23,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from minigpt4.common.schema import PIECE
 from minigpt4.models.prompt import IGNORE_INDEX, IMAGE_ID
 
 ATTENTION = "minigpt4_packed"
 LARGEST_HEAD = 256  # dimensions that the kernels take
-# About as many rows has a piece: half of it to one and a half. More would be a little quicker and take more memory.
-PIECE = 1280
 # Sizes are rounded up to multiples of these, so that few different ones occur: each has a CUDA graph of its own.
 ROW_MULTIPLE, LABEL_MULTIPLE, IMAGE_MULTIPLE, SEQUENCE_MULTIPLE, LONGEST_MULTIPLE = 128, 128, 256, 8, 64
 # Sequences that the fill is divided into, so that it does not have the longest one.

@@ -280,6 +280,13 @@ def test_not_as_many_images_as_texts(build_golden_model, packed):
         model({"image": torch.zeros(1, 3, 28, 28), "text_input": ["a"]})
 
 
+def test_images_with_other_vectors_than_the_prompt_has_places(build_golden_model):
+    model = build_golden_model()
+    images = [torch.zeros(1, 5, model.llama_proj.out_features)]
+    with pytest.raises(ValueError, match="images have 5 vectors, the texts have places for 8"):
+        model.context(["<ImageHere> a"], images)
+
+
 def test_texts_without_any_label_give_loss_zero(build_golden_model):
     model = build_golden_model(end_sym="")
     for packed in (False, allow_packing(model.llama_model)):
