@@ -79,7 +79,7 @@ def how_to_go_on(runner) -> str:
 if __name__ == "__main__":
     try:
         main()
-    except (ConfigError, UnknownNameError, FileNotFoundError, IsADirectoryError) as error:
+    except (ConfigError, UnknownNameError, FileNotFoundError, FileExistsError, IsADirectoryError) as error:
         sys.exit(told(error))
     except KeyboardInterrupt:
         sys.exit(130)  # as a shell reports Ctrl-C

@@ -87,35 +87,6 @@ class MiniGPT4(vision.Vision):
         loss = self.language_loss(image_embeds, tokens)
         return {"loss": loss, "num_labels": tokens.num_labels}
 
-    def accelerate(self, packed: bool, compiled: bool, fp8: bool = False) -> None:
-        accelerate(self, packed, compiled, fp8)
-
-    def prepare(self, samples: dict) -> dict:
-        """The batch with its texts tokenised, on the host: what can be done before its turn comes.
-
-        Beside "tokens" stand the texts they were made of, "tokens_of", and "drawn_prompt", which is kept if made anew.
-        """
-        drawn = samples.get("drawn_prompt") or self._draw_prompt()
-        ids, labels = prompt.training_sequences(
-            self.tokenizer,
-            drawn,
-            samples["text_input"],
-            self.query_tokens.shape[1],
-            self.max_txt_len,
-            self.end_sym,
-        )
-        if self.packed:
-            tokens = packing.pack(ids, labels)
-        else:
-            tokens = prompt.pad(ids, labels, self.tokenizer.eos_token_id)
-        return {**samples, "tokens": tokens, "tokens_of": [*samples["text_input"]], "drawn_prompt": drawn}
-
-    def _draw_prompt(self) -> str:
-        """One of the prompts in training, the first in evaluation, the image alone where there is none."""
-        if not self.prompt_list:
-            return prompt.IMAGE_SLOT
-        return random.choice(self.prompt_list) if self.training else self.prompt_list[0]
-
     def encode_img(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Images [B,3,H,W] to vectors [B,Q,D] in the language model's space, and their attention mask [B,Q] of ones."""
         image_embeds = self.project(self.query_outputs(image))
@@ -157,6 +128,35 @@ class MiniGPT4(vision.Vision):
                 f"text one image; every prompt needs an {prompt.IMAGE_SLOT}; `encode_img` must give as many vectors an "
                 f"image as there are query tokens ({self.query_tokens.shape[1]})."
             )
+
+    def prepare(self, samples: dict) -> dict:
+        """The batch with its texts tokenised, on the host: what can be done before its turn comes.
+
+        Beside "tokens" stand the texts they were made of, "tokens_of", and "drawn_prompt", which is kept if made anew.
+        """
+        drawn = samples.get("drawn_prompt") or self._draw_prompt()
+        ids, labels = prompt.training_sequences(
+            self.tokenizer,
+            drawn,
+            samples["text_input"],
+            self.query_tokens.shape[1],
+            self.max_txt_len,
+            self.end_sym,
+        )
+        if self.packed:
+            tokens = packing.pack(ids, labels)
+        else:
+            tokens = prompt.pad(ids, labels, self.tokenizer.eos_token_id)
+        return {**samples, "tokens": tokens, "tokens_of": [*samples["text_input"]], "drawn_prompt": drawn}
+
+    def _draw_prompt(self) -> str:
+        """One of the prompts in training, the first in evaluation, the image alone where there is none."""
+        if not self.prompt_list:
+            return prompt.IMAGE_SLOT
+        return random.choice(self.prompt_list) if self.training else self.prompt_list[0]
+
+    def accelerate(self, packed: bool, compiled: bool, fp8: bool = False) -> None:
+        accelerate(self, packed, compiled, fp8)
 
     @torch.inference_mode()
     def generate(

@@ -66,6 +66,8 @@ class RunnerBase:
         elif self.run.resume_ckpt_path:
             self._load(checkpoint.resolve(self.run.resume_ckpt_path))
         if dist_utils.is_main_process():
+            if self.output_dir.exists():
+                raise FileExistsError(f"{self.output_dir} exists: another run began in the same second. Start again.")
             self.output_dir.mkdir(parents=True)
             self._append_log(cfg.to_dict(), indent=4)
 
@@ -119,7 +121,8 @@ class RunnerBase:
         start = time.time()
         if not self.run.evaluate:
             if self.start_epoch >= self.run.max_epoch:
-                logging.info("Nothing left to train: the checkpoint has done %s.", counted(self.run.max_epoch, "epoch"))
+                done = counted(self.run.max_epoch, "epoch")
+                logging.info("Nothing left to train: the checkpoint has done %s. Raise run.max_epoch to go on.", done)
             else:
                 self.pace.announce()
             for epoch in range(self.start_epoch, self.run.max_epoch):
