@@ -2,7 +2,8 @@
 
     TRITON_INTERPRET=1 python tests/attention_cases.py
 
-prints a JSON object: the relative errors of the output and of the gradients of q, k and v, for each of CASES.
+prints a JSON object: the relative errors of the output and of the joint gradient of queries, keys and values, for each
+of CASES.
 """
 
 import json
@@ -34,17 +35,27 @@ def lengths_to_starts(lengths: list[int], shared: int, device: str) -> tuple[tor
 
 
 def inputs(rows: int, heads: int, groups: int, d: int, dtype: torch.dtype, device: str) -> list[torch.Tensor]:
-    """q and k with heads first in memory, v as a part of a joint projection, and a gradient of the output."""
-    q, k = (torch.randn(count, rows, d, dtype=dtype, device=device).transpose(0, 1) for count in (heads, groups))
-    joint = torch.randn(rows, (heads + 2 * groups) * d, dtype=dtype, device=device)
-    v = joint[:, -groups * d :].view(rows, groups, d)
+    """Queries, keys and values [T,H+2G,d], cosines and sines of any angles, and a gradient of the output."""
+    qkv = torch.randn(rows, heads + 2 * groups, d, dtype=dtype, device=device, requires_grad=True)
+    angles = 10 * torch.randn(rows, d // 2, device=device)
     gradient = torch.randn(rows, heads, d, dtype=dtype, device=device)
-    return [*(x.requires_grad_() for x in (q, k, v)), gradient]
+    return [qkv, angles.cos().to(dtype), angles.sin().to(dtype), gradient]
 
 
-def reference(q, k, v, starts: torch.Tensor, shared: int, scaling: float) -> torch.Tensor:
+def rotated(x: torch.Tensor, cos: torch.Tensor | None, sin: torch.Tensor | None) -> torch.Tensor:
+    """[T,H,d], dimension i together with i + d/2."""
+    if cos is None:
+        return x
+    (first, second), cos, sin = x.chunk(2, dim=-1), cos.to(x.dtype).unsqueeze(1), sin.to(x.dtype).unsqueeze(1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+def reference(qkv, cos, sin, groups: int, starts: torch.Tensor, shared: int, longest: int, scaling: float):
     """One range after the other, in float64."""
-    q, k, v = q.double(), *(x.double().repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    qkv = qkv.double()
+    q, k, v = qkv.split([qkv.shape[1] - 2 * groups, groups, groups], dim=1)
+    q, k = rotated(q, cos, sin), rotated(k, cos, sin)
+    k, v = (x.repeat_interleave(q.shape[1] // groups, dim=1) for x in (k, v))
     outs = []
     for number, (start, end) in enumerate(pairwise(starts.tolist())):
         before = shared if number else 0
@@ -56,21 +67,24 @@ def reference(q, k, v, starts: torch.Tensor, shared: int, scaling: float) -> tor
     return torch.cat(outs)
 
 
-def errors(attention, q, k, v, gradient, starts: torch.Tensor, shared: int, longest: int) -> list[float]:
-    """Of the output and of the gradients of q, k and v, each relative to the norm of the true one."""
-    scaling = 0.7 * q.shape[-1] ** -0.5
-    output = attention(q, k, v, starts, shared, longest, scaling)
-    expected = reference(q, k, v, starts, shared, scaling)
-    results = output, *torch.autograd.grad(output, (q, k, v), gradient)
-    truths = expected, *torch.autograd.grad(expected, (q, k, v), gradient.double())
-    assert all(result.dtype == q.dtype for result in results)
+def errors(attention, qkv, cos, sin, gradient, groups: int, starts: torch.Tensor, shared: int, longest: int):
+    """Of the output and of the gradient of qkv, each relative to the norm of the true one."""
+    arguments = (qkv, cos, sin, groups, starts, shared, longest, 0.7 * qkv.shape[-1] ** -0.5)
+    output, expected = attention(*arguments), reference(*arguments)
+    results = output, torch.autograd.grad(output, qkv, gradient)[0]
+    truths = expected, torch.autograd.grad(expected, qkv, gradient.double())[0]
+    assert all(result.dtype == qkv.dtype for result in results)
     return [((a.double() - b).norm() / b.norm()).item() for a, b in zip(results, truths, strict=True)]
 
 
 def case_errors(attention, name: str, dtype: torch.dtype, device: str) -> list[float]:
-    lengths, shared, *sizes = CASES[name]
+    """Every second case without rotation."""
+    lengths, shared, heads, groups, d = CASES[name]
     starts, longest = lengths_to_starts(lengths, shared, device)
-    return errors(attention, *inputs(int(starts[-1]), *sizes, dtype, device), starts, shared, longest)
+    qkv, cos, sin, gradient = inputs(int(starts[-1]), heads, groups, d, dtype, device)
+    if [*CASES].index(name) % 2:
+        cos = sin = None
+    return errors(attention, qkv, cos, sin, gradient, groups, starts, shared, longest)
 
 
 def main() -> None:
@@ -85,7 +99,7 @@ def main() -> None:
     results["float16"] = case_errors(attention, "several blocks", torch.float16, "cpu")
     starts, longest = lengths_to_starts([4, 70], 2, "cpu")
     *tensors, _ = inputs(76, 2, 1, 16, torch.float32, "cpu")
-    torch.library.opcheck(packed_kernels._attention, (*tensors, starts, 2, longest, 0.25))
+    torch.library.opcheck(packed_kernels._attention, (*tensors, 1, starts, 2, longest, 0.25))
     compiled = torch.compile(attention, backend="aot_eager", fullgraph=True)
     results["compiled"] = case_errors(compiled, "grouped heads", torch.float32, "cpu")
     print(json.dumps(results))

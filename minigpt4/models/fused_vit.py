@@ -20,7 +20,7 @@ from minigpt4.models.eva_vit import EvaViT
 Unit = Callable[[EvaBlock, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
-def can_fuse(vit: nn.Module) -> bool:
+def fits(vit: nn.Module) -> bool:
     """Whether `forward_features` computes what this encoder does: one of ours, frozen, its blocks of the plain kind."""
     frozen = not any(p.requires_grad for p in vit.parameters())
     ours = isinstance(vit, EvaViT) and vit.rope is None and not vit.grad_checkpointing

@@ -8,7 +8,7 @@ from torch import nn
 from minigpt4.models import packing
 from minigpt4.models.cuda_graphs import GraphedFunction
 from minigpt4.models.eva_vit import create_vit
-from minigpt4.models.fused_vit import can_fuse, forward_features, linear_gelu, run_block
+from minigpt4.models.fused_vit import fits, forward_features, linear_gelu, run_block
 from minigpt4.models.precision import cast_matrices
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -41,6 +41,7 @@ def test_accelerated_equals_plain(build_golden_model, caplog, dtype, recomputed)
     model = build_golden_model("cuda", dtype, llm_grad_checkpoint=recomputed)
     model.accelerate(packed=True, compiled=True)
     assert model.packed
+    assert ("predict" in vars(model)) == (not recomputed)  # fused_llama.py
     accelerated = steps(model, order)
     for (loss, gradient), usual, ours in zip(exact, plain, accelerated, strict=True):
         usual_error, error = ((other - gradient).norm() / gradient.norm() for _, other in (usual, ours))
@@ -112,7 +113,7 @@ def test_a_frozen_encoder_that_hands_on_its_sums(dtype):
     images = torch.randn(4, 3, 64, 64, device="cuda")
     exact = vit(images)
     cast_matrices(vit, dtype)
-    assert can_fuse(vit)
+    assert fits(vit)
     torch._dynamo.reset()
     unit, blocks = torch.compile(run_block, fullgraph=True), []
 

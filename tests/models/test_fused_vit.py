@@ -114,8 +114,8 @@ def test_the_encoders_of_the_shipped_names():
     for name in VIT_MODELS:
         with torch.device("meta"):
             vit = create_vit(name, 224)
-        assert not fused_vit.can_fuse(vit)  # it would train
-        assert fused_vit.can_fuse(vit.requires_grad_(False))
+        assert not fused_vit.fits(vit)  # it would train
+        assert fused_vit.fits(vit.requires_grad_(False))
 
 
 def trains(vit):
@@ -144,23 +144,21 @@ def norms_later(vit):
 
 @pytest.mark.parametrize("change", [trains, recomputes, drops_paths, scales_layers, rotates, norms_later])
 def test_what_takes_the_plain_way(vit, change):
-    assert fused_vit.can_fuse(vit)
+    assert fused_vit.fits(vit)
     change(vit)
-    assert not fused_vit.can_fuse(vit)
+    assert not fused_vit.fits(vit)
 
 
 def test_encoders_of_others_take_the_plain_way():
-    assert not fused_vit.can_fuse(
-        Eva(img_size=28, patch_size=14, embed_dim=32, depth=1, num_heads=4).requires_grad_(False)
-    )
-    assert not fused_vit.can_fuse(nn.Linear(2, 2).requires_grad_(False))
+    assert not fused_vit.fits(Eva(img_size=28, patch_size=14, embed_dim=32, depth=1, num_heads=4).requires_grad_(False))
+    assert not fused_vit.fits(nn.Linear(2, 2).requires_grad_(False))
 
 
 @pytest.mark.parametrize("mlp", [SwiGLU, Mlp])
 def test_another_mlp_computes_itself(vit, images, mlp):
     for block in vit.blocks:
         block.mlp = mlp(VIT["embed_dim"], 48, norm_layer=LayerNorm).requires_grad_(False)
-    assert fused_vit.can_fuse(vit)
+    assert fused_vit.fits(vit)
     torch.testing.assert_close(forward_features(vit, images, run_block), vit(images), rtol=1e-6, atol=1e-6)
 
 
