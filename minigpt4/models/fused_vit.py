@@ -23,7 +23,7 @@ Unit = Callable[[EvaBlock, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torc
 def fits(vit: nn.Module) -> bool:
     """Whether `forward_features` computes what this encoder does: one of ours, frozen, its blocks of the plain kind."""
     frozen = not any(p.requires_grad for p in vit.parameters())
-    ours = isinstance(vit, EvaViT) and vit.rope is None and not vit.grad_checkpointing
+    ours = type(vit) is EvaViT and not vit.grad_checkpointing
     return frozen and ours and all(_is_plain(block) for block in vit.blocks)
 
 
