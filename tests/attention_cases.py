@@ -35,26 +35,16 @@ def lengths_to_starts(lengths: list[int], shared: int, device: str) -> tuple[tor
 
 
 def inputs(rows: int, heads: int, groups: int, d: int, dtype: torch.dtype, device: str) -> list[torch.Tensor]:
-    """Queries, keys and values [T,H+2G,d], cosines and sines of any angles, and a gradient of the output."""
+    """Queries, keys and values [T,H+2G,d], and a gradient of the output."""
     qkv = torch.randn(rows, heads + 2 * groups, d, dtype=dtype, device=device, requires_grad=True)
-    angles = 10 * torch.randn(rows, d // 2, device=device)
     gradient = torch.randn(rows, heads, d, dtype=dtype, device=device)
-    return [qkv, angles.cos().to(dtype), angles.sin().to(dtype), gradient]
+    return [qkv, gradient]
 
 
-def rotated(x: torch.Tensor, cos: torch.Tensor | None, sin: torch.Tensor | None) -> torch.Tensor:
-    """[T,H,d], dimension i together with i + d/2."""
-    if cos is None:
-        return x
-    (first, second), cos, sin = x.chunk(2, dim=-1), cos.to(x.dtype).unsqueeze(1), sin.to(x.dtype).unsqueeze(1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-
-
-def reference(qkv, cos, sin, groups: int, starts: torch.Tensor, shared: int, longest: int, scaling: float):
+def reference(qkv, groups: int, starts: torch.Tensor, shared: int, longest: int, scaling: float):
     """One range after the other, in float64."""
     qkv = qkv.double()
     q, k, v = qkv.split([qkv.shape[1] - 2 * groups, groups, groups], dim=1)
-    q, k = rotated(q, cos, sin), rotated(k, cos, sin)
     k, v = (x.repeat_interleave(q.shape[1] // groups, dim=1) for x in (k, v))
     outs = []
     for number, (start, end) in enumerate(pairwise(starts.tolist())):
@@ -67,9 +57,9 @@ def reference(qkv, cos, sin, groups: int, starts: torch.Tensor, shared: int, lon
     return torch.cat(outs)
 
 
-def errors(attention, qkv, cos, sin, gradient, groups: int, starts: torch.Tensor, shared: int, longest: int):
+def errors(attention, qkv, gradient, groups: int, starts: torch.Tensor, shared: int, longest: int):
     """Of the output and of the gradient of qkv, each relative to the norm of the true one."""
-    arguments = (qkv, cos, sin, groups, starts, shared, longest, 0.7 * qkv.shape[-1] ** -0.5)
+    arguments = (qkv, groups, starts, shared, longest, 0.7 * qkv.shape[-1] ** -0.5)
     output, expected = attention(*arguments), reference(*arguments)
     results = output, torch.autograd.grad(output, qkv, gradient)[0]
     truths = expected, torch.autograd.grad(expected, qkv, gradient.double())[0]
@@ -78,13 +68,9 @@ def errors(attention, qkv, cos, sin, gradient, groups: int, starts: torch.Tensor
 
 
 def case_errors(attention, name: str, dtype: torch.dtype, device: str) -> list[float]:
-    """Every second case without rotation."""
     lengths, shared, heads, groups, d = CASES[name]
     starts, longest = lengths_to_starts(lengths, shared, device)
-    qkv, cos, sin, gradient = inputs(int(starts[-1]), heads, groups, d, dtype, device)
-    if [*CASES].index(name) % 2:
-        cos = sin = None
-    return errors(attention, qkv, cos, sin, gradient, groups, starts, shared, longest)
+    return errors(attention, *inputs(int(starts[-1]), heads, groups, d, dtype, device), groups, starts, shared, longest)
 
 
 def main() -> None:
@@ -98,8 +84,8 @@ def main() -> None:
     results = {name: case_errors(attention, name, torch.float32, "cpu") for name in CASES}
     results["float16"] = case_errors(attention, "several blocks", torch.float16, "cpu")
     starts, longest = lengths_to_starts([4, 70], 2, "cpu")
-    *tensors, _ = inputs(76, 2, 1, 16, torch.float32, "cpu")
-    torch.library.opcheck(packed_kernels._attention, (*tensors, 1, starts, 2, longest, 0.25))
+    qkv, _ = inputs(76, 2, 1, 16, torch.float32, "cpu")
+    torch.library.opcheck(packed_kernels._attention, (qkv, 1, starts, 2, longest, 0.25))
     compiled = torch.compile(attention, backend="aot_eager", fullgraph=True)
     results["compiled"] = case_errors(compiled, "grouped heads", torch.float32, "cpu")
     print(json.dumps(results))

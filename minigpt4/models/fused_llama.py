@@ -2,7 +2,7 @@
 
 The numbers are those of transformers' forward pass to rounding. What differs is where they are computed:
 - Each residual addition stands beside the norm that follows it, across the bounds of layers.
-- Queries, keys and values stay as their joint product left them; the attention kernels rotate what they read.
+- Queries, keys and values stay side by side, as their joint product leaves them.
 - In the last layer, only rows with labels go on behind the attention.
 
 T rows, K labels, D width, V vocabulary.
@@ -41,8 +41,9 @@ class FusedLlama:
         """The embeddings [1,T,D] of a piece to the logits [1,K,V] of its rows with labels."""
         llama, inputs = self.llm.model, piece.llm_inputs()
         segments, labelled = inputs["segments"], inputs["logits_to_keep"]
-        cos, sin = llama.rotary_emb(embeds, inputs["position_ids"])  # [1,T,d], both halves alike
-        rotation = tuple(x[0, :, : x.shape[-1] // 2].contiguous() for x in (cos, sin))
+        # [1,T,d], both halves alike; the first half of the dimensions is turned the other way
+        cos, sin = (x.view(-1, 1, 2, x.shape[-1] // 2) for x in llama.rotary_emb(embeds, inputs["position_ids"]))
+        rotation = cos, torch.cat([-sin[:, :, :1], sin[:, :, 1:]], dim=2)
         # A layer takes its input as a sum. Halving and doubling are exact, so the first is like the others.
         hidden = addend = embeds / 2
         for layer in llama.layers:
@@ -59,8 +60,16 @@ def _up_to_attention(layer, hidden, addend, rotation, segments: Segments) -> tup
     joint = attention.q_proj.joint_product(layer.input_layernorm(hidden))
     qkv = joint.view(joint.shape[1], -1, attention.head_dim)
     groups = qkv.shape[1] // (attention.num_key_value_groups + 2)
-    attended = joint_attention(qkv, rotation, groups, attention.scaling, segments)
+    attended = joint_attention(_rotated(qkv, groups, *rotation), groups, attention.scaling, segments)
     return hidden, attended.flatten(1).unsqueeze(0)
+
+
+def _rotated(qkv, groups: int, cos, sin) -> torch.Tensor:
+    """[T,H+2G,d] with queries and keys rotated: in one pass, without anything to be put together."""
+    halves = qkv.unflatten(-1, (2, -1))
+    turned = halves * cos + halves.flip(-2) * sin  # dimension i goes with i + d/2
+    is_value = torch.arange(qkv.shape[1], device=qkv.device) >= qkv.shape[1] - groups
+    return torch.where(is_value[:, None, None], halves, turned).flatten(-2)
 
 
 def _behind_attention(layer, hidden, attended) -> tuple[torch.Tensor, torch.Tensor]:

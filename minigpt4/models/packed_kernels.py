@@ -1,15 +1,13 @@
 """Attention within the sequences of a packed batch, as two Triton kernels: forward and backward.
 
-Made for many short sequences, for which a GPU does little more than read and write: queries, keys and values are read
-where their joint product left them, rotated on the way, and what belongs together is one program's. Gradients go where
-the product's backward pass reads them. Imported only where there is a GPU for it.
+Made for many short sequences, for which a GPU does little more than read and write: queries, keys and values lie side
+by side in one tensor, their gradients in another, and what belongs together is one program's. Imported only where there
+is a GPU for it.
 
 The rows [T] fall into ranges. The first has P rows that precede those of every other range: position j of a sequence is
 row j below P, and its own row j - P from there on. Queries and keys are both counted in positions, in blocks of N. So
 query block i sees key blocks 0 to i, and only in block i some keys come after some queries. That one is computed first;
 where a sequence fits in a block, it is the only one.
-
-A rotation turns dimension i of a query or key together with i + d/2, so these are held as two halves.
 
 S ranges, H heads of queries, G of keys and values, d dimensions, D of them with padding.
 """
@@ -23,25 +21,17 @@ WARPS, STAGES = 4, 1  # the quickest on an H100
 
 
 def attention(
-    qkv: torch.Tensor,
-    cos: torch.Tensor | None,
-    sin: torch.Tensor | None,
-    groups: int,
-    starts: torch.Tensor,
-    shared: int,
-    longest: int,
-    scaling: float,
+    qkv: torch.Tensor, groups: int, starts: torch.Tensor, shared: int, longest: int, scaling: float
 ) -> torch.Tensor:
     """Causal attention within each range and to the shared rows: [T,H,d].
 
-    qkv [T,H+2G,d]: heads of queries, `groups` (G) of keys, as many of values; 16 bit, d even and up to 256.
-    cos, sin [T,d/2]: how queries and keys are rotated; None: they are already, or need not be.
+    qkv [T,H+2G,d]: heads of queries, `groups` (G) of keys, as many of values; 16 bit, d up to 256.
     starts [S+1] int32: where the ranges begin, and T at the end. The first has the `shared` rows; each may be empty.
     longest: no range, with the shared rows, has more.
 
     Sums are in float32, and always taken in the same order. The gradients of the shared rows are those of all ranges.
     """
-    return _attention(qkv, cos, sin, groups, starts, shared, longest, scaling)[0]
+    return _attention(qkv, groups, starts, shared, longest, scaling)[0]
 
 
 def block_size(dimensions: int, memory: int) -> int:
@@ -53,44 +43,42 @@ def block_size(dimensions: int, memory: int) -> int:
 
 @torch.library.custom_op("minigpt4::packed_attention", mutates_args=())
 def _attention(
-    qkv: torch.Tensor, cos: torch.Tensor | None, sin: torch.Tensor | None, groups: int,
-    starts: torch.Tensor, shared: int, longest: int, scaling: float,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    qkv: torch.Tensor, groups: int, starts: torch.Tensor, shared: int, longest: int, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The output [T,H,d], and for the backward pass log2 of the softmax's denominators [H,T] float32."""
     out, lse = _empty_outputs(qkv, groups)
-    _launch(_forward, qkv, cos, sin, groups, (out, lse, starts), shared, longest, scaling)
+    _launch(_forward, qkv, groups, (out, lse, starts), shared, longest, scaling)
     return out, lse
 
 
 @torch.library.custom_op("minigpt4::packed_attention_backward", mutates_args=())
 def _attention_backward(
-    grad: torch.Tensor, qkv: torch.Tensor, cos: torch.Tensor | None, sin: torch.Tensor | None, groups: int,
-    out: torch.Tensor, lse: torch.Tensor, starts: torch.Tensor, shared: int, longest: int, scaling: float,
+    grad: torch.Tensor, qkv: torch.Tensor, groups: int, out: torch.Tensor, lse: torch.Tensor,
+    starts: torch.Tensor, shared: int, longest: int, scaling: float,
 ) -> torch.Tensor:  # fmt: skip
     """The gradient of qkv."""
     rows, ranges = len(qkv), len(starts) - 1
     # Behind all rows, each range has shared ones of its own: atomic operations would add them up in any order.
     gradient = qkv.new_empty(rows + ranges * shared, *qkv.shape[1:])
     others = (out, lse, grad.contiguous(), gradient, starts)
-    _launch(_backward, qkv, cos, sin, groups, others, shared, longest, scaling)
+    _launch(_backward, qkv, groups, others, shared, longest, scaling)
     if shared:
         keys_and_values = gradient[:, -2 * groups :]
         torch.sum(keys_and_values[rows:].unflatten(0, (ranges, shared)), 0, out=keys_and_values[:shared])
     return gradient[:rows]
 
 
-def _launch(kernel, qkv, cos, sin, groups: int, others: tuple, shared: int, longest: int, scaling: float) -> None:
+def _launch(kernel, qkv, groups: int, others: tuple, shared: int, longest: int, scaling: float) -> None:
     """Start the programs of each block of each range. others: further tensors, `starts` the last."""
     rows, heads, d = len(qkv), qkv.shape[1] - 2 * groups, qkv.shape[2]
-    half = max(16, triton.next_power_of_2(d // 2))  # what Triton's products take
+    padded = max(16, triton.next_power_of_2(d))  # what Triton's products take
     memory = torch.cuda.get_device_properties(qkv.device).shared_memory_per_block_optin if qkv.is_cuda else 2**20
-    block, grouped = block_size(2 * half, memory), heads > groups
+    block, grouped = block_size(padded, memory), heads > groups
     # The backward pass of a group holds the gradients of keys and values while it goes through its heads.
     programs, warps = (heads, WARPS) if kernel is _forward else (groups, 2 * WARPS if grouped else WARPS)
-    rotation = (None, None) if cos is None else (cos.contiguous(), sin.contiguous())
     with torch.cuda.device_of(qkv):
         kernel[programs, len(others[-1]) - 1, triton.cdiv(longest, block)](
-            qkv.contiguous(), *rotation, *others, shared, rows, scaling, heads, groups, d, half, block,
+            qkv.contiguous(), *others, shared, rows, scaling, heads, groups, d, padded, block,
             num_warps=warps, num_stages=STAGES,
         )  # fmt: skip
 
@@ -101,25 +89,25 @@ def _empty_outputs(qkv: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.
 
 
 @_attention.register_fake
-def _(qkv, cos, sin, groups, starts, shared, longest, scaling):
+def _(qkv, groups, starts, shared, longest, scaling):
     return _empty_outputs(qkv, groups)
 
 
 @_attention_backward.register_fake
-def _(grad, qkv, cos, sin, groups, out, lse, starts, shared, longest, scaling):
+def _(grad, qkv, groups, out, lse, starts, shared, longest, scaling):
     return qkv.new_empty(qkv.shape)
 
 
 def _keep(ctx, inputs, output) -> None:
-    qkv, cos, sin, ctx.groups, starts, ctx.shared, ctx.longest, ctx.scaling = inputs
-    ctx.save_for_backward(qkv, cos, sin, *output, starts)
+    qkv, ctx.groups, starts, ctx.shared, ctx.longest, ctx.scaling = inputs
+    ctx.save_for_backward(qkv, *output, starts)
     ctx.set_materialize_grads(False)  # none for the denominators
 
 
 def _gradients(ctx, grad, _):
-    qkv, cos, sin, *others = ctx.saved_tensors
-    gradient = _attention_backward(grad, qkv, cos, sin, ctx.groups, *others, ctx.shared, ctx.longest, ctx.scaling)
-    return gradient, *[None] * 7
+    qkv, *others = ctx.saved_tensors
+    gradient = _attention_backward(grad, qkv, ctx.groups, *others, ctx.shared, ctx.longest, ctx.scaling)
+    return gradient, *[None] * 5
 
 
 _attention.register_autograd(_gradients, setup_context=_keep)
@@ -154,50 +142,12 @@ def _store(x, values, rows, stride, mask, d: tl.constexpr, D: tl.constexpr):
     tl.store(x + rows[:, None] * stride + dims, values, mask=mask[:, None] & (dims < d)[None, :])
 
 
-@triton.jit
-def _turn(first, second, cos, sin, way: tl.constexpr, rows, mask, half: tl.constexpr, HALF: tl.constexpr):
-    """Two halves [N,HALF] rotated by their rows' angles, or back where `way` is -1: float32."""
-    c = _load(cos, rows, half, mask, half, HALF).to(tl.float32)
-    s = _load(sin, rows, half, mask, half, HALF).to(tl.float32) * way
-    first, second = first.to(tl.float32), second.to(tl.float32)
-    return first * c - second * s, second * c + first * s
-
-
-@triton.jit
-def _load_turned(x, cos, sin, rows, stride, mask, half: tl.constexpr, HALF: tl.constexpr):
-    """The halves [N,HALF] of queries or keys, rotated."""
-    first, second = _load(x, rows, stride, mask, half, HALF), _load(x + half, rows, stride, mask, half, HALF)
-    if cos is None:
-        return first, second
-    a, b = _turn(first, second, cos, sin, 1, rows, mask, half, HALF)
-    return a.to(first.dtype), b.to(first.dtype)
-
-
-@triton.jit
-def _store_turned_back(
-    x, first, second, cos, sin, rows, to, stride, mask, half: tl.constexpr, HALF: tl.constexpr
-):  # fmt: skip
-    """Store gradients of rotated halves [N,HALF] float32, as those of what was rotated, in the rows `to`."""
-    if cos is not None:
-        first, second = _turn(first, second, cos, sin, -1, rows, mask, half, HALF)
-    _store(x, first.to(x.dtype.element_ty), to, stride, mask, half, HALF)
-    _store(x + half, second.to(x.dtype.element_ty), to, stride, mask, half, HALF)
-
-
-@triton.jit
-def _products(a, b, c, e):
-    """[N,N]: of rows a|b [N,D] with rows c|e, given as halves."""
-    return tl.dot(b, tl.trans(e), tl.dot(a, tl.trans(c)))
-
-
 @triton.jit(do_not_specialize=["shared", "T"])
 def _forward(
-    qkv, cos, sin, out, lse, starts, shared, T, scaling,
-    H: tl.constexpr, G: tl.constexpr, d: tl.constexpr, HALF: tl.constexpr, N: tl.constexpr,
+    qkv, out, lse, starts, shared, T, scaling,
+    H: tl.constexpr, G: tl.constexpr, d: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """One head's outputs of one block of queries."""
-    D: tl.constexpr = 2 * HALF
-    half: tl.constexpr = d // 2
     head, block = tl.program_id(0), tl.program_id(2)
     start, before, keys = _sequence(starts, shared)
     if block * N >= keys or (block + 1) * N <= before:
@@ -206,20 +156,21 @@ def _forward(
     q, k, v = qkv + head * d, qkv + (H + group) * d, qkv + (H + G + group) * d
     positions, rows = _block(block, start, before, N)
     own, present = (positions >= before) & (positions < keys), positions < keys
-    q1, q2 = _load_turned(q, cos, sin, rows, row, own, half, HALF)
-    k1, k2 = _load_turned(k, cos, sin, rows, row, present, half, HALF)
+    query = _load(q, rows, row, own, d, D)
+    key = _load(k, rows, row, present, d, D)
     value = _load(v, rows, row, present, d, D)
     scale = scaling * LOG2_E
-    scores = tl.where(positions[:, None] >= positions[None, :], _products(q1, q2, k1, k2) * scale, float("-inf"))
+    scores = tl.dot(query, tl.trans(key)) * scale
+    scores = tl.where(positions[:, None] >= positions[None, :], scores, float("-inf"))
     highest = tl.max(scores, 1)
     weights = tl.exp2(scores - highest[:, None])
     total = tl.sum(weights, 1)
     output = tl.dot(weights.to(value.dtype), value)
     for earlier in range(0, block):
         others, other_rows = _block(earlier, start, before, N)
-        k1, k2 = _load_turned(k, cos, sin, other_rows, row, others < keys, half, HALF)
+        key = _load(k, other_rows, row, others < keys, d, D)
         value = _load(v, other_rows, row, others < keys, d, D)
-        scores = _products(q1, q2, k1, k2) * scale
+        scores = tl.dot(query, tl.trans(key)) * scale
         higher = tl.maximum(highest, tl.max(scores, 1))
         weights = tl.exp2(scores - higher[:, None])
         shrunk = tl.exp2(highest - higher)
@@ -240,26 +191,24 @@ def _load_gradient(out, lse, grad, rows, stride, own, d: tl.constexpr, D: tl.con
 
 
 @triton.jit
-def _weights(k1, k2, value, q1, q2, gradient, lse, delta, scale, seen):
+def _weights(key, value, query, gradient, lse, delta, scale, seen):
     """The weights [keys,queries] and the gradients of the scores, in 16 bit: transposed, as dk and dv want them."""
-    weights = tl.exp2(_products(k1, k2, q1, q2) * scale - lse[None, :])
+    weights = tl.exp2(tl.dot(key, tl.trans(query)) * scale - lse[None, :])
     weights = tl.where(seen, weights, 0.0)
     score_gradient = weights * (tl.dot(value, tl.trans(gradient)) - delta[None, :])
-    return weights.to(k1.dtype), score_gradient.to(k1.dtype)
+    return weights.to(key.dtype), score_gradient.to(key.dtype)
 
 
 @triton.jit(do_not_specialize=["shared", "T"])
 def _backward(
-    qkv, cos, sin, out, lse, grad, dqkv, starts, shared, T, scaling,
-    H: tl.constexpr, G: tl.constexpr, d: tl.constexpr, HALF: tl.constexpr, N: tl.constexpr,
+    qkv, out, lse, grad, dqkv, starts, shared, T, scaling,
+    H: tl.constexpr, G: tl.constexpr, d: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one block of positions: of the queries of each head in a group, and of the group's keys and values.
 
     What block i's queries and keys have to do with each other goes into both; then come the queries with earlier keys,
     then the keys with later queries. So each block has as much to do as the others of its sequence.
     """
-    D: tl.constexpr = 2 * HALF
-    half: tl.constexpr = d // 2
     group, block = tl.program_id(0), tl.program_id(2)
     start, before, keys = _sequence(starts, shared)
     if block * N >= keys:
@@ -270,40 +219,38 @@ def _backward(
     positions, rows = _block(block, start, before, N)
     present = positions < keys
     own = present & (positions >= before)
-    k1, k2 = _load_turned(qkv + k_at, cos, sin, rows, row, present, half, HALF)
+    key = _load(qkv + k_at, rows, row, present, d, D)
     value = _load(qkv + v_at, rows, row, present, d, D)
-    dk1, dk2, dv = tl.zeros([N, HALF], tl.float32), tl.zeros([N, HALF], tl.float32), tl.zeros([N, D], tl.float32)
+    dk, dv = tl.zeros([N, D], tl.float32), tl.zeros([N, D], tl.float32)
     for member in range(H // G):
         head = group * (H // G) + member
         q_at, lse_of_head = head * d, lse + head * T
-        q1, q2 = _load_turned(qkv + q_at, cos, sin, rows, row, own, half, HALF)
+        query = _load(qkv + q_at, rows, row, own, d, D)
         gradient, denominators, delta = _load_gradient(out + q_at, lse_of_head, grad + q_at, rows, o_row, own, d, D)
         seen = positions[:, None] <= positions[None, :]
-        weights, score_gradient = _weights(k1, k2, value, q1, q2, gradient, denominators, delta, scale, seen)
-        dq1, dq2 = tl.dot(tl.trans(score_gradient), k1), tl.dot(tl.trans(score_gradient), k2)
+        weights, score_gradient = _weights(key, value, query, gradient, denominators, delta, scale, seen)
+        dq = tl.dot(tl.trans(score_gradient), key)
         for earlier in range(0, block):
             others, other_rows = _block(earlier, start, before, N)
-            a1, a2 = _load_turned(qkv + k_at, cos, sin, other_rows, row, others < keys, half, HALF)
+            other_key = _load(qkv + k_at, other_rows, row, others < keys, d, D)
             other_value = _load(qkv + v_at, other_rows, row, others < keys, d, D)
-            _, other = _weights(a1, a2, other_value, q1, q2, gradient, denominators, delta, scale, True)
-            dq1, dq2 = tl.dot(tl.trans(other), a1, dq1), tl.dot(tl.trans(other), a2, dq2)
-        dq1, dq2 = dq1 * scaling, dq2 * scaling
-        _store_turned_back(dqkv + q_at, dq1, dq2, cos, sin, rows, rows, row, own, half, HALF)
+            _, other = _weights(other_key, other_value, query, gradient, denominators, delta, scale, True)
+            dq = tl.dot(tl.trans(other), other_key, dq)
+        _store(dqkv + q_at, (dq * scaling).to(key.dtype), rows, row, own, d, D)
         dv = tl.dot(weights, gradient, dv)
-        dk1, dk2 = tl.dot(score_gradient, q1, dk1), tl.dot(score_gradient, q2, dk2)
+        dk = tl.dot(score_gradient, query, dk)
         for later in range(block + 1, blocks):
             others, other_rows = _block(later, start, before, N)
             theirs = (others >= before) & (others < keys)
-            q1, q2 = _load_turned(qkv + q_at, cos, sin, other_rows, row, theirs, half, HALF)
+            query = _load(qkv + q_at, other_rows, row, theirs, d, D)
             gradient, denominators, delta = _load_gradient(
                 out + q_at, lse_of_head, grad + q_at, other_rows, o_row, theirs, d, D
             )
-            weights, score_gradient = _weights(k1, k2, value, q1, q2, gradient, denominators, delta, scale, True)
+            weights, score_gradient = _weights(key, value, query, gradient, denominators, delta, scale, True)
             dv = tl.dot(weights, gradient, dv)
-            dk1, dk2 = tl.dot(score_gradient, q1, dk1), tl.dot(score_gradient, q2, dk2)
+            dk = tl.dot(score_gradient, query, dk)
     # Of shared rows each range has a gradient of its own, behind those of all rows.
     first = T + tl.program_id(1).to(tl.int64) * shared
     to = tl.where(positions < shared, first + positions, rows)
     _store(dqkv + v_at, dv.to(value.dtype), to, row, present, d, D)
-    dk1, dk2 = dk1 * scaling, dk2 * scaling
-    _store_turned_back(dqkv + k_at, dk1, dk2, cos, sin, rows, to, row, present, half, HALF)
+    _store(dqkv + k_at, (dk * scaling).to(key.dtype), to, row, present, d, D)

@@ -237,7 +237,7 @@ def _attention_runs(config, device: torch.device) -> bool:
         return True
     new_enough = torch.cuda.get_device_capability(device) >= (8, 0)
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    fits = head <= LARGEST_HEAD and head % 2 == 0 and not hasattr(config, "v_head_dim")  # values as long as keys
+    fits = head <= LARGEST_HEAD and not hasattr(config, "v_head_dim")  # values as long as keys
     return new_enough and fits and importlib.util.find_spec("triton") is not None
 
 
@@ -267,29 +267,17 @@ def packed_attention(query, key, value, scaling, segments: Segments) -> torch.Te
     """
     qkv = torch.cat([x.squeeze(0).transpose(0, 1) for x in (query, key, value)], dim=1)
     scaling = qkv.shape[-1] ** -0.5 if scaling is None else scaling
-    return joint_attention(qkv, None, key.shape[1], scaling, segments).unsqueeze(0)
+    return joint_attention(qkv, key.shape[1], scaling, segments).unsqueeze(0)
 
 
-def joint_attention(qkv, rotation, groups: int, scaling: float, segments: Segments) -> torch.Tensor:
-    """Causal attention within each sequence, of heads of queries, keys and values [T,H+2G,d] to [T,H,d].
-
-    rotation: cosines and sines [T,d/2] by which queries and keys are to be rotated; None: not.
-    """
-    cos, sin = rotation or (None, None)
+def joint_attention(qkv, groups: int, scaling: float, segments: Segments) -> torch.Tensor:
+    """Causal attention within each sequence, of heads of queries, keys and values [T,H+2G,d] to [T,H,d]."""
     if qkv.is_cuda and qkv.dtype in (torch.float16, torch.bfloat16):
         from minigpt4.models.packed_kernels import attention
 
-        return attention(qkv, cos, sin, groups, *segments, scaling)
+        return attention(qkv, groups, *segments, scaling)
     q, k, v = qkv.split([qkv.shape[1] - 2 * groups, groups, groups], dim=1)
-    if rotation:
-        q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
     return _one_by_one(q, k, v, segments, scaling)
-
-
-def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """[T,H,d], dimension i together with i + d/2."""
-    (first, second), cos, sin = x.chunk(2, dim=-1), cos.unsqueeze(1), sin.unsqueeze(1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
 def _one_by_one(q, k, v, segments: Segments, scaling):
