@@ -1,4 +1,4 @@
-"""The attention kernels, interpreted by Triton on the CPU: in a process of its own, since that is set at its import."""
+"""The kernels of a training step, interpreted on the CPU: in a process of its own, since that is set at the import."""
 
 import importlib.util
 import json
@@ -7,8 +7,8 @@ import subprocess
 import sys
 
 import pytest
-from attention_cases import CASES
 from helpers import ROOT
+from kernel_cases import CASES, LAYER_STEPS
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton (Linux)")
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 def interpreted():
     env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, "tests/attention_cases.py"], cwd=ROOT, env=env, capture_output=True, text=True, timeout=240
+        [sys.executable, "tests/kernel_cases.py"], cwd=ROOT, env=env, capture_output=True, text=True, timeout=240
     )
     if "only 0-dimensional arrays can be converted to Python scalars" in done.stderr:
         pytest.skip("this Triton's interpreter does not go with this NumPy (3.6 and 2.4 do not)")
@@ -25,7 +25,7 @@ def interpreted():
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("name", [*CASES, "compiled"])
+@pytest.mark.parametrize("name", [*CASES, *LAYER_STEPS, "compiled"])
 def test_output_and_gradients(interpreted, name):
     """In float32, against float64. Every element of output and gradients is written: memory is NaN before."""
     assert max(interpreted[name]) < 2e-6
