@@ -36,6 +36,7 @@ OF_RUN: tuple[Check, ...] = (
     files.check_features,
     files.check_output,
     environment.check_versions,
+    environment.check_device,
     environment.check_gpu,
     environment.check_fp8,
     estimate.check_host_memory,

@@ -43,6 +43,12 @@ def load_llm(
     """
     if device_map:
         _check_map(device_map, load_in)
+    if device.type == "mps" and load_in in ("8bit", "4bit"):
+        raise ConfigError(
+            f"model.load_in={load_in} (8bit with model.low_resource) is bitsandbytes', which computes on NVIDIA's GPUs "
+            "and CPUs. On an Apple GPU: --options model.low_resource=False model.load_in=16bit, or 8bit_weights; or "
+            "run.device=cpu."
+        )
     logging.info("Loading the language model from %s in %s", llama_model, load_in if load_in != "16bit" else dtype)
     # In their own type on the host, weights are not read but mapped: each layer is, when its turn comes.
     mapped = load_in == "8bit_weights"

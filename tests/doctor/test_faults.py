@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -495,6 +496,14 @@ FAULTS = {
         "needs an NVIDIA GPU .*; run.device is cpu",
         "run.fp8=False",
     ),
+    "an unknown device": (
+        "stage1",
+        options("run.device=tpu"),
+        ERROR,
+        "run.device",
+        "'tpu' is not one of cuda, cpu, mps",
+        "run.device=cuda",
+    ),
     "an old GPU": ("stage1", gpu(capability=(6, 1)), WARNING, "GPU", "torch's newest builds", "CUDA 12.6"),
     "no GPU": ("stage1", lambda p: setattr(p, "gpus", []), WARNING, "GPU", "no NVIDIA GPU", "nvidia-smi"),
     "fewer GPUs": ("stage1", lambda p: setattr(p, "world_size", 2), WARNING, "GPU", "2 processes on 1 GPU", "torchrun"),
@@ -627,6 +636,33 @@ def test_what_is_no_fault(patient):
     case = patient.case()
     case.processes_here = 1
     assert [f for f in checks.examine(case) if f.status in (ERROR, WARNING)] == []
+
+
+@pytest.mark.parametrize(
+    ("platform", "load_in", "what"),
+    [
+        ("linux", "16bit", "this is no Mac"),
+        ("darwin", "8bit", "is mps; model.load_in=8bit .* needs an NVIDIA GPU or a CPU"),
+        ("darwin", "4bit", "is mps; model.load_in=4bit"),
+        ("darwin", "16bit", None),
+        ("darwin", "8bit_weights", None),
+    ],
+)
+def test_an_apple_gpu(patient, monkeypatch, platform, load_in, what):
+    """Told at the start too, where no NVIDIA GPU is seen."""
+    patient.stage, patient.gpus = "chat", []
+    patient.options = ["run.device=mps", f"model.load_in={load_in}"]
+    seen = SimpleNamespace(platform=platform, version=environment.sys.version, version_info=(3, 11))
+    monkeypatch.setattr(environment, "sys", seen)
+    monkeypatch.setattr(checks, "list_gpus", lambda: [])
+    found = [f for f in patient.findings(ERROR) if f.check == "run.device"]
+    assert len(found) == (what is not None)
+    if what:
+        assert re.search(what, found[0].what) and found[0].fix
+        with pytest.raises(ConfigError, match=what):
+            checks.preflight(patient.case().cfg, training=False)
+    else:
+        checks.preflight(patient.case().cfg, training=False)
 
 
 def test_fp8_that_can_run(patient):
