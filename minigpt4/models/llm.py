@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from minigpt4.common import dist_utils, weights
 from minigpt4.common.checkpoint import CheckpointError
 from minigpt4.common.errors import ConfigError
+from minigpt4.common.words import counted
 from minigpt4.models import int8
 from minigpt4.models.bnb_8bit import keep_no_inputs
 
@@ -200,7 +201,7 @@ def _check_loaded(llama_model: str, info: dict) -> None:
     surplus = sorted(name for name in info["unexpected_keys"] if not name.endswith("rotary_emb.inv_freq"))
     if surplus:
         listed = ", ".join(surplus[:5]) + (" …" if len(surplus) > 5 else "")
-        logging.warning("%d tensors of %s are not used: %s", len(surplus), llama_model, listed)
+        logging.warning("Not used of %s: %s: %s", llama_model, counted(len(surplus), "tensor"), listed)
 
 
 def _unreadable(llama_model: str, error: Exception) -> CheckpointError:

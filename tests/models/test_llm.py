@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -133,7 +134,7 @@ def test_missing_and_surplus_tensors_are_not_passed_over(llm_folder, tmp_path, c
     state = load_file(folder / "model.safetensors")
     save_file(state | {"vision_tower.weight": torch.zeros(2)}, folder / "model.safetensors", {"format": "pt"})
     load_llm(str(folder), cpu, torch.float32)
-    assert "1 tensors of" in caplog.text and "are not used: vision_tower.weight" in caplog.text
+    assert re.search("Not used of .*: 1 tensor: vision_tower.weight", caplog.text)
     lacking = {name: value for name, value in state.items() if "layers.1.mlp" not in name}
     save_file(lacking, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(
