@@ -23,7 +23,8 @@ def check_names(case: Case) -> Iterator[Finding]:
     if not case.training:
         return
     named = [("run.lr_sched", "lr_scheduler", case.run.lr_sched), ("run.runner", "runner", case.run.runner)]
-    for dataset in case.cfg.datasets_cfg.keys() & shipped_datasets().keys():  # a plug-in's may read the keys otherwise
+    ours = case.cfg.datasets_cfg.keys() & shipped_datasets().keys()  # a plug-in's may read the keys otherwise
+    for dataset in sorted(ours):
         for section in ("text_processor", *(() if case.features(dataset) else ("vis_processor",))):
             for split, settings in (case.cfg.datasets_cfg[dataset][section] or {}).items():
                 if isinstance(settings, Mapping) and settings.get("name"):  # the builder names what has none

@@ -75,6 +75,25 @@ def test_low_bit_trains_alike_after_a_validation(llm_folder, load_in):
         torch.testing.assert_close(first, second)
 
 
+def test_8_bit_depends_on_what_is_read_together():
+    """LLM.int8 takes a column out of 8 bit for all rows of a call once one of them has an outlier there.
+
+    So an answer from the cache is not one from scratch (docs/performance.md says so), nor one in company one alone.
+    """
+    bnb = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    layer = bnb.nn.Linear8bitLt(64, 32, bias=False, has_fp16_weights=False, threshold=6.0)
+    layer.weight = bnb.nn.Int8Params(torch.randn(32, 64), requires_grad=False, has_fp16_weights=False)
+    layer.to("cpu").eval()
+    rows = torch.randn(4, 64).half().float()
+    beside_an_outlier = rows.clone()
+    beside_an_outlier[3, :32] = 7.0
+    with torch.no_grad():
+        alone, in_company, changed = (layer(x)[0] for x in (rows[:1], rows, beside_an_outlier))
+    torch.testing.assert_close(in_company, alone, atol=1e-4, rtol=0)
+    assert 0.01 < (changed - alone).abs().max() < 0.5  # of numbers up to 14
+
+
 @pytest.mark.parametrize("recomputed", [0, 2])
 def test_8_bit_layers_keep_no_inputs(llm_folder, monkeypatch, recomputed):
     """The same numbers, with less held until the backward pass, in layers that are recomputed too."""
