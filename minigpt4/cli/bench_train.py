@@ -61,14 +61,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     args = parser.parse_args(argv)
     if args.steps < 1 or args.warmup < 0:
-        parser.error(f"--steps {args.steps} must be at least 1, --warmup {args.warmup} at least 0.")
+        # torchrun starts several processes, and an error of the parser would be told by each
+        raise ConfigError(f"--steps {args.steps} must be at least 1, --warmup {args.warmup} at least 0.")
     return args
 
 
 def main(argv: list[str] | None = None) -> int:
     """Time what the arguments name, and print a line for each workload.
 
-    Raises ConfigError for a baseline under torchrun.
+    Raises ConfigError for numbers of steps that cannot be, and for a baseline under torchrun.
     """
     args = parse_args(argv)
     if args.baseline and int(os.environ.get("WORLD_SIZE", 1)) > 1:

@@ -17,6 +17,7 @@ from torch import nn
 
 from minigpt4.common.errors import ConfigError
 from minigpt4.common.weights import fetch, shards, why_unreadable
+from minigpt4.common.words import counted
 
 # Buffers that first-release checkpoints hold and that carry no learnt value.
 TOLERATED = re.compile(r"(^|\.)(position_ids|rotary_emb\.inv_freq)$")
@@ -124,7 +125,8 @@ def load_weights(
     filled = {name: weights[name].to(device).to(own[name].dtype) for name in empty}
     module.load_state_dict(filled, strict=False, assign=True)
     module.load_state_dict({name: value for name, value in weights.items() if name not in empty}, strict=False)
-    logging.info("Loaded %d tensors, %s parameters from %s", len(weights), f"{_numel(weights.values()):,}", source)
+    numbers = counted(_numel(weights.values()), "parameter")
+    logging.info("Loaded %s, %s from %s", counted(len(weights), "tensor"), numbers, source)
 
 
 def resolve(path: str) -> Path:

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from minigpt4.common.errors import ConfigError
+from minigpt4.common.schema import DEVICES
 
 # A rank that waits longer than this for the others stops with an error instead of hanging.
 TIMEOUT = timedelta(minutes=20)
@@ -33,17 +34,23 @@ def is_main_process() -> bool:
 def select_device(name: str) -> torch.device:
     """The device of this rank. `cuda` without a GPU falls back to the CPU with a warning, the first time.
 
-    Raises ConfigError for another unknown or absent device, and for more processes than GPUs.
+    An Apple GPU (`mps`) is taken where it is named. Raises ConfigError for another unknown or absent device, and for
+    more processes than GPUs.
     """
     kind = name.split(":")[0]
     if kind == "cuda" and not torch.cuda.is_available():
         _warn_of_the_cpu(name)
         name = "cpu"
-    if kind not in ("cuda", "cpu", "mps"):
-        raise ConfigError(f"run.device={name!r} is not one of cuda, cpu, mps.")
+    if kind not in DEVICES:
+        raise ConfigError(f"run.device={name!r} is not one of {', '.join(DEVICES)}.")
     device = torch.device(name)
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ConfigError("run.device=mps, but this machine has no Apple GPU. Use cpu or cuda.")
+    if device.type == "mps" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ConfigError(
+            f"torchrun started {os.environ['WORLD_SIZE']} processes, and run.device=mps takes one: processes cannot "
+            "share an Apple GPU, nor exchange what lies on it. Start one, or use run.device=cpu."
+        )
     if device.type == "cuda" and device.index is None:
         processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
         if processes > gpus:
@@ -62,7 +69,8 @@ def select_device(name: str) -> torch.device:
 @cache  # task, model and runner all ask for the device
 def _warn_of_the_cpu(name: str) -> None:
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # the first process of the machine says it for all
-        logging.warning("run.device=%s, but there is no GPU: running on the CPU.", name)
+        apple = " run.device=mps takes this machine's Apple GPU." if torch.backends.mps.is_available() else ""
+        logging.warning("run.device=%s, but there is no GPU for it: running on the CPU.%s", name, apple)
 
 
 def select_dtype(device: torch.device, amp: bool = True, amp_dtype: str = "auto") -> torch.dtype:

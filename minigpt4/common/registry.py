@@ -78,6 +78,10 @@ class Registry:
         importlib.import_module(HOMES[kind])
         return sorted(self._classes[kind])
 
+    def registered(self, kind: str) -> list[str]:
+        """The names of a kind so far, sorted: those of modules that something has imported, plug-ins among them."""
+        return sorted(self._classes[kind])
+
     def register_path(self, name: str, path: str) -> None:
         """Remember `path` under `name`. Raises KeyError if the name stands for another path."""
         if self._paths.setdefault(name, path) != path:

@@ -30,6 +30,8 @@ QFORMER_KEYS = (
 # itself. More would be a little quicker and take more memory.
 PIECE = 1280
 
+DEVICES = ("cuda", "cpu", "mps")
+
 # Vision encoders by name. `eva_clip_g` is the published 1B encoder; the first 39 of its 40 blocks are used.
 VIT_MODELS = {
     "eva_clip_g": {"patch_size": 14, "embed_dim": 1408, "depth": 39, "num_heads": 16, "mlp_ratio": 4.3637},
@@ -108,7 +110,7 @@ class RunConfig:
     """Training with the frozen linear layers of language model and encoder in 8-bit floating point: faster, and not the
     same to rounding. Needs a Hopper GPU or newer, bfloat16, and a language model in 16 bit."""
     device: str = "cuda"
-    """`cuda`, `cpu` or `mps`. Without a GPU, `cuda` falls back to the CPU with a warning."""
+    """`cuda`, `cpu` or `mps` (an Apple GPU). Without an NVIDIA GPU, `cuda` falls back to the CPU with a warning."""
     distributed: bool = True
     """Work together with the other processes that torchrun started; False with several is an error."""
 

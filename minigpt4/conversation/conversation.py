@@ -222,9 +222,10 @@ class Chat:
     @torch.inference_mode()
     def _generate(self, prompt: str, img_list: list, stop: str, decoding: Decoding, tap) -> torch.Tensor:
         """The ids [1,T] of an answer. Runs in a thread, which has a current GPU of its own."""
-        on_gpu = self.device.type == "cuda"
-        generator = torch.random.fork_rng([self.device] if on_gpu else [], enabled=decoding.seed is not None)
-        with torch.cuda.device(self.device) if on_gpu else nullcontext(), generator:
+        kind = self.device.type
+        devices = [] if kind == "cpu" else [self.device]
+        generator = torch.random.fork_rng(devices, enabled=decoding.seed is not None, device_type=kind)
+        with torch.cuda.device(self.device) if kind == "cuda" else nullcontext(), generator:
             if decoding.seed is not None:
                 torch.manual_seed(decoding.seed)
             llm, tokenizer = self.model.llama_model, self.model.tokenizer

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 from minigpt4.common.config import Config
 from minigpt4.common.errors import ConfigError
-from minigpt4.doctor import environment, estimate, files, shapes, texts
+from minigpt4.doctor import environment, estimate, files, names, shapes, texts
 from minigpt4.doctor.case import Case
 from minigpt4.doctor.findings import ERROR, OK, Finding, as_text, warning
 from minigpt4.doctor.machine import list_gpus
@@ -30,12 +30,14 @@ OF_MODEL: tuple[Check, ...] = (
     estimate.check_gpu_memory,
 )
 OF_RUN: tuple[Check, ...] = (
+    names.check_names,
     files.check_paths,
     files.check_shards,
     files.check_folder_dataset,
     files.check_features,
     files.check_output,
     environment.check_versions,
+    environment.check_device,
     environment.check_gpu,
     environment.check_fp8,
     estimate.check_host_memory,
@@ -45,6 +47,7 @@ OF_RUN: tuple[Check, ...] = (
 ONLY_TOLD = (estimate.check_gpu_memory, estimate.check_host_memory)
 # What train.py and demo.py do themselves before the model is loaded, and, without a GPU, say themselves.
 NOT_AT_START = (
+    names.check_names,
     files.check_paths,
     files.check_shards,
     files.check_folder_dataset,

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
+from minigpt4.common.schema import DEVICES
 from minigpt4.common.words import counted
 from minigpt4.doctor.case import Case
 from minigpt4.doctor.findings import Finding, error, ok, warning
@@ -68,6 +69,22 @@ def check_optional_libraries(case: Case) -> Iterator[Finding]:
         if find_spec(package) is None:
             extra = " Or --options model.low_resource=False model.load_in=16bit" if package == "bitsandbytes" else ""
             yield error("libraries", f"{package} is not installed; {reason} needs it", f"pip install {package}.{extra}")
+
+
+def check_device(case: Case) -> Iterator[Finding]:
+    """`run.device` is known, and where it is an Apple GPU, this is a Mac, and the weights are of a kind it takes."""
+    kind = case.run.device.split(":")[0]
+    if kind not in DEVICES:
+        what = f"{case.run.device!r} is not one of {', '.join(DEVICES)}"
+        yield error("run.device", what, "--options run.device=cuda")
+    if kind != "mps":
+        return
+    if sys.platform != "darwin":
+        yield error("run.device", "mps is an Apple GPU, and this is no Mac", "--options run.device=cuda, or =cpu")
+    if case.load_in in ("8bit", "4bit"):
+        what = f"model.load_in={case.load_in} (low_resource: {case.model.low_resource}) needs an NVIDIA GPU or a CPU"
+        fix = "--options model.low_resource=False model.load_in=16bit (or 8bit_weights), or run.device=cpu"
+        yield error("run.device", f"is mps; {what}", fix)
 
 
 def check_gpu(case: Case) -> Iterator[Finding]:

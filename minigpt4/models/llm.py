@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from minigpt4.common import dist_utils, weights
 from minigpt4.common.checkpoint import CheckpointError
 from minigpt4.common.errors import ConfigError
+from minigpt4.common.words import counted
 from minigpt4.models import int8
 from minigpt4.models.bnb_8bit import keep_no_inputs
 
@@ -43,6 +44,12 @@ def load_llm(
     """
     if device_map:
         _check_map(device_map, load_in)
+    if device.type == "mps" and load_in in ("8bit", "4bit"):
+        raise ConfigError(
+            f"model.load_in={load_in} (8bit with model.low_resource) is bitsandbytes', which computes on NVIDIA's GPUs "
+            "and CPUs. On an Apple GPU: --options model.low_resource=False model.load_in=16bit, or 8bit_weights; or "
+            "run.device=cpu."
+        )
     logging.info("Loading the language model from %s in %s", llama_model, load_in if load_in != "16bit" else dtype)
     # In their own type on the host, weights are not read but mapped: each layer is, when its turn comes.
     mapped = load_in == "8bit_weights"
@@ -194,7 +201,7 @@ def _check_loaded(llama_model: str, info: dict) -> None:
     surplus = sorted(name for name in info["unexpected_keys"] if not name.endswith("rotary_emb.inv_freq"))
     if surplus:
         listed = ", ".join(surplus[:5]) + (" …" if len(surplus) > 5 else "")
-        logging.warning("%d tensors of %s are not used: %s", len(surplus), llama_model, listed)
+        logging.warning("Not used of %s: %s: %s", llama_model, counted(len(surplus), "tensor"), listed)
 
 
 def _unreadable(llama_model: str, error: Exception) -> CheckpointError:

@@ -12,6 +12,7 @@ from torch import nn
 from minigpt4.common import checkpoint, fingerprint, weights
 from minigpt4.common.checkpoint import CheckpointError
 from minigpt4.common.schema import BLIP2_URL, MiniGPT4Config
+from minigpt4.common.words import counted
 from minigpt4.models import eva_vit, hf_names, llm, qformer
 from minigpt4.models.precision import cast_matrices
 
@@ -119,7 +120,7 @@ def report(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         parts.setdefault(name.split(".")[0], []).append(parameter)
     rows = [
-        f"  {name:<15}{len(tensors):>5} tensors{sum(map(parameter_count, tensors)):>16,} parameters  "
+        f"  {name:<15}{counted(len(tensors), 'tensor'):>13}{sum(map(parameter_count, tensors)):>16,} parameters  "
         f"{_joined(str(t.dtype).removeprefix('torch.') for t in tensors):<18} on {_joined(t.device for t in tensors)}, "
         f"{_joined('trainable' if t.requires_grad else 'frozen' for t in tensors)}"
         for name, tensors in parts.items()

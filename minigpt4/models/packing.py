@@ -143,16 +143,31 @@ def pack(sequences: list[list[int]], labels: list[list[int]]) -> PackedBatch:
 
 
 def divide(lengths: list[int], shared: int) -> list[list[int]]:
-    """Sequences with so many rows of their own, by number, into groups of about PIECE rows, each filled as far."""
-    count = max(1, round(sum(lengths) / PIECE))
-    multiples = -(-(sum(lengths) + count * (shared + 1)) // ROW_MULTIPLE)
-    room = [(multiples + i) // count * ROW_MULTIPLE - shared - 1 for i in range(count)]
-    groups = [[] for _ in room]
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        emptiest = room.index(max(room))
-        groups[emptiest].append(i)
-        room[emptiest] -= lengths[i]
-    return [sorted(group) for group in groups if group]
+    """Sequences with so many rows of their own, by number, into groups of about PIECE rows.
+
+    A group costs multiples of ROW_MULTIPLE rows: each but the last takes the sequences that leave least of them empty.
+    """
+    groups, left = [], [*range(len(lengths))]
+    for count in range(max(1, round(sum(lengths) / PIECE)), 1, -1):
+        multiples = -(-(sum(lengths[i] for i in left) + count * (shared + 1)) // ROW_MULTIPLE)
+        room = -(-multiples // count) * ROW_MULTIPLE - shared - 1
+        chosen = {left[n] for n in fullest([lengths[i] for i in left], room)}
+        groups.append(sorted(chosen))
+        left = [i for i in left if i not in chosen]
+    return [group for group in (*groups, left) if group]
+
+
+def fullest(lengths: list[int], room: int) -> list[int]:
+    """The lengths, by number, that together come closest to `room` and do not exceed it."""
+    sums = [1]  # bit s of sums[n]: some of the first n lengths add up to s
+    for length in lengths:
+        sums.append((sums[-1] | sums[-1] << length) & (2 << room) - 1)
+    total, chosen = sums[-1].bit_length() - 1, []
+    for n in reversed(range(len(lengths))):
+        if not sums[n] >> total & 1:  # those before do not give it
+            chosen.append(n)
+            total -= lengths[n]
+    return chosen
 
 
 def _piece(first: list[int], own: list[list[int]], predicted: list[list[int]], which: np.ndarray) -> Piece:

@@ -26,6 +26,7 @@ def rng_states() -> list[dict]:
         "numpy": (version, torch.from_numpy(keys.astype(np.int64)), int(position), int(gauss[0]), float(gauss[1])),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
+        "mps": torch.mps.get_rng_state() if torch.backends.mps.is_available() else None,
     }
     return dist_utils.gather_objects(own)
 
@@ -44,11 +45,14 @@ def restore_rng_states(states: list[dict] | None) -> None:
     torch.set_rng_state(own["torch"])
     if own["cuda"] is not None and torch.cuda.is_initialized():
         torch.cuda.set_rng_state(own["cuda"])
+    if own.get("mps") is not None and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(own["mps"])
 
 
 def to_device(samples: dict, device: torch.device) -> dict:
     """The batch with what can move (tensors, tokens) on `device`, images that travelled as uint8 normalised there."""
+    later = device.type == "cuda"  # elsewhere nothing orders the copy before what reads it
     samples = {
-        key: value.to(device, non_blocking=True) if hasattr(value, "to") else value for key, value in samples.items()
+        key: value.to(device, non_blocking=later) if hasattr(value, "to") else value for key, value in samples.items()
     }
     return normalise(samples)

@@ -86,10 +86,10 @@ def test_beside_a_script(capsys, tmp_path):
     assert found[1]["work"] == "S1/16"
 
 
-def test_no_steps(capsys):
-    with pytest.raises(SystemExit):
-        main(["bench", "train", "--steps", "0"])
-    assert "--steps 0 must be at least 1" in capsys.readouterr().err
+@pytest.mark.parametrize(("steps", "warmup"), [("0", "20"), ("-1", "0"), ("1", "-1")])
+def test_no_steps(steps, warmup):
+    message = main(["bench", "train", "--steps", steps, "--warmup", warmup])
+    assert message == f"Error: --steps {steps} must be at least 1, --warmup {warmup} at least 0."
 
 
 def test_useful_operations(build_golden_model):

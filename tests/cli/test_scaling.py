@@ -33,10 +33,17 @@ def test_two_ranks_make_one_report():
     assert done.stderr.count("there is no GPU") == (not torch.cuda.is_available())
 
 
-def test_a_baseline_is_refused_once():
-    done = torchrun("--baseline", "script.py")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--baseline", "script.py"), "--baseline times a script that knows one process. Run it without torchrun."),
+        (("--steps", "0"), "--steps 0 must be at least 1, --warmup 20 at least 0."),
+    ],
+)
+def test_a_mistake_is_told_once(arguments, message):
+    done = torchrun(*arguments)
     assert done.returncode != 0
-    assert done.stderr.count("Error: --baseline times a script that knows one process. Run it without torchrun.") == 1
+    assert done.stderr.count(f"Error: {message}") == 1
 
 
 def test_batches_of_the_ranks():

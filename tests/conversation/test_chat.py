@@ -9,6 +9,7 @@ import torch
 
 from minigpt4.conversation import CONV_VISION, Chat, Conversation, Decoding, conversation
 from minigpt4.conversation.conversation import break_up
+from minigpt4.models import decoder
 from minigpt4.models.generation import answer_text
 from minigpt4.models.prompt import IMAGE_SLOT
 
@@ -363,6 +364,24 @@ def test_an_answer_cut_by_the_window_says_so(chat, play):
     )
     assert len(ids) <= 5
     assert "can hold no more" in notices[-1]
+
+
+def test_a_question_that_is_repeated(chat, play, monkeypatch):
+    """Its answer is the one from scratch, and costs one vector."""
+    conv, img_list = play(QUESTION)
+    decoder.forget(chat.model.llama_model)
+    counts, read = [], decoder.Slots.read
+
+    def counted(slots, llm, embeds, *arguments):
+        counts.append(embeds.shape[1])
+        return read(slots, llm, embeds, *arguments)
+
+    monkeypatch.setattr(decoder.Slots, "read", counted)
+    answers = {chat.answer(conv.copy(), img_list, **GREEDY)[0] for _ in range(3)}
+    decoder.forget(chat.model.llama_model)
+    answers.add(chat.answer(conv.copy(), img_list, **GREEDY)[0])
+    assert len(answers) == 1
+    assert counts == [counts[0], 1, 1, counts[0]] and counts[0] > 8
 
 
 # Settings

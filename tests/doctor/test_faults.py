@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from minigpt4.common import published
 from minigpt4.common.errors import ConfigError
-from minigpt4.doctor import checks, environment, estimate, files, machine
+from minigpt4.common.registry import HOMES, registry
+from minigpt4.doctor import checks, environment, estimate, files, machine, names
 from minigpt4.doctor.findings import ERROR, WARNING
 from minigpt4.doctor.machine import Gpu
 
@@ -495,6 +497,39 @@ FAULTS = {
         "needs an NVIDIA GPU .*; run.device is cpu",
         "run.fp8=False",
     ),
+    "an unknown schedule": (
+        "stage1",
+        options("run.lr_sched=cosine"),
+        ERROR,
+        "run.lr_sched",
+        "no lr_scheduler 'cosine'.* Known: linear_warmup_cosine_lr, linear_warmup_step_lr",
+        "--import",
+    ),
+    "an unknown runner": ("stage1", options("run.runner=runner_bass"), ERROR, "run.runner", "mean 'runner_base'", ""),
+    "an unknown image processor": (
+        "stage2",
+        options("datasets.cc_sbu_align.vis_processor.train={name: blip2_image_trian}"),
+        ERROR,
+        "datasets.cc_sbu_align.vis_processor.train.name",
+        "no processor 'blip2_image_trian'. Did you mean 'blip2_image_train'",
+        "--import",
+    ),
+    "an unknown text processor": (
+        "stage1",
+        options("datasets.laion.text_processor.train.name=blip_capture"),
+        ERROR,
+        "datasets.laion.text_processor.train.name",
+        "mean 'blip_caption'",
+        "--import",
+    ),
+    "an unknown device": (
+        "stage1",
+        options("run.device=tpu"),
+        ERROR,
+        "run.device",
+        "'tpu' is not one of cuda, cpu, mps",
+        "run.device=cuda",
+    ),
     "an old GPU": ("stage1", gpu(capability=(6, 1)), WARNING, "GPU", "torch's newest builds", "CUDA 12.6"),
     "no GPU": ("stage1", lambda p: setattr(p, "gpus", []), WARNING, "GPU", "no NVIDIA GPU", "nvidia-smi"),
     "fewer GPUs": ("stage1", lambda p: setattr(p, "world_size", 2), WARNING, "GPU", "2 processes on 1 GPU", "torchrun"),
@@ -616,10 +651,26 @@ def test_a_check_that_fails_is_told(patient, monkeypatch):
     assert any("ZeroDivisionError" in f.what for f in patient.findings(WARNING))
 
 
-def test_what_is_no_fault(patient):
+def test_names_are_those_of_the_registry():
+    """They are read from the source, which torch is not needed for."""
+    for kind in HOMES:
+        assert set(names.known(kind)) == set(registry.names(kind)) != set()
+
+
+def test_names_that_are_not_used(patient, monkeypatch):
+    """Of a chat, and of pictures whose features are cached."""
+    unknown = "datasets.cc_sbu_align.vis_processor.train.name=mine"
+    patient.stage, patient.options = "chat", ["run.lr_sched=cosine", unknown]
+    assert [f for f in names.check_names(patient.case())] == []
+    patient.stage, patient.options = "stage2", [unknown, "datasets.cc_sbu_align.build_info.features=/cache"]
+    assert [f for f in names.check_names(patient.case())] == []
+
+
+def test_what_is_no_fault(patient, monkeypatch):
     """A pad token without an embedding; a processor of one's own; a template that nothing uses; several machines."""
     patient.edit(patient.llm / "tokenizer_config.json", pad_token="[PAD]")
     patient.write(patient.llm / "added_tokens.json", json.dumps({"[PAD]": 32000}))
+    monkeypatch.setitem(registry._classes["processor"], "mine", type("Mine", (), {}))  # as a plug-in's, once imported
     patient.options = ["datasets.cc_sbu_align.vis_processor.train={name: mine}", "model.prompt_template=Hi"]
     patient.options += ["model.prompt_path=null"]
     patient.world_size = 2
@@ -627,6 +678,33 @@ def test_what_is_no_fault(patient):
     case = patient.case()
     case.processes_here = 1
     assert [f for f in checks.examine(case) if f.status in (ERROR, WARNING)] == []
+
+
+@pytest.mark.parametrize(
+    ("platform", "load_in", "what"),
+    [
+        ("linux", "16bit", "this is no Mac"),
+        ("darwin", "8bit", "is mps; model.load_in=8bit .* needs an NVIDIA GPU or a CPU"),
+        ("darwin", "4bit", "is mps; model.load_in=4bit"),
+        ("darwin", "16bit", None),
+        ("darwin", "8bit_weights", None),
+    ],
+)
+def test_an_apple_gpu(patient, monkeypatch, platform, load_in, what):
+    """Told at the start too, where no NVIDIA GPU is seen."""
+    patient.stage, patient.gpus = "chat", []
+    patient.options = ["run.device=mps", f"model.load_in={load_in}"]
+    seen = SimpleNamespace(platform=platform, version=environment.sys.version, version_info=(3, 11))
+    monkeypatch.setattr(environment, "sys", seen)
+    monkeypatch.setattr(checks, "list_gpus", lambda: [])
+    found = [f for f in patient.findings(ERROR) if f.check == "run.device"]
+    assert len(found) == (what is not None)
+    if what:
+        assert re.search(what, found[0].what) and found[0].fix
+        with pytest.raises(ConfigError, match=what):
+            checks.preflight(patient.case().cfg, training=False)
+    else:
+        checks.preflight(patient.case().cfg, training=False)
 
 
 def test_fp8_that_can_run(patient):

@@ -4,11 +4,15 @@ from functools import partial
 
 import pytest
 import torch
+from helpers import ROOT
 
 from minigpt4.models import decoder
 from minigpt4.models.decoder import Decoder, Slots, bucket, compiled_layers
 from minigpt4.models.generation import continue_embeds
+from minigpt4.models.llm import load_llm
 from minigpt4.models.sampling import Sampling
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 WIDTH, VOCABULARY = 32, 96
 SIZES = {
@@ -231,7 +235,8 @@ def test_the_next_turn_is_as_from_scratch_and_costs_its_own_tokens(kind, reads):
 def logits_of(llm, embeds):
     """Of the first new token."""
     seen = []
-    steps = decoder.decode(llm, embeds, torch.ones(embeds.shape[:2]), 1, lambda ids, x: seen.append(x) or x.argmax(-1))
+    mask = torch.ones(embeds.shape[:2], device=embeds.device)
+    steps = decoder.decode(llm, embeds, mask, 1, lambda ids, x: seen.append(x) or x.argmax(-1))
     with torch.no_grad():
         list(steps)
     return seen[0]
@@ -247,6 +252,27 @@ def test_logits_after_a_common_beginning_are_those_from_scratch(llm, known):
     decoder.forget(llm)
     logits_of(llm, first)
     torch.testing.assert_close(logits_of(llm, edited), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
+@pytest.mark.parametrize("load_in", ["16bit", "8bit", "4bit"])
+def test_a_prompt_that_is_repeated(load_in, device, reads):
+    """All repetitions are the same to the bit, and so is what is read from scratch.
+
+    The two differ by rounding, but for 8 bit: `test_llm.py::test_8_bit_depends_on_what_is_read_together`.
+    """
+    if load_in != "16bit":
+        pytest.importorskip("bitsandbytes")
+    llm = load_llm(str(ROOT / "minigpt4/assets/tiny/llama"), torch.device(device), torch.float32, load_in)
+    embeds = llm.get_input_embeddings()(torch.arange(40, device=device).unsqueeze(0) * 7)
+    counts = reads(llm)
+    first, second, third = (logits_of(llm, embeds) for _ in range(3))
+    decoder.forget(llm)
+    again = logits_of(llm, embeds)
+    assert counts == [40, 1, 1, 40]
+    assert torch.equal(first, again) and torch.equal(second, third)
+    if load_in != "8bit" and device == "cpu":
+        torch.testing.assert_close(second, first, atol=1e-4, rtol=0)  # of logits of about 10
 
 
 def test_an_answer_that_was_broken_off_is_gone_on_from(llm, reads):

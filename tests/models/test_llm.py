@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -74,6 +75,25 @@ def test_low_bit_trains_alike_after_a_validation(llm_folder, load_in):
         torch.testing.assert_close(first, second)
 
 
+def test_8_bit_depends_on_what_is_read_together():
+    """LLM.int8 takes a column out of 8 bit for all rows of a call once one of them has an outlier there.
+
+    So an answer from the cache is not one from scratch (docs/performance.md says so), nor one in company one alone.
+    """
+    bnb = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    layer = bnb.nn.Linear8bitLt(64, 32, bias=False, has_fp16_weights=False, threshold=6.0)
+    layer.weight = bnb.nn.Int8Params(torch.randn(32, 64), requires_grad=False, has_fp16_weights=False)
+    layer.to("cpu").eval()
+    rows = torch.randn(4, 64).half().float()
+    beside_an_outlier = rows.clone()
+    beside_an_outlier[3, :32] = 7.0
+    with torch.no_grad():
+        alone, in_company, changed = (layer(x)[0] for x in (rows[:1], rows, beside_an_outlier))
+    torch.testing.assert_close(in_company, alone, atol=1e-4, rtol=0)
+    assert 0.01 < (changed - alone).abs().max() < 0.5  # of numbers up to 14
+
+
 @pytest.mark.parametrize("recomputed", [0, 2])
 def test_8_bit_layers_keep_no_inputs(llm_folder, monkeypatch, recomputed):
     """The same numbers, with less held until the backward pass, in layers that are recomputed too."""
@@ -133,7 +153,7 @@ def test_missing_and_surplus_tensors_are_not_passed_over(llm_folder, tmp_path, c
     state = load_file(folder / "model.safetensors")
     save_file(state | {"vision_tower.weight": torch.zeros(2)}, folder / "model.safetensors", {"format": "pt"})
     load_llm(str(folder), cpu, torch.float32)
-    assert "1 tensors of" in caplog.text and "are not used: vision_tower.weight" in caplog.text
+    assert re.search("Not used of .*: 1 tensor: vision_tower.weight", caplog.text)
     lacking = {name: value for name, value in state.items() if "layers.1.mlp" not in name}
     save_file(lacking, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(

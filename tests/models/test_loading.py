@@ -32,6 +32,7 @@ def test_the_report_names_each_part(files, caplog):
     assert lines.keys() == {name.split(".")[0] for name, _ in model.named_parameters()}
     assert lines["visual_encoder"] == "30 tensors 154,048 parameters bfloat16+float32 on cpu, frozen"
     assert lines["llama_model"] == "21 tensors 8,520,320 parameters bfloat16 on cpu, frozen"
+    assert lines["query_tokens"].startswith("1 tensor 1,536 parameters float32")
     assert lines["llama_proj"] == "2 tensors 6,272 parameters float32 on cpu, trainable"
     assert f"Not used of {files['vision']}: blocks.2 (13), head (2), norm (2)" in caplog.text
     assert f"Not used of {files['qformer']}: Qformer.bert (14), Qformer.cls (7), t5_proj (2)" in caplog.text

@@ -2,6 +2,7 @@
 
 import sys
 import weakref
+from itertools import combinations
 from types import SimpleNamespace
 
 import pytest
@@ -20,8 +21,10 @@ from minigpt4.models.packing import (
     SEQUENCE_MULTIPLE,
     allow_packing,
     divide,
+    fullest,
     pack,
     packed_attention,
+    round_up,
 )
 from minigpt4.models.prompt import IGNORE_INDEX, IMAGE_ID, pad
 
@@ -102,18 +105,51 @@ def test_the_fill_has_the_shared_beginning_too():
     assert piece.sizes.longest == 2 * LONGEST_MULTIPLE
 
 
-def test_pieces_are_filled_evenly_and_leave_little_room():
+def test_pieces_are_alike_and_leave_as_little_room_as_one():
     torch.manual_seed(0)
     for count, low, high in ((64, 40, 57), (12, 115, 195), (16, 40, 57), (1, 5000, 5001), (3, 900, 1200), (200, 1, 9)):
         lengths = torch.randint(low, high, (count,)).tolist()
         groups = divide(lengths, shared=3)
         assert sorted(i for group in groups for i in group) == list(range(count))
+        assert all(group == sorted(group) for group in groups)
         rows = [sum(lengths[i] for i in group) + 4 for group in groups]
         assert len(groups) == min(count, max(1, round(sum(lengths) / packing.PIECE)))
-        assert max(rows) - min(rows) <= ROW_MULTIPLE + max(lengths)
-        if max(lengths) < 60:
-            rounded = sum(-(-each // ROW_MULTIPLE) * ROW_MULTIPLE for each in rows)
-            assert rounded < sum(rows) + 2 * ROW_MULTIPLE
+        assert max(rows) - min(rows) <= 2 * ROW_MULTIPLE + max(lengths)
+        if max(lengths) < 200:  # as few as all rows together would take
+            assert sum(round_up(each, ROW_MULTIPLE) for each in rows) == round_up(sum(rows), ROW_MULTIPLE)
+
+
+@pytest.mark.parametrize("lengths", [[800] * 10, [900] * 10, [700] * 9, [5000] + [100] * 20, [0] * 5, [0, 3000, 0, 9]])
+def test_sequences_that_fill_no_piece_well(lengths):
+    """No piece is longer for it than its even share and one sequence."""
+    groups = divide(lengths, shared=3)
+    assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
+    assert all(groups)
+    rows = [sum(lengths[i] for i in group) for group in groups]
+    assert max(rows) <= max(max(lengths), 1.5 * packing.PIECE + ROW_MULTIPLE)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "room", "chosen"),
+    [
+        ([5, 4, 3], 8, [0, 2]),  # not 5 + 4
+        ([5, 4, 3], 100, [0, 1, 2]),
+        ([5, 4, 3], 2, []),
+        ([5, 4, 3], 0, []),
+        ([7, 7, 7], 20, [0, 1]),
+        ([], 5, []),
+    ],
+)
+def test_the_fullest_choice(lengths, room, chosen):
+    assert sorted(fullest(lengths, room)) == chosen
+
+
+def test_no_other_choice_is_fuller():
+    torch.manual_seed(0)
+    for _ in range(50):
+        lengths, room = torch.randint(1, 40, (9,)).tolist(), int(torch.randint(1, 200, ()))
+        sums = [sum(some) for n in range(10) for some in combinations(lengths, n)]
+        assert sum(lengths[i] for i in fullest(lengths, room)) == max(s for s in sums if s <= room)
 
 
 @pytest.mark.parametrize("prompt", [None, "###Human: <Img><ImageHere></Img> Say what it is. ###Assistant: "])
