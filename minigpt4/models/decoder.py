@@ -1,9 +1,8 @@
 """The decoding loop: a fixed cache, one CUDA graph a step on a GPU, and what was read before is not read again.
 
 Slot n of a row holds the keys and values of its n-th token, whatever padding stood before it, so a slot is a position:
-what a step may see are the slots up to its own. On a GPU the layers are compiled (`decoding_layers.py`) and a whole step is
-captured once for each cache, then replayed; elsewhere, and for models quantised by bitsandbytes, the same step runs as it
-stands.
+what a step may see are the slots up to its own. On a GPU the layers are compiled (`decoding_layers.py`), and a step is
+captured once for each cache, then replayed; elsewhere, and for models quantised by bitsandbytes, it runs as it stands.
 
 After an answer to a single prompt its slots are kept. The next prompt that begins with the same vectors, such as the
 next turn of the conversation, is read from the first new one on.
@@ -209,7 +208,7 @@ class Slots:
     def __init__(self, batch: int, length: int, device: torch.device):
         self.batch, self.length = batch, length
         self.layers: list[LayerSlots] = []
-        self.graph: tuple["torch.cuda.CUDAGraph", torch.Tensor] | None = None  # of a step, and its logits
+        self.graph: tuple[torch.cuda.CUDAGraph, torch.Tensor] | None = None  # of a step, and its logits
         self.content: torch.Tensor | None = None  # [S,D]: what a single row was made of, its answer too
         self.asked = 0  # the length of its prompt
         self.ids = torch.zeros(batch, dtype=torch.long, device=device)

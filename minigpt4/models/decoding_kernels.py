@@ -3,9 +3,9 @@
 Both wait for memory alone, so each number is read once, in long pieces, many of them under way at a time. Imported only
 where there is a GPU for it.
 
-On a Hopper GPU or newer a product begins while the kernel before it still runs (programmatic dependent launch): it loads
-its first weights, and waits before it takes what that kernel wrote. So weights must not be what the kernel just before
-writes.
+On a Hopper GPU or newer a product begins while the kernel before it still runs (programmatic dependent launch): it
+loads its first weights, and waits before it takes what that kernel wrote. So weights must not be what the kernel just
+before it writes.
 
 K inputs, N outputs; B rows, H heads of queries, G of keys and values, L slots, d dimensions.
 """
@@ -15,11 +15,11 @@ import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)  # powers of two are quicker than those of e
-# The quickest on an H100: bytes of a weight's row that a program takes at a time, and its rows; half of them, with half the
-# warps, where there are more inputs than LONG.
+# The quickest on an H100: bytes of a weight's row that a program takes at a time, and its rows; half of them, with half
+# the warps, where there are more inputs than LONG.
 PIECE, ROWS, LONG = 4096, 4, 8192
-# Attention: warps of a program, where there are so few that each should be wide, and where there are many. A thread loads
-# so many keys and values at a time.
+# Attention: warps of a program, of which up to FEW should be wide, and more of them narrow. A thread loads so many
+# numbers of keys, and as many of values, at a time.
 WIDE, NARROW, FEW, PER_THREAD = 16, 8, 256, 32
 
 
@@ -55,8 +55,8 @@ def attend_slots(
     (batch, heads, d), groups = query.shape, keys.shape[2]
     if keys.shape != values.shape or keys.shape[0] != batch or keys.shape[3] != d or heads % groups:
         raise ValueError(
-            f"attend_slots: queries {list(query.shape)}, keys {list(keys.shape)} and values {list(values.shape)} do not "
-            "belong together; they are [B,H,d] and twice [B,L,G,d], where G divides H."
+            f"attend_slots: queries {list(query.shape)}, keys {list(keys.shape)} and values {list(values.shape)} do "
+            "not belong together; they are [B,H,d] and twice [B,L,G,d], where G divides H."
         )
     query, keys, values = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, keys, values))
     out = query.new_empty(batch, heads, d)
@@ -95,6 +95,8 @@ def _product(
     columns = tl.arange(0, PIECE)
     # The last program takes the last row several times, where another has none.
     w += tl.minimum(rows, outputs - 1)[:, None].to(tl.int64) * w_row + columns[None, :]
+    if scale is not None:
+        scales = tl.load(scale + rows, mask=rows < outputs, other=0)
     sums = tl.zeros([ROWS, PIECE], tl.float32)
     for k in tl.static_range(0, K, PIECE):
         if k + PIECE <= K:
@@ -110,7 +112,7 @@ def _product(
         sums += weights.to(tl.float32) * inputs.to(tl.float32)[None, :]
     products = tl.sum(sums, 1)
     if scale is not None:
-        products *= tl.load(scale + rows, mask=rows < outputs, other=0).to(tl.float32)
+        products *= scales.to(tl.float32)
     tl.store(y + rows, products.to(y.dtype.element_ty), mask=rows < outputs)
 
 
@@ -119,7 +121,7 @@ def _attend(
     q, k, v, seen, out, q_row, q_head, k_row, k_slot, k_head, v_row, v_slot, v_head, scaling,
     GROUP: tl.constexpr, d: tl.constexpr, D: tl.constexpr, N: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """One head of one row. Each of N places goes through every N-th slot by itself; they are put together at the end."""
+    """One head of one row. Each of N places goes through every N-th slot by itself; the end puts them together."""
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
     head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
