@@ -45,7 +45,7 @@ def free_port() -> int:
 
 
 def interpret(script: str) -> dict:
-    """What a script prints, its Triton kernels being interpreted: in a process of its own, since an import decides it."""
+    """What a script of Triton kernels prints when they are interpreted: an import decides that, so in a new process."""
     env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, f"tests/{script}"], cwd=ROOT, env=env, capture_output=True, text=True, timeout=240
