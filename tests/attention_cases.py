@@ -2,7 +2,8 @@
 
     TRITON_INTERPRET=1 python tests/attention_cases.py
 
-prints a JSON object: the relative errors of the output and of the gradients of q, k and v, for each of CASES.
+prints a JSON object: the relative errors of the output and of the joint gradient of queries, keys and values, for each
+of CASES.
 """
 
 import json
@@ -34,17 +35,17 @@ def lengths_to_starts(lengths: list[int], shared: int, device: str) -> tuple[tor
 
 
 def inputs(rows: int, heads: int, groups: int, d: int, dtype: torch.dtype, device: str) -> list[torch.Tensor]:
-    """q and k with heads first in memory, v as a part of a joint projection, and a gradient of the output."""
-    q, k = (torch.randn(count, rows, d, dtype=dtype, device=device).transpose(0, 1) for count in (heads, groups))
-    joint = torch.randn(rows, (heads + 2 * groups) * d, dtype=dtype, device=device)
-    v = joint[:, -groups * d :].view(rows, groups, d)
+    """Queries, keys and values [T,H+2G,d], and a gradient of the output."""
+    qkv = torch.randn(rows, heads + 2 * groups, d, dtype=dtype, device=device, requires_grad=True)
     gradient = torch.randn(rows, heads, d, dtype=dtype, device=device)
-    return [*(x.requires_grad_() for x in (q, k, v)), gradient]
+    return [qkv, gradient]
 
 
-def reference(q, k, v, starts: torch.Tensor, shared: int, scaling: float) -> torch.Tensor:
+def reference(qkv, groups: int, starts: torch.Tensor, shared: int, longest: int, scaling: float):
     """One range after the other, in float64."""
-    q, k, v = q.double(), *(x.double().repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    qkv = qkv.double()
+    q, k, v = qkv.split([qkv.shape[1] - 2 * groups, groups, groups], dim=1)
+    k, v = (x.repeat_interleave(q.shape[1] // groups, dim=1) for x in (k, v))
     outs = []
     for number, (start, end) in enumerate(pairwise(starts.tolist())):
         before = shared if number else 0
@@ -56,21 +57,20 @@ def reference(q, k, v, starts: torch.Tensor, shared: int, scaling: float) -> tor
     return torch.cat(outs)
 
 
-def errors(attention, q, k, v, gradient, starts: torch.Tensor, shared: int, longest: int) -> list[float]:
-    """Of the output and of the gradients of q, k and v, each relative to the norm of the true one."""
-    scaling = 0.7 * q.shape[-1] ** -0.5
-    output = attention(q, k, v, starts, shared, longest, scaling)
-    expected = reference(q, k, v, starts, shared, scaling)
-    results = output, *torch.autograd.grad(output, (q, k, v), gradient)
-    truths = expected, *torch.autograd.grad(expected, (q, k, v), gradient.double())
-    assert all(result.dtype == q.dtype for result in results)
+def errors(attention, qkv, gradient, groups: int, starts: torch.Tensor, shared: int, longest: int):
+    """Of the output and of the gradient of qkv, each relative to the norm of the true one."""
+    arguments = (qkv, groups, starts, shared, longest, 0.7 * qkv.shape[-1] ** -0.5)
+    output, expected = attention(*arguments), reference(*arguments)
+    results = output, torch.autograd.grad(output, qkv, gradient)[0]
+    truths = expected, torch.autograd.grad(expected, qkv, gradient.double())[0]
+    assert all(result.dtype == qkv.dtype for result in results)
     return [((a.double() - b).norm() / b.norm()).item() for a, b in zip(results, truths, strict=True)]
 
 
 def case_errors(attention, name: str, dtype: torch.dtype, device: str) -> list[float]:
-    lengths, shared, *sizes = CASES[name]
+    lengths, shared, heads, groups, d = CASES[name]
     starts, longest = lengths_to_starts(lengths, shared, device)
-    return errors(attention, *inputs(int(starts[-1]), *sizes, dtype, device), starts, shared, longest)
+    return errors(attention, *inputs(int(starts[-1]), heads, groups, d, dtype, device), groups, starts, shared, longest)
 
 
 def main() -> None:
@@ -84,8 +84,8 @@ def main() -> None:
     results = {name: case_errors(attention, name, torch.float32, "cpu") for name in CASES}
     results["float16"] = case_errors(attention, "several blocks", torch.float16, "cpu")
     starts, longest = lengths_to_starts([4, 70], 2, "cpu")
-    *tensors, _ = inputs(76, 2, 1, 16, torch.float32, "cpu")
-    torch.library.opcheck(packed_kernels._attention, (*tensors, starts, 2, longest, 0.25))
+    qkv, _ = inputs(76, 2, 1, 16, torch.float32, "cpu")
+    torch.library.opcheck(packed_kernels._attention, (qkv, 1, starts, 2, longest, 0.25))
     compiled = torch.compile(attention, backend="aot_eager", fullgraph=True)
     results["compiled"] = case_errors(compiled, "grouped heads", torch.float32, "cpu")
     print(json.dumps(results))

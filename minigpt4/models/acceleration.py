@@ -7,6 +7,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from minigpt4.models import fused_llama
 from minigpt4.models.cuda_graphs import GraphedFunction
 from minigpt4.models.fp8 import convert_to_fp8
 from minigpt4.models.fused import fuse_projections
@@ -22,7 +23,7 @@ def accelerate(model, packed: bool, compiled: bool, fp8: bool = False) -> None:
     the vision side and the pieces replayed from CUDA graphs, as far as they are frozen. fp8: products with the frozen
     weights of language model and encoder in 8 bit, from then on; raises ConfigError where there are none to be had.
     """
-    for name in ("sum_of_losses", "query_outputs", "piece_loss"):  # of an earlier set-up
+    for name in ("sum_of_losses", "query_outputs", "piece_loss", "predict"):  # of an earlier set-up
         vars(model).pop(name, None)
     llm, plain = model.llama_model, type(model)
     model.packed = packed and allow_packing(llm)
@@ -33,8 +34,11 @@ def accelerate(model, packed: bool, compiled: bool, fp8: bool = False) -> None:
     if fp8:
         convert_to_fp8(llm, model.visual_encoder)
     quantized = any(type(module).__module__.startswith("bitsandbytes") for module in llm.modules())
+    if compiled and model.packed and fused_llama.fits(llm):
+        model.predict = fused_llama.FusedLlama(llm, compiled=True)
     if compiled:
-        _compile(model, [] if quantized else llm.get_decoder().layers)  # bitsandbytes' layers run as they are
+        # bitsandbytes' layers run as they are
+        _compile(model, [] if quantized or "predict" in vars(model) else llm.get_decoder().layers)
     # What follows gives gradients to its arguments alone: what it computes with must not train.
     trained = [name for name, p in model.named_parameters() if p.requires_grad and not name.startswith("llama_proj.")]
     if compiled and model.visual_encoder is not None and not trained:  # from cached features it does without

@@ -105,8 +105,11 @@ class MiniGPT4(vision.Vision):
     def piece_loss(self, image_embeds: torch.Tensor, piece) -> torch.Tensor:
         """Cross-entropy summed over the labels of a piece of a batch, given all of the batch's images [B,Q,D]."""
         embeds = self.embed(piece, image_embeds)  # [B,S,D], or [1,T,D] where the batch is packed
-        logits = self.llama_model(inputs_embeds=embeds, use_cache=False, **piece.llm_inputs()).logits  # [..,K,V]
-        return self.sum_of_losses(logits, piece.targets)
+        return self.sum_of_losses(self.predict(embeds, piece), piece.targets)
+
+    def predict(self, embeds: torch.Tensor, piece) -> torch.Tensor:
+        """Logits [B,S,V] of a piece's embeddings [B,S,D], or [1,K,V] of its rows with labels where it is packed."""
+        return self.llama_model(inputs_embeds=embeds, use_cache=False, **piece.llm_inputs()).logits
 
     @staticmethod
     def sum_of_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,8 @@
 """Attention within the sequences of a packed batch, as two Triton kernels: forward and backward.
 
-Made for many short sequences, for which a GPU does little more than read and write: each row is read where it lies, in
-views of any strides, and what belongs together is one program's. Imported only where there is a GPU for it.
+Made for many short sequences, for which a GPU does little more than read and write: queries, keys and values lie side
+by side in one tensor, their gradients in another, and what belongs together is one program's. Imported only where there
+is a GPU for it.
 
 The rows [T] fall into ranges. The first has P rows that precede those of every other range: position j of a sequence is
 row j below P, and its own row j - P from there on. Queries and keys are both counted in positions, in blocks of N. So
@@ -16,20 +17,21 @@ import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)  # powers of two are quicker than those of e
-# The quickest on an H100: forward and backward take 39 and 107 us at S1/64; reading and writing once would, 34 and 67.
-WARPS, STAGES = 4, 1
+WARPS, STAGES = 4, 1  # the quickest on an H100
 
 
 def attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, starts: torch.Tensor, shared: int, longest: int, scaling: float
+    qkv: torch.Tensor, groups: int, starts: torch.Tensor, shared: int, longest: int, scaling: float
 ) -> torch.Tensor:
-    """Causal attention of q [T,H,d] to k and v [T,G,d] within each range and to the shared rows: [T,H,d].
+    """Causal attention within each range and to the shared rows: [T,H,d].
 
-    16 bit, d up to 256; strides may be any but in the last dimension. starts [S+1] int32: where the ranges begin, and T
-    at the end. The first has the `shared` rows; each may be empty. longest: no range, with the shared rows, has more.
+    qkv [T,H+2G,d]: heads of queries, `groups` (G) of keys, as many of values; 16 bit, d up to 256.
+    starts [S+1] int32: where the ranges begin, and T at the end. The first has the `shared` rows; each may be empty.
+    longest: no range, with the shared rows, has more.
+
     Sums are in float32, and always taken in the same order. The gradients of the shared rows are those of all ranges.
     """
-    return _attention(q, k, v, starts, shared, longest, scaling)[0]
+    return _attention(qkv, groups, starts, shared, longest, scaling)[0]
 
 
 def block_size(dimensions: int, memory: int) -> int:
@@ -41,65 +43,71 @@ def block_size(dimensions: int, memory: int) -> int:
 
 @torch.library.custom_op("minigpt4::packed_attention", mutates_args=())
 def _attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, starts: torch.Tensor, shared: int, longest: int, scaling: float
+    qkv: torch.Tensor, groups: int, starts: torch.Tensor, shared: int, longest: int, scaling: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The output [T,H,d], and for the backward pass log2 of the softmax's denominators [H,T] float32."""
-    out, lse = q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
-    _launch("forward", q.shape[1], q, k, v, (out, lse, starts), shared, longest, scaling)
+    out, lse = _empty_outputs(qkv, groups)
+    _launch(_forward, qkv, groups, (out, lse, starts), shared, longest, scaling)
     return out, lse
 
 
 @torch.library.custom_op("minigpt4::packed_attention_backward", mutates_args=())
 def _attention_backward(
-    grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
+    grad: torch.Tensor, qkv: torch.Tensor, groups: int, out: torch.Tensor, lse: torch.Tensor,
     starts: torch.Tensor, shared: int, longest: int, scaling: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Gradients of q, k and v, contiguous."""
-    rows, ranges = len(q), len(starts) - 1
-    dq, dk, dv = q.new_empty(q.shape), *(x.new_empty(rows + ranges * shared, *x.shape[1:]) for x in (k, v))
-    others = (out, lse, grad.contiguous(), dq, dk, dv, starts)
-    _launch("backward", k.shape[1], q, k, v, others, shared, longest, scaling)
-    if shared:  # atomic operations would add in any order
-        for x in (dk, dv):
-            torch.sum(x[rows:].unflatten(0, (ranges, shared)), 0, out=x[:shared])
-    return dq, dk[:rows], dv[:rows]
+) -> torch.Tensor:  # fmt: skip
+    """The gradient of qkv."""
+    rows, ranges = len(qkv), len(starts) - 1
+    # Behind all rows, each range has shared ones of its own: atomic operations would add them up in any order.
+    gradient = qkv.new_empty(rows + ranges * shared, *qkv.shape[1:])
+    others = (out, lse, grad.contiguous(), gradient, starts)
+    _launch(_backward, qkv, groups, others, shared, longest, scaling)
+    if shared:
+        keys_and_values = gradient[:, -2 * groups :]
+        torch.sum(keys_and_values[rows:].unflatten(0, (ranges, shared)), 0, out=keys_and_values[:shared])
+    return gradient[:rows]
 
 
-def _launch(kernel: str, programs: int, q, k, v, others: tuple, shared: int, longest: int, scaling: float) -> None:
+def _launch(kernel, qkv, groups: int, others: tuple, shared: int, longest: int, scaling: float) -> None:
     """Start the programs of each block of each range. others: further tensors, `starts` the last."""
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    (rows, heads, d), group = q.shape, q.shape[1] // k.shape[1]
+    rows, heads, d = len(qkv), qkv.shape[1] - 2 * groups, qkv.shape[2]
     padded = max(16, triton.next_power_of_2(d))  # what Triton's products take
-    memory = torch.cuda.get_device_properties(q.device).shared_memory_per_block_optin if q.is_cuda else 2**20
-    strides = [stride for x in (q, k, v) for stride in x.stride()[:2]]
-    block, launch = block_size(padded, memory), _forward if kernel == "forward" else _backward
+    memory = torch.cuda.get_device_properties(qkv.device).shared_memory_per_block_optin if qkv.is_cuda else 2**20
+    block, grouped = block_size(padded, memory), heads > groups
     # The backward pass of a group holds the gradients of keys and values while it goes through its heads.
-    warps = 2 * WARPS if kernel == "backward" and group > 1 else WARPS
-    with torch.cuda.device_of(q):
-        launch[programs, len(others[-1]) - 1, triton.cdiv(longest, block)](
-            q, k, v, *others, *strides, shared, rows, scaling, heads, group, d, padded, block,
+    programs, warps = (heads, WARPS) if kernel is _forward else (groups, 2 * WARPS if grouped else WARPS)
+    with torch.cuda.device_of(qkv):
+        kernel[programs, len(others[-1]) - 1, triton.cdiv(longest, block)](
+            qkv.contiguous(), *others, shared, rows, scaling, heads, groups, d, padded, block,
             num_warps=warps, num_stages=STAGES,
         )  # fmt: skip
 
 
+def _empty_outputs(qkv: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
+    rows, heads, d = qkv.shape[0], qkv.shape[1] - 2 * groups, qkv.shape[2]
+    return qkv.new_empty(rows, heads, d), qkv.new_empty(heads, rows, dtype=torch.float32)
+
+
 @_attention.register_fake
-def _(q, k, v, starts, shared, longest, scaling):
-    return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+def _(qkv, groups, starts, shared, longest, scaling):
+    return _empty_outputs(qkv, groups)
 
 
 @_attention_backward.register_fake
-def _(grad, q, k, v, out, lse, starts, shared, longest, scaling):
-    return tuple(x.new_empty(x.shape) for x in (q, k, v))
+def _(grad, qkv, groups, out, lse, starts, shared, longest, scaling):
+    return qkv.new_empty(qkv.shape)
 
 
 def _keep(ctx, inputs, output) -> None:
-    *tensors, ctx.shared, ctx.longest, ctx.scaling = inputs
-    ctx.save_for_backward(*tensors[:3], *output, tensors[3])
+    qkv, ctx.groups, starts, ctx.shared, ctx.longest, ctx.scaling = inputs
+    ctx.save_for_backward(qkv, *output, starts)
     ctx.set_materialize_grads(False)  # none for the denominators
 
 
 def _gradients(ctx, grad, _):
-    return *_attention_backward(grad, *ctx.saved_tensors, ctx.shared, ctx.longest, ctx.scaling), *[None] * 4
+    qkv, *others = ctx.saved_tensors
+    gradient = _attention_backward(grad, qkv, ctx.groups, *others, ctx.shared, ctx.longest, ctx.scaling)
+    return gradient, *[None] * 5
 
 
 _attention.register_autograd(_gradients, setup_context=_keep)
@@ -136,22 +144,23 @@ def _store(x, values, rows, stride, mask, d: tl.constexpr, D: tl.constexpr):
 
 @triton.jit(do_not_specialize=["shared", "T"])
 def _forward(
-    q, k, v, out, lse, starts, q_row, q_head, k_row, k_head, v_row, v_head, shared, T, scaling,
-    H: tl.constexpr, GROUP: tl.constexpr, d: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
+    qkv, out, lse, starts, shared, T, scaling,
+    H: tl.constexpr, G: tl.constexpr, d: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """One head's outputs of one block of queries."""
     head, block = tl.program_id(0), tl.program_id(2)
     start, before, keys = _sequence(starts, shared)
     if block * N >= keys or (block + 1) * N <= before:
         return
-    q, k, v = q + head * q_head, k + head // GROUP * k_head, v + head // GROUP * v_head
+    row, group = (H + 2 * G) * d, head // (H // G)
+    q, k, v = qkv + head * d, qkv + (H + group) * d, qkv + (H + G + group) * d
     positions, rows = _block(block, start, before, N)
-    own = (positions >= before) & (positions < keys)
-    queries = _load(q, rows, q_row, own, d, D)
-    key = _load(k, rows, k_row, positions < keys, d, D)
-    value = _load(v, rows, v_row, positions < keys, d, D)
+    own, present = (positions >= before) & (positions < keys), positions < keys
+    query = _load(q, rows, row, own, d, D)
+    key = _load(k, rows, row, present, d, D)
+    value = _load(v, rows, row, present, d, D)
     scale = scaling * LOG2_E
-    scores = tl.dot(queries, tl.trans(key)) * scale
+    scores = tl.dot(query, tl.trans(key)) * scale
     scores = tl.where(positions[:, None] >= positions[None, :], scores, float("-inf"))
     highest = tl.max(scores, 1)
     weights = tl.exp2(scores - highest[:, None])
@@ -159,9 +168,9 @@ def _forward(
     output = tl.dot(weights.to(value.dtype), value)
     for earlier in range(0, block):
         others, other_rows = _block(earlier, start, before, N)
-        key = _load(k, other_rows, k_row, others < keys, d, D)
-        value = _load(v, other_rows, v_row, others < keys, d, D)
-        scores = tl.dot(queries, tl.trans(key)) * scale
+        key = _load(k, other_rows, row, others < keys, d, D)
+        value = _load(v, other_rows, row, others < keys, d, D)
+        scores = tl.dot(query, tl.trans(key)) * scale
         higher = tl.maximum(highest, tl.max(scores, 1))
         weights = tl.exp2(scores - higher[:, None])
         shrunk = tl.exp2(highest - higher)
@@ -174,17 +183,17 @@ def _forward(
 
 
 @triton.jit
-def _load_queries(q, out, lse, grad, rows, q_row, o_row, own, d: tl.constexpr, D: tl.constexpr):
-    """Queries and gradients [N,D] of a block, log2 of the denominators and output · gradient [N]."""
-    queries, gradient = _load(q, rows, q_row, own, d, D), _load(grad, rows, o_row, own, d, D)
-    output, denominators = _load(out, rows, o_row, own, d, D), tl.load(lse + rows, mask=own, other=float("inf"))
-    return queries, gradient, denominators, tl.sum(output.to(tl.float32) * gradient.to(tl.float32), 1)
+def _load_gradient(out, lse, grad, rows, stride, own, d: tl.constexpr, D: tl.constexpr):
+    """Gradients [N,D] of a block of queries, log2 of their denominators, and output · gradient [N]."""
+    gradient, output = _load(grad, rows, stride, own, d, D), _load(out, rows, stride, own, d, D)
+    denominators = tl.load(lse + rows, mask=own, other=float("inf"))
+    return gradient, denominators, tl.sum(output.to(tl.float32) * gradient.to(tl.float32), 1)
 
 
 @triton.jit
-def _weights(key, value, queries, gradient, lse, delta, scale, seen):
+def _weights(key, value, query, gradient, lse, delta, scale, seen):
     """The weights [keys,queries] and the gradients of the scores, in 16 bit: transposed, as dk and dv want them."""
-    weights = tl.exp2(tl.dot(key, tl.trans(queries)) * scale - lse[None, :])
+    weights = tl.exp2(tl.dot(key, tl.trans(query)) * scale - lse[None, :])
     weights = tl.where(seen, weights, 0.0)
     score_gradient = weights * (tl.dot(value, tl.trans(gradient)) - delta[None, :])
     return weights.to(key.dtype), score_gradient.to(key.dtype)
@@ -192,8 +201,8 @@ def _weights(key, value, queries, gradient, lse, delta, scale, seen):
 
 @triton.jit(do_not_specialize=["shared", "T"])
 def _backward(
-    q, k, v, out, lse, grad, dq, dk, dv, starts, q_row, q_head, k_row, k_head, v_row, v_head, shared, T, scaling,
-    H: tl.constexpr, GROUP: tl.constexpr, d: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
+    qkv, out, lse, grad, dqkv, starts, shared, T, scaling,
+    H: tl.constexpr, G: tl.constexpr, d: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one block of positions: of the queries of each head in a group, and of the group's keys and values.
 
@@ -205,42 +214,43 @@ def _backward(
     if block * N >= keys:
         return
     blocks = tl.cdiv(keys, N)
-    k, v = k + group * k_head, v + group * v_head
-    o_row, scale = H * d, scaling * LOG2_E
+    row, o_row, scale = (H + 2 * G) * d, H * d, scaling * LOG2_E
+    k_at, v_at = (H + group) * d, (H + G + group) * d
     positions, rows = _block(block, start, before, N)
     present = positions < keys
     own = present & (positions >= before)
-    key, value = _load(k, rows, k_row, present, d, D), _load(v, rows, v_row, present, d, D)
-    key_gradient, value_gradient = tl.zeros([N, D], tl.float32), tl.zeros([N, D], tl.float32)
-    for member in range(GROUP):
-        head = group * GROUP + member
-        o, q_of_head, lse_of_head = head * d, q + head * q_head, lse + head * T
-        queries, gradient, denominators, delta = _load_queries(
-            q_of_head, out + o, lse_of_head, grad + o, rows, q_row, o_row, own, d, D
-        )
+    key = _load(qkv + k_at, rows, row, present, d, D)
+    value = _load(qkv + v_at, rows, row, present, d, D)
+    dk, dv = tl.zeros([N, D], tl.float32), tl.zeros([N, D], tl.float32)
+    for member in range(H // G):
+        head = group * (H // G) + member
+        q_at, lse_of_head = head * d, lse + head * T
+        query = _load(qkv + q_at, rows, row, own, d, D)
+        gradient, denominators, delta = _load_gradient(out + q_at, lse_of_head, grad + q_at, rows, o_row, own, d, D)
         seen = positions[:, None] <= positions[None, :]
-        weights, score_gradient = _weights(key, value, queries, gradient, denominators, delta, scale, seen)
-        query_gradient = tl.dot(tl.trans(score_gradient), key)
+        weights, score_gradient = _weights(key, value, query, gradient, denominators, delta, scale, seen)
+        dq = tl.dot(tl.trans(score_gradient), key)
         for earlier in range(0, block):
             others, other_rows = _block(earlier, start, before, N)
-            other_key = _load(k, other_rows, k_row, others < keys, d, D)
-            other_value = _load(v, other_rows, v_row, others < keys, d, D)
-            _, other = _weights(other_key, other_value, queries, gradient, denominators, delta, scale, True)
-            query_gradient = tl.dot(tl.trans(other), other_key, query_gradient)
-        _store(dq + o, (query_gradient * scaling).to(key.dtype), rows, o_row, own, d, D)
-        value_gradient = tl.dot(weights, gradient, value_gradient)
-        key_gradient = tl.dot(score_gradient, queries, key_gradient)
+            other_key = _load(qkv + k_at, other_rows, row, others < keys, d, D)
+            other_value = _load(qkv + v_at, other_rows, row, others < keys, d, D)
+            _, other = _weights(other_key, other_value, query, gradient, denominators, delta, scale, True)
+            dq = tl.dot(tl.trans(other), other_key, dq)
+        _store(dqkv + q_at, (dq * scaling).to(key.dtype), rows, row, own, d, D)
+        dv = tl.dot(weights, gradient, dv)
+        dk = tl.dot(score_gradient, query, dk)
         for later in range(block + 1, blocks):
             others, other_rows = _block(later, start, before, N)
-            queries, gradient, denominators, delta = _load_queries(
-                q_of_head, out + o, lse_of_head, grad + o, other_rows, q_row, o_row,
-                (others >= before) & (others < keys), d, D,
-            )  # fmt: skip
-            weights, score_gradient = _weights(key, value, queries, gradient, denominators, delta, scale, True)
-            value_gradient = tl.dot(weights, gradient, value_gradient)
-            key_gradient = tl.dot(score_gradient, queries, key_gradient)
+            theirs = (others >= before) & (others < keys)
+            query = _load(qkv + q_at, other_rows, row, theirs, d, D)
+            gradient, denominators, delta = _load_gradient(
+                out + q_at, lse_of_head, grad + q_at, other_rows, o_row, theirs, d, D
+            )
+            weights, score_gradient = _weights(key, value, query, gradient, denominators, delta, scale, True)
+            dv = tl.dot(weights, gradient, dv)
+            dk = tl.dot(score_gradient, query, dk)
     # Of shared rows each range has a gradient of its own, behind those of all rows.
     first = T + tl.program_id(1).to(tl.int64) * shared
-    rows, kv_row = tl.where(positions < shared, first + positions, rows), H // GROUP * d
-    _store(dv + group * d, value_gradient.to(key.dtype), rows, kv_row, present, d, D)
-    _store(dk + group * d, (key_gradient * scaling).to(key.dtype), rows, kv_row, present, d, D)
+    to = tl.where(positions < shared, first + positions, rows)
+    _store(dqkv + v_at, dv.to(value.dtype), to, row, present, d, D)
+    _store(dqkv + k_at, (dk * scaling).to(key.dtype), to, row, present, d, D)

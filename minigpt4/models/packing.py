@@ -261,16 +261,23 @@ def _attention_function(usual):
 
 
 def packed_attention(query, key, value, scaling, segments: Segments) -> torch.Tensor:
-    """Causal attention within each sequence: query [1,H,T,d], key and value [1,H or fewer,T,d], to [1,T,H,d]."""
-    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # [T,H,d]
-    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
+    """Causal attention within each sequence: query [1,H,T,d], key and value [1,G,T,d], to [1,T,H,d].
+
+    scaling: None: d**-0.5.
+    """
+    qkv = torch.cat([x.squeeze(0).transpose(0, 1) for x in (query, key, value)], dim=1)
+    scaling = qkv.shape[-1] ** -0.5 if scaling is None else scaling
+    return joint_attention(qkv, key.shape[1], scaling, segments).unsqueeze(0)
+
+
+def joint_attention(qkv, groups: int, scaling: float, segments: Segments) -> torch.Tensor:
+    """Causal attention within each sequence, of heads of queries, keys and values [T,H+2G,d] to [T,H,d]."""
+    if qkv.is_cuda and qkv.dtype in (torch.float16, torch.bfloat16):
         from minigpt4.models.packed_kernels import attention
 
-        # A copy of v where it is a part of a joint projection, all of which would be kept for the backward pass.
-        out = attention(q, k, v.contiguous(), *segments, q.shape[-1] ** -0.5 if scaling is None else scaling)
-    else:
-        out = _one_by_one(q, k, v, segments, scaling)
-    return out.unsqueeze(0)
+        return attention(qkv, groups, *segments, scaling)
+    q, k, v = qkv.split([qkv.shape[1] - 2 * groups, groups, groups], dim=1)
+    return _one_by_one(q, k, v, segments, scaling)
 
 
 def _one_by_one(q, k, v, segments: Segments, scaling):

@@ -36,6 +36,7 @@ def test_accelerated_equals_plain(build_golden_model, caplog, dtype, recomputed)
     model = build_golden_model("cuda", dtype, llm_grad_checkpoint=recomputed)
     model.accelerate(packed=True, compiled=True)
     assert model.packed
+    assert ("predict" in vars(model)) == (not recomputed)  # fused_llama.py
     accelerated = steps(model, order)
     for (loss, gradient), usual, ours in zip(exact, plain, accelerated, strict=True):
         usual_error, error = ((other - gradient).norm() / gradient.norm() for _, other in (usual, ours))

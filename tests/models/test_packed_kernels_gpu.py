@@ -42,16 +42,16 @@ def test_output_and_gradients(attention, name, dtype):
 def test_sizes_of_training(attention, shared, dtype):
     starts, longest = lengths_to_starts(LENGTHS[shared], shared, "cuda")
     tensors = inputs(int(starts[-1]), 8, 8, 128, dtype, "cuda")
-    assert max(errors(attention, *tensors, starts, shared, longest)) < 1e-2
+    assert max(errors(attention, *tensors, 8, starts, shared, longest)) < 1e-2
 
 
 def test_the_same_bits_each_time(attention):
     starts, longest = lengths_to_starts(LENGTHS[8], 8, "cuda")
-    *tensors, gradient = inputs(int(starts[-1]), 8, 2, 128, torch.bfloat16, "cuda")
+    qkv, gradient = inputs(int(starts[-1]), 8, 2, 128, torch.bfloat16, "cuda")
     runs = []
     for _ in range(3):
-        output = attention(*tensors, starts, 8, longest, 0.1)
-        runs.append((output, *torch.autograd.grad(output, tensors, gradient)))
+        output = attention(qkv, 2, starts, 8, longest, 0.1)
+        runs.append((output, *torch.autograd.grad(output, qkv, gradient)))
     assert all(torch.equal(a, b) for other in runs[1:] for a, b in zip(runs[0], other, strict=True))
 
 
@@ -66,13 +66,13 @@ def test_compiled(dtype):
     compiled = torch.compile(attend, fullgraph=True)
     for lengths, shared in ((LENGTHS[1], 1), (LENGTHS[8], 8), (LENGTHS[30], 30), (LENGTHS[0], 0)):
         starts, longest = lengths_to_starts(lengths, shared, "cuda")
-        *tensors, gradient = inputs(int(starts[-1]), 8, 2, 64, dtype, "cuda")
-        heads_first = (x.transpose(0, 1).unsqueeze(0) for x in tensors)
+        qkv, gradient = inputs(int(starts[-1]), 8, 2, 64, dtype, "cuda")
+        heads_first = (x.transpose(0, 1).unsqueeze(0) for x in qkv.split([8, 2, 2], dim=1))
         output = compiled(*heads_first, Segments(starts, shared, longest))
         assert output.shape == (1, *gradient.shape)
-        expected = reference(*tensors, starts, shared, 0.1)
-        results = output[0], *torch.autograd.grad(output, tensors, gradient.unsqueeze(0))
-        truths = expected, *torch.autograd.grad(expected, tensors, gradient.double())
+        expected = reference(qkv, 2, starts, shared, longest, 0.1)
+        results = output[0], *torch.autograd.grad(output, qkv, gradient.unsqueeze(0))
+        truths = expected, *torch.autograd.grad(expected, qkv, gradient.double())
         assert all((a.double() - b).norm() < 1e-2 * b.norm() for a, b in zip(results, truths, strict=True))
 
 
@@ -81,12 +81,11 @@ def test_replayed_with_other_lengths(attention, dtype):
     """One recording serves all batches of as many rows and ranges: the lengths are read on the GPU."""
     batches = [[40, 56, 48, 20], [64, 1, 99, 0], [0, 0, 0, 164], [41, 41, 41, 41]]
     starts, _ = lengths_to_starts(batches[0], 4, "cuda")
-    *tensors, gradient = inputs(int(starts[-1]), 4, 2, 128, dtype, "cuda")
-    static = [x.detach().requires_grad_() for x in tensors]
+    qkv, gradient = inputs(int(starts[-1]), 4, 2, 128, dtype, "cuda")
 
     def run():
-        output = attention(*static, starts, 4, 256, 0.1)
-        return output, *torch.autograd.grad(output, static, gradient)
+        output = attention(qkv, 2, starts, 4, 256, 0.1)
+        return output, *torch.autograd.grad(output, qkv, gradient)
 
     run()  # compiles
     torch.cuda.synchronize()
@@ -95,11 +94,11 @@ def test_replayed_with_other_lengths(attention, dtype):
         results = run()
     for lengths in batches:
         starts.copy_(lengths_to_starts(lengths, 4, "cuda")[0])
-        for x in (*static, gradient):
+        for x in (qkv, gradient):
             x.data.normal_()
         for result in results:
             result.fill_(torch.nan)
         graph.replay()
-        expected = reference(*static, starts, 4, 0.1)
-        truths = expected, *torch.autograd.grad(expected, static, gradient.double())
+        expected = reference(qkv, 2, starts, 4, 256, 0.1)
+        truths = expected, *torch.autograd.grad(expected, qkv, gradient.double())
         assert all((a.double() - b).norm() < 1e-2 * b.norm() for a, b in zip(results, truths, strict=True))

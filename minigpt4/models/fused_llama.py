@@ -1,0 +1,78 @@
+"""A piece of a packed batch through a frozen Llama, with what transformers' layers do one by one joined up.
+
+The numbers are those of transformers' forward pass to rounding. What differs is where they are computed:
+- Each residual addition stands beside the norm that follows it, across the bounds of layers.
+- Queries, keys and values stay side by side, as their joint product leaves them.
+- In the last layer, only rows with labels go on behind the attention.
+
+T rows, K labels, D width, V vocabulary.
+"""
+
+import torch
+
+from minigpt4.models.fused import FirstOfFused
+from minigpt4.models.packing import Piece, Segments, joint_attention
+
+
+def fits(llm) -> bool:
+    """Whether `llm` is a Llama as transformers wrote it, with joint projections and fixed rotations."""
+    from transformers.models.llama import modeling_llama as llama
+
+    if type(llm) is not llama.LlamaForCausalLM or llm.model.rotary_emb.rope_type not in ("default", "linear", "llama3"):
+        return False
+    return all(
+        type(layer) is llama.LlamaDecoderLayer
+        and "forward" not in vars(layer)  # one that recomputes its activations
+        and isinstance(layer.self_attn.q_proj, FirstOfFused)
+        for layer in llm.model.layers
+    )
+
+
+class FusedLlama:
+    """Logits of a Llama that `fits`, by its weights where they are."""
+
+    def __init__(self, llm, compiled: bool):
+        """compiled: by torch.compile, one compilation for all layers and lengths."""
+        self.llm, self.before, self.behind = llm, _up_to_attention, _behind_attention
+        if compiled:
+            self.before, self.behind = (torch.compile(part, dynamic=True) for part in (self.before, self.behind))
+
+    def __call__(self, embeds: torch.Tensor, piece: Piece) -> torch.Tensor:
+        """The embeddings [1,T,D] of a piece to the logits [1,K,V] of its rows with labels."""
+        llama, inputs = self.llm.model, piece.llm_inputs()
+        segments, labelled = inputs["segments"], inputs["logits_to_keep"]
+        # [1,T,d], both halves alike; the first half of the dimensions is turned the other way
+        cos, sin = (x.view(-1, 1, 2, x.shape[-1] // 2) for x in llama.rotary_emb(embeds, inputs["position_ids"]))
+        rotation = cos, torch.cat([-sin[:, :, :1], sin[:, :, 1:]], dim=2)
+        # A layer takes its input as a sum. Halving and doubling are exact, so the first is like the others.
+        hidden = addend = embeds / 2
+        for layer in llama.layers:
+            hidden, attended = self.before(layer, hidden, addend, rotation, segments)
+            if layer is llama.layers[-1]:
+                hidden, attended = (x.index_select(1, labelled) for x in (hidden, attended))
+            hidden, addend = self.behind(layer, hidden, attended)
+        return self.llm.lm_head(llama.norm(hidden + addend))
+
+
+def _up_to_attention(layer, hidden, addend, rotation, segments: Segments) -> tuple[torch.Tensor, torch.Tensor]:
+    """A layer's input [1,T,D], and what it attended to [1,T,H*d]."""
+    attention, hidden = layer.self_attn, hidden + addend
+    joint = attention.q_proj.joint_product(layer.input_layernorm(hidden))
+    qkv = joint.view(joint.shape[1], -1, attention.head_dim)
+    groups = qkv.shape[1] // (attention.num_key_value_groups + 2)
+    attended = joint_attention(_rotated(qkv, groups, *rotation), groups, attention.scaling, segments)
+    return hidden, attended.flatten(1).unsqueeze(0)
+
+
+def _rotated(qkv, groups: int, cos, sin) -> torch.Tensor:
+    """[T,H+2G,d] with queries and keys rotated: in one pass, without anything to be put together."""
+    halves = qkv.unflatten(-1, (2, -1))
+    turned = halves * cos + halves.flip(-2) * sin  # dimension i goes with i + d/2
+    is_value = torch.arange(qkv.shape[1], device=qkv.device) >= qkv.shape[1] - groups
+    return torch.where(is_value[:, None, None], halves, turned).flatten(-2)
+
+
+def _behind_attention(layer, hidden, attended) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rest of a layer: its output [1,T,D] as a sum of two."""
+    hidden = hidden + layer.self_attn.o_proj(attended)
+    return hidden, layer.mlp(layer.post_attention_layernorm(hidden))
