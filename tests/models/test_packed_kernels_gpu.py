@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernel_cases import (
+from training_cases import (
     CASES,
     LAYER_STEPS,
     case_errors,

@@ -1,6 +1,6 @@
 """The kernels of a training step against float64, on the GPU or, as a script, interpreted.
 
-    TRITON_INTERPRET=1 python tests/kernel_cases.py
+    TRITON_INTERPRET=1 python tests/training_cases.py
 
 prints a JSON object: the relative errors of output and gradient, for each of CASES (attention) and LAYER_STEPS.
 """
