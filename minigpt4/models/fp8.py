@@ -21,7 +21,6 @@ from minigpt4.common.errors import ConfigError
 from minigpt4.models.fused import FirstOfFused
 
 DTYPE = torch.float8_e4m3fn
-LARGEST = torch.finfo(DTYPE).max
 # Sizes that the GPU's product takes.
 MULTIPLE = 16
 
@@ -74,7 +73,8 @@ def convert_to_fp8(llm: nn.Module, visual_encoder: nn.Module | None = None) -> N
 def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows [M,K] as e4m3 [M,K], and the scale [M,1] float32 of each. What is not finite makes its row NaN."""
     x = x.float()
-    scale = (x.abs().amax(dim=1, keepdim=True) / LARGEST).clamp(min=torch.finfo(torch.float32).tiny)
+    largest = torch.finfo(DTYPE).max  # as a global number it would be a variable to torch.compile
+    scale = (x.abs().amax(dim=1, keepdim=True) / largest).clamp(min=torch.finfo(torch.float32).tiny)
     return (x / scale).to(DTYPE, memory_format=torch.contiguous_format), scale
 
 

@@ -78,7 +78,7 @@ def _launch(kernel, qkv, groups: int, others: tuple, shared: int, longest: int, 
     programs, warps = (heads, WARPS) if kernel is _forward else (groups, 2 * WARPS if grouped else WARPS)
     with torch.cuda.device_of(qkv):
         kernel[programs, len(others[-1]) - 1, triton.cdiv(longest, block)](
-            qkv.contiguous(), *others, shared, rows, scaling, heads, groups, d, padded, block,
+            qkv.contiguous(), *others, shared, rows, scaling, heads, groups, d, padded, block, longest <= block,
             num_warps=warps, num_stages=STAGES,
         )  # fmt: skip
 
@@ -146,8 +146,9 @@ def _store(x, values, rows, stride, mask, d: tl.constexpr, D: tl.constexpr):
 def _forward(
     qkv, out, lse, starts, shared, T, scaling,
     H: tl.constexpr, G: tl.constexpr, d: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
+    ONE: tl.constexpr,
 ):  # fmt: skip
-    """One head's outputs of one block of queries."""
+    """One head's outputs of one block of queries. ONE: each range has one block, which wants fewer registers."""
     head, block = tl.program_id(0), tl.program_id(2)
     start, before, keys = _sequence(starts, shared)
     if block * N >= keys or (block + 1) * N <= before:
@@ -166,7 +167,7 @@ def _forward(
     weights = tl.exp2(scores - highest[:, None])
     total = tl.sum(weights, 1)
     output = tl.dot(weights.to(value.dtype), value)
-    for earlier in range(0, block):
+    for earlier in range(0, 0 if ONE else block):
         others, other_rows = _block(earlier, start, before, N)
         key = _load(k, other_rows, row, others < keys, d, D)
         value = _load(v, other_rows, row, others < keys, d, D)
@@ -203,6 +204,7 @@ def _weights(key, value, query, gradient, lse, delta, scale, seen):
 def _backward(
     qkv, out, lse, grad, dqkv, starts, shared, T, scaling,
     H: tl.constexpr, G: tl.constexpr, d: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
+    ONE: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one block of positions: of the queries of each head in a group, and of the group's keys and values.
 
@@ -230,7 +232,7 @@ def _backward(
         seen = positions[:, None] <= positions[None, :]
         weights, score_gradient = _weights(key, value, query, gradient, denominators, delta, scale, seen)
         dq = tl.dot(tl.trans(score_gradient), key)
-        for earlier in range(0, block):
+        for earlier in range(0, 0 if ONE else block):
             others, other_rows = _block(earlier, start, before, N)
             other_key = _load(qkv + k_at, other_rows, row, others < keys, d, D)
             other_value = _load(qkv + v_at, other_rows, row, others < keys, d, D)
@@ -239,7 +241,7 @@ def _backward(
         _store(dqkv + q_at, (dq * scaling).to(key.dtype), rows, row, own, d, D)
         dv = tl.dot(weights, gradient, dv)
         dk = tl.dot(score_gradient, query, dk)
-        for later in range(block + 1, blocks):
+        for later in range(block + 1, 1 if ONE else blocks):
             others, other_rows = _block(later, start, before, N)
             theirs = (others >= before) & (others < keys)
             query = _load(qkv + q_at, other_rows, row, theirs, d, D)

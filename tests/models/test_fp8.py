@@ -4,6 +4,7 @@ torch's product of fp8 rows runs on a CPU in its newer releases only; elsewhere 
 operands must be what a Hopper GPU asks for, which a CPU would not complain about.
 """
 
+import functools
 import logging
 from types import SimpleNamespace
 
@@ -12,11 +13,12 @@ import torch
 from helpers import loss_and_gradient
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from minigpt4.cli.random_work import quantize
 from minigpt4.common import fingerprint
 from minigpt4.common.errors import ConfigError
-from minigpt4.models import acceleration, fp8, fused_vit, int8
+from minigpt4.models import acceleration, fp8, fused_llama, fused_vit, int8, packing
 from minigpt4.models.fused import fuse_projections
 
 
@@ -156,6 +158,31 @@ def test_a_compiler_sees_one_graph(monkeypatch):
         torch.testing.assert_close(again.grad, x.grad)
     with torch.no_grad():
         assert torch.equal(compiled(x), layer(x))
+
+
+def test_a_compiled_llama_of_any_length(monkeypatch):
+    """With sizes as variables: no number in the products may be taken for one."""
+    monkeypatch.setattr(torch, "_scaled_mm", PRODUCT)
+    # Attention on a CPU is no single graph.
+    monkeypatch.setattr(fused_llama, "joint_attention", lambda qkv, groups, *_: qkv[:, : qkv.shape[1] - 2 * groups])
+    sizes = {"vocab_size": 32, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    llm = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=2)).bfloat16().requires_grad_(False)
+    fuse_projections(llm)
+    assert packing.allow_packing(llm)
+    fp8.convert_to_fp8(llm)
+    (piece,) = packing.pack([[1, 2, 3, 4, 5], [1, 6, 7]], [[-100, 2, 3, 4, 5], [-100, 6, 7]]).pieces
+    embeds = torch.randn(1, piece.sizes.rows, 32, dtype=torch.bfloat16, requires_grad=True)
+    results = []
+    for compiled in (False, True):
+        fused = fused_llama.FusedLlama(llm, compiled=False)
+        if compiled:
+            compile = functools.partial(torch.compile, dynamic=True, backend="aot_eager")
+            fused.before, fused.behind = compile(fused.before), compile(fused.behind)
+        logits = fused(embeds, piece)
+        results.append((logits, torch.autograd.grad(logits.float().square().sum(), embeds)[0]))
+    for eager, own in zip(*results, strict=True):
+        assert (own - eager).norm() < 0.02 * eager.norm()
 
 
 def test_what_stays_as_it_is():

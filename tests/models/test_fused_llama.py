@@ -15,10 +15,11 @@ from minigpt4.models.prompt import IGNORE_INDEX, IMAGE_ID
 SIZES = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
 
 
-def llama(packed=True, fused=True, **sizes):
-    """In float64, with norms that are no ones."""
+def llama(packed=True, fused=True, dtype=torch.float64, **sizes):
+    """With norms that are no ones."""
     torch.manual_seed(0)
-    llm = LlamaForCausalLM(LlamaConfig(**{**SIZES, "num_attention_heads": 4, **sizes})).double().requires_grad_(False)
+    llm = LlamaForCausalLM(LlamaConfig(**{**SIZES, "num_attention_heads": 4, **sizes}))
+    llm.to(dtype).requires_grad_(False)
     for name, weight in llm.named_parameters():
         weight.data.normal_(1 if "norm" in name else 0, 0.3)
     assert not packed or allow_packing(llm)
