@@ -26,9 +26,9 @@ QFORMER_KEYS = (
 )
 
 
-# Rows that a piece of a packed batch has, about: up to one and a half times as many, and a longer sequence is one by
-# itself. More would be a little quicker and take more memory.
-PIECE = 1280
+# Rows that a piece of a packed batch has at most, or next to it, but for a longer sequence. More would be a little
+# quicker and take more memory.
+PIECE = 1536
 
 DEVICES = ("cuda", "cpu", "mps")
 

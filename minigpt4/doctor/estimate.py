@@ -152,7 +152,7 @@ def _tokens_at_once(case: Case) -> float:
     tokens = longest_sequence(case)
     all_of_them = case.run.batch_size_train * tokens
     in_pieces = case.on_gpu and case.run.amp and case.run.packed and case.run.amp_dtype != "fp16"
-    return min(all_of_them, max(1.5 * PIECE, tokens)) if in_pieces else all_of_them
+    return min(all_of_them, max(PIECE, tokens)) if in_pieces else all_of_them
 
 
 def _activations(case: Case) -> float:

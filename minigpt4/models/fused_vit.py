@@ -2,7 +2,8 @@
 
 A block of timm's ends with a sum, of which the next block takes the norm first. Compiled one by one, a block writes
 the sum and the next one reads it again. Here it hands on the two terms, and the next one takes sum and norm at once, as
-it does between its attention and its MLP. The sums are those of timm's blocks, in the same order.
+it does between its attention and its MLP. The sums are those of timm's blocks, in the same order. Patches are embedded
+by a product, for which a GPU has quicker kernels than for a convolution.
 
 B images, N image tokens, D width; K inputs, M outputs of a linear layer.
 """
@@ -11,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Mlp
+from timm.layers import Mlp, PatchEmbed
 from timm.models.eva import EvaBlock
 from torch import nn
 
@@ -23,19 +24,29 @@ Unit = Callable[[EvaBlock, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torc
 def fits(vit: nn.Module) -> bool:
     """Whether `forward_features` computes what this encoder does: one of ours, frozen, its blocks of the plain kind."""
     frozen = not any(p.requires_grad for p in vit.parameters())
-    ours = type(vit) is EvaViT and not vit.grad_checkpointing
+    ours = type(vit) is EvaViT and type(vit.patch_embed) is PatchEmbed and not vit.grad_checkpointing
     return frozen and ours and all(_is_plain(block) for block in vit.blocks)
 
 
 def forward_features(vit: EvaViT, image: torch.Tensor, unit: Unit) -> torch.Tensor:
     """Images [B,3,S,S] to image tokens [B,N,D], as timm's `Eva.forward_features`. unit: `run_block`, as compiled."""
-    x = vit.norm_pre(vit._pos_embed(vit.patch_embed(image))[0])
+    x = vit.norm_pre(vit._pos_embed(_embed_patches(vit.patch_embed, image))[0])
     device = x.device.type
     products = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     delta = torch.zeros_like(x, dtype=products)  # so that the first block is compiled as all others are
     for block in vit.blocks:
         x, delta = unit(block, x, delta)
     return vit.norm(x + delta)
+
+
+def _embed_patches(patch_embed: PatchEmbed, image: torch.Tensor) -> torch.Tensor:
+    """Images [B,3,S,S] to the embeddings [B,G*G,D] of their patches: the convolution, as a product."""
+    conv = patch_embed.proj
+    weight, (p, _) = conv.weight.flatten(1), conv.kernel_size  # [D,3*p*p]
+    grid = image.to(weight.dtype).unflatten(2, (-1, p)).unflatten(4, (-1, p))  # [B,3,G,p,G,p]
+    rows = grid.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+    padding = (0, -rows.shape[-1] % 8)  # to sizes that a GPU multiplies quickly
+    return patch_embed.norm(F.linear(F.pad(rows, padding), F.pad(weight, padding), conv.bias))
 
 
 def run_block(block: EvaBlock, x: torch.Tensor, delta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -143,12 +143,12 @@ def pack(sequences: list[list[int]], labels: list[list[int]]) -> PackedBatch:
 
 
 def divide(lengths: list[int], shared: int) -> list[list[int]]:
-    """Sequences with so many rows of their own, by number, into groups of about PIECE rows.
+    """Sequences with so many rows of their own, by number, into as few groups as have PIECE rows each.
 
     A group costs multiples of ROW_MULTIPLE rows: each but the last takes the sequences that leave least of them empty.
     """
     groups, left = [], [*range(len(lengths))]
-    for count in range(max(1, round(sum(lengths) / PIECE)), 1, -1):
+    for count in range(-(-sum(lengths) // max(PIECE - shared - 1, 1)), 1, -1):
         multiples = -(-(sum(lengths[i] for i in left) + count * (shared + 1)) // ROW_MULTIPLE)
         room = -(-multiples // count) * ROW_MULTIPLE - shared - 1
         chosen = {left[n] for n in fullest([lengths[i] for i in left], room)}

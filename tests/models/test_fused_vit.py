@@ -37,7 +37,7 @@ def images():
 
 
 def test_equals_timms_forward(vit, images):
-    torch.testing.assert_close(forward_features(vit, images, run_block), vit(images), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(forward_features(vit, images, run_block), vit(images), rtol=1e-5, atol=5e-5)
 
 
 def test_each_block_equals_timms(vit, images):
@@ -57,7 +57,7 @@ def test_in_16_bit(vit, images):
         return run_block(block, x, delta)
 
     with torch.autocast("cpu", torch.bfloat16):
-        torch.testing.assert_close(forward_features(vit, images, unit), vit(images), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(forward_features(vit, images, unit), vit(images), rtol=1e-5, atol=5e-5)
     assert kinds == {(torch.float32, torch.bfloat16)}
 
 
@@ -65,11 +65,11 @@ def test_all_blocks_share_one_compilation(vit, images):
     compiles = CompileCounterWithBackend("aot_eager")
     torch._dynamo.reset()
     unit = torch.compile(run_block, backend=compiles, fullgraph=True)
-    torch.testing.assert_close(forward_features(vit, images, unit), vit(images), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(forward_features(vit, images, unit), vit(images), rtol=1e-5, atol=5e-5)
     assert compiles.frame_count == 1
     for count in (3, 5):  # once more, for any number of images
         some = torch.randn(count, 3, 42, 42)
-        torch.testing.assert_close(forward_features(vit, some, unit), vit(some), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(forward_features(vit, some, unit), vit(some), rtol=1e-5, atol=5e-5)
     assert compiles.frame_count == 2
     torch._dynamo.reset()
 
@@ -77,11 +77,11 @@ def test_all_blocks_share_one_compilation(vit, images):
 def test_with_linear_gelu(vit, images, monkeypatch):
     """The MLP by way of it, compiled too, as it is on a GPU."""
     monkeypatch.setattr(fused_vit, "_takes_linear_gelu", lambda mlp: True)
-    torch.testing.assert_close(forward_features(vit, images, run_block), vit(images), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(forward_features(vit, images, run_block), vit(images), rtol=1e-5, atol=5e-5)
     torch._dynamo.reset()
     compiles = CompileCounterWithBackend("aot_eager")
     unit = torch.compile(run_block, backend=compiles, fullgraph=True)
-    torch.testing.assert_close(forward_features(vit, images, unit), vit(images), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(forward_features(vit, images, unit), vit(images), rtol=1e-5, atol=5e-5)
     assert torch.ops.minigpt4.linear_gelu.default in {node.target for node in compiles.graphs[0].graph.nodes}
     torch._dynamo.reset()
 
@@ -100,7 +100,7 @@ def test_compiled_set_up_of_a_frozen_encoder(build_golden_model, monkeypatch):
     unit = vit.forward_features.keywords["unit"]
     vit.forward_features.keywords["unit"] = run_block
     assert unit is not run_block
-    torch.testing.assert_close(vit(images), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(vit(images), expected, rtol=1e-5, atol=5e-5)
     acceleration.accelerate(model, packed=False, compiled=False)
     assert "forward_features" not in vars(vit) and torch.equal(vit(images), expected)
     acceleration.accelerate(model, packed=False, compiled=True)
@@ -159,7 +159,7 @@ def test_another_mlp_computes_itself(vit, images, mlp):
     for block in vit.blocks:
         block.mlp = mlp(VIT["embed_dim"], 48, norm_layer=LayerNorm).requires_grad_(False)
     assert fused_vit.fits(vit)
-    torch.testing.assert_close(forward_features(vit, images, run_block), vit(images), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(forward_features(vit, images, run_block), vit(images), rtol=1e-5, atol=5e-5)
 
 
 @pytest.mark.parametrize(

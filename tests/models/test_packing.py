@@ -113,9 +113,10 @@ def test_pieces_are_alike_and_leave_as_little_room_as_one():
         assert sorted(i for group in groups for i in group) == list(range(count))
         assert all(group == sorted(group) for group in groups)
         rows = [sum(lengths[i] for i in group) + 4 for group in groups]
-        assert len(groups) == min(count, max(1, round(sum(lengths) / packing.PIECE)))
+        assert len(groups) == min(count, -(-sum(lengths) // (packing.PIECE - 4)))
         assert max(rows) - min(rows) <= 2 * ROW_MULTIPLE + max(lengths)
         if max(lengths) < 200:  # as few as all rows together would take
+            assert max(rows) <= packing.PIECE
             assert sum(round_up(each, ROW_MULTIPLE) for each in rows) == round_up(sum(rows), ROW_MULTIPLE)
 
 
