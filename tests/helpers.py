@@ -1,10 +1,14 @@
 """What several test modules share."""
 
+import json
 import os
 import socket
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
+import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,6 +42,18 @@ def free_port() -> int:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return sock.getsockname()[1]
+
+
+def interpret(script: str) -> dict:
+    """What a script of Triton kernels prints when they are interpreted: an import decides that, so in a new process."""
+    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, f"tests/{script}"], cwd=ROOT, env=env, capture_output=True, text=True, timeout=240
+    )
+    if "only 0-dimensional arrays can be converted to Python scalars" in done.stderr:
+        pytest.skip("this Triton's interpreter does not go with this NumPy (3.6 and 2.4 do not)")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def loss_and_gradient(model, samples: dict) -> tuple[dict, torch.Tensor]:

@@ -10,7 +10,6 @@ question in the same conversation has 20 tokens more.
 """
 
 import argparse
-import itertools
 import json
 import statistics
 import time
@@ -28,9 +27,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--weights", nargs="+", choices=WEIGHTS, default=list(WEIGHTS), help="of the language model")
     parser.add_argument("--tokens", type=int, default=200, help="tokens of an answer (default: 200)")
     parser.add_argument("--answers", type=int, default=5, help="timed answers, after two to warm up (default: 5)")
-    parser.add_argument("--layers", nargs="+", choices=LAYERS, default=["tuned"], help="how the layers are compiled")
-    parser.add_argument("--attention", nargs="+", choices=("minigpt4_single", "sdpa"), default=["minigpt4_single"])
-    parser.add_argument("--joint", action="store_true", help="with joint projections (16-bit weights only)")
+    parser.add_argument("--layers", nargs="+", choices=LAYERS, default=["compiled"], help="in the CUDA graph")
     parser.add_argument("--compare", action="store_true", help="also by transformers' generate, with 16-bit weights")
     parser.add_argument("--profile", action="store_true", help="show where the GPU's time goes")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
@@ -38,8 +35,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 WEIGHTS = ("16bit", "8bit_weights")
-# In the CUDA graph: as they stand, compiled, or with products of single rows written by inductor too.
-LAYERS = {"eager": (False, {}), "compiled": (True, {}), "tuned": (True, {"coordinate_descent_tuning": True})}
+# As they stand, or compiled with kernels of our own.
+LAYERS = ("eager", "compiled")
 # An option that the project's own loop does not know leaves the work to transformers.
 THEIRS = {"transformers": {"use_cache": True}, "transformers, static cache": {"cache_implementation": "static"}}
 
@@ -52,7 +49,6 @@ def main(argv: list[str] | None = None) -> int:
     from minigpt4.cli.random_work import random_model
     from minigpt4.common import dist_utils
     from minigpt4.models import decoder, int8
-    from minigpt4.models.fused import fuse_projections
 
     device = dist_utils.select_device("cuda")
     dtype = dist_utils.select_dtype(device, True, "bf16")
@@ -60,16 +56,13 @@ def main(argv: list[str] | None = None) -> int:
     llm = model.llama_model
     model.tokenizer.decode = lambda ids, skip_special_tokens=True: " w" * len(ids)
     llm.generation_config.eos_token_id = None  # answers of equal length
-    if args.joint:
-        fuse_projections(llm)
     for weights in args.weights:
         if weights == "8bit_weights":
             int8.quantize(llm, device)
         for batch in args.batch:
-            for layers, attention in itertools.product(args.layers, args.attention):
-                compiled, options = LAYERS[layers]
-                decoder._decoders[llm] = decoder.Decoder(llm, None, compiled, options, attention)
-                row = {"weights": weights, "batch": batch, "by": f"minigpt4, {layers}, {attention}"}
+            for layers in args.layers:
+                decoder._decoders[llm] = decoder.Decoder(llm, compiled=layers == "compiled")
+                row = {"weights": weights, "batch": batch, "by": f"minigpt4, {layers}"}
                 report(row | time_answers(model, batch, args), args.json)
                 if args.profile:
                     profile(model, batch, args)

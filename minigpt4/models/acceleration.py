@@ -7,7 +7,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from minigpt4.models import fused_llama
+from minigpt4.models import fused_llama, fused_vit
 from minigpt4.models.cuda_graphs import GraphedFunction
 from minigpt4.models.fp8 import convert_to_fp8
 from minigpt4.models.fused import fuse_projections
@@ -25,6 +25,8 @@ def accelerate(model, packed: bool, compiled: bool, fp8: bool = False) -> None:
     """
     for name in ("sum_of_losses", "query_outputs", "piece_loss", "predict"):  # of an earlier set-up
         vars(model).pop(name, None)
+    if model.visual_encoder is not None:
+        vars(model.visual_encoder).pop("forward_features", None)
     llm, plain = model.llama_model, type(model)
     model.packed = packed and allow_packing(llm)
     if packed and not model.packed:
@@ -60,12 +62,17 @@ def _compile(model, llm_layers) -> None:
     # Joint projections hand each other their products, in recomputed layers too. Older torch leaves those uncompiled.
     if hasattr(torch._dynamo.config, "skip_fwd_side_effects_in_bwd_under_checkpoint"):
         torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
-    layers = [*llm_layers]
-    if model.visual_encoder is not None:
-        layers += [*model.visual_encoder.blocks, *model.Qformer.bert.encoder.layer]
+    layers, vit = [*llm_layers], model.visual_encoder
+    if vit is not None:
+        layers += model.Qformer.bert.encoder.layer
+        if fused_vit.fits(vit):
+            unit = torch.compile(fused_vit.run_block)
+            vit.forward_features = functools.partial(fused_vit.forward_features, vit, unit=unit)
+        else:
+            layers += vit.blocks
     for layer in layers:
         layer.compile()
-    logging.info("%d layers will be compiled at the first steps, which takes a minute or two.", len(layers))
+    logging.info("Layers will be compiled at the first steps, which takes a minute or two.")
     model.sum_of_losses = torch.compile(type(model).sum_of_losses, dynamic=True)  # in one pass over the logits
 
 

@@ -1,14 +1,13 @@
 """The decoding loop: a fixed cache, one CUDA graph a step on a GPU, and what was read before is not read again.
 
 Slot n of a row holds the keys and values of its n-th token, whatever padding stood before it, so a slot is a position:
-what a step may see are the slots up to its own. On a GPU the layers are compiled and a whole step is captured once for
-each batch size and reach (how many slots are looked at, in bounded sizes), then replayed; elsewhere, and for models
-quantised by bitsandbytes, the same step runs as it stands.
+what a step may see are the slots up to its own. On a GPU the layers are compiled (`decoding_layers.py`), and a step is
+captured once for each cache, then replayed; elsewhere, and for models quantised by bitsandbytes, it runs as it stands.
 
 After an answer to a single prompt its slots are kept. The next prompt that begins with the same vectors, such as the
 next turn of the conversation, is read from the first new one on.
 
-B batch, S sequence, R reach, L slots, H heads, D width.
+B batch, S sequence, R reach (how many slots a mask looks at), L slots, H heads, D width.
 """
 
 import itertools
@@ -16,20 +15,17 @@ import logging
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, nullcontext
 
 import torch
 from torch import nn
 
 from minigpt4.models.cuda_graphs import RECORDING
+from minigpt4.models.decoding_layers import compiled_layers
 from minigpt4.models.packing import ATTENTION, sees_all
 
 # Caches kept between answers: each conversation that goes on has one, and batches share one.
 KEPT = 2
-# Coordinate descent makes inductor write the products of a single row itself, at the memory's speed.
-COMPILE_OPTIONS = {"coordinate_descent_tuning": True}
-# Compilations of one layer: a single row, several, and what sizes change later. The layers share them.
-MOST_COMPILATIONS = 32
 
 _decoders: "weakref.WeakKeyDictionary[nn.Module, Decoder]" = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
@@ -67,11 +63,12 @@ def warm_up(llm, prompt: int = 100, answer: int = 300, rows: int = 1) -> None:
     """On a GPU, prepare for answers of such lengths in tokens: the first would wait for the compiler."""
     if not fits(llm) or not Decoder(llm).graphs:
         return
-    logging.info("Compiling the language model for answers: a minute at first, seconds later on.")
+    logging.info("Compiling the language model for answers: half a minute at first, seconds later on.")
     ids = torch.zeros(rows, prompt, dtype=torch.long, device=llm.device)
     embeds = llm.get_input_embeddings()(ids)
-    for _ in decode(llm, embeds, torch.ones_like(ids), answer, lambda ids, logits: logits.argmax(dim=-1)):
-        pass
+    steps = decode(llm, embeds, torch.ones_like(ids), answer, lambda ids, logits: logits.argmax(dim=-1))
+    with closing(steps):
+        next(steps)
     for slots in _decoders[llm]._idle:
         slots.asked = 0  # nobody's conversation: the next prompt takes it
 
@@ -97,20 +94,12 @@ def bucket(length: int) -> int:
 class Decoder:
     """The loop of one language model, and the caches that it keeps. Threads may run it side by side."""
 
-    def __init__(
-        self,
-        llm,
-        graphs: bool | None = None,
-        compiled: bool = True,
-        options: dict | None = None,
-        attention: str = "minigpt4_single",
-    ):
-        """graphs: None: where they can be had. compiled, options, attention: of the layers inside the graphs."""
+    def __init__(self, llm, graphs: bool | None = None, compiled: bool = True):
+        """graphs: None: where they can be had. compiled: the layers inside the graphs."""
         on_gpu = next(llm.parameters()).device.type == "cuda"
         self.graphs = on_gpu and not getattr(llm, "is_quantized", False) if graphs is None else graphs
-        self.compiled = compiled
-        self.options = COMPILE_OPTIONS if options is None else options
-        self.attention = attention
+        # Compiled layers have an attention of their own, which not every model would call.
+        self.compiled = compiled and getattr(llm, "_supports_attention_backend", False)
         self.weights = _fingerprint(llm)
         self._idle: list[Slots] = []  # the one used last stands last
         self._lock = threading.Lock()
@@ -142,7 +131,7 @@ class Decoder:
                     yield look()
                 if n + 1 < steps:
                     slots.advance(ids)
-                    logits = (self._replay if self.graphs else _step)(llm, slots, length + n + 1)
+                    logits = self._replay(llm, slots) if self.graphs else slots.step(llm, length + n + 1)
                     fed += 1
                 if self.graphs:
                     yield look()
@@ -176,25 +165,24 @@ class Decoder:
         slots.content, slots.asked = None, 0
         return slots, known
 
-    def _replay(self, llm, slots: "Slots", length: int) -> torch.Tensor:
-        reach = min(bucket(length), slots.length)
-        if reach not in slots.graphs:
+    def _replay(self, llm, slots: "Slots") -> torch.Tensor:
+        if slots.graph is None:
             try:
-                slots.graphs[reach] = self._capture(llm, slots, reach)
+                slots.graph = self._capture(llm, slots)
             except Exception as error:
                 if not self.compiled:
                     raise
                 logging.warning("The language model could not be compiled, and decodes more slowly: %s", error)
                 self.compiled = False
-                slots.graphs[reach] = self._capture(llm, slots, reach)
-        graph, logits = slots.graphs[reach]
+                slots.graph = self._capture(llm, slots)
+        graph, logits = slots.graph
         graph.replay()
         return logits
 
-    def _capture(self, llm, slots: "Slots", reach: int) -> tuple["torch.cuda.CUDAGraph", torch.Tensor]:
+    def _capture(self, llm, slots: "Slots") -> tuple["torch.cuda.CUDAGraph", torch.Tensor]:
         """A step as a graph, and where it leaves its logits. A step changes nothing when it is repeated."""
-        device = slots.ids.device
-        compiled = compiled_layers(llm, slots, self.options, self.attention) if self.compiled else nullcontext()
+        device, reach = slots.ids.device, None if self.compiled else slots.length
+        compiled = compiled_layers(llm, slots) if self.compiled else nullcontext()
         with _capturing, torch.cuda.device(device), compiled:
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
@@ -203,9 +191,8 @@ class Decoder:
                     slots.step(llm, reach)
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            slots.pool = slots.pool or torch.cuda.graph_pool_handle()
             # thread_local: other threads may go on allocating
-            with RECORDING, torch.cuda.graph(graph, pool=slots.pool, capture_error_mode="thread_local"):
+            with RECORDING, torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 logits = slots.step(llm, reach)
         return graph, logits
 
@@ -221,8 +208,7 @@ class Slots:
     def __init__(self, batch: int, length: int, device: torch.device):
         self.batch, self.length = batch, length
         self.layers: list[LayerSlots] = []
-        self.graphs: dict[int, tuple] = {}  # reach -> graph, logits
-        self.pool = None  # the graphs' memory: one is replayed at a time
+        self.graph: tuple[torch.cuda.CUDAGraph, torch.Tensor] | None = None  # of a step, and its logits
         self.content: torch.Tensor | None = None  # [S,D]: what a single row was made of, its answer too
         self.asked = 0  # the length of its prompt
         self.ids = torch.zeros(batch, dtype=torch.long, device=device)
@@ -243,25 +229,25 @@ class Slots:
         self.ids[: len(ids)].copy_(ids)
         self.positions += 1
 
-    def step(self, llm, reach: int) -> torch.Tensor:
-        """Logits [B,V] float32 after the tokens that were set, which see the first `reach` slots up to their own."""
-        return self._forward(llm, llm.get_input_embeddings()(self.ids).unsqueeze(1), self.positions, reach)
+    def step(self, llm, reach: int | None) -> torch.Tensor:
+        """Logits [B,V] float32 after the tokens that were set, which see the slots up to their own.
 
-    def _forward(self, llm, embeds: torch.Tensor, positions: torch.Tensor, reach: int) -> torch.Tensor:
-        slots = positions.masked_fill(positions < 0, reach - 1)
+        reach: how many slots the mask has; None: in compiled layers, whose attention is told what each row sees.
+        """
+        return self._forward(llm, llm.get_input_embeddings()(self.ids.unsqueeze(1)), self.positions, reach)
+
+    def _forward(self, llm, embeds: torch.Tensor, positions: torch.Tensor, reach: int | None) -> torch.Tensor:
+        slots = positions if reach is None else positions.masked_fill(positions < 0, reach - 1)
         for layer in self.layers:
             layer.aim(self._rows, slots, reach)
         positions = positions.clamp(min=0)  # padding sees slot 0: a row that sees nothing would be NaN
-        unseen = torch.arange(reach, device=embeds.device) > positions.unsqueeze(-1)  # [B,S,R]
-        mask = torch.zeros(unseen.shape, dtype=embeds.dtype, device=embeds.device)
-        mask = mask.masked_fill(unseen, torch.finfo(embeds.dtype).min)
         logits = llm(
             inputs_embeds=embeds,
-            attention_mask=mask.unsqueeze(1),
             position_ids=positions,
             past_key_values=self,
             use_cache=True,
             logits_to_keep=1,
+            **(_seen(positions) if reach is None else _mask(positions, reach, embeds.dtype)),
         ).logits
         return logits[:, -1].float()
 
@@ -288,10 +274,12 @@ class LayerSlots:
         self.length = length
         self.keys = self.values = self.seen_keys = self.seen_values = None
 
-    def aim(self, rows: torch.Tensor, slots: torch.Tensor, reach: int) -> None:
-        """Say where the next update writes, rows [B,1] and slots [B,S], and how many slots it returns."""
+    def aim(self, rows: torch.Tensor, slots: torch.Tensor, reach: int | None) -> None:
+        """Say where the next update writes, rows [B,1] and slots [B,S], and how many slots it returns; None: all."""
         self.rows, self.slots, self.reach = rows, slots, reach
-        if self.keys is not None:
+        if reach is None:  # not as views: compiled layers know these tensors
+            self.seen_keys, self.seen_values = self.keys, self.values
+        elif self.keys is not None:
             self.seen_keys, self.seen_values = self.keys[:, :reach], self.values[:, :reach]
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
@@ -311,80 +299,18 @@ class LayerSlots:
         return copied
 
 
-@contextmanager
-def compiled_layers(llm, slots: Slots, options: dict, attention: str) -> Iterator[None]:
-    """In this thread, let the layers and the output layer run compiled; all layers share one compilation.
-
-    A layer gets its own part of the cache: its number, by which it would look it up, would make each one special.
-    """
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
-
-    AttentionInterface.register("minigpt4_single", attend)
-    AttentionMaskInterface.register("minigpt4_single", sdpa_mask)
-    config = llm.config.get_text_config()
-    lists = (part for part in llm.modules() if isinstance(part, nn.ModuleList))
-    layers = next(part for part in lists if len(part) == config.num_hidden_layers)
-    head, thread = llm.get_output_embeddings(), threading.get_ident()
-    originals = {module: vars(module).get("forward") for module in (*layers, head)}
-
-    def swap(module: nn.Module, own: LayerSlots | None) -> None:
-        original = module.forward
-        compiled = torch.compile(original, options=options)
-
-        def forward(*args, **kwargs):
-            if threading.get_ident() != thread:
-                return original(*args, **kwargs)
-            return compiled(*args, **{name: own if value is slots else value for name, value in kwargs.items()})
-
-        module.forward = forward
-
-    implementation = config._attn_implementation
-    try:
-        config._attn_implementation = attention
-        for layer, own in zip(layers, slots.layers, strict=True):
-            swap(layer, own)
-        swap(head, None)
-        with torch._dynamo.config.patch(recompile_limit=MOST_COMPILATIONS):
-            yield
-    finally:
-        config._attn_implementation = implementation
-        for module, original in originals.items():
-            del module.forward
-            if original:
-                module.forward = original
+def _seen(positions: torch.Tensor) -> dict:
+    """What attention is told of steps at positions [B,1] in compiled layers; see `decoding_layers.attend`."""
+    seen = positions[:, 0] + 1
+    # transformers takes a mask of four dimensions as it is; this attention does not look at it.
+    return {"seen": seen, "attention_mask": seen.view(-1, 1, 1, 1)}
 
 
-def attend(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor,
-    scaling: float | None = None,
-    **kwargs,
-) -> tuple[torch.Tensor, None]:
-    """Attention of one query a row, as sums that the compiler fuses and spreads over the GPU; of more, transformers'.
-
-    Args:
-        query: [B,H,1,D]. key, value: [B,H/G,R,D], for G heads each. attention_mask: [B,1,1,R], added.
-
-    Returns:
-        [B,1,H,D], and no weights.
-    """
-    if query.shape[2] > 1:
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    batch, heads, _, width = query.shape
-    query = query.reshape(batch, key.shape[1], -1, 1, width).float() * (width**-0.5 if scaling is None else scaling)
-    scores = (query * key.unsqueeze(2).float()).sum(dim=-1) + attention_mask.float()  # [B,H/G,G,R]
-    weights = scores.softmax(dim=-1).unsqueeze(-1)
-    return (weights * value.unsqueeze(2).float()).sum(dim=3).to(value.dtype).reshape(batch, 1, heads, width), None
-
-
-def _step(llm, slots: Slots, length: int) -> torch.Tensor:
-    return slots.step(llm, length)
+def _mask(positions: torch.Tensor, reach: int, dtype: torch.dtype) -> dict:
+    """A mask [B,1,S,R] that shows to positions [B,S] the slots up to their own."""
+    unseen = torch.arange(reach, device=positions.device) > positions.unsqueeze(-1)  # [B,S,R]
+    mask = torch.zeros(unseen.shape, dtype=dtype, device=positions.device)
+    return {"attention_mask": mask.masked_fill(unseen, torch.finfo(dtype).min).unsqueeze(1)}
 
 
 def _read_later(ids: torch.Tensor) -> Callable[[], torch.Tensor]:

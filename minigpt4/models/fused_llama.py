@@ -2,13 +2,14 @@
 
 The numbers are those of transformers' forward pass to rounding. What differs is where they are computed:
 - Each residual addition stands beside the norm that follows it, across the bounds of layers.
-- Queries, keys and values stay side by side, as their joint product leaves them.
+- Queries, keys and values stay side by side, as their joint product leaves them, and so do gate and up.
 - In the last layer, only rows with labels go on behind the attention.
 
 T rows, K labels, D width, V vocabulary.
 """
 
 import torch
+import torch.nn.functional as F
 
 from minigpt4.models.fused import FirstOfFused
 from minigpt4.models.packing import Piece, Segments, joint_attention
@@ -18,12 +19,15 @@ def fits(llm) -> bool:
     """Whether `llm` is a Llama as transformers wrote it, with joint projections and fixed rotations."""
     from transformers.models.llama import modeling_llama as llama
 
-    if type(llm) is not llama.LlamaForCausalLM or llm.model.rotary_emb.rope_type not in ("default", "linear", "llama3"):
+    if type(llm) is not llama.LlamaForCausalLM or llm.config.hidden_act != "silu":
+        return False
+    if llm.model.rotary_emb.rope_type not in ("default", "linear", "llama3"):
         return False
     return all(
         type(layer) is llama.LlamaDecoderLayer
         and "forward" not in vars(layer)  # one that recomputes its activations
         and isinstance(layer.self_attn.q_proj, FirstOfFused)
+        and isinstance(layer.mlp.gate_proj, FirstOfFused)
         for layer in llm.model.layers
     )
 
@@ -41,9 +45,8 @@ class FusedLlama:
         """The embeddings [1,T,D] of a piece to the logits [1,K,V] of its rows with labels."""
         llama, inputs = self.llm.model, piece.llm_inputs()
         segments, labelled = inputs["segments"], inputs["logits_to_keep"]
-        # [1,T,d], both halves alike; the first half of the dimensions is turned the other way
-        cos, sin = (x.view(-1, 1, 2, x.shape[-1] // 2) for x in llama.rotary_emb(embeds, inputs["position_ids"]))
-        rotation = cos, torch.cat([-sin[:, :, :1], sin[:, :, 1:]], dim=2)
+        angles = llama.rotary_emb(embeds, inputs["position_ids"])  # cosines and sines [1,T,d], both halves alike
+        rotation = tuple(x[0, :, : x.shape[-1] // 2].contiguous() for x in angles)
         # A layer takes its input as a sum. Halving and doubling are exact, so the first is like the others.
         hidden = addend = embeds / 2
         for layer in llama.layers:
@@ -64,15 +67,35 @@ def _up_to_attention(layer, hidden, addend, rotation, segments: Segments) -> tup
     return hidden, attended.flatten(1).unsqueeze(0)
 
 
-def _rotated(qkv, groups: int, cos, sin) -> torch.Tensor:
-    """[T,H+2G,d] with queries and keys rotated: in one pass, without anything to be put together."""
-    halves = qkv.unflatten(-1, (2, -1))
-    turned = halves * cos + halves.flip(-2) * sin  # dimension i goes with i + d/2
-    is_value = torch.arange(qkv.shape[1], device=qkv.device) >= qkv.shape[1] - groups
-    return torch.where(is_value[:, None, None], halves, turned).flatten(-2)
-
-
 def _behind_attention(layer, hidden, attended) -> tuple[torch.Tensor, torch.Tensor]:
     """The rest of a layer: its output [1,T,D] as a sum of two."""
     hidden = hidden + layer.self_attn.o_proj(attended)
-    return hidden, layer.mlp(layer.post_attention_layernorm(hidden))
+    gate_up = layer.mlp.gate_proj.joint_product(layer.post_attention_layernorm(hidden))
+    return hidden, layer.mlp.down_proj(_silu_product(gate_up.squeeze(0)).unsqueeze(0))
+
+
+def _rotated(qkv: torch.Tensor, groups: int, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Heads [T,H+2G,d] with those of queries and keys rotated by angles [T,d/2]."""
+    turned = qkv.shape[1] - groups
+    if _by_kernels(qkv):
+        from minigpt4.models.llama_kernels import rotate
+
+        return rotate(qkv, cos, sin, turned)
+    first, second = qkv[:, :turned].chunk(2, dim=-1)
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    halves = [first * cos - second * sin, second * cos + first * sin]
+    return torch.cat([torch.cat(halves, dim=-1), qkv[:, turned:]], dim=1)
+
+
+def _silu_product(gate_up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up of the halves of [T,2F]: [T,F]."""
+    if _by_kernels(gate_up):
+        from minigpt4.models.llama_kernels import silu_product
+
+        return silu_product(gate_up)
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def _by_kernels(x: torch.Tensor) -> bool:
+    return x.is_cuda and x.dtype in (torch.float16, torch.bfloat16)

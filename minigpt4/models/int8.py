@@ -1,8 +1,8 @@
 """Weights in 8 bit, products in 16: half the memory to read, which is what decoding one answer waits for.
 
 Each row of a weight matrix has one scale, by its largest entry (torchao's int8 weight-only scheme). Unlike with
-bitsandbytes' 8 bit (LLM.int8), activations are never rounded and no outliers are set apart; a compiled step turns the
-weights back while it reads them.
+bitsandbytes' 8 bit (LLM.int8), activations are never rounded and no outliers are set apart. Where a decoding step
+is compiled, the product of a single row turns the weights back while it reads them (`decoding_kernels.py`).
 K inputs, N outputs.
 """
 

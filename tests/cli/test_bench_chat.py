@@ -14,7 +14,7 @@ def rows(capsys, *arguments):
 
 def test_every_way_is_timed(capsys):
     found = rows(capsys, "--batch", "1", "2", "--compare", "--layers", "eager")
-    ours = "minigpt4, eager, minigpt4_single"
+    ours = "minigpt4, eager"
     theirs = ["transformers", "transformers, static cache"]
     expected = [("16bit", batch, by) for batch in (1, 2) for by in [ours, *theirs]]
     expected += [("8bit_weights", batch, ours) for batch in (1, 2)]

@@ -1,13 +1,19 @@
 """The project's decoding loop gives what transformers' `generate` gives, and what was read before is not read again."""
 
+import sys
+import threading
+from contextlib import nullcontext
 from functools import partial
+from types import ModuleType
 
 import pytest
 import torch
 from helpers import ROOT
+from torch import nn
 
-from minigpt4.models import decoder
-from minigpt4.models.decoder import Decoder, Slots, bucket, compiled_layers
+from minigpt4.models import decoder, int8
+from minigpt4.models.decoder import Decoder, Slots, bucket
+from minigpt4.models.decoding_layers import compiled_layers
 from minigpt4.models.generation import continue_embeds
 from minigpt4.models.llm import load_llm
 from minigpt4.models.sampling import Sampling
@@ -362,86 +368,164 @@ class Replayed:
         self.logits.copy_(self.step())
 
 
-@pytest.mark.parametrize("lengths", [[20], [7, 20, 13], [240, 200, 9, 250, 30]])
-def test_replayed_steps_give_the_same_ids(llm, lengths, monkeypatch):
-    """One token is looked at while the next is computed; batches are filled up; longer reaches take other graphs."""
+def capture(self, llm, slots):
+    """Stands for `Decoder._capture`."""
 
-    def capture(self, llm, slots, reach):
-        graph = Replayed(partial(slots.step, llm, reach))
-        return graph, graph.logits
+    def step():
+        with compiled_layers(llm, slots) if self.compiled else nullcontext():
+            return slots.step(llm, None if self.compiled else slots.length)
 
-    def read_later(ids):
-        copied = ids.clone()
-        return lambda: copied
-
-    monkeypatch.setattr(Decoder, "_capture", capture)
-    monkeypatch.setattr(decoder, "_read_later", read_later)
-    embeds, mask = prompts(*lengths)
-    expected = theirs(llm, embeds, mask)
-    decoder._decoders[llm] = Decoder(llm, graphs=True)
-    for _ in range(2):
-        assert run(llm, embeds, mask) == expected
-    (slots,) = decoder._decoders[llm]._idle
-    assert set(slots.graphs) == ({256, 384} if max(lengths) > 240 else {128})
-    assert slots.batch == {1: 1, 3: 4, 5: 8}[len(lengths)]
+    graph = Replayed(step)
+    return graph, graph.logits
 
 
-@pytest.mark.parametrize("kind", ["llama", "grouped"])
-def test_all_layers_share_one_compilation(kind, monkeypatch):
+def row_product(x, weight, scale=None):
+    assert x.numel() == weight.shape[1]
+    y = x @ weight.t().to(x.dtype)
+    return y if scale is None else y * scale
+
+
+def attend_slots(query, keys, values, seen, scaling):
+    keys, values = (x.repeat_interleave(query.shape[1] // x.shape[2], dim=2) for x in (keys, values))
+    scores = torch.einsum("bhd,blhd->bhl", query, keys) * scaling
+    unseen = torch.arange(keys.shape[1]) >= seen[:, None, None]
+    return torch.einsum("bhl,blhd->bhd", scores.masked_fill(unseen, -torch.inf).softmax(-1), values)
+
+
+@pytest.fixture
+def compiles(monkeypatch):
+    """The decoder as on a GPU, with plain functions for its kernels; counts what is compiled, and runs it as it is."""
     from torch._dynamo.testing import CompileCounter
 
-    llm = random_llm(kind)
-    compiler, compiles = torch.compile, CompileCounter()
-    monkeypatch.setattr(torch, "compile", lambda call, options: compiler(call, backend=compiles))
-    torch._dynamo.reset()
-    embeds, mask = prompts(9)
-    with torch.no_grad():
-        slots = Slots(1, 256, embeds.device)
-        slots.read(llm, embeds, mask, 0)
-        slots.advance(torch.tensor([3]))
-        expected = slots.step(llm, 256)
-        with compiled_layers(llm, slots, {}, "minigpt4_single"):
-            torch.testing.assert_close(slots.step(llm, 256), expected, atol=1e-5, rtol=0)
-            assert compiles.frame_count == 2  # a layer, the output layer
-            for reach in (64, 128, 200):
-                torch.testing.assert_close(slots.step(llm, reach), expected, atol=1e-5, rtol=0)
-            assert compiles.frame_count == 3  # once more, for any reach
-        torch.testing.assert_close(slots.step(llm, 256), expected)
-    assert compiles.frame_count == 3
-    torch._dynamo.reset()
-
-
-def test_warming_up_prepares_a_cache_that_anyone_takes(llm, monkeypatch):
-    captured = []
-
-    def capture(self, llm, slots, reach):
-        captured.append(reach)
-        graph = Replayed(partial(slots.step, llm, reach))
-        return graph, graph.logits
-
-    decoder.warm_up(llm)
-    assert llm not in decoder._decoders  # on a CPU there is nothing to prepare
+    kernels = ModuleType("minigpt4.models.decoding_kernels")
+    kernels.row_product, kernels.attend_slots = row_product, attend_slots
+    monkeypatch.setitem(sys.modules, kernels.__name__, kernels)
     monkeypatch.setattr(Decoder, "_capture", capture)
     monkeypatch.setattr(decoder, "_read_later", lambda ids: ids.clone)
     monkeypatch.setattr(decoder, "Decoder", partial(Decoder, graphs=True))
+    counter, compiler = CompileCounter(), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda call: compiler(call, backend=counter, fullgraph=True))
+    torch._dynamo.reset()
+    yield counter
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("lengths", [[20], [7, 20, 13]])
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiled_steps_give_the_ids_of_transformers(kind, lengths, compiles):
+    llm = random_llm(kind)
+    embeds, mask = prompts(*lengths)
+    expected = theirs(llm, embeds, mask)
+    for _ in range(2):
+        assert run(llm, embeds, mask) == expected
+    assert decoder._decoders[llm].compiled  # the compiler did not fail
+    assert compiles.frame_count == 1
+    assert {type(part) for part in llm.modules() if isinstance(part, nn.Linear)} == {nn.Linear}
+
+
+@pytest.mark.parametrize("lengths", [[20], [7, 20, 13]])
+def test_compiled_steps_with_8_bit_weights(lengths, compiles):
+    llm = int8.quantize(random_llm(), torch.device("cpu"))
+    embeds, mask = prompts(*lengths)
+    expected = theirs(llm, embeds, mask)
+    assert run(llm, embeds, mask) == expected
+    assert decoder._decoders[llm].compiled
+    assert compiles.frame_count == 1
+
+
+def test_layers_with_a_bias_and_those_of_other_kinds(compiles):
+    from minigpt4.models.fused import fuse_projections
+
+    llm = random_llm()
+    for layer in llm.model.layers:
+        layer.self_attn.o_proj.bias = nn.Parameter(torch.randn(WIDTH), requires_grad=False)
+    assert fuse_projections(llm) == 6
+    embeds, mask = prompts(20)
+    expected = theirs(llm, embeds, mask)
+    assert run(llm, embeds, mask) == expected
+    assert decoder._decoders[llm].compiled
+
+
+def test_caches_of_any_length_and_batches_of_any_size_share_a_compilation(llm, compiles):
+    for longest, count in ((100, 1), (300, 1), (600, 1), (20, 2), (20, 2), (300, 2)):
+        embeds, mask = prompts(longest, seed=longest)
+        assert run(llm, embeds, mask) == theirs(llm, embeds, mask)
+        embeds, mask = prompts(longest, 7, 9)
+        if count > 1:
+            assert run(llm, embeds, mask) == theirs(llm, embeds, mask)
+        assert compiles.frame_count == count
+
+
+def test_what_other_threads_compute_meanwhile_stays_as_it_was(llm, compiles):
+    vectors = torch.randn(1, 1, WIDTH)
+
+    def gradient(found):
+        given = vectors.clone().requires_grad_()
+        llm(inputs_embeds=given).logits.square().sum().backward()
+        found.append(given.grad)
+
+    found = []
+    gradient(found)
+    slots = Slots(1, 128, vectors.device)
+    with torch.no_grad():
+        slots.read(llm, vectors, torch.ones(1, 1), 0)
+    with compiled_layers(llm, slots):
+        thread = threading.Thread(target=gradient, args=[found])
+        thread.start()
+        thread.join()
+    torch.testing.assert_close(*found)
+    assert compiles.frame_count == 0
+
+
+def test_layers_are_themselves_again_after_an_error(llm, compiles):
+    before = [(type(part), *vars(part)) for part in llm.modules()]
+    slots = Slots(1, 128, torch.device("cpu"))
+    with torch.no_grad():
+        slots.read(llm, prompts(5)[0], torch.ones(1, 5), 0)
+    with pytest.raises(ZeroDivisionError), compiled_layers(llm, slots):
+        assert [(type(part), *vars(part)) for part in llm.modules()] != before
+        1 / 0  # noqa: B018
+    assert [(type(part), *vars(part)) for part in llm.modules()] == before
+    assert llm.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("lengths", [[20], [7, 20, 13], [240, 200, 9, 250, 30]])
+def test_replayed_steps_give_the_same_ids(llm, lengths, compiles):
+    """As they stand. One token is looked at while the next is computed; batches are filled up."""
+    embeds, mask = prompts(*lengths)
+    expected = theirs(llm, embeds, mask)
+    decoder._decoders[llm] = Decoder(llm, graphs=True, compiled=False)
+    for _ in range(2):
+        assert run(llm, embeds, mask) == expected
+    (slots,) = decoder._decoders[llm]._idle
+    assert slots.batch == {1: 1, 3: 4, 5: 8}[len(lengths)]
+    assert compiles.frame_count == 0
+
+
+def test_warming_up_prepares_a_cache_that_anyone_takes(llm, compiles, monkeypatch):
+    monkeypatch.setattr(decoder, "Decoder", Decoder)
+    decoder.warm_up(llm)
+    assert llm not in decoder._decoders  # on a CPU there is nothing to prepare
+    monkeypatch.setattr(decoder, "Decoder", partial(Decoder, graphs=True))
     decoder.warm_up(llm, prompt=20, answer=200)
-    assert captured == [128, 192, 256]
+    monkeypatch.setattr(Decoder, "_capture", None)
     assert run(llm, *prompts(30), max_new_tokens=180) == theirs(llm, *prompts(30), max_new_tokens=180)
-    assert captured == [128, 192, 256]
+    assert compiles.frame_count == 1
 
 
-def test_without_a_compiler_decoding_goes_on(llm, monkeypatch, caplog):
-    def capture(self, llm, slots, reach):
-        if self.compiled:
-            raise RuntimeError("no C compiler")
-        graph = Replayed(partial(slots.step, llm, reach))
-        return graph, graph.logits
+def test_without_a_compiler_decoding_goes_on(llm, compiles, monkeypatch, caplog):
+    def fail(call):
+        raise RuntimeError("no C compiler")
 
-    monkeypatch.setattr(Decoder, "_capture", capture)
-    monkeypatch.setattr(decoder, "_read_later", lambda ids: ids.clone)
-    decoder._decoders[llm] = Decoder(llm, graphs=True)
+    monkeypatch.setattr(torch, "compile", fail)
     assert run(llm, *prompts(9)) == theirs(llm, *prompts(9))
     assert "no C compiler" in caplog.text
+
+
+def test_a_model_that_would_not_call_our_attention_is_not_compiled(llm, compiles):
+    llm._supports_attention_backend = False
+    assert run(llm, *prompts(7, 9)) == theirs(llm, *prompts(7, 9))
+    assert compiles.frame_count == 0
 
 
 def test_a_model_that_takes_packed_batches_too(llm):

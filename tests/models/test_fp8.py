@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from minigpt4.cli.random_work import quantize
 from minigpt4.common import fingerprint
 from minigpt4.common.errors import ConfigError
-from minigpt4.models import acceleration, fp8, int8
+from minigpt4.models import acceleration, fp8, fused_vit, int8
 from minigpt4.models.fused import fuse_projections
 
 
@@ -231,6 +231,20 @@ def test_projections_are_joined_before(load_tiny):
     kinds = [type(part).__name__ for part in (layer.self_attn.q_proj, layer.self_attn.v_proj, layer.mlp.down_proj)]
     assert kinds == ["Fp8FirstOfFused", "NextOfFused", "Fp8Linear"]
     assert layer.self_attn.v_proj.weight.dtype == fp8.DTYPE
+
+
+def test_an_encoder_that_hands_on_its_sums(load_tiny, drawings, products):
+    """All four layers of a block keep their product in fp8, with GELU after it."""
+    model = load_tiny()
+    vit = model.visual_encoder
+    fp8.convert_to_fp8(model.llama_model, vit)
+    assert fused_vit.fits(vit)
+    with model.autocast(model.device):
+        expected = vit(drawings["image"])
+        products.clear()
+        handed_on = fused_vit.forward_features(vit, drawings["image"], fused_vit.run_block)
+    assert len(products) == 4 * len(vit.blocks)
+    torch.testing.assert_close(handed_on, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_an_encoder_that_trains_stays_as_it_is(load_tiny):

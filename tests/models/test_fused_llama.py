@@ -41,7 +41,7 @@ def batch():
     [
         {},
         {"num_key_value_heads": 2, "head_dim": 16},
-        {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}, "hidden_act": "gelu"},
+        {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}},
     ],
 )
 def test_equals_transformers(sizes):
@@ -90,6 +90,8 @@ def mistral():
         mistral,
         lambda: llama(fused=False),
         lambda: llama(attention_bias=True),
+        lambda: llama(mlp_bias=True),
+        lambda: llama(hidden_act="gelu"),
         lambda: llama(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
         lambda: copy.copy(llama()).model,
     ],

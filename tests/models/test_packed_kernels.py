@@ -1,31 +1,20 @@
-"""The attention kernels, interpreted by Triton on the CPU: in a process of its own, since that is set at its import."""
+"""The kernels of a training step, interpreted by Triton on the CPU."""
 
 import importlib.util
-import json
-import os
-import subprocess
-import sys
 
 import pytest
-from attention_cases import CASES
-from helpers import ROOT
+from helpers import interpret
+from training_cases import CASES, LAYER_STEPS
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton (Linux)")
 
 
 @pytest.fixture(scope="module")
 def interpreted():
-    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "tests/attention_cases.py"], cwd=ROOT, env=env, capture_output=True, text=True, timeout=240
-    )
-    if "only 0-dimensional arrays can be converted to Python scalars" in done.stderr:
-        pytest.skip("this Triton's interpreter does not go with this NumPy (3.6 and 2.4 do not)")
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return interpret("training_cases.py")
 
 
-@pytest.mark.parametrize("name", [*CASES, "compiled"])
+@pytest.mark.parametrize("name", [*CASES, *LAYER_STEPS, "compiled"])
 def test_output_and_gradients(interpreted, name):
     """In float32, against float64. Every element of output and gradients is written: memory is NaN before."""
     assert max(interpreted[name]) < 2e-6

@@ -1,8 +1,17 @@
-"""The attention kernels on a GPU: in 16 bit, compiled, recorded in a CUDA graph. Skipped, and said so, without one."""
+"""The kernels of a training step on a GPU: 16 bit, compiled, recorded in a graph. Skipped, and said so, without one."""
 
 import pytest
 import torch
-from attention_cases import CASES, case_errors, errors, inputs, lengths_to_starts, reference
+from training_cases import (
+    CASES,
+    LAYER_STEPS,
+    case_errors,
+    errors,
+    inputs,
+    layer_errors,
+    lengths_to_starts,
+    reference,
+)
 
 from minigpt4.models.packing import Segments, packed_attention
 
@@ -35,6 +44,12 @@ def attention():
 @pytest.mark.parametrize("name", CASES)
 def test_output_and_gradients(attention, name, dtype):
     assert max(case_errors(attention, name, dtype, "cuda")) < 1e-2
+
+
+@DTYPES
+@pytest.mark.parametrize("name", LAYER_STEPS)
+def test_steps_of_a_layer(name, dtype):
+    assert max(layer_errors(name, dtype, "cuda")) < 1e-2
 
 
 @DTYPES

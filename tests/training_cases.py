@@ -1,9 +1,8 @@
-"""Attention of packed batches by the kernels against one in float64, on the GPU or, as a script, interpreted.
+"""The kernels of a training step against float64, on the GPU or, as a script, interpreted.
 
-    TRITON_INTERPRET=1 python tests/attention_cases.py
+    TRITON_INTERPRET=1 python tests/training_cases.py
 
-prints a JSON object: the relative errors of the output and of the joint gradient of queries, keys and values, for each
-of CASES.
+prints a JSON object: the relative errors of output and gradient, for each of CASES (attention) and LAYER_STEPS.
 """
 
 import json
@@ -73,6 +72,43 @@ def case_errors(attention, name: str, dtype: torch.dtype, device: str) -> list[f
     return errors(attention, *inputs(int(starts[-1]), heads, groups, d, dtype, device), groups, starts, shared, longest)
 
 
+def rotate(qkv, cos, sin, turned: int) -> torch.Tensor:
+    (first, second), cos, sin = qkv[:, :turned].chunk(2, dim=-1), cos.unsqueeze(1), sin.unsqueeze(1)
+    halves = [first * cos - second * sin, second * cos + first * sin]
+    return torch.cat([torch.cat(halves, dim=-1), qkv[:, turned:]], dim=1)
+
+
+def silu_product(gate_up) -> torch.Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return torch.nn.functional.silu(gate) * up
+
+
+# Shapes of the inputs, and further arguments.
+LAYER_STEPS = {
+    "rotate": (rotate, [(7, 12, 16), (7, 8), (7, 8)], [8]),
+    "rotate many heads of an odd size": (rotate, [(5, 70, 12), (5, 6), (5, 6)], [35]),
+    "rotate none": (rotate, [(3, 4, 8), (3, 4), (3, 4)], [0]),
+    "silu_product": (silu_product, [(6, 2 * 1500)], []),
+    "silu_product of one column": (silu_product, [(1, 2)], []),
+}
+
+
+def layer_errors(name: str, dtype: torch.dtype, device: str) -> list[float]:
+    """Of the output and of the first input's gradient, of a step of `llama_kernels.py`."""
+    from minigpt4.models import llama_kernels
+
+    function, shapes, arguments = LAYER_STEPS[name]
+    first, *others = (torch.randn(shape, dtype=dtype, device=device) for shape in shapes)
+    first.requires_grad_()
+    output = getattr(llama_kernels, function.__name__)(first, *others, *arguments)
+    expected = function(first.double(), *(x.double() for x in others), *arguments)
+    gradient = torch.randn_like(output)
+    results = output, *torch.autograd.grad(output, first, gradient)
+    truths = expected, *torch.autograd.grad(expected, first, gradient.double())
+    assert all(result.dtype == dtype for result in results)
+    return [((a.double() - b).norm() / b.norm()).item() for a, b in zip(results, truths, strict=True)]
+
+
 def main() -> None:
     from minigpt4.models import packed_kernels
 
@@ -88,6 +124,7 @@ def main() -> None:
     torch.library.opcheck(packed_kernels._attention, (qkv, 1, starts, 2, longest, 0.25))
     compiled = torch.compile(attention, backend="aot_eager", fullgraph=True)
     results["compiled"] = case_errors(compiled, "grouped heads", torch.float32, "cpu")
+    results |= {name: layer_errors(name, torch.float32, "cpu") for name in LAYER_STEPS}
     print(json.dumps(results))
 
 
