@@ -10,6 +10,8 @@ from itertools import accumulate, pairwise
 
 import torch
 
+from minigpt4.models.packing import LONGEST_MULTIPLE, round_up
+
 # Lengths of the ranges after the first, rows shared, heads of queries, of keys and values, dimensions.
 CASES = {
     "one block each": ([5, 64, 33], 0, 2, 2, 64),
@@ -30,7 +32,7 @@ CASES = {
 def lengths_to_starts(lengths: list[int], shared: int, device: str) -> tuple[torch.Tensor, int]:
     """What the kernels are told: the starts of the ranges, and a bound of the keys."""
     starts = torch.tensor([0, *accumulate([shared, *lengths])], dtype=torch.int32, device=device)
-    return starts, -(-(max(lengths) + shared) // 128) * 128
+    return starts, round_up(max(lengths) + shared, LONGEST_MULTIPLE)
 
 
 def inputs(rows: int, heads: int, groups: int, d: int, dtype: torch.dtype, device: str) -> list[torch.Tensor]:

@@ -20,9 +20,9 @@ docs/performance.md, which has other states of the code. Peaks in MiB:
     graphs       later runs of `rehearse` (7b, S1/16 and S2/12), with CUDA graphs and in pieces: 17,786 and 18,959, for
                  which 19,321 and 20,475 were reserved (`gpu_GB`, `reserved_GB`); `GRAPHS` is about the difference
 
-The estimate is within 1 % of the first two. It is 1 % above what the third reserved at S1/16, and 11 % at S2/12: there
-it reckons with a piece of one and a half times PIECE, where that run's had 1,024 rows. Measure again and change the
-constants here when the way a step is computed changes.
+The estimate is within 1 % of the first two. It is 1 % above what the third reserved at S1/16, and more at S2/12: there
+it reckons with a piece of PIECE rows, where that run's had 1,024. Measure again and change the constants here when the
+way a step is computed changes.
 """
 
 from collections.abc import Iterator

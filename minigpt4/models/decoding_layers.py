@@ -24,8 +24,8 @@ MOST_COMPILATIONS = 32
 def compiled_layers(llm, slots) -> Iterator[None]:
     """In this thread, let the layers run compiled on `decoder.Slots`, for steps alone; all share one compilation.
 
-    A layer gets its own part of the cache: its number, by which it would look it up, would make each one special. What
-    other threads compute meanwhile stays as it was, to rounding.
+    A layer gets its own part of the cache: its number, by which it would look it up, would make each one special.
+    Answers that other threads compute meanwhile stay as they were, to rounding.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask

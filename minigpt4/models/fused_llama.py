@@ -47,8 +47,7 @@ class FusedLlama:
         segments, labelled = inputs["segments"], inputs["logits_to_keep"]
         angles = llama.rotary_emb(embeds, inputs["position_ids"])  # cosines and sines [1,T,d], both halves alike
         rotation = tuple(x[0, :, : x.shape[-1] // 2].contiguous() for x in angles)
-        # A layer takes its input as a sum. Halving and doubling are exact, so the first is like the others.
-        hidden = addend = embeds / 2
+        hidden, addend = embeds, embeds * 0  # a sum, with a gradient, as that of all other layers
         for layer in llama.layers:
             hidden, attended = self.before(layer, hidden, addend, rotation, segments)
             if layer is llama.layers[-1]:

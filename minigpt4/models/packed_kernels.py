@@ -241,7 +241,7 @@ def _backward(
         _store(dqkv + q_at, (dq * scaling).to(key.dtype), rows, row, own, d, D)
         dv = tl.dot(weights, gradient, dv)
         dk = tl.dot(score_gradient, query, dk)
-        for later in range(block + 1, 1 if ONE else blocks):
+        for later in range(0 if ONE else block + 1, 0 if ONE else blocks):
             others, other_rows = _block(later, start, before, N)
             theirs = (others >= before) & (others < keys)
             query = _load(qkv + q_at, other_rows, row, theirs, d, D)

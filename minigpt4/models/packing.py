@@ -143,18 +143,22 @@ def pack(sequences: list[list[int]], labels: list[list[int]]) -> PackedBatch:
 
 
 def divide(lengths: list[int], shared: int) -> list[list[int]]:
-    """Sequences with so many rows of their own, by number, into as few groups as have PIECE rows each.
+    """Sequences with so many rows of their own, by number, into groups of PIECE rows at most, or of one that has more.
 
     A group costs multiples of ROW_MULTIPLE rows: each but the last takes the sequences that leave least of them empty.
     """
-    groups, left = [], [*range(len(lengths))]
-    for count in range(-(-sum(lengths) // max(PIECE - shared - 1, 1)), 1, -1):
-        multiples = -(-(sum(lengths[i] for i in left) + count * (shared + 1)) // ROW_MULTIPLE)
-        room = -(-multiples // count) * ROW_MULTIPLE - shared - 1
-        chosen = {left[n] for n in fullest([lengths[i] for i in left], room)}
+    groups, left, most = [], [*range(len(lengths))], max(PIECE - shared - 1, 1)
+    while left:
+        own = [lengths[i] for i in left]
+        count = min(-(-sum(own) // most), len(left))
+        multiples = -(-(sum(own) + count * (shared + 1)) // ROW_MULTIPLE)
+        room = min(-(-multiples // max(count, 1)) * ROW_MULTIPLE - shared - 1, most)
+        chosen = (
+            {*left} if count <= 1 else {left[n] for n in fullest(own, room)} or {max(left, key=lengths.__getitem__)}
+        )
         groups.append(sorted(chosen))
         left = [i for i in left if i not in chosen]
-    return [group for group in (*groups, left) if group]
+    return groups
 
 
 def fullest(lengths: list[int], room: int) -> list[int]:

@@ -51,8 +51,9 @@ class Vision(BaseModel):
         if not image.is_floating_point():
             raise ConfigError(f"Images must be normalised, floating-point numbers; these are {image.dtype}.")
         with self.autocast(image.device):
-            # [B,N,encoder's width], rounded here once for all the layers that read them
-            image_tokens = self.ln_vision(self.visual_encoder(image)).to(self.dtype)
+            image_tokens = self.ln_vision(self.visual_encoder(image))  # [B,N,encoder's width]
+            if not image_tokens.requires_grad:  # gradients of the layers that read them add up in float32
+                image_tokens = image_tokens.to(self.dtype)  # once, not in each of those layers
             return self.Qformer(self.query_tokens.expand(len(image), -1, -1), image_tokens)
 
     def autocast(self, device: torch.device) -> torch.autocast:
