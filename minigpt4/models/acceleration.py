@@ -72,7 +72,7 @@ def _compile(model, llm_layers) -> None:
             layers += vit.blocks
     for layer in layers:
         layer.compile()
-    logging.info("Layers will be compiled at the first steps, which takes a minute or two.")
+    logging.info("Layers will be compiled at the first step, which takes half a minute the first time.")
     model.sum_of_losses = torch.compile(type(model).sum_of_losses, dynamic=True)  # in one pass over the logits
 
 

@@ -63,7 +63,7 @@ def warm_up(llm, prompt: int = 100, answer: int = 300, rows: int = 1) -> None:
     """On a GPU, prepare for answers of such lengths in tokens: the first would wait for the compiler."""
     if not fits(llm) or not Decoder(llm).graphs:
         return
-    logging.info("Compiling the language model for answers: half a minute at first, seconds later on.")
+    logging.info("Compiling the language model for answers: some fifteen seconds at first, fewer later on.")
     ids = torch.zeros(rows, prompt, dtype=torch.long, device=llm.device)
     embeds = llm.get_input_embeddings()(ids)
     steps = decode(llm, embeds, torch.ones_like(ids), answer, lambda ids, logits: logits.argmax(dim=-1))
