@@ -26,8 +26,8 @@ QFORMER_KEYS = (
 )
 
 
-# Rows that a piece of a packed batch has at most, or next to it, but for a longer sequence. More would be a little
-# quicker and take more memory.
+# Rows that a piece of a packed batch has at most, but for a longer sequence. More would be a little quicker and take
+# more memory.
 PIECE = 1536
 
 DEVICES = ("cuda", "cpu", "mps")
