@@ -43,6 +43,7 @@ $(VENV)/.installed: requirements.txt requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else \
 		f"Python 3.11 or newer is needed; {sys.executable} is {v[0]}.{v[1]}. Name another: make PYTHON=python3.12 …")'
 	$(PYTHON) -m venv $(VENV)
+	@echo "Installing torch and the rest into $(VENV): a few minutes, 7 GB on Linux."
 	$(PIP) --upgrade pip
 	$(PIP) --constraint requirements.lock $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch torchvision
 	$(PIP) --constraint requirements.lock --editable '.[tiny]'
