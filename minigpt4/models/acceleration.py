@@ -36,11 +36,8 @@ def accelerate(model, packed: bool, compiled: bool, fp8: bool = False) -> None:
     if fp8:
         convert_to_fp8(llm, model.visual_encoder)
     quantized = any(type(module).__module__.startswith("bitsandbytes") for module in llm.modules())
-    if compiled and model.packed and fused_llama.fits(llm):
-        model.predict = fused_llama.FusedLlama(llm, compiled=True)
     if compiled:
-        # bitsandbytes' layers run as they are
-        _compile(model, [] if quantized or "predict" in vars(model) else llm.get_decoder().layers)
+        _compile(model, quantized)
     # What follows gives gradients to its arguments alone: what it computes with must not train.
     trained = [name for name, p in model.named_parameters() if p.requires_grad and not name.startswith("llama_proj.")]
     if compiled and model.visual_encoder is not None and not trained:  # from cached features it does without
@@ -56,13 +53,17 @@ def accelerate(model, packed: bool, compiled: bool, fp8: bool = False) -> None:
         model.piece_loss = _with_gradient(piece_loss, compute)
 
 
-def _compile(model, llm_layers) -> None:
+def _compile(model, quantized: bool) -> None:
     # One code object, Module._call_impl, is compiled for every kind of layer, with and without gradient.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     # Joint projections hand each other their products, in recomputed layers too. Older torch leaves those uncompiled.
     if hasattr(torch._dynamo.config, "skip_fwd_side_effects_in_bwd_under_checkpoint"):
         torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
-    layers, vit = [*llm_layers], model.visual_encoder
+    layers, llm, vit = [], model.llama_model, model.visual_encoder
+    if model.packed and fused_llama.fits(llm):
+        model.predict = fused_llama.FusedLlama(llm, compiled=True)
+    elif not quantized:  # bitsandbytes' layers run as they are
+        layers += llm.get_decoder().layers
     if vit is not None:
         layers += model.Qformer.bert.encoder.layer
         if fused_vit.fits(vit):

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from minigpt4.models.fused import FirstOfFused
-from minigpt4.models.packing import Piece, Segments, joint_attention
+from minigpt4.models.packing import Piece, Segments, by_kernels, joint_attention
 
 
 def fits(llm) -> bool:
@@ -76,7 +76,7 @@ def _behind_attention(layer, hidden, attended) -> tuple[torch.Tensor, torch.Tens
 def _rotated(qkv: torch.Tensor, groups: int, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Heads [T,H+2G,d] with those of queries and keys rotated by angles [T,d/2]."""
     turned = qkv.shape[1] - groups
-    if _by_kernels(qkv):
+    if by_kernels(qkv):
         from minigpt4.models.llama_kernels import rotate
 
         return rotate(qkv, cos, sin, turned)
@@ -88,13 +88,9 @@ def _rotated(qkv: torch.Tensor, groups: int, cos: torch.Tensor, sin: torch.Tenso
 
 def _silu_product(gate_up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up of the halves of [T,2F]: [T,F]."""
-    if _by_kernels(gate_up):
+    if by_kernels(gate_up):
         from minigpt4.models.llama_kernels import silu_product
 
         return silu_product(gate_up)
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
-
-
-def _by_kernels(x: torch.Tensor) -> bool:
-    return x.is_cuda and x.dtype in (torch.float16, torch.bfloat16)

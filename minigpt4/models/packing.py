@@ -291,12 +291,17 @@ def packed_attention(query, key, value, scaling, segments: Segments) -> torch.Te
 
 def joint_attention(qkv, groups: int, scaling: float, segments: Segments) -> torch.Tensor:
     """Causal attention within each sequence, of heads of queries, keys and values [T,H+2G,d] to [T,H,d]."""
-    if qkv.is_cuda and qkv.dtype in (torch.float16, torch.bfloat16):
+    if by_kernels(qkv):
         from minigpt4.models.packed_kernels import attention
 
         return attention(qkv, groups, *segments, scaling)
     q, k, v = qkv.split([qkv.shape[1] - 2 * groups, groups, groups], dim=1)
     return _one_by_one(q, k, v, segments, scaling)
+
+
+def by_kernels(x: torch.Tensor) -> bool:
+    """Whether steps with `x` are Triton kernels of ours."""
+    return x.is_cuda and x.dtype in (torch.float16, torch.bfloat16)
 
 
 def _one_by_one(q, k, v, segments: Segments, scaling):

@@ -1,4 +1,4 @@
-"""The tiny default with its own weights, and drawings that it can name."""
+"""The tiny default with its own weights, and drawings that it can name; memory that shows what a kernel leaves out."""
 
 from types import SimpleNamespace
 
@@ -11,6 +11,15 @@ from minigpt4.cli.drawings import save_examples
 from minigpt4.common.config import Config
 from minigpt4.models import MiniGPT4
 from minigpt4.processors import Blip2ImageEvalProcessor
+
+
+@pytest.fixture
+def poisoned_memory():
+    """New memory holds NaN: what the kernels leave out would show."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture

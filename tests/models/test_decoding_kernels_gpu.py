@@ -4,24 +4,18 @@ import pytest
 import torch
 from decoding_cases import ATTENTIONS, PRODUCTS, TYPES, attention_error, error, product_error
 
-pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0),
-    reason="needs a GPU of compute capability 8.0 (Ampere)",
-)
+pytestmark = [
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0),
+        reason="needs a GPU of compute capability 8.0 (Ampere)",
+    ),
+    pytest.mark.usefixtures("poisoned_memory"),
+]
 DTYPES = pytest.mark.parametrize("dtype", TYPES.values(), ids=TYPES)
 BOUNDS = {torch.float32: 3e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 LLAMA = {"q": (4096, 4096, 0), "up": (11008, 4096, 0), "down": (4096, 11008, 0), "output": (32000, 4096, 0)}
 # Rows that see so many slots each, of so many; 32 heads of 128.
 CACHES = {"an answer": ([300], 384), "a full context": ([4096], 4096), "a batch": ([*range(100, 292, 3)], 384)}
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """New memory holds NaN: what the kernels leave out would show."""
-    torch.manual_seed(0)
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture

@@ -15,22 +15,16 @@ from training_cases import (
 
 from minigpt4.models.packing import Segments, packed_attention
 
-pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0),
-    reason="needs a GPU of compute capability 8.0 (Ampere)",
-)
+pytestmark = [
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0),
+        reason="needs a GPU of compute capability 8.0 (Ampere)",
+    ),
+    pytest.mark.usefixtures("poisoned_memory"),
+]
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 # Of Llama-7B's heads; sequences of stage 1, of stage 2, of next to nothing and of a full context.
 LENGTHS = {1: [*range(40, 57)] * 2, 8: [115, 195, 160, 188, 131, 20], 0: [1, 0, 5, 0, 12, 0, 3, 0], 30: [2000, 5, 300]}
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """New memory holds NaN: what the kernels leave out would show."""
-    torch.manual_seed(0)
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture
