@@ -2,7 +2,8 @@
 
     TRITON_INTERPRET=1 python tests/training_cases.py
 
-prints a JSON object: the relative errors of output and gradient, for each of CASES (attention) and LAYER_STEPS.
+prints a JSON object: the relative errors of output and gradient, for each of CASES (attention, also of rotated heads) and
+SILU_PRODUCTS.
 """
 
 import json
@@ -58,10 +59,10 @@ def reference(qkv, groups: int, starts: torch.Tensor, shared: int, longest: int,
     return torch.cat(outs)
 
 
-def errors(attention, qkv, gradient, groups: int, starts: torch.Tensor, shared: int, longest: int):
+def errors(attention, qkv, gradient, groups: int, starts, shared: int, longest: int, true=reference):
     """Of the output and of the gradient of qkv, each relative to the norm of the true one."""
     arguments = (qkv, groups, starts, shared, longest, 0.7 * qkv.shape[-1] ** -0.5)
-    output, expected = attention(*arguments), reference(*arguments)
+    output, expected = attention(*arguments), true(*arguments)
     results = output, torch.autograd.grad(output, qkv, gradient)[0]
     truths = expected, torch.autograd.grad(expected, qkv, gradient.double())[0]
     assert all(result.dtype == qkv.dtype for result in results)
@@ -72,6 +73,25 @@ def case_errors(attention, name: str, dtype: torch.dtype, device: str) -> list[f
     lengths, shared, heads, groups, d = CASES[name]
     starts, longest = lengths_to_starts(lengths, shared, device)
     return errors(attention, *inputs(int(starts[-1]), heads, groups, d, dtype, device), groups, starts, shared, longest)
+
+
+def rotated_case_errors(name: str, dtype: torch.dtype, device: str) -> list[float]:
+    """`case_errors` of heads that are rotated first."""
+    from minigpt4.models.llama_kernels import rotated_attention
+
+    lengths, shared, heads, groups, d = CASES[name]
+    starts, longest = lengths_to_starts(lengths, shared, device)
+    tensors = inputs(int(starts[-1]), heads, groups, d, dtype, device)
+    angles = torch.rand(len(tensors[0]), d // 2, device=device) * 7
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+
+    def rotated(qkv, *others):
+        return rotated_attention(qkv, cos, sin, *others)
+
+    def true(qkv, *others):
+        return reference(rotate(qkv.double(), cos.double(), sin.double(), heads + groups), *others)
+
+    return errors(rotated, *tensors, groups, starts, shared, longest, true)
 
 
 def rotate(qkv, cos, sin, turned: int) -> torch.Tensor:
@@ -85,28 +105,19 @@ def silu_product(gate_up) -> torch.Tensor:
     return torch.nn.functional.silu(gate) * up
 
 
-# Shapes of the inputs, and further arguments.
-LAYER_STEPS = {
-    "rotate": (rotate, [(7, 12, 16), (7, 8), (7, 8)], [8]),
-    "rotate many heads of an odd size": (rotate, [(5, 70, 12), (5, 6), (5, 6)], [35]),
-    "rotate none": (rotate, [(3, 4, 8), (3, 4), (3, 4)], [0]),
-    "silu_product": (silu_product, [(6, 2 * 1500)], []),
-    "silu_product of one column": (silu_product, [(1, 2)], []),
-}
+# Shapes of its input.
+SILU_PRODUCTS = {"silu_product": (6, 2 * 1500), "silu_product of one column": (1, 2)}
 
 
-def layer_errors(name: str, dtype: torch.dtype, device: str) -> list[float]:
-    """Of the output and of the first input's gradient, of a step of `llama_kernels.py`."""
+def silu_product_errors(name: str, dtype: torch.dtype, device: str) -> list[float]:
+    """Of the output and of the gradient."""
     from minigpt4.models import llama_kernels
 
-    function, shapes, arguments = LAYER_STEPS[name]
-    first, *others = (torch.randn(shape, dtype=dtype, device=device) for shape in shapes)
-    first.requires_grad_()
-    output = getattr(llama_kernels, function.__name__)(first, *others, *arguments)
-    expected = function(first.double(), *(x.double() for x in others), *arguments)
+    gate_up = torch.randn(SILU_PRODUCTS[name], dtype=dtype, device=device, requires_grad=True)
+    output, expected = llama_kernels.silu_product(gate_up), silu_product(gate_up.double())
     gradient = torch.randn_like(output)
-    results = output, *torch.autograd.grad(output, first, gradient)
-    truths = expected, *torch.autograd.grad(expected, first, gradient.double())
+    results = output, *torch.autograd.grad(output, gate_up, gradient)
+    truths = expected, *torch.autograd.grad(expected, gate_up, gradient.double())
     assert all(result.dtype == dtype for result in results)
     return [((a.double() - b).norm() / b.norm()).item() for a, b in zip(results, truths, strict=True)]
 
@@ -126,7 +137,8 @@ def main() -> None:
     torch.library.opcheck(packed_kernels._attention, (qkv, 1, starts, 2, longest, 0.25))
     compiled = torch.compile(attention, backend="aot_eager", fullgraph=True)
     results["compiled"] = case_errors(compiled, "grouped heads", torch.float32, "cpu")
-    results |= {name: layer_errors(name, torch.float32, "cpu") for name in LAYER_STEPS}
+    results |= {f"rotated, {name}": rotated_case_errors(name, torch.float32, "cpu") for name in CASES}
+    results |= {name: silu_product_errors(name, torch.float32, "cpu") for name in SILU_PRODUCTS}
     print(json.dumps(results))
 
 

@@ -9,16 +9,21 @@ Gradients are in e4m3 too: each row having a scale, the third bit of mantissa is
 directions use fast sums (`use_fast_accum`): partial sums stay in the tensor cores and are not carried over to float32
 every few products. Where a scale belongs to a row, that recipe does so for all products.
 
-M tokens, K inputs, N outputs.
+Rounding wants the largest entry of a row. What a norm computes, in either direction, the compiler rounds in the same
+kernel (`quantize_rows`); what kernels of other makes leave, one of ours (`round_rows`).
+
+M tokens, K inputs, N outputs, F columns of gate, and of up.
 """
 
 import logging
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from minigpt4.common.errors import ConfigError
 from minigpt4.models.fused import FirstOfFused
+from minigpt4.models.packing import by_kernels
 
 DTYPE = torch.float8_e4m3fn
 # Sizes that the GPU's product takes.
@@ -78,29 +83,92 @@ def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (x / scale).to(DTYPE, memory_format=torch.contiguous_format), scale
 
 
+def round_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`quantize_rows` of [M,K] by a kernel of its own where there is a GPU, as the next three are."""
+    if by_kernels(x):
+        from minigpt4.models import fp8_kernels
+
+        return fp8_kernels.rows(x)
+    return quantize_rows(x)
+
+
+def round_gelu(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`quantize_rows` of GELU of [M,K]."""
+    if by_kernels(x):
+        from minigpt4.models import fp8_kernels
+
+        return fp8_kernels.gelu(x)
+    return quantize_rows(F.gelu(x.float()))
+
+
+def round_silu_product(gate_up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`quantize_rows` of silu(gate) * up, the halves of [M,2F]: [M,F]."""
+    if by_kernels(gate_up):
+        from minigpt4.models import fp8_kernels
+
+        return fp8_kernels.silu_product(gate_up)
+    gate, up = gate_up.float().chunk(2, dim=1)
+    return quantize_rows(F.silu(gate) * up)
+
+
+def round_silu_product_gradient(grad: torch.Tensor, gate_up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`quantize_rows` of the gradients [M,2F] of gate and up, from that of silu(gate) * up [M,F]."""
+    if by_kernels(gate_up):
+        from minigpt4.models import fp8_kernels
+
+        return fp8_kernels.silu_product_gradient(grad, gate_up)
+    gate, up = gate_up.float().chunk(2, dim=1)
+    of_gate = torch.ops.aten.silu_backward(grad.float() * up, gate)
+    return quantize_rows(torch.cat([of_gate, grad.float() * F.silu(gate)], dim=1))
+
+
 def product(
-    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None
+    rounded: tuple[torch.Tensor, torch.Tensor],
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """x [...,K], rounded here, times weight [N,K] e4m3 with scale [1,N] float32, plus bias [N]: [...,N] bfloat16."""
-    rows, row_scale = quantize_rows(x.flatten(0, -2))
-    y = torch._scaled_mm(
+    """Rounded rows [M,K] times weight [N,K] e4m3 with scale [1,N] float32, plus bias [N]: [M,N] bfloat16."""
+    rows, row_scale = rounded
+    return torch._scaled_mm(
         rows, weight.t(), row_scale, scale, bias=bias, out_dtype=torch.bfloat16, use_fast_accum=True
-    )  # [M,N]
-    return y.unflatten(0, x.shape[:-1])
+    )
 
 
 class _Product(torch.autograd.Function):
-    """`product`, with a gradient for x alone. Of plain operations, which the compiler joins with their neighbours."""
+    """`product` of x [M,K], with a gradient for it alone.
+
+    What comes from a norm has a gradient that comes from elsewhere, and the other way round.
+    """
 
     @staticmethod
-    def forward(ctx, x, weight, scale, columns, column_scale, bias):
+    def forward(ctx, x, of_norm, bias, weight, scale, columns, column_scale):
         ctx.save_for_backward(columns, column_scale)
-        ctx.dtype = x.dtype
-        return product(x, weight, scale, bias)
+        ctx.dtype, ctx.of_norm = x.dtype, of_norm
+        return product(quantize_rows(x) if of_norm else round_rows(x), weight, scale, bias)
 
     @staticmethod
     def backward(ctx, gradient):
-        return product(gradient, *ctx.saved_tensors).to(ctx.dtype), None, None, None, None, None
+        rounded = round_rows(gradient) if ctx.of_norm else quantize_rows(gradient)
+        return product(rounded, *ctx.saved_tensors).to(ctx.dtype), *[None] * 6
+
+
+class _SiluMlp(torch.autograd.Function):
+    """down(silu(gate) * up) of x [M,K], with a gradient for it alone."""
+
+    @staticmethod
+    def forward(ctx, x, weight, scale, columns, column_scale, down, down_scale, down_columns, down_column_scale):
+        gate_up = product(quantize_rows(x), weight, scale)
+        ctx.save_for_backward(gate_up, columns, column_scale, down_columns, down_column_scale)
+        ctx.dtype = x.dtype
+        return product(round_silu_product(gate_up), down, down_scale)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gate_up, columns, column_scale, down_columns, down_column_scale = ctx.saved_tensors
+        gradient = product(round_rows(gradient), down_columns, down_column_scale)
+        gradient = product(round_silu_product_gradient(gradient, gate_up), columns, column_scale)
+        return gradient.to(ctx.dtype), *[None] * 8
 
 
 class Fp8(nn.Linear):
@@ -115,24 +183,46 @@ class Fp8(nn.Linear):
         self.register_buffer("column_scale", column_scale.t() if with_gradient else None, persistent=False)  # [1,K]
         return rows
 
-    def product(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        if self.columns is None:
-            return product(x, weight, self.scale, bias)
-        return _Product.apply(x, weight, self.scale, self.columns, self.column_scale, bias)
+    def scales_and_columns(self) -> tuple:
+        return self.scale, self.columns, self.column_scale
+
+    def product(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, of_norm: bool) -> torch.Tensor:
+        """x [...,K] to [...,N]; whether x comes from a norm, which it is the quicker for."""
+        y = _Product.apply(x.flatten(0, -2), of_norm, bias, weight, *self.scales_and_columns())
+        return y.unflatten(0, x.shape[:-1])
 
 
 class Fp8Linear(Fp8):
     """A linear layer in fp8; its `weight` is in e4m3."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.product(x, self.weight, self.bias)
+        return self.product(x, self.weight, self.bias, of_norm=False)
 
 
 class Fp8FirstOfFused(Fp8, FirstOfFused):
     """The joint product of a group of layers in fp8."""
 
     def joint_product(self, x: torch.Tensor) -> torch.Tensor:
-        return self.product(x, self.joint_weight)
+        return self.product(x, self.joint_weight, None, of_norm=True)
+
+
+def silu_mlp(gate_proj: Fp8FirstOfFused, down_proj: Fp8Linear, x: torch.Tensor) -> torch.Tensor:
+    """A Llama's MLP of a norm's output [M,K]: [M,K]. Between its products nothing is read twice to be rounded."""
+    first = gate_proj.joint_weight, *gate_proj.scales_and_columns()
+    return _SiluMlp.apply(x, *first, down_proj.weight, *down_proj.scales_and_columns())
+
+
+def linear_of_norm(layer: nn.Linear, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """The product of a layer, in fp8 or not, with what a norm computed, plus `bias`, which may not be its own."""
+    if isinstance(layer, Fp8Linear):
+        return layer.product(x, layer.weight, None if bias is None else bias.bfloat16(), of_norm=True)
+    return F.linear(x, layer.weight, bias)
+
+
+def gelu_linear(layer: Fp8Linear, x: torch.Tensor) -> torch.Tensor:
+    """The layer of GELU of x [...,K]: [...,N]. Without a gradient."""
+    y = product(round_gelu(x.flatten(0, -2)), layer.weight, layer.scale, layer.bias)
+    return y.unflatten(0, x.shape[:-1])
 
 
 def _convert(module: nn.Module, with_gradient: bool) -> None:

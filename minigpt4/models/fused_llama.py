@@ -11,6 +11,7 @@ T rows, K labels, D width, V vocabulary.
 import torch
 import torch.nn.functional as F
 
+from minigpt4.models import fp8
 from minigpt4.models.fused import FirstOfFused
 from minigpt4.models.packing import Piece, Segments, by_kernels, joint_attention
 
@@ -62,28 +63,33 @@ def _up_to_attention(layer, hidden, addend, rotation, segments: Segments) -> tup
     joint = attention.q_proj.joint_product(layer.input_layernorm(hidden))
     qkv = joint.view(joint.shape[1], -1, attention.head_dim)
     groups = qkv.shape[1] // (attention.num_key_value_groups + 2)
-    attended = joint_attention(_rotated(qkv, groups, *rotation), groups, attention.scaling, segments)
+    attended = _rotated_attention(qkv, rotation, groups, attention.scaling, segments)
     return hidden, attended.flatten(1).unsqueeze(0)
 
 
 def _behind_attention(layer, hidden, attended) -> tuple[torch.Tensor, torch.Tensor]:
     """The rest of a layer: its output [1,T,D] as a sum of two."""
     hidden = hidden + layer.self_attn.o_proj(attended)
-    gate_up = layer.mlp.gate_proj.joint_product(layer.post_attention_layernorm(hidden))
-    return hidden, layer.mlp.down_proj(_silu_product(gate_up.squeeze(0)).unsqueeze(0))
+    return hidden, _mlp(layer.mlp, layer.post_attention_layernorm(hidden).squeeze(0)).unsqueeze(0)
 
 
-def _rotated(qkv: torch.Tensor, groups: int, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Heads [T,H+2G,d] with those of queries and keys rotated by angles [T,d/2]."""
-    turned = qkv.shape[1] - groups
+def _rotated_attention(qkv, rotation, groups: int, scaling: float, segments: Segments) -> torch.Tensor:
+    """Heads [T,H+2G,d], those of queries and keys rotated by angles [T,d/2], to what each query attends to [T,H,d]."""
     if by_kernels(qkv):
-        from minigpt4.models.llama_kernels import rotate
+        from minigpt4.models.llama_kernels import rotated_attention
 
-        return rotate(qkv, cos, sin, turned)
+        return rotated_attention(qkv, *rotation, groups, *segments, scaling)
+    turned, (cos, sin) = qkv.shape[1] - groups, (x.unsqueeze(1) for x in rotation)
     first, second = qkv[:, :turned].chunk(2, dim=-1)
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     halves = [first * cos - second * sin, second * cos + first * sin]
-    return torch.cat([torch.cat(halves, dim=-1), qkv[:, turned:]], dim=1)
+    return joint_attention(torch.cat([torch.cat(halves, dim=-1), qkv[:, turned:]], dim=1), groups, scaling, segments)
+
+
+def _mlp(mlp, x: torch.Tensor) -> torch.Tensor:
+    """Rows [T,D] to [T,D]."""
+    if isinstance(mlp.gate_proj, fp8.Fp8) and isinstance(mlp.down_proj, fp8.Fp8):
+        return fp8.silu_mlp(mlp.gate_proj, mlp.down_proj, x)
+    return mlp.down_proj(_silu_product(mlp.gate_proj.joint_product(x)))
 
 
 def _silu_product(gate_up: torch.Tensor) -> torch.Tensor:

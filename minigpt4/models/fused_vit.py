@@ -13,9 +13,10 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from timm.layers import Mlp, PatchEmbed
-from timm.models.eva import EvaBlock
+from timm.models.eva import EvaAttention, EvaBlock
 from torch import nn
 
+from minigpt4.models import fp8
 from minigpt4.models.eva_vit import EvaViT
 
 Unit = Callable[[EvaBlock, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
@@ -52,15 +53,24 @@ def _embed_patches(patch_embed: PatchEmbed, image: torch.Tensor) -> torch.Tensor
 def run_block(block: EvaBlock, x: torch.Tensor, delta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """A block whose input is x + delta, and its output the sum of what it returns; all [B,N,D]."""
     x = x + delta
-    x = x + block.attn(block.norm1(x))
+    x = x + _attention(block.attn, block.norm1(x))
     return x, _mlp(block.mlp, block.norm2(x))
 
 
+def _attention(attn: EvaAttention, x: torch.Tensor) -> torch.Tensor:
+    """timm's, with the biases in the product in fp8 too."""
+    qkv = fp8.linear_of_norm(attn.qkv, x, torch.cat((attn.q_bias, attn.k_bias, attn.v_bias)))
+    q, k, v = qkv.unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    return attn.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
 def _mlp(mlp: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    if not _takes_linear_gelu(mlp):
-        return mlp(x)
-    x = linear_gelu(x.to(mlp.fc1.weight.dtype), mlp.fc1.weight, mlp.fc1.bias)
-    return mlp.drop2(mlp.fc2(mlp.norm(mlp.drop1(x))))
+    if _has_exact_gelu(mlp):
+        if isinstance(mlp.fc2, fp8.Fp8):
+            return fp8.gelu_linear(mlp.fc2, fp8.linear_of_norm(mlp.fc1, x, mlp.fc1.bias))
+        if _takes_linear_gelu(mlp.fc1):
+            return mlp.fc2(linear_gelu(x.to(mlp.fc1.weight.dtype), mlp.fc1.weight, mlp.fc1.bias))
+    return mlp(x)
 
 
 @torch.library.custom_op("minigpt4::linear_gelu", mutates_args=())
@@ -89,12 +99,25 @@ def _(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor
 def _is_plain(block: nn.Module) -> bool:
     """Whether the block adds its attention and its MLP as they are, each to the sum of what precedes it."""
     unscaled = type(block) is EvaBlock and block.gamma_1 is None and block.gamma_2 is None
-    return unscaled and all(type(path) is nn.Identity for path in (block.drop_path1, block.drop_path2))
+    nothing_dropped = all(type(path) is nn.Identity for path in (block.drop_path1, block.drop_path2))
+    return unscaled and nothing_dropped and _is_plain_attention(block.attn)
 
 
-def _takes_linear_gelu(mlp: nn.Module) -> bool:
-    """Whether it begins with a layer in 16 bit, on a GPU, and exact GELU. A layer in fp8 has a product of its own."""
-    if type(mlp) is not Mlp or type(mlp.fc1) is not nn.Linear or mlp.fc1.bias is None:
+def _is_plain_attention(attn: nn.Module) -> bool:
+    """Whether it is a joint product with biases, attention and another product, and nothing between."""
+    joint = type(attn) is EvaAttention and attn.qkv is not None and attn.q_bias is not None and attn.gate is None
+    parts = (attn.q_norm, attn.k_norm, attn.norm) if joint else ()
+    return joint and all(type(part) is nn.Identity for part in parts) and not attn.attn_drop.p and not attn.proj_drop.p
+
+
+def _has_exact_gelu(mlp: nn.Module) -> bool:
+    """Whether it is two layers, and nothing but exact GELU between."""
+    if type(mlp) is not Mlp or type(mlp.act) is not nn.GELU or mlp.act.approximate != "none":
         return False
-    exact = type(mlp.act) is nn.GELU and mlp.act.approximate == "none"
-    return exact and mlp.fc1.weight.is_cuda and mlp.fc1.weight.dtype in (torch.bfloat16, torch.float16)
+    return type(mlp.norm) is nn.Identity and not mlp.drop1.p and not mlp.drop2.p
+
+
+def _takes_linear_gelu(layer: nn.Linear) -> bool:
+    """Whether the layer is in 16 bit, with a bias, on a GPU. One in fp8 has a product of its own."""
+    plain = type(layer) is nn.Linear and layer.bias is not None
+    return plain and layer.weight.is_cuda and layer.weight.dtype in (torch.bfloat16, torch.float16)

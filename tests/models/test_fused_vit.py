@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from helpers import VIT
 from timm.layers import DropPath, LayerNorm, Mlp, SwiGLU
-from timm.models.eva import Eva, EvaBlock, EvaBlockPostNorm
+from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -76,7 +76,7 @@ def test_all_blocks_share_one_compilation(vit, images):
 
 def test_with_linear_gelu(vit, images, monkeypatch):
     """The MLP by way of it, compiled too, as it is on a GPU."""
-    monkeypatch.setattr(fused_vit, "_takes_linear_gelu", lambda mlp: True)
+    monkeypatch.setattr(fused_vit, "_takes_linear_gelu", lambda layer: True)
     torch.testing.assert_close(forward_features(vit, images, run_block), vit(images), rtol=1e-5, atol=5e-5)
     torch._dynamo.reset()
     compiles = CompileCounterWithBackend("aot_eager")
@@ -134,6 +134,13 @@ def scales_layers(vit):
     vit.blocks[0] = EvaBlock(VIT["embed_dim"], VIT["num_heads"], init_values=0.5).requires_grad_(False)
 
 
+def other_attention(**kwargs):
+    def change(vit):
+        vit.blocks[1].attn = EvaAttention(VIT["embed_dim"], VIT["num_heads"], **kwargs).requires_grad_(False)
+
+    return change
+
+
 def is_a_plugins_own(vit):
     vit.__class__ = type("Own", (EvaViT,), {})
 
@@ -142,7 +149,19 @@ def norms_later(vit):
     vit.blocks[0] = EvaBlockPostNorm(VIT["embed_dim"], VIT["num_heads"]).requires_grad_(False)
 
 
-@pytest.mark.parametrize("change", [trains, recomputes, drops_paths, scales_layers, norms_later, is_a_plugins_own])
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(trains, recomputes, drops_paths, scales_layers, norms_later, is_a_plugins_own),
+        other_attention(scale_norm=True, norm_layer=LayerNorm),
+        other_attention(scale_norm=False, qk_norm=True, norm_layer=LayerNorm),
+        other_attention(scale_norm=False, qkv_bias=False),
+        other_attention(scale_norm=False, qkv_fused=False),
+        other_attention(scale_norm=False, gated=True),
+        other_attention(scale_norm=False, proj_drop=0.1),
+        other_attention(scale_norm=False, attn_drop=0.1),
+    ],
+)
 def test_what_takes_the_plain_way(vit, change):
     assert fused_vit.fits(vit)
     change(vit)
@@ -163,25 +182,37 @@ def test_another_mlp_computes_itself(vit, images, mlp):
 
 
 @pytest.mark.parametrize(
-    ("kwargs", "device", "dtype", "takes"),
+    ("device", "dtype", "bias", "takes"),
     [
-        ({}, "cuda", torch.bfloat16, True),
-        ({}, "cuda", torch.float16, True),
-        ({}, "cuda", torch.float32, False),
-        ({}, "cpu", torch.bfloat16, False),
-        ({"bias": False}, "cuda", torch.bfloat16, False),
-        ({"act_layer": nn.SiLU}, "cuda", torch.bfloat16, False),
-        ({"act_layer": partial(nn.GELU, approximate="tanh")}, "cuda", torch.bfloat16, False),
+        ("cuda", torch.bfloat16, True, True),
+        ("cuda", torch.float16, True, True),
+        ("cuda", torch.float32, True, False),
+        ("cpu", torch.bfloat16, True, False),
+        ("cuda", torch.bfloat16, False, False),
     ],
 )
-def test_which_mlps_take_linear_gelu(kwargs, device, dtype, takes):
+def test_which_layers_take_linear_gelu(device, dtype, bias, takes):
     """Of tensors that only claim to lie on a GPU."""
     with FakeTensorMode():
-        mlp = Mlp(16, 32, **kwargs)
-        mlp.fc1 = nn.Linear(16, 32, bias=mlp.fc1.bias is not None, device=device, dtype=dtype)
-        assert fused_vit._takes_linear_gelu(mlp) == takes
-        mlp.fc1.__class__ = fp8.Fp8Linear
-        assert not fused_vit._takes_linear_gelu(mlp)
+        layer = nn.Linear(16, 32, bias=bias, device=device, dtype=dtype)
+        assert fused_vit._takes_linear_gelu(layer) == takes
+        layer.__class__ = fp8.Fp8Linear
+        assert not fused_vit._takes_linear_gelu(layer)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "has"),
+    [
+        ({}, True),
+        ({"act_layer": nn.SiLU}, False),
+        ({"act_layer": partial(nn.GELU, approximate="tanh")}, False),
+        ({"norm_layer": LayerNorm}, False),
+        ({"drop": 0.1}, False),
+    ],
+)
+def test_which_mlps_have_exact_gelu(kwargs, has):
+    assert fused_vit._has_exact_gelu(Mlp(16, 32, **kwargs)) == has
+    assert not fused_vit._has_exact_gelu(SwiGLU(16, 32))
 
 
 # linear_gelu

@@ -4,7 +4,7 @@ import importlib.util
 
 import pytest
 from helpers import interpret
-from training_cases import CASES, LAYER_STEPS
+from training_cases import CASES, SILU_PRODUCTS
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton (Linux)")
 
@@ -14,7 +14,7 @@ def interpreted():
     return interpret("training_cases.py")
 
 
-@pytest.mark.parametrize("name", [*CASES, *LAYER_STEPS, "compiled"])
+@pytest.mark.parametrize("name", [*CASES, *(f"rotated, {case}" for case in CASES), *SILU_PRODUCTS, "compiled"])
 def test_output_and_gradients(interpreted, name):
     """In float32, against float64. Every element of output and gradients is written: memory is NaN before."""
     assert max(interpreted[name]) < 2e-6

@@ -4,13 +4,14 @@ import pytest
 import torch
 from training_cases import (
     CASES,
-    LAYER_STEPS,
+    SILU_PRODUCTS,
     case_errors,
     errors,
     inputs,
-    layer_errors,
     lengths_to_starts,
     reference,
+    rotated_case_errors,
+    silu_product_errors,
 )
 
 from minigpt4.models.packing import Segments, packed_attention
@@ -41,9 +42,15 @@ def test_output_and_gradients(attention, name, dtype):
 
 
 @DTYPES
-@pytest.mark.parametrize("name", LAYER_STEPS)
-def test_steps_of_a_layer(name, dtype):
-    assert max(layer_errors(name, dtype, "cuda")) < 1e-2
+@pytest.mark.parametrize("name", CASES)
+def test_rotated_heads(name, dtype):
+    assert max(rotated_case_errors(name, dtype, "cuda")) < 1e-2
+
+
+@DTYPES
+@pytest.mark.parametrize("name", SILU_PRODUCTS)
+def test_silu_product(name, dtype):
+    assert max(silu_product_errors(name, dtype, "cuda")) < 1e-2
 
 
 @DTYPES

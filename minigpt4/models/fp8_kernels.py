@@ -1,0 +1,124 @@
+"""Rows rounded to fp8 by the kernel that computes them, in Triton.
+
+The scale of a row is that of its largest entry, which the compiler's kernels look for in a pass of its own. Here a
+program holds a whole row. The numbers are those of `fp8.quantize_rows`, from sums that were not rounded before.
+Imported only where there is a GPU for it.
+
+M rows, K columns; F columns of gate, and of up.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from minigpt4.models.fp8 import DTYPE
+
+LARGEST, TINY = tl.constexpr(torch.finfo(DTYPE).max), tl.constexpr(torch.finfo(torch.float32).tiny)
+COLUMNS_A_WARP, MOST_WARPS = 512, 32
+
+Rounded = tuple[torch.Tensor, torch.Tensor]
+
+
+@torch.library.custom_op("minigpt4::fp8_rows", mutates_args=())
+def rows(x: torch.Tensor) -> Rounded:
+    """Rows [M,K] as e4m3 [M,K], and the scale [M,1] float32 of each."""
+    return _run(_rows, [x], x.shape[1], x.shape[1], False)
+
+
+@torch.library.custom_op("minigpt4::fp8_gelu", mutates_args=())
+def gelu(x: torch.Tensor) -> Rounded:
+    """GELU of [M,K] as e4m3 [M,K], and the scale [M,1] float32 of each row."""
+    return _run(_rows, [x], x.shape[1], x.shape[1], True)
+
+
+@torch.library.custom_op("minigpt4::fp8_silu_product", mutates_args=())
+def silu_product(gate_up: torch.Tensor) -> Rounded:
+    """silu(gate) * up of the halves of [M,2F] as e4m3 [M,F], and the scale [M,1] float32 of each row."""
+    width = gate_up.shape[1] // 2
+    return _run(_silu_product, [gate_up], width, width)
+
+
+@torch.library.custom_op("minigpt4::fp8_silu_product_gradient", mutates_args=())
+def silu_product_gradient(grad: torch.Tensor, gate_up: torch.Tensor) -> Rounded:
+    """From the gradient [M,F] of silu(gate) * up those of gate and up: e4m3 [M,2F], and each row's scale [M,1]."""
+    return _run(_silu_product_gradient, [gate_up, grad], gate_up.shape[1], gate_up.shape[1] // 2)
+
+
+def _run(kernel, inputs: list[torch.Tensor], width: int, columns: int, *flags: bool) -> Rounded:
+    """A program for each row, which takes so many columns of each of its parts."""
+    rounded, scale = _empty(inputs[0], width)
+    block = triton.next_power_of_2(columns)
+    warps = max(1, min(block // COLUMNS_A_WARP, MOST_WARPS))
+    with torch.cuda.device_of(scale):
+        tensors = *(x.contiguous() for x in inputs), rounded, scale
+        kernel[(len(scale),)](*tensors, *flags, columns, block, num_warps=warps)
+    return rounded, scale
+
+
+def _empty(x: torch.Tensor, width: int) -> Rounded:
+    return x.new_empty(len(x), width, dtype=DTYPE), x.new_empty(len(x), 1, dtype=torch.float32)
+
+
+@rows.register_fake
+@gelu.register_fake
+def _(x):
+    return _empty(x, x.shape[1])
+
+
+@silu_product.register_fake
+def _(gate_up):
+    return _empty(gate_up, gate_up.shape[1] // 2)
+
+
+@silu_product_gradient.register_fake
+def _(grad, gate_up):
+    return _empty(gate_up, gate_up.shape[1])
+
+
+@triton.jit
+def _largest(values):
+    """Its magnitude; infinite where an entry is not a number."""
+    return tl.max(tl.where(values == values, tl.abs(values), float("inf")), 0)
+
+
+@triton.jit
+def _scale_for(largest, scale, row):
+    """Keep and return the scale with which the largest entry of a row becomes the largest number there is."""
+    value = tl.maximum(largest / LARGEST, TINY)
+    tl.store(scale + row, value)
+    return value
+
+
+@triton.jit
+def _rows(x, rounded, scale, GELU: tl.constexpr, K: tl.constexpr, N: tl.constexpr):
+    row, columns = tl.program_id(0).to(tl.int64), tl.arange(0, N)
+    values = tl.load(x + row * K + columns, mask=columns < K, other=0.0).to(tl.float32)
+    if GELU:
+        values = 0.5 * values * (1 + tl.erf(values * 0.7071067811865476))
+    divisor = _scale_for(_largest(values), scale, row)
+    tl.store(rounded + row * K + columns, (values / divisor).to(rounded.dtype.element_ty), mask=columns < K)
+
+
+@triton.jit
+def _silu_product(gate_up, rounded, scale, F: tl.constexpr, N: tl.constexpr):
+    row, columns = tl.program_id(0).to(tl.int64), tl.arange(0, N)
+    at = gate_up + row * 2 * F + columns
+    gate = tl.load(at, mask=columns < F, other=0.0).to(tl.float32)
+    values = gate * tl.sigmoid(gate) * tl.load(at + F, mask=columns < F, other=0.0).to(tl.float32)
+    divisor = _scale_for(_largest(values), scale, row)
+    tl.store(rounded + row * F + columns, (values / divisor).to(rounded.dtype.element_ty), mask=columns < F)
+
+
+@triton.jit
+def _silu_product_gradient(gate_up, grad, rounded, scale, F: tl.constexpr, N: tl.constexpr):
+    row, columns = tl.program_id(0).to(tl.int64), tl.arange(0, N)
+    at, to = gate_up + row * 2 * F + columns, rounded + row * 2 * F + columns
+    gate = tl.load(at, mask=columns < F, other=0.0).to(tl.float32)
+    up = tl.load(at + F, mask=columns < F, other=0.0).to(tl.float32)
+    outer = tl.load(grad + row * F + columns, mask=columns < F, other=0.0).to(tl.float32)
+    chance = tl.sigmoid(gate)
+    silu = gate * chance
+    of_gate, of_up = outer * up * (chance + silu * (1 - chance)), outer * silu
+    divisor = _scale_for(tl.maximum(_largest(of_gate), _largest(of_up)), scale, row)
+    tl.store(to, (of_gate / divisor).to(rounded.dtype.element_ty), mask=columns < F)
+    tl.store(to + F, (of_up / divisor).to(rounded.dtype.element_ty), mask=columns < F)

@@ -1,0 +1,24 @@
+"""The kernels that round rows to fp8, interpreted by Triton on the CPU."""
+
+import importlib.util
+
+import pytest
+from fp8_cases import CASES
+from helpers import interpret
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton (Linux)")
+
+
+@pytest.fixture(scope="module")
+def interpreted():
+    return interpret("fp8_cases.py")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_values_and_scales(interpreted, name):
+    """Every element is written: memory is NaN before."""
+    assert max(interpreted[name]) < 1e-6
+
+
+def test_rows_of_zeros_and_rows_that_are_not_finite(interpreted):
+    assert interpreted["not finite"] == [True, True, False, False, True]
