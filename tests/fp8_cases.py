@@ -1,8 +1,9 @@
-"""The kernels that round rows to fp8 against float64, on the GPU or, as a script, interpreted.
+"""The kernels that round rows to fp8, and those of norms, against float64, on the GPU or, as a script, interpreted.
 
     TRITON_INTERPRET=1 python tests/fp8_cases.py
 
-prints a JSON object: for each of CASES the relative errors of the values times their scales, and of the scales. The
+prints a JSON object: for each of CASES the relative errors of the values times their scales, and of the scales; for
+the norms those of sum and norm, for each of WIDTHS. The
 interpreter's numbers are not rounded to 8 bits: it does so wrongly (Triton 3.8 makes 64 of 127.9).
 """
 
@@ -29,6 +30,9 @@ CASES = {
     "silu_product_gradient of one column": ("silu_product_gradient", silu_product_gradient, [(1, 1), (1, 2)]),
 }
 
+# Columns of a norm.
+WIDTHS = (40, 64, 1408)
+
 
 def case_errors(name: str, dtype: torch.dtype, device: str) -> list[float]:
     from minigpt4.models import fp8_kernels
@@ -51,6 +55,21 @@ def not_finite(dtype: torch.dtype, device: str) -> list[bool]:
     return (values.float() * scale).isfinite().all(dim=1).tolist()
 
 
+def sum_norm_errors(width: int, rounded: bool, dtype: torch.dtype, device: str) -> list[float]:
+    """Of the sum of float32 and `dtype`, and of its norm."""
+    from minigpt4.models import vit_kernels
+
+    x, weight, bias = (torch.randn(shape, device=device) for shape in ((2, 3, width), (width,), (width,)))
+    delta = torch.randn(2, 3, width, dtype=dtype, device=device)
+    kernel = vit_kernels.rounded_sum_norm if rounded else vit_kernels.sum_norm
+    total, *normed = kernel(x, delta, weight, bias, 1e-6)
+    normed = (normed[0].double() * normed[1]).view(x.shape) if rounded else normed[0]
+    assert total.dtype == torch.float32 and (rounded or normed.dtype == dtype)
+    expected = x.double() + delta
+    norm = F.layer_norm(expected, (width,), weight.double(), bias.double(), 1e-6)
+    return [((a.double() - b).norm() / b.norm()).item() for a, b in ((total, expected), (normed, norm))]
+
+
 def main() -> None:
     from minigpt4.models import fp8_kernels
 
@@ -60,6 +79,8 @@ def main() -> None:
     fp8_kernels.DTYPE = torch.float32
     results = {name: case_errors(name, torch.float32, "cpu") for name in CASES}
     results["not finite"] = not_finite(torch.float32, "cpu")
+    for name in ("sum_norm", "rounded_sum_norm"):
+        results[name] = [sum_norm_errors(k, name != "sum_norm", torch.float32, "cpu") for k in WIDTHS]
     fp8_kernels.DTYPE = fp8.DTYPE
     for kernel, _, shapes in CASES.values():
         arguments = tuple(torch.randn(shape) for shape in shapes)

@@ -2,8 +2,8 @@
 
     TRITON_INTERPRET=1 python tests/training_cases.py
 
-prints a JSON object: the relative errors of output and gradient, for each of CASES (attention, also of rotated heads) and
-SILU_PRODUCTS.
+prints a JSON object: the relative errors of output and gradient, for each of CASES (attention, with heads as they are
+and rotated) and SILU_PRODUCTS.
 """
 
 import json

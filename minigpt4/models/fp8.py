@@ -212,19 +212,6 @@ def silu_mlp(gate_proj: Fp8FirstOfFused, down_proj: Fp8Linear, x: torch.Tensor) 
     return _SiluMlp.apply(x, *first, down_proj.weight, *down_proj.scales_and_columns())
 
 
-def linear_of_norm(layer: nn.Linear, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """The product of a layer, in fp8 or not, with what a norm computed, plus `bias`, which may not be its own."""
-    if isinstance(layer, Fp8Linear):
-        return layer.product(x, layer.weight, None if bias is None else bias.bfloat16(), of_norm=True)
-    return F.linear(x, layer.weight, bias)
-
-
-def gelu_linear(layer: Fp8Linear, x: torch.Tensor) -> torch.Tensor:
-    """The layer of GELU of x [...,K]: [...,N]. Without a gradient."""
-    y = product(round_gelu(x.flatten(0, -2)), layer.weight, layer.scale, layer.bias)
-    return y.unflatten(0, x.shape[:-1])
-
-
 def _convert(module: nn.Module, with_gradient: bool) -> None:
     parts = list(module.modules())
     for layer in parts:

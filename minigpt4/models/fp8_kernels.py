@@ -27,7 +27,10 @@ def rows(x: torch.Tensor) -> Rounded:
 
 @torch.library.custom_op("minigpt4::fp8_gelu", mutates_args=())
 def gelu(x: torch.Tensor) -> Rounded:
-    """GELU of [M,K] as e4m3 [M,K], and the scale [M,1] float32 of each row."""
+    """GELU of [M,K] as e4m3 [M,K], and the scale [M,1] float32 of each row.
+
+    It is GELU's tanh form, off by 5e-4 at most, of which 8 bits would show nothing but above 0.004.
+    """
     return _run(_rows, [x], x.shape[1], x.shape[1], True)
 
 
@@ -94,9 +97,9 @@ def _rows(x, rounded, scale, GELU: tl.constexpr, K: tl.constexpr, N: tl.constexp
     row, columns = tl.program_id(0).to(tl.int64), tl.arange(0, N)
     values = tl.load(x + row * K + columns, mask=columns < K, other=0.0).to(tl.float32)
     if GELU:
-        values = 0.5 * values * (1 + tl.erf(values * 0.7071067811865476))
-    divisor = _scale_for(_largest(values), scale, row)
-    tl.store(rounded + row * K + columns, (values / divisor).to(rounded.dtype.element_ty), mask=columns < K)
+        values *= tl.sigmoid(1.5957691216057308 * (values + 0.044715 * values * values * values))
+    values *= 1 / _scale_for(_largest(values), scale, row)
+    tl.store(rounded + row * K + columns, values.to(rounded.dtype.element_ty), mask=columns < K)
 
 
 @triton.jit
@@ -105,8 +108,8 @@ def _silu_product(gate_up, rounded, scale, F: tl.constexpr, N: tl.constexpr):
     at = gate_up + row * 2 * F + columns
     gate = tl.load(at, mask=columns < F, other=0.0).to(tl.float32)
     values = gate * tl.sigmoid(gate) * tl.load(at + F, mask=columns < F, other=0.0).to(tl.float32)
-    divisor = _scale_for(_largest(values), scale, row)
-    tl.store(rounded + row * F + columns, (values / divisor).to(rounded.dtype.element_ty), mask=columns < F)
+    values *= 1 / _scale_for(_largest(values), scale, row)
+    tl.store(rounded + row * F + columns, values.to(rounded.dtype.element_ty), mask=columns < F)
 
 
 @triton.jit
@@ -119,6 +122,6 @@ def _silu_product_gradient(gate_up, grad, rounded, scale, F: tl.constexpr, N: tl
     chance = tl.sigmoid(gate)
     silu = gate * chance
     of_gate, of_up = outer * up * (chance + silu * (1 - chance)), outer * silu
-    divisor = _scale_for(tl.maximum(_largest(of_gate), _largest(of_up)), scale, row)
-    tl.store(to, (of_gate / divisor).to(rounded.dtype.element_ty), mask=columns < F)
-    tl.store(to + F, (of_up / divisor).to(rounded.dtype.element_ty), mask=columns < F)
+    factor = 1 / _scale_for(tl.maximum(_largest(of_gate), _largest(of_up)), scale, row)
+    tl.store(to, (of_gate * factor).to(rounded.dtype.element_ty), mask=columns < F)
+    tl.store(to + F, (of_up * factor).to(rounded.dtype.element_ty), mask=columns < F)

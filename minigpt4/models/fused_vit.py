@@ -18,6 +18,7 @@ from torch import nn
 
 from minigpt4.models import fp8
 from minigpt4.models.eva_vit import EvaViT
+from minigpt4.models.packing import by_kernels
 
 Unit = Callable[[EvaBlock, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
@@ -52,25 +53,43 @@ def _embed_patches(patch_embed: PatchEmbed, image: torch.Tensor) -> torch.Tensor
 
 def run_block(block: EvaBlock, x: torch.Tensor, delta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """A block whose input is x + delta, and its output the sum of what it returns; all [B,N,D]."""
-    x = x + delta
-    x = x + _attention(block.attn, block.norm1(x))
-    return x, _mlp(block.mlp, block.norm2(x))
+    attn, mlp, shape = block.attn, block.mlp, x.shape
+    x, normed = _sum_norm(block.norm1, attn.qkv, x, delta)
+    qkv = _linear(attn.qkv, normed, torch.cat((attn.q_bias, attn.k_bias, attn.v_bias)))
+    q, k, v = qkv.view(*shape[:2], 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
+    delta = attn.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+    x, normed = _sum_norm(block.norm2, mlp.fc1, x, delta)
+    return x, _mlp(mlp, normed).view(shape)
 
 
-def _attention(attn: EvaAttention, x: torch.Tensor) -> torch.Tensor:
-    """timm's, with the biases in the product in fp8 too."""
-    qkv = fp8.linear_of_norm(attn.qkv, x, torch.cat((attn.q_bias, attn.k_bias, attn.v_bias)))
-    q, k, v = qkv.unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
-    return attn.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+def _sum_norm(norm: nn.LayerNorm, layer: nn.Linear, x: torch.Tensor, delta: torch.Tensor) -> tuple:
+    """x + delta [B,N,D], and its norm as `layer` takes it: [B,N,D], or in fp8 rows [B*N,D] with scales."""
+    in_fp8 = isinstance(layer, fp8.Fp8)
+    if not by_kernels(delta):
+        x = x + delta
+        return x, fp8.quantize_rows(norm(x).flatten(0, 1)) if in_fp8 else norm(x)
+    from minigpt4.models import vit_kernels
+
+    kernel = vit_kernels.rounded_sum_norm if in_fp8 else vit_kernels.sum_norm
+    x, *normed = kernel(x, delta, norm.weight, norm.bias, norm.eps)
+    return x, normed if in_fp8 else normed[0]
 
 
-def _mlp(mlp: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    if _has_exact_gelu(mlp):
-        if isinstance(mlp.fc2, fp8.Fp8):
-            return fp8.gelu_linear(mlp.fc2, fp8.linear_of_norm(mlp.fc1, x, mlp.fc1.bias))
-        if _takes_linear_gelu(mlp.fc1):
-            return mlp.fc2(linear_gelu(x.to(mlp.fc1.weight.dtype), mlp.fc1.weight, mlp.fc1.bias))
-    return mlp(x)
+def _linear(layer: nn.Linear, normed, bias: torch.Tensor | None) -> torch.Tensor:
+    """The layer's product with what `_sum_norm` returned for it, plus a bias."""
+    if isinstance(layer, fp8.Fp8):
+        return fp8.product(normed, layer.weight, layer.scale, None if bias is None else bias.bfloat16())
+    return F.linear(normed, layer.weight, bias)
+
+
+def _mlp(mlp: Mlp, normed) -> torch.Tensor:
+    """Of what `_sum_norm` returned for its first layer."""
+    if isinstance(mlp.fc1, fp8.Fp8):
+        hidden = _linear(mlp.fc1, normed, mlp.fc1.bias)
+        return fp8.product(fp8.round_gelu(hidden), mlp.fc2.weight, mlp.fc2.scale, mlp.fc2.bias)
+    if _takes_linear_gelu(mlp.fc1):
+        return mlp.fc2(linear_gelu(normed.to(mlp.fc1.weight.dtype), mlp.fc1.weight, mlp.fc1.bias))
+    return mlp(normed)
 
 
 @torch.library.custom_op("minigpt4::linear_gelu", mutates_args=())
@@ -100,7 +119,8 @@ def _is_plain(block: nn.Module) -> bool:
     """Whether the block adds its attention and its MLP as they are, each to the sum of what precedes it."""
     unscaled = type(block) is EvaBlock and block.gamma_1 is None and block.gamma_2 is None
     nothing_dropped = all(type(path) is nn.Identity for path in (block.drop_path1, block.drop_path2))
-    return unscaled and nothing_dropped and _is_plain_attention(block.attn)
+    norms = all(isinstance(norm, nn.LayerNorm) for norm in (block.norm1, block.norm2))
+    return unscaled and nothing_dropped and norms and _is_plain_attention(block.attn) and _is_plain_mlp(block.mlp)
 
 
 def _is_plain_attention(attn: nn.Module) -> bool:
@@ -110,7 +130,7 @@ def _is_plain_attention(attn: nn.Module) -> bool:
     return joint and all(type(part) is nn.Identity for part in parts) and not attn.attn_drop.p and not attn.proj_drop.p
 
 
-def _has_exact_gelu(mlp: nn.Module) -> bool:
+def _is_plain_mlp(mlp: nn.Module) -> bool:
     """Whether it is two layers, and nothing but exact GELU between."""
     if type(mlp) is not Mlp or type(mlp.act) is not nn.GELU or mlp.act.approximate != "none":
         return False
