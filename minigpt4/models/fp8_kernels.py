@@ -14,7 +14,7 @@ import triton.language as tl
 from minigpt4.models.fp8 import DTYPE
 
 LARGEST, TINY = tl.constexpr(torch.finfo(DTYPE).max), tl.constexpr(torch.finfo(torch.float32).tiny)
-COLUMNS_A_WARP, MOST_WARPS = 512, 32
+COLUMNS_A_WARP, MOST_WARPS = 2048, 32  # the quickest on an H100
 
 Rounded = tuple[torch.Tensor, torch.Tensor]
 

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from minigpt4.models.fp8_kernels import _empty, _largest, _scale_for
 
-COLUMNS_A_WARP = 512
+COLUMNS_A_WARP = 1024  # the quickest on an H100
 
 
 @torch.library.custom_op("minigpt4::sum_norm", mutates_args=())
