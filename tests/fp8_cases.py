@@ -3,8 +3,8 @@
     TRITON_INTERPRET=1 python tests/fp8_cases.py
 
 prints a JSON object: for each of CASES the relative errors of the values times their scales, and of the scales; for
-the norms those of sum and norm, for each of WIDTHS. The
-interpreter's numbers are not rounded to 8 bits: it does so wrongly (Triton 3.8 makes 64 of 127.9).
+the norms those of sum and norm, for each of WIDTHS. The interpreter's numbers are not rounded to 8 bits: it does so
+wrongly (Triton 3.8 makes 64 of 124.1).
 """
 
 import json

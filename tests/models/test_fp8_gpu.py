@@ -68,16 +68,17 @@ def test_close_to_bfloat16(load_tiny, samples, compiled):
 
 
 def test_compiled_equals_eager(load_tiny, samples):
-    """To what a compiler's other rounding of norms and activations does to the choice between two e4m3 numbers.
+    """As close as two ways of rounding are, each of which has a cosine of 0.957 with bfloat16.
 
-    Rounding patches otherwise before the encoder is enough to move this loss by 2.4 % (on a CPU).
+    Compiled, sums are rounded to fp8 as they are; otherwise to 16 bit before. Rounding patches otherwise before the
+    encoder is enough to move this loss by 2.4 % (on a CPU).
     """
     eager, compiled = load_tiny("cuda"), load_tiny("cuda")
     eager.accelerate(packed=True, compiled=False, fp8=True)
     compiled.accelerate(packed=True, compiled=True, fp8=True)
     (expected, gradient), (output, own) = (loss_and_gradient(model, samples) for model in (eager, compiled))
     assert output["loss"].item() == pytest.approx(expected["loss"].item(), rel=0.05)
-    assert cosine(own, gradient) > 0.95
+    assert cosine(own, gradient) > 0.9
 
 
 def test_learns_and_answers_as_bfloat16_does(load_tiny, samples):
