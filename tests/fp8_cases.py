@@ -11,6 +11,7 @@ import json
 
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounterWithBackend
 from training_cases import silu_product
 
 from minigpt4.models import fp8
@@ -70,8 +71,30 @@ def sum_norm_errors(width: int, rounded: bool, dtype: torch.dtype, device: str) 
     return [((a.double() - b).norm() / b.norm()).item() for a, b in ((total, expected), (normed, norm))]
 
 
+def compilations() -> list[int]:
+    """Of each kernel, for batches of four lengths: the number of rows is a variable."""
+    from minigpt4.models import fp8_kernels, vit_kernels
+
+    def sum_norm(x):
+        return vit_kernels.rounded_sum_norm(x, x, x[0], x[0], 1e-6)
+
+    functions = [
+        *(fp8_kernels.rows, fp8_kernels.gelu, fp8_kernels.silu_product, sum_norm),
+        lambda x: fp8_kernels.silu_product_gradient(x[:, :32].contiguous(), x),
+    ]
+    counts = []
+    for function in functions:
+        torch._dynamo.reset()
+        counter = CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(function, backend=counter, dynamic=True, fullgraph=True)
+        for rows in (4, 7, 9, 12):
+            compiled(torch.randn(rows, 64))
+        counts.append(counter.frame_count)
+    return counts
+
+
 def main() -> None:
-    from minigpt4.models import fp8_kernels
+    from minigpt4.models import fp8_kernels, vit_kernels
 
     torch.manual_seed(0)
     # New memory holds NaN: what the kernels leave out would show.
@@ -85,6 +108,10 @@ def main() -> None:
     for kernel, _, shapes in CASES.values():
         arguments = tuple(torch.randn(shape) for shape in shapes)
         torch.library.opcheck(getattr(fp8_kernels, kernel), arguments, test_utils=("test_schema", "test_faketensor"))
+    arguments = torch.randn(2, 3, 40), torch.randn(2, 3, 40), torch.randn(40), torch.randn(40), 1e-6
+    for kernel in (vit_kernels.sum_norm, vit_kernels.rounded_sum_norm):
+        torch.library.opcheck(kernel, arguments, test_utils=("test_schema", "test_faketensor"))
+    results["compilations"] = compilations()
     print(json.dumps(results))
 
 

@@ -1,5 +1,6 @@
 """What several test modules share."""
 
+import functools
 import json
 import os
 import socket
@@ -44,6 +45,7 @@ def free_port() -> int:
         return sock.getsockname()[1]
 
 
+@functools.cache
 def interpret(script: str) -> dict:
     """What a script of Triton kernels prints when they are interpreted: an import decides that, so in a new process."""
     env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}

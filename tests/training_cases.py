@@ -27,6 +27,7 @@ CASES = {
     "a head that is no power of two": ([30, 150], 20, 2, 2, 24),
     "a narrow head": ([30, 70], 5, 2, 2, 8),
     "a wide head": ([30, 50], 5, 2, 1, 256),
+    "many heads": ([5, 3, 7], 2, 40, 4, 12),
 }
 
 
@@ -123,7 +124,7 @@ def silu_product_errors(name: str, dtype: torch.dtype, device: str) -> list[floa
 
 
 def main() -> None:
-    from minigpt4.models import packed_kernels
+    from minigpt4.models import llama_kernels, packed_kernels
 
     torch.manual_seed(0)
     # New memory holds NaN: what the kernels leave out would show.
@@ -134,7 +135,10 @@ def main() -> None:
     results["float16"] = case_errors(attention, "several blocks", torch.float16, "cpu")
     starts, longest = lengths_to_starts([4, 70], 2, "cpu")
     qkv, _ = inputs(76, 2, 1, 16, torch.float32, "cpu")
-    torch.library.opcheck(packed_kernels._attention, (qkv, 1, starts, 2, longest, 0.25))
+    torch.library.opcheck(packed_kernels.attention_and_denominators, (qkv, 1, starts, 2, longest, 0.25))
+    angles = torch.rand(2, 76, 8)
+    torch.library.opcheck(llama_kernels._rotated_attention, (qkv, *angles, 1, starts, 2, longest, 0.25))
+    torch.library.opcheck(llama_kernels.silu_product, (torch.randn(3, 8, requires_grad=True),))
     compiled = torch.compile(attention, backend="aot_eager", fullgraph=True)
     results["compiled"] = case_errors(compiled, "grouped heads", torch.float32, "cpu")
     results |= {f"rotated, {name}": rotated_case_errors(name, torch.float32, "cpu") for name in CASES}

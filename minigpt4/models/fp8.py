@@ -15,6 +15,7 @@ kernel (`quantize_rows`); what kernels of other makes leave, one of ours (`round
 M tokens, K inputs, N outputs, F columns of gate, and of up.
 """
 
+import importlib.util
 import logging
 
 import torch
@@ -46,6 +47,10 @@ def check(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
         raise ConfigError(
             f"run.fp8=True goes with bfloat16; this run computes in {str(dtype).removeprefix('torch.')}. "
             f"Set run.amp=True and run.amp_dtype=bf16, {off}"
+        )
+    if importlib.util.find_spec("triton") is None:
+        raise ConfigError(
+            f"run.fp8=True needs Triton, which comes with torch for CUDA on Linux and is not here. Install it, {off}"
         )
     if not hasattr(model, "accelerate"):
         raise ConfigError(
@@ -130,6 +135,7 @@ def product(
 ) -> torch.Tensor:
     """Rounded rows [M,K] times weight [N,K] e4m3 with scale [1,N] float32, plus bias [N]: [M,N] bfloat16."""
     rows, row_scale = rounded
+    bias = None if bias is None else bias.bfloat16()
     return torch._scaled_mm(
         rows, weight.t(), row_scale, scale, bias=bias, out_dtype=torch.bfloat16, use_fast_accum=True
     )
@@ -187,7 +193,10 @@ class Fp8(nn.Linear):
         return self.scale, self.columns, self.column_scale
 
     def product(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, of_norm: bool) -> torch.Tensor:
-        """x [...,K] to [...,N]; whether x comes from a norm, which it is the quicker for."""
+        """x [...,K] to [...,N]; whether x comes from a norm, which it is the quicker for. A gradient goes no further
+        where there is no copy of the weights for it.
+        """
+        x = x.detach() if self.columns is None else x
         y = _Product.apply(x.flatten(0, -2), of_norm, bias, weight, *self.scales_and_columns())
         return y.unflatten(0, x.shape[:-1])
 

@@ -1,7 +1,8 @@
 """Rows rounded to fp8 by the kernel that computes them, in Triton.
 
 The scale of a row is that of its largest entry, which the compiler's kernels look for in a pass of its own. Here a
-program holds a whole row. The numbers are those of `fp8.quantize_rows`, from sums that were not rounded before.
+program holds a whole row. The numbers are those of `fp8.quantize_rows` to rounding, from values that were not rounded
+before.
 Imported only where there is a GPU for it.
 
 M rows, K columns; F columns of gate, and of up.
@@ -12,6 +13,7 @@ import triton
 import triton.language as tl
 
 from minigpt4.models.fp8 import DTYPE
+from minigpt4.models.llama_kernels import silu, silu_gradients
 
 LARGEST, TINY = tl.constexpr(torch.finfo(DTYPE).max), tl.constexpr(torch.finfo(torch.float32).tiny)
 COLUMNS_A_WARP, MOST_WARPS = 2048, 32  # the quickest on an H100
@@ -29,7 +31,7 @@ def rows(x: torch.Tensor) -> Rounded:
 def gelu(x: torch.Tensor) -> Rounded:
     """GELU of [M,K] as e4m3 [M,K], and the scale [M,1] float32 of each row.
 
-    It is GELU's tanh form, off by 5e-4 at most, of which 8 bits would show nothing but above 0.004.
+    It is GELU's tanh form, off by 5e-4 at most: less than half a step of 8 bits, save for numbers below 0.008.
     """
     return _run(_rows, [x], x.shape[1], x.shape[1], True)
 
@@ -49,43 +51,44 @@ def silu_product_gradient(grad: torch.Tensor, gate_up: torch.Tensor) -> Rounded:
 
 def _run(kernel, inputs: list[torch.Tensor], width: int, columns: int, *flags: bool) -> Rounded:
     """A program for each row, which takes so many columns of each of its parts."""
-    rounded, scale = _empty(inputs[0], width)
+    rounded, scale = empty(inputs[0], width)
     block = triton.next_power_of_2(columns)
     warps = max(1, min(block // COLUMNS_A_WARP, MOST_WARPS))
     with torch.cuda.device_of(scale):
         tensors = *(x.contiguous() for x in inputs), rounded, scale
-        kernel[(len(scale),)](*tensors, *flags, columns, block, num_warps=warps)
+        kernel[(scale.shape[0],)](*tensors, *flags, columns, block, num_warps=warps)
     return rounded, scale
 
 
-def _empty(x: torch.Tensor, width: int) -> Rounded:
-    return x.new_empty(len(x), width, dtype=DTYPE), x.new_empty(len(x), 1, dtype=torch.float32)
+def empty(x: torch.Tensor, width: int) -> Rounded:
+    # x.shape[0], not len(x): a compiler would have the number of rows fixed.
+    return x.new_empty(x.shape[0], width, dtype=DTYPE), x.new_empty(x.shape[0], 1, dtype=torch.float32)
 
 
 @rows.register_fake
 @gelu.register_fake
 def _(x):
-    return _empty(x, x.shape[1])
+    return empty(x, x.shape[1])
 
 
 @silu_product.register_fake
 def _(gate_up):
-    return _empty(gate_up, gate_up.shape[1] // 2)
+    return empty(gate_up, gate_up.shape[1] // 2)
 
 
 @silu_product_gradient.register_fake
 def _(grad, gate_up):
-    return _empty(gate_up, gate_up.shape[1])
+    return empty(gate_up, gate_up.shape[1])
 
 
 @triton.jit
-def _largest(values):
+def largest_of(values):
     """Its magnitude; infinite where an entry is not a number."""
     return tl.max(tl.where(values == values, tl.abs(values), float("inf")), 0)
 
 
 @triton.jit
-def _scale_for(largest, scale, row):
+def scale_for(largest, scale, row):
     """Keep and return the scale with which the largest entry of a row becomes the largest number there is."""
     value = tl.maximum(largest / LARGEST, TINY)
     tl.store(scale + row, value)
@@ -98,7 +101,7 @@ def _rows(x, rounded, scale, GELU: tl.constexpr, K: tl.constexpr, N: tl.constexp
     values = tl.load(x + row * K + columns, mask=columns < K, other=0.0).to(tl.float32)
     if GELU:
         values *= tl.sigmoid(1.5957691216057308 * (values + 0.044715 * values * values * values))
-    values *= 1 / _scale_for(_largest(values), scale, row)
+    values *= 1 / scale_for(largest_of(values), scale, row)
     tl.store(rounded + row * K + columns, values.to(rounded.dtype.element_ty), mask=columns < K)
 
 
@@ -107,8 +110,8 @@ def _silu_product(gate_up, rounded, scale, F: tl.constexpr, N: tl.constexpr):
     row, columns = tl.program_id(0).to(tl.int64), tl.arange(0, N)
     at = gate_up + row * 2 * F + columns
     gate = tl.load(at, mask=columns < F, other=0.0).to(tl.float32)
-    values = gate * tl.sigmoid(gate) * tl.load(at + F, mask=columns < F, other=0.0).to(tl.float32)
-    values *= 1 / _scale_for(_largest(values), scale, row)
+    values = silu(gate, tl.load(at + F, mask=columns < F, other=0.0).to(tl.float32))
+    values *= 1 / scale_for(largest_of(values), scale, row)
     tl.store(rounded + row * F + columns, values.to(rounded.dtype.element_ty), mask=columns < F)
 
 
@@ -119,9 +122,7 @@ def _silu_product_gradient(gate_up, grad, rounded, scale, F: tl.constexpr, N: tl
     gate = tl.load(at, mask=columns < F, other=0.0).to(tl.float32)
     up = tl.load(at + F, mask=columns < F, other=0.0).to(tl.float32)
     outer = tl.load(grad + row * F + columns, mask=columns < F, other=0.0).to(tl.float32)
-    chance = tl.sigmoid(gate)
-    silu = gate * chance
-    of_gate, of_up = outer * up * (chance + silu * (1 - chance)), outer * silu
-    factor = 1 / _scale_for(tl.maximum(_largest(of_gate), _largest(of_up)), scale, row)
+    of_gate, of_up = silu_gradients(outer, gate, up)
+    factor = 1 / scale_for(tl.maximum(largest_of(of_gate), largest_of(of_up)), scale, row)
     tl.store(to, (of_gate * factor).to(rounded.dtype.element_ty), mask=columns < F)
     tl.store(to + F, (of_up * factor).to(rounded.dtype.element_ty), mask=columns < F)

@@ -87,7 +87,7 @@ def _rotated_attention(qkv, rotation, groups: int, scaling: float, segments: Seg
 
 def _mlp(mlp, x: torch.Tensor) -> torch.Tensor:
     """Rows [T,D] to [T,D]."""
-    if isinstance(mlp.gate_proj, fp8.Fp8) and isinstance(mlp.down_proj, fp8.Fp8):
+    if isinstance(mlp.gate_proj, fp8.Fp8) and isinstance(mlp.down_proj, fp8.Fp8) and mlp.down_proj.bias is None:
         return fp8.silu_mlp(mlp.gate_proj, mlp.down_proj, x)
     return mlp.down_proj(_silu_product(mlp.gate_proj.joint_product(x)))
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Mlp, PatchEmbed
+from timm.layers import LayerNorm, Mlp, PatchEmbed
 from timm.models.eva import EvaAttention, EvaBlock
 from torch import nn
 
@@ -78,12 +78,12 @@ def _sum_norm(norm: nn.LayerNorm, layer: nn.Linear, x: torch.Tensor, delta: torc
 def _linear(layer: nn.Linear, normed, bias: torch.Tensor | None) -> torch.Tensor:
     """The layer's product with what `_sum_norm` returned for it, plus a bias."""
     if isinstance(layer, fp8.Fp8):
-        return fp8.product(normed, layer.weight, layer.scale, None if bias is None else bias.bfloat16())
+        return fp8.product(normed, layer.weight, layer.scale, bias)
     return F.linear(normed, layer.weight, bias)
 
 
 def _mlp(mlp: Mlp, normed) -> torch.Tensor:
-    """Of what `_sum_norm` returned for its first layer."""
+    """Of what `_sum_norm` returned for its first layer. The other one, of the same sizes, is in fp8 where that is."""
     if isinstance(mlp.fc1, fp8.Fp8):
         hidden = _linear(mlp.fc1, normed, mlp.fc1.bias)
         return fp8.product(fp8.round_gelu(hidden), mlp.fc2.weight, mlp.fc2.scale, mlp.fc2.bias)
@@ -119,8 +119,13 @@ def _is_plain(block: nn.Module) -> bool:
     """Whether the block adds its attention and its MLP as they are, each to the sum of what precedes it."""
     unscaled = type(block) is EvaBlock and block.gamma_1 is None and block.gamma_2 is None
     nothing_dropped = all(type(path) is nn.Identity for path in (block.drop_path1, block.drop_path2))
-    norms = all(isinstance(norm, nn.LayerNorm) for norm in (block.norm1, block.norm2))
+    norms = all(_is_plain_norm(norm) for norm in (block.norm1, block.norm2))
     return unscaled and nothing_dropped and norms and _is_plain_attention(block.attn) and _is_plain_mlp(block.mlp)
+
+
+def _is_plain_norm(norm: nn.Module) -> bool:
+    """Whether it is a layer norm with weight and bias."""
+    return type(norm) in (nn.LayerNorm, LayerNorm) and norm.weight is not None and norm.bias is not None
 
 
 def _is_plain_attention(attn: nn.Module) -> bool:

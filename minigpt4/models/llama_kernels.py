@@ -34,7 +34,7 @@ def _rotated_attention(
     """The output, and for the backward pass the denominators, as the attention has them, and the heads as rotated."""
     rotated = qkv.new_empty(qkv.shape)
     _launch_rotation(qkv.contiguous(), rotated, cos, sin, groups, back=False)
-    return *packed_kernels._attention(rotated, groups, starts, shared, longest, scaling), rotated
+    return *packed_kernels.attention_and_denominators(rotated, groups, starts, shared, longest, scaling), rotated
 
 
 @torch.library.custom_op("minigpt4::rotated_attention_backward", mutates_args=())
@@ -44,7 +44,7 @@ def _rotated_attention_backward(
 ) -> torch.Tensor:  # fmt: skip
     """The gradient of qkv, before it was rotated."""
     others = rotated, groups, out, lse, starts, shared, longest, scaling
-    gradient = packed_kernels._attention_backward(grad, *others)
+    gradient = packed_kernels.attention_backward(grad, *others)
     _launch_rotation(gradient, gradient, cos, sin, groups, back=True)
     return gradient
 
@@ -83,7 +83,7 @@ def _silu_product_backward(grad: torch.Tensor, gate_up: torch.Tensor) -> torch.T
 
 @_rotated_attention.register_fake
 def _(qkv, cos, sin, groups, starts, shared, longest, scaling):
-    return *packed_kernels._empty_outputs(qkv, groups), qkv.new_empty(qkv.shape)
+    return *packed_kernels.empty_outputs(qkv, groups), qkv.new_empty(qkv.shape)
 
 
 @_rotated_attention_backward.register_fake
@@ -154,11 +154,23 @@ def _halves(gate_up, row, F: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
+def silu(gate, up):
+    return gate * tl.sigmoid(gate) * up
+
+
+@triton.jit
+def silu_gradients(outer, gate, up):
+    """Of gate and of up, from that of their product."""
+    chance = tl.sigmoid(gate)
+    activated = gate * chance
+    return outer * up * (chance + activated * (1 - chance)), outer * activated
+
+
+@triton.jit
 def _silu_product(gate_up, product, F: tl.constexpr, N: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns, present, gate, up = _halves(gate_up, row, F, N)
-    value = gate * tl.sigmoid(gate) * up
-    tl.store(product + row * F + columns, value.to(product.dtype.element_ty), mask=present)
+    tl.store(product + row * F + columns, silu(gate, up).to(product.dtype.element_ty), mask=present)
 
 
 @triton.jit
@@ -166,8 +178,7 @@ def _silu_product_gradient(grad, gate_up, gradient, F: tl.constexpr, N: tl.const
     row = tl.program_id(0).to(tl.int64)
     columns, present, gate, up = _halves(gate_up, row, F, N)
     outer = tl.load(grad + row * F + columns, mask=present).to(tl.float32)
-    chance = tl.sigmoid(gate)
-    silu = gate * chance
+    of_gate, of_up = silu_gradients(outer, gate, up)
     to = gradient + row * 2 * F + columns
-    tl.store(to, (outer * up * (chance + silu * (1 - chance))).to(gradient.dtype.element_ty), mask=present)
-    tl.store(to + F, (outer * silu).to(gradient.dtype.element_ty), mask=present)
+    tl.store(to, of_gate.to(gradient.dtype.element_ty), mask=present)
+    tl.store(to + F, of_up.to(gradient.dtype.element_ty), mask=present)

@@ -31,7 +31,7 @@ def attention(
 
     Sums are in float32, and always taken in the same order. The gradients of the shared rows are those of all ranges.
     """
-    return _attention(qkv, groups, starts, shared, longest, scaling)[0]
+    return attention_and_denominators(qkv, groups, starts, shared, longest, scaling)[0]
 
 
 def block_size(dimensions: int, memory: int) -> int:
@@ -42,17 +42,17 @@ def block_size(dimensions: int, memory: int) -> int:
 
 
 @torch.library.custom_op("minigpt4::packed_attention", mutates_args=())
-def _attention(
+def attention_and_denominators(
     qkv: torch.Tensor, groups: int, starts: torch.Tensor, shared: int, longest: int, scaling: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The output [T,H,d], and for the backward pass log2 of the softmax's denominators [H,T] float32."""
-    out, lse = _empty_outputs(qkv, groups)
+    out, lse = empty_outputs(qkv, groups)
     _launch(_forward, qkv, groups, (out, lse, starts), shared, longest, scaling)
     return out, lse
 
 
 @torch.library.custom_op("minigpt4::packed_attention_backward", mutates_args=())
-def _attention_backward(
+def attention_backward(
     grad: torch.Tensor, qkv: torch.Tensor, groups: int, out: torch.Tensor, lse: torch.Tensor,
     starts: torch.Tensor, shared: int, longest: int, scaling: float,
 ) -> torch.Tensor:  # fmt: skip
@@ -83,17 +83,17 @@ def _launch(kernel, qkv, groups: int, others: tuple, shared: int, longest: int, 
         )  # fmt: skip
 
 
-def _empty_outputs(qkv: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
+def empty_outputs(qkv: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
     rows, heads, d = qkv.shape[0], qkv.shape[1] - 2 * groups, qkv.shape[2]
     return qkv.new_empty(rows, heads, d), qkv.new_empty(heads, rows, dtype=torch.float32)
 
 
-@_attention.register_fake
+@attention_and_denominators.register_fake
 def _(qkv, groups, starts, shared, longest, scaling):
-    return _empty_outputs(qkv, groups)
+    return empty_outputs(qkv, groups)
 
 
-@_attention_backward.register_fake
+@attention_backward.register_fake
 def _(grad, qkv, groups, out, lse, starts, shared, longest, scaling):
     return qkv.new_empty(qkv.shape)
 
@@ -106,11 +106,11 @@ def _keep(ctx, inputs, output) -> None:
 
 def _gradients(ctx, grad, _):
     qkv, *others = ctx.saved_tensors
-    gradient = _attention_backward(grad, qkv, ctx.groups, *others, ctx.shared, ctx.longest, ctx.scaling)
+    gradient = attention_backward(grad, qkv, ctx.groups, *others, ctx.shared, ctx.longest, ctx.scaling)
     return gradient, *[None] * 5
 
 
-_attention.register_autograd(_gradients, setup_context=_keep)
+attention_and_denominators.register_autograd(_gradients, setup_context=_keep)
 
 
 @triton.jit

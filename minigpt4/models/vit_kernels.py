@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from minigpt4.models.fp8_kernels import _empty, _largest, _scale_for
+from minigpt4.models.fp8_kernels import empty, largest_of, scale_for
 
 COLUMNS_A_WARP = 1024  # the quickest on an H100
 
@@ -33,7 +33,7 @@ def rounded_sum_norm(
     x: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`sum_norm` with the norm as e4m3 rows [M,K], and a scale [M,1] float32 of each."""
-    total, rounded = x.new_empty(x.shape), _empty(delta.flatten(0, -2), delta.shape[-1])
+    total, rounded = x.new_empty(x.shape), empty(delta.flatten(0, -2), delta.shape[-1])
     _launch(x, delta, weight, bias, eps, total, *rounded)
     return total, *rounded
 
@@ -55,7 +55,7 @@ def _(x, delta, weight, bias, eps):
 
 @rounded_sum_norm.register_fake
 def _(x, delta, weight, bias, eps):
-    return x.new_empty(x.shape), *_empty(delta.flatten(0, -2), delta.shape[-1])
+    return x.new_empty(x.shape), *empty(delta.flatten(0, -2), delta.shape[-1])
 
 
 @triton.jit
@@ -71,5 +71,5 @@ def _sum_norm(x, delta, weight, bias, total, normed, scale, eps, K: tl.constexpr
     result = centred * tl.load(weight + columns, mask=present, other=0.0).to(tl.float32)
     result += tl.load(bias + columns, mask=present, other=0.0).to(tl.float32)
     if scale is not None:
-        result *= 1 / _scale_for(_largest(result), scale, row)
+        result *= 1 / scale_for(largest_of(result), scale, row)
     tl.store(normed + at, result.to(normed.dtype.element_ty), mask=present)

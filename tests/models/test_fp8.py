@@ -5,6 +5,7 @@ operands must be what a Hopper GPU asks for, which a CPU would not complain abou
 """
 
 import functools
+import importlib.util
 import logging
 from types import SimpleNamespace
 
@@ -325,6 +326,10 @@ def test_gpus_and_types_that_cannot(monkeypatch, device, capability, dtype, says
 
 def test_a_gpu_that_can(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="needs Triton"):
+        fp8.check(SimpleNamespace(accelerate=None), torch.device("cuda"), torch.bfloat16)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     fp8.check(SimpleNamespace(accelerate=None), torch.device("cuda"), torch.bfloat16)
     with pytest.raises(ConfigError, match="Linear has no `accelerate`"):
         fp8.check(nn.Linear(2, 2), torch.device("cuda"), torch.bfloat16)

@@ -20,5 +20,9 @@ def test_values_and_scales(interpreted, name):
     assert max(interpreted[name]) < (1e-3 if name == "gelu" else 1e-6)
 
 
+def test_one_compilation_for_all_lengths(interpreted):
+    assert interpreted["compilations"] == [1] * 5
+
+
 def test_rows_of_zeros_and_rows_that_are_not_finite(interpreted):
     assert interpreted["not finite"] == [True, True, False, False, True]

@@ -145,8 +145,11 @@ def other_mlp(vit):
     vit.blocks[0].mlp = SwiGLU(VIT["embed_dim"], 48).requires_grad_(False)
 
 
-def other_norm(vit):
-    vit.blocks[1].norm2 = RmsNorm(VIT["embed_dim"]).requires_grad_(False)
+def other_norm(kind, **kwargs):
+    def change(vit):
+        vit.blocks[1].norm2 = kind(VIT["embed_dim"], **kwargs).requires_grad_(False)
+
+    return change
 
 
 def is_a_plugins_own(vit):
@@ -160,7 +163,10 @@ def norms_later(vit):
 @pytest.mark.parametrize(
     "change",
     [
-        *(trains, recomputes, drops_paths, scales_layers, norms_later, is_a_plugins_own, other_mlp, other_norm),
+        *(trains, recomputes, drops_paths, scales_layers, norms_later, is_a_plugins_own, other_mlp),
+        other_norm(RmsNorm),
+        other_norm(type("Own", (LayerNorm,), {})),
+        other_norm(nn.LayerNorm, bias=False),
         other_attention(scale_norm=True, norm_layer=LayerNorm),
         other_attention(scale_norm=False, qk_norm=True, norm_layer=LayerNorm),
         other_attention(scale_norm=False, qkv_bias=False),
