@@ -7,6 +7,7 @@ the norms those of sum and norm, for each of WIDTHS. The interpreter's numbers a
 wrongly (Triton 3.8 makes 64 of 124.1).
 """
 
+import itertools
 import json
 
 import torch
@@ -56,19 +57,37 @@ def not_finite(dtype: torch.dtype, device: str) -> list[bool]:
     return (values.float() * scale).isfinite().all(dim=1).tolist()
 
 
-def sum_norm_errors(width: int, rounded: bool, dtype: torch.dtype, device: str) -> list[float]:
-    """Of the sum of float32 and `dtype`, and of its norm."""
+def sum_norm_errors(width: int, in_fp8: bool, dtype: torch.dtype, device: str) -> list[float]:
+    """Of the norm of a sum of float32 and `dtype`, and of the sum and norm of three terms."""
     from minigpt4.models import vit_kernels
 
     x, weight, bias = (torch.randn(shape, device=device) for shape in ((2, 3, width), (width,), (width,)))
-    delta = torch.randn(2, 3, width, dtype=dtype, device=device)
-    kernel = vit_kernels.rounded_sum_norm if rounded else vit_kernels.sum_norm
-    total, *normed = kernel(x, delta, weight, bias, 1e-6)
-    normed = (normed[0].double() * normed[1]).view(x.shape) if rounded else normed[0]
-    assert total.dtype == torch.float32 and (rounded or normed.dtype == dtype)
-    expected = x.double() + delta
-    norm = F.layer_norm(expected, (width,), weight.double(), bias.double(), 1e-6)
-    return [((a.double() - b).norm() / b.norm()).item() for a, b in ((total, expected), (normed, norm))]
+    deltas = list(torch.randn(2, 2, 3, width, dtype=dtype, device=device))
+    pairs = []
+    for keep in (False, True):
+        terms = [x, *deltas[: 1 + keep]]
+        *total, normed, scale = [*vit_kernels.sum_norm(terms, weight, bias, 1e-6, keep, in_fp8)] + [1.0] * (not in_fp8)
+        assert len(total) == keep and (in_fp8 or normed.dtype == dtype)
+        expected = sum(term.double() for term in terms)
+        norm = F.layer_norm(expected, (width,), weight.double(), bias.double(), 1e-6)
+        pairs += [((normed.double() * scale).view(x.shape), norm), *((t, expected) for t in total)]
+        assert all(t.dtype == torch.float32 for t in total)
+    return [((a.double() - b).norm() / b.norm()).item() for a, b in pairs]
+
+
+# Images, tokens, heads, dimensions.
+ATTENTIONS = [(2, 257, 2, 88), (2, 17, 2, 16), (1, 65, 1, 32), (1, 64, 2, 40), (1, 130, 2, 64), (3, 5, 1, 100)]
+
+
+def attention_error(images: int, tokens: int, heads: int, d: int, dtype: torch.dtype, device: str) -> float:
+    from minigpt4.models.vit_kernels import attention
+
+    qkv = torch.randn(images, tokens, 3 * heads * d, dtype=dtype, device=device)
+    output = attention(qkv, heads)
+    q, k, v = qkv.double().view(images, tokens, 3, heads, d).permute(2, 0, 3, 1, 4)
+    expected = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    assert output.dtype == dtype and output.shape == expected.shape
+    return ((output.double() - expected).norm() / expected.norm()).item()
 
 
 def compilations() -> list[int]:
@@ -76,7 +95,7 @@ def compilations() -> list[int]:
     from minigpt4.models import fp8_kernels, vit_kernels
 
     def sum_norm(x):
-        return vit_kernels.rounded_sum_norm(x, x, x[0], x[0], 1e-6)
+        return vit_kernels.sum_norm([x, x], x[0], x[0], 1e-6, True, True)
 
     functions = [
         *(fp8_kernels.rows, fp8_kernels.gelu, fp8_kernels.silu_product, sum_norm),
@@ -102,15 +121,20 @@ def main() -> None:
     fp8_kernels.DTYPE = torch.float32
     results = {name: case_errors(name, torch.float32, "cpu") for name in CASES}
     results["not finite"] = not_finite(torch.float32, "cpu")
-    for name in ("sum_norm", "rounded_sum_norm"):
+    for name in ("sum_norm", "sum_norm in fp8"):
         results[name] = [sum_norm_errors(k, name != "sum_norm", torch.float32, "cpu") for k in WIDTHS]
+    results["attention"] = [attention_error(*sizes, torch.float32, "cpu") for sizes in ATTENTIONS]
     fp8_kernels.DTYPE = fp8.DTYPE
     for kernel, _, shapes in CASES.values():
         arguments = tuple(torch.randn(shape) for shape in shapes)
         torch.library.opcheck(getattr(fp8_kernels, kernel), arguments, test_utils=("test_schema", "test_faketensor"))
-    arguments = torch.randn(2, 3, 40), torch.randn(2, 3, 40), torch.randn(40), torch.randn(40), 1e-6
-    for kernel in (vit_kernels.sum_norm, vit_kernels.rounded_sum_norm):
-        torch.library.opcheck(kernel, arguments, test_utils=("test_schema", "test_faketensor"))
+    terms = [torch.randn(2, 3, 40) for _ in range(3)]
+    for keep, in_fp8 in itertools.product((False, True), (False, True)):
+        arguments = terms, torch.randn(40), torch.randn(40), 1e-6, keep, in_fp8
+        torch.library.opcheck(vit_kernels.sum_norm, arguments, test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(
+        vit_kernels.attention, (torch.randn(1, 5, 24), 1), test_utils=("test_schema", "test_faketensor")
+    )
     results["compilations"] = compilations()
     print(json.dumps(results))
 

@@ -8,6 +8,7 @@ by a product, for which a GPU has quicker kernels than for a convolution.
 B images, N image tokens, D width; K inputs, M outputs of a linear layer.
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -54,25 +55,38 @@ def _embed_patches(patch_embed: PatchEmbed, image: torch.Tensor) -> torch.Tensor
 def run_block(block: EvaBlock, x: torch.Tensor, delta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """A block whose input is x + delta, and its output the sum of what it returns; all [B,N,D]."""
     attn, mlp, shape = block.attn, block.mlp, x.shape
-    x, normed = _sum_norm(block.norm1, attn.qkv, x, delta)
+    # The first norm's sum is not kept: the second norm takes all three terms.
+    _, normed = _sum_norm(block.norm1, attn.qkv, [x, delta], keep=False)
     qkv = _linear(attn.qkv, normed, torch.cat((attn.q_bias, attn.k_bias, attn.v_bias)))
-    q, k, v = qkv.view(*shape[:2], 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
-    delta = attn.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-    x, normed = _sum_norm(block.norm2, mlp.fc1, x, delta)
+    attended = attn.proj(_attention(qkv.view(*shape[:2], -1), attn.num_heads))
+    x, normed = _sum_norm(block.norm2, mlp.fc1, [x, delta, attended], keep=True)
     return x, _mlp(mlp, normed).view(shape)
 
 
-def _sum_norm(norm: nn.LayerNorm, layer: nn.Linear, x: torch.Tensor, delta: torch.Tensor) -> tuple:
-    """x + delta [B,N,D], and its norm as `layer` takes it: [B,N,D], or in fp8 rows [B*N,D] with scales."""
-    in_fp8 = isinstance(layer, fp8.Fp8)
-    if not by_kernels(delta):
-        x = x + delta
-        return x, fp8.quantize_rows(norm(x).flatten(0, 1)) if in_fp8 else norm(x)
-    from minigpt4.models import vit_kernels
+def _sum_norm(norm: nn.LayerNorm, layer: nn.Linear, terms: list[torch.Tensor], keep: bool) -> tuple:
+    """The sum of terms [B,N,D], or None, and its norm as `layer` takes it: [B,N,D], or in fp8 rows [B*N,D] with scales.
 
-    kernel = vit_kernels.rounded_sum_norm if in_fp8 else vit_kernels.sum_norm
-    x, *normed = kernel(x, delta, norm.weight, norm.bias, norm.eps)
-    return x, normed if in_fp8 else normed[0]
+    keep: whether the sum is wanted.
+    """
+    in_fp8 = isinstance(layer, fp8.Fp8)
+    if by_kernels(terms[-1]):
+        from minigpt4.models import vit_kernels
+
+        results = vit_kernels.sum_norm(terms, norm.weight, norm.bias, norm.eps, keep, in_fp8)
+        total, normed = results[0] if keep else None, results[keep:]
+        return total, normed if in_fp8 else normed[0]
+    total = functools.reduce(torch.add, terms)
+    return total, fp8.quantize_rows(norm(total).flatten(0, 1)) if in_fp8 else norm(total)
+
+
+def _attention(qkv: torch.Tensor, heads: int) -> torch.Tensor:
+    """Of all tokens of an image to each other: [B,N,3*H*d], queries first, to [B,N,H*d]."""
+    if by_kernels(qkv) and torch.cuda.get_device_capability(qkv.device) >= (8, 0):
+        from minigpt4.models.vit_kernels import attention
+
+        return attention(qkv, heads)
+    q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
 def _linear(layer: nn.Linear, normed, bias: torch.Tensor | None) -> torch.Tensor:
