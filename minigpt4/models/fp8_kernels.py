@@ -2,8 +2,7 @@
 
 The scale of a row is that of its largest entry, which the compiler's kernels look for in a pass of its own. Here a
 program holds a whole row. The numbers are those of `fp8.quantize_rows` to rounding, from values that were not rounded
-before.
-Imported only where there is a GPU for it.
+before. Imported only where there is a GPU for it.
 
 M rows, K columns; F columns of gate, and of up.
 """
@@ -61,6 +60,7 @@ def _run(kernel, inputs: list[torch.Tensor], width: int, columns: int, *flags: b
 
 
 def empty(x: torch.Tensor, width: int) -> Rounded:
+    """Memory for rows [M,width] in e4m3 and their scales, where `x` has M rows."""
     # x.shape[0], not len(x): a compiler would have the number of rows fixed.
     return x.new_empty(x.shape[0], width, dtype=DTYPE), x.new_empty(x.shape[0], 1, dtype=torch.float32)
 
