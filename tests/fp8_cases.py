@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
 from training_cases import silu_product
 
-from minigpt4.models import fp8
+from minigpt4.models import fp8_rounding
 
 
 def silu_product_gradient(grad, gate_up) -> torch.Tensor:
@@ -124,7 +124,7 @@ def main() -> None:
     for name in ("sum_norm", "sum_norm in fp8"):
         results[name] = [sum_norm_errors(k, name != "sum_norm", torch.float32, "cpu") for k in WIDTHS]
     results["attention"] = [attention_error(*sizes, torch.float32, "cpu") for sizes in ATTENTIONS]
-    fp8_kernels.DTYPE = fp8.DTYPE
+    fp8_kernels.DTYPE = fp8_rounding.DTYPE
     for kernel, _, shapes in CASES.values():
         arguments = tuple(torch.randn(shape) for shape in shapes)
         torch.library.opcheck(getattr(fp8_kernels, kernel), arguments, test_utils=("test_schema", "test_faketensor"))

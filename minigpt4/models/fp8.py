@@ -9,24 +9,25 @@ Gradients are in e4m3 too: each row having a scale, the third bit of mantissa is
 directions use fast sums (`use_fast_accum`): partial sums stay in the tensor cores and are not carried over to float32
 every few products. Where a scale belongs to a row, that recipe does so for all products.
 
-Rounding wants the largest entry of a row. What a norm computes, in either direction, the compiler rounds in the same
-kernel (`quantize_rows`); what kernels of other makes leave, one of ours (`round_rows`).
-
-M tokens, K inputs, N outputs, F columns of gate, and of up.
+M tokens, K inputs, N outputs.
 """
 
 import importlib.util
 import logging
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from minigpt4.common.errors import ConfigError
+from minigpt4.models.fp8_rounding import (
+    Rounded,
+    quantize_rows,
+    round_rows,
+    round_silu_product,
+    round_silu_product_gradient,
+)
 from minigpt4.models.fused import FirstOfFused
-from minigpt4.models.packing import by_kernels
 
-DTYPE = torch.float8_e4m3fn
 # Sizes that the GPU's product takes.
 MULTIPLE = 16
 
@@ -80,58 +81,8 @@ def convert_to_fp8(llm: nn.Module, visual_encoder: nn.Module | None = None) -> N
         _convert(visual_encoder.blocks, with_gradient=False)
 
 
-def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows [M,K] as e4m3 [M,K], and the scale [M,1] float32 of each. What is not finite makes its row NaN."""
-    x = x.float()
-    largest = torch.finfo(DTYPE).max  # as a global number it would be a variable to torch.compile
-    scale = (x.abs().amax(dim=1, keepdim=True) / largest).clamp(min=torch.finfo(torch.float32).tiny)
-    return (x / scale).to(DTYPE, memory_format=torch.contiguous_format), scale
-
-
-def round_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`quantize_rows` of [M,K] by a kernel of its own where there is a GPU, as the next three are."""
-    if by_kernels(x):
-        from minigpt4.models import fp8_kernels
-
-        return fp8_kernels.rows(x)
-    return quantize_rows(x)
-
-
-def round_gelu(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`quantize_rows` of GELU of [M,K]."""
-    if by_kernels(x):
-        from minigpt4.models import fp8_kernels
-
-        return fp8_kernels.gelu(x)
-    return quantize_rows(F.gelu(x.float()))
-
-
-def round_silu_product(gate_up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`quantize_rows` of silu(gate) * up, the halves of [M,2F]: [M,F]."""
-    if by_kernels(gate_up):
-        from minigpt4.models import fp8_kernels
-
-        return fp8_kernels.silu_product(gate_up)
-    gate, up = gate_up.float().chunk(2, dim=1)
-    return quantize_rows(F.silu(gate) * up)
-
-
-def round_silu_product_gradient(grad: torch.Tensor, gate_up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`quantize_rows` of the gradients [M,2F] of gate and up, from that of silu(gate) * up [M,F]."""
-    if by_kernels(gate_up):
-        from minigpt4.models import fp8_kernels
-
-        return fp8_kernels.silu_product_gradient(grad, gate_up)
-    gate, up = gate_up.float().chunk(2, dim=1)
-    of_gate = torch.ops.aten.silu_backward(grad.float() * up, gate)
-    return quantize_rows(torch.cat([of_gate, grad.float() * F.silu(gate)], dim=1))
-
-
 def product(
-    rounded: tuple[torch.Tensor, torch.Tensor],
-    weight: torch.Tensor,
-    scale: torch.Tensor,
-    bias: torch.Tensor | None = None,
+    rounded: Rounded, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Rounded rows [M,K] times weight [N,K] e4m3 with scale [1,N] float32, plus bias [N]: [M,N] bfloat16."""
     rows, row_scale = rounded

@@ -1,8 +1,8 @@
 """Rows rounded to fp8 by the kernel that computes them, in Triton.
 
 The scale of a row is that of its largest entry, which the compiler's kernels look for in a pass of its own. Here a
-program holds a whole row. The numbers are those of `fp8.quantize_rows` to rounding, from values that were not rounded
-before. Imported only where there is a GPU for it.
+program holds a whole row. The numbers are those of `fp8_rounding.quantize_rows` to rounding, from values that were not
+rounded before. Imported only where there is a GPU for it.
 
 M rows, K columns; F columns of gate, and of up.
 """
@@ -11,13 +11,11 @@ import torch
 import triton
 import triton.language as tl
 
-from minigpt4.models.fp8 import DTYPE
+from minigpt4.models.fp8_rounding import DTYPE, Rounded
 from minigpt4.models.llama_kernels import silu, silu_gradients
 
 LARGEST, TINY = tl.constexpr(torch.finfo(DTYPE).max), tl.constexpr(torch.finfo(torch.float32).tiny)
 COLUMNS_A_WARP, MOST_WARPS = 2048, 32  # the quickest on an H100
-
-Rounded = tuple[torch.Tensor, torch.Tensor]
 
 
 @torch.library.custom_op("minigpt4::fp8_rows", mutates_args=())

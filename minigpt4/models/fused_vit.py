@@ -17,7 +17,7 @@ from timm.layers import LayerNorm, Mlp, PatchEmbed
 from timm.models.eva import EvaAttention, EvaBlock
 from torch import nn
 
-from minigpt4.models import fp8
+from minigpt4.models import fp8, fp8_rounding
 from minigpt4.models.eva_vit import EvaViT
 from minigpt4.models.packing import by_kernels
 
@@ -76,7 +76,7 @@ def _sum_norm(norm: nn.LayerNorm, layer: nn.Linear, terms: list[torch.Tensor], k
         total, normed = results[0] if keep else None, results[keep:]
         return total, normed if in_fp8 else normed[0]
     total = functools.reduce(torch.add, terms)
-    return total, fp8.quantize_rows(norm(total).flatten(0, 1)) if in_fp8 else norm(total)
+    return total, fp8_rounding.quantize_rows(norm(total).flatten(0, 1)) if in_fp8 else norm(total)
 
 
 def _attention(qkv: torch.Tensor, heads: int) -> torch.Tensor:
@@ -100,7 +100,7 @@ def _mlp(mlp: Mlp, normed) -> torch.Tensor:
     """Of what `_sum_norm` returned for its first layer. The other one, of the same sizes, is in fp8 where that is."""
     if isinstance(mlp.fc1, fp8.Fp8):
         hidden = _linear(mlp.fc1, normed, mlp.fc1.bias)
-        return fp8.product(fp8.round_gelu(hidden), mlp.fc2.weight, mlp.fc2.scale, mlp.fc2.bias)
+        return fp8.product(fp8_rounding.round_gelu(hidden), mlp.fc2.weight, mlp.fc2.scale, mlp.fc2.bias)
     if _takes_linear_gelu(mlp.fc1):
         return mlp.fc2(linear_gelu(normed.to(mlp.fc1.weight.dtype), mlp.fc1.weight, mlp.fc1.bias))
     return mlp(normed)
@@ -158,5 +158,4 @@ def _is_plain_mlp(mlp: nn.Module) -> bool:
 
 def _takes_linear_gelu(layer: nn.Linear) -> bool:
     """Whether the layer is in 16 bit, with a bias, on a GPU. One in fp8 has a product of its own."""
-    plain = type(layer) is nn.Linear and layer.bias is not None
-    return plain and layer.weight.is_cuda and layer.weight.dtype in (torch.bfloat16, torch.float16)
+    return type(layer) is nn.Linear and layer.bias is not None and by_kernels(layer.weight)

@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from minigpt4.cli.random_work import quantize
 from minigpt4.common import fingerprint
 from minigpt4.common.errors import ConfigError
-from minigpt4.models import acceleration, fp8, fused_llama, fused_vit, int8, packing
+from minigpt4.models import acceleration, fp8, fp8_rounding, fused_llama, fused_vit, int8, packing
 from minigpt4.models.fused import fuse_projections
 
 
@@ -29,7 +29,7 @@ def stand_in(rows, columns, row_scale, column_scale, bias=None, out_dtype=None, 
 
 
 def can_multiply() -> bool:
-    one = torch.ones(16, 16).to(fp8.DTYPE)
+    one = torch.ones(16, 16).to(fp8_rounding.DTYPE)
     try:
         torch._scaled_mm(one, one.t(), torch.ones(16, 1), torch.ones(1, 16), out_dtype=torch.bfloat16)
     except RuntimeError:
@@ -87,7 +87,7 @@ def close(a: torch.Tensor, b: torch.Tensor) -> None:
 
 def test_rows_are_rounded_to_nearest():
     x = torch.randn(50, 64, generator=torch.Generator().manual_seed(1)) * torch.logspace(-20, 20, 50).unsqueeze(1)
-    values, scale = fp8.quantize_rows(x)
+    values, scale = fp8_rounding.quantize_rows(x)
     assert values.dtype == torch.float8_e4m3fn and scale.dtype == torch.float32 and scale.shape == (50, 1)
     torch.testing.assert_close(values.float() * scale, rounded(x), rtol=1e-5, atol=0)
     assert torch.equal(values.float().abs().amax(dim=1), torch.full((50,), 448.0))
@@ -95,7 +95,7 @@ def test_rows_are_rounded_to_nearest():
 
 def test_rows_of_zeros_and_rows_that_are_not_finite():
     x = torch.tensor([[0.0, 0.0], [1e-45, 0.0], [float("inf"), 1.0], [1.0, float("nan")], [1.0, 2.0]])
-    values, scale = fp8.quantize_rows(x)
+    values, scale = fp8_rounding.quantize_rows(x)
     result = values.float() * scale
     assert torch.equal(result[0], torch.zeros(2))
     assert result[:2].isfinite().all() and torch.equal(result[4], x[4])
@@ -234,7 +234,7 @@ def test_fused_layers_compute_what_separate_ones_do(load_tiny, drawings):
         fp8.convert_to_fp8(model.llama_model)
     for (name, a), (_, b) in zip(separate.named_parameters(), fused.named_parameters(), strict=True):
         assert a.dtype == b.dtype, name
-        if a.dtype == fp8.DTYPE:
+        if a.dtype == fp8_rounding.DTYPE:
             assert torch.equal(a.view(torch.uint8), b.view(torch.uint8)), name
     losses = [loss_and_gradient(model, drawings)[0]["loss"].item() for model in (separate, fused)]
     assert losses[1] == pytest.approx(losses[0], rel=2e-3)
@@ -258,7 +258,7 @@ def test_projections_are_joined_before(load_tiny):
     layer = model.llama_model.get_decoder().layers[0]
     kinds = [type(part).__name__ for part in (layer.self_attn.q_proj, layer.self_attn.v_proj, layer.mlp.down_proj)]
     assert kinds == ["Fp8FirstOfFused", "NextOfFused", "Fp8Linear"]
-    assert layer.self_attn.v_proj.weight.dtype == fp8.DTYPE
+    assert layer.self_attn.v_proj.weight.dtype == fp8_rounding.DTYPE
 
 
 def test_an_encoder_that_hands_on_its_sums(load_tiny, drawings, products, monkeypatch):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from fp8_cases import ATTENTIONS, CASES, WIDTHS, attention_error, case_errors, not_finite, sum_norm_errors
 
-from minigpt4.models import fp8
+from minigpt4.models import fp8_rounding
 
 pytestmark = [
     pytest.mark.skipif(
@@ -49,6 +49,6 @@ def test_rows_are_those_of_plain_operations(width):
     from minigpt4.models import fp8_kernels
 
     x = torch.randn(64, width, device="cuda", dtype=torch.bfloat16)
-    (values, scales), (expected, expected_scales) = fp8_kernels.rows(x), fp8.quantize_rows(x)
+    (values, scales), (expected, expected_scales) = fp8_kernels.rows(x), fp8_rounding.quantize_rows(x)
     torch.testing.assert_close(scales, expected_scales, rtol=1e-6, atol=0)
     assert (values.float() != expected.float()).float().mean() < 1e-3  # a quotient between two numbers
