@@ -76,7 +76,15 @@ def sum_norm_errors(width: int, in_fp8: bool, dtype: torch.dtype, device: str) -
 
 
 # Images, tokens, heads, dimensions.
-ATTENTIONS = [(2, 257, 2, 88), (2, 17, 2, 16), (1, 65, 1, 32), (1, 64, 2, 40), (1, 130, 2, 64), (3, 5, 1, 100)]
+ATTENTIONS = [
+    (2, 257, 2, 88),
+    (2, 17, 2, 16),
+    (1, 65, 1, 32),
+    (1, 64, 2, 40),
+    (1, 130, 2, 64),
+    (3, 5, 1, 100),
+    (2, 9, 2, 8),
+]
 
 
 def attention_error(images: int, tokens: int, heads: int, d: int, dtype: torch.dtype, device: str) -> float:

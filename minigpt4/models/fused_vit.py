@@ -36,6 +36,8 @@ def forward_features(vit: EvaViT, image: torch.Tensor, unit: Unit) -> torch.Tens
     x = vit.norm_pre(vit._pos_embed(_embed_patches(vit.patch_embed, image))[0])
     device = x.device.type
     products = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    if any(isinstance(module, fp8.Fp8) for module in vit.blocks.modules()):
+        x = x.to(products)  # 16 bit for the sums too: fp8 rounds more than that
     delta = torch.zeros_like(x, dtype=products)  # so that the first block is compiled as all others are
     for block in vit.blocks:
         x, delta = unit(block, x, delta)

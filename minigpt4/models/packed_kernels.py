@@ -167,36 +167,47 @@ def _forward(
     weights = tl.exp2(scores - highest[:, None])
     total = tl.sum(weights, 1)
     output = tl.dot(weights.to(value.dtype), value)
-    for earlier in range(0, 0 if ONE else block):
-        others, other_rows = _block(earlier, start, before, N)
-        key = _load(k, other_rows, row, others < keys, d, D)
-        value = _load(v, other_rows, row, others < keys, d, D)
-        scores = tl.dot(query, tl.trans(key)) * scale
-        higher = tl.maximum(highest, tl.max(scores, 1))
-        weights = tl.exp2(scores - higher[:, None])
-        shrunk = tl.exp2(highest - higher)
-        total = total * shrunk + tl.sum(weights, 1)
-        output = tl.dot(weights.to(value.dtype), value, output * shrunk[:, None])
-        highest = higher
+    if not ONE:
+        for earlier in range(block):
+            others, other_rows = _block(earlier, start, before, N)
+            key = _load(k, other_rows, row, others < keys, d, D)
+            value = _load(v, other_rows, row, others < keys, d, D)
+            scores = tl.dot(query, tl.trans(key)) * scale
+            higher = tl.maximum(highest, tl.max(scores, 1))
+            weights = tl.exp2(scores - higher[:, None])
+            shrunk = tl.exp2(highest - higher)
+            total = total * shrunk + tl.sum(weights, 1)
+            output = tl.dot(weights.to(value.dtype), value, output * shrunk[:, None])
+            highest = higher
     output = (output / total[:, None]).to(value.dtype)
     _store(out + head * d, output, rows, H * d, own, d, D)
     tl.store(lse + head * T + rows, highest + tl.log2(total), mask=own)
 
 
 @triton.jit
-def _load_gradient(out, lse, grad, rows, stride, own, d: tl.constexpr, D: tl.constexpr):
-    """Gradients [N,D] of a block of queries, log2 of their denominators, and output · gradient [N]."""
-    gradient, output = _load(grad, rows, stride, own, d, D), _load(out, rows, stride, own, d, D)
-    denominators = tl.load(lse + rows, mask=own, other=float("inf"))
-    return gradient, denominators, tl.sum(output.to(tl.float32) * gradient.to(tl.float32), 1)
+def _load_gradient(lse, grad, rows, stride, own, d: tl.constexpr, D: tl.constexpr):
+    """Gradients [N,D] of a block of queries, and log2 of their denominators."""
+    return _load(grad, rows, stride, own, d, D), tl.load(lse + rows, mask=own, other=float("inf"))
+
+
+@triton.jit
+def _delta(out, gradient, rows, stride, own, d: tl.constexpr, D: tl.constexpr):
+    """Output · gradient [N] of a block of queries: the sum of their weights' gradients, each times its weight."""
+    return tl.sum(_load(out, rows, stride, own, d, D).to(tl.float32) * gradient.to(tl.float32), 1)
 
 
 @triton.jit
 def _weights(key, value, query, gradient, lse, delta, scale, seen):
-    """The weights [keys,queries] and the gradients of the scores, in 16 bit: transposed, as dk and dv want them."""
+    """The weights [keys,queries] and the gradients of the scores, in 16 bit: transposed, as dk and dv want them.
+
+    delta: None where the queries see no other keys.
+    """
     weights = tl.exp2(tl.dot(key, tl.trans(query)) * scale - lse[None, :])
     weights = tl.where(seen, weights, 0.0)
-    score_gradient = weights * (tl.dot(value, tl.trans(gradient)) - delta[None, :])
+    weight_gradient = tl.dot(value, tl.trans(gradient))
+    if delta is None:
+        delta = tl.sum(weights * weight_gradient, 0)
+    score_gradient = weights * (weight_gradient - delta[None, :])
     return weights.to(key.dtype), score_gradient.to(key.dtype)
 
 
@@ -228,29 +239,31 @@ def _backward(
         head = group * (H // G) + member
         q_at, lse_of_head = head * d, lse + head * T
         query = _load(qkv + q_at, rows, row, own, d, D)
-        gradient, denominators, delta = _load_gradient(out + q_at, lse_of_head, grad + q_at, rows, o_row, own, d, D)
+        gradient, denominators = _load_gradient(lse_of_head, grad + q_at, rows, o_row, own, d, D)
+        delta = None if ONE else _delta(out + q_at, gradient, rows, o_row, own, d, D)
         seen = positions[:, None] <= positions[None, :]
         weights, score_gradient = _weights(key, value, query, gradient, denominators, delta, scale, seen)
         dq = tl.dot(tl.trans(score_gradient), key)
-        for earlier in range(0, 0 if ONE else block):
-            others, other_rows = _block(earlier, start, before, N)
-            other_key = _load(qkv + k_at, other_rows, row, others < keys, d, D)
-            other_value = _load(qkv + v_at, other_rows, row, others < keys, d, D)
-            _, other = _weights(other_key, other_value, query, gradient, denominators, delta, scale, True)
-            dq = tl.dot(tl.trans(other), other_key, dq)
+        if not ONE:
+            for earlier in range(block):
+                others, other_rows = _block(earlier, start, before, N)
+                other_key = _load(qkv + k_at, other_rows, row, others < keys, d, D)
+                other_value = _load(qkv + v_at, other_rows, row, others < keys, d, D)
+                _, other = _weights(other_key, other_value, query, gradient, denominators, delta, scale, True)
+                dq = tl.dot(tl.trans(other), other_key, dq)
         _store(dqkv + q_at, (dq * scaling).to(key.dtype), rows, row, own, d, D)
         dv = tl.dot(weights, gradient, dv)
         dk = tl.dot(score_gradient, query, dk)
-        for later in range(0 if ONE else block + 1, 0 if ONE else blocks):
-            others, other_rows = _block(later, start, before, N)
-            theirs = (others >= before) & (others < keys)
-            query = _load(qkv + q_at, other_rows, row, theirs, d, D)
-            gradient, denominators, delta = _load_gradient(
-                out + q_at, lse_of_head, grad + q_at, other_rows, o_row, theirs, d, D
-            )
-            weights, score_gradient = _weights(key, value, query, gradient, denominators, delta, scale, True)
-            dv = tl.dot(weights, gradient, dv)
-            dk = tl.dot(score_gradient, query, dk)
+        if not ONE:
+            for later in range(block + 1, blocks):
+                others, other_rows = _block(later, start, before, N)
+                theirs = (others >= before) & (others < keys)
+                query = _load(qkv + q_at, other_rows, row, theirs, d, D)
+                gradient, denominators = _load_gradient(lse_of_head, grad + q_at, other_rows, o_row, theirs, d, D)
+                delta = _delta(out + q_at, gradient, other_rows, o_row, theirs, d, D)
+                weights, score_gradient = _weights(key, value, query, gradient, denominators, delta, scale, True)
+                dv = tl.dot(weights, gradient, dv)
+                dk = tl.dot(score_gradient, query, dk)
     # Of shared rows each range has a gradient of its own, behind those of all rows.
     first = T + tl.program_id(1).to(tl.int64) * shared
     to = tl.where(positions < shared, first + positions, rows)

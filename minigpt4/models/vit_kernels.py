@@ -60,7 +60,7 @@ def attention(qkv: torch.Tensor, heads: int) -> torch.Tensor:
     """
     images, tokens, width = qkv.shape
     d, out = width // (3 * heads), qkv.new_empty(images, tokens, width // 3)
-    first = 1 << d.bit_length() - 1
+    first = max(16, 1 << d.bit_length() - 1)  # 16: the least that a product takes
     second = max(16, triton.next_power_of_2(d - first)) if d > first else 0
     left = tokens % KEYS
     rest = max(16, triton.next_power_of_2(left)) if left else 0
