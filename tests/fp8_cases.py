@@ -13,7 +13,7 @@ import json
 import torch
 import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
-from training_cases import silu_product
+from training_cases import rotate, silu_product
 
 from minigpt4.models import fp8_rounding
 
@@ -22,7 +22,11 @@ def silu_product_gradient(grad, gate_up) -> torch.Tensor:
     return torch.func.vjp(silu_product, gate_up)[1](grad)[0]
 
 
-# Kernel, what it rounds, shapes of its inputs.
+def turned_back(x, cos, sin, turned: int) -> torch.Tensor:
+    return rotate(x, cos, -sin, turned).flatten(1)
+
+
+# Kernel, what it rounds, shapes of its inputs, and other arguments.
 CASES = {
     "rows": ("rows", lambda x: x, [(5, 1408)]),
     "rows of a power of two": ("rows", lambda x: x, [(3, 64)]),
@@ -30,6 +34,8 @@ CASES = {
     "silu_product": ("silu_product", silu_product, [(4, 2 * 1500)]),
     "silu_product_gradient": ("silu_product_gradient", silu_product_gradient, [(4, 1500), (4, 3000)]),
     "silu_product_gradient of one column": ("silu_product_gradient", silu_product_gradient, [(1, 1), (1, 2)]),
+    "turned_back": ("turned_back", turned_back, [(5, 6, 8), (5, 4), (5, 4)], 4),
+    "turned_back, odd sizes": ("turned_back", turned_back, [(3, 9, 24), (3, 12), (3, 12)], 7),
 }
 
 # Columns of a norm.
@@ -39,10 +45,10 @@ WIDTHS = (40, 64, 1408)
 def case_errors(name: str, dtype: torch.dtype, device: str) -> list[float]:
     from minigpt4.models import fp8_kernels
 
-    kernel, function, shapes = CASES[name]
+    kernel, function, shapes, *others = CASES[name]
     inputs = [torch.randn(shape, dtype=dtype, device=device) for shape in shapes]
-    values, scale = getattr(fp8_kernels, kernel)(*inputs)
-    expected = function(*(x.double() for x in inputs))
+    values, scale = getattr(fp8_kernels, kernel)(*inputs, *others)
+    expected = function(*(x.double() for x in inputs), *others)
     largest = expected.abs().amax(1, keepdim=True)
     pairs = (values.double() * scale, expected), (448 * scale.double(), largest)
     return [((a - b).norm() / b.norm()).item() for a, b in pairs]
@@ -133,8 +139,8 @@ def main() -> None:
         results[name] = [sum_norm_errors(k, name != "sum_norm", torch.float32, "cpu") for k in WIDTHS]
     results["attention"] = [attention_error(*sizes, torch.float32, "cpu") for sizes in ATTENTIONS]
     fp8_kernels.DTYPE = fp8_rounding.DTYPE
-    for kernel, _, shapes in CASES.values():
-        arguments = tuple(torch.randn(shape) for shape in shapes)
+    for kernel in ("rows", "gelu", "silu_product", "silu_product_gradient"):
+        arguments = tuple(torch.randn(shape) for shape in CASES[kernel][2])
         torch.library.opcheck(getattr(fp8_kernels, kernel), arguments, test_utils=("test_schema", "test_faketensor"))
     terms = [torch.randn(2, 3, 40) for _ in range(3)]
     for keep, in_fp8 in itertools.product((False, True), (False, True)):

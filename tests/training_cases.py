@@ -11,6 +11,7 @@ from itertools import accumulate, pairwise
 
 import torch
 
+from minigpt4.models.fused import FirstOfFused
 from minigpt4.models.packing import LONGEST_MULTIPLE, round_up
 
 # Lengths of the ranges after the first, rows shared, heads of queries, of keys and values, dimensions.
@@ -77,22 +78,29 @@ def case_errors(attention, name: str, dtype: torch.dtype, device: str) -> list[f
 
 
 def rotated_case_errors(name: str, dtype: torch.dtype, device: str) -> list[float]:
-    """`case_errors` of heads that are rotated first."""
+    """`case_errors` of heads that are rotated first. Keys and values of shared rows get no gradient.
+
+    They are a product of all inputs with an identity matrix, so that the input's gradient is theirs.
+    """
     from minigpt4.models.llama_kernels import rotated_attention
 
     lengths, shared, heads, groups, d = CASES[name]
     starts, longest = lengths_to_starts(lengths, shared, device)
-    tensors = inputs(int(starts[-1]), heads, groups, d, dtype, device)
-    angles = torch.rand(len(tensors[0]), d // 2, device=device) * 7
+    qkv, gradient = inputs(int(starts[-1]), heads, groups, d, dtype, device)
+    angles = torch.rand(len(qkv), d // 2, device=device) * 7
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    joint = FirstOfFused(1, 1)
+    joint.joint_weight = torch.eye(qkv[0].numel(), dtype=dtype, device=device)
 
-    def rotated(qkv, *others):
-        return rotated_attention(qkv, cos, sin, *others)
+    def rotated(qkv, groups, *others):
+        return rotated_attention(qkv.flatten(1), joint, d, groups, cos, sin, *others)
 
     def true(qkv, *others):
+        keys_and_values = torch.cat([qkv[:shared, heads:].detach(), qkv[shared:, heads:]])
+        qkv = torch.cat([qkv[:, :heads], keys_and_values], dim=1)
         return reference(rotate(qkv.double(), cos.double(), sin.double(), heads + groups), *others)
 
-    return errors(rotated, *tensors, groups, starts, shared, longest, true)
+    return errors(rotated, qkv, gradient, groups, starts, shared, longest, true)
 
 
 def rotate(qkv, cos, sin, turned: int) -> torch.Tensor:
@@ -136,11 +144,21 @@ def main() -> None:
     starts, longest = lengths_to_starts([4, 70], 2, "cpu")
     qkv, _ = inputs(76, 2, 1, 16, torch.float32, "cpu")
     torch.library.opcheck(packed_kernels.attention_and_denominators, (qkv, 1, starts, 2, longest, 0.25))
-    angles = torch.rand(2, 76, 8)
-    torch.library.opcheck(llama_kernels._rotated_attention, (qkv, *angles, 1, starts, 2, longest, 0.25))
+    qkv, angles, only = qkv.detach(), torch.rand(2, 76, 8), ("test_schema", "test_faketensor")
+    factors = [qkv.flatten(1), torch.eye(64)]
+    torch.library.opcheck(llama_kernels._rotated_product, (factors, *angles, 16, 1), test_utils=only)
+    out, lse = packed_kernels.attention_and_denominators(qkv, 1, starts, 2, longest, 0.25)
+    backward = torch.randn_like(out), qkv, 1, out, lse, starts, 2, longest, 0.25, *angles, False
+    torch.library.opcheck(llama_kernels._gradient, backward, test_utils=only)
     torch.library.opcheck(llama_kernels.silu_product, (torch.randn(3, 8, requires_grad=True),))
     compiled = torch.compile(attention, backend="aot_eager", fullgraph=True)
     results["compiled"] = case_errors(compiled, "grouped heads", torch.float32, "cpu")
+    llama_kernels.rotated_attention, usual = (
+        torch.compile(llama_kernels.rotated_attention, backend="aot_eager", fullgraph=True, dynamic=True),
+        llama_kernels.rotated_attention,
+    )
+    results["rotated, compiled"] = rotated_case_errors("grouped heads", torch.float32, "cpu")
+    llama_kernels.rotated_attention = usual
     results |= {f"rotated, {name}": rotated_case_errors(name, torch.float32, "cpu") for name in CASES}
     results |= {name: silu_product_errors(name, torch.float32, "cpu") for name in SILU_PRODUCTS}
     print(json.dumps(results))

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from minigpt4.models.fp8_rounding import DTYPE, Rounded
-from minigpt4.models.llama_kernels import silu, silu_gradients
+from minigpt4.models.llama_kernels import silu, silu_gradients, turned_halves
 
 LARGEST, TINY = tl.constexpr(torch.finfo(DTYPE).max), tl.constexpr(torch.finfo(torch.float32).tiny)
 COLUMNS_A_WARP, MOST_WARPS = 2048, 32  # the quickest on an H100
@@ -46,15 +46,31 @@ def silu_product_gradient(grad: torch.Tensor, gate_up: torch.Tensor) -> Rounded:
     return _run(_silu_product_gradient, [gate_up, grad], gate_up.shape[1], gate_up.shape[1] // 2)
 
 
+def turned_back(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, turned: int) -> Rounded:
+    """Heads [M,H,d], the first of which are turned back by angles [M,d/2]: e4m3 [M,H*d], and each row's scale [M,1]."""
+    _, heads, d = x.shape
+    rounded, scale = empty(x, heads * d)
+    all_heads, half = triton.next_power_of_2(heads), triton.next_power_of_2(d // 2)
+    with torch.cuda.device_of(scale):
+        _turned_back[(scale.shape[0],)](
+            x.contiguous(), cos.contiguous(), sin.contiguous(), rounded, scale, heads, turned, d // 2, half, all_heads,
+            num_warps=_warps(2 * all_heads * half),
+        )  # fmt: skip
+    return rounded, scale
+
+
 def _run(kernel, inputs: list[torch.Tensor], width: int, columns: int, *flags: bool) -> Rounded:
     """A program for each row, which takes so many columns of each of its parts."""
     rounded, scale = empty(inputs[0], width)
     block = triton.next_power_of_2(columns)
-    warps = max(1, min(block // COLUMNS_A_WARP, MOST_WARPS))
     with torch.cuda.device_of(scale):
         tensors = *(x.contiguous() for x in inputs), rounded, scale
-        kernel[(scale.shape[0],)](*tensors, *flags, columns, block, num_warps=warps)
+        kernel[(scale.shape[0],)](*tensors, *flags, columns, block, num_warps=_warps(block))
     return rounded, scale
+
+
+def _warps(columns: int) -> int:
+    return max(1, min(columns // COLUMNS_A_WARP, MOST_WARPS))
 
 
 def empty(x: torch.Tensor, width: int) -> Rounded:
@@ -124,3 +140,12 @@ def _silu_product_gradient(gate_up, grad, rounded, scale, F: tl.constexpr, N: tl
     factor = 1 / scale_for(tl.maximum(largest_of(of_gate), largest_of(of_up)), scale, row)
     tl.store(to, (of_gate * factor).to(rounded.dtype.element_ty), mask=columns < F)
     tl.store(to + F, (of_up * factor).to(rounded.dtype.element_ty), mask=columns < F)
+
+
+@triton.jit
+def _turned_back(x, cos, sin, rounded, scale, heads, turned, half: tl.constexpr, HALF: tl.constexpr, N: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    first, second, at, present = turned_halves(x, cos, sin, row, tl.arange(0, N), heads, turned, half, HALF, True)
+    factor = 1 / scale_for(tl.maximum(largest_of(largest_of(first)), largest_of(largest_of(second))), scale, row)
+    tl.store(rounded + at, (first * factor).to(rounded.dtype.element_ty), mask=present)
+    tl.store(rounded + at + half, (second * factor).to(rounded.dtype.element_ty), mask=present)

@@ -17,10 +17,12 @@ from minigpt4.models.packing import Piece, Segments, by_kernels, joint_attention
 
 
 def fits(llm) -> bool:
-    """Whether `llm` is a Llama as transformers wrote it, with joint projections and fixed rotations."""
+    """Whether `llm` is a frozen Llama as transformers wrote it, with joint projections and fixed rotations."""
     from transformers.models.llama import modeling_llama as llama
 
     if type(llm) is not llama.LlamaForCausalLM or llm.config.hidden_act != "silu":
+        return False
+    if any(p.requires_grad for p in llm.parameters()):
         return False
     if llm.model.rotary_emb.rope_type not in ("default", "linear", "llama3"):
         return False
@@ -60,10 +62,7 @@ class FusedLlama:
 def _up_to_attention(layer, hidden, addend, rotation, segments: Segments) -> tuple[torch.Tensor, torch.Tensor]:
     """A layer's input [1,T,D], and what it attended to [1,T,H*d]."""
     attention, hidden = layer.self_attn, hidden + addend
-    joint = attention.q_proj.joint_product(layer.input_layernorm(hidden))
-    qkv = joint.view(joint.shape[1], -1, attention.head_dim)
-    groups = qkv.shape[1] // (attention.num_key_value_groups + 2)
-    attended = _rotated_attention(qkv, rotation, groups, attention.scaling, segments)
+    attended = _attend(attention, layer.input_layernorm(hidden).squeeze(0), rotation, segments)
     return hidden, attended.flatten(1).unsqueeze(0)
 
 
@@ -73,16 +72,19 @@ def _behind_attention(layer, hidden, attended) -> tuple[torch.Tensor, torch.Tens
     return hidden, _mlp(layer.mlp, layer.post_attention_layernorm(hidden).squeeze(0)).unsqueeze(0)
 
 
-def _rotated_attention(qkv, rotation, groups: int, scaling: float, segments: Segments) -> torch.Tensor:
-    """Heads [T,H+2G,d], those of queries and keys rotated by angles [T,d/2], to what each query attends to [T,H,d]."""
-    if by_kernels(qkv):
+def _attend(attention, x: torch.Tensor, rotation, segments: Segments) -> torch.Tensor:
+    """Rows [T,D] to what their queries, rotated as the keys are by angles [T,d/2], attend to [T,H,d]."""
+    joint, d, scaling = attention.q_proj, attention.head_dim, attention.scaling
+    heads = sum(joint.widths) // d
+    groups = heads // (attention.num_key_value_groups + 2)
+    if by_kernels(x):
         from minigpt4.models.llama_kernels import rotated_attention
 
-        return rotated_attention(qkv, *rotation, groups, *segments, scaling)
-    turned, (cos, sin) = qkv.shape[1] - groups, (x.unsqueeze(1) for x in rotation)
-    first, second = qkv[:, :turned].chunk(2, dim=-1)
-    halves = [first * cos - second * sin, second * cos + first * sin]
-    return joint_attention(torch.cat([torch.cat(halves, dim=-1), qkv[:, turned:]], dim=1), groups, scaling, segments)
+        return rotated_attention(x, joint, d, groups, *rotation, *segments, scaling)
+    qkv, (cos, sin) = joint.joint_product(x).unflatten(1, (heads, d)), (angle.unsqueeze(1) for angle in rotation)
+    first, second = qkv[:, :-groups].chunk(2, dim=-1)
+    turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return joint_attention(torch.cat([turned, qkv[:, -groups:]], dim=1), groups, scaling, segments)
 
 
 def _mlp(mlp, x: torch.Tensor) -> torch.Tensor:

@@ -2,63 +2,104 @@
 
 Each reads what a joint product left in one tensor, and its backward pass leaves one gradient in one tensor, in a single
 pass, as the product's backward pass wants it; the compiler would put such a gradient together from parts. Rotations
-come with the attention behind them, whose gradient is turned back where it lies. Imported only where there is a GPU for
-it.
+stand between that product and the attention behind it, in both directions, and turn what these leave where it lies.
+Imported only where there is a GPU for it.
 """
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from minigpt4.models import packed_kernels
+from minigpt4.models import fp8, fp8_rounding, packed_kernels
+from minigpt4.models.fused import FirstOfFused
 
 HEADS, COLUMNS = 32, 1024  # of a row, that a program takes
 
 
 def rotated_attention(
-    qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, groups: int,
+    x: torch.Tensor, joint: FirstOfFused, d: int, groups: int, cos: torch.Tensor, sin: torch.Tensor,
     starts: torch.Tensor, shared: int, longest: int, scaling: float,
 ) -> torch.Tensor:  # fmt: skip
-    """`packed_kernels.attention` of heads [T,H+2G,d], after those of queries and keys are rotated: [T,H,d].
+    """Queries, keys and values of a norm's output [T,D], rotated, and `packed_kernels.attention` of them: [T,H,d].
 
-    cos, sin [T,d/2]: of the angles by which dimensions i and i + d/2 are turned. They get no gradient.
+    joint: the frozen layer that computes all H+2G heads, in 16 bit or in fp8.
+    cos, sin [T,d/2]: of the angles by which dimensions i and i + d/2 are turned. They get no gradient, nor do keys and
+    values of shared rows: all that these hang on is frozen (`fused_llama`).
     """
-    return _rotated_attention(qkv, cos, sin, groups, starts, shared, longest, scaling)[0]
+    scales = joint.scales_and_columns() if isinstance(joint, fp8.Fp8) else (None, None, None)
+    return _RotatedAttention.apply(
+        x, joint.joint_weight, *scales, cos, sin, starts, d, groups, shared, longest, scaling
+    )
 
 
-@torch.library.custom_op("minigpt4::rotated_attention", mutates_args=())
-def _rotated_attention(
-    qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, groups: int,
-    starts: torch.Tensor, shared: int, longest: int, scaling: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """The output, and for the backward pass the denominators, as the attention has them, and the heads as rotated."""
-    rotated = qkv.new_empty(qkv.shape)
-    _launch_rotation(qkv.contiguous(), rotated, cos, sin, groups, back=False)
-    return *packed_kernels.attention_and_denominators(rotated, groups, starts, shared, longest, scaling), rotated
+class _RotatedAttention(torch.autograd.Function):
+    """With a gradient for x alone. In fp8 (`scale` is not None) its backward pass multiplies by `columns`."""
+
+    @staticmethod
+    def forward(ctx, x, weight, scale, columns, column_scale, cos, sin, starts, d, groups, shared, longest, scaling):
+        factors = [x, weight] if scale is None else [*fp8_rounding.quantize_rows(x), weight, scale]
+        qkv = _rotated_product(factors, cos, sin, d, groups)
+        out, lse = packed_kernels.attention_and_denominators(qkv, groups, starts, shared, longest, scaling)
+        ctx.save_for_backward(
+            qkv, out, lse, starts, cos, sin, *([weight] if scale is None else [columns, column_scale])
+        )
+        ctx.numbers = groups, shared, longest, scaling
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        qkv, out, lse, starts, cos, sin, *weight = ctx.saved_tensors
+        groups, *others = ctx.numbers
+        in_fp8 = len(weight) > 1
+        gradient = _gradient(grad, qkv, groups, out, lse, starts, *others, cos, sin, in_fp8)
+        product = fp8.product(gradient, *weight) if in_fp8 else gradient[0].flatten(1) @ weight[0]
+        return product, *[None] * 12
+
+
+@torch.library.custom_op("minigpt4::rotated_product", mutates_args=())
+def _rotated_product(
+    factors: list[torch.Tensor], cos: torch.Tensor, sin: torch.Tensor, d: int, groups: int
+) -> torch.Tensor:
+    """The heads [T,H+2G,d] of queries, keys and values, the first two kinds rotated.
+
+    factors: rows [T,D] and weight [(H+2G)*d,D]; in fp8 rows, their scales, weight and its scales (`fp8.product`).
+    """
+    if len(factors) == 2:
+        heads = F.linear(*factors)
+    else:
+        rows, row_scale, weight, scale = factors
+        heads = fp8.product((rows, row_scale), weight, scale)
+    heads = heads.view(len(heads), -1, d)
+    _turn(heads, cos, sin, heads.shape[1] - groups, back=False)
+    return heads
 
 
 @torch.library.custom_op("minigpt4::rotated_attention_backward", mutates_args=())
-def _rotated_attention_backward(
-    grad: torch.Tensor, rotated: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, groups: int,
-    out: torch.Tensor, lse: torch.Tensor, starts: torch.Tensor, shared: int, longest: int, scaling: float,
-) -> torch.Tensor:  # fmt: skip
-    """The gradient of qkv, before it was rotated."""
-    others = rotated, groups, out, lse, starts, shared, longest, scaling
-    gradient = packed_kernels.attention_backward(grad, *others)
-    _launch_rotation(gradient, gradient, cos, sin, groups, back=True)
-    return gradient
+def _gradient(
+    grad: torch.Tensor, qkv: torch.Tensor, groups: int, out: torch.Tensor, lse: torch.Tensor,
+    starts: torch.Tensor, shared: int, longest: int, scaling: float,
+    cos: torch.Tensor, sin: torch.Tensor, in_fp8: bool,
+) -> list[torch.Tensor]:  # fmt: skip
+    """The gradient of the heads as of before they were rotated [T,H+2G,d]; in_fp8: in e4m3, and each row's scale."""
+    gradient = packed_kernels.attention_backward(
+        grad, qkv, groups, out, lse, starts, shared, longest, scaling, of_shared=False
+    )
+    if in_fp8:
+        from minigpt4.models import fp8_kernels
+
+        return [*fp8_kernels.turned_back(gradient, cos, sin, qkv.shape[1] - groups)]
+    _turn(gradient, cos, sin, qkv.shape[1] - groups, back=True)
+    return [gradient]
 
 
-def _launch_rotation(x: torch.Tensor, to: torch.Tensor, cos, sin, groups: int, back: bool) -> None:
-    """Turn the heads of x [T,H+2G,d], forward or back; `to`, where they go, may be x. Values stay as they are."""
+def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, turned: int, back: bool) -> None:
+    """Turn the first heads of x [T,H,d], forward or back, where they lie."""
     rows, heads, d = x.shape
-    turned = heads - groups
-    moved = turned if x is to else heads
     with torch.cuda.device_of(x):
-        _rotate[rows, triton.cdiv(moved, HEADS)](
-            x, to, cos.contiguous(), sin.contiguous(), moved, heads, turned, d // 2,
-            triton.next_power_of_2(d // 2), HEADS, back,
-        )  # fmt: skip
+        _turn_heads[rows, triton.cdiv(turned, HEADS)](
+            x, cos.contiguous(), sin.contiguous(), heads, turned, d // 2, triton.next_power_of_2(d // 2), HEADS, back
+        )
 
 
 @torch.library.custom_op("minigpt4::silu_product", mutates_args=())
@@ -81,14 +122,20 @@ def _silu_product_backward(grad: torch.Tensor, gate_up: torch.Tensor) -> torch.T
     return gradient
 
 
-@_rotated_attention.register_fake
-def _(qkv, cos, sin, groups, starts, shared, longest, scaling):
-    return *packed_kernels.empty_outputs(qkv, groups), qkv.new_empty(qkv.shape)
+@_rotated_product.register_fake
+def _(factors, cos, sin, d, groups):
+    in_fp8 = len(factors) > 2
+    rows, weight = factors[0], factors[2 if in_fp8 else 1]
+    return rows.new_empty(rows.shape[0], weight.shape[0] // d, d, dtype=torch.bfloat16 if in_fp8 else rows.dtype)
 
 
-@_rotated_attention_backward.register_fake
-def _(grad, rotated, *others):
-    return rotated.new_empty(rotated.shape)
+@_gradient.register_fake
+def _(grad, qkv, *others):
+    if others[-1]:
+        from minigpt4.models import fp8_kernels
+
+        return [*fp8_kernels.empty(qkv, qkv.shape[1] * qkv.shape[2])]
+    return [qkv.new_empty(qkv.shape)]
 
 
 @silu_product.register_fake
@@ -101,47 +148,40 @@ def _(grad, gate_up):
     return torch.empty(gate_up.shape, dtype=gate_up.dtype, device=gate_up.device)
 
 
-def _keep(ctx, inputs, output) -> None:
-    _, cos, sin, ctx.groups, starts, *ctx.others = inputs
-    out, lse, rotated = output
-    ctx.save_for_backward(rotated, cos, sin, out, lse, starts)
-    ctx.set_materialize_grads(False)  # none for the denominators, nor for the rotated heads
-
-
-def _gradients(ctx, grad, *_):
-    rotated, cos, sin, *others = ctx.saved_tensors
-    gradient = _rotated_attention_backward(grad, rotated, cos, sin, ctx.groups, *others, *ctx.others)
-    return gradient, *[None] * 7
-
-
 def _keep_input(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs)
 
 
-_rotated_attention.register_autograd(_gradients, setup_context=_keep)
 silu_product.register_autograd(
     lambda ctx, grad: _silu_product_backward(grad, *ctx.saved_tensors), setup_context=_keep_input
 )
 
 
 @triton.jit
-def _rotate(
-    x, y, cos, sin, moved, heads, turned,
-    half: tl.constexpr, HALF: tl.constexpr, N: tl.constexpr, BACK: tl.constexpr,
-):  # fmt: skip
-    """N heads of a row, of the first `moved`."""
-    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1) * N + tl.arange(0, N)
+def turned_halves(x, cos, sin, row, head, heads, turned, half: tl.constexpr, HALF: tl.constexpr, BACK: tl.constexpr):
+    """Heads [N] of a row, the first `turned` turned: halves [N,HALF] in float32, where they lie, which there are."""
     dims = tl.arange(0, HALF)
-    at = (row * heads + head)[:, None] * 2 * half + dims
-    present = (head < moved)[:, None] & (dims < half)[None, :]
-    first, second = tl.load(x + at, mask=present), tl.load(x + at + half, mask=present)
-    c = tl.load(cos + row * half + dims, mask=dims < half).to(tl.float32)[None, :]
-    s = tl.load(sin + row * half + dims, mask=dims < half).to(tl.float32)[None, :]
+    at, present = (row * heads + head)[:, None] * 2 * half + dims, (head < heads)[:, None] & (dims < half)[None, :]
+    a = tl.load(x + at, mask=present, other=0.0).to(tl.float32)
+    b = tl.load(x + at + half, mask=present, other=0.0).to(tl.float32)
+    c = tl.load(cos + row * half + dims, mask=dims < half, other=0.0).to(tl.float32)[None, :]
+    s = tl.load(sin + row * half + dims, mask=dims < half, other=0.0).to(tl.float32)[None, :]
     if BACK:
         s = -s
-    a, b, turns = first.to(tl.float32), second.to(tl.float32), (head < turned)[:, None]
-    tl.store(y + at, tl.where(turns, (a * c - b * s).to(first.dtype), first), mask=present)
-    tl.store(y + at + half, tl.where(turns, (b * c + a * s).to(first.dtype), second), mask=present)
+    turns = (head < turned)[:, None]
+    return tl.where(turns, a * c - b * s, a), tl.where(turns, b * c + a * s, b), at, present
+
+
+@triton.jit
+def _turn_heads(
+    x, cos, sin, heads, turned, half: tl.constexpr, HALF: tl.constexpr, N: tl.constexpr, BACK: tl.constexpr
+):
+    """N heads of a row, of the first `turned`."""
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1) * N + tl.arange(0, N)
+    first, second, at, present = turned_halves(x, cos, sin, row, head, heads, turned, half, HALF, BACK)
+    present = present & (head < turned)[:, None]
+    tl.store(x + at, first.to(x.dtype.element_ty), mask=present)
+    tl.store(x + at + half, second.to(x.dtype.element_ty), mask=present)
 
 
 @triton.jit

@@ -54,21 +54,21 @@ def attention_and_denominators(
 @torch.library.custom_op("minigpt4::packed_attention_backward", mutates_args=())
 def attention_backward(
     grad: torch.Tensor, qkv: torch.Tensor, groups: int, out: torch.Tensor, lse: torch.Tensor,
-    starts: torch.Tensor, shared: int, longest: int, scaling: float,
+    starts: torch.Tensor, shared: int, longest: int, scaling: float, of_shared: bool,
 ) -> torch.Tensor:  # fmt: skip
-    """The gradient of qkv."""
+    """The gradient of qkv. of_shared: of the shared rows' keys and values too, which otherwise get zeros."""
     rows, ranges = len(qkv), len(starts) - 1
     # Behind all rows, each range has shared ones of its own: atomic operations would add them up in any order.
-    gradient = qkv.new_empty(rows + ranges * shared, *qkv.shape[1:])
+    gradient = qkv.new_empty(rows + ranges * shared * of_shared, *qkv.shape[1:])
     others = (out, lse, grad.contiguous(), gradient, starts)
-    _launch(_backward, qkv, groups, others, shared, longest, scaling)
-    if shared:
+    _launch(_backward, qkv, groups, others, shared, longest, scaling, OF_SHARED=of_shared)
+    if shared and of_shared:
         keys_and_values = gradient[:, -2 * groups :]
         torch.sum(keys_and_values[rows:].unflatten(0, (ranges, shared)), 0, out=keys_and_values[:shared])
     return gradient[:rows]
 
 
-def _launch(kernel, qkv, groups: int, others: tuple, shared: int, longest: int, scaling: float) -> None:
+def _launch(kernel, qkv, groups: int, others: tuple, shared: int, longest: int, scaling: float, **flags: bool) -> None:
     """Start the programs of each block of each range. others: further tensors, `starts` the last."""
     rows, heads, d = len(qkv), qkv.shape[1] - 2 * groups, qkv.shape[2]
     padded = max(16, triton.next_power_of_2(d))  # what Triton's products take
@@ -79,7 +79,7 @@ def _launch(kernel, qkv, groups: int, others: tuple, shared: int, longest: int, 
     with torch.cuda.device_of(qkv):
         kernel[programs, len(others[-1]) - 1, triton.cdiv(longest, block)](
             qkv.contiguous(), *others, shared, rows, scaling, heads, groups, d, padded, block, longest <= block,
-            num_warps=warps, num_stages=STAGES,
+            **flags, num_warps=warps, num_stages=STAGES,
         )  # fmt: skip
 
 
@@ -94,7 +94,7 @@ def _(qkv, groups, starts, shared, longest, scaling):
 
 
 @attention_backward.register_fake
-def _(grad, qkv, groups, out, lse, starts, shared, longest, scaling):
+def _(grad, qkv, *others):
     return qkv.new_empty(qkv.shape)
 
 
@@ -106,7 +106,7 @@ def _keep(ctx, inputs, output) -> None:
 
 def _gradients(ctx, grad, _):
     qkv, *others = ctx.saved_tensors
-    gradient = attention_backward(grad, qkv, ctx.groups, *others, ctx.shared, ctx.longest, ctx.scaling)
+    gradient = attention_backward(grad, qkv, ctx.groups, *others, ctx.shared, ctx.longest, ctx.scaling, True)
     return gradient, *[None] * 5
 
 
@@ -215,7 +215,7 @@ def _weights(key, value, query, gradient, lse, delta, scale, seen):
 def _backward(
     qkv, out, lse, grad, dqkv, starts, shared, T, scaling,
     H: tl.constexpr, G: tl.constexpr, d: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
-    ONE: tl.constexpr,
+    ONE: tl.constexpr, OF_SHARED: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one block of positions: of the queries of each head in a group, and of the group's keys and values.
 
@@ -264,8 +264,11 @@ def _backward(
                 weights, score_gradient = _weights(key, value, query, gradient, denominators, delta, scale, True)
                 dv = tl.dot(weights, gradient, dv)
                 dk = tl.dot(score_gradient, query, dk)
-    # Of shared rows each range has a gradient of its own, behind those of all rows.
-    first = T + tl.program_id(1).to(tl.int64) * shared
-    to = tl.where(positions < shared, first + positions, rows)
-    _store(dqkv + v_at, dv.to(value.dtype), to, row, present, d, D)
-    _store(dqkv + k_at, (dk * scaling).to(key.dtype), to, row, present, d, D)
+    if OF_SHARED:  # each range has a gradient of its own of shared rows, behind those of all rows
+        first = T + tl.program_id(1).to(tl.int64) * shared
+        rows, own = tl.where(positions < shared, first + positions, rows), present
+    else:
+        wanted = (positions >= shared)[:, None]
+        dk, dv = tl.where(wanted, dk, 0.0), tl.where(wanted, dv, 0.0)
+    _store(dqkv + v_at, dv.to(value.dtype), rows, row, own, d, D)
+    _store(dqkv + k_at, (dk * scaling).to(key.dtype), rows, row, own, d, D)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from fp8_cases import ATTENTIONS, CASES, WIDTHS, attention_error, case_errors, not_finite, sum_norm_errors
+from training_cases import lengths_to_starts
 
 from minigpt4.models import fp8_rounding
 
@@ -52,3 +53,27 @@ def test_rows_are_those_of_plain_operations(width):
     (values, scales), (expected, expected_scales) = fp8_kernels.rows(x), fp8_rounding.quantize_rows(x)
     torch.testing.assert_close(scales, expected_scales, rtol=1e-6, atol=0)
     assert (values.float() != expected.float()).float().mean() < 1e-3  # a quotient between two numbers
+
+
+def test_rotated_attention():
+    """In fp8 beside 16 bit: output and gradient of a product, rotation and attention."""
+    from minigpt4.models import fp8
+    from minigpt4.models.fused import fuse_projections
+    from minigpt4.models.llama_kernels import rotated_attention
+
+    torch.manual_seed(0)
+    parts = {name: torch.nn.Linear(256, 256, bias=False) for name in ("q_proj", "k_proj", "v_proj")}
+    attention = torch.nn.ModuleDict(parts).to("cuda", torch.bfloat16).requires_grad_(False)
+    fuse_projections(attention)
+    starts, longest = lengths_to_starts([40, 63, 25], 1, "cuda")
+    x = torch.randn(int(starts[-1]), 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    angles = torch.rand(len(x), 32, device="cuda") * 7
+    results = []
+    for in_fp8 in (False, True):
+        if in_fp8:
+            fp8._convert(torch.nn.ModuleList([attention]), with_gradient=True)
+        output = rotated_attention(x, attention.q_proj, 64, 4, angles.cos(), angles.sin(), starts, 1, longest, 0.125)
+        results.append((output, *torch.autograd.grad(output, x, torch.ones_like(output))))
+    assert isinstance(attention.q_proj, fp8.Fp8)
+    for exact, rounded in zip(*results, strict=True):
+        assert 0.005 < (exact - rounded).norm() / exact.norm() < 0.1
