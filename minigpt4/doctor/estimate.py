@@ -29,7 +29,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from minigpt4.common.length import RunLength
-from minigpt4.common.schema import PIECE
+from minigpt4.common.schema import PIECE, PIECE_IN_FP8
 from minigpt4.doctor.case import Case
 from minigpt4.doctor.findings import Finding, error, ok, warning
 from minigpt4.doctor.machine import MIB, Gpu, available_memory, readable
@@ -152,7 +152,8 @@ def _tokens_at_once(case: Case) -> float:
     tokens = longest_sequence(case)
     all_of_them = case.run.batch_size_train * tokens
     in_pieces = case.on_gpu and case.run.amp and case.run.packed and case.run.amp_dtype != "fp16"
-    return min(all_of_them, max(PIECE, tokens)) if in_pieces else all_of_them
+    piece = PIECE_IN_FP8 if case.run.fp8 else PIECE
+    return min(all_of_them, max(piece, tokens)) if in_pieces else all_of_them
 
 
 def _activations(case: Case) -> float:

@@ -5,7 +5,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from minigpt4.models import packing
 from minigpt4.models.cuda_graphs import GraphedFunction
 from minigpt4.models.eva_vit import create_vit
 from minigpt4.models.fused_vit import fits, forward_features, linear_gelu, run_block
@@ -90,13 +89,13 @@ def test_recordings_share_memory_with_the_calls_before_them():
     assert max(peaks) < peaks[0] + 500
 
 
-def test_pieces_hold_one_at_a_time(build_golden_model, monkeypatch):
+def test_pieces_hold_one_at_a_time(build_golden_model):
     """Losses and gradients of batches cut into pieces, recorded and replayed, are those of whole ones, to rounding."""
     order, results = (0, 1, 2, 0, 1, 2, 0, 1, 2), []
     for rows in (1024, 128):
-        monkeypatch.setattr(packing, "PIECE", rows)
         model = build_golden_model("cuda", torch.bfloat16)
         model.accelerate(packed=True, compiled=True)
+        model.piece = rows
         results.append(steps(model, order))
     for (loss, gradient), (in_pieces, gradient_in_pieces) in zip(*results, strict=True):
         assert in_pieces == pytest.approx(loss, rel=2e-3)

@@ -11,6 +11,7 @@ from helpers import loss_and_gradient
 from torch import nn
 from transformers import MistralConfig, MistralForCausalLM
 
+from minigpt4.common.schema import PIECE
 from minigpt4.models import acceleration, packing
 from minigpt4.models.fused import fuse_projections
 from minigpt4.models.packing import (
@@ -109,14 +110,14 @@ def test_pieces_are_alike_and_leave_as_little_room_as_one():
     torch.manual_seed(0)
     for count, low, high in ((64, 40, 57), (12, 115, 195), (16, 40, 57), (1, 5000, 5001), (3, 900, 1200), (200, 1, 9)):
         lengths = torch.randint(low, high, (count,)).tolist()
-        groups = divide(lengths, shared=3)
+        groups = divide(lengths, 3, PIECE)
         assert sorted(i for group in groups for i in group) == list(range(count))
         assert all(group == sorted(group) for group in groups)
         rows = [sum(lengths[i] for i in group) + 4 for group in groups]
-        assert len(groups) == min(count, -(-sum(lengths) // (packing.PIECE - 4)))
+        assert len(groups) == min(count, -(-sum(lengths) // (PIECE - 4)))
         assert max(rows) - min(rows) <= 2 * ROW_MULTIPLE + max(lengths)
         if max(lengths) < 200:  # as few as all rows together would take
-            assert max(rows) <= packing.PIECE
+            assert max(rows) <= PIECE
             assert sum(round_up(each, ROW_MULTIPLE) for each in rows) == round_up(sum(rows), ROW_MULTIPLE)
 
 
@@ -125,11 +126,11 @@ def test_pieces_are_alike_and_leave_as_little_room_as_one():
 )
 def test_sequences_that_fill_no_piece_well(lengths):
     """None is above the bound for it, but for a sequence alone."""
-    groups = divide(lengths, shared=3)
+    groups = divide(lengths, 3, PIECE)
     assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
     assert all(groups)
     rows = [sum(lengths[i] for i in group) for group in groups]
-    assert all(own + 4 <= packing.PIECE or len(group) == 1 for own, group in zip(rows, groups, strict=True))
+    assert all(own + 4 <= PIECE or len(group) == 1 for own, group in zip(rows, groups, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -167,11 +168,11 @@ def test_pieces_equal_one_row(build_golden_model, monkeypatch, at_once, prompt):
     model.packed = allow_packing(model.llama_model)
     assert len(model.prepare(samples)["tokens"].pieces) == 1
     expected, gradient = loss_and_gradient(model, samples)
-    monkeypatch.setattr(packing, "PIECE", 128)
     if at_once:
         acceleration.accelerate(model, packed=True, compiled=False)
         held = []
         monkeypatch.setattr(packing.Piece, "llm_inputs", _held(packing.Piece.llm_inputs, held))
+    model.piece = 128
     assert len(model.prepare(samples)["tokens"].pieces) > 3
     output, pieces_gradient = loss_and_gradient(model, samples)
     assert output["num_labels"] == expected["num_labels"]
