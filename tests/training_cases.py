@@ -3,16 +3,18 @@
     TRITON_INTERPRET=1 python tests/training_cases.py
 
 prints a JSON object: the relative errors of output and gradient, for each of CASES (attention, with heads as they are
-and rotated) and SILU_PRODUCTS.
+and rotated) and SILU_PRODUCTS, and for a small Llama.
 """
 
 import json
 from itertools import accumulate, pairwise
 
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from minigpt4.models.fused import FirstOfFused
-from minigpt4.models.packing import LONGEST_MULTIPLE, round_up
+from minigpt4.models.fused import FirstOfFused, fuse_projections
+from minigpt4.models.packing import LONGEST_MULTIPLE, allow_packing, pack, round_up
+from minigpt4.models.prompt import IGNORE_INDEX, IMAGE_ID
 
 # Lengths of the ranges after the first, rows shared, heads of queries, of keys and values, dimensions.
 CASES = {
@@ -77,30 +79,51 @@ def case_errors(attention, name: str, dtype: torch.dtype, device: str) -> list[f
     return errors(attention, *inputs(int(starts[-1]), heads, groups, d, dtype, device), groups, starts, shared, longest)
 
 
-def rotated_case_errors(name: str, dtype: torch.dtype, device: str) -> list[float]:
-    """`case_errors` of heads that are rotated first. Keys and values of shared rows get no gradient.
-
-    They are a product of all inputs with an identity matrix, so that the input's gradient is theirs.
-    """
-    from minigpt4.models.llama_kernels import rotated_attention
-
+def rotated_case_errors(rotated_attention, name: str, dtype: torch.dtype, device: str) -> list[float]:
+    """`case_errors` of heads that are a product, and rotated first. Keys and values of shared rows get no gradient."""
     lengths, shared, heads, groups, d = CASES[name]
     starts, longest = lengths_to_starts(lengths, shared, device)
     qkv, gradient = inputs(int(starts[-1]), heads, groups, d, dtype, device)
-    angles = torch.rand(len(qkv), d // 2, device=device) * 7
+    x = torch.randn(len(qkv), 40, dtype=dtype, device=device, requires_grad=True)
+    angles = torch.rand(len(x), d // 2, device=device) * 7
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
     joint = FirstOfFused(1, 1)
-    joint.joint_weight = torch.eye(qkv[0].numel(), dtype=dtype, device=device)
+    joint.joint_weight = torch.randn(qkv[0].numel(), 40, dtype=dtype, device=device) / 40**0.5
 
-    def rotated(qkv, groups, *others):
-        return rotated_attention(qkv.flatten(1), joint, d, groups, cos, sin, *others)
+    def rotated(x, groups, *others):
+        return rotated_attention(x, joint, d, groups, cos, sin, *others)
 
-    def true(qkv, *others):
-        keys_and_values = torch.cat([qkv[:shared, heads:].detach(), qkv[shared:, heads:]])
-        qkv = torch.cat([qkv[:, :heads], keys_and_values], dim=1)
-        return reference(rotate(qkv.double(), cos.double(), sin.double(), heads + groups), *others)
+    def true(x, *others):
+        product = (x.double() @ joint.joint_weight.double().t()).view(qkv.shape)
+        keys_and_values = torch.cat([product[:shared, heads:].detach(), product[shared:, heads:]])
+        product = torch.cat([product[:, :heads], keys_and_values], dim=1)
+        return reference(rotate(product, cos.double(), sin.double(), heads + groups), *others)
 
-    return errors(rotated, qkv, gradient, groups, starts, shared, longest, true)
+    return errors(rotated, x, gradient, groups, starts, shared, longest, true)
+
+
+def fused_llama_errors() -> list[float]:
+    """Of logits, and of the gradient of embeddings behind the shared ones, by the kernels beside transformers'."""
+    from minigpt4.models import fused_llama
+
+    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    llm = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=1)).requires_grad_(False)
+    allow_packing(llm)
+    fuse_projections(llm)
+    sequences = [[1, 2, IMAGE_ID, *range(3, 9)], [1, 2, IMAGE_ID, *range(3, 5)]]
+    (piece,) = pack(sequences, [[IGNORE_INDEX] * 3 + ids[3:] for ids in sequences], 1024).pieces
+    embeds = torch.randn(1, piece.sizes.rows, 32, requires_grad=True)
+    labelled, shared = piece.targets[0] != IGNORE_INDEX, piece.sizes.shared
+    assert shared == 2
+
+    def results(predict):
+        logits = predict(embeds, piece)[0, labelled]
+        return logits, torch.autograd.grad(logits.square().sum(), embeds)[0][:, shared:]
+
+    expected = results(lambda embeds, piece: llm(inputs_embeds=embeds, **piece.llm_inputs()).logits)
+    fused_llama.by_kernels = lambda x: True
+    own = results(fused_llama.FusedLlama(llm, compiled=False))
+    return [((a - b).norm() / b.norm()).item() for a, b in zip(own, expected, strict=True)]
 
 
 def rotate(qkv, cos, sin, turned: int) -> torch.Tensor:
@@ -132,7 +155,7 @@ def silu_product_errors(name: str, dtype: torch.dtype, device: str) -> list[floa
 
 
 def main() -> None:
-    from minigpt4.models import llama_kernels, packed_kernels
+    from minigpt4.models import fp8, fp8_rounding, llama_kernels, packed_kernels, rotated_attention
 
     torch.manual_seed(0)
     # New memory holds NaN: what the kernels leave out would show.
@@ -146,20 +169,25 @@ def main() -> None:
     torch.library.opcheck(packed_kernels.attention_and_denominators, (qkv, 1, starts, 2, longest, 0.25))
     qkv, angles, only = qkv.detach(), torch.rand(2, 76, 8), ("test_schema", "test_faketensor")
     factors = [qkv.flatten(1), torch.eye(64)]
-    torch.library.opcheck(llama_kernels._rotated_product, (factors, *angles, 16, 1), test_utils=only)
+    torch.library.opcheck(rotated_attention._rotated_product, (factors, *angles, 16, 1), test_utils=only)
+    rounded, scale = fp8_rounding.quantize_rows(qkv.flatten(1))
+    fp8.product = lambda rounded, weight, scale: (
+        rounded[0].bfloat16() @ weight.bfloat16().t()
+    )  # not in all torches' CPUs
+    factors = [rounded, scale, *fp8_rounding.quantize_rows(torch.eye(64))]
+    torch.library.opcheck(rotated_attention._rotated_product, (factors, *angles, 16, 1), test_utils=only[1])
     out, lse = packed_kernels.attention_and_denominators(qkv, 1, starts, 2, longest, 0.25)
     backward = torch.randn_like(out), qkv, 1, out, lse, starts, 2, longest, 0.25, *angles, False
-    torch.library.opcheck(llama_kernels._gradient, backward, test_utils=only)
+    torch.library.opcheck(rotated_attention._gradient, backward, test_utils=only)
+    torch.library.opcheck(rotated_attention._gradient, (*backward[:-1], True), test_utils=only[1])
     torch.library.opcheck(llama_kernels.silu_product, (torch.randn(3, 8, requires_grad=True),))
     compiled = torch.compile(attention, backend="aot_eager", fullgraph=True)
     results["compiled"] = case_errors(compiled, "grouped heads", torch.float32, "cpu")
-    llama_kernels.rotated_attention, usual = (
-        torch.compile(llama_kernels.rotated_attention, backend="aot_eager", fullgraph=True, dynamic=True),
-        llama_kernels.rotated_attention,
-    )
-    results["rotated, compiled"] = rotated_case_errors("grouped heads", torch.float32, "cpu")
-    llama_kernels.rotated_attention = usual
-    results |= {f"rotated, {name}": rotated_case_errors(name, torch.float32, "cpu") for name in CASES}
+    rotated = rotated_attention.rotated_attention
+    results |= {f"rotated, {name}": rotated_case_errors(rotated, name, torch.float32, "cpu") for name in CASES}
+    compiled = torch.compile(rotated, backend="aot_eager", fullgraph=True, dynamic=True)
+    results["rotated, compiled"] = rotated_case_errors(compiled, "grouped heads", torch.float32, "cpu")
+    results["fused llama"] = fused_llama_errors()
     results |= {name: silu_product_errors(name, torch.float32, "cpu") for name in SILU_PRODUCTS}
     print(json.dumps(results))
 

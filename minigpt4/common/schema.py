@@ -26,10 +26,6 @@ QFORMER_KEYS = (
 )
 
 
-# Rows that a piece of a packed batch has at most, but for a longer sequence. More are a little quicker and take more
-# memory; GPUs that have fp8 have much of it.
-PIECE, PIECE_IN_FP8 = 1536, 3072
-
 DEVICES = ("cuda", "cpu", "mps")
 
 # Vision encoders by name. `eva_clip_g` is the published 1B encoder; the first 39 of its 40 blocks are used.

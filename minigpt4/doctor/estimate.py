@@ -21,7 +21,7 @@ docs/performance.md, which has other states of the code. Peaks in MiB:
                  which 19,321 and 20,475 were reserved (`gpu_GB`, `reserved_GB`); `GRAPHS` is about the difference
 
 The estimate is within 1 % of the first two. It is 1 % above what the third reserved at S1/16, and more at S2/12: there
-it reckons with a piece of PIECE rows, where that run's had 1,024. Measure again and change the constants here when the
+it reckons with a piece of 1,536 rows, where that run's had 1,024. Measure again and change the constants here when the
 way a step is computed changes.
 """
 
@@ -29,7 +29,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from minigpt4.common.length import RunLength
-from minigpt4.common.schema import PIECE, PIECE_IN_FP8
+from minigpt4.common.pieces import piece_rows
 from minigpt4.doctor.case import Case
 from minigpt4.doctor.findings import Finding, error, ok, warning
 from minigpt4.doctor.machine import MIB, Gpu, available_memory, readable
@@ -152,8 +152,9 @@ def _tokens_at_once(case: Case) -> float:
     tokens = longest_sequence(case)
     all_of_them = case.run.batch_size_train * tokens
     in_pieces = case.on_gpu and case.run.amp and case.run.packed and case.run.amp_dtype != "fp16"
-    piece = PIECE_IN_FP8 if case.run.fp8 else PIECE
-    return min(all_of_them, max(piece, tokens)) if in_pieces else all_of_them
+    if not in_pieces:
+        return all_of_them
+    return min(all_of_them, max(piece_rows(case.run.fp8, min(gpu.total for gpu in case.gpus)), tokens))
 
 
 def _activations(case: Case) -> float:

@@ -7,7 +7,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from minigpt4.common.schema import PIECE, PIECE_IN_FP8
+from minigpt4.common.pieces import piece_rows
 from minigpt4.models import fused_llama, fused_vit
 from minigpt4.models.cuda_graphs import GraphedFunction
 from minigpt4.models.fp8 import convert_to_fp8
@@ -29,7 +29,10 @@ def accelerate(model, packed: bool, compiled: bool, fp8: bool = False) -> None:
     if model.visual_encoder is not None:
         vars(model.visual_encoder).pop("forward_features", None)
     llm, plain = model.llama_model, type(model)
-    model.packed, model.piece = packed and allow_packing(llm), PIECE_IN_FP8 if fp8 else PIECE
+    model.packed = packed and allow_packing(llm)
+    device = llm.get_input_embeddings().weight.device
+    memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
+    model.piece_rows = piece_rows(fp8, memory)
     if packed and not model.packed:
         logging.info("Batches are padded: the language model, or this GPU, cannot take packed ones.")
     if compiled:

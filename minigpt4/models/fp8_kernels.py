@@ -47,7 +47,7 @@ def silu_product_gradient(grad: torch.Tensor, gate_up: torch.Tensor) -> Rounded:
 
 
 def turned_back(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, turned: int) -> Rounded:
-    """Heads [M,H,d], the first of which are turned back by angles [M,d/2]: e4m3 [M,H*d], and each row's scale [M,1]."""
+    """Heads [M,H,d], the first `turned` turned back by angles [M,d/2]: e4m3 [M,H*d], and each row's scale [M,1]."""
     _, heads, d = x.shape
     rounded, scale = empty(x, heads * d)
     all_heads, half = triton.next_power_of_2(heads), triton.next_power_of_2(d // 2)
@@ -144,8 +144,10 @@ def _silu_product_gradient(gate_up, grad, rounded, scale, F: tl.constexpr, N: tl
 
 @triton.jit
 def _turned_back(x, cos, sin, rounded, scale, heads, turned, half: tl.constexpr, HALF: tl.constexpr, N: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    first, second, at, present = turned_halves(x, cos, sin, row, tl.arange(0, N), heads, turned, half, HALF, True)
+    row, head = tl.program_id(0).to(tl.int64), tl.arange(0, N)
+    first, second, at, present = turned_halves(
+        x, cos, sin, row, heads, head, head < heads, head < turned, half, HALF, True
+    )
     factor = 1 / scale_for(tl.maximum(largest_of(largest_of(first)), largest_of(largest_of(second))), scale, row)
     tl.store(rounded + at, (first * factor).to(rounded.dtype.element_ty), mask=present)
     tl.store(rounded + at + half, (second * factor).to(rounded.dtype.element_ty), mask=present)

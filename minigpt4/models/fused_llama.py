@@ -17,12 +17,15 @@ from minigpt4.models.packing import Piece, Segments, by_kernels, joint_attention
 
 
 def fits(llm) -> bool:
-    """Whether `llm` is a frozen Llama as transformers wrote it, with joint projections and fixed rotations."""
+    """Whether `llm` is a frozen Llama as transformers wrote it, on a GPU in 16 bit, with joint projections and fixed
+    rotations.
+    """
     from transformers.models.llama import modeling_llama as llama
 
     if type(llm) is not llama.LlamaForCausalLM or llm.config.hidden_act != "silu":
         return False
-    if any(p.requires_grad for p in llm.parameters()):
+    weight = llm.lm_head.weight
+    if any(p.requires_grad for p in llm.parameters()) or (weight.is_cuda and not by_kernels(weight)):
         return False
     if llm.model.rotary_emb.rope_type not in ("default", "linear", "llama3"):
         return False
@@ -36,7 +39,11 @@ def fits(llm) -> bool:
 
 
 class FusedLlama:
-    """Logits of a Llama that `fits`, by its weights where they are."""
+    """Logits of a Llama that `fits`, by its weights where they are.
+
+    On a GPU the embeddings of rows that all sequences share get a part of their gradient only. Training has no use for
+    it: they come before the images, and belong to a frozen model.
+    """
 
     def __init__(self, llm, compiled: bool):
         """compiled: by torch.compile, one compilation for all layers and lengths."""
@@ -78,7 +85,7 @@ def _attend(attention, x: torch.Tensor, rotation, segments: Segments) -> torch.T
     heads = sum(joint.widths) // d
     groups = heads // (attention.num_key_value_groups + 2)
     if by_kernels(x):
-        from minigpt4.models.llama_kernels import rotated_attention
+        from minigpt4.models.rotated_attention import rotated_attention
 
         return rotated_attention(x, joint, d, groups, *rotation, *segments, scaling)
     qkv, (cos, sin) = joint.joint_product(x).unflatten(1, (heads, d)), (angle.unsqueeze(1) for angle in rotation)

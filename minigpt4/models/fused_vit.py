@@ -2,8 +2,9 @@
 
 A block of timm's ends with a sum, of which the next block takes the norm first. Compiled one by one, a block writes
 the sum and the next one reads it again. Here it hands on the two terms, and the next one takes sum and norm at once, as
-it does between its attention and its MLP. The sums are those of timm's blocks, in the same order. Patches are embedded
-by a product, for which a GPU has quicker kernels than for a convolution.
+it does between its attention and its MLP. The sums are those of timm's blocks, in the same order (in fp8 in 16 bit).
+Patches are embedded by a product, for which a GPU has quicker kernels than for a convolution; attention is a kernel of
+ours there (`vit_kernels.py`).
 
 B images, N image tokens, D width; K inputs, M outputs of a linear layer.
 """
@@ -36,7 +37,7 @@ def forward_features(vit: EvaViT, image: torch.Tensor, unit: Unit) -> torch.Tens
     x = vit.norm_pre(vit._pos_embed(_embed_patches(vit.patch_embed, image))[0])
     device = x.device.type
     products = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    if any(isinstance(module, fp8.Fp8) for module in vit.blocks.modules()):
+    if isinstance(vit.blocks[0].attn.qkv, fp8.Fp8):
         x = x.to(products)  # 16 bit for the sums too: fp8 rounds more than that
     delta = torch.zeros_like(x, dtype=products)  # so that the first block is compiled as all others are
     for block in vit.blocks:
@@ -57,25 +58,24 @@ def _embed_patches(patch_embed: PatchEmbed, image: torch.Tensor) -> torch.Tensor
 def run_block(block: EvaBlock, x: torch.Tensor, delta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """A block whose input is x + delta, and its output the sum of what it returns; all [B,N,D]."""
     attn, mlp, shape = block.attn, block.mlp, x.shape
-    # The first norm's sum is not kept: the second norm takes all three terms.
-    _, normed = _sum_norm(block.norm1, attn.qkv, [x, delta], keep=False)
+    _, normed = _sum_norm(block.norm1, attn.qkv, x, delta)
     qkv = _linear(attn.qkv, normed, torch.cat((attn.q_bias, attn.k_bias, attn.v_bias)))
     attended = attn.proj(_attention(qkv.view(*shape[:2], -1), attn.num_heads))
-    x, normed = _sum_norm(block.norm2, mlp.fc1, [x, delta, attended], keep=True)
+    x, normed = _sum_norm(block.norm2, mlp.fc1, x, delta, attended)
     return x, _mlp(mlp, normed).view(shape)
 
 
-def _sum_norm(norm: nn.LayerNorm, layer: nn.Linear, terms: list[torch.Tensor], keep: bool) -> tuple:
-    """The sum of terms [B,N,D], or None, and its norm as `layer` takes it: [B,N,D], or in fp8 rows [B*N,D] with scales.
+def _sum_norm(norm: nn.LayerNorm, layer: nn.Linear, *terms: torch.Tensor) -> tuple:
+    """The sum of terms [B,N,D], and its norm as `layer` takes it: [B,N,D], or in fp8 rows [B*N,D] with scales.
 
-    keep: whether the sum is wanted.
+    The kernel gives the sum of three terms alone: that of two is added up again with the third.
     """
     in_fp8 = isinstance(layer, fp8.Fp8)
     if by_kernels(terms[-1]):
         from minigpt4.models import vit_kernels
 
-        results = vit_kernels.sum_norm(terms, norm.weight, norm.bias, norm.eps, keep, in_fp8)
-        total, normed = results[0] if keep else None, results[keep:]
+        results = vit_kernels.sum_norm(list(terms), norm.weight, norm.bias, norm.eps, in_fp8)
+        total, *normed = results if len(terms) > 2 else (None, *results)
         return total, normed if in_fp8 else normed[0]
     total = functools.reduce(torch.add, terms)
     return total, fp8_rounding.quantize_rows(norm(total).flatten(0, 1)) if in_fp8 else norm(total)

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from minigpt4.common.pieces import piece_rows
 from minigpt4.common.registry import registry
-from minigpt4.common.schema import PIECE, MiniGPT4Config
+from minigpt4.common.schema import MiniGPT4Config
 from minigpt4.models import llm, loading, packing, prompt, qformer, vision
 from minigpt4.models.acceleration import accelerate, recompute_layers
 from minigpt4.models.eva_vit import EvaViT
@@ -59,7 +60,7 @@ class MiniGPT4(vision.Vision):
         self.tokenizer = tokenizer
         self.prompt_list = prompt_list or []
         self.max_txt_len, self.end_sym = max_txt_len, end_sym
-        self.packed, self.piece = False, PIECE
+        self.packed, self.piece_rows = False, piece_rows()
         if llm_grad_checkpoint:
             recompute_layers(llama_model, llm_grad_checkpoint)
 
@@ -147,7 +148,7 @@ class MiniGPT4(vision.Vision):
             self.end_sym,
         )
         if self.packed:
-            tokens = packing.pack(ids, labels, self.piece)
+            tokens = packing.pack(ids, labels, self.piece_rows)
         else:
             tokens = prompt.pad(ids, labels, self.tokenizer.eos_token_id)
         return {**samples, "tokens": tokens, "tokens_of": [*samples["text_input"]], "drawn_prompt": drawn}

@@ -224,7 +224,7 @@ def _backward(
     """
     group, block = tl.program_id(0), tl.program_id(2)
     start, before, keys = _sequence(starts, shared)
-    if block * N >= keys:
+    if block * N >= keys or (not OF_SHARED and (block + 1) * N <= before):
         return
     blocks = tl.cdiv(keys, N)
     row, o_row, scale = (H + 2 * G) * d, H * d, scaling * LOG2_E

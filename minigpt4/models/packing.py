@@ -23,7 +23,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from minigpt4.common.schema import PIECE
 from minigpt4.models.prompt import IGNORE_INDEX, IMAGE_ID
 
 ATTENTION = "minigpt4_packed"
@@ -121,17 +120,17 @@ class PackedBatch:
             piece.numbers.record_stream(stream)
 
 
-def pack(sequences: list[list[int]], labels: list[list[int]], most: int = PIECE) -> PackedBatch:
+def pack(sequences: list[list[int]], labels: list[list[int]], piece_rows: int) -> PackedBatch:
     """Pack token ids (IMAGE_ID where an image vector belongs) and their labels, of the same lengths, not shifted.
 
-    most: rows of a piece.
+    piece_rows: the most that a piece has, but for a longer sequence.
     """
     shared = shared_beginning(sequences, labels)
     # An image vector is never left out: the batch has a place for each.
     ends = [len(ids) - (ids[-1:] != [IMAGE_ID]) if ids else 0 for ids in sequences]
     vectors = np.cumsum([0, *(ids.count(IMAGE_ID) for ids in sequences)])
     pieces = []
-    for group in divide([end - shared for end in ends], shared, most):
+    for group in divide([end - shared for end in ends], shared, piece_rows):
         rows = [slice(shared, ends[i]) for i in group]
         own = [sequences[i][part] for i, part in zip(group, rows, strict=True)]
         predicted = [[*labels[i][1:], IGNORE_INDEX][part] for i, part in zip(group, rows, strict=True)]
@@ -145,12 +144,12 @@ def pack(sequences: list[list[int]], labels: list[list[int]], most: int = PIECE)
     )
 
 
-def divide(lengths: list[int], shared: int, most: int) -> list[list[int]]:
-    """Sequences with so many rows of their own, by number, into groups of `most` rows, or of one that has more.
+def divide(lengths: list[int], shared: int, piece_rows: int) -> list[list[int]]:
+    """Sequences with so many rows of their own, by number, in groups of `piece_rows` at most, or of one that has more.
 
     A group costs multiples of ROW_MULTIPLE rows: each but the last takes the sequences that leave least of them empty.
     """
-    groups, left, most = [], [*range(len(lengths))], max(most - shared - 1, 1)
+    groups, left, most = [], [*range(len(lengths))], max(piece_rows - shared - 1, 1)
     while left:
         own = [lengths[i] for i in left]
         count = min(-(-sum(own) // most), len(left))

@@ -21,16 +21,16 @@ LOG2_E = tl.constexpr(1.4426950408889634)  # powers of two are quicker than thos
 
 @torch.library.custom_op("minigpt4::sum_norm", mutates_args=())
 def sum_norm(
-    terms: list[torch.Tensor], weight: torch.Tensor, bias: torch.Tensor, eps: float, keep: bool, in_fp8: bool
+    terms: list[torch.Tensor], weight: torch.Tensor, bias: torch.Tensor, eps: float, in_fp8: bool
 ) -> list[torch.Tensor]:
-    """The layer norm of the sum of two or three terms [...,K], in the last one's type; in_fp8: as e4m3 rows [M,K] and
-    a scale [M,1] float32 of each. Before it, if `keep`, the sum, in the first one's type. Without a gradient.
+    """The layer norm of the sum of two terms [...,K], in the last one's type; in_fp8: as e4m3 rows [M,K] and a scale
+    [M,1] float32 of each. Of three terms the sum comes before it, in the first one's type. Without a gradient.
 
     Sum, mean and variance are in float32.
     """
     x, delta, *rest = (term.contiguous() for term in terms)
-    outputs = _outputs(terms, keep, in_fp8)
-    total, normed, scale = ([] if keep else [None]) + outputs + ([] if in_fp8 else [None])
+    outputs = _outputs(terms, in_fp8)
+    total, normed, scale = [None] * (not rest) + outputs + [None] * (not in_fp8)
     columns = x.shape[-1]
     block = triton.next_power_of_2(columns)
     with torch.cuda.device_of(x):
@@ -41,15 +41,15 @@ def sum_norm(
     return outputs
 
 
-def _outputs(terms: list[torch.Tensor], keep: bool, in_fp8: bool) -> list[torch.Tensor]:
+def _outputs(terms: list[torch.Tensor], in_fp8: bool) -> list[torch.Tensor]:
     first, last = terms[0], terms[-1]
     normed = empty(last.flatten(0, -2), last.shape[-1]) if in_fp8 else [last.new_empty(last.shape)]
-    return [first.new_empty(first.shape)] * keep + [*normed]
+    return [first.new_empty(first.shape)] * (len(terms) > 2) + [*normed]
 
 
 @sum_norm.register_fake
-def _(terms, weight, bias, eps, keep, in_fp8):
-    return _outputs(terms, keep, in_fp8)
+def _(terms, weight, bias, eps, in_fp8):
+    return _outputs(terms, in_fp8)
 
 
 @torch.library.custom_op("minigpt4::vit_attention", mutates_args=())

@@ -126,6 +126,16 @@ def test_layers_that_recompute_keep_little(full_case):
     assert usual - half == pytest.approx(half - none)
 
 
+def test_in_fp8_a_large_gpu_takes_larger_pieces(full_case):
+    """And a small one the usual ones."""
+
+    def activations(gpu, *options):
+        return estimate(full_case(STAGE1, "run.batch_size_train=64", *options, gpu=gpu)).activations
+
+    assert activations(80, "run.fp8=True") == pytest.approx(2 * activations(80))
+    assert activations(32, "run.fp8=True") == activations(32) == activations(80)
+
+
 def test_sizes():
     vit = {"embed_dim": 1408, "depth": 39, "num_heads": 16, "mlp_ratio": 4.3637, "patch_size": 14, "image_size": 224}
     assert vit_parameters(**vit) == 985_894_528

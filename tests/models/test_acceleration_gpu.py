@@ -95,7 +95,7 @@ def test_pieces_hold_one_at_a_time(build_golden_model):
     for rows in (1024, 128):
         model = build_golden_model("cuda", torch.bfloat16)
         model.accelerate(packed=True, compiled=True)
-        model.piece = rows
+        model.piece_rows = rows
         results.append(steps(model, order))
     for (loss, gradient), (in_pieces, gradient_in_pieces) in zip(*results, strict=True):
         assert in_pieces == pytest.approx(loss, rel=2e-3)

@@ -20,7 +20,10 @@ from minigpt4.cli.random_work import quantize
 from minigpt4.common import fingerprint
 from minigpt4.common.errors import ConfigError
 from minigpt4.models import acceleration, fp8, fp8_rounding, fused_llama, fused_vit, int8, packing
+from minigpt4.models.eva_vit import create_vit
 from minigpt4.models.fused import fuse_projections
+from minigpt4.models.fused_vit import forward_features, run_block
+from minigpt4.models.precision import cast_matrices
 
 
 def stand_in(rows, columns, row_scale, column_scale, bias=None, out_dtype=None, use_fast_accum=False):
@@ -161,18 +164,22 @@ def test_a_compiler_sees_one_graph(monkeypatch):
         assert torch.equal(compiled(x), layer(x))
 
 
+def tiny_llm():
+    sizes = {"vocab_size": 32, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=2)).bfloat16().requires_grad_(False)
+
+
 def test_a_compiled_llama_of_any_length(monkeypatch):
     """With sizes as variables: no number in the products may be taken for one."""
     monkeypatch.setattr(torch, "_scaled_mm", PRODUCT)
     # Attention on a CPU is no single graph.
     monkeypatch.setattr(fused_llama, "joint_attention", lambda qkv, groups, *_: qkv[:, : qkv.shape[1] - 2 * groups])
-    sizes = {"vocab_size": 32, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2}
     torch.manual_seed(0)
-    llm = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=2)).bfloat16().requires_grad_(False)
+    llm = tiny_llm()
     fuse_projections(llm)
     assert packing.allow_packing(llm)
     fp8.convert_to_fp8(llm)
-    (piece,) = packing.pack([[1, 2, 3, 4, 5], [1, 6, 7]], [[-100, 2, 3, 4, 5], [-100, 6, 7]]).pieces
+    (piece,) = packing.pack([[1, 2, 3, 4, 5], [1, 6, 7]], [[-100, 2, 3, 4, 5], [-100, 6, 7]], 1024).pieces
     embeds = torch.randn(1, piece.sizes.rows, 32, dtype=torch.bfloat16, requires_grad=True)
     results = []
     for compiled in (False, True):
@@ -184,6 +191,26 @@ def test_a_compiled_llama_of_any_length(monkeypatch):
         results.append((logits, torch.autograd.grad(logits.float().square().sum(), embeds)[0]))
     for eager, own in zip(*results, strict=True):
         assert (own - eager).norm() < 0.02 * eager.norm()
+
+
+def test_the_encoders_sums_are_in_16_bit():
+    torch.manual_seed(0)
+    vit = create_vit("eva_tiny", 64).requires_grad_(False).eval()
+    cast_matrices(vit, torch.bfloat16)
+    images, kinds = torch.randn(2, 3, 64, 64), set()
+
+    def unit(block, x, delta):
+        kinds.add((x.dtype, delta.dtype))
+        return run_block(block, x, delta)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = forward_features(vit, images, unit)
+        assert kinds == {(torch.float32, torch.bfloat16)}
+        kinds.clear()
+        fp8.convert_to_fp8(tiny_llm(), vit)
+        output = forward_features(vit, images, unit)
+    assert kinds == {(torch.bfloat16, torch.bfloat16)}
+    assert 0 < (output - expected).norm() < 0.05 * expected.norm()
 
 
 def test_what_stays_as_it_is():

@@ -67,6 +67,16 @@ def test_close_to_bfloat16(load_tiny, samples, compiled):
         assert cosine(gradient, own) > 0.99
 
 
+def test_a_large_gpu_takes_larger_pieces(load_tiny):
+    """In fp8, and not when it is set up anew without."""
+    model = load_tiny("cuda")
+    model.accelerate(packed=True, compiled=False, fp8=True)
+    large = torch.cuda.get_device_properties("cuda").total_memory >= 64e9
+    assert model.piece_rows == (3072 if large else 1536)
+    model.accelerate(packed=True, compiled=False)
+    assert model.piece_rows == 1536
+
+
 def test_compiled_equals_eager(load_tiny, samples):
     """As close as two ways of rounding are, each of which has a cosine of 0.957 with bfloat16.
 

@@ -59,7 +59,7 @@ def test_rotated_attention():
     """In fp8 beside 16 bit: output and gradient of a product, rotation and attention."""
     from minigpt4.models import fp8
     from minigpt4.models.fused import fuse_projections
-    from minigpt4.models.llama_kernels import rotated_attention
+    from minigpt4.models.rotated_attention import rotated_attention
 
     torch.manual_seed(0)
     parts = {name: torch.nn.Linear(256, 256, bias=False) for name in ("q_proj", "k_proj", "v_proj")}

@@ -33,7 +33,7 @@ def batch():
     texts = [torch.randint(3, 50, (n,), generator=generator).tolist() for n in (9, 3, 20)]
     sequences = [[1, 2, IMAGE_ID, IMAGE_ID, *text] for text in texts]
     labels = [[IGNORE_INDEX] * 4 + ids[4:] for ids in sequences]
-    (piece,) = pack(sequences, labels).pieces
+    (piece,) = pack(sequences, labels, 1024).pieces
     return piece
 
 
@@ -77,6 +77,13 @@ def other_layer():
     return llm
 
 
+def training():
+    """One embedding is all that a part of a gradient would be wrong for."""
+    llm = llama()
+    llm.get_input_embeddings().requires_grad_(True)
+    return llm
+
+
 def mistral():
     llm = MistralForCausalLM(MistralConfig(**SIZES, num_attention_heads=4, num_key_value_heads=2, sliding_window=None))
     fuse_projections(llm.requires_grad_(False))
@@ -95,6 +102,7 @@ def mistral():
         lambda: llama(hidden_act="gelu"),
         lambda: llama(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
         lambda: copy.copy(llama()).model,
+        training,
     ],
 )
 def test_others_do_not_fit(build):

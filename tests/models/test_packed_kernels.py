@@ -22,6 +22,10 @@ def test_output_and_gradients(interpreted, name):
     assert max(interpreted[name]) < 2e-6
 
 
+def test_a_fused_llama_equals_transformers(interpreted):
+    assert max(interpreted["fused llama"]) < 1e-5
+
+
 def test_in_16_bit(interpreted):
     assert 1e-5 < max(interpreted["float16"]) < 2e-3
 

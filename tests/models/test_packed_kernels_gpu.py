@@ -44,7 +44,9 @@ def test_output_and_gradients(attention, name, dtype):
 @DTYPES
 @pytest.mark.parametrize("name", CASES)
 def test_rotated_heads(name, dtype):
-    assert max(rotated_case_errors(name, dtype, "cuda")) < 1e-2
+    from minigpt4.models.rotated_attention import rotated_attention
+
+    assert max(rotated_case_errors(rotated_attention, name, dtype, "cuda")) < 2e-2  # heads are rounded, too
 
 
 @DTYPES

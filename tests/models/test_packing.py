@@ -11,7 +11,7 @@ from helpers import loss_and_gradient
 from torch import nn
 from transformers import MistralConfig, MistralForCausalLM
 
-from minigpt4.common.schema import PIECE
+from minigpt4.common.pieces import USUAL
 from minigpt4.models import acceleration, packing
 from minigpt4.models.fused import fuse_projections
 from minigpt4.models.packing import (
@@ -68,7 +68,7 @@ IGN = IGNORE_INDEX
 def test_layout_of_a_packed_batch():
     """Two sequences begin alike; the last token of each stands for nothing but itself."""
     sequences = [[1, 9, IMAGE_ID, IMAGE_ID, 5, 6], [1, 9, IMAGE_ID, IMAGE_ID, 7]]
-    batch = pack(sequences, [[IGN] * 4 + [5, 6], [IGN] * 4 + [7]])
+    batch = pack(sequences, [[IGN] * 4 + [5, 6], [IGN] * 4 + [7]], USUAL)
     assert (batch.num_labels, batch.num_tokens, batch.num_image_vectors) == (3, 11, 4)
     (piece,) = batch.pieces
     assert piece.sizes == (ROW_MULTIPLE, IMAGE_MULTIPLE, SEQUENCE_MULTIPLE, 2, LABEL_MULTIPLE, LONGEST_MULTIPLE)
@@ -86,14 +86,14 @@ def test_layout_of_a_packed_batch():
 
 
 def test_a_row_is_always_left_for_vectors_that_fill_up_the_places():
-    batch = pack([[1] * (ROW_MULTIPLE + 1)], [[IGN] * ROW_MULTIPLE + [1]])
+    batch = pack([[1] * (ROW_MULTIPLE + 1)], [[IGN] * ROW_MULTIPLE + [1]], USUAL)
     assert [piece.sizes.rows for piece in batch.pieces] == [2 * ROW_MULTIPLE]
 
 
 def test_the_longest_has_the_shared_beginning_too():
     length = LONGEST_MULTIPLE - 28
     sequences = [[1] * length + [IMAGE_ID] + [number] * length for number in (5, 6)]
-    (piece,) = pack(sequences, [[IGN] * len(sequences[0])] * 2).pieces
+    (piece,) = pack(sequences, [[IGN] * len(sequences[0])] * 2, USUAL).pieces
     assert piece.sizes.shared == length
     assert piece.sizes.longest == 2 * LONGEST_MULTIPLE
 
@@ -101,7 +101,7 @@ def test_the_longest_has_the_shared_beginning_too():
 def test_the_fill_has_the_shared_beginning_too():
     """Its attention is computed, though nobody looks at it."""
     sequences = [[1] * 50 + [IMAGE_ID, number] for number in (5, 6)]
-    (piece,) = pack(sequences, [[IGN] * 52] * 2).pieces
+    (piece,) = pack(sequences, [[IGN] * 52] * 2, USUAL).pieces
     assert max(piece.llm_inputs()["segments"].starts.diff()[1:]) + 50 > 64
     assert piece.sizes.longest == 2 * LONGEST_MULTIPLE
 
@@ -110,14 +110,14 @@ def test_pieces_are_alike_and_leave_as_little_room_as_one():
     torch.manual_seed(0)
     for count, low, high in ((64, 40, 57), (12, 115, 195), (16, 40, 57), (1, 5000, 5001), (3, 900, 1200), (200, 1, 9)):
         lengths = torch.randint(low, high, (count,)).tolist()
-        groups = divide(lengths, 3, PIECE)
+        groups = divide(lengths, 3, USUAL)
         assert sorted(i for group in groups for i in group) == list(range(count))
         assert all(group == sorted(group) for group in groups)
         rows = [sum(lengths[i] for i in group) + 4 for group in groups]
-        assert len(groups) == min(count, -(-sum(lengths) // (PIECE - 4)))
+        assert len(groups) == min(count, -(-sum(lengths) // (USUAL - 4)))
         assert max(rows) - min(rows) <= 2 * ROW_MULTIPLE + max(lengths)
         if max(lengths) < 200:  # as few as all rows together would take
-            assert max(rows) <= PIECE
+            assert max(rows) <= USUAL
             assert sum(round_up(each, ROW_MULTIPLE) for each in rows) == round_up(sum(rows), ROW_MULTIPLE)
 
 
@@ -126,11 +126,11 @@ def test_pieces_are_alike_and_leave_as_little_room_as_one():
 )
 def test_sequences_that_fill_no_piece_well(lengths):
     """None is above the bound for it, but for a sequence alone."""
-    groups = divide(lengths, 3, PIECE)
+    groups = divide(lengths, 3, USUAL)
     assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
     assert all(groups)
     rows = [sum(lengths[i] for i in group) for group in groups]
-    assert all(own + 4 <= PIECE or len(group) == 1 for own, group in zip(rows, groups, strict=True))
+    assert all(own + 4 <= USUAL or len(group) == 1 for own, group in zip(rows, groups, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,7 @@ def test_pieces_equal_one_row(build_golden_model, monkeypatch, at_once, prompt):
         acceleration.accelerate(model, packed=True, compiled=False)
         held = []
         monkeypatch.setattr(packing.Piece, "llm_inputs", _held(packing.Piece.llm_inputs, held))
-    model.piece = 128
+    model.piece_rows = 128
     assert len(model.prepare(samples)["tokens"].pieces) > 3
     output, pieces_gradient = loss_and_gradient(model, samples)
     assert output["num_labels"] == expected["num_labels"]
@@ -200,7 +200,7 @@ def _held(llm_inputs, held):
 def test_sequences_of_next_to_nothing(build_golden_model, sequences):
     model = build_golden_model()
     assert allow_packing(model.llama_model)
-    batch = pack(sequences, [[IGN] * len(ids) for ids in sequences])
+    batch = pack(sequences, [[IGN] * len(ids) for ids in sequences], USUAL)
     assert [piece.sizes.rows for piece in batch.pieces] == [ROW_MULTIPLE]
     assert model.language_loss(torch.zeros(0, 8, model.llama_proj.out_features), batch).item() == 0
 
@@ -208,7 +208,7 @@ def test_sequences_of_next_to_nothing(build_golden_model, sequences):
 def test_attention_with_fewer_heads_of_keys_and_another_scaling():
     """Against attention in one piece, under a mask."""
     torch.manual_seed(0)
-    (piece,) = pack([[1, 1, IMAGE_ID, 5, 6, 7], [1, 1, IMAGE_ID, 5, 6]], [[IGN] * 6, [IGN] * 5]).pieces
+    (piece,) = pack([[1, 1, IMAGE_ID, 5, 6, 7], [1, 1, IMAGE_ID, 5, 6]], [[IGN] * 6, [IGN] * 5], USUAL).pieces
     segments = piece.llm_inputs()["segments"]
     rows = int(segments.starts[-1])
     query, key, value = (torch.randn(1, heads, rows, 8, dtype=torch.float64) for heads in (6, 2, 2))
@@ -235,19 +235,19 @@ def test_attention_with_fewer_heads_of_keys_and_another_scaling():
     ],
 )
 def test_what_sequences_share(sequences, labels, shared):
-    assert pack(sequences, labels).pieces[0].sizes.shared == shared
+    assert pack(sequences, labels, USUAL).pieces[0].sizes.shared == shared
 
 
 def test_a_first_token_is_no_label():
     """Nothing stands before it but another sequence. Padded batches leave it out too."""
     sequences = [[5, 6], [7, 8, 9]]
-    packed, padded = pack(sequences, sequences), pad(sequences, sequences, 0)
+    packed, padded = pack(sequences, sequences, USUAL), pad(sequences, sequences, 0)
     assert packed.num_labels == padded.num_labels == 3
     assert packed.pieces[0].targets[0, :4].tolist() == [6, 8, 9, IGNORE_INDEX]
 
 
 def test_image_vectors_at_the_end_are_not_left_out():
-    (piece,) = pack([[1, IMAGE_ID], [1, IMAGE_ID]], [[IGN] * 2] * 2).pieces
+    (piece,) = pack([[1, IMAGE_ID], [1, IMAGE_ID]], [[IGN] * 2] * 2, USUAL).pieces
     assert piece.insert(torch.zeros(1, ROW_MULTIPLE, 1), torch.ones(2, 1))[0, :4, 0].tolist() == [0, 1, 1, 0]
 
 
