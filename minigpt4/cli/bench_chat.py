@@ -53,7 +53,11 @@ def main(argv: list[str] | None = None) -> int:
     device = dist_utils.select_device("cuda")
     dtype = dist_utils.select_dtype(device, True, "bf16")
     model = random_model(device, dtype, args.size == "small").eval()
-    llm = model.llama_model
+    llm, on_gpu = model.llama_model, device.type == "cuda"
+
+    def named(weights: str) -> str:
+        return "32bit" if weights == "16bit" and dtype == torch.float32 else weights
+
     model.tokenizer.decode = lambda ids, skip_special_tokens=True: " w" * len(ids)
     llm.generation_config.eos_token_id = None  # answers of equal length
     for weights in args.weights:
@@ -62,13 +66,13 @@ def main(argv: list[str] | None = None) -> int:
         for batch in args.batch:
             for layers in args.layers:
                 decoder._decoders[llm] = decoder.Decoder(llm, compiled=layers == "compiled")
-                row = {"weights": weights, "batch": batch, "by": f"minigpt4, {layers}"}
+                row = {"weights": named(weights), "batch": batch, "by": f"minigpt4, {layers if on_gpu else 'eager'}"}
                 report(row | time_answers(model, batch, args), args.json)
                 if args.profile:
                     profile(model, batch, args)
             decoder.forget(llm)
             for name, options in THEIRS.items() if args.compare and weights == "16bit" else ():
-                row = {"weights": weights, "batch": batch, "by": name}
+                row = {"weights": named(weights), "batch": batch, "by": name}
                 report(row | time_answers(model, batch, args, options), args.json)
             torch.compiler.reset()
     return 0

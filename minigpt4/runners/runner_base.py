@@ -124,6 +124,7 @@ class RunnerBase:
                 done = counted(self.run.max_epoch, "epoch")
                 logging.info("Nothing left to train: the checkpoint has done %s. Raise run.max_epoch to go on.", done)
             else:
+                logging.info("Computing in %s on %s.", str(self.dtype).removeprefix("torch."), self.device)
                 self.pace.announce()
             for epoch in range(self.start_epoch, self.run.max_epoch):
                 logging.info("Start training epoch %d, %d iters per inner epoch.", epoch, self.iters_per_epoch)
