@@ -6,6 +6,7 @@ length, which samples. The workers make whole batches as planned. The plan and a
 """
 
 import random
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
@@ -244,10 +245,22 @@ def _data_loader(maker: BatchMaker, plan: list[BatchRequest], num_workers: int, 
         batch_size=None,
         collate_fn=_as_it_is,
         num_workers=num_workers,
+        worker_init_fn=_end_quietly,
         persistent_workers=num_workers > 0,
         pin_memory=pin_memory,
         generator=torch.Generator(),  # otherwise each epoch would draw from the process's own
     )
+
+
+def _end_quietly(worker: int) -> None:
+    """Let a worker say nothing of a connection that breaks: its main process was stopped while it took a batch."""
+    usual = sys.excepthook
+
+    def say(kind, error, trace):
+        if not issubclass(kind, (OSError, EOFError)):
+            usual(kind, error, trace)
+
+    sys.excepthook = say  # what multiprocessing's thread that hands out batches calls; a dataset's errors go elsewhere
 
 
 def _as_it_is(batch: Any) -> Any:

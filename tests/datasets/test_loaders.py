@@ -2,6 +2,7 @@
 
 import pickle
 import random
+import sys
 from collections import Counter
 from itertools import islice
 
@@ -12,7 +13,7 @@ from dataset_files import TEXT, VIS, write_align, write_shards
 from torch.utils.data import Dataset, IterableDataset
 
 from minigpt4.common.registry import registry
-from minigpt4.datasets.loaders import LeftOut, TrainLoader, eval_loader, report_left_out
+from minigpt4.datasets.loaders import LeftOut, TrainLoader, _end_quietly, eval_loader, report_left_out
 from minigpt4.datasets.seeding import derive_seed, seeded
 
 
@@ -326,3 +327,13 @@ def test_seeded_is_the_same_each_time_and_puts_everything_back():
     with pytest.raises(KeyError), seeded(5):
         raise KeyError
     assert draws() != first
+
+
+def test_a_worker_says_nothing_of_its_main_processs_end(monkeypatch):
+    """Of what else goes wrong in one of its threads, it does."""
+    said = []
+    monkeypatch.setattr(sys, "excepthook", lambda kind, error, trace: said.append(kind))
+    _end_quietly(0)
+    for error in (ConnectionResetError(), EOFError(), ValueError()):
+        sys.excepthook(type(error), error, None)
+    assert said == [ValueError]
