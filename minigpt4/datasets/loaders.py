@@ -257,7 +257,8 @@ def _end_quietly(worker: int) -> None:
     usual = sys.excepthook
 
     def say(kind, error, trace):
-        if not issubclass(kind, (OSError, EOFError)):
+        cut_short = isinstance(error, OSError) and error.errno is None  # a message, by multiprocessing
+        if not (isinstance(error, (ConnectionError, EOFError)) or cut_short):
             usual(kind, error, trace)
 
     sys.excepthook = say  # what multiprocessing's thread that hands out batches calls; a dataset's errors go elsewhere

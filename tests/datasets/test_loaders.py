@@ -2,9 +2,12 @@
 
 import pickle
 import random
+import socket
 import sys
+import time
 from collections import Counter
 from itertools import islice
+from multiprocessing import resource_sharer
 
 import numpy as np
 import pytest
@@ -13,7 +16,8 @@ from dataset_files import TEXT, VIS, write_align, write_shards
 from torch.utils.data import Dataset, IterableDataset
 
 from minigpt4.common.registry import registry
-from minigpt4.datasets.loaders import LeftOut, TrainLoader, _end_quietly, eval_loader, report_left_out
+from minigpt4.datasets import loaders
+from minigpt4.datasets.loaders import LeftOut, TrainLoader, eval_loader, report_left_out
 from minigpt4.datasets.seeding import derive_seed, seeded
 
 
@@ -329,11 +333,34 @@ def test_seeded_is_the_same_each_time_and_puts_everything_back():
     assert draws() != first
 
 
-def test_a_worker_says_nothing_of_its_main_processs_end(monkeypatch):
-    """Of what else goes wrong in one of its threads, it does."""
-    said = []
-    monkeypatch.setattr(sys, "excepthook", lambda kind, error, trace: said.append(kind))
-    _end_quietly(0)
-    for error in (ConnectionResetError(), EOFError(), ValueError()):
+class Handing(Dataset):
+    """Its item is where a worker hands out batches; a worker starts to do so with the first."""
+
+    def __getitem__(self, number):
+        resource_sharer.DupFd(0)
+        return resource_sharer._resource_sharer._address
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="knows how workers hand out batches on Linux")
+@pytest.mark.parametrize("quiet", [True, False])
+def test_a_worker_says_nothing_of_its_main_processs_end(monkeypatch, capfd, quiet):
+    """Who asked for a batch hangs up, as a process does that is stopped. Left to itself, the worker would tell."""
+    if not quiet:
+        monkeypatch.setattr(loaders, "_end_quietly", None)
+    (address,) = set(batches := iter(loaders._data_loader(Handing(), [0], 1)))
+    for _ in range(2):  # the second is answered when the first has been seen to
+        with socket.socket(socket.AF_UNIX) as caller:
+            caller.connect(address)
+            time.sleep(0.2)
+    batches._shutdown_workers()
+    assert ("Traceback" in capfd.readouterr().err) is not quiet
+
+
+def test_a_worker_tells_what_else_goes_wrong_in_it(monkeypatch):
+    told = []
+    monkeypatch.setattr(sys, "excepthook", lambda kind, error, trace: told.append(error))
+    loaders._end_quietly(0)
+    errors = [OSError("got end of file during message"), OSError(24, "Too many open files"), ValueError()]
+    for error in errors:
         sys.excepthook(type(error), error, None)
-    assert said == [ValueError]
+    assert told == errors[1:]
