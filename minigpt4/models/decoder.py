@@ -1,13 +1,13 @@
 """The decoding loop: a fixed cache, one CUDA graph a step on a GPU, and what was read before is not read again.
 
-Slot n of a row holds the keys and values of its n-th token, whatever padding stood before it, so a slot is a position:
-what a step may see are the slots up to its own. On a GPU the layers are compiled (`decoding_layers.py`), and a step is
-captured once for each cache, then replayed; elsewhere, and for models quantised by bitsandbytes, it runs as it stands.
+The cache is `slots.py`'s. On a GPU the layers are compiled (`decoding_layers.py`), and a step is captured once for each
+cache, then replayed; so is the reading of a single prompt, filled up to one of few lengths. Elsewhere, and for models
+quantised by bitsandbytes, both run as they stand.
 
 After an answer to a single prompt its slots are kept. The next prompt that begins with the same vectors, such as the
 next turn of the conversation, is read from the first new one on.
 
-B batch, S sequence, R reach (how many slots a mask looks at), L slots, H heads, D width.
+B batch, S sequence, D width.
 """
 
 import itertools
@@ -23,9 +23,12 @@ from torch import nn
 from minigpt4.models.cuda_graphs import RECORDING
 from minigpt4.models.decoding_layers import compiled_layers
 from minigpt4.models.packing import ATTENTION, sees_all
+from minigpt4.models.slots import Slots
 
 # Caches kept between answers: each conversation that goes on has one, and batches share one.
 KEPT = 2
+# Vectors that a recorded reading takes, a power of two: below, the weights alone take the time; above, the host has it.
+SHORTEST_READING, LONGEST_READING = 64, 512
 
 _decoders: "weakref.WeakKeyDictionary[nn.Module, Decoder]" = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
@@ -86,8 +89,8 @@ def fits(llm) -> bool:
 
 
 def bucket(length: int) -> int:
-    """The least of 128, 192, 256, 384, 512, 768, 1024 … that holds `length`."""
-    sizes = (size for n in itertools.count(7) for size in (2**n, 3 * 2 ** (n - 1)))
+    """The least of 128, 160, 192, 224, 256, 320, 384, 448, 512 … that holds `length`."""
+    sizes = (quarters * 2**n for n in itertools.count(5) for quarters in (4, 5, 6, 7))
     return next(size for size in sizes if size >= length)
 
 
@@ -121,7 +124,7 @@ class Decoder:
         slots, known = self._take(embeds, length + steps)
         fed, content = 0, None
         try:
-            logits = slots.read(llm, embeds[:, known:], attention_mask[:, known:], known)
+            logits = self._read(llm, slots, embeds[:, known:], attention_mask[:, known:], known)
             content = embeds[0]
             for n in range(steps):
                 with RECORDING:  # torch's random numbers belong to a graph while that is recorded
@@ -142,7 +145,7 @@ class Decoder:
             with self._lock:
                 self._idle = [*self._idle, slots][-KEPT:]
 
-    def _take(self, embeds: torch.Tensor, length: int) -> tuple["Slots", int]:
+    def _take(self, embeds: torch.Tensor, length: int) -> tuple[Slots, int]:
         """Slots for a batch, and how many of them hold its beginning already."""
         with self._lock:
             alike = [slots for slots in self._idle if slots.batch == len(embeds)]
@@ -165,7 +168,32 @@ class Decoder:
         slots.content, slots.asked = None, 0
         return slots, known
 
-    def _replay(self, llm, slots: "Slots") -> torch.Tensor:
+    def _read(self, llm, slots: Slots, embeds: torch.Tensor, attention_mask: torch.Tensor, known: int) -> torch.Tensor:
+        """Fill the slots after the first `known`, by a graph where that length was met before. Returns logits [B,V]."""
+        length = embeds.shape[1]
+        places = max(SHORTEST_READING, 2 ** (length - 1).bit_length())
+        if not self.graphs or slots.batch > 1 or places > LONGEST_READING:
+            return slots.read(llm, embeds, attention_mask, known)
+        embeds = nn.functional.pad(embeds, (0, 0, places - length, 0))
+        attention_mask = nn.functional.pad(attention_mask, (places - length, 0))
+        if places not in slots.readings:
+            slots.readings[places] = None
+            return slots.read(llm, embeds, attention_mask, known, slots.length)
+        if slots.readings[places] is None:
+            slots.readings[places] = self._capture_reading(llm, slots, embeds)
+        graph, logits, prompt, positions = slots.readings[places]
+        prompt.copy_(embeds)
+        positions.copy_(slots.find(attention_mask, known))
+        graph.replay()
+        return logits
+
+    def _capture_reading(self, llm, slots: Slots, embeds: torch.Tensor) -> tuple:
+        """The reading of so many vectors [1,S,D]: its graph, its logits, the vectors and positions that it takes."""
+        prompt, positions = torch.zeros_like(embeds), torch.full_like(embeds[..., 0], -1, dtype=torch.long)
+        with _capturing:
+            return *_record(lambda: slots.fill(llm, prompt, positions, slots.length), slots), prompt, positions
+
+    def _replay(self, llm, slots: Slots) -> torch.Tensor:
         if slots.graph is None:
             try:
                 slots.graph = self._capture(llm, slots)
@@ -179,7 +207,7 @@ class Decoder:
         graph.replay()
         return logits
 
-    def _capture(self, llm, slots: "Slots") -> tuple["torch.cuda.CUDAGraph", torch.Tensor]:
+    def _capture(self, llm, slots: Slots) -> tuple["torch.cuda.CUDAGraph", torch.Tensor]:
         """A step as a graph, and where it leaves its logits. A step changes nothing when it is repeated."""
         device, reach = slots.ids.device, None if self.compiled else slots.length
         compiled = compiled_layers(llm, slots) if self.compiled else nullcontext()
@@ -190,127 +218,18 @@ class Decoder:
                 for _ in range(2):
                     slots.step(llm, reach)
             torch.cuda.current_stream().wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            # thread_local: other threads may go on allocating
-            with RECORDING, torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                logits = slots.step(llm, reach)
-        return graph, logits
+            return _record(lambda: slots.step(llm, reach), slots)
 
 
-class Slots:
-    """The cache of one batch, and the step that reads and fills it; transformers' models call its `update`.
-
-    Args:
-        batch: rows (B).
-        length: slots of a row (L).
-    """
-
-    def __init__(self, batch: int, length: int, device: torch.device):
-        self.batch, self.length = batch, length
-        self.layers: list[LayerSlots] = []
-        self.graph: tuple[torch.cuda.CUDAGraph, torch.Tensor] | None = None  # of a step, and its logits
-        self.content: torch.Tensor | None = None  # [S,D]: what a single row was made of, its answer too
-        self.asked = 0  # the length of its prompt
-        self.ids = torch.zeros(batch, dtype=torch.long, device=device)
-        self.positions = torch.zeros(batch, 1, dtype=torch.long, device=device)
-        self._rows = torch.arange(batch, device=device).unsqueeze(1)
-
-    def read(self, llm, embeds: torch.Tensor, attention_mask: torch.Tensor, known: int) -> torch.Tensor:
-        """Fill the slots after the first `known` with [B,S,D], padded on the left. Returns logits [B,V]."""
-        if not self.layers:
-            self.layers = [LayerSlots(self.length) for _ in range(llm.config.get_text_config().num_hidden_layers)]
-        positions = attention_mask.cumsum(1, dtype=torch.long) - 1 + known
-        self.positions.copy_(positions[:, -1:])
-        # One slot more than it takes, for padding; the first new token overwrites it.
-        return self._forward(llm, embeds, positions, known + embeds.shape[1] + 1)
-
-    def advance(self, ids: torch.Tensor) -> None:
-        """Set the next tokens, of all rows but those that fill up the batch."""
-        self.ids[: len(ids)].copy_(ids)
-        self.positions += 1
-
-    def step(self, llm, reach: int | None) -> torch.Tensor:
-        """Logits [B,V] float32 after the tokens that were set, which see the slots up to their own.
-
-        reach: how many slots the mask has; None: in compiled layers, whose attention is told what each row sees.
-        """
-        return self._forward(llm, llm.get_input_embeddings()(self.ids.unsqueeze(1)), self.positions, reach)
-
-    def _forward(self, llm, embeds: torch.Tensor, positions: torch.Tensor, reach: int | None) -> torch.Tensor:
-        slots = positions if reach is None else positions.masked_fill(positions < 0, reach - 1)
-        for layer in self.layers:
-            layer.aim(self._rows, slots, reach)
-        positions = positions.clamp(min=0)  # padding sees slot 0: a row that sees nothing would be NaN
-        logits = llm(
-            inputs_embeds=embeds,
-            position_ids=positions,
-            past_key_values=self,
-            use_cache=True,
-            logits_to_keep=1,
-            **(_seen(positions) if reach is None else _mask(positions, reach, embeds.dtype)),
-        ).logits
-        return logits[:, -1].float()
-
-    def update(self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *args, **kwargs):
-        """Write the keys and values [B,H,S,D] of new tokens. Returns those of all slots in reach [B,H,R,D]."""
-        return self.layers[layer_idx].update(keys, values)
-
-    def shared(self, embeds: torch.Tensor) -> int:
-        """How many of the first slots hold the beginning of [1,S,D]; at least one vector is left to be read."""
-        if self.content is None:
-            return 0
-        n = min(len(self.content), embeds.shape[1] - 1)
-        return int((self.content[:n] == embeds[0, :n]).all(dim=1).cumprod(0).sum())
-
-    def copy(self, other: "Slots", known: int) -> None:
-        """Take over the first `known` slots of another cache."""
-        self.layers = [layer.copy(self.length, known) for layer in other.layers]
-
-
-class LayerSlots:
-    """Keys and values [B,L,H,D] of one layer; allocated with the first ones that come."""
-
-    def __init__(self, length: int):
-        self.length = length
-        self.keys = self.values = self.seen_keys = self.seen_values = None
-
-    def aim(self, rows: torch.Tensor, slots: torch.Tensor, reach: int | None) -> None:
-        """Say where the next update writes, rows [B,1] and slots [B,S], and how many slots it returns; None: all."""
-        self.rows, self.slots, self.reach = rows, slots, reach
-        if reach is None:  # not as views: compiled layers know these tensors
-            self.seen_keys, self.seen_values = self.keys, self.values
-        elif self.keys is not None:
-            self.seen_keys, self.seen_values = self.keys[:, :reach], self.values[:, :reach]
-
-    def update(self, keys: torch.Tensor, values: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
-        keys, values = keys.transpose(1, 2), values.transpose(1, 2)
-        if self.seen_keys is None:  # zeros, since even what is masked must be a number
-            self.keys, self.values = (new.new_zeros(len(new), self.length, *new.shape[2:]) for new in (keys, values))
-            self.aim(self.rows, self.slots, self.reach)
-        self.seen_keys[self.rows, self.slots] = keys
-        self.seen_values[self.rows, self.slots] = values
-        return self.seen_keys.transpose(1, 2), self.seen_values.transpose(1, 2)
-
-    def copy(self, length: int, known: int) -> "LayerSlots":
-        copied = LayerSlots(length)
-        copied.keys, copied.values = (
-            nn.functional.pad(old[:, :known], (0, 0, 0, 0, 0, length - known)) for old in (self.keys, self.values)
-        )
-        return copied
-
-
-def _seen(positions: torch.Tensor) -> dict:
-    """What attention is told of steps at positions [B,1] in compiled layers; see `decoding_layers.attend`."""
-    seen = positions[:, 0] + 1
-    # transformers takes a mask of four dimensions as it is; this attention does not look at it.
-    return {"seen": seen, "attention_mask": seen.view(-1, 1, 1, 1)}
-
-
-def _mask(positions: torch.Tensor, reach: int, dtype: torch.dtype) -> dict:
-    """A mask [B,1,S,R] that shows to positions [B,S] the slots up to their own."""
-    unseen = torch.arange(reach, device=positions.device) > positions.unsqueeze(-1)  # [B,S,R]
-    mask = torch.zeros(unseen.shape, dtype=dtype, device=positions.device)
-    return {"attention_mask": mask.masked_fill(unseen, torch.finfo(dtype).min).unsqueeze(1)}
+def _record(run: Callable[[], torch.Tensor], slots: Slots) -> tuple["torch.cuda.CUDAGraph", torch.Tensor]:
+    """`run`, which changes nothing when it is repeated, as a graph, and where that leaves its result."""
+    slots.pool = slots.pool or torch.cuda.graph_pool_handle()
+    graph = torch.cuda.CUDAGraph()
+    # thread_local: other threads may go on allocating
+    with RECORDING, torch.cuda.device(slots.ids.device):
+        with torch.cuda.graph(graph, pool=slots.pool, capture_error_mode="thread_local"):
+            result = run()
+    return graph, result
 
 
 def _read_later(ids: torch.Tensor) -> Callable[[], torch.Tensor]:

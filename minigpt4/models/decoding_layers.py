@@ -22,7 +22,7 @@ MOST_COMPILATIONS = 32
 
 @contextmanager
 def compiled_layers(llm, slots) -> Iterator[None]:
-    """In this thread, let the layers run compiled on `decoder.Slots`, for steps alone; all share one compilation.
+    """In this thread, let the layers run compiled on `slots.Slots`, for steps alone; all share one compilation.
 
     A layer gets its own part of the cache: its number, by which it would look it up, would make each one special.
     Answers that other threads compute meanwhile stay as they were, to rounding.

@@ -53,17 +53,17 @@ def load_llm(
     logging.info("Loading the language model from %s in %s", llama_model, load_in if load_in != "16bit" else dtype)
     # In their own type on the host, weights are not read but mapped: each layer is, when its turn comes.
     mapped = load_in == "8bit_weights"
-    llm = _read(
-        llama_model,
-        load_in,
-        dtype="auto" if mapped else dtype,
-        device_map=device_map or {"": "cpu" if mapped else device},
-        quantization_config=_quantization(load_in, dtype),
-    )
+    how = {"dtype": "auto" if mapped else dtype, "quantization_config": _quantization(load_in, dtype)}
+    on_one = {"": "cpu" if mapped else device}
+    llm = _read(llama_model, load_in, device_map=device_map or on_one, **how)
     if mapped:
         llm = int8.quantize(llm, device, dtype)
-    first = llm.get_input_embeddings().weight.device
-    if first != torch.empty(0, device=device).device:
+    first, wanted = llm.get_input_embeddings().weight.device, torch.empty(0, device=device).device
+    if first != wanted and len({p.device for p in llm.parameters()}) == 1:
+        # What is small, "auto" puts on the last of the GPUs as a whole.
+        llm = _read(llama_model, load_in, device_map=on_one, **how)
+        first = wanted
+    if first != wanted:
         raise ConfigError(
             f"model.llm_device_map={device_map} puts the first layer on {first}, but the vision side lies on {device}. "
             "Use the first GPU (--gpu-id 0)."

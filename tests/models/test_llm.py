@@ -405,6 +405,20 @@ def test_device_map(llm_folder):
     torch.testing.assert_close(run(spread, embeds)[0], run(load_llm(llm_folder, cpu, torch.float32), embeds)[0])
 
 
+def test_what_auto_would_put_on_another_device_as_a_whole(llm_folder, monkeypatch):
+    """accelerate balances: of two GPUs, the last one gets all of a small model. It lies where the vision side does."""
+    cpu, asked, read = torch.device("cpu"), [], llm_module._read
+
+    def balancing(*args, device_map, **how):
+        asked.append(device_map)
+        return read(*args, device_map={"": "meta"} if device_map == "auto" else device_map, **how)
+
+    monkeypatch.setattr(llm_module, "_read", balancing)
+    llm = load_llm(llm_folder, cpu, torch.float32, device_map="auto")
+    assert asked == ["auto", {"": cpu}]
+    assert {p.device for p in llm.parameters()} == {cpu}
+
+
 def test_a_device_map_that_cannot_be(llm_folder, monkeypatch):
     with pytest.raises(ConfigError, match="model.load_in=8bit_weights takes one GPU"):
         load_llm(llm_folder, torch.device("cpu"), torch.float32, "8bit_weights", "auto")

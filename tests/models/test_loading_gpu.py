@@ -1,11 +1,15 @@
 """Loading straight to a GPU: where the weights lie, in which type, and what the host keeps. Skipped without one."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from helpers import SMALL_SIZES as SMALL
 
 from minigpt4.common import random_weights
 from minigpt4.models import MiniGPT4
+from minigpt4.models.generation import continue_embeds
+from minigpt4.models.llm import load_llm
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -46,7 +50,7 @@ def test_the_gpu_holds_no_second_copy(cfg):
 
 
 def test_device_map_gives_the_same_answers(cfg):
-    """Spread over what there is: one GPU, or several."""
+    """On one GPU, or on two, where "auto" would put a model as small as this on the second."""
     prompt = ["###Human: <Img><ImageHere></Img> What is it? ###Assistant:"]
     image = torch.randn(1, 3, 224, 224, device="cuda")
     answers = []
@@ -54,3 +58,22 @@ def test_device_map_gives_the_same_answers(cfg):
         model = MiniGPT4.from_config({**cfg, "llm_device_map": device_map}, "cuda:0", torch.float32).eval()
         answers.append(model.generate(image, prompt, stop="###", max_new_tokens=8))
     assert answers[0] == answers[1]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_model_on_two_gpus_gives_the_same_ids(tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 8, "num_attention_heads": 4}
+    config = LlamaConfig(vocab_size=500, initializer_range=0.1, **sizes)
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    embeds, ids = torch.randn(1, 30, 256, device="cuda:0"), []
+    for device_map in (None, "auto"):
+        llm = load_llm(str(tmp_path), torch.device("cuda:0"), torch.float32, device_map=device_map)
+        llm.generation_config.eos_token_id = None
+        mask = torch.ones(1, 30, dtype=torch.long, device="cuda:0")
+        ids.append(continue_embeds(llm, SimpleNamespace(eos_token_id=2), embeds, mask, "", max_new_tokens=20).tolist())
+    assert {p.device.index for p in llm.parameters()} == {0, 1}
+    assert ids[0] == ids[1]
