@@ -13,8 +13,9 @@ seen in more steps after the timed ones, each part of which is waited for: their
 Two settings take the same batches and start from the same weights; the difference of their losses, warm-up included, is
 what they compute differently. (With several prompts, a config's steps draw them apart: model.prompt_path=null.)
 
-Under torchrun each rank trains on its own batches, of the size named, and the first prints: the time of the slowest
-rank, images and tokens a second of all ranks, the largest memory, and rank 0's parts, the exchange in backward_s. Also
+Under torchrun each rank trains on its own batches, of the size named, as even in length as a run's are
+(`datasets/dealing.py`). The first prints: the time of the slowest rank, images and tokens a second of all ranks, the
+largest memory, and rank 0's parts, the exchange in backward_s. Also
     alone_s        one rank's step while the others wait, the mean over the ranks
     efficiency     alone_s / median_s: the rate of N ranks against N times that of one
     no_exchange_s  a step of all ranks at once that exchanges nothing, timed in turn with those that do
@@ -148,7 +149,7 @@ def time_full_size(args: argparse.Namespace) -> Iterator[dict]:
                 datasets = {"random": {"train": RandomPairs(256)}}
                 runner = RunnerBase(cfg, ImageTextPretrainTask(), model.train(), datasets, "bench")
                 # with exchange and without, each batch is taken twice
-                batches = random_batches(stage, batch_size, batches_needed(args), rank, repeat=min(ranks, 2))
+                batches = random_batches(stage, batch_size, batches_needed(args), rank, ranks, repeat=min(ranks, 2))
                 runners.append((runner, batches))
             del runner, model
             yield from time_in_turn(args, work, runners)

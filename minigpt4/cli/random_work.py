@@ -1,5 +1,6 @@
 """Work for benchmarks: models of full size with random weights, and batches of random pictures and texts."""
 
+import itertools
 import random
 import zlib
 from collections.abc import Iterator
@@ -81,17 +82,36 @@ class RandomPairs:
         return self.length
 
 
-def random_batches(stage: int, batch_size: int, count: int, rank: int = 0, repeat: int = 1) -> Iterator[dict]:
+def random_batches(
+    stage: int, batch_size: int, count: int, rank: int = 0, ranks: int = 1, repeat: int = 1
+) -> Iterator[dict]:
     """`count` batches on the host: random images (three sets in turn) and captions of the workload's lengths.
 
-    Each rank has its own. `repeat`: how often each comes in a row.
+    Each rank has its own; among several, they are dealt out as a run's loader does it. `repeat`: how often each comes
+    in a row.
     """
     import torch
 
-    low, high = (80, 160) if stage == 2 else (8, 24)
-    rng, generator = random.Random(1 + rank), torch.Generator().manual_seed(1 + rank)
+    generator = torch.Generator().manual_seed(1 + rank)
     images = [torch.randn(batch_size, 3, 224, 224, generator=generator) for _ in range(3)]
+    texts = _texts(stage, batch_size, rank, ranks)
     for i in range(count):
         if i % repeat == 0:
-            texts = [" ".join(["w"] * (rng.randint(low, high) - 1)) for _ in range(batch_size)]
-        yield {"image": images[i % 3], "text_input": texts}
+            batch = next(texts)
+        yield {"image": images[i % 3], "text_input": batch}
+
+
+def _texts(stage: int, batch_size: int, rank: int, ranks: int) -> Iterator[list[str]]:
+    """The texts of a rank's batches without end: of a stream in stage 1, its part of those of all ranks in stage 2."""
+    from minigpt4.datasets.dealing import POOL, deal, even_batches, text_length
+
+    low, high = (80, 160) if stage == 2 else (8, 24)
+    rng = random.Random(1 + (rank if stage == 1 else 0))
+    lengths = (rng.randint(low, high) for _ in itertools.count())
+    samples = ({"text_input": " ".join(["w"] * (length - 1))} for length in lengths)
+    if stage == 1:
+        batches = even_batches(samples, batch_size, POOL if ranks > 1 else 0)
+    else:
+        joint = even_batches(samples, batch_size * ranks, pool=0)
+        batches = ([b[i] for i in deal([*map(text_length, b)], ranks)[rank]] for b in joint)
+    return ([sample["text_input"] for sample in batch] for batch in batches)

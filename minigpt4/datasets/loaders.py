@@ -17,6 +17,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from minigpt4.common.errors import ConfigError
+from minigpt4.datasets.dealing import POOL, deal, even_batches
 from minigpt4.datasets.seeding import derive_seed, seeded
 
 
@@ -41,9 +42,11 @@ class LeftOut(NamedTuple):
 class TrainLoader:
     """Endless training batches of one rank from one or more datasets.
 
-    Datasets with a length are walked pass after pass, each in an order of its own, on from epoch to epoch; ranks take
-    every world_size-th sample. Streams (IterableDataset) begin anew with every epoch and worker: those with
-    `set_seed(seed, rank, world_size)` and `set_epoch(epoch)` are told where they are.
+    Datasets with a length are walked pass after pass, each in an order of its own, on from epoch to epoch, and the
+    ranks share what comes next. Streams (IterableDataset) begin anew with every epoch and worker: those with
+    `set_seed(seed, rank, world_size)` and `set_epoch(epoch)` are told where they are. Several ranks get
+    batches of about equal length (`dealing.py`): of a dataset with `text_length(index)` in each step, of a stream on
+    the whole.
     """
 
     def __init__(
@@ -66,6 +69,7 @@ class TrainLoader:
         self.batch_size, self.num_workers = batch_size, num_workers
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self._check_sizes(datasets)
+        self._text_lengths = {name: getattr(dataset, "text_length", None) for name, dataset in datasets.items()}
         self._walks = {
             name: EndlessWalk(len(dataset), derive_seed(seed, name))
             for name, dataset in datasets.items()
@@ -76,7 +80,7 @@ class TrainLoader:
                 dataset.set_seed(derive_seed(seed, name), rank, world_size)
         self._left_out: Counter[LeftOut] = Counter()
         self._plan: list[BatchRequest] = []  # the sampler; filled anew for each epoch
-        maker = BatchMaker(dict(datasets), batch_size, derive_seed(seed, "batch", rank))
+        maker = BatchMaker(dict(datasets), batch_size, derive_seed(seed, "batch", rank), even=world_size > 1)
         self._loader = _data_loader(maker, self._plan, num_workers, pin_memory)
 
     def epoch(self, epoch: int, num_batches: int) -> Iterator[dict[str, Any]]:
@@ -116,9 +120,14 @@ class TrainLoader:
         return rng.choices(self.names, self.ratios, k=num_batches)
 
     def _next_indices(self, name: str, batches_done: int) -> list[int]:
-        first = batches_done * self.batch_size
-        walk = self._walks[name]
-        return [walk[p * self.world_size + self.rank] for p in range(first, first + self.batch_size)]
+        """This rank's part of the next batches of all ranks."""
+        walk, text_length = self._walks[name], self._text_lengths[name]
+        count = self.batch_size * self.world_size
+        indices = [walk[p] for p in range(batches_done * count, (batches_done + 1) * count)]
+        if self.world_size == 1 or text_length is None:
+            return indices[self.rank :: self.world_size]
+        hand = deal([text_length(index) for index in indices], self.world_size)[self.rank]
+        return [indices[i] for i in hand]
 
     def _check_sizes(self, datasets: Mapping[str, Dataset]) -> None:
         if self.batch_size < 1:
@@ -170,29 +179,31 @@ def report_left_out(left_out: Counter[LeftOut]) -> list[str]:
 class BatchMaker(Dataset):
     """Makes whole batches on request: what runs inside the workers. Each batch has a seed of its own.
 
+    even: batches of a stream have texts of about the same length in sum.
     Item: the batch, and what was left out in making it, {LeftOut: count}, by datasets that have `take_left_out()`.
     """
 
-    def __init__(self, datasets: dict[str, Dataset], batch_size: int, seed: int) -> None:
-        self.datasets, self.batch_size, self.seed = datasets, batch_size, seed
-        self._streams: dict[str, Iterator[Any]] = {}
+    def __init__(self, datasets: dict[str, Dataset], batch_size: int, seed: int, even: bool = False) -> None:
+        self.datasets, self.batch_size, self.seed, self.even = datasets, batch_size, seed, even
+        self._streams: dict[str, Iterator[list[Any]]] = {}
         self._turns: dict[str, tuple[int, int]] = {}
 
     def __getitem__(self, request: BatchRequest) -> tuple[Any, dict[LeftOut, int]]:
         dataset = self.datasets[request.dataset]
         with seeded(derive_seed(self.seed, request.epoch, request.number)):
             if request.indices is None:
-                samples = list(islice(self._stream(request), self.batch_size))
+                samples = next(self._stream(request))
             else:
                 samples = [dataset[index] for index in request.indices]
             left_out = dataset.take_left_out() if hasattr(dataset, "take_left_out") else {}
             # a plain dict: torch pins memory by updating a copy, which would double a Counter
             return collate_fn_of(dataset)(samples), {LeftOut(request.dataset, *key): n for key, n in left_out.items()}
 
-    def _stream(self, request: BatchRequest) -> Iterator[Any]:
+    def _stream(self, request: BatchRequest) -> Iterator[list[Any]]:
         name = request.dataset
         if request.turn == 0:
-            self._streams[name] = _endless(self.datasets[name], name, request.epoch)
+            samples = _endless(self.datasets[name], name, request.epoch)
+            self._streams[name] = even_batches(samples, self.batch_size, POOL if self.even else 0)
         else:
             assert self._turns[name] == (request.epoch, request.turn - 1), "batches were not dealt out in turn"
         self._turns[name] = request.epoch, request.turn

@@ -90,6 +90,10 @@ class CCSBUAlignDataset(Dataset):
             f"read, e.g. {self._path(index)}. Are these files really pictures?"
         )
 
+    def text_length(self, index: int) -> int:
+        """Characters of a caption, for batches of equal length."""
+        return len(self.captions[index])
+
     def take_left_out(self) -> Counter[tuple[str, str]]:
         """What this process has left out since it was last asked, by (cause, file)."""
         taken, self._untold = self._untold, Counter()

@@ -80,6 +80,10 @@ class FeatureSet(Dataset):
             raise _broken(self.shards[number], error) from error
         return {"image_features": features, "text_input": self.captions[index], "image_id": self.image_ids[index]}
 
+    def text_length(self, index: int) -> int:
+        """Characters of a caption, for batches of equal length."""
+        return len(self.captions[index])
+
 
 def _index(path: Path) -> list[tuple[int, int, dict[str, str]]]:
     """Where the features of each sample of a shard begin, their size in bytes, and the caption and image_id."""

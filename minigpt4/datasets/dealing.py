@@ -1,0 +1,35 @@
+"""Batches with texts of about the same length in sum. Ranks wait for the one with most tokens in every step."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+# Samples of a stream that are dealt out at a time, to batches that follow each other.
+POOL = 128
+
+
+def deal(lengths: Sequence[int], hands: int) -> list[list[int]]:
+    """Indices of `lengths` in `hands` lists of the same size, whose sums are about equal; each list is in order."""
+    size = len(lengths) // hands
+    dealt: list[list[int]] = [[] for _ in range(hands)]
+    sums = [0] * hands
+    for index in sorted(range(size * hands), key=lambda i: -lengths[i]):
+        hand = min((h for h in range(hands) if len(dealt[h]) < size), key=sums.__getitem__)
+        dealt[hand].append(index)
+        sums[hand] += lengths[index]
+    return [sorted(hand) for hand in dealt]
+
+
+def even_batches(samples: Iterable[Any], batch_size: int, pool: int = POOL) -> Iterator[list[Any]]:
+    """Batches of an endless stream of samples with "text_input", as many at a time as go into `pool`, or one."""
+    samples, count = iter(samples), max(pool // batch_size, 1)
+    while True:
+        together = list(islice(samples, count * batch_size))
+        for hand in deal([text_length(sample) for sample in together], count):
+            yield [together[i] for i in hand]
+
+
+def text_length(sample: Any) -> int:
+    """Characters of a sample's text, which tokens go by; 0 where it has none."""
+    text = sample.get("text_input") if isinstance(sample, dict) else None
+    return len(text) if isinstance(text, str) else 0
