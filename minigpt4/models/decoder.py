@@ -169,18 +169,18 @@ class Decoder:
         return slots, known
 
     def _read(self, llm, slots: Slots, embeds: torch.Tensor, attention_mask: torch.Tensor, known: int) -> torch.Tensor:
-        """Fill the slots after the first `known`, by a graph where that length was met before. Returns logits [B,V]."""
+        """Fill the slots after the first `known`, by a graph where that length was met twice. Returns logits [B,V]."""
         length = embeds.shape[1]
         places = max(SHORTEST_READING, 2 ** (length - 1).bit_length())
         if not self.graphs or slots.batch > 1 or places > LONGEST_READING:
             return slots.read(llm, embeds, attention_mask, known)
         embeds = nn.functional.pad(embeds, (0, 0, places - length, 0))
         attention_mask = nn.functional.pad(attention_mask, (places - length, 0))
-        if places not in slots.readings:
-            slots.readings[places] = None
-            return slots.read(llm, embeds, attention_mask, known, slots.length)
-        if slots.readings[places] is None:
-            slots.readings[places] = self._capture_reading(llm, slots, embeds)
+        if slots.readings.get(places) is None:
+            logits = slots.read(llm, embeds, attention_mask, known, slots.length)
+            # A thread that has computed nothing yet could not record.
+            slots.readings[places] = self._capture_reading(llm, slots, embeds) if places in slots.readings else None
+            return logits
         graph, logits, prompt, positions = slots.readings[places]
         prompt.copy_(embeds)
         positions.copy_(slots.find(attention_mask, known))

@@ -22,7 +22,7 @@ class Slots:
         self.batch, self.length = batch, length
         self.layers: list[LayerSlots] = []
         self.graph: tuple[torch.cuda.CUDAGraph, torch.Tensor] | None = None  # of a step, and its logits
-        self.readings: dict[int, tuple | None] = {}  # by vectors; None: met, and not recorded yet
+        self.readings: dict[int, tuple | None] = {}  # by vectors; None: met once, not recorded yet
         self.pool: tuple[int, int] | None = None  # memory that all graphs share: none runs beside another
         self.content: torch.Tensor | None = None  # [S,D]: what a single row was made of, its answer too
         self.asked = 0  # the length of its prompt

@@ -276,8 +276,8 @@ def test_a_prompt_that_is_repeated(load_in, device, reads):
     first, second, third = (logits_of(llm, embeds) for _ in range(3))
     decoder.forget(llm)
     again = logits_of(llm, embeds)
-    recorded = device == "cuda" and load_in == "16bit"  # filled up; replays call nothing
-    assert counts == ([64, 64, 64] if recorded else [40, 1, 1, 40])
+    recorded = device == "cuda" and load_in == "16bit"  # filled up; the second call is recorded, the third replayed
+    assert counts == ([64, 64, 64, 64] if recorded else [40, 1, 1, 40])
     assert torch.equal(first, again) and torch.equal(second, third)
     if load_in != "8bit" and device == "cpu":
         torch.testing.assert_close(second, first, atol=1e-4, rtol=0)  # of logits of about 10
