@@ -137,8 +137,8 @@ def estimate(case: Case) -> Memory | None:
     if not case.training:
         tokens = 2000  # a chat's context at most
         return Memory(weights, 0, tokens * llm.layers * llm.kv_width * 2 * (4 if full else 2))
-    # Of the language model, whose padded batches and quantised layers are not recorded. A small model's are small.
-    recorded = compiles(case) and case.run.packed and case.load_in == "16bit"
+    # Of the language model, whose padded batches are not recorded. A small model's are small.
+    recorded = compiles(case) and case.run.packed
     graphs = min(GRAPHS, weights) if recorded else 0
     return Memory(weights, trained * TRAINING_BYTES, _activations(case) * (2 if full else 1), graphs)
 

@@ -8,7 +8,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from minigpt4.common.pieces import piece_rows
-from minigpt4.models import fused_llama, fused_vit
+from minigpt4.models import fused_llama, fused_vit, low_bit
 from minigpt4.models.cuda_graphs import GraphedFunction
 from minigpt4.models.fp8 import convert_to_fp8
 from minigpt4.models.fused import fuse_projections
@@ -37,6 +37,7 @@ def accelerate(model, packed: bool, compiled: bool, fp8: bool = False) -> None:
         logging.info("Batches are padded: the language model, or this GPU, cannot take packed ones.")
     if compiled:
         fuse_projections(llm)
+        low_bit.convert(llm)
     if fp8:
         convert_to_fp8(llm, model.visual_encoder)
     quantized = any(type(module).__module__.startswith("bitsandbytes") for module in llm.modules())
@@ -66,7 +67,7 @@ def _compile(model, quantized: bool) -> None:
     layers, llm, vit = [], model.llama_model, model.visual_encoder
     if model.packed and fused_llama.fits(llm):
         model.predict = fused_llama.FusedLlama(llm, compiled=True)
-    elif not quantized:  # bitsandbytes' layers run as they are
+    elif not quantized:  # what is left of bitsandbytes' layers runs as it is
         layers += llm.get_decoder().layers
     if vit is not None:
         layers += model.Qformer.bert.encoder.layer

@@ -14,16 +14,35 @@ GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 def fuse_projections(module: nn.Module) -> int:
     """Fuse the frozen linear layers of `GROUPS` wherever they stand side by side; returns how many groups were.
 
-    Quantised layers, those with a bias, and those that train stay as they are.
+    Those with a bias, those that train and those that are no plain linear layers stay as they are.
     """
     fused = 0
-    for parent in module.modules():
-        for names in GROUPS:
-            layers = [getattr(parent, name, None) for name in names]
-            if all(type(layer) is nn.Linear and _is_plain(layer) for layer in layers):
-                _fuse(layers)
-                fused += 1
+    for layers in groups(module):
+        if all(type(layer) is nn.Linear and not layer.weight.requires_grad for layer in layers):
+            joint = torch.cat([layer.weight.data for layer in layers])
+            for layer, part in zip(layers, joint.split([layer.out_features for layer in layers]), strict=True):
+                layer.weight.data = part
+            join(layers, FirstOfFused, joint)
+            fused += 1
     return fused
+
+
+def groups(module: nn.Module) -> list[list[nn.Linear]]:
+    """The layers of `GROUPS` wherever all of a group stand side by side, and none has a bias."""
+    found = ([getattr(part, name, None) for name in names] for part in module.modules() for names in GROUPS)
+    return [layers for layers in found if all(isinstance(x, nn.Linear) and x.bias is None for x in layers)]
+
+
+def join(layers: list[nn.Linear], kind: type["FirstOfFused"], joint_weight: torch.Tensor) -> None:
+    """Let the first of a group's layers, which becomes one of a `kind`, multiply by the weights of all."""
+    first, *others = layers
+    first.__class__, first.joint_weight = kind, joint_weight
+    first.widths = [layer.out_features for layer in layers]
+    for layer in others:
+        layer.__class__ = NextOfFused
+    shared = Products()
+    for layer in layers:
+        layer.others = shared
 
 
 class FirstOfFused(nn.Linear):
@@ -50,21 +69,3 @@ class Products:
 
     def __init__(self):
         self.products: list[torch.Tensor] = []
-
-
-def _fuse(layers: list[nn.Linear]) -> None:
-    first, *others = layers
-    widths = [layer.out_features for layer in layers]
-    joint = torch.cat([layer.weight.data for layer in layers])
-    for layer, part in zip(layers, joint.split(widths), strict=True):
-        layer.weight.data = part
-    first.__class__, first.joint_weight, first.widths = FirstOfFused, joint, widths
-    for layer in others:
-        layer.__class__ = NextOfFused
-    shared = Products()
-    for layer in layers:
-        layer.others = shared
-
-
-def _is_plain(layer: nn.Linear) -> bool:
-    return layer.bias is None and not layer.weight.requires_grad

@@ -9,7 +9,7 @@ T rows, D width, H heads of queries, G of keys and as many of values, d dimensio
 import torch
 import torch.nn.functional as F
 
-from minigpt4.models import fp8, fp8_kernels, fp8_rounding, llama_kernels, packed_kernels
+from minigpt4.models import fp8, fp8_kernels, fp8_rounding, llama_kernels, low_bit, packed_kernels
 from minigpt4.models.fused import FirstOfFused
 
 
@@ -19,39 +19,48 @@ def rotated_attention(
 ) -> torch.Tensor:  # fmt: skip
     """`packed_kernels.attention` of heads that are computed from a norm's output [T,D] and rotated: [T,H,d].
 
-    joint: the frozen layer that computes all H+2G heads, in the 16-bit type of x or in fp8; d and groups (G): theirs.
+    joint: the frozen layer that computes all H+2G heads, in the 16-bit type of x, in low bits (`low_bit.py`) or in fp8;
+    d and groups (G): theirs.
     cos, sin [T,d/2]: of the angles by which dimensions i and i + d/2 are turned.
     starts, shared, longest, scaling: as there.
 
     x alone gets a gradient, in which those of the shared rows' keys and values have no part: in a frozen model, whose
     shared rows come before any image, nobody wants them.
     """
-    scales = joint.scales_and_columns() if isinstance(joint, fp8.Fp8) else (None, None, None)
+    if isinstance(joint, fp8.Fp8):
+        scales = joint.scales_and_columns()
+    else:
+        scales = getattr(joint, "joint_scale", None), None, None
     return _RotatedAttention.apply(
         x, joint.joint_weight, *scales, cos, sin, starts, d, groups, shared, longest, scaling
     )
 
 
 class _RotatedAttention(torch.autograd.Function):
-    """In fp8 (where there is a `scale`) its backward pass multiplies by `columns`."""
+    """In fp8 (where there are `columns`) its backward pass multiplies by these."""
 
     @staticmethod
     def forward(ctx, x, weight, scale, columns, column_scale, cos, sin, starts, d, groups, shared, longest, scaling):
-        factors = [x, weight] if scale is None else [*fp8_rounding.quantize_rows(x), weight, scale]
+        weights = [weight] if scale is None else [weight, scale]
+        factors = [x, *weights] if columns is None else [*fp8_rounding.quantize_rows(x), *weights]
         qkv = _rotated_product(factors, cos, sin, d, groups)
         out, lse = packed_kernels.attention_and_denominators(qkv, groups, starts, shared, longest, scaling)
-        back = [weight] if scale is None else [columns, column_scale]
+        back = weights if columns is None else [columns, column_scale]
         ctx.save_for_backward(qkv, out, lse, starts, cos, sin, *back)
-        ctx.numbers = groups, shared, longest, scaling
+        ctx.numbers, ctx.in_fp8 = (groups, shared, longest, scaling), columns is not None
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        qkv, out, lse, starts, cos, sin, *weight = ctx.saved_tensors
+        qkv, out, lse, starts, cos, sin, *weights = ctx.saved_tensors
         groups, *others = ctx.numbers
-        in_fp8 = len(weight) > 1
-        gradient = _gradient(grad, qkv, groups, out, lse, starts, *others, cos, sin, in_fp8)
-        product = fp8.product(gradient, *weight) if in_fp8 else gradient[0].flatten(1) @ weight[0]
+        gradient = _gradient(grad, qkv, groups, out, lse, starts, *others, cos, sin, ctx.in_fp8)
+        if ctx.in_fp8:
+            product = fp8.product(gradient, *weights)
+        elif len(weights) > 1:
+            product = low_bit.multiply(gradient[0].flatten(1), *weights, True)
+        else:
+            product = gradient[0].flatten(1) @ weights[0]
         return product, *[None] * 12
 
 
@@ -61,11 +70,13 @@ def _rotated_product(
 ) -> torch.Tensor:
     """The heads [T,H+2G,d] of queries, keys and values, the first two kinds rotated.
 
-    factors: rows [T,D] and weight [(H+2G)*d,D] of one type; in fp8 those of `fp8.product`, rows and their scales,
-    weight and its scales.
+    factors: rows [T,D] and weight [(H+2G)*d,D] of one type; in low bits, the weight's scale as a third; in fp8 those of
+    `fp8.product`, rows and their scales, weight and its scales.
     """
     if len(factors) == 2:
         heads = F.linear(*factors)
+    elif len(factors) == 3:
+        heads = low_bit.multiply(*factors, False)
     else:
         rows, row_scale, weight, scale = factors
         heads = fp8.product((rows, row_scale), weight, scale)
@@ -93,9 +104,10 @@ def _gradient(
 
 @_rotated_product.register_fake
 def _(factors, cos, sin, d, groups):
-    in_fp8 = len(factors) > 2
+    in_fp8 = len(factors) == 4
     rows, weight = factors[0], factors[2 if in_fp8 else 1]
-    return rows.new_empty(rows.shape[0], weight.shape[0] // d, d, dtype=torch.bfloat16 if in_fp8 else rows.dtype)
+    outputs = low_bit.sizes(rows, weight)[0] if len(factors) == 3 else weight.shape[0]
+    return rows.new_empty(rows.shape[0], outputs // d, d, dtype=torch.bfloat16 if in_fp8 else rows.dtype)
 
 
 @_gradient.register_fake

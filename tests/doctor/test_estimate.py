@@ -170,7 +170,9 @@ GRAPHED = ["run.compile=True", "run.packed=True", "run.amp=True", "model.load_in
 def test_the_memory_of_cuda_graphs(full_case):
     """A fixed sum where the language model's steps are recorded, and nothing where they are not."""
     assert estimate(full_case(STAGE1, *GRAPHED)).graphs == GRAPHS
-    for plain in ("run.compile=False", "run.packed=False", "run.amp=False", "model.load_in=8bit", "model.load_in=4bit"):
+    for load_in in ("8bit", "4bit"):
+        assert estimate(full_case(STAGE1, *GRAPHED, f"model.load_in={load_in}")).graphs == GRAPHS
+    for plain in ("run.compile=False", "run.packed=False", "run.amp=False"):
         assert estimate(full_case(STAGE1, *GRAPHED, plain)).graphs == 0, plain
     assert estimate(full_case(STAGE1, *GRAPHED, gpu=None)).graphs == 0
     assert estimate(full_case(CHAT)).graphs == 0

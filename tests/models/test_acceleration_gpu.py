@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from minigpt4.cli.random_work import quantize
 from minigpt4.models.cuda_graphs import GraphedFunction
 from minigpt4.models.eva_vit import create_vit
 from minigpt4.models.fused_vit import fits, forward_features, linear_gelu, run_block
@@ -49,6 +50,27 @@ def test_accelerated_equals_plain(build_golden_model, caplog, dtype, recomputed)
     assert ("Recording a CUDA graph of the language model" in caplog.text) == (dtype == torch.bfloat16)
     assert accelerated[6][0] == accelerated[7][0]
     assert torch.equal(accelerated[6][1], accelerated[7][1])
+
+
+@pytest.mark.parametrize("recomputed", [0, 1])
+@pytest.mark.parametrize("load_in", ["4bit", "8bit"])
+def test_low_bit_layers_accelerated(build_golden_model, caplog, load_in, recomputed):
+    """Compiled, recorded and replayed, they give what bitsandbytes' layers do, which in 8 bit round activations too."""
+    pytest.importorskip("bitsandbytes")
+    caplog.set_level("INFO")
+    order, results = (0, 1, 2, 0, 1, 2, 0, 0), []
+    for accelerated in (False, True):
+        model = build_golden_model("cuda", torch.bfloat16, llm_grad_checkpoint=recomputed)
+        quantize(model.llama_model.model, load_in, torch.bfloat16)
+        if accelerated:
+            model.accelerate(packed=True, compiled=True)
+            assert ("predict" in vars(model)) == (not recomputed)  # fused_llama.py
+        results.append(steps(model, order))
+    for (loss, gradient), (usual, usual_gradient) in zip(*results[::-1], strict=True):
+        assert loss == pytest.approx(usual, rel=0.01)
+        assert (gradient - usual_gradient).norm() < (0.05 if load_in == "4bit" else 0.1) * usual_gradient.norm()
+    assert "Recording a CUDA graph of the language model" in caplog.text
+    assert torch.equal(results[1][6][1], results[1][7][1])
 
 
 def test_without_gradients_while_training(build_golden_model):
