@@ -24,7 +24,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--size", choices=("7b", "small"), default="7b", help="size of the model (default: 7b)")
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 64], help="prompts side by side (default: 1 64)")
-    parser.add_argument("--weights", nargs="+", choices=WEIGHTS, default=list(WEIGHTS), help="of the language model")
+    parser.add_argument(
+        "--weights", nargs="+", choices=WEIGHTS, default=list(WEIGHTS[:2]), help="of the language model (the first two)"
+    )
     parser.add_argument("--tokens", type=int, default=200, help="tokens of an answer (default: 200)")
     parser.add_argument("--answers", type=int, default=5, help="timed answers, after two to warm up (default: 5)")
     parser.add_argument("--layers", nargs="+", choices=LAYERS, default=["compiled"], help="in the CUDA graph")
@@ -34,7 +36,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-WEIGHTS = ("16bit", "8bit_weights")
+WEIGHTS = ("16bit", "8bit_weights", "4bit")
 # As they stand, or compiled with kernels of our own.
 LAYERS = ("eager", "compiled")
 # An option that the project's own loop does not know leaves the work to transformers.
@@ -52,15 +54,15 @@ def main(argv: list[str] | None = None) -> int:
 
     device = dist_utils.select_device("cuda")
     dtype = dist_utils.select_dtype(device, True, "bf16")
-    model = random_model(device, dtype, args.size == "small").eval()
-    llm, on_gpu = model.llama_model, device.type == "cuda"
 
     def named(weights: str) -> str:
         return "32bit" if weights == "16bit" and dtype == torch.float32 else weights
 
-    model.tokenizer.decode = lambda ids, skip_special_tokens=True: " w" * len(ids)
-    llm.generation_config.eos_token_id = None  # answers of equal length
     for weights in args.weights:
+        model = random_model(device, dtype, args.size == "small", "4bit" if weights == "4bit" else "16bit").eval()
+        llm, on_gpu = model.llama_model, device.type == "cuda"
+        model.tokenizer.decode = lambda ids, skip_special_tokens=True: " w" * len(ids)
+        llm.generation_config.eos_token_id = None  # answers of equal length
         if weights == "8bit_weights":
             int8.quantize(llm, device)
         for batch in args.batch:
@@ -75,6 +77,7 @@ def main(argv: list[str] | None = None) -> int:
                 row = {"weights": named(weights), "batch": batch, "by": name}
                 report(row | time_answers(model, batch, args, options), args.json)
             torch.compiler.reset()
+        del model, llm  # makes room for the next
     return 0
 
 

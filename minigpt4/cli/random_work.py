@@ -15,8 +15,7 @@ def random_model(device, dtype, small: bool, load_in: str = "16bit", llm_grad_ch
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from minigpt4.models import MiniGPT4
-    from minigpt4.models.bnb_8bit import keep_no_inputs
+    from minigpt4.models import MiniGPT4, low_bit
     from minigpt4.models.eva_vit import create_vit
     from minigpt4.models.precision import cast_matrices
     from minigpt4.models.qformer import QFormer
@@ -34,7 +33,7 @@ def random_model(device, dtype, small: bool, load_in: str = "16bit", llm_grad_ch
         vit = create_vit(vit_model, 224)
         if load_in != "16bit":
             quantize(llm.model, load_in, dtype)
-            keep_no_inputs(llm)
+            low_bit.convert(llm)
         q_former = QFormer(vit.embed_dim, **qformer)
         cast_matrices(vit, dtype)
         cast_matrices(q_former, dtype)
@@ -59,7 +58,8 @@ def quantize(module, load_in: str, dtype) -> None:
             quantized.weight = bnb.nn.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False)
         else:
             quantized = bnb.nn.Linear4bit(*shape, bias=False, compute_dtype=dtype, quant_type="nf4", device="meta")
-            quantized.weight = bnb.nn.Params4bit(weight.cpu(), requires_grad=False, quant_type="nf4")
+            how = {"quant_type": "nf4", "compress_statistics": False}
+            quantized.weight = bnb.nn.Params4bit(weight.cpu(), requires_grad=False, **how)
         setattr(module, name, quantized.to(weight.device))
 
 

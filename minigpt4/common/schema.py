@@ -166,7 +166,8 @@ class MiniGPT4Config:
     low_resource: bool = False
     """Load the language model in 8 bit."""
     load_in: str | None = field(default=None, metadata={"choices": ("16bit", "8bit", "8bit_weights", "4bit")})
-    """`16bit`, `8bit`, `4bit`, or `8bit_weights` (our own, for chat); more precise than `low_resource`, and wins."""
+    """`16bit`, `8bit`, `4bit`, or `8bit_weights` (8 bit without bitsandbytes); says it more precisely than
+    `low_resource`, and wins."""
     llm_grad_checkpoint: int = field(default=0, metadata={"least": 0})
     """How many of the language model's layers, from the first, recompute their activations in the backward pass."""
     llm_device_map: str | None = field(default=None, metadata={"choices": ("auto",)})

@@ -37,10 +37,10 @@ def accelerate(model, packed: bool, compiled: bool, fp8: bool = False) -> None:
         logging.info("Batches are padded: the language model, or this GPU, cannot take packed ones.")
     if compiled:
         fuse_projections(llm)
-        low_bit.convert(llm)
+        low_bit.fuse(llm)
     if fp8:
         convert_to_fp8(llm, model.visual_encoder)
-    quantized = any(type(module).__module__.startswith("bitsandbytes") for module in llm.modules())
+    quantized = low_bit.of_bitsandbytes(llm)
     if compiled:
         _compile(model, quantized)
     # What follows gives gradients to its arguments alone: what it computes with must not train.

@@ -1,8 +1,8 @@
 """The decoding loop: a fixed cache, one CUDA graph a step on a GPU, and what was read before is not read again.
 
 The cache is `slots.py`'s. On a GPU the layers are compiled (`decoding_layers.py`), and a step is captured once for each
-cache, then replayed; so is the reading of a single prompt, filled up to one of few lengths. Elsewhere, and for models
-quantised by bitsandbytes, both run as they stand.
+cache, then replayed; so is the reading of a single prompt, filled up to one of few lengths. Elsewhere, and with layers
+of bitsandbytes' own, both run as they stand.
 
 After an answer to a single prompt its slots are kept. The next prompt that begins with the same vectors, such as the
 next turn of the conversation, is read from the first new one on.
@@ -22,6 +22,7 @@ from torch import nn
 
 from minigpt4.models.cuda_graphs import RECORDING
 from minigpt4.models.decoding_layers import compiled_layers
+from minigpt4.models.low_bit import of_bitsandbytes
 from minigpt4.models.packing import ATTENTION, sees_all
 from minigpt4.models.slots import Slots
 
@@ -100,7 +101,7 @@ class Decoder:
     def __init__(self, llm, graphs: bool | None = None, compiled: bool = True):
         """graphs: None: where they can be had. compiled: the layers inside the graphs."""
         on_gpu = next(llm.parameters()).device.type == "cuda"
-        self.graphs = on_gpu and not getattr(llm, "is_quantized", False) if graphs is None else graphs
+        self.graphs = on_gpu and not of_bitsandbytes(llm) if graphs is None else graphs
         # Compiled layers have an attention of their own, which not every model would call.
         self.compiled = compiled and getattr(llm, "_supports_attention_backend", False)
         self.weights = _fingerprint(llm)

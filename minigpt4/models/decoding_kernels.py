@@ -1,4 +1,5 @@
 """What a decoding step does for each row by itself, as two Triton kernels: products of a single row, and attention.
+(A product in 4 bit is bitsandbytes'.)
 
 Both wait for memory alone, so each number is read once, in long pieces, many of them under way at a time. Imported only
 where there is a GPU for it.
@@ -13,6 +14,8 @@ K inputs, N outputs; B rows, H heads of queries, G of keys and values, L slots, 
 import torch
 import triton
 import triton.language as tl
+
+from minigpt4.models.low_bit import BLOCK
 
 LOG2_E = tl.constexpr(1.4426950408889634)  # powers of two are quicker than those of e
 # The quickest on an H100: bytes of a weight's row that a program takes at a time, and its rows; half of them, with half
@@ -40,6 +43,13 @@ def row_product(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | Non
             num_warps=2 * rows, **({"launch_pdl": True} if overlap else {}),
         )  # fmt: skip
     return y
+
+
+def row_product_4bit(
+    x: torch.Tensor, weight: torch.Tensor, outputs: int, scale: torch.Tensor, code: torch.Tensor
+) -> torch.Tensor:
+    """A single row x [...,K] times a weight in 4 bit, as of `LowBitLinear`, with `outputs` (N) rows: [...,N]."""
+    return torch.ops.bitsandbytes.gemv_4bit(x, weight, [outputs, x.shape[-1]], scale, code, BLOCK)
 
 
 @torch.library.custom_op("minigpt4::attend_slots", mutates_args=())

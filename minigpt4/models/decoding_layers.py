@@ -7,13 +7,13 @@ B batch, L slots, H heads, G of keys and values, D width of a head.
 """
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 
-from minigpt4.models.int8 import Int8Linear
+from minigpt4.models import low_bit
 
 ATTENTION = "minigpt4_slots"
 # Compilations of one layer: a single row, several, and what sizes change later. The layers share them.
@@ -99,27 +99,33 @@ def attend(
     return attend_slots(query.squeeze(2), key.transpose(1, 2), value.transpose(1, 2), seen, scaling).unsqueeze(1), None
 
 
-def _with_kernel(usual: Callable) -> Callable:
-    """The forward function of a linear layer: of a single row by our kernel, of others as usual."""
+class KernelLinear(nn.Linear):
+    """A linear layer that gives the product of a single row by our kernel, of others as usual."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.shape[:-1].numel() != 1 or torch.is_grad_enabled():  # another thread may want gradients
-            return usual(self, x)
-        from minigpt4.models.decoding_kernels import row_product
-
-        y = row_product(x, self.weight, getattr(self, "scale", None))
-        return y if self.bias is None else y + self.bias
-
-    return forward
+        return _row_product(self, x) if _is_a_row(x) else super().forward(x)
 
 
-class KernelLinear(nn.Linear):
-    forward = _with_kernel(nn.Linear.forward)
+class KernelLowBitLinear(low_bit.LowBitLinear):
+    """Likewise, of weights that are turned back as they are read."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _row_product(self, x) if _is_a_row(x) else super().forward(x)
 
 
-class KernelInt8Linear(Int8Linear):
-    forward = _with_kernel(Int8Linear.forward)
+def _is_a_row(x: torch.Tensor) -> bool:
+    return x.shape[:-1].numel() == 1 and not torch.is_grad_enabled()  # another thread may want gradients
+
+
+def _row_product(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    from minigpt4.models import decoding_kernels
+
+    if getattr(layer, "code", None) is not None:
+        y = decoding_kernels.row_product_4bit(x, layer.weight, layer.out_features, layer.scale, layer.code)
+    else:
+        y = decoding_kernels.row_product(x, layer.weight, getattr(layer, "scale", None))
+    return y if layer.bias is None else y + layer.bias
 
 
 # Classes, not functions for each module: those would be compiled one by one. Other kinds of layers stay as they are.
-WITH_KERNEL = {nn.Linear: KernelLinear, Int8Linear: KernelInt8Linear}
+WITH_KERNEL = {nn.Linear: KernelLinear, low_bit.LowBitLinear: KernelLowBitLinear}

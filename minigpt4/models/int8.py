@@ -1,34 +1,24 @@
-"""Weights in 8 bit, products in 16: half the memory to read, which is what decoding one answer waits for.
+"""Weights in 8 bit without bitsandbytes: rounded here, one layer after another, on any kind of device.
 
-Each row of a weight matrix has one scale, by its largest entry (torchao's int8 weight-only scheme). Unlike with
-bitsandbytes' 8 bit (LLM.int8), activations are never rounded and no outliers are set apart. Where a decoding step
-is compiled, the product of a single row turns the weights back while it reads them (`decoding_kernels.py`).
-K inputs, N outputs.
+Each row of a weight matrix has one scale, by its largest entry, as with bitsandbytes' 8 bit and torchao's int8
+weight-only scheme. N outputs.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from minigpt4.models.low_bit import LowBitLinear
 
-class Int8Linear(nn.Module):
-    """A frozen linear layer with weights [N,K] int8 and a scale [N] for the rows."""
 
-    def __init__(self, linear: nn.Linear, device: torch.device, dtype: torch.dtype | None = None):
-        """dtype: computing type; None: that of the layer."""
-        super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        weight = linear.weight.detach().to(device).to(dtype or linear.weight.dtype)
-        # Rounded to the computing type before the weights are divided by it: that rounding costs no accuracy.
-        scale = (weight.abs().amax(dim=1) / 127).clamp(min=torch.finfo(weight.dtype).tiny)
-        self.register_buffer("scale", scale)
-        steps = (weight.float() / scale.float().unsqueeze(1)).round_().clamp_(-127, 127)
-        self.register_buffer("weight", steps.to(torch.int8))
-        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().to(device, weight.dtype))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = F.linear(x, self.weight.to(x.dtype)) * self.scale
-        return x if self.bias is None else x + self.bias
+def rounded(layer: nn.Linear, device: torch.device, dtype: torch.dtype | None = None) -> LowBitLinear:
+    """A linear layer in 8 bit on `device`. dtype: computing type, also of its bias; None: that of the layer."""
+    weight = layer.weight.detach().to(device).float()
+    scale = (weight.abs().amax(dim=1) / 127).clamp(min=torch.finfo(torch.float32).tiny)  # [N]
+    steps = (weight / scale.unsqueeze(1)).round_().clamp_(-127, 127).to(torch.int8)
+    made = LowBitLinear.replacing(layer, steps, scale)
+    if layer.bias is not None:
+        made.bias = nn.Parameter(layer.bias.detach().to(device, dtype or layer.bias.dtype), requires_grad=False)
+    return made
 
 
 def quantize(llm: nn.Module, device: torch.device, dtype: torch.dtype | None = None) -> nn.Module:
@@ -41,7 +31,8 @@ def quantize(llm: nn.Module, device: torch.device, dtype: torch.dtype | None = N
     for parent in list(llm.modules()):
         for name, child in parent.named_children():
             if type(child) is nn.Linear and child.weight is not shared:
-                setattr(parent, name, Int8Linear(child, device, dtype))
+                setattr(parent, name, rounded(child, device, dtype))
     for parameter in llm.parameters():
-        parameter.data = parameter.data.to(device).to(dtype or parameter.dtype)
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(device).to(dtype or parameter.dtype)
     return llm.to(device)

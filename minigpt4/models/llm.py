@@ -14,8 +14,7 @@ from minigpt4.common import dist_utils, weights
 from minigpt4.common.checkpoint import CheckpointError
 from minigpt4.common.errors import ConfigError
 from minigpt4.common.words import counted
-from minigpt4.models import int8
-from minigpt4.models.bnb_8bit import keep_no_inputs
+from minigpt4.models import int8, low_bit
 
 # A sentence that a model of English, also of the tiny default's, finds easy.
 SENTENCE = "The image shows a red apple."
@@ -34,8 +33,8 @@ def load_llm(
         llama_model: folder in Hugging Face format, a hub id, or a .gguf file, which is unpacked to `dtype`.
         device: where it lies; its weights go there straight from the mapped files.
         dtype: type of the weights that are not quantised.
-        load_in: "16bit" (meaning `dtype`), "8bit" (LLM.int8) or "4bit" (nf4), these two through bitsandbytes, or
-            "8bit_weights" (`int8.py`).
+        load_in: "16bit" (meaning `dtype`), "8bit" or "4bit" (nf4), which bitsandbytes quantises, or "8bit_weights",
+            which is 8 bit without it (`int8.py`).
         device_map: "auto" spreads the layers over the GPUs, from `device` on, and then the host; None: all on `device`.
 
     Raises:
@@ -68,8 +67,8 @@ def load_llm(
             f"model.llm_device_map={device_map} puts the first layer on {first}, but the vision side lies on {device}. "
             "Use the first GPU (--gpu-id 0)."
         )
-    _leave_unpacked(llm)
-    keep_no_inputs(llm)
+    if len({p.device for p in llm.parameters()}) == 1:  # over several, accelerate has to move what layers are given
+        low_bit.convert(llm)
     return llm.requires_grad_(False).eval()
 
 
@@ -178,16 +177,6 @@ def check_answers(llm, tokenizer, llama_model: str) -> None:
         )
 
 
-def _leave_unpacked(llm) -> None:
-    """Keep bitsandbytes from repacking 4-bit weights at the first pass without gradients on a CPU with AVX512-BF16.
-
-    Gradients are wrong from then on (bitsandbytes 0.50), and widths that are no multiple of 64 are not possible at all.
-    """
-    for module in llm.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-
-
 def _check_loaded(llama_model: str, info: dict) -> None:
     """Nothing missing or surplus passes in silence."""
     missing = sorted(info["missing_keys"])
@@ -226,7 +215,5 @@ def _quantization(load_in: str, dtype: torch.dtype):
     from transformers import BitsAndBytesConfig
 
     if load_in == "8bit":
-        # It warns in every layer of every step where the run computes in another type than float16.
-        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)

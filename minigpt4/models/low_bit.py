@@ -1,10 +1,11 @@
-"""bitsandbytes' layers as training steps run them: a product turns their weights, 8 or 4 bit, back into 16 first.
+"""Frozen layers whose weights lie in 8 or 4 bit, as bitsandbytes quantised them, or in 8 bit `int8.py`.
 
-It is one op, which torch.compile and CUDA graphs take as it is, and keeps nothing for the backward pass but the weights
-as they lie. In 4 bit the numbers are those of bitsandbytes' own layers. In 8 bit these round the inputs too (LLM.int8),
-which saves time where there are few; here only the weights are rounded, so that both directions are of one matrix.
+A product turns the weights back into the type of what it is given, as one op that torch.compile and CUDA graphs take as
+it is, and keeps nothing for the backward pass but the weights as they lie. bitsandbytes' own layers do the same in
+4 bit; in 8 bit (LLM.int8) they round the activations too, so that a token's numbers depend on which others are read
+with it. Where a decoding step is compiled, kernels read a single row's weights as they lie (`decoding_layers.py`).
 
-M tokens, K inputs, N outputs.
+K inputs, N outputs.
 """
 
 from types import SimpleNamespace
@@ -19,29 +20,23 @@ from minigpt4.models.fused import FirstOfFused, groups, join
 BLOCK, QUANT_TYPE = 64, "nf4"
 
 
-def convert(module: nn.Module) -> int:
-    """Turn bitsandbytes' frozen layers into such; returns how many. Groups of `fused.py` get a joint product.
-
-    Layers that bitsandbytes quantised in another way (fp4, scales that are quantised themselves) stay as they are.
-    """
-    for layers in groups(module):
-        parts = [_weights(layer) for layer in layers]
-        if None not in parts and len({part.dtype for part, _ in parts}) == 1:
-            weight, scale = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-            for layer, own in zip(layers, weight.split([len(part) for part, _ in parts]), strict=True):
-                _become(layer, nn.Linear, own)
-            join(layers, LowBitFirstOfFused, weight)
-            layers[0].joint_scale = scale
-    for layer in module.modules():
-        if (part := _weights(layer)) is not None:
-            weight, scale = part
-            _become(layer, LowBitLinear, weight)
-            layer.scale = scale
-    return sum(isinstance(layer, LowBitLinear | LowBitFirstOfFused) for layer in module.modules())
-
-
 class LowBitLinear(nn.Linear):
-    """A frozen layer whose weights lie in low bits, with their `scale`."""
+    """A frozen layer with weights [N,K] int8 and a scale [N] for the rows; or with [N*K/2,1] uint8, two nf4 in each, a
+    scale for each `BLOCK` of these, and the `code` [16] that they stand for. Scales and code are float32.
+    """
+
+    @classmethod
+    def replacing(
+        cls, layer: nn.Linear, weight: torch.Tensor, scale: torch.Tensor, code: torch.Tensor | None = None
+    ) -> "LowBitLinear":
+        """A layer with the sizes and the bias of another."""
+        made = cls(layer.in_features, layer.out_features, bias=False, device="meta")
+        made.weight, made.bias = nn.Parameter(weight, requires_grad=False), layer.bias
+        if weight.dtype == torch.uint8:  # what a count of parameters looks at
+            made.weight.quant_state = SimpleNamespace(shape=torch.Size([layer.out_features, layer.in_features]))
+        made.register_buffer("scale", scale, persistent=False)
+        made.register_buffer("code", code, persistent=False)
+        return made.train(layer.training)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = product(x, self.weight, self.scale)
@@ -53,6 +48,40 @@ class LowBitFirstOfFused(FirstOfFused):
 
     def joint_product(self, x: torch.Tensor) -> torch.Tensor:
         return product(x, self.joint_weight, self.joint_scale)
+
+
+def convert(module: nn.Module) -> int:
+    """Put such layers in the place of bitsandbytes' frozen ones, with their weights; returns how many.
+
+    Those that it quantised in another way (fp4, scales that are quantised themselves) stay as they are.
+    """
+    found = [
+        (parent, name, child, _weights(child)) for parent in module.modules() for name, child in parent.named_children()
+    ]
+    converted = [each for each in found if each[-1]]
+    for parent, name, child, weights in converted:
+        setattr(parent, name, LowBitLinear.replacing(child, *weights))
+    return len(converted)
+
+
+def of_bitsandbytes(module: nn.Module) -> bool:
+    """Whether there are layers of bitsandbytes in it, which compile and record badly."""
+    return any(type(part).__module__.startswith("bitsandbytes") for part in module.modules())
+
+
+def fuse(module: nn.Module) -> int:
+    """Give groups of layers (`fused.py`) in low bits a joint product; returns how many groups there were."""
+    fused = 0
+    for layers in groups(module):
+        if {type(layer) for layer in layers} == {LowBitLinear} and len({layer.weight.dtype for layer in layers}) == 1:
+            weight = torch.cat([layer.weight.data for layer in layers])
+            parts = weight.split([len(layer.weight) for layer in layers])
+            layers[0].joint_scale = torch.cat([layer.scale for layer in layers])
+            for layer, part in zip(layers, parts, strict=True):
+                layer.weight.data, layer.scale = part, None
+            join(layers, LowBitFirstOfFused, weight)
+            fused += 1
+    return fused
 
 
 def product(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -75,15 +104,11 @@ class _Product(torch.autograd.Function):
 
 @torch.library.custom_op("minigpt4::low_bit_product", mutates_args=())
 def multiply(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, transposed: bool) -> torch.Tensor:
-    """x [...,K] times a weight [N,K]: [...,N]; transposed, as gradients go: x [...,N] to [...,K].
-
-    weight: [N,K] int8, with a scale [N] for its rows; or N·K/2 bytes of nf4, with a scale for each `BLOCK` of numbers,
-    both as bitsandbytes has them. Scales are float32. The weight is x's type when it is multiplied by.
-    """
+    """x [...,K] times a weight as of `LowBitLinear`: [...,N]; transposed, as gradients go: x [...,N] to [...,K]."""
     shape = sizes(x, weight, transposed)
     if weight.dtype == torch.int8:
         decoded = torch.empty(shape, dtype=x.dtype, device=x.device)
-        torch.mul(weight, scale.unsqueeze(1), out=decoded)
+        torch.mul(weight, scale.unsqueeze(1), out=decoded)  # rounded once
     else:
         decoded = torch.ops.bitsandbytes.dequantize_4bit(weight, scale, BLOCK, QUANT_TYPE, shape, x.dtype)
     return x @ decoded if transposed else F.linear(x, decoded)
@@ -103,28 +128,15 @@ def sizes(x: torch.Tensor, weight: torch.Tensor, transposed: bool = False) -> li
     return [known, other] if transposed else [other, known]
 
 
-def _weights(layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """What `multiply` takes of a frozen layer of bitsandbytes; None for any other."""
-    if not type(layer).__module__.startswith("bitsandbytes") or layer.weight.requires_grad:
-        return None
-    kind, weight = type(layer).__name__, layer.weight
+def _weights(layer: nn.Module) -> tuple[torch.Tensor, ...] | None:
+    """Weight, scale and in 4 bit the code of a frozen layer of bitsandbytes; None for any other."""
+    kind = type(layer).__name__ if of_bitsandbytes(layer) and isinstance(layer, nn.Linear) else ""
     if kind == "Linear8bitLt":
-        # bitsandbytes moves them at the first call.
-        of = layer.state if layer.state.CB is not None else weight
+        # bitsandbytes moves them at the first call
+        of = layer.weight if layer.state.CB is None else layer.state
         return None if of.CB is None else (of.CB, of.SCB.float() / 127)
-    state = getattr(weight, "quant_state", None)
-    if kind != "Linear4bit" or state is None or weight.dtype != torch.uint8 or weight.numel() * 2 % BLOCK:
+    state = getattr(layer.weight, "quant_state", None) if kind == "Linear4bit" else None
+    if state is None or state.nested or state.quant_type != QUANT_TYPE or state.blocksize != BLOCK:
         return None
-    usual = not state.nested and state.quant_type == QUANT_TYPE and state.blocksize == BLOCK
-    return (weight.data, state.absmax.float()) if usual else None
-
-
-def _become(layer: nn.Linear, kind: type[nn.Linear], weight: torch.Tensor) -> None:
-    """Make it a layer of another `kind`, with a plain tensor for its weight and nothing left of bitsandbytes."""
-    quantized = getattr(layer.weight, "quant_state", None)
-    layer.__class__ = kind
-    for name in ("state", "forward"):  # of 8 bit, and of `bnb_8bit.py`
-        vars(layer).pop(name, None)
-    layer.weight = nn.Parameter(weight, requires_grad=False)
-    if quantized is not None:  # what a count of parameters looks at
-        layer.weight.quant_state = SimpleNamespace(shape=quantized.shape)
+    whole = layer.weight.dtype == torch.uint8 and layer.in_features * layer.out_features % BLOCK == 0
+    return (layer.weight.data, state.absmax.float(), state.code.float()) if whole else None

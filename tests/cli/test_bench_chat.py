@@ -27,6 +27,12 @@ def test_every_way_is_timed(capsys):
         assert row["next_question_ms"] > 0
 
 
+def test_in_4_bit(capsys):
+    pytest.importorskip("bitsandbytes")
+    (row,) = rows(capsys, "--batch", "1", "--weights", "4bit")
+    assert (row["weights"], row["batch"]) == ("4bit", 1) and row["tokens_per_s"] > 0
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without a GPU")
 def test_nothing_is_compiled_on_a_cpu(capsys):
     (row,) = rows(capsys, "--batch", "1", "--weights", "16bit")

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from minigpt4.cli.random_work import quantize
+from minigpt4.models import low_bit
 from minigpt4.models.cuda_graphs import GraphedFunction
 from minigpt4.models.eva_vit import create_vit
 from minigpt4.models.fused_vit import fits, forward_features, linear_gelu, run_block
@@ -55,7 +56,7 @@ def test_accelerated_equals_plain(build_golden_model, caplog, dtype, recomputed)
 @pytest.mark.parametrize("recomputed", [0, 1])
 @pytest.mark.parametrize("load_in", ["4bit", "8bit"])
 def test_low_bit_layers_accelerated(build_golden_model, caplog, load_in, recomputed):
-    """Compiled, recorded and replayed, they give what bitsandbytes' layers do, which in 8 bit round activations too."""
+    """Compiled, recorded and replayed, they give what bitsandbytes' do, which in 8 bit round activations too."""
     pytest.importorskip("bitsandbytes")
     caplog.set_level("INFO")
     order, results = (0, 1, 2, 0, 1, 2, 0, 0), []
@@ -63,6 +64,7 @@ def test_low_bit_layers_accelerated(build_golden_model, caplog, load_in, recompu
         model = build_golden_model("cuda", torch.bfloat16, llm_grad_checkpoint=recomputed)
         quantize(model.llama_model.model, load_in, torch.bfloat16)
         if accelerated:
+            low_bit.convert(model.llama_model)
             model.accelerate(packed=True, compiled=True)
             assert ("predict" in vars(model)) == (not recomputed)  # fused_llama.py
         results.append(steps(model, order))

@@ -6,7 +6,8 @@ In float32 without TF32 the two differ by rounding alone, which greedy ids of a 
 import pytest
 import torch
 
-from minigpt4.models import decoder, int8
+from minigpt4.cli.random_work import quantize
+from minigpt4.models import decoder, int8, low_bit
 from minigpt4.models.decoder import Decoder
 from minigpt4.models.decoding_layers import compiled_layers
 from minigpt4.models.generation import continue_embeds, stream
@@ -186,12 +187,20 @@ def test_16_bit(dtype):
         assert (exact.amax(dim=1) - chosen).max() < 0.1 * exact.std()
 
 
-def test_8_bit_weights():
-    llm = int8.quantize(random_llm(), torch.device("cuda"))
+@pytest.mark.parametrize("load_in", ["8bit_weights", "8bit", "4bit"])
+def test_low_bit_weights(load_in):
+    llm = random_llm()
+    if load_in == "8bit_weights":
+        int8.quantize(llm, torch.device("cuda"))
+    else:
+        pytest.importorskip("bitsandbytes")
+        quantize(llm.model, load_in, torch.float32)
+        assert low_bit.convert(llm) == 7 * 4
     for lengths in ([30], [30, 12]):
         embeds, mask = prompts(*lengths)
-        assert run(llm, embeds, mask) == plain(llm, embeds, mask)
-    assert decoder._decoders.get(llm) is None or decoder._decoders[llm].compiled
+        expected = plain(llm, embeds, mask)
+        assert run(llm, embeds, mask) == expected
+        assert decoder._decoders[llm].graphs and decoder._decoders[llm].compiled
 
 
 def test_a_warm_model_answers_without_capturing(llm, monkeypatch):
