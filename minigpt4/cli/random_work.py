@@ -103,15 +103,14 @@ def random_batches(
 
 def _texts(stage: int, batch_size: int, rank: int, ranks: int) -> Iterator[list[str]]:
     """The texts of a rank's batches without end: of a stream in stage 1, its part of those of all ranks in stage 2."""
-    from minigpt4.datasets.dealing import POOL, deal, even_batches, text_length
+    from minigpt4.datasets.dealing import POOL, even_batches, rank_share, text_length
 
     low, high = (80, 160) if stage == 2 else (8, 24)
     rng = random.Random(1 + (rank if stage == 1 else 0))
-    lengths = (rng.randint(low, high) for _ in itertools.count())
-    samples = ({"text_input": " ".join(["w"] * (length - 1))} for length in lengths)
+    samples = ({"text_input": " ".join(["w"] * (rng.randint(low, high) - 1))} for _ in itertools.count())
     if stage == 1:
         batches = even_batches(samples, batch_size, POOL if ranks > 1 else 0)
     else:
         joint = even_batches(samples, batch_size * ranks, pool=0)
-        batches = ([b[i] for i in deal([*map(text_length, b)], ranks)[rank]] for b in joint)
+        batches = (rank_share(batch, text_length, rank, ranks) for batch in joint)
     return ([sample["text_input"] for sample in batch] for batch in batches)

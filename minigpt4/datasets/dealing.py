@@ -1,6 +1,9 @@
-"""Batches with texts of about the same length in sum. Ranks wait for the one with most tokens in every step."""
+"""Batches with texts of about the same length in sum. Ranks wait for the one with most tokens in every step.
 
-from collections.abc import Iterable, Iterator, Sequence
+Lengths are in characters, which tokens go by. What `max_txt_len` cuts off a text is counted, too.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -21,12 +24,25 @@ def deal(lengths: Sequence[int], hands: int) -> list[list[int]]:
 
 
 def even_batches(samples: Iterable[Any], batch_size: int, pool: int = POOL) -> Iterator[list[Any]]:
-    """Batches of an endless stream of samples with "text_input", as many at a time as go into `pool`, or one."""
+    """Batches of an endless stream of samples with "text_input", as many dealt out at a time as go into `pool`, or one.
+
+    The next ones are drawn as these leave, a batch at a time: drawn all at once, they would keep everybody waiting.
+    """
     samples, count = iter(samples), max(pool // batch_size, 1)
+    together = list(islice(samples, count * batch_size))
     while True:
-        together = list(islice(samples, count * batch_size))
+        upcoming: list[Any] = []
         for hand in deal([text_length(sample) for sample in together], count):
             yield [together[i] for i in hand]
+            upcoming += islice(samples, batch_size)
+        together = upcoming
+
+
+def rank_share(items: list[Any], length_of: Callable[[Any], int] | None, rank: int, ranks: int) -> list[Any]:
+    """A rank's part of what all ranks take in a step, dealt out by the lengths of the texts where these are known."""
+    if ranks == 1 or length_of is None:
+        return items[rank::ranks]
+    return [items[i] for i in deal([length_of(item) for item in items], ranks)[rank]]
 
 
 def text_length(sample: Any) -> int:

@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from minigpt4.common.errors import ConfigError
-from minigpt4.datasets.dealing import POOL, deal, even_batches
+from minigpt4.datasets.dealing import POOL, even_batches, rank_share
 from minigpt4.datasets.seeding import derive_seed, seeded
 
 
@@ -45,8 +45,8 @@ class TrainLoader:
     Datasets with a length are walked pass after pass, each in an order of its own, on from epoch to epoch, and the
     ranks share what comes next. Streams (IterableDataset) begin anew with every epoch and worker: those with
     `set_seed(seed, rank, world_size)` and `set_epoch(epoch)` are told where they are. Several ranks get
-    batches of about equal length (`dealing.py`): of a dataset with `text_length(index)` in each step, of a stream on
-    the whole.
+    batches of a dataset that are about equally long (`dealing.py`): in each step where it has `text_length(index)`, on
+    the whole where it is a stream. Each rank draws its own datasets.
     """
 
     def __init__(
@@ -124,10 +124,7 @@ class TrainLoader:
         walk, text_length = self._walks[name], self._text_lengths[name]
         count = self.batch_size * self.world_size
         indices = [walk[p] for p in range(batches_done * count, (batches_done + 1) * count)]
-        if self.world_size == 1 or text_length is None:
-            return indices[self.rank :: self.world_size]
-        hand = deal([text_length(index) for index in indices], self.world_size)[self.rank]
-        return [indices[i] for i in hand]
+        return rank_share(indices, text_length, self.rank, self.world_size)
 
     def _check_sizes(self, datasets: Mapping[str, Dataset]) -> None:
         if self.batch_size < 1:

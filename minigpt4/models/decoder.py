@@ -68,13 +68,17 @@ def warm_up(llm, prompt: int = 100, answer: int = 300, rows: int = 1) -> None:
     if not fits(llm) or not Decoder(llm).graphs:
         return
     logging.info("Compiling the language model for answers: some fifteen seconds at first, fewer later on.")
-    ids = torch.zeros(rows, prompt, dtype=torch.long, device=llm.device)
-    embeds = llm.get_input_embeddings()(ids)
-    steps = decode(llm, embeds, torch.ones_like(ids), answer, lambda ids, logits: logits.argmax(dim=-1))
-    with closing(steps):
-        next(steps)
-    for slots in _decoders[llm]._idle:
-        slots.asked = 0  # nobody's conversation: the next prompt takes it
+    # Twice, since a length that is met again is recorded; with other tokens each time, since what is known is not read.
+    for token, length in enumerate((prompt, prompt, SHORTEST_READING, SHORTEST_READING)):
+        ids = torch.full((rows, length), token, device=llm.device)
+        embeds = llm.get_input_embeddings()(ids)
+        steps = prompt + answer - length
+        with closing(
+            decode(llm, embeds, torch.ones_like(ids), steps, lambda ids, logits: logits.argmax(dim=-1))
+        ) as run:
+            next(run)
+        for slots in _decoders[llm]._idle:
+            slots.asked = 0  # nobody's conversation: the next prompt takes it
 
 
 def fits(llm) -> bool:
@@ -170,17 +174,20 @@ class Decoder:
         return slots, known
 
     def _read(self, llm, slots: Slots, embeds: torch.Tensor, attention_mask: torch.Tensor, known: int) -> torch.Tensor:
-        """Fill the slots after the first `known`, by a graph where that length was met twice. Returns logits [B,V]."""
+        """Fill the slots after the first `known`, by a graph where such a length was met twice. Returns logits [B,V],
+        which the next graph of the slots may overwrite.
+        """
         length = embeds.shape[1]
         places = max(SHORTEST_READING, 2 ** (length - 1).bit_length())
-        if not self.graphs or slots.batch > 1 or places > LONGEST_READING:
+        if not self.graphs or slots.batch > 1 or places > LONGEST_READING or places not in slots.readings:
+            slots.readings.setdefault(places)
             return slots.read(llm, embeds, attention_mask, known)
         embeds = nn.functional.pad(embeds, (0, 0, places - length, 0))
         attention_mask = nn.functional.pad(attention_mask, (places - length, 0))
-        if slots.readings.get(places) is None:
+        if slots.readings[places] is None:
             logits = slots.read(llm, embeds, attention_mask, known, slots.length)
-            # A thread that has computed nothing yet could not record.
-            slots.readings[places] = self._capture_reading(llm, slots, embeds) if places in slots.readings else None
+            # Behind it, since a thread that has computed nothing yet could not record.
+            slots.readings[places] = self._capture_reading(llm, slots, embeds)
             return logits
         graph, logits, prompt, positions = slots.readings[places]
         prompt.copy_(embeds)
@@ -188,11 +195,23 @@ class Decoder:
         graph.replay()
         return logits
 
-    def _capture_reading(self, llm, slots: Slots, embeds: torch.Tensor) -> tuple:
-        """The reading of so many vectors [1,S,D]: its graph, its logits, the vectors and positions that it takes."""
+    def _capture_reading(self, llm, slots: Slots, embeds: torch.Tensor) -> tuple | None:
+        """The reading of so many vectors [1,S,D]: its graph, its logits, the vectors and positions that it takes.
+
+        None where another thread records, or memory is short: the answer that was read for must not wait, or fail.
+        """
         prompt, positions = torch.zeros_like(embeds), torch.full_like(embeds[..., 0], -1, dtype=torch.long)
-        with _capturing:
+        if not _capturing.acquire(blocking=False):
+            return None
+        try:
             return *_record(lambda: slots.fill(llm, prompt, positions, slots.length), slots), prompt, positions
+        except torch.OutOfMemoryError as error:
+            logging.warning(
+                "No memory for a CUDA graph that reads %d vectors; they are read without: %s", len(prompt[0]), error
+            )
+            return None
+        finally:
+            _capturing.release()
 
     def _replay(self, llm, slots: Slots) -> torch.Tensor:
         if slots.graph is None:

@@ -58,10 +58,10 @@ def load_llm(
     if mapped:
         llm = int8.quantize(llm, device, dtype)
     first, wanted = llm.get_input_embeddings().weight.device, torch.empty(0, device=device).device
-    if first != wanted and len({p.device for p in llm.parameters()}) == 1:
-        # What is small, "auto" puts on the last of the GPUs as a whole.
-        llm = _read(llama_model, load_in, device_map=on_one, **how)
-        first = wanted
+    if first != wanted and first.type == wanted.type and len({p.device for p in llm.parameters()}) == 1:
+        del llm
+        logging.info("It is small enough for one GPU, and lies on %s as a whole.", wanted)  # "auto" took the last one
+        llm, first = _read(llama_model, load_in, device_map=on_one, **how), wanted
     if first != wanted:
         raise ConfigError(
             f"model.llm_device_map={device_map} puts the first layer on {first}, but the vision side lies on {device}. "

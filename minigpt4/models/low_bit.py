@@ -40,7 +40,7 @@ class LowBitLinear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = product(x, self.weight, self.scale)
-        return y if self.bias is None else y + self.bias
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
 class LowBitFirstOfFused(FirstOfFused):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from minigpt4.__main__ import main
-from minigpt4.cli.random_work import WordTokenizer, random_batches
+from minigpt4.cli.random_work import WordTokenizer, random_batches, random_model
 from minigpt4.cli.step_timer import APART, useful_operations
 
 PARTS = ["data_s", "vision_s", "language_s", "backward_s", "optimizer_s"]
@@ -63,6 +63,14 @@ def test_low_bits(capsys, load_in):
 def test_compare_with_low_bits(capsys):
     found = rows(capsys, "--small", "--work", "S1/16", "--compare", "model.load_in=8bit")
     assert 0 < found[2]["loss difference, mean of pairs"] < 0.01
+
+
+@pytest.mark.parametrize("load_in", ["8bit", "4bit"])
+def test_random_weights_in_low_bit_are_computed_as_a_runs_are(load_in):
+    pytest.importorskip("bitsandbytes")
+    llm = random_model(torch.device("cpu"), torch.bfloat16, True, load_in).llama_model
+    kinds = {type(part).__name__ for part in llm.model.layers.modules()}
+    assert "LowBitLinear" in kinds and not kinds & {"Linear", "Linear8bitLt", "Linear4bit"}
 
 
 def test_random_weights_in_8bit_weights():

@@ -4,8 +4,11 @@ import itertools
 import random
 
 import pytest
+from dataset_files import write_align
 from torch.utils.data import Dataset, IterableDataset
 
+from minigpt4.cli.random_work import random_batches
+from minigpt4.datasets.datasets.cc_sbu_dataset import CCSBUAlignDataset
 from minigpt4.datasets.dealing import deal, even_batches, text_length
 from minigpt4.datasets.loaders import TrainLoader
 
@@ -72,15 +75,53 @@ class Stories(Dataset):
 
 
 class Stream(IterableDataset):
+    """Each rank's own texts."""
+
+    def set_seed(self, seed, rank, world_size):
+        self.rank = rank
+
     def __iter__(self):
-        yield from texts(2000)
+        yield from texts(2000, seed=self.rank)
 
 
-@pytest.mark.parametrize("dataset", [Stories(), Stream()], ids=["with a length", "stream"])
-def test_ranks_step_on_texts_of_the_same_length(dataset):
-    ranks = [list(TrainLoader({"n": dataset}, None, 16, 0, 7, rank, 4).epoch(0, 8)) for rank in range(4)]
+def spread(ranks: list[list[dict]]) -> int:
+    """How many characters the rank with most has more than that with fewest, in the worst of all steps."""
     of_steps = [[sum(map(len, batch["text_input"])) for batch in step] for step in zip(*ranks, strict=True)]
-    assert max(max(sums) - min(sums) for sums in of_steps) <= 3
+    return max(max(sums) - min(sums) for sums in of_steps)
+
+
+@pytest.mark.parametrize(("dataset", "most"), [(Stories, 2), (Stream, 25)])
+def test_ranks_step_on_texts_of_about_the_same_length(dataset, most):
+    """A stream's ranks know nothing of each other, and pools of 128 texts differ by chance: by 60 or so of 2,050."""
+    ranks = [list(TrainLoader({"n": dataset()}, None, 16, 0, 7, rank, 4).epoch(0, 8)) for rank in range(4)]
+    assert spread(ranks) <= most
+    apart = [list(TrainLoader({"n": dataset()}, None, 16, 0, 7).epoch(rank, 8)) for rank in range(4)]
+    assert dataset is Stream or spread(apart) > 3 * most
+
+
+def test_the_next_pool_is_drawn_as_batches_leave():
+    """All at once, a worker would keep its rank, and that the others, waiting."""
+    drawn, samples = [], texts(400)
+    batches = even_batches((drawn.append(1) or sample for sample in itertools.cycle(samples)), 16)
+    counts = []
+    for _ in range(20):
+        next(batches)
+        counts.append(len(drawn))
+    assert counts == [128 + 16 * n for n in range(20)]
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_the_benchs_ranks_do_likewise(stage):
+    ranks = [list(random_batches(stage, 12, 10, rank, ranks=4)) for rank in range(4)]
+    assert spread(ranks) <= (40 if stage == 1 else 16)  # two characters a token
+    alone = [list(random_batches(stage, 12, 10, rank)) for rank in range(4)]
+    assert spread(alone) > 60
+
+
+def test_datasets_say_how_long_their_texts_are(tmp_path):
+    dataset = CCSBUAlignDataset(str(write_align(tmp_path, records=3)), None)
+    lengths = [dataset.text_length(i) for i in range(3)]
+    assert lengths == [len(caption) for caption in dataset.captions] and min(lengths) > 0
 
 
 def test_ranks_share_the_samples_of_a_step():

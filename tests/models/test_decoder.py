@@ -273,8 +273,8 @@ def test_a_prompt_that_is_repeated(load_in, device, reads):
     first, second, third = (logits_of(llm, embeds) for _ in range(3))
     decoder.forget(llm)
     again = logits_of(llm, embeds)
-    # on a GPU filled up; the second call is recorded, the third replayed
-    assert counts == ([40, 1, 1, 40] if device == "cpu" else [64, 64, 64, 64])
+    # on a GPU the second reading is filled up, and recorded; the third is replayed
+    assert counts == ([40, 1, 1, 40] if device == "cpu" else [40, 64, 64, 40])
     assert torch.equal(first, again) and torch.equal(second, third)
     if device == "cpu":
         torch.testing.assert_close(second, first, atol=1e-4, rtol=0)  # of logits of about 10
@@ -541,6 +541,28 @@ def test_prompts_are_read_by_the_graph_of_their_length(llm, compiles, monkeypatc
         torch.testing.assert_close(logits, logits_of(llm, prompt), atol=1e-5, rtol=0)
 
 
+def test_without_memory_for_a_recording_prompts_are_read_as_before(llm, compiles, monkeypatch, caplog):
+    def fail(run, slots):
+        raise torch.OutOfMemoryError("out of memory")
+
+    expected = [theirs(llm, *prompts(length)) for length in (30, 31, 32)]
+    monkeypatch.setattr(decoder, "_record", fail)
+    monkeypatch.setattr(Decoder, "_capture", lambda self, llm, slots: record(lambda: slots.step(llm, 128), slots))
+    assert [run(llm, *prompts(length)) for length in (30, 31, 32)] == expected
+    assert "No memory for a CUDA graph that reads 64 vectors" in caplog.text
+
+
+def test_an_answer_does_not_wait_for_what_another_thread_records(llm, compiles):
+    embeds, mask = prompts(30)
+    expected = run(llm, embeds, mask)
+    with decoder._capturing:
+        assert run(llm, embeds, mask) == expected
+    (slots,) = decoder._decoders[llm]._idle
+    assert slots.readings == {64: None}
+    assert run(llm, embeds, mask) == expected
+    assert slots.readings[64]
+
+
 def test_a_cache_that_grows_records_its_readings_anew(llm, compiles):
     embeds = prompts(100)[0]
     expected = theirs(llm, embeds, max_new_tokens=100)
@@ -555,6 +577,7 @@ def test_warming_up_prepares_a_cache_that_anyone_takes(llm, compiles, monkeypatc
     monkeypatch.setattr(decoder, "Decoder", partial(Decoder, graphs=True))
     decoder.warm_up(llm, prompt=20, answer=200)
     monkeypatch.setattr(Decoder, "_capture", None)
+    monkeypatch.setattr(decoder, "_record", None)
     assert run(llm, *prompts(30), max_new_tokens=180) == theirs(llm, *prompts(30), max_new_tokens=180)
     assert compiles.frame_count == 1
 

@@ -208,6 +208,7 @@ def test_a_warm_model_answers_without_capturing(llm, monkeypatch):
     embeds, mask = prompts(30)
     expected = theirs(llm, embeds, mask, max_new_tokens=90)
     monkeypatch.setattr(Decoder, "_capture", None)
+    monkeypatch.setattr(decoder, "_record", None)
     assert run(llm, embeds, mask, max_new_tokens=90) == expected
 
 

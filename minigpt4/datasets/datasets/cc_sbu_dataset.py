@@ -91,7 +91,7 @@ class CCSBUAlignDataset(Dataset):
         )
 
     def text_length(self, index: int) -> int:
-        """Characters of a caption, for batches of equal length."""
+        """Characters of a caption, so that ranks can step on about as many."""
         return len(self.captions[index])
 
     def take_left_out(self) -> Counter[tuple[str, str]]:

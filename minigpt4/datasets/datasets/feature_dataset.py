@@ -81,7 +81,7 @@ class FeatureSet(Dataset):
         return {"image_features": features, "text_input": self.captions[index], "image_id": self.image_ids[index]}
 
     def text_length(self, index: int) -> int:
-        """Characters of a caption, for batches of equal length."""
+        """Characters of a caption, so that ranks can step on about as many."""
         return len(self.captions[index])
 
 
