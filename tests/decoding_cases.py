@@ -22,6 +22,13 @@ PRODUCTS = {
     "so many inputs that a program has fewer rows": (7, 11008, 0),
     "rows that lie apart": (12, 96, 32),
 }
+# Rows, inputs, and how many elements lie between the rows of an 8-bit weight.
+TURNED = {
+    "one": (1, 1, 0),
+    "odd": (5, 7, 0),
+    "a program and one column more": (3, 4097, 0),
+    "rows that lie apart": (6, 96, 32),
+}
 # What each row sees, slots, heads of queries, of keys and values, dimensions.
 ATTENTIONS = {
     "one slot": ([1], 1, 2, 2, 64),
@@ -57,6 +64,16 @@ def product_error(row_product, name: str, dtype: torch.dtype, device: str, int8:
     return error(y, truth if scale is None else truth * scale.double())
 
 
+def turned_back_differs(turned_back, name: str, dtype: torch.dtype, device: str) -> int:
+    """How many numbers are another than torch gives."""
+    rows, width, apart = TURNED[name]
+    weight = torch.randint(-127, 128, (rows, width + apart), dtype=torch.int8, device=device)[:, :width]
+    scale = torch.rand(rows, device=device) + 0.1
+    result = turned_back(weight, scale, dtype)
+    assert result.shape == weight.shape and result.dtype == dtype
+    return int((result != (weight.float() * scale.unsqueeze(1)).to(dtype)).sum())
+
+
 def attention_error(attend_slots, name: str, dtype: torch.dtype, device: str) -> float:
     """Queries as a part of a joint projection, keys and values of which more slots lie in memory than are given.
 
@@ -79,6 +96,7 @@ def attention_error(attend_slots, name: str, dtype: torch.dtype, device: str) ->
 
 def main() -> None:
     from minigpt4.models.decoding_kernels import attend_slots, row_product
+    from minigpt4.models.low_bit_kernels import turned_back
 
     torch.manual_seed(0)
     # New memory holds NaN: what the kernels leave out would show.
@@ -90,6 +108,9 @@ def main() -> None:
         results[f"{name}, int8 and {dtype}"] = product_error(row_product, name, kind, "cpu", int8=True)
     for (dtype, kind), name in itertools.product(TYPES.items(), ATTENTIONS):
         results[f"{name}, {dtype}"] = attention_error(attend_slots, name, kind, "cpu")
+    # The interpreter cuts numbers off to bfloat16 that a GPU rounds.
+    exact = (torch.float32, torch.float16)
+    differing = [turned_back_differs(turned_back, name, dtype, "cpu") for dtype in exact for name in TURNED]
     x, weight, keys = torch.randn(1, 8), torch.randn(6, 8), torch.randn(2, 9, 2, 8)
     torch.library.opcheck(row_product, (x, weight))
     torch.library.opcheck(row_product, (x, weight.to(torch.int8), torch.rand(6)))
@@ -100,7 +121,7 @@ def main() -> None:
             attend_slots(torch.randn(2, 4, 8), *torch.randn(2, *wrong), torch.tensor([3, 9]), 0.3)
         except ValueError as refusal:
             refusals.append(str(refusal))
-    print(json.dumps({"errors": results, "refusals": refusals}))
+    print(json.dumps({"errors": results, "refusals": refusals, "turned back otherwise": sum(differing)}))
 
 
 if __name__ == "__main__":

@@ -35,6 +35,10 @@ class GraphedFunction:
         self.met: set[Hashable] = set()
         self.recorded: dict[Hashable, Recording] = {}
 
+    def __del__(self):
+        # Before the memory that they lie in: torch aborts the process if the garbage collector takes that first.
+        self.recorded.clear()
+
     def __call__(self, *arguments) -> Tensors:
         if torch.is_inference_mode_enabled():
             return self.fn(*arguments)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from minigpt4.models.fused import FirstOfFused, groups, join
+from minigpt4.models.packing import by_kernels
 
 # In 4 bit: weights that share a scale, and how their values lie.
 BLOCK, QUANT_TYPE = 64, "nf4"
@@ -106,11 +107,15 @@ class _Product(torch.autograd.Function):
 def multiply(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, transposed: bool) -> torch.Tensor:
     """x [...,K] times a weight as of `LowBitLinear`: [...,N]; transposed, as gradients go: x [...,N] to [...,K]."""
     shape = sizes(x, weight, transposed)
-    if weight.dtype == torch.int8:
+    if weight.dtype == torch.uint8:
+        decoded = torch.ops.bitsandbytes.dequantize_4bit(weight, scale, BLOCK, QUANT_TYPE, shape, x.dtype)
+    elif by_kernels(x):
+        from minigpt4.models.low_bit_kernels import turned_back
+
+        decoded = turned_back(weight, scale, x.dtype)
+    else:
         decoded = torch.empty(shape, dtype=x.dtype, device=x.device)
         torch.mul(weight, scale.unsqueeze(1), out=decoded)  # rounded once
-    else:
-        decoded = torch.ops.bitsandbytes.dequantize_4bit(weight, scale, BLOCK, QUANT_TYPE, shape, x.dtype)
     return x @ decoded if transposed else F.linear(x, decoded)
 
 

@@ -4,6 +4,7 @@ Stand-ins for CUDA's graphs and memory let it run without a GPU; test_accelerati
 """
 
 import contextlib
+import gc
 
 import pytest
 import torch
@@ -176,3 +177,31 @@ def test_float16_and_padded_batches_keep_their_graph(build_golden_model, monkeyp
         model = build_golden_model(**({"dtype": dtype} if dtype else {}))
         acceleration.accelerate(model, packed=packed, compiled=True)
         assert ("piece_loss" in vars(model)) == at_once
+
+
+def test_the_garbage_collector_takes_recordings_before_their_memory(recordings):
+    """Of a function in a cycle of references, as a model's are. torch's pools and graphs are no containers to it."""
+    gone = []
+
+    class Pool:
+        __slots__ = ()
+
+        def __del__(self):
+            gone.append("memory")
+
+    class Recorded:
+        __slots__ = ()
+
+        def __del__(self):
+            gone.append("graph")
+
+    function = GraphedFunction(lambda x: (x * 2,), "double")
+    for _ in range(3):
+        function(torch.ones(2))
+    function.memory.pool, recordings[0].graph = Pool(), Recorded()
+    recordings.clear()
+    Memory.made.clear()
+    function.itself = function
+    del function
+    gc.collect()
+    assert gone == ["graph", "memory"]

@@ -32,3 +32,7 @@ def test_products_of_8_bit_weights(interpreted, name, dtype):
 def test_shapes_that_do_not_belong_together_are_refused(interpreted):
     rows, heads, width = interpreted["refusals"]
     assert "keys [3, 9, 2, 8]" in rows and "G divides H" in heads and "keys [2, 9, 2, 16]" in width
+
+
+def test_8_bit_weights_are_turned_back_as_by_torch(interpreted):
+    assert interpreted["turned back otherwise"] == 0

@@ -2,7 +2,16 @@
 
 import pytest
 import torch
-from decoding_cases import ATTENTIONS, PRODUCTS, TYPES, attention_error, error, product_error
+from decoding_cases import (
+    ATTENTIONS,
+    PRODUCTS,
+    TURNED,
+    TYPES,
+    attention_error,
+    error,
+    product_error,
+    turned_back_differs,
+)
 
 pytestmark = [
     pytest.mark.skipif(
@@ -31,6 +40,15 @@ def kernels():
 def test_products(kernels, monkeypatch, name, int8, dtype):
     monkeypatch.setattr("decoding_cases.PRODUCTS", PRODUCTS | LLAMA)
     assert product_error(kernels.row_product, name, dtype, "cuda", int8) < BOUNDS[dtype]
+
+
+@DTYPES
+@pytest.mark.parametrize("name", [*TURNED, *LLAMA])
+def test_8_bit_weights_are_turned_back_as_by_torch(monkeypatch, name, dtype):
+    from minigpt4.models.low_bit_kernels import turned_back
+
+    monkeypatch.setattr("decoding_cases.TURNED", TURNED | LLAMA)
+    assert turned_back_differs(turned_back, name, dtype, "cuda") == 0
 
 
 @DTYPES
