@@ -18,6 +18,25 @@ RECORDING = threading.RLock()
 
 Tensors = tuple[torch.Tensor, ...]
 
+_busy = 0  # contexts of `pools_stay` that are entered
+_left: list = []  # pools that nobody needs any more, and that have to stay for the time being
+
+
+@contextlib.contextmanager
+def pools_stay() -> Iterator[None]:
+    """To be entered where a graph is recorded or a pool is in use: meanwhile no other pool goes.
+
+    torch 2.11 aborts the process otherwise, and the garbage collector may come at any time.
+    """
+    global _busy
+    _busy += 1
+    try:
+        yield
+    finally:
+        _busy -= 1
+        if not _busy:
+            _left.clear()
+
 
 class GraphedFunction:
     """`fn(*arguments)`, replayed from a CUDA graph. It gives no gradients, neither to its arguments nor to weights.
@@ -34,10 +53,6 @@ class GraphedFunction:
         self.memory: Memory | None = None
         self.met: set[Hashable] = set()
         self.recorded: dict[Hashable, Recording] = {}
-
-    def __del__(self):
-        # Before the memory that they lie in: torch aborts the process if the garbage collector takes that first.
-        self.recorded.clear()
 
     def __call__(self, *arguments) -> Tensors:
         if torch.is_inference_mode_enabled():
@@ -59,7 +74,7 @@ class GraphedFunction:
         """The function as it stands, in the shared memory."""
         if key not in self.met:
             torch.cuda.empty_cache()  # torch does not do it by itself when memory of this kind runs out
-        with self.memory.in_use():
+        with pools_stay(), self.memory.in_use():
             results = self.fn(*arguments)
         self.met.add(key)
         return results
@@ -74,6 +89,10 @@ class Memory:
     def __init__(self):
         self.pool, self.stream = torch.cuda.MemPool(), torch.cuda.Stream()
         self.buffers: dict[Hashable, torch.Tensor] = {}
+
+    def __del__(self):
+        if _busy:
+            _left.append(self.pool)
 
     @contextlib.contextmanager
     def in_use(self) -> Iterator[None]:
@@ -105,7 +124,7 @@ class Recording:
         tensors, _ = _split(arguments)
         self.inputs = memory.like(tensors, "input")
         inputs, self.graph = iter(self.inputs), torch.cuda.CUDAGraph()
-        with RECORDING, memory.graph(self.graph):
+        with RECORDING, pools_stay(), memory.graph(self.graph):
             results = fn(*(next(inputs) if isinstance(a, torch.Tensor) else a for a in arguments))
             self.outputs = memory.like(results, "output")
             for own, result in zip(self.outputs, results, strict=True):

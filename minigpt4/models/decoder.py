@@ -20,7 +20,7 @@ from contextlib import closing, nullcontext
 import torch
 from torch import nn
 
-from minigpt4.models.cuda_graphs import RECORDING
+from minigpt4.models.cuda_graphs import RECORDING, pools_stay
 from minigpt4.models.decoding_layers import compiled_layers
 from minigpt4.models.low_bit import of_bitsandbytes
 from minigpt4.models.packing import ATTENTION, sees_all
@@ -246,7 +246,7 @@ def _record(run: Callable[[], torch.Tensor], slots: Slots) -> tuple["torch.cuda.
     slots.pool = slots.pool or torch.cuda.graph_pool_handle()
     graph = torch.cuda.CUDAGraph()
     # thread_local: other threads may go on allocating
-    with RECORDING, torch.cuda.device(slots.ids.device):
+    with RECORDING, pools_stay(), torch.cuda.device(slots.ids.device):
         with torch.cuda.graph(graph, pool=slots.pool, capture_error_mode="thread_local"):
             result = run()
     return graph, result

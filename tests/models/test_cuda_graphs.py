@@ -5,6 +5,8 @@ Stand-ins for CUDA's graphs and memory let it run without a GPU; test_accelerati
 
 import contextlib
 import gc
+import threading
+import weakref
 
 import pytest
 import torch
@@ -39,7 +41,7 @@ class Memory(cuda_graphs.Memory):
     made = None
 
     def __init__(self):
-        self.uses, self.buffers = 0, {}
+        self.uses, self.buffers, self.pool = 0, {}, None
         self.made.append(self)
 
     @contextlib.contextmanager
@@ -179,29 +181,40 @@ def test_float16_and_padded_batches_keep_their_graph(build_golden_model, monkeyp
         assert ("piece_loss" in vars(model)) == at_once
 
 
-def test_the_garbage_collector_takes_recordings_before_their_memory(recordings):
-    """Of a function in a cycle of references, as a model's are. torch's pools and graphs are no containers to it."""
-    gone = []
+def garbage() -> tuple[list[GraphedFunction], weakref.ref]:
+    """A function in a cycle of references, as a model's are: taken out of the list, it goes at any time. And its pool.
 
-    class Pool:
-        __slots__ = ()
-
-        def __del__(self):
-            gone.append("memory")
-
-    class Recorded:
-        __slots__ = ()
-
-        def __del__(self):
-            gone.append("graph")
-
-    function = GraphedFunction(lambda x: (x * 2,), "double")
-    for _ in range(3):
-        function(torch.ones(2))
-    function.memory.pool, recordings[0].graph = Pool(), Recorded()
-    recordings.clear()
+    A lock stands for that: the garbage collector does not look into it either.
+    """
+    function, pool = GraphedFunction(lambda x: (x * 2,), "double"), threading.Lock()
+    function(torch.ones(2))
+    function.memory.pool, function.itself = pool, function
     Memory.made.clear()
-    function.itself = function
-    del function
+    return [function], weakref.ref(pool)
+
+
+@pytest.mark.parametrize("calls", [1, 2])
+def test_memory_that_is_garbage_stays_while_other_is_in_use_or_a_graph_is_recorded(recordings, calls):
+    """torch 2.11 would abort the process."""
+    old, pool = garbage()
+    there = []
+
+    def compute(x):
+        if len(there) == calls - 1:
+            old.clear()
+            gc.collect()
+        there.append(pool() is not None)
+        return (x * 2,)
+
+    function = GraphedFunction(compute, "double")
+    for _ in range(calls):
+        function(torch.ones(2))
+    assert there == [True] * calls
+    assert pool() is None
+
+
+def test_memory_that_is_garbage_goes_at_once_where_nothing_is_in_use(recordings):
+    old, pool = garbage()
+    old.clear()
     gc.collect()
-    assert gone == ["graph", "memory"]
+    assert pool() is None
