@@ -180,7 +180,7 @@ def test_float16_and_padded_batches_keep_their_graph(build_golden_model, monkeyp
 
 
 def garbage() -> tuple[list[GraphedFunction], int]:
-    """A function in a cycle of references, as a model's are: taken out of the list, it goes at any time. And its pool."""
+    """A function in a cycle of references, as a model's are; out of the list, it goes at any time. And its pool."""
     function, pool = GraphedFunction(lambda x: (x * 2,), "double"), object()
     function(torch.ones(2))
     function.memory.pool, function.itself = pool, function
