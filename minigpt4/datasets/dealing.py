@@ -29,13 +29,13 @@ def even_batches(samples: Iterable[Any], batch_size: int, pool: int = POOL) -> I
     The next ones are drawn as these leave, a batch at a time: drawn all at once, they would keep everybody waiting.
     """
     samples, count = iter(samples), max(pool // batch_size, 1)
-    together = list(islice(samples, count * batch_size))
+    upcoming = list(islice(samples, count * batch_size))
     while True:
-        upcoming: list[Any] = []
-        for hand in deal([text_length(sample) for sample in together], count):
-            yield [together[i] for i in hand]
+        hands = [[upcoming[i] for i in hand] for hand in deal([text_length(sample) for sample in upcoming], count)]
+        upcoming = []
+        while hands:
+            yield hands.pop(0)
             upcoming += islice(samples, batch_size)
-        together = upcoming
 
 
 def rank_share(items: list[Any], length_of: Callable[[Any], int] | None, rank: int, ranks: int) -> list[Any]:

@@ -59,7 +59,7 @@ def _requirements() -> list[Requirement]:
 def check_optional_libraries(case: Case) -> Iterator[Finding]:
     """What this config needs beyond the rest is installed."""
     needed = {}
-    if case.load_in != "16bit":
+    if case.load_in in ("8bit", "4bit"):
         needed["bitsandbytes"] = f"model.load_in={case.load_in} (low_resource: {case.model.low_resource})"
     if str(case.model.llama_model).endswith(".gguf"):
         needed["gguf"] = "a .gguf file"
@@ -105,9 +105,8 @@ def check_gpu(case: Case) -> Iterator[Finding]:
     if case.run.amp and case.run.amp_dtype == "bf16" and gpu.capability < BF16:
         yield error("run.amp_dtype", f"{name} has no bfloat16, which needs 8.0", "--options run.amp_dtype=fp16")
     if case.load_in == "8bit" and gpu.capability < BITS_8:
-        yield error(
-            "model.load_in", f"{name} has no 8-bit matrix product, which needs 7.5", "--options model.load_in=4bit"
-        )
+        what = f"{name} is older than bitsandbytes' 8 bit wants, 7.5"
+        yield error("model.load_in", what, "--options model.load_in=8bit_weights (without bitsandbytes), or 4bit")
     if case.local_size > len(case.gpus) and case.training:
         what = f"{case.local_size} processes on {counted(len(case.gpus), 'GPU')} of this machine"
         yield warning("GPU", what, f"On one machine: torchrun --nproc_per_node {len(case.gpus)}")

@@ -53,7 +53,7 @@ ACTIVATIONS = {
 }
 LOGITS_BYTES = 10
 """For each labelled token and entry of the vocabulary: logits in 16 bit and float32, and their gradient."""
-BYTES_PER_PARAMETER = {"16bit": 2.0, "8bit": 1.0, "4bit": 0.5 + 4 / 64}
+BYTES_PER_PARAMETER = {"16bit": 2.0, "8bit": 1.0, "8bit_weights": 1.0, "4bit": 0.5 + 4 / 64}
 TRAINING_BYTES = 12
 WORKSPACE = 200 * MIB
 CONTEXT = 700 * MIB
@@ -215,7 +215,7 @@ def _joint(gpus: list[Gpu]) -> Gpu:
 
 def advice(case: Case, memory: Memory) -> str:
     """The setting that would help most, first."""
-    smaller = {"16bit": "8bit", "8bit": "4bit"}.get(case.load_in)
+    smaller = {"16bit": "8bit", "8bit": "4bit", "8bit_weights": "4bit"}.get(case.load_in)
     in_fp8 = case.training and case.run.fp8  # which needs a language model in 16 bit
     shrink = f"model.load_in={smaller}" if smaller and not in_fp8 else None
     otherwise = "Use a smaller language model or a GPU with more memory."

@@ -20,6 +20,7 @@ Tensors = tuple[torch.Tensor, ...]
 
 _busy = 0  # contexts of `pools_stay` that are entered
 _left: list = []  # pools that nobody needs any more, and that have to stay for the time being
+_entering = threading.RLock()
 
 
 @contextlib.contextmanager
@@ -29,13 +30,15 @@ def pools_stay() -> Iterator[None]:
     torch 2.11 aborts the process otherwise, and the garbage collector may come at any time.
     """
     global _busy
-    _busy += 1
+    with _entering:
+        _busy += 1
     try:
         yield
     finally:
-        _busy -= 1
-        if not _busy:
-            _left.clear()
+        with _entering:
+            _busy -= 1
+            if not _busy:
+                _left.clear()
 
 
 class GraphedFunction:
@@ -92,7 +95,7 @@ class Memory:
 
     def __del__(self):
         if _busy:
-            _left.append(self.pool)
+            _left.append(getattr(self, "pool", None))
 
     @contextlib.contextmanager
     def in_use(self) -> Iterator[None]:

@@ -68,11 +68,11 @@ def warm_up(llm, prompt: int = 100, answer: int = 300, rows: int = 1) -> None:
     if not fits(llm) or not Decoder(llm).graphs:
         return
     logging.info("Compiling the language model for answers: some fifteen seconds at first, fewer later on.")
-    # Twice, since a length that is met again is recorded; with other tokens each time, since what is known is not read.
-    for token, length in enumerate((prompt, prompt, SHORTEST_READING, SHORTEST_READING)):
+    # A single row twice: a length that is met again is recorded. Other tokens each time, or nothing would be read.
+    for token, length in enumerate((prompt, prompt, SHORTEST_READING, SHORTEST_READING) if rows == 1 else (prompt,)):
         ids = torch.full((rows, length), token, device=llm.device)
         embeds = llm.get_input_embeddings()(ids)
-        steps = prompt + answer - length
+        steps = max(prompt + answer - length, 1)
         with closing(
             decode(llm, embeds, torch.ones_like(ids), steps, lambda ids, logits: logits.argmax(dim=-1))
         ) as run:
@@ -108,6 +108,7 @@ class Decoder:
         self.graphs = on_gpu and not of_bitsandbytes(llm) if graphs is None else graphs
         # Compiled layers have an attention of their own, which not every model would call.
         self.compiled = compiled and getattr(llm, "_supports_attention_backend", False)
+        self.records = True  # prompts' readings
         self.weights = _fingerprint(llm)
         self._idle: list[Slots] = []  # the one used last stands last
         self._lock = threading.Lock()
@@ -179,7 +180,8 @@ class Decoder:
         """
         length = embeds.shape[1]
         places = max(SHORTEST_READING, 2 ** (length - 1).bit_length())
-        if not self.graphs or slots.batch > 1 or places > LONGEST_READING or places not in slots.readings:
+        recorded = self.graphs and self.records and slots.batch == 1 and places <= LONGEST_READING
+        if not recorded or places not in slots.readings:
             slots.readings.setdefault(places)
             return slots.read(llm, embeds, attention_mask, known)
         embeds = nn.functional.pad(embeds, (0, 0, places - length, 0))
@@ -198,7 +200,8 @@ class Decoder:
     def _capture_reading(self, llm, slots: Slots, embeds: torch.Tensor) -> tuple | None:
         """The reading of so many vectors [1,S,D]: its graph, its logits, the vectors and positions that it takes.
 
-        None where another thread records, or memory is short: the answer that was read for must not wait, or fail.
+        None where another thread records, or memory is short: the answer that was read for must not wait, or fail. In
+        the second case there will be no more of them.
         """
         prompt, positions = torch.zeros_like(embeds), torch.full_like(embeds[..., 0], -1, dtype=torch.long)
         if not _capturing.acquire(blocking=False):
@@ -206,9 +209,8 @@ class Decoder:
         try:
             return *_record(lambda: slots.fill(llm, prompt, positions, slots.length), slots), prompt, positions
         except torch.OutOfMemoryError as error:
-            logging.warning(
-                "No memory for a CUDA graph that reads %d vectors; they are read without: %s", len(prompt[0]), error
-            )
+            logging.warning("No memory for a CUDA graph of a prompt's reading; they are read without: %s", error)
+            self.records = False
             return None
         finally:
             _capturing.release()

@@ -107,10 +107,11 @@ class KernelLinear(nn.Linear):
 
 
 class KernelLowBitLinear(low_bit.LowBitLinear):
-    """Likewise, of weights that are turned back as they are read."""
+    """Likewise, of weights that are turned back as they are read; in 4 bit where rows are of whole blocks."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return _row_product(self, x) if _is_a_row(x) else super().forward(x)
+        fits = self.code is None or self.in_features % low_bit.BLOCK == 0
+        return _row_product(self, x) if fits and _is_a_row(x) else super().forward(x)
 
 
 def _is_a_row(x: torch.Tensor) -> bool:
@@ -124,7 +125,7 @@ def _row_product(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
         y = decoding_kernels.row_product_4bit(x, layer.weight, layer.out_features, layer.scale, layer.code)
     else:
         y = decoding_kernels.row_product(x, layer.weight, getattr(layer, "scale", None))
-    return y if layer.bias is None else y + layer.bias
+    return y if layer.bias is None else y + layer.bias.to(y.dtype)
 
 
 # Classes, not functions for each module: those would be compiled one by one. Other kinds of layers stay as they are.

@@ -24,7 +24,7 @@ def fits(llm) -> bool:
 
     if type(llm) is not llama.LlamaForCausalLM or llm.config.hidden_act != "silu":
         return False
-    weight = llm.lm_head.weight
+    weight = llm.get_input_embeddings().weight  # never in low bits
     if any(p.requires_grad for p in llm.parameters()) or (weight.is_cuda and not by_kernels(weight)):
         return False
     if llm.model.rotary_emb.rope_type not in ("default", "linear", "llama3"):

@@ -52,7 +52,7 @@ def load_llm(
     logging.info("Loading the language model from %s in %s", llama_model, load_in if load_in != "16bit" else dtype)
     # In their own type on the host, weights are not read but mapped: each layer is, when its turn comes.
     mapped = load_in == "8bit_weights"
-    how = {"dtype": "auto" if mapped else dtype, "quantization_config": _quantization(load_in, dtype)}
+    how = {"dtype": "auto" if mapped else dtype, **_quantization(load_in, dtype)}
     on_one = {"": "cpu" if mapped else device}
     llm = _read(llama_model, load_in, device_map=device_map or on_one, **how)
     if mapped:
@@ -69,6 +69,7 @@ def load_llm(
         )
     if len({p.device for p in llm.parameters()}) == 1:  # over several, accelerate has to move what layers are given
         low_bit.convert(llm)
+    _leave_unpacked(llm)
     return llm.requires_grad_(False).eval()
 
 
@@ -177,6 +178,16 @@ def check_answers(llm, tokenizer, llama_model: str) -> None:
         )
 
 
+def _leave_unpacked(llm) -> None:
+    """Keep what is left of bitsandbytes' layers from repacking 4-bit weights on a CPU with AVX512-BF16.
+
+    It would at the first pass without gradients, and gradients are wrong from then on (bitsandbytes 0.50).
+    """
+    for module in llm.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
 def _check_loaded(llama_model: str, info: dict) -> None:
     """Nothing missing or surplus passes in silence."""
     missing = sorted(info["missing_keys"])
@@ -209,11 +220,15 @@ def _unreachable(llama_model: str, error: OSError) -> ConfigError:
     )
 
 
-def _quantization(load_in: str, dtype: torch.dtype):
+def _quantization(load_in: str, dtype: torch.dtype) -> dict:
+    """What `from_pretrained` is told; nothing in 16 bit, so that a folder that is quantised already loads as it is."""
     if load_in in ("16bit", "8bit_weights"):
-        return None
+        return {}
     from transformers import BitsAndBytesConfig
 
-    if load_in == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    if load_in == "4bit":
+        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+        return {"quantization_config": config}
+    # Its layers, where they stay, warn in every step where the run computes in another type than float16.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}

@@ -130,8 +130,10 @@ def report(model: nn.Module) -> None:
 
 def parameter_count(parameter: nn.Parameter) -> int:
     """Numbers in a parameter; 4-bit ones are packed two to a byte."""
-    state = getattr(parameter, "quant_state", None)
-    return parameter.numel() if state is None else state.shape.numel()
+    state = getattr(parameter, "quant_state", None)  # of bitsandbytes' own layers
+    if state is not None:
+        return state.shape.numel()
+    return parameter.numel() * (2 if parameter.dtype == torch.uint8 else 1)
 
 
 def _joined(values) -> str:

@@ -2,13 +2,15 @@
 
 A product turns the weights back into the type of what it is given, as one op that torch.compile and CUDA graphs take as
 it is, and keeps nothing for the backward pass but the weights as they lie. bitsandbytes' own layers do the same in
-4 bit; in 8 bit (LLM.int8) they round the activations too, so that a token's numbers depend on which others are read
-with it. Where a decoding step is compiled, kernels read a single row's weights as they lie (`decoding_layers.py`).
+4 bit, to rounding; in 8 bit (LLM.int8) they round the activations too, so that a token's numbers depend on which others
+are read with it. Where a decoding step is compiled, kernels read a single row's weights as they lie
+(`decoding_layers.py`).
 
 K inputs, N outputs.
 """
 
-from types import SimpleNamespace
+import functools
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -33,8 +35,6 @@ class LowBitLinear(nn.Linear):
         """A layer with the sizes and the bias of another."""
         made = cls(layer.in_features, layer.out_features, bias=False, device="meta")
         made.weight, made.bias = nn.Parameter(weight, requires_grad=False), layer.bias
-        if weight.dtype == torch.uint8:  # what a count of parameters looks at
-            made.weight.quant_state = SimpleNamespace(shape=torch.Size([layer.out_features, layer.in_features]))
         made.register_buffer("scale", scale, persistent=False)
         made.register_buffer("code", code, persistent=False)
         return made.train(layer.training)
@@ -109,7 +109,7 @@ def multiply(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, transpo
     shape = sizes(x, weight, transposed)
     if weight.dtype == torch.uint8:
         decoded = torch.ops.bitsandbytes.dequantize_4bit(weight, scale, BLOCK, QUANT_TYPE, shape, x.dtype)
-    elif by_kernels(x):
+    elif by_kernels(x) and _kernel_runs(x.device):
         from minigpt4.models.low_bit_kernels import turned_back
 
         decoded = turned_back(weight, scale, x.dtype)
@@ -117,6 +117,11 @@ def multiply(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, transpo
         decoded = torch.empty(shape, dtype=x.dtype, device=x.device)
         torch.mul(weight, scale.unsqueeze(1), out=decoded)  # rounded once
     return x @ decoded if transposed else F.linear(x, decoded)
+
+
+@functools.cache
+def _kernel_runs(device: torch.device) -> bool:
+    return find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @multiply.register_fake

@@ -103,6 +103,7 @@ def test_lower_precision_takes_less(full_case):
     weights = [estimate(full_case(STAGE1, f"model.load_in={b}")).weights for b in ("16bit", "8bit", "4bit")]
     # the language model has 6.7e9 parameters, of which 0.26e9 stay in 16 bit
     assert weights[0] - weights[1] == pytest.approx(6.48e9, rel=0.01)
+    assert estimate(full_case(CHAT, "model.load_in=8bit_weights")).weights == estimate(full_case(CHAT)).weights
     assert weights[1] - weights[2] == pytest.approx(0.4375 * 6.48e9, rel=0.01)
     # measured with 4 bit and a context: 5,815 MB of weights, encoder and Q-Former included (a Q-Former in 16 bit here)
     assert weights[2] == pytest.approx(5815 * MIB, rel=0.06)

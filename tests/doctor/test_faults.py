@@ -448,7 +448,14 @@ FAULTS = {
         "bfloat16",
         "fp16",
     ),
-    "no 8 bit": ("chat", gpu(capability=(7, 0)), ERROR, "model.load_in", "no 8-bit", "4bit"),
+    "no 8 bit": (
+        "chat",
+        gpu(capability=(7, 0)),
+        ERROR,
+        "model.load_in",
+        "bitsandbytes' 8 bit wants, 7.5",
+        "8bit_weights",
+    ),
     "no fp8": (
         "stage1",
         also(gpu(capability=(8, 9)), options("run.fp8=True")),

@@ -187,9 +187,11 @@ def test_16_bit(dtype):
         assert (exact.amax(dim=1) - chosen).max() < 0.1 * exact.std()
 
 
+@pytest.mark.parametrize("ffn", [256, 272])
 @pytest.mark.parametrize("load_in", ["8bit_weights", "8bit", "4bit"])
-def test_low_bit_weights(load_in):
-    llm = random_llm()
+def test_low_bit_weights(load_in, ffn):
+    """Of a width, too, that is no multiple of the weights that share a scale in 4 bit."""
+    llm = random_llm(intermediate_size=ffn)
     if load_in == "8bit_weights":
         int8.quantize(llm, torch.device("cuda"))
     else:

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -384,15 +385,59 @@ def test_device_map(llm_folder):
 def test_what_auto_would_put_on_another_device_as_a_whole(llm_folder, monkeypatch):
     """accelerate balances: of two GPUs, the last one gets all of a small model. It lies where the vision side does."""
     cpu, asked, read = torch.device("cpu"), [], llm_module._read
+    weight = SimpleNamespace(device=torch.device("cpu", 1))
+    elsewhere = SimpleNamespace(
+        get_input_embeddings=lambda: SimpleNamespace(weight=weight), parameters=lambda: iter([weight])
+    )
 
     def balancing(*args, device_map, **how):
         asked.append(device_map)
-        return read(*args, device_map={"": "meta"} if device_map == "auto" else device_map, **how)
+        return elsewhere if device_map == "auto" else read(*args, device_map=device_map, **how)
 
     monkeypatch.setattr(llm_module, "_read", balancing)
     llm = load_llm(llm_folder, cpu, torch.float32, device_map="auto")
     assert asked == ["auto", {"": cpu}]
     assert {p.device for p in llm.parameters()} == {cpu}
+    weight.device = torch.device("meta")  # of another kind: there is no room for it
+    with pytest.raises(ConfigError, match="llm_device_map=auto puts the first layer on meta"):
+        load_llm(llm_folder, cpu, torch.float32, device_map="auto")
+
+
+def test_a_model_on_several_devices_keeps_bitsandbytes_layers(llm_folder, monkeypatch):
+    pytest.importorskip("bitsandbytes")
+    read = llm_module._read
+
+    def spreading(*args, device_map, **how):
+        llm = read(*args, device_map={"": "cpu"}, **how)
+        llm.lm_head.to("meta")
+        return llm
+
+    monkeypatch.setattr(llm_module, "_read", spreading)
+    llm = load_llm(llm_folder, torch.device("cpu"), torch.float32, "8bit", "auto")
+    assert of_bitsandbytes(llm)
+
+
+@pytest.mark.parametrize("kind", ["fp4", "nested"])
+def test_what_bitsandbytes_computes_itself_trains_alike_after_a_validation(llm_folder, tmp_path, kind):
+    """A folder that was quantised in another way loads as it is, in whatever is asked for."""
+    pytest.importorskip("bitsandbytes")
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    how = {"bnb_4bit_quant_type": "fp4" if kind == "fp4" else "nf4", "bnb_4bit_use_double_quant": kind == "nested"}
+    config = BitsAndBytesConfig(load_in_4bit=True, **how)
+    AutoModelForCausalLM.from_pretrained(
+        llm_folder, quantization_config=config, device_map={"": "cpu"}
+    ).save_pretrained(tmp_path)
+    full = run(load_llm(llm_folder, torch.device("cpu"), torch.float32), embeds := torch.randn(2, 7, 128) * 0.02)
+    for load_in in ("16bit", "4bit"):
+        llm = load_llm(str(tmp_path), torch.device("cpu"), torch.float32, load_in)
+        assert of_bitsandbytes(llm)
+        before = run(llm, embeds)
+        assert torch.cosine_similarity(before[0].flatten(), full[0].flatten(), dim=0) > 0.95
+        with torch.no_grad():
+            llm(inputs_embeds=embeds)
+        for first, second in zip(before, run(llm, embeds), strict=True):
+            torch.testing.assert_close(first, second)
 
 
 def test_a_device_map_that_cannot_be(llm_folder, monkeypatch):

@@ -170,6 +170,25 @@ def test_a_fused_llama_in_the_whole_model(load_in, load_tiny, drawings):
     assert torch.cosine_similarity(gradient.flatten(), usual_gradient.flatten(), dim=0) > 0.98
 
 
+def test_without_triton_torch_turns_8_bit_weights_back(monkeypatch):
+    """And on GPUs that it does not run on."""
+    device = torch.device("cuda", 0)
+    low_bit._kernel_runs.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert not low_bit._kernel_runs(device)
+    low_bit._kernel_runs.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(low_bit, "find_spec", lambda name: None)
+    assert not low_bit._kernel_runs(device)
+    low_bit._kernel_runs.cache_clear()
+
+
+@pytest.mark.parametrize("load_in", ["4bit", "8bit"])
+def test_a_bias_of_another_type_changes_no_type(load_in):
+    made = converted(layer(load_in, bias=True))
+    assert made(torch.randn(2, 128).bfloat16()).dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("how", [{"quant_type": "fp4"}, {"compress_statistics": True}])
 def test_weights_quantised_in_another_way_stay(how):
     parent = nn.ModuleList([layer("4bit", **how)])
