@@ -28,7 +28,7 @@ from minigpt4.conversation.videos import FRAMES, is_video
 COMMANDS = """\
   /image PATH …   show pictures; they belong to the next question
   /video PATH …   show videos: some pictures of each, drawn evenly
-  /reset          start anew
+  /reset          start anew, without pictures
   /retry          answer the last question again
   /help           show this
   /quit           leave"""
@@ -117,6 +117,7 @@ class Terminal:
             self.show(_paths(argument.strip()), video=command == "/video")
         elif command == "/reset":
             self.reset()
+            print("[a new conversation, without pictures]")
         elif command == "/retry":
             self.retry()
         elif command.startswith("/"):

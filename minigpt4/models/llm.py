@@ -226,6 +226,8 @@ def _quantization(load_in: str, dtype: torch.dtype) -> dict:
         return {}
     from transformers import BitsAndBytesConfig
 
+    # It misses a kernel for CPUs as it is imported, one that is not used here.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     if load_in == "4bit":
         config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
         return {"quantization_config": config}

@@ -29,8 +29,10 @@ def test_a_talk(terminal, capsys):
     first = terminal.conv.copy()
     terminal.obey("/retry")
     assert terminal.conv == first  # greedy
+    capsys.readouterr()
     terminal.obey("/reset")
     assert terminal.conv.messages == terminal.img_list == []
+    assert capsys.readouterr().out == "[a new conversation, without pictures]\n"
     terminal.obey("/retry")
     assert "no answer yet" in capsys.readouterr().out
     terminal.obey("/what")
@@ -131,7 +133,7 @@ def test_ctrl_c_while_a_picture_is_read_leaves_the_talk_alone(terminal, capsys, 
     monkeypatch.setattr(terminal.chat, "upload_img", interrupted)
     terminal.run()
     assert list(lines) == []
-    assert capsys.readouterr().out == "\n[stopped]\n"
+    assert capsys.readouterr().out == "\n[stopped]\n[a new conversation, without pictures]\n"
 
 
 def test_a_history_that_cannot_be_read_is_no_obstacle(monkeypatch, tmp_path):
