@@ -13,6 +13,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from minigpt4.models.fused import FirstOfFused, fuse_projections
+from minigpt4.models.low_bit import LowBitFirstOfFused, fuse
 from minigpt4.models.packing import LONGEST_MULTIPLE, allow_packing, pack, round_up
 from minigpt4.models.prompt import IGNORE_INDEX, IMAGE_ID
 
@@ -79,22 +80,31 @@ def case_errors(attention, name: str, dtype: torch.dtype, device: str) -> list[f
     return errors(attention, *inputs(int(starts[-1]), heads, groups, d, dtype, device), groups, starts, shared, longest)
 
 
-def rotated_case_errors(rotated_attention, name: str, dtype: torch.dtype, device: str) -> list[float]:
-    """`case_errors` of heads that are a product, and rotated first. Keys and values of shared rows get no gradient."""
+def rotated_case_errors(
+    rotated_attention, name: str, dtype: torch.dtype, device: str, int8: bool = False
+) -> list[float]:
+    """`case_errors` of heads that are a product, and rotated first. Keys and values of shared rows get no gradient.
+
+    int8: the product's weights are in 8 bit.
+    """
     lengths, shared, heads, groups, d = CASES[name]
     starts, longest = lengths_to_starts(lengths, shared, device)
     qkv, gradient = inputs(int(starts[-1]), heads, groups, d, dtype, device)
     x = torch.randn(len(qkv), 40, dtype=dtype, device=device, requires_grad=True)
     angles = torch.rand(len(x), d // 2, device=device) * 7
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
-    joint = FirstOfFused(1, 1)
-    joint.joint_weight = torch.randn(qkv[0].numel(), 40, dtype=dtype, device=device) / 40**0.5
+    joint = LowBitFirstOfFused(1, 1) if int8 else FirstOfFused(1, 1)
+    weight = joint.joint_weight = torch.randn(qkv[0].numel(), 40, dtype=dtype, device=device) / 40**0.5
+    if int8:
+        joint.joint_weight = (weight * 100).to(torch.int8)
+        joint.joint_scale = torch.rand(len(weight), device=device) / 100
+        weight = joint.joint_weight.double() * joint.joint_scale.double().unsqueeze(1)
 
     def rotated(x, groups, *others):
         return rotated_attention(x, joint, d, groups, cos, sin, *others)
 
     def true(x, *others):
-        product = (x.double() @ joint.joint_weight.double().t()).view(qkv.shape)
+        product = (x.double() @ weight.double().t()).view(qkv.shape)
         keys_and_values = torch.cat([product[:shared, heads:].detach(), product[shared:, heads:]])
         product = torch.cat([product[:, :heads], keys_and_values], dim=1)
         return reference(rotate(product, cos.double(), sin.double(), heads + groups), *others)
@@ -102,14 +112,20 @@ def rotated_case_errors(rotated_attention, name: str, dtype: torch.dtype, device
     return errors(rotated, x, gradient, groups, starts, shared, longest, true)
 
 
-def fused_llama_errors() -> list[float]:
-    """Of logits, and of the gradient of embeddings behind the shared ones, by the kernels beside transformers'."""
+def fused_llama_errors(int8: bool = False) -> list[float]:
+    """Of logits, and of the gradient of embeddings behind the shared ones, by the kernels beside transformers'.
+
+    int8: both with weights in 8 bit.
+    """
     from minigpt4.models import fused_llama
+    from minigpt4.models.int8 import quantize
 
     sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     llm = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=1)).requires_grad_(False)
     allow_packing(llm)
-    fuse_projections(llm)
+    if int8:
+        quantize(llm, torch.device("cpu"))
+    assert (fuse if int8 else fuse_projections)(llm) == 4
     sequences = [[1, 2, IMAGE_ID, *range(3, 9)], [1, 2, IMAGE_ID, *range(3, 5)]]
     (piece,) = pack(sequences, [[IGNORE_INDEX] * 3 + ids[3:] for ids in sequences], 1024).pieces
     embeds = torch.randn(1, piece.sizes.rows, 32, requires_grad=True)
@@ -121,8 +137,9 @@ def fused_llama_errors() -> list[float]:
         return logits, torch.autograd.grad(logits.square().sum(), embeds)[0][:, shared:]
 
     expected = results(lambda embeds, piece: llm(inputs_embeds=embeds, **piece.llm_inputs()).logits)
-    fused_llama.by_kernels = lambda x: True
+    usual, fused_llama.by_kernels = fused_llama.by_kernels, lambda x: True
     own = results(fused_llama.FusedLlama(llm, compiled=False))
+    fused_llama.by_kernels = usual
     return [((a - b).norm() / b.norm()).item() for a, b in zip(own, expected, strict=True)]
 
 
@@ -187,7 +204,8 @@ def main() -> None:
     results |= {f"rotated, {name}": rotated_case_errors(rotated, name, torch.float32, "cpu") for name in CASES}
     compiled = torch.compile(rotated, backend="aot_eager", fullgraph=True, dynamic=True)
     results["rotated, compiled"] = rotated_case_errors(compiled, "grouped heads", torch.float32, "cpu")
-    results["fused llama"] = fused_llama_errors()
+    results["rotated, 8 bit"] = rotated_case_errors(rotated, "grouped heads", torch.float32, "cpu", int8=True)
+    results["fused llama"], results["fused llama, 8 bit"] = fused_llama_errors(), fused_llama_errors(int8=True)
     results |= {name: silu_product_errors(name, torch.float32, "cpu") for name in SILU_PRODUCTS}
     print(json.dumps(results))
 

@@ -11,7 +11,7 @@ import torch
 from helpers import ROOT
 from torch import nn
 
-from minigpt4.models import decoder, int8, low_bit
+from minigpt4.models import cuda_graphs, decoder, int8, low_bit
 from minigpt4.models.decoder import Decoder, bucket
 from minigpt4.models.decoding_layers import compiled_layers
 from minigpt4.models.generation import continue_embeds
@@ -550,6 +550,16 @@ def test_without_memory_for_a_recording_prompts_are_read_as_before(llm, compiles
     monkeypatch.setattr(Decoder, "_capture", lambda self, llm, slots: record(lambda: slots.step(llm, 128), slots))
     assert [run(llm, *prompts(length)) for length in (30, 31, 32, 33, 34)] == expected
     assert caplog.text.count("No memory for a CUDA graph of a prompt's reading") == 1
+
+
+def test_no_pool_of_memory_goes_while_a_graph_is_recorded(monkeypatch):
+    """torch 2.11 would abort the process; test_cuda_graphs.py has more."""
+    for name in ("graph_pool_handle", "CUDAGraph"):
+        monkeypatch.setattr(torch.cuda, name, object)
+    for name in ("device", "graph"):
+        monkeypatch.setattr(torch.cuda, name, lambda *args, **how: nullcontext())
+    _, busy = decoder._record(lambda: cuda_graphs._busy, Slots(1, 128, torch.device("cpu")))
+    assert busy == 1 and cuda_graphs._busy == 0
 
 
 def test_an_answer_does_not_wait_for_what_another_thread_records(llm, compiles):

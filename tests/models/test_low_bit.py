@@ -6,8 +6,9 @@ import torch.nn.functional as F
 from helpers import ROOT, loss_and_gradient
 from torch import nn
 
-from minigpt4.models import fused_llama, low_bit
+from minigpt4.models import acceleration, fused_llama, low_bit
 from minigpt4.models.acceleration import recompute_layers
+from minigpt4.models.cuda_graphs import GraphedFunction
 from minigpt4.models.fused import NextOfFused
 from minigpt4.models.llm import load_llm
 from minigpt4.models.loading import parameter_count
@@ -168,6 +169,17 @@ def test_a_fused_llama_in_the_whole_model(load_in, load_tiny, drawings):
     (usual, usual_gradient), (ours, gradient) = results
     assert ours["loss"].item() == pytest.approx(usual["loss"].item(), rel=0.02)
     assert torch.cosine_similarity(gradient.flatten(), usual_gradient.flatten(), dim=0) > 0.98
+
+
+@pytest.mark.parametrize("load_in", ["4bit", "8bit", "8bit_weights"])
+def test_a_run_fuses_them(load_in, load_tiny, monkeypatch):
+    """As far as a CPU can show; test_acceleration_gpu.py takes steps."""
+    model, compiled = load_tiny(), []
+    model.llama_model = load_llm(TINY, CPU, torch.bfloat16, load_in)
+    monkeypatch.setattr(acceleration, "_compile", lambda model, quantized: compiled.append(quantized))
+    model.accelerate(packed=True, compiled=True)
+    assert compiled == [False] and model.packed and fused_llama.fits(model.llama_model)
+    assert isinstance(vars(model)["piece_loss"].__closure__[0].cell_contents, GraphedFunction)
 
 
 def test_without_triton_torch_turns_8_bit_weights_back(monkeypatch):

@@ -15,15 +15,16 @@ def interpreted():
 
 
 @pytest.mark.parametrize(
-    "name", [*CASES, *(f"rotated, {case}" for case in [*CASES, "compiled"]), *SILU_PRODUCTS, "compiled"]
+    "name", [*CASES, *(f"rotated, {case}" for case in [*CASES, "8 bit", "compiled"]), *SILU_PRODUCTS, "compiled"]
 )
 def test_output_and_gradients(interpreted, name):
     """In float32, against float64. Every element of output and gradients is written: memory is NaN before."""
     assert max(interpreted[name]) < 2e-6
 
 
-def test_a_fused_llama_equals_transformers(interpreted):
-    assert max(interpreted["fused llama"]) < 1e-5
+@pytest.mark.parametrize("name", ["fused llama", "fused llama, 8 bit"])
+def test_a_fused_llama_equals_transformers(interpreted, name):
+    assert max(interpreted[name]) < 1e-5
 
 
 def test_in_16_bit(interpreted):

@@ -42,11 +42,12 @@ def test_output_and_gradients(attention, name, dtype):
 
 
 @DTYPES
+@pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("name", CASES)
-def test_rotated_heads(name, dtype):
+def test_rotated_heads(name, int8, dtype):
     from minigpt4.models.rotated_attention import rotated_attention
 
-    assert max(rotated_case_errors(rotated_attention, name, dtype, "cuda")) < 2e-2  # heads are rounded, too
+    assert max(rotated_case_errors(rotated_attention, name, dtype, "cuda", int8)) < 2e-2  # heads are rounded, too
 
 
 @DTYPES
