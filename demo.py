@@ -71,8 +71,8 @@ def main(argv: list[str] | None = None) -> None:
 def serve(args: argparse.Namespace, uploads: str, emoji: bool = False):
     """Start serving the page, which waits for a model. Uploads go to the folder `uploads`; examples may be emoji."""
     os.environ |= {"GRADIO_TEMP_DIR": uploads, "GRADIO_ANALYTICS_ENABLED": "False"}  # read when gradio is imported
-    from minigpt4.cli.page import CSS, THEME, Page
     from minigpt4.common.logger import setup_logger
+    from minigpt4.web.page import CSS, THEME, Page
 
     setup_logger()
     logging.getLogger("httpx").setLevel(logging.WARNING)
@@ -109,7 +109,7 @@ def load(cfg: Config, gpu_id: int, page) -> None:
     try:
         page.progress = "Loading the libraries"
         from minigpt4.conversation.loading import load_chat, select_gpu
-        from minigpt4.models.decoder import warm_up
+        from minigpt4.fast.decoding.loop import warm_up
 
         page.progress = "Loading the model"
         page.chat = load_chat(cfg, select_gpu(cfg, gpu_id))

@@ -15,7 +15,7 @@ import sys
 from datetime import datetime
 
 from minigpt4.common.config import Config
-from minigpt4.common.errors import ConfigError, told
+from minigpt4.common.errors import ConfigError, format_error
 from minigpt4.common.registry import UnknownNameError
 from minigpt4.doctor.checks import log_warnings, preflight
 
@@ -80,6 +80,6 @@ if __name__ == "__main__":
     try:
         main()
     except (ConfigError, UnknownNameError, FileNotFoundError, FileExistsError, IsADirectoryError) as error:
-        sys.exit(told(error))
+        sys.exit(format_error(error))
     except KeyboardInterrupt:
         sys.exit(130)  # as a shell reports Ctrl-C

@@ -63,7 +63,7 @@ def _paths(target: Path, rows_per_file: int | None) -> Iterator[Path]:
 
 
 def read_pairs(file: BinaryIO, left_out: Counter[str]) -> Iterator[tuple[str, str]]:
-    """(caption, URL) of each object of a JSON list; objects that lack one are counted by cause.
+    """(caption, URL) of each object of a JSON list; objects that lack one are pluralize by cause.
 
     Raises ConvertError that says after how many objects the file is no longer JSON.
     """

@@ -1,6 +1,6 @@
 """Wordings and grammar behind `tiny_text.describe`: data only.
 
-Slots: {np} the name with its article ("a red apple"), {name} the bare name, {topic} what its subgroup is about,
+KVCache: {np} the name with its article ("a red apple"), {name} the bare name, {topic} what its subgroup is about,
 {words} a few CLDR keywords ("fruit, food and diet"). {This_is}, {this_is}, {Here_is}, {There_is}, {there_is}, {is},
 {has}, {It}, {it_object} and {s} agree in number with the name: "This is", "belong{s}" -> "These are", "belong".
 No wording contains the name of a concept as a word of its own, so that the only thing a description names is its own

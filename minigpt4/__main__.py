@@ -8,7 +8,7 @@ python -m minigpt4 serve --cfg-path eval_configs/minigpt4_eval.yaml
 import importlib
 import sys
 
-# command, a module of minigpt4.cli with a main(argv) -> what it does; imported when called, so that help is quick
+# command -> what it does
 COMMANDS = {
     "chat": "talk about pictures in the terminal",
     "caption": "describe pictures, a folder or shards, into a JSONL file",
@@ -19,6 +19,8 @@ COMMANDS = {
     "make-random-weights": "write files in the published formats, for rehearsals and benchmarks",
     "rehearse": "run train.py and chat on such files, and measure",
 }
+# Those that measure; the others are modules of `minigpt4.cli`. Each has a `main(argv)` and is imported when called.
+BENCHMARKS = ("bench", "make-random-weights", "rehearse")
 
 
 def main(argv: list[str] | None = None) -> int | str | None:
@@ -28,13 +30,14 @@ def main(argv: list[str] | None = None) -> int | str | None:
         return _help()
     if command not in COMMANDS:
         return f"Unknown command {command!r}. Known: {', '.join(COMMANDS)}."
-    from minigpt4.common.errors import ConfigError, told
+    from minigpt4.common.errors import ConfigError, format_error
     from minigpt4.common.registry import UnknownNameError
 
     try:
-        return importlib.import_module(f"minigpt4.cli.{command.replace('-', '_')}").main(arguments)
+        package = "benchmarks" if command in BENCHMARKS else "cli"
+        return importlib.import_module(f"minigpt4.{package}.{command.replace('-', '_')}").main(arguments)
     except (ConfigError, UnknownNameError) as error:
-        return told(error)
+        return format_error(error)
 
 
 def _help() -> None:

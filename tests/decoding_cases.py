@@ -77,7 +77,7 @@ def turned_back_differs(turned_back, name: str, dtype: torch.dtype, device: str)
 def attention_error(attend_slots, name: str, dtype: torch.dtype, device: str) -> float:
     """Queries as a part of a joint projection, keys and values of which more slots lie in memory than are given.
 
-    Slots that are not seen are NaN.
+    KVCache that are not seen are NaN.
     """
     seen, slots, heads, groups, d = ATTENTIONS[name]
     seen, scaling = torch.tensor(seen, device=device), 0.7 * d**-0.5
@@ -95,8 +95,8 @@ def attention_error(attend_slots, name: str, dtype: torch.dtype, device: str) ->
 
 
 def main() -> None:
-    from minigpt4.models.decoding_kernels import attend_slots, row_product
-    from minigpt4.models.low_bit_kernels import turned_back
+    from minigpt4.kernels.decoding import attend_slots, row_product
+    from minigpt4.kernels.int8 import turned_back
 
     torch.manual_seed(0)
     # New memory holds NaN: what the kernels leave out would show.

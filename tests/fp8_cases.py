@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
 from training_cases import rotate, silu_product
 
-from minigpt4.models import fp8_rounding
+from minigpt4.quantization import fp8_rounding
 
 
 def silu_product_gradient(grad, gate_up) -> torch.Tensor:
@@ -43,7 +43,7 @@ WIDTHS = (40, 64, 1408)
 
 
 def case_errors(name: str, dtype: torch.dtype, device: str) -> list[float]:
-    from minigpt4.models import fp8_kernels
+    from minigpt4.kernels import fp8 as fp8_kernels
 
     kernel, function, shapes, *others = CASES[name]
     inputs = [torch.randn(shape, dtype=dtype, device=device) for shape in shapes]
@@ -56,7 +56,7 @@ def case_errors(name: str, dtype: torch.dtype, device: str) -> list[float]:
 
 def not_finite(dtype: torch.dtype, device: str) -> list[bool]:
     """Of rows of zeros, of a small number, with an infinity, with NaN, of two numbers: which come out finite."""
-    from minigpt4.models import fp8_kernels
+    from minigpt4.kernels import fp8 as fp8_kernels
 
     x = torch.tensor([[0, 0], [1e-38, 0], [torch.inf, 1], [1, torch.nan], [1, 2]], dtype=dtype, device=device)
     values, scale = fp8_kernels.rows(x)
@@ -65,7 +65,7 @@ def not_finite(dtype: torch.dtype, device: str) -> list[bool]:
 
 def sum_norm_errors(width: int, in_fp8: bool, dtype: torch.dtype, device: str) -> list[float]:
     """Of the norm of a sum of float32 and `dtype`, and of the sum and norm of three terms."""
-    from minigpt4.models import vit_kernels
+    from minigpt4.kernels import vit as vit_kernels
 
     x, weight, bias = (torch.randn(shape, device=device) for shape in ((2, 3, width), (width,), (width,)))
     deltas = list(torch.randn(2, 2, 3, width, dtype=dtype, device=device))
@@ -94,7 +94,7 @@ ATTENTIONS = [
 
 
 def attention_error(images: int, tokens: int, heads: int, d: int, dtype: torch.dtype, device: str) -> float:
-    from minigpt4.models.vit_kernels import attention
+    from minigpt4.kernels.vit import attention
 
     qkv = torch.randn(images, tokens, 3 * heads * d, dtype=dtype, device=device)
     output = attention(qkv, heads)
@@ -106,7 +106,8 @@ def attention_error(images: int, tokens: int, heads: int, d: int, dtype: torch.d
 
 def compilations() -> list[int]:
     """Of each kernel, for batches of four lengths: the number of rows is a variable."""
-    from minigpt4.models import fp8_kernels, vit_kernels
+    from minigpt4.kernels import fp8 as fp8_kernels
+    from minigpt4.kernels import vit as vit_kernels
 
     def sum_norm(x):
         return vit_kernels.sum_norm([x, x, x], x[0], x[0], 1e-6, True)
@@ -127,7 +128,8 @@ def compilations() -> list[int]:
 
 
 def main() -> None:
-    from minigpt4.models import fp8_kernels, vit_kernels
+    from minigpt4.kernels import fp8 as fp8_kernels
+    from minigpt4.kernels import vit as vit_kernels
 
     torch.manual_seed(0)
     # New memory holds NaN: what the kernels leave out would show.

@@ -14,8 +14,8 @@ from dataset_files import picture_bytes, write_tar
 from helpers import ROOT
 from safetensors.torch import save_file
 
-from minigpt4.common.checkpoint import CheckpointError
 from minigpt4.common.config import ConfigError
+from minigpt4.weights.checkpoint import CheckpointError
 from train import main
 
 

@@ -12,10 +12,12 @@ from itertools import accumulate, pairwise
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from minigpt4.models.fused import FirstOfFused, fuse_projections
-from minigpt4.models.low_bit import LowBitFirstOfFused, fuse
-from minigpt4.models.packing import LONGEST_MULTIPLE, allow_packing, pack, round_up
+from minigpt4.fast.attention import allow_packing
+from minigpt4.fast.fused_linear import FirstOfFused, fuse_projections
+from minigpt4.fast.packing.batch import LONGEST_MULTIPLE, pack
+from minigpt4.fast.packing.binning import round_up
 from minigpt4.models.prompt import IGNORE_INDEX, IMAGE_ID
+from minigpt4.quantization.bitsandbytes import LowBitFirstOfFused, fuse
 
 # Lengths of the ranges after the first, rows shared, heads of queries, of keys and values, dimensions.
 CASES = {
@@ -117,8 +119,8 @@ def fused_llama_errors(int8: bool = False) -> list[float]:
 
     int8: both with weights in 8 bit.
     """
-    from minigpt4.models import fused_llama
-    from minigpt4.models.int8 import quantize
+    from minigpt4.fast import llama as fast_llama
+    from minigpt4.quantization.int8 import quantize
 
     sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     llm = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=1)).requires_grad_(False)
@@ -137,9 +139,9 @@ def fused_llama_errors(int8: bool = False) -> list[float]:
         return logits, torch.autograd.grad(logits.square().sum(), embeds)[0][:, shared:]
 
     expected = results(lambda embeds, piece: llm(inputs_embeds=embeds, **piece.llm_inputs()).logits)
-    usual, fused_llama.by_kernels = fused_llama.by_kernels, lambda x: True
-    own = results(fused_llama.FusedLlama(llm, compiled=False))
-    fused_llama.by_kernels = usual
+    usual, fast_llama.use_triton = fast_llama.use_triton, lambda x: True
+    own = results(fast_llama.FusedLlama(llm, compiled=False))
+    fast_llama.use_triton = usual
     return [((a - b).norm() / b.norm()).item() for a, b in zip(own, expected, strict=True)]
 
 
@@ -160,7 +162,7 @@ SILU_PRODUCTS = {"silu_product": (6, 2 * 1500), "silu_product of one column": (1
 
 def silu_product_errors(name: str, dtype: torch.dtype, device: str) -> list[float]:
     """Of the output and of the gradient."""
-    from minigpt4.models import llama_kernels
+    from minigpt4.kernels import llama as llama_kernels
 
     gate_up = torch.randn(SILU_PRODUCTS[name], dtype=dtype, device=device, requires_grad=True)
     output, expected = llama_kernels.silu_product(gate_up), silu_product(gate_up.double())
@@ -172,35 +174,38 @@ def silu_product_errors(name: str, dtype: torch.dtype, device: str) -> list[floa
 
 
 def main() -> None:
-    from minigpt4.models import fp8, fp8_rounding, llama_kernels, packed_kernels, rotated_attention
+    from minigpt4.fast import rope_attention
+    from minigpt4.kernels import llama as llama_kernels
+    from minigpt4.kernels import packed_attention
+    from minigpt4.quantization import fp8, fp8_rounding
 
     torch.manual_seed(0)
     # New memory holds NaN: what the kernels leave out would show.
     torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.utils.deterministic.fill_uninitialized_memory
-    attention = packed_kernels.attention
+    attention = packed_attention.attention
     results = {name: case_errors(attention, name, torch.float32, "cpu") for name in CASES}
     results["float16"] = case_errors(attention, "several blocks", torch.float16, "cpu")
     starts, longest = lengths_to_starts([4, 70], 2, "cpu")
     qkv, _ = inputs(76, 2, 1, 16, torch.float32, "cpu")
-    torch.library.opcheck(packed_kernels.attention_and_denominators, (qkv, 1, starts, 2, longest, 0.25))
+    torch.library.opcheck(packed_attention.attention_and_denominators, (qkv, 1, starts, 2, longest, 0.25))
     qkv, angles, only = qkv.detach(), torch.rand(2, 76, 8), ("test_schema", "test_faketensor")
     factors = [qkv.flatten(1), torch.eye(64)]
-    torch.library.opcheck(rotated_attention._rotated_product, (factors, *angles, 16, 1), test_utils=only)
+    torch.library.opcheck(rope_attention._rotated_product, (factors, *angles, 16, 1), test_utils=only)
     rounded, scale = fp8_rounding.quantize_rows(qkv.flatten(1))
     fp8.product = lambda rounded, weight, scale: (
         rounded[0].bfloat16() @ weight.bfloat16().t()
     )  # not in all torches' CPUs
     factors = [rounded, scale, *fp8_rounding.quantize_rows(torch.eye(64))]
-    torch.library.opcheck(rotated_attention._rotated_product, (factors, *angles, 16, 1), test_utils=only[1])
-    out, lse = packed_kernels.attention_and_denominators(qkv, 1, starts, 2, longest, 0.25)
+    torch.library.opcheck(rope_attention._rotated_product, (factors, *angles, 16, 1), test_utils=only[1])
+    out, lse = packed_attention.attention_and_denominators(qkv, 1, starts, 2, longest, 0.25)
     backward = torch.randn_like(out), qkv, 1, out, lse, starts, 2, longest, 0.25, *angles, False
-    torch.library.opcheck(rotated_attention._gradient, backward, test_utils=only)
-    torch.library.opcheck(rotated_attention._gradient, (*backward[:-1], True), test_utils=only[1])
+    torch.library.opcheck(rope_attention._gradient, backward, test_utils=only)
+    torch.library.opcheck(rope_attention._gradient, (*backward[:-1], True), test_utils=only[1])
     torch.library.opcheck(llama_kernels.silu_product, (torch.randn(3, 8, requires_grad=True),))
     compiled = torch.compile(attention, backend="aot_eager", fullgraph=True)
     results["compiled"] = case_errors(compiled, "grouped heads", torch.float32, "cpu")
-    rotated = rotated_attention.rotated_attention
+    rotated = rope_attention.rotated_attention
     results |= {f"rotated, {name}": rotated_case_errors(rotated, name, torch.float32, "cpu") for name in CASES}
     compiled = torch.compile(rotated, backend="aot_eager", fullgraph=True, dynamic=True)
     results["rotated, compiled"] = rotated_case_errors(compiled, "grouped heads", torch.float32, "cpu")

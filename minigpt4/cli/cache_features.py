@@ -17,7 +17,7 @@ from pathlib import Path
 from minigpt4.cli.parallel import ahead, batches
 from minigpt4.common.config import Config
 from minigpt4.common.errors import ConfigError
-from minigpt4.common.words import counted
+from minigpt4.common.text import pluralize
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -148,8 +148,8 @@ class Writer:
             left_out += len(skipped)
         logging.info(
             "%s: %s in %s, %s left out; already there: %s (rank %d).",
-            name, counted(written, "feature"), counted(len(numbers), "shard"), counted(left_out, "picture"),
-            counted(len(range(rank, dataset.num_parts, ranks)) - len(numbers), "shard"), rank,
+            name, pluralize(written, "feature"), pluralize(len(numbers), "shard"), pluralize(left_out, "picture"),
+            pluralize(len(range(rank, dataset.num_parts, ranks)) - len(numbers), "shard"), rank,
         )  # fmt: skip
 
     def _samples(self, dataset, number: int, skipped: list[str]) -> Iterator[tuple]:

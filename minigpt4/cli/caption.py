@@ -33,7 +33,7 @@ from minigpt4.cli.arguments import (
 from minigpt4.cli.parallel import ahead, batches
 from minigpt4.common.config import Config
 from minigpt4.common.errors import ConfigError
-from minigpt4.common.words import counted
+from minigpt4.common.text import pluralize
 from minigpt4.conversation import PictureError, open_media, open_picture, videos
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"}
@@ -275,7 +275,7 @@ def caption(items: Items, captioner: Captioner, output: Output) -> list[str]:
     if skipped:
         logging.warning("Skipped, %d in all:\n  %s", len(skipped), "\n  ".join(skipped))
     written = sum(dist_utils.gather_objects(written))
-    logging.info("%s written; %d were there already.", counted(written, "caption"), len(output.done))
+    logging.info("%s written; %d were there already.", pluralize(written, "caption"), len(output.done))
     return skipped
 
 

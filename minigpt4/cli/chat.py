@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     cfg.check_paths()
     from minigpt4.conversation import PictureError
     from minigpt4.conversation.loading import load_chat, select_gpu
-    from minigpt4.models.decoder import warm_up
+    from minigpt4.fast.decoding.loop import warm_up
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     print("Loading the model …", flush=True)

@@ -16,7 +16,7 @@ from dataclasses import asdict
 from minigpt4.common.config import Config
 from minigpt4.common.errors import ConfigError
 from minigpt4.common.registry import UnknownNameError
-from minigpt4.common.words import counted
+from minigpt4.common.text import pluralize
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -42,7 +42,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Print what the checks find. Returns the exit status."""
     args = parse_args(argv)
-    from minigpt4.doctor.case import Case
+    from minigpt4.doctor.case import RunContext
     from minigpt4.doctor.checks import examine
     from minigpt4.doctor.findings import ERROR, WARNING, as_text
     from minigpt4.doctor.machine import imagined_gpu, list_gpus
@@ -55,11 +55,11 @@ def main(argv: list[str] | None = None) -> int:
         )
         return 2
     gpus = [imagined_gpu(args.gpu_memory)] * args.gpus if args.gpu_memory else list_gpus()
-    case = Case(cfg, is_training(cfg), gpus, args.gpus, step_time=args.step_time)
+    case = RunContext(cfg, is_training(cfg), gpus, args.gpus, step_time=args.step_time)
     findings = examine(case)
     broken = any(finding.status == ERROR for finding in findings)
     if args.probe and not broken:
-        from minigpt4.cli.probe import probe
+        from minigpt4.benchmarks.probe import probe
 
         findings += probe(case)
     if args.json:
@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
     else:
         print(as_text(findings))
         counts = [sum(finding.status == status for finding in findings) for status in (ERROR, WARNING)]
-        print(f"\n{counted(counts[0], 'error')}, {counted(counts[1], 'warning')}.")
+        print(f"\n{pluralize(counts[0], 'error')}, {pluralize(counts[1], 'warning')}.")
         if args.probe and broken:
             print("No step was taken: the errors come first.")
     return int(any(finding.status == ERROR for finding in findings))

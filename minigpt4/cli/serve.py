@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
 
     from minigpt4.common.logger import setup_logger
     from minigpt4.conversation.loading import load_chat, select_gpu
-    from minigpt4.models.decoder import warm_up
+    from minigpt4.fast.decoding.loop import warm_up
     from minigpt4.serving.app import create_app
     from minigpt4.serving.batching import Batcher
 

@@ -18,11 +18,8 @@ from typing import get_type_hints
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from minigpt4.common import weights
-from minigpt4.common.errors import ConfigError
-from minigpt4.common.registry import did_you_mean, registry
-from minigpt4.common.schema import DatasetConfig, EnvConfig, MiniGPT4Config, PreprocessConfig, RunConfig
-from minigpt4.common.sources import (
+from minigpt4.common import facts
+from minigpt4.common.config_files import (
     CONFIGS,
     default_sources,
     import_plugins,
@@ -30,6 +27,9 @@ from minigpt4.common.sources import (
     parse_options,
     shipped_datasets,
 )
+from minigpt4.common.errors import ConfigError
+from minigpt4.common.registry import did_you_mean, registry
+from minigpt4.common.schema import DatasetConfig, EnvConfig, MiniGPT4Config, PreprocessConfig, RunConfig
 
 SECTIONS = ("run", "model", "datasets", "preprocess", "env")
 # Keys whose value is a path or URL; prompt_path takes no URL, llama_model a hub id instead of one.
@@ -56,7 +56,7 @@ class Config:
 
     def __init__(self, args):
         if getattr(args, "offline", False):
-            weights.go_offline()
+            facts.go_offline()
         user = _sections(load_yaml(args.cfg_path), args.cfg_path)
         options = _sections(parse_options(args.options or []), "--options")
         request = OmegaConf.merge(user, options)
@@ -234,9 +234,9 @@ def _sets(source: DictConfig, key: str) -> bool:
 
 def _exists(value: str, key: str) -> bool:
     """Whether the value of a path key can be meant: of shards, at least the folder is there."""
-    if weights.is_url(value) or value.startswith("pipe:"):
+    if facts.is_url(value) or value.startswith("pipe:"):
         return key not in ("model.llama_model", "model.prompt_path")
-    if key == "model.llama_model" and weights.is_hub_id(value):
+    if key == "model.llama_model" and facts.is_hub_id(value):
         return True
     path = Path(value).expanduser()
     if key.endswith("storage") and re.search(r"[{*?\[]", value):

@@ -14,7 +14,7 @@ class ConfigError(ValueError):
     """
 
 
-def told(error: Exception) -> str:
+def format_error(error: Exception) -> str:
     """What a command prints as it ends with `error`, once for all processes that torchrun started on a machine.
 
     Mistakes are mostly found by all of them. The others leave it to the first, whose end torchrun makes theirs; one

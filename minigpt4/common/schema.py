@@ -55,7 +55,7 @@ class RunConfig:
     warmup_lr: float = -1.0
     """Learning rate at the first step; negative: `init_lr`."""
     warmup_steps: int = field(default=0, metadata={"least": 0})
-    """Steps of linear warm-up, counted inside the epoch."""
+    """Steps of linear warm-up, pluralize inside the epoch."""
     lr_decay_rate: float = 1.0
     """Factor per epoch of `linear_warmup_step_lr`."""
     weight_decay: float = 0.05

@@ -154,17 +154,17 @@ class Chat:
         self,
         conv: Conversation,
         img_list: list[torch.Tensor],
-        told_to_end: Callable[[], bool] = lambda: False,
+        should_stop: Callable[[], bool] = lambda: False,
         notify: Callable[[str], None] = logging.warning,
         **settings,
     ) -> Generator[str, None, np.ndarray]:
         """Like `answer`, but yields the whole answer so far, each time longer; returns the token ids.
 
         The separator is never shown, not even half of it. With beams there is only the final text. When this generator
-        is closed, or `told_to_end()` turns true, the answer ends there and then.
+        is closed, or `should_stop()` turns true, the answer ends there and then.
 
         Args:
-            told_to_end: asked after each token.
+            should_stop: asked after each token.
             notify: receives a sentence for the user when a part of the conversation had to be left out.
             settings: see `Decoding`.
 
@@ -177,7 +177,7 @@ class Chat:
         with self._pending_answer(conv) as pending:
             context, fitting = self._fit(conv, decoding, notify)
             run = partial(self._generate, context.get_prompt(), img_list, stop, fitting)
-            with closing(stream(run, told_to_end, show=decoding.num_beams == 1)) as running:
+            with closing(stream(run, should_stop, show=decoding.num_beams == 1)) as running:
                 for ids, complete in running:
                     text, shown = read(ids, complete=complete), pending[1]
                     if complete or len(text) > len(shown or ""):

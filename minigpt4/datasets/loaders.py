@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from minigpt4.common.errors import ConfigError
-from minigpt4.datasets.dealing import POOL, even_batches, rank_share
+from minigpt4.datasets.length_balancing import POOL, balanced_batches, rank_share
 from minigpt4.datasets.seeding import derive_seed, seeded
 
 
@@ -32,7 +32,7 @@ class BatchRequest(NamedTuple):
 
 
 class LeftOut(NamedTuple):
-    """What broken samples are counted by."""
+    """What broken samples are pluralize by."""
 
     dataset: str
     cause: str
@@ -200,7 +200,7 @@ class BatchMaker(Dataset):
         name = request.dataset
         if request.turn == 0:
             samples = _endless(self.datasets[name], name, request.epoch)
-            self._streams[name] = even_batches(samples, self.batch_size, POOL if self.even else 0)
+            self._streams[name] = balanced_batches(samples, self.batch_size, POOL if self.even else 0)
         else:
             assert self._turns[name] == (request.epoch, request.turn - 1), "batches were not dealt out in turn"
         self._turns[name] = request.epoch, request.turn

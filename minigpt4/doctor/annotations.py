@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
-from minigpt4.common import weights
-from minigpt4.common.words import counted
+from minigpt4.common.text import pluralize
+from minigpt4.weights import locate
 
 
 def read_records(folder: Path) -> tuple[int, str | None]:
@@ -12,7 +12,7 @@ def read_records(folder: Path) -> tuple[int, str | None]:
     listing, pictures = folder / "filter_cap.json", folder / "image"
     if not listing.is_file():
         return 0, f"{listing} is not there"
-    reason = weights.why_unreadable(listing)
+    reason = locate.why_unreadable(listing)
     if reason:
         return 0, f"{listing}: {reason}"
     if not pictures.is_dir():
@@ -24,6 +24,6 @@ def read_records(folder: Path) -> tuple[int, str | None]:
         return 0, f'{listing} is not of the form {{"annotations": [{{"image_id": …, "caption": …}}, …]}} ({error!r})'
     missing = ids - {path.stem for path in pictures.iterdir()}
     if missing:
-        some = f"{len(missing)} of {counted(len(records), 'record')}"
+        some = f"{len(missing)} of {pluralize(len(records), 'record')}"
         return len(records), f"{some} without a picture in {pictures}, e.g. {min(missing)}"
     return len(records), None

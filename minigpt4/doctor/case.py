@@ -7,11 +7,12 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from minigpt4.common import weights
+from minigpt4.common import facts
 from minigpt4.common.config import Config
 from minigpt4.common.schema import VIT_KEYS, VIT_MODELS, MiniGPT4Config
 from minigpt4.doctor.headers import HeaderError, Tensor, read_header, tensors_of
 from minigpt4.doctor.machine import Gpu
+from minigpt4.weights import locate
 
 # Sizes of bert-base, which `model.qformer` changes; those of `QFormer`'s signature.
 QFORMER = {
@@ -76,7 +77,7 @@ class LanguageModel:
 
 
 @dataclass
-class Case:
+class RunContext:
     """A config on a machine. Files that cannot be read give None here; the checks of files say why."""
 
     cfg: Config
@@ -141,7 +142,7 @@ class Case:
         """{key: path or URL} of the weights files."""
         vit = self.model.vit_weights
         if vit == "published":
-            vit = weights.VIT_WEIGHTS.get(self.model.vit_model) if isinstance(self.model.vit_model, str) else None
+            vit = facts.VIT_WEIGHTS.get(self.model.vit_model) if isinstance(self.model.vit_model, str) else None
         found = {"model.ckpt": self.model.ckpt}
         if self.with_vision:
             found |= {"model.vit_weights": vit, "model.q_former_model": self.model.q_former_model}
@@ -154,7 +155,7 @@ class Case:
         value = self.sources.get(key)
         if value is None:
             return None
-        path = weights.cached_file(value) if weights.is_url(value) else Path(value).expanduser()
+        path = locate.cached_file(value) if facts.is_url(value) else Path(value).expanduser()
         if path.is_dir():
             numbered = {int(p.stem.split("_")[1]): p for p in path.glob("checkpoint_*.pth") if p.stem[11:].isdigit()}
             return numbered[max(numbered)] if numbered else None
@@ -185,7 +186,7 @@ class Case:
         path = Path(value).expanduser()
         if path.is_dir():
             return path
-        if weights.is_hub_id(value):
+        if facts.is_hub_id(value):
             from huggingface_hub import try_to_load_from_cache
 
             config = try_to_load_from_cache(value, "config.json")
@@ -198,7 +199,7 @@ class Case:
             return None
         try:
             config = json.loads((self.llm_folder / "config.json").read_text(encoding="utf-8"))
-            names = weights.shards(self.llm_folder)
+            names = locate.shards(self.llm_folder)
         except (OSError, ValueError):
             return None
         tensors: dict[str, Tensor] = {}

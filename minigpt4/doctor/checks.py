@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator
 from minigpt4.common.config import Config
 from minigpt4.common.errors import ConfigError
 from minigpt4.doctor import environment, estimate, files, names, shapes, texts
-from minigpt4.doctor.case import Case
-from minigpt4.doctor.findings import ERROR, OK, Finding, as_text, warning
+from minigpt4.doctor.case import RunContext
+from minigpt4.doctor.findings import ERROR, OK, Diagnostic, as_text, warning
 from minigpt4.doctor.machine import list_gpus
 
-Check = Callable[[Case], Iterator[Finding]]
+Check = Callable[[RunContext], Iterator[Diagnostic]]
 
 # The model's files are looked into first: the other checks need them.
 OF_MODEL: tuple[Check, ...] = (
@@ -56,13 +56,13 @@ NOT_AT_START = (
 )
 
 
-def examine(case: Case) -> list[Finding]:
+def examine(case: RunContext) -> list[Diagnostic]:
     """What all checks find."""
     checks = (*OF_RUN, *OF_MODEL) if case.is_ours else OF_RUN
     return [finding for check in checks for finding in results(check, case)]
 
 
-def results(check: Check, case: Case) -> Iterator[Finding]:
+def results(check: Check, case: RunContext) -> Iterator[Diagnostic]:
     """What a check finds. One that fails itself says so, and keeps no run from being tried."""
     try:
         yield from check(case)
@@ -71,7 +71,7 @@ def results(check: Check, case: Case) -> Iterator[Finding]:
         yield warning(check.__name__.replace("_", " "), what, "This is a mistake of doctor's; please report it.")
 
 
-def preflight(cfg: Config, training: bool, gpu: int | None = None) -> list[Finding]:
+def preflight(cfg: Config, training: bool, gpu: int | None = None) -> list[Diagnostic]:
     """The cheap part, on rank 0 alone; under a second. gpu: the only one that is used.
 
     Returns the warnings. Raises ConfigError that lists the errors.
@@ -80,7 +80,7 @@ def preflight(cfg: Config, training: bool, gpu: int | None = None) -> list[Findi
         return []
     gpus = list_gpus()
     processes, here = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
-    case = Case(cfg, training, gpus if gpu is None else gpus[gpu : gpu + 1], processes, here)
+    case = RunContext(cfg, training, gpus if gpu is None else gpus[gpu : gpu + 1], processes, here)
     left_out = NOT_AT_START if case.gpus else (*NOT_AT_START, environment.check_gpu)
     errors, warnings = [], []
     for check in (*OF_RUN, *(OF_MODEL if case.is_ours else ())):
@@ -96,7 +96,7 @@ def preflight(cfg: Config, training: bool, gpu: int | None = None) -> list[Findi
     return warnings
 
 
-def log_warnings(warnings: list[Finding]) -> None:
+def log_warnings(warnings: list[Diagnostic]) -> None:
     """Log what `preflight` returned, once logging is set up."""
     for finding in warnings:
         logging.warning("%s: %s. %s", finding.check, finding.what, finding.fix)

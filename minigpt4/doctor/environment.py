@@ -10,9 +10,9 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 from minigpt4.common.schema import DEVICES
-from minigpt4.common.words import counted
-from minigpt4.doctor.case import Case
-from minigpt4.doctor.findings import Finding, error, ok, warning
+from minigpt4.common.text import pluralize
+from minigpt4.doctor.case import RunContext
+from minigpt4.doctor.findings import Diagnostic, error, ok, warning
 from minigpt4.doctor.machine import Gpu, readable
 
 LEAST_PYTHON = (3, 11)
@@ -23,7 +23,7 @@ BITS_8 = (7, 5)
 FP8 = (9, 0)
 
 
-def check_versions(case: Case) -> Iterator[Finding]:
+def check_versions(case: RunContext) -> Iterator[Diagnostic]:
     """Python and the libraries are in the ranges that are known to work."""
     if sys.version_info < LEAST_PYTHON:
         yield error("python", f"{sys.version.split()[0]} is older than 3.11", "Make an environment with a newer one.")
@@ -56,7 +56,7 @@ def _requirements() -> list[Requirement]:
     return [r for r in requirements if r.marker is None or r.marker.evaluate({"extra": ""})]
 
 
-def check_optional_libraries(case: Case) -> Iterator[Finding]:
+def check_optional_libraries(case: RunContext) -> Iterator[Diagnostic]:
     """What this config needs beyond the rest is installed."""
     needed = {}
     if case.load_in in ("8bit", "4bit"):
@@ -71,7 +71,7 @@ def check_optional_libraries(case: Case) -> Iterator[Finding]:
             yield error("libraries", f"{package} is not installed; {reason} needs it", f"pip install {package}.{extra}")
 
 
-def check_device(case: Case) -> Iterator[Finding]:
+def check_device(case: RunContext) -> Iterator[Diagnostic]:
     """`run.device` is known, and where it is an Apple GPU, this is a Mac, and the weights are of a kind it takes."""
     kind = case.run.device.split(":")[0]
     if kind not in DEVICES:
@@ -87,7 +87,7 @@ def check_device(case: Case) -> Iterator[Finding]:
         yield error("run.device", f"is mps; {what}", fix)
 
 
-def check_gpu(case: Case) -> Iterator[Finding]:
+def check_gpu(case: RunContext) -> Iterator[Diagnostic]:
     """The GPU is there, and computes in the types that are asked for."""
     if not case.run.device.startswith("cuda"):
         return
@@ -108,7 +108,7 @@ def check_gpu(case: Case) -> Iterator[Finding]:
         what = f"{name} is older than bitsandbytes' 8 bit wants, 7.5"
         yield error("model.load_in", what, "--options model.load_in=8bit_weights (without bitsandbytes), or 4bit")
     if case.local_size > len(case.gpus) and case.training:
-        what = f"{case.local_size} processes on {counted(len(case.gpus), 'GPU')} of this machine"
+        what = f"{case.local_size} processes on {pluralize(len(case.gpus), 'GPU')} of this machine"
         yield warning("GPU", what, f"On one machine: torchrun --nproc_per_node {len(case.gpus)}")
     if gpu.capability >= TORCH_WHEELS:
         yield ok("GPU", f"{len(case.gpus)} × {name}, {readable(gpu.total)}")
@@ -121,7 +121,7 @@ def _weakest(gpus: list[Gpu]) -> tuple[Gpu, str]:
     return gpu, f"{gpu.name}, compute capability {major}.{minor}"
 
 
-def check_fp8(case: Case) -> Iterator[Finding]:
+def check_fp8(case: RunContext) -> Iterator[Diagnostic]:
     """Training in fp8 has the GPU, type and layers that it needs. The run (models/fp8.py) asks once all is loaded."""
     if not case.run.fp8 or not case.training:
         return
@@ -141,7 +141,7 @@ def check_fp8(case: Case) -> Iterator[Finding]:
         yield error("run.fp8", what, f"{off}, or model.load_in=16bit")
 
 
-def check_shared_memory(case: Case) -> Iterator[Finding]:
+def check_shared_memory(case: RunContext) -> Iterator[Diagnostic]:
     """Worker processes hand batches over in shared memory, which containers are given little of."""
     shm = Path("/dev/shm")
     if not case.training or not case.run.num_workers or not shm.is_dir():

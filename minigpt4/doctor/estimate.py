@@ -7,7 +7,7 @@ The model of a GPU's memory, in bytes:
     training     12 more for each trained parameter, which is float32: gradient and AdamW's two averages
     activations  what the backward pass needs of the language model: for each token and layer a multiple of its width
                  and of its feed-forward width, in 16 bit; for each labelled token a multiple of the vocabulary. Of a
-                 packed batch, of as many tokens as its largest piece may have (`models/packing.py`)
+                 packed batch, of as many tokens as its largest piece may have (`fast/packing/batch.py`)
     the rest     a fixed sum for what lies between, another for the memory that CUDA graphs keep apart, and CUDA's own
                  context
 
@@ -28,13 +28,13 @@ way a step is computed changes.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from minigpt4.common.length import RunLength
-from minigpt4.common.pieces import piece_rows
-from minigpt4.doctor.case import Case
-from minigpt4.doctor.findings import Finding, error, ok, warning
+from minigpt4.common.facts import tokens_per_micro_batch
+from minigpt4.doctor.case import RunContext
+from minigpt4.doctor.findings import Diagnostic, error, ok, warning
 from minigpt4.doctor.machine import MIB, Gpu, available_memory, readable
 from minigpt4.doctor.sizes import qformer_parameters, vit_parameters
 from minigpt4.doctor.texts import IMAGE_SLOT, load_tokenizer
+from minigpt4.runners.schedule import TrainingSchedule
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Memory:
         return self.weights + self.training + self.activations + self.graphs + WORKSPACE
 
 
-def parts(case: Case) -> dict[str, int]:
+def parts(case: RunContext) -> dict[str, int]:
     """Parameters of the vision side, as far as it is loaded."""
     if not case.with_vision:
         return {"vit": 0, "qformer": 0}
@@ -90,7 +90,7 @@ def parts(case: Case) -> dict[str, int]:
     }
 
 
-def trainable_parameters(case: Case) -> int:
+def trainable_parameters(case: RunContext) -> int:
     """As many as a checkpoint holds. 0 where the language model is not known."""
     if not case.is_ours or not case.llm or not case.llm.width:
         return 0
@@ -100,7 +100,7 @@ def trainable_parameters(case: Case) -> int:
     return projection + unfrozen
 
 
-def longest_sequence(case: Case) -> int:
+def longest_sequence(case: RunContext) -> int:
     """Tokens of the longest sample: <s>, prompt, image, text."""
     prompt = 0
     path = case.model.prompt_path
@@ -116,7 +116,7 @@ def longest_sequence(case: Case) -> int:
     return 1 + prompt + case.model.num_query_token + case.model.max_txt_len
 
 
-def estimate(case: Case) -> Memory | None:
+def estimate(case: RunContext) -> Memory | None:
     """Memory of the device with the longest batch; None where the language model's sizes are not known."""
     llm = case.llm
     if not llm or not llm.tensors or not llm.width or not llm.layers:
@@ -143,21 +143,21 @@ def estimate(case: Case) -> Memory | None:
     return Memory(weights, trained * TRAINING_BYTES, _activations(case) * (2 if full else 1), graphs)
 
 
-def compiles(case: Case) -> bool:
+def compiles(case: RunContext) -> bool:
     return case.run.compile and case.on_gpu and case.run.amp
 
 
-def _tokens_at_once(case: Case) -> float:
+def _tokens_at_once(case: RunContext) -> float:
     """Tokens whose activations are kept at a time: of the largest piece of a batch, or of all of it."""
     tokens = longest_sequence(case)
     all_of_them = case.run.batch_size_train * tokens
     in_pieces = case.on_gpu and case.run.amp and case.run.packed and case.run.amp_dtype != "fp16"
     if not in_pieces:
         return all_of_them
-    return min(all_of_them, max(piece_rows(case.run.fp8, min(gpu.total for gpu in case.gpus)), tokens))
+    return min(all_of_them, max(tokens_per_micro_batch(case.run.fp8, min(gpu.total for gpu in case.gpus)), tokens))
 
 
-def _activations(case: Case) -> float:
+def _activations(case: RunContext) -> float:
     llm, batch = case.llm, case.run.batch_size_train
     tokens = longest_sequence(case)
     at_once = _tokens_at_once(case)
@@ -177,7 +177,7 @@ def _activations(case: Case) -> float:
     return total
 
 
-def check_gpu_memory(case: Case) -> Iterator[Finding]:
+def check_gpu_memory(case: RunContext) -> Iterator[Diagnostic]:
     """The longest batch fits on the GPU."""
     memory = estimate(case)
     if memory is None:
@@ -213,7 +213,7 @@ def _joint(gpus: list[Gpu]) -> Gpu:
     return Gpu(f"all {len(gpus)} GPUs together", gpus[0].capability, total, free)
 
 
-def advice(case: Case, memory: Memory) -> str:
+def advice(case: RunContext, memory: Memory) -> str:
     """The setting that would help most, first."""
     smaller = {"16bit": "8bit", "8bit": "4bit", "8bit_weights": "4bit"}.get(case.load_in)
     in_fp8 = case.training and case.run.fp8  # which needs a language model in 16 bit
@@ -235,7 +235,7 @@ def advice(case: Case, memory: Memory) -> str:
     return f"--options {possible}" if possible else otherwise
 
 
-def _on_the_host(memory: Memory, told: str) -> Iterator[Finding]:
+def _on_the_host(memory: Memory, told: str) -> Iterator[Diagnostic]:
     available = available_memory()
     if available is None:
         yield ok("host memory", told)
@@ -245,7 +245,7 @@ def _on_the_host(memory: Memory, told: str) -> Iterator[Finding]:
         yield ok("host memory", f"{told}; {readable(available)} are free")
 
 
-def check_host_memory(case: Case) -> Iterator[Finding]:
+def check_host_memory(case: RunContext) -> Iterator[Diagnostic]:
     """Ranks and data workers fit into the host's memory."""
     available = available_memory()
     if not case.on_gpu or available is None:
@@ -259,14 +259,14 @@ def check_host_memory(case: Case) -> Iterator[Finding]:
         yield ok("host memory", what)
 
 
-def check_length(case: Case) -> Iterator[Finding]:
+def check_length(case: RunContext) -> Iterator[Diagnostic]:
     """How long the run is, in steps, samples and time."""
     run = case.run
     if not case.training:
         return
     if run.iters_per_epoch is None:
         return
-    length = RunLength(
+    length = TrainingSchedule(
         run.batch_size_train, case.world_size, run.iters_per_epoch, run.max_epoch, run.accum_grad_iters, case.on_gpu
     )
     duration = f"; {length.duration(case.step_time)} at {case.step_time} s a step" if case.step_time else ""

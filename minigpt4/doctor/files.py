@@ -7,22 +7,23 @@ import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from minigpt4.common import weights
+from minigpt4.common import facts
 from minigpt4.common.errors import ConfigError
-from minigpt4.common.words import counted
+from minigpt4.common.text import pluralize
 from minigpt4.datasets.datasets.shards import expand_shards, is_local
 from minigpt4.doctor.annotations import read_records
-from minigpt4.doctor.case import Case
+from minigpt4.doctor.case import RunContext
 from minigpt4.doctor.estimate import trainable_parameters
-from minigpt4.doctor.findings import Finding, error, ok, warning
+from minigpt4.doctor.findings import Diagnostic, error, ok, warning
 from minigpt4.doctor.headers import HeaderError, numel, read_header, tensors_of
 from minigpt4.doctor.machine import free_disk, is_writable, readable
+from minigpt4.weights import locate
 
 # Shards that are opened; all are looked for.
 SAMPLED_SHARDS = 8
 
 
-def check_paths(case: Case) -> Iterator[Finding]:
+def check_paths(case: RunContext) -> Iterator[Diagnostic]:
     """Every path of the config exists."""
     try:
         case.cfg.check_paths()
@@ -35,34 +36,34 @@ def check_paths(case: Case) -> Iterator[Finding]:
         yield ok("paths", "all that the config names are there")
 
 
-def check_weights_files(case: Case) -> Iterator[Finding]:
+def check_weights_files(case: RunContext) -> Iterator[Diagnostic]:
     """The encoder's, the Q-Former's and the trained weights are files that can be read to their ends."""
     for key, value in case.sources.items():
-        local = not weights.is_url(value)
+        local = not facts.is_url(value)
         path = case.file(key)
         if path is None:
             if local and Path(value).expanduser().is_dir():
                 if key == "model.ckpt" or key == "run.resume_ckpt_path":
                     what = f"{value} is a folder without a checkpoint_N.pth"
                     yield error(key, what, "Name a file, or a run's own folder.")
-                elif not weights.shards(Path(value).expanduser()):
+                elif not locate.shards(Path(value).expanduser()):
                     what = f"{value} is a folder without weights"
                     yield error(key, what, "Name a .pth or .safetensors file.")
             continue
         yield _look_into(key, path)
 
 
-def _look_into(key: str, path: Path) -> Finding:
+def _look_into(key: str, path: Path) -> Diagnostic:
     try:
         tensors = tensors_of(read_header(path))
     except HeaderError as problem:
         if problem.needs_torch:
             return ok(key, f"{path}: not looked into; {problem}")
-        return error(key, f"{path}: {weights.why_unreadable(path) or problem}", "Fetch or write it again.")
-    return ok(key, f"{path}: {counted(len(tensors), 'tensor')}, {counted(numel(tensors), 'parameter')}")
+        return error(key, f"{path}: {locate.why_unreadable(path) or problem}", "Fetch or write it again.")
+    return ok(key, f"{path}: {pluralize(len(tensors), 'tensor')}, {pluralize(numel(tensors), 'parameter')}")
 
 
-def check_language_model(case: Case) -> Iterator[Finding]:
+def check_language_model(case: RunContext) -> Iterator[Diagnostic]:
     """The language model is a whole folder in Hugging Face format, a .gguf file or a hub id."""
     key, value = "model.llama_model", case.model.llama_model
     path = Path(value).expanduser()
@@ -72,32 +73,32 @@ def check_language_model(case: Case) -> Iterator[Finding]:
         if magic == b"GGUF":
             yield ok(key, f"{path}: a .gguf file; not looked into")
         else:
-            reason = weights.why_unreadable(path) or "it is a file"
+            reason = locate.why_unreadable(path) or "it is a file"
             yield error(key, f"{path}: {reason}", "A language model is a folder with a config.json, or a .gguf file.")
     elif path.is_dir():
         yield from _check_folder(key, path)
     elif case.llm_folder is not None:
         yield ok(key, f"{value}: in the hub's cache")
-    elif weights.is_hub_id(value) and weights.offline():
+    elif facts.is_hub_id(value) and facts.offline():
         what = f"{value} is not in the hub's cache, and nothing may be fetched (HF_HUB_OFFLINE)"
         yield error(key, what, f"Fetch it where there is a network, or --options {key}=/folder/of/it")
-    elif weights.is_hub_id(value):
+    elif facts.is_hub_id(value):
         yield warning(key, f"{value} will be fetched from the hub", f"A local copy: --options {key}=/folder/of/it")
 
 
-def _check_folder(key: str, folder: Path) -> Iterator[Finding]:
+def _check_folder(key: str, folder: Path) -> Iterator[Diagnostic]:
     if not (folder / "config.json").is_file():
         fix = f"Give the folder that holds config.json and the weights: --options {key}=/where/it/is"
         yield error(key, f"{folder} has no config.json, so it is no language model in Hugging Face format", fix)
         return
     try:
         json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        names = weights.shards(folder)
+        names = locate.shards(folder)
     except ConfigError as mistake:
         yield error(key, str(mistake))
         return
     except ValueError as problem:
-        reason = weights.why_unreadable(folder / "config.json") or f"it is not JSON ({problem})"
+        reason = locate.why_unreadable(folder / "config.json") or f"it is not JSON ({problem})"
         yield error(key, f"{folder / 'config.json'}: {reason}", "Fetch it again.")
         return
     if not names:
@@ -116,18 +117,18 @@ def _check_folder(key: str, folder: Path) -> Iterator[Finding]:
         yield error(key, f"{folder} has no tokenizer ({', '.join(tokenizers)})", "Fetch it into the folder.")
     if not missing and not broken:
         size = sum((folder / name).stat().st_size for name in names)
-        yield ok(key, f"{folder}: {counted(len(names), 'file')} of weights, {readable(size)}")
+        yield ok(key, f"{folder}: {pluralize(len(names), 'file')} of weights, {readable(size)}")
 
 
-def check_downloads(case: Case) -> Iterator[Finding]:
+def check_downloads(case: RunContext) -> Iterator[Diagnostic]:
     """Weights given as URLs are in the cache, or may and can be fetched."""
     for key, url in case.sources.items():
-        if not weights.is_url(url) or case.file(key):
+        if not facts.is_url(url) or case.file(key):
             continue
-        target = weights.cached_file(url)
-        size = weights.PUBLISHED_KIB.get(url, 0) * 1024
+        target = locate.cached_file(url)
+        size = facts.PUBLISHED_KIB.get(url, 0) * 1024
         by_hand = f"Put the file of {url} at {target}, or --options {key}=/where/it/is"
-        if weights.offline():
+        if facts.offline():
             yield error(key, f"{target.name} is not in the cache, and nothing may be fetched (HF_HUB_OFFLINE)", by_hand)
         elif free_disk(target) < size:
             what = f"{target.name} will be fetched: {readable(size)}, and {readable(free_disk(target))} are free"
@@ -136,7 +137,7 @@ def check_downloads(case: Case) -> Iterator[Finding]:
             yield warning(key, f"{target.name} is not in the cache and will be fetched, {readable(size)}", by_hand)
 
 
-def check_shards(case: Case) -> Iterator[Finding]:
+def check_shards(case: RunContext) -> Iterator[Diagnostic]:
     """The shards of laion and cc_sbu are there; a few of them are opened."""
     for name, storage in _storages(case, "laion", "cc_sbu"):
         key = f"datasets.{name}.build_info.storage"
@@ -148,18 +149,18 @@ def check_shards(case: Case) -> Iterator[Finding]:
         sample = random.Random(0).sample(shards, min(SAMPLED_SHARDS, len(shards)))
         problems = {shard: reason for shard in sample if (reason := why_no_shard(Path(shard)))}
         for shard, reason in problems.items():
-            share = f"{len(problems)} of {counted(len(sample), 'opened shard')} cannot be used whole"
+            share = f"{len(problems)} of {pluralize(len(sample), 'opened shard')} cannot be used whole"
             yield warning(key, f"{shard}: {reason}. {share}", "Such shards are left out; fetch them again.")
         if sample and len(problems) == len(sample):
-            yield error(key, f"none of {counted(len(sample), 'shard')} can be used", "Is this the right folder?")
+            yield error(key, f"none of {pluralize(len(sample), 'shard')} can be used", "Is this the right folder?")
         elif not problems:
             opened = f"; looked into {len(sample)}" if sample else ""
-            yield ok(key, f"{counted(len(shards), 'local shard')}{opened}")
+            yield ok(key, f"{pluralize(len(shards), 'local shard')}{opened}")
 
 
 def why_no_shard(path: Path) -> str | None:
     """What is wrong with a tar of samples; None: its first sample is whole and so is its end."""
-    reason = weights.why_unreadable(path)
+    reason = locate.why_unreadable(path)
     if reason:
         return reason
     try:
@@ -175,7 +176,7 @@ def why_no_shard(path: Path) -> str | None:
     return "it is cut off" if path.suffix == ".tar" and end.strip(b"\0") else None
 
 
-def check_folder_dataset(case: Case) -> Iterator[Finding]:
+def check_folder_dataset(case: RunContext) -> Iterator[Diagnostic]:
     """cc_sbu_align has its list, its pictures, and enough records for a batch."""
     for name, storage in _storages(case, "cc_sbu_align"):
         key = f"datasets.{name}.build_info.storage"
@@ -190,14 +191,14 @@ def check_folder_dataset(case: Case) -> Iterator[Finding]:
             continue
         per_rank = records // case.world_size
         if per_rank < case.run.batch_size_train:
-            what = f"{counted(records, 'record')}, {per_rank} for each process; "
+            what = f"{pluralize(records, 'record')}, {per_rank} for each process; "
             what += f"run.batch_size_train={case.run.batch_size_train}"
             yield error(key, what, f"--options run.batch_size_train={max(per_rank, 1)}, or add data.")
         else:
-            yield ok(key, counted(records, "record"))
+            yield ok(key, pluralize(records, "record"))
 
 
-def check_features(case: Case) -> Iterator[Finding]:
+def check_features(case: RunContext) -> Iterator[Diagnostic]:
     """Caches of image features are there."""
     if not case.training:
         return
@@ -212,7 +213,7 @@ def check_features(case: Case) -> Iterator[Finding]:
             yield error(key, what, f"Make it: python -m minigpt4 cache-features, or --options {key}=/where/it/is")
 
 
-def _storages(case: Case, *names: str):
+def _storages(case: RunContext, *names: str):
     """(name, storage) of the datasets with these names, in training."""
     if not case.training:
         return
@@ -223,7 +224,7 @@ def _storages(case: Case, *names: str):
                 yield name, storage if isinstance(storage, str) else list(storage)
 
 
-def check_output(case: Case) -> Iterator[Finding]:
+def check_output(case: RunContext) -> Iterator[Diagnostic]:
     """The output folder can be written to and has room for the checkpoints."""
     if not case.training:
         return
@@ -237,7 +238,7 @@ def check_output(case: Case) -> Iterator[Finding]:
     needed, free = each * case.run.max_epoch, free_disk(folder)
     what = f"{readable(free)} are free"
     if each:
-        what = f"{counted(case.run.max_epoch, 'checkpoint')} of {readable(each)}, and {what}"
+        what = f"{pluralize(case.run.max_epoch, 'checkpoint')} of {readable(each)}, and {what}"
     if free < needed:
         yield error(key, what, f"Make room, or --options {key}=/where/there/is/room")
     else:

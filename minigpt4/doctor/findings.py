@@ -7,7 +7,7 @@ OK, WARNING, ERROR = "ok", "warning", "error"
 
 
 @dataclass(frozen=True)
-class Finding:
+class Diagnostic:
     """One thing that was looked at."""
 
     check: str
@@ -20,19 +20,19 @@ class Finding:
     """What to change."""
 
 
-def ok(check: str, what: str) -> Finding:
-    return Finding(check, OK, what)
+def ok(check: str, what: str) -> Diagnostic:
+    return Diagnostic(check, OK, what)
 
 
-def warning(check: str, what: str, fix: str = "") -> Finding:
-    return Finding(check, WARNING, what, fix)
+def warning(check: str, what: str, fix: str = "") -> Diagnostic:
+    return Diagnostic(check, WARNING, what, fix)
 
 
-def error(check: str, what: str, fix: str = "") -> Finding:
-    return Finding(check, ERROR, what, fix)
+def error(check: str, what: str, fix: str = "") -> Diagnostic:
+    return Diagnostic(check, ERROR, what, fix)
 
 
-def as_text(findings: Iterable[Finding]) -> str:
+def as_text(findings: Iterable[Diagnostic]) -> str:
     """Findings for people, a paragraph each."""
     marks = {OK: "ok     ", WARNING: "WARNING", ERROR: "ERROR  "}
     lines = []

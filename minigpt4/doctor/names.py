@@ -4,10 +4,10 @@ import re
 from collections.abc import Iterator, Mapping
 
 from minigpt4 import PACKAGE_ROOT
+from minigpt4.common.config_files import shipped_datasets
 from minigpt4.common.registry import HOMES, did_you_mean, registry
-from minigpt4.common.sources import shipped_datasets
-from minigpt4.doctor.case import Case
-from minigpt4.doctor.findings import Finding, error
+from minigpt4.doctor.case import RunContext
+from minigpt4.doctor.findings import Diagnostic, error
 
 
 def known(kind: str) -> list[str]:
@@ -18,7 +18,7 @@ def known(kind: str) -> list[str]:
     return sorted({*registry.registered(kind), *(name for names in ours for name in names)})
 
 
-def check_names(case: Case) -> Iterator[Finding]:
+def check_names(case: RunContext) -> Iterator[Diagnostic]:
     """Schedule, runner and the processors of our datasets exist, for train.py."""
     if not case.training:
         return

@@ -5,19 +5,20 @@ from math import isqrt
 
 import numpy as np
 
-from minigpt4.common import fingerprint, weights
+from minigpt4.common import facts
 from minigpt4.common.errors import ConfigError
 from minigpt4.common.schema import VIT_KEYS
-from minigpt4.common.words import counted
-from minigpt4.doctor.case import Case
-from minigpt4.doctor.findings import Finding, error, ok, warning
+from minigpt4.common.text import pluralize
+from minigpt4.doctor.case import RunContext
+from minigpt4.doctor.findings import Diagnostic, error, ok, warning
+from minigpt4.weights import fingerprint
 
 KNOWN = {4096: " (as in Vicuna-7B)", 5120: " (as in Vicuna-13B)"}
 # Key of a trained checkpoint -> the key whose other value would help.
 CHECKPOINTS = ("model.ckpt", "run.resume_ckpt_path")
 
 
-def check_projection(case: Case) -> Iterator[Finding]:
+def check_projection(case: RunContext) -> Iterator[Diagnostic]:
     """The trained projection goes from the Q-Former's width to the language model's."""
     for key in CHECKPOINTS:
         tensors = case.tensors(key)
@@ -43,7 +44,7 @@ def check_projection(case: Case) -> Iterator[Finding]:
             yield ok(key, f"the projection fits: {queries} -> {theirs}")
 
 
-def check_fingerprint(case: Case) -> Iterator[Finding]:
+def check_fingerprint(case: RunContext) -> Iterator[Diagnostic]:
     """The checkpoint was trained with this language model."""
     own = _own_fingerprint(case)
     for key in CHECKPOINTS:
@@ -65,7 +66,7 @@ def check_fingerprint(case: Case) -> Iterator[Finding]:
             yield ok(key, "was trained with this language model")
 
 
-def _own_fingerprint(case: Case) -> dict | None:
+def _own_fingerprint(case: RunContext) -> dict | None:
     llm = case.llm
     if llm is None or None in (llm.width, llm.layers, llm.vocabulary):
         return None
@@ -76,13 +77,13 @@ def _own_fingerprint(case: Case) -> dict | None:
     return {"name": case.model.llama_model, "embedding_rows": rows, **sizes}
 
 
-def check_encoder(case: Case) -> Iterator[Finding]:
+def check_encoder(case: RunContext) -> Iterator[Diagnostic]:
     """The encoder's weights have the sizes that the config asks for."""
     key, vit = "model.vit_model", case.vit
     if vit is None:
         return
     try:
-        weights.vit_weights(case.model.vit_model, case.model.vit_weights)
+        facts.vit_weights(case.model.vit_model, case.model.vit_weights)
     except ConfigError as mistake:
         yield error("model.vit_weights", str(mistake))
     tensors = case.tensors("model.vit_weights")
@@ -94,17 +95,17 @@ def check_encoder(case: Case) -> Iterator[Finding]:
     found = {"embed_dim": width, "patch_size": patch}
     wrong = [f"{name} {found[name]} instead of {vit[name]}" for name in found if found[name] != vit[name]]
     if depth < vit["depth"]:
-        wrong.append(f"{counted(depth, 'block')} instead of {vit['depth']}")
+        wrong.append(f"{pluralize(depth, 'block')} instead of {vit['depth']}")
     if wrong:
         what = f"{case.file('model.vit_weights')} has {', '.join(wrong)}"
         yield error(key, what, "Change model.vit_model, or model.vit_weights to the file of that encoder.")
         return
     size = isqrt(tokens - 1) * patch
     resized = f"; positions for {size} px will be interpolated" if size != case.model.image_size else ""
-    yield ok(key, f"{counted(depth, 'block')}, {width} wide{resized}")
+    yield ok(key, f"{pluralize(depth, 'block')}, {width} wide{resized}")
 
 
-def check_qformer(case: Case) -> Iterator[Finding]:
+def check_qformer(case: RunContext) -> Iterator[Diagnostic]:
     """The Q-Former's weights have the queries and widths that the config asks for."""
     tensors = case.tensors("model.q_former_model")
     queries = tensors.get("query_tokens")
@@ -113,7 +114,7 @@ def check_qformer(case: Case) -> Iterator[Finding]:
     _, count, width = queries.shape
     file = case.file("model.q_former_model")
     if count != case.model.num_query_token:
-        what = f"{file} has {counted(count, 'query', 'queries')}, model.num_query_token={case.model.num_query_token}"
+        what = f"{file} has {pluralize(count, 'query', 'queries')}, model.num_query_token={case.model.num_query_token}"
         yield error("model.num_query_token", what, f"--options model.num_query_token={count}")
         return
     if width != case.qformer["hidden_size"]:
@@ -125,14 +126,14 @@ def check_qformer(case: Case) -> Iterator[Finding]:
         what = f"{file} reads an encoder {norm.shape[0]} wide; model.vit_model is {case.vit['embed_dim']} wide"
         yield error("model.q_former_model", what, "The two must come from one BLIP-2.")
         return
-    yield ok("model.q_former_model", f"{counted(count, 'query', 'queries')}, {width} wide")
+    yield ok("model.q_former_model", f"{pluralize(count, 'query', 'queries')}, {width} wide")
 
 
-def check_image_size(case: Case) -> Iterator[Finding]:
+def check_image_size(case: RunContext) -> Iterator[Diagnostic]:
     """Image sizes agree, and the encoder's patches tile them."""
     size, vit = case.model.image_size, case.vit
     if vit is None:
-        fix = f"Use {', '.join(weights.VIT_WEIGHTS)}, or a mapping of exactly {', '.join(VIT_KEYS)}."
+        fix = f"Use {', '.join(facts.VIT_WEIGHTS)}, or a mapping of exactly {', '.join(VIT_KEYS)}."
         yield error("model.vit_model", f"{case.model.vit_model!r} is not known", fix)
         return
     if size % vit["patch_size"]:

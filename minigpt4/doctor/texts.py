@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from minigpt4.common.words import counted
-from minigpt4.doctor.case import Case
-from minigpt4.doctor.findings import Finding, error, ok, warning
+from minigpt4.common.text import pluralize
+from minigpt4.doctor.case import RunContext
+from minigpt4.doctor.findings import Diagnostic, error, ok, warning
 
 IMAGE_SLOT = "<ImageHere>"
 # A tokenizer may know so many more tokens than its model embeds: pad tokens and the like, which no text has.
@@ -47,7 +47,7 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
     return None
 
 
-def check_tokenizer(case: Case) -> Iterator[Finding]:
+def check_tokenizer(case: RunContext) -> Iterator[Diagnostic]:
     """The tokenizer belongs to the language model, and gives the separator back as it was."""
     key = "model.llama_model"
     if case.llm_folder is None:
@@ -72,14 +72,14 @@ def check_tokenizer(case: Case) -> Iterator[Finding]:
             return
     length = len(tokenizer.encode(case.model.end_sym))
     if length >= case.model.max_txt_len:
-        what = f"{case.model.max_txt_len} leaves no room beside model.end_sym, which has {counted(length, 'token')}"
+        what = f"{case.model.max_txt_len} leaves no room beside model.end_sym, which has {pluralize(length, 'token')}"
         yield error("model.max_txt_len", what, f"--options model.max_txt_len={32 + length}")
         return
     signs = " and ".join(repr(sign) for sign in dict.fromkeys((case.model.end_sym, "###")))
     yield ok("tokenizer", f"{tokenizer.size} tokens; it gives {signs} back unchanged")
 
 
-def check_template(case: Case) -> Iterator[Finding]:
+def check_template(case: RunContext) -> Iterator[Diagnostic]:
     """The template has a place for the prompt, and each prompt one for the image."""
     template, path = case.model.prompt_template, case.model.prompt_path
     if not path or not Path(path).expanduser().is_file():
@@ -96,7 +96,7 @@ def check_template(case: Case) -> Iterator[Finding]:
     elif max(slots) > 1:
         yield error("model.prompt_path", f"a line of {path} holds {IMAGE_SLOT} {max(slots)} times", "Leave one.")
     else:
-        yield ok("model.prompt_path", counted(sum(slots), "prompt"))
+        yield ok("model.prompt_path", pluralize(sum(slots), "prompt"))
     # Stage 2's template and end_sym make a chat; one without the other teaches a model that does not stop.
     if "###" in template and "###" not in case.model.end_sym:
         what = f"the template separates turns by ###, but an answer is taught to end with {case.model.end_sym!r}"

@@ -12,7 +12,7 @@ from timm.models.eva import Eva
 
 from minigpt4.common.errors import ConfigError
 from minigpt4.common.schema import VIT_MODELS
-from minigpt4.models import hf_names
+from minigpt4.weights import hf_names
 
 
 class EvaViT(Eva):

@@ -13,7 +13,7 @@ from contextlib import closing
 
 import torch
 
-from minigpt4.models import decoder
+from minigpt4.fast.decoding import loop
 from minigpt4.models.sampling import DEFAULTS, Sampling
 
 
@@ -36,12 +36,12 @@ class StopOnText:
         return any(stop in text for stop in self._stops)
 
 
-class Tap:
+class StreamingCriterion:
     """Stopping criterion that shows the ids of row 0 after each token, and ends the generation when told to."""
 
-    def __init__(self, show: Callable[[list[int]], None], told_to_end: Callable[[], bool]):
+    def __init__(self, show: Callable[[list[int]], None], should_stop: Callable[[], bool]):
         self._show = show
-        self._told_to_end = told_to_end
+        self._told_to_end = should_stop
 
     def __call__(self, input_ids: torch.Tensor, scores, **kwargs) -> torch.Tensor:
         self._show(input_ids[0].tolist())
@@ -75,7 +75,7 @@ def continue_embeds(
     """
     criteria = [*([StopOnText(tokenizer, stop)] if stop else []), *criteria]
     sampling = Sampling.of(llm, options)
-    if sampling is None or not decoder.fits(llm):
+    if sampling is None or not loop.fits(llm):
         with torch.inference_mode():
             return llm.generate(
                 inputs_embeds=inputs_embeds,
@@ -95,7 +95,7 @@ def _continue(llm, pad_id: int, embeds, attention_mask, criteria: list, sampling
     rows = torch.full((len(embeds), sampling.max_new_tokens), pad_id)
     done = torch.zeros(len(embeds), dtype=torch.bool)
     eos = torch.tensor(sampling.eos_ids, dtype=torch.long)
-    steps = decoder.decode(llm, embeds, attention_mask, sampling.max_new_tokens, sampling.choose)
+    steps = loop.decode(llm, embeds, attention_mask, sampling.max_new_tokens, sampling.choose)
     with closing(steps):
         for n, ids in enumerate(steps):
             rows[~done, n] = ids[~done]
@@ -109,19 +109,21 @@ def _continue(llm, pad_id: int, embeds, attention_mask, criteria: list, sampling
 
 
 def stream(
-    run: Callable[[Tap], torch.Tensor], told_to_end: Callable[[], bool] = lambda: False, show: bool = True
+    run: Callable[[StreamingCriterion], torch.Tensor],
+    should_stop: Callable[[], bool] = lambda: False,
+    show: bool = True,
 ) -> Iterator[tuple[list[int], bool]]:
     """Call `run(tap)`, which generates for one prompt with the stopping criterion `tap`, in a thread.
 
     Yields the new ids so far and False, and last of all those of the result of `run`, [1,T], and True. The generation
-    ends early when `told_to_end()` is true or this iterator is closed. Raises what `run` raises.
+    ends early when `should_stop()` is true or this iterator is closed. Raises what `run` raises.
 
     Args:
         show: False: only the result; beams have no "so far".
     """
     feed: queue.SimpleQueue = queue.SimpleQueue()
     closed = threading.Event()
-    tap = Tap(lambda ids: show and feed.put(ids), lambda: closed.is_set() or told_to_end())
+    tap = StreamingCriterion(lambda ids: show and feed.put(ids), lambda: closed.is_set() or should_stop())
 
     def work() -> None:
         try:

@@ -10,11 +10,13 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 
-from minigpt4.common import dist_utils, weights
-from minigpt4.common.checkpoint import CheckpointError
+from minigpt4.common import dist_utils, facts
 from minigpt4.common.errors import ConfigError
-from minigpt4.common.words import counted
-from minigpt4.models import int8, low_bit
+from minigpt4.common.text import pluralize
+from minigpt4.quantization import bitsandbytes as low_bit
+from minigpt4.quantization import int8
+from minigpt4.weights import locate as weight_files
+from minigpt4.weights.checkpoint import CheckpointError
 
 # A sentence that a model of English, also of the tiny default's, finds easy.
 SENTENCE = "The image shows a red apple."
@@ -126,7 +128,7 @@ def embedding_dim(llama_model: str) -> int:
 
 def locate(llama_model: str) -> tuple[str, dict]:
     """What transformers' `from_pretrained` takes for `llama_model`: a folder or hub id, and keyword arguments."""
-    options = {"local_files_only": True} if weights.offline() else {}
+    options = {"local_files_only": True} if facts.offline() else {}
     path = Path(llama_model)
     if path.suffix == ".gguf":
         return str(path.parent), options | {"gguf_file": path.name}
@@ -145,7 +147,7 @@ def _check_path(llama_model: str) -> None:
             f"model.llama_model={llama_model} is no language model: a folder in Hugging Face format has a config.json, "
             "and a file must be a .gguf."
         )
-    missing = weights.missing_shards(path)
+    missing = weight_files.missing_shards(path)
     if missing:
         raise ConfigError(f"model.llama_model={llama_model} lacks {', '.join(missing)}, which its index lists.")
 
@@ -201,20 +203,22 @@ def _check_loaded(llama_model: str, info: dict) -> None:
     surplus = sorted(name for name in info["unexpected_keys"] if not name.endswith("rotary_emb.inv_freq"))
     if surplus:
         listed = ", ".join(surplus[:5]) + (" …" if len(surplus) > 5 else "")
-        logging.warning("Not used of %s: %s: %s", llama_model, counted(len(surplus), "tensor"), listed)
+        logging.warning("Not used of %s: %s: %s", llama_model, pluralize(len(surplus), "tensor"), listed)
 
 
 def _unreadable(llama_model: str, error: Exception) -> CheckpointError:
     """Which of the files is broken, and why, as far as it shows."""
     folder = Path(llama_model)
-    reasons = {name: weights.why_unreadable(folder / name) for name in weights.shards(folder) if folder.is_dir()}
+    reasons = {
+        name: weight_files.why_unreadable(folder / name) for name in weight_files.shards(folder) if folder.is_dir()
+    }
     broken = [f"{name}: {reason}" for name, reason in reasons.items() if reason] or [str(error).splitlines()[0]]
     return CheckpointError(f"The weights in {llama_model} cannot be read. " + "; ".join(broken))
 
 
 def _unreachable(llama_model: str, error: OSError) -> ConfigError:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    hint = " Nothing may be fetched (--offline or HF_HUB_OFFLINE)." if weights.offline() else ""
+    hint = " Nothing may be fetched (--offline or HF_HUB_OFFLINE)." if facts.offline() else ""
     return ConfigError(
         f"model.llama_model={llama_model} cannot be loaded: {reason}{hint} Give a folder, or a model's id on the hub."
     )

@@ -9,12 +9,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from minigpt4.common import checkpoint, fingerprint, weights
-from minigpt4.common.checkpoint import CheckpointError
+from minigpt4.common import facts
 from minigpt4.common.schema import BLIP2_URL, MiniGPT4Config
-from minigpt4.common.words import counted
-from minigpt4.models import eva_vit, hf_names, llm, qformer
+from minigpt4.common.text import pluralize
+from minigpt4.models import eva_vit, llm, qformer
 from minigpt4.models.precision import cast_matrices
+from minigpt4.weights import checkpoint, fingerprint, hf_names, locate
+from minigpt4.weights.checkpoint import CheckpointError
 
 # Width of the T5 whose BLIP-2 has the Q-Former that the published projections were trained on.
 FLAN_T5_XXL_WIDTH = 4096
@@ -47,11 +48,11 @@ def open_sources(cfg: MiniGPT4Config) -> Sources:
     trained, recorded = (checkpoint.weights_of(content), content.get(fingerprint.KEY)) if content else (None, None)
     if not cfg.load_vision:
         return Sources(None, None, trained, recorded)
-    vit_source = weights.vit_weights(cfg.vit_model, cfg.vit_weights)
-    vision = checkpoint.read_weights(weights.fetch(vit_source), (hf_names.VISION,)) if vit_source else None
+    vit_source = facts.vit_weights(cfg.vit_model, cfg.vit_weights)
+    vision = checkpoint.read_weights(locate.fetch(vit_source), (hf_names.VISION,)) if vit_source else None
     read = None
     if cfg.q_former_model:
-        path = weights.fetch(cfg.q_former_model)
+        path = locate.fetch(cfg.q_former_model)
         read = checkpoint.read_weights(path, (hf_names.QFORMER, hf_names.LN_VISION, "query_tokens"))
         if content:
             _check_qformer(path, read, content, cfg)
@@ -83,7 +84,7 @@ def load_encoder(cfg: MiniGPT4Config, state: State | None, device: torch.device,
         cast_matrices(vit, dtype)
     if state:
         used = eva_vit.checkpoint_filter_fn(state, vit)
-        source = weights.vit_weights(cfg.vit_model, cfg.vit_weights)
+        source = facts.vit_weights(cfg.vit_model, cfg.vit_weights)
         _say_unused(state, used, source)
         checkpoint.load_weights(vit, used, source, set(vit.state_dict()), device)
         vit.give_buffers_memory(device)
@@ -120,7 +121,7 @@ def report(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         parts.setdefault(name.split(".")[0], []).append(parameter)
     rows = [
-        f"  {name:<15}{counted(len(tensors), 'tensor'):>13}{sum(map(parameter_count, tensors)):>16,} parameters  "
+        f"  {name:<15}{pluralize(len(tensors), 'tensor'):>13}{sum(map(parameter_count, tensors)):>16,} parameters  "
         f"{_joined(str(t.dtype).removeprefix('torch.') for t in tensors):<18} on {_joined(t.device for t in tensors)}, "
         f"{_joined('trainable' if t.requires_grad else 'frozen' for t in tensors)}"
         for name, tensors in parts.items()
@@ -174,7 +175,7 @@ def _check_qformer(path: Path, state: State, content: dict, cfg: MiniGPT4Config)
     trained_on = str(settings.get("q_former_model", BLIP2_URL))
     projection = checkpoint.weights_of(content).get("llama_proj.weight")
     has_width = projection is not None and projection.shape[1] == PUBLISHED_QFORMER_WIDTH
-    if not has_width or Path(trained_on).name != weights.cached_file(BLIP2_URL).name:
+    if not has_width or Path(trained_on).name != locate.cached_file(BLIP2_URL).name:
         return
     origin = qformer_origin(path, state)
     if origin is None:

@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from minigpt4.common.pieces import piece_rows
+from minigpt4.common.facts import tokens_per_micro_batch
 from minigpt4.common.registry import registry
 from minigpt4.common.schema import MiniGPT4Config
-from minigpt4.models import llm, loading, packing, prompt, qformer, vision
-from minigpt4.models.acceleration import accelerate, recompute_layers
+from minigpt4.fast.packing import batch as packing
+from minigpt4.fast.training_step import accelerate, recompute_layers
+from minigpt4.models import llm, loading, prompt, qformer, vision
 from minigpt4.models.eva_vit import EvaViT
 from minigpt4.models.generation import answer_text, continue_embeds
 from minigpt4.models.tokenizer import load_tokenizer
@@ -60,7 +61,7 @@ class MiniGPT4(vision.Vision):
         self.tokenizer = tokenizer
         self.prompt_list = prompt_list or []
         self.max_txt_len, self.end_sym = max_txt_len, end_sym
-        self.packed, self.piece_rows = False, piece_rows()
+        self.packed, self.tokens_per_micro_batch = False, tokens_per_micro_batch()
         if llm_grad_checkpoint:
             recompute_layers(llama_model, llm_grad_checkpoint)
 
@@ -101,9 +102,9 @@ class MiniGPT4(vision.Vision):
     def language_loss(self, image_embeds: torch.Tensor, tokens) -> torch.Tensor:
         """Mean cross-entropy over the labels of `tokens` (padded or packed), given its images [B,Q,D]."""
         self._check_images(image_embeds, tokens)
-        return sum(self.piece_loss(image_embeds, piece) for piece in tokens.pieces) / max(tokens.num_labels, 1)
+        return sum(self.micro_batch_loss(image_embeds, piece) for piece in tokens.pieces) / max(tokens.num_labels, 1)
 
-    def piece_loss(self, image_embeds: torch.Tensor, piece) -> torch.Tensor:
+    def micro_batch_loss(self, image_embeds: torch.Tensor, piece) -> torch.Tensor:
         """Cross-entropy summed over the labels of a piece of a batch, given all of the batch's images [B,Q,D]."""
         embeds = self.embed(piece, image_embeds)  # [B,S,D], or [1,T,D] where the batch is packed
         return self.sum_of_losses(self.predict(embeds, piece), piece.targets)
@@ -148,7 +149,7 @@ class MiniGPT4(vision.Vision):
             self.end_sym,
         )
         if self.packed:
-            tokens = packing.pack(ids, labels, self.piece_rows)
+            tokens = packing.pack(ids, labels, self.tokens_per_micro_batch)
         else:
             tokens = prompt.pad(ids, labels, self.tokenizer.eos_token_id)
         return {**samples, "tokens": tokens, "tokens_of": [*samples["text_input"]], "drawn_prompt": drawn}

@@ -27,7 +27,7 @@ class PaddedBatch:
     """Sequences of token ids, padded to one length.
 
     input_ids [B,S] int64, with 0 where an image vector belongs; image_positions [images * Q] int64: those positions,
-    counted through all rows; attention_mask [B,S] int64: 0 on padding; labels [B,S] int64, not shifted: IGNORE_INDEX
+    pluralize through all rows; attention_mask [B,S] int64: 0 on padding; labels [B,S] int64, not shifted: IGNORE_INDEX
     where nothing is learnt.
     """
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from minigpt4.common.errors import ConfigError
-from minigpt4.models import hf_names
+from minigpt4.weights import hf_names
 
 # What else BLIP-2's files hold: the text branch, the language head, the projection for T5 or OPT.
 SURPLUS = re.compile(

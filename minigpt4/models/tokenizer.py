@@ -11,8 +11,8 @@ import json
 import re
 from pathlib import Path
 
-from minigpt4.common.sentencepiece_model import bpe_model
 from minigpt4.models import llm
+from minigpt4.weights.sentencepiece import bpe_model
 
 
 def load_tokenizer(llama_model: str):

@@ -11,11 +11,12 @@ from dataclasses import fields
 import torch
 from torch import nn
 
-from minigpt4.common import checkpoint, weights
+from minigpt4.common import facts
 from minigpt4.common.errors import ConfigError
 from minigpt4.common.schema import MiniGPT4Config
 from minigpt4.models import eva_vit, loading, qformer
 from minigpt4.models.base_model import BaseModel
+from minigpt4.weights import checkpoint, locate
 
 PREFIXES = ("visual_encoder.", "ln_vision.", "query_tokens", "Qformer.")
 """What the names of its parameters begin with."""
@@ -97,7 +98,7 @@ def identity(cfg: Mapping) -> dict:
     Weights are told apart by their content (`weights.identity`). Raises ConfigError where they are random.
     """
     cfg = typed(cfg)
-    sources = {"vit_weights": weights.vit_weights(cfg.vit_model, cfg.vit_weights), "q_former_model": cfg.q_former_model}
+    sources = {"vit_weights": facts.vit_weights(cfg.vit_model, cfg.vit_weights), "q_former_model": cfg.q_former_model}
     for key, source in sources.items():
         if source is None:
             raise ConfigError(f"model.{key} is null: random weights make other features each time. Give a file.")
@@ -110,7 +111,7 @@ def identity(cfg: Mapping) -> dict:
         "vit_model": cfg.vit_model if isinstance(cfg.vit_model, str) else dict(cfg.vit_model),
         "num_query_token": cfg.num_query_token,
         "qformer": dict(cfg.qformer),
-        **{key: weights.identity(source) for key, source in sources.items()},
+        **{key: locate.identity(source) for key, source in sources.items()},
         "ckpt": digest.hexdigest() if trained else None,  # of the parts of the vision side in it
     }
 

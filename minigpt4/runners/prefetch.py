@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from minigpt4.models.cuda_graphs import RECORDING
+from minigpt4.fast.cuda_graphs import RECORDING
 from minigpt4.runners.state import to_device
 
 # Batches that wait on the device, beside the one in use.

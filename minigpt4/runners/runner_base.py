@@ -13,18 +13,18 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import IterableDataset
 
-from minigpt4.common import checkpoint, dist_utils, fingerprint
+from minigpt4.common import dist_utils
 from minigpt4.common.errors import ConfigError
-from minigpt4.common.length import RunLength
 from minigpt4.common.logger import MetricLogger
 from minigpt4.common.optims import create_optimizer
 from minigpt4.common.registry import registry
-from minigpt4.common.words import counted
+from minigpt4.common.text import pluralize
 from minigpt4.datasets.loaders import TrainLoader, eval_loader, report_left_out
-from minigpt4.models import fp8
-from minigpt4.runners.pace import Pace
+from minigpt4.quantization import fp8
 from minigpt4.runners.prefetch import prefetch
+from minigpt4.runners.schedule import EtaLogger, TrainingSchedule
 from minigpt4.runners.state import restore_rng_states, rng_states, to_device
+from minigpt4.weights import checkpoint, fingerprint
 
 
 @registry.register_runner("runner_base")
@@ -104,11 +104,11 @@ class RunnerBase:
         if run.resume_ckpt_path:
             self._resume(checkpoint.resolve(run.resume_ckpt_path))
         epochs = max(run.max_epoch - self.start_epoch, 0)
-        length = RunLength(
+        length = TrainingSchedule(
             run.batch_size_train, self.world_size, self.iters_per_epoch, epochs, run.accum_grad_iters,
             on_gpu=self.device.type != "cpu",
         )  # fmt: skip
-        self.pace = Pace(length, run.log_freq)
+        self.pace = EtaLogger(length, run.log_freq)
         if run.fp8:
             fp8.check(self.module, self.device, self.dtype)
         if self.dtype != torch.float32 and hasattr(self.module, "accelerate"):
@@ -121,7 +121,7 @@ class RunnerBase:
         start = time.time()
         if not self.run.evaluate:
             if self.start_epoch >= self.run.max_epoch:
-                done = counted(self.run.max_epoch, "epoch")
+                done = pluralize(self.run.max_epoch, "epoch")
                 logging.info("Nothing left to train: the checkpoint has done %s. Raise run.max_epoch to go on.", done)
             else:
                 logging.info("Computing in %s on %s.", str(self.dtype).removeprefix("torch."), self.device)

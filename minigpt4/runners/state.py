@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from minigpt4.common import dist_utils
-from minigpt4.common.words import counted
+from minigpt4.common.text import pluralize
 from minigpt4.processors import normalise
 
 
@@ -34,7 +34,7 @@ def rng_states() -> list[dict]:
 def restore_rng_states(states: list[dict] | None) -> None:
     """Restore this rank's state. A checkpoint without states, or of another number of ranks, is only reported."""
     if states is None or len(states) != dist_utils.get_world_size():
-        found = "no random states" if states is None else f"those of {counted(len(states), 'rank')}"
+        found = "no random states" if states is None else f"those of {pluralize(len(states), 'rank')}"
         logging.warning("The checkpoint holds %s: the run goes on with other random numbers.", found)
         return
     own = states[dist_utils.get_rank()]

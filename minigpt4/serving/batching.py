@@ -99,7 +99,7 @@ class Batcher:
         max_batch: most answers at a time.
         window: seconds to wait for company before a batch begins.
         fixed_size: fill up batches of several answers to `max_batch` rows; None: on a GPU, where each size of a batch
-            needs graphs of its own (`models/decoder.py`), and a row more costs next to nothing.
+            needs graphs of its own (`fast/decoding/loop.py`), and a row more costs next to nothing.
         failed: called when `load` raises; the exception is then in `failure`.
     """
 

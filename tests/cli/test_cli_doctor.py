@@ -10,7 +10,7 @@ import torch
 from dataset_files import write_align, write_shards
 from helpers import ROOT
 
-from minigpt4.cli import probe as probing
+from minigpt4.benchmarks import probe as probing
 from minigpt4.cli.doctor import is_training, main
 from minigpt4.common.config import Config
 from minigpt4.doctor.estimate import WORKSPACE, Memory

@@ -9,7 +9,7 @@ import torch
 
 from minigpt4.conversation import CONV_VISION, Chat, Conversation, Decoding, conversation
 from minigpt4.conversation.conversation import break_up
-from minigpt4.models import decoder
+from minigpt4.fast.decoding import loop
 from minigpt4.models.generation import answer_text
 from minigpt4.models.prompt import IMAGE_SLOT
 
@@ -94,7 +94,7 @@ def test_told_to_end(chat, play, monkeypatch):
     steps = count_steps(chat, monkeypatch)
     texts, ids = drain(
         chat.stream_answer(
-            conv, img_list, told_to_end=lambda: len(steps) >= 5, do_sample=False, max_new_tokens=300, min_length=300
+            conv, img_list, should_stop=lambda: len(steps) >= 5, do_sample=False, max_new_tokens=300, min_length=300
         )
     )
     assert len(ids) == 5
@@ -105,11 +105,11 @@ def count_steps(chat, monkeypatch):
     """Grows by one with each token that the language model computes."""
     steps, forward = [], chat.model.llama_model.forward
 
-    def counted(*args, **kwargs):
+    def pluralize(*args, **kwargs):
         steps.append(1)
         return forward(*args, **kwargs)
 
-    monkeypatch.setattr(chat.model.llama_model, "forward", counted)
+    monkeypatch.setattr(chat.model.llama_model, "forward", pluralize)
     return steps
 
 
@@ -369,16 +369,16 @@ def test_an_answer_cut_by_the_window_says_so(chat, play):
 def test_a_question_that_is_repeated(chat, play, monkeypatch):
     """Its answer is the one from scratch, and costs one vector."""
     conv, img_list = play(QUESTION)
-    decoder.forget(chat.model.llama_model)
-    counts, read = [], decoder.Slots.read
+    loop.forget(chat.model.llama_model)
+    counts, read = [], loop.KVCache.read
 
-    def counted(slots, llm, embeds, *arguments):
+    def pluralize(slots, llm, embeds, *arguments):
         counts.append(embeds.shape[1])
         return read(slots, llm, embeds, *arguments)
 
-    monkeypatch.setattr(decoder.Slots, "read", counted)
+    monkeypatch.setattr(loop.KVCache, "read", pluralize)
     answers = {chat.answer(conv.copy(), img_list, **GREEDY)[0] for _ in range(3)}
-    decoder.forget(chat.model.llama_model)
+    loop.forget(chat.model.llama_model)
     answers.add(chat.answer(conv.copy(), img_list, **GREEDY)[0])
     assert len(answers) == 1
     assert counts == [counts[0], 1, 1, counts[0]] and counts[0] > 8

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from minigpt4.common import weights
 from minigpt4.common.errors import ConfigError
 from minigpt4.common.registry import registry
 from minigpt4.datasets import feature_cache
 from minigpt4.datasets.datasets.feature_dataset import FeatureSet, FeatureStream
 from minigpt4.datasets.loaders import TrainLoader
+from minigpt4.weights import locate
 
 SHAPE = [4, 6]
 MANIFEST = {"made_by": {"model": {"image_size": 28}}, "shape": SHAPE, "parts": 2}
@@ -154,7 +154,7 @@ def test_weights_files_are_told_apart_by_content(tmp_path):
         if flip is not None:
             changed[flip] ^= 1
         (tmp_path / name).write_bytes(changed)
-    a, b, c, d = (weights.identity(str(tmp_path / f"{name}.pth")) for name in "abcd")
+    a, b, c, d = (locate.identity(str(tmp_path / f"{name}.pth")) for name in "abcd")
     assert a["sha256"] == b["sha256"] and len({i["sha256"] for i in (a, c, d)}) == 3
     feature_cache.check_same({"w": a}, {"w": b}, "x")  # another name, the same weights
     with pytest.raises(ConfigError, match="w: a.pth in the cache, c.pth here, which differ in sha256"):
@@ -164,10 +164,10 @@ def test_weights_files_are_told_apart_by_content(tmp_path):
 def test_weights_that_are_not_here_are_told_apart_by_name(tmp_path, monkeypatch):
     """Training from a cache needs no encoder: its published weights are not downloaded to compare them."""
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    away = weights.identity("https://host/BLIP2/eva_vit_g.pth?x=1")
+    away = locate.identity("https://host/BLIP2/eva_vit_g.pth?x=1")
     assert away == {"file": "eva_vit_g.pth"}
     (tmp_path / "eva_vit_g.pth").write_bytes(b"weights")
-    here = weights.identity(str(tmp_path / "eva_vit_g.pth"))
+    here = locate.identity(str(tmp_path / "eva_vit_g.pth"))
     feature_cache.check_same({"w": here}, {"w": away}, "x")
     with pytest.raises(ConfigError, match="w: eva_vit_g.pth in the cache, other.pth here, which differ in file"):
         feature_cache.check_same({"w": here}, {"w": {"file": "other.pth"}}, "x")

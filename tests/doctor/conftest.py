@@ -11,9 +11,9 @@ import pytest
 from dataset_files import write_align, write_shards
 from helpers import ROOT
 
-from minigpt4.common import published, random_weights
+from minigpt4.benchmarks import published, random_weights
 from minigpt4.common.config import Config
-from minigpt4.doctor.case import Case
+from minigpt4.doctor.case import RunContext
 from minigpt4.doctor.checks import examine
 from minigpt4.doctor.machine import imagined_gpu
 
@@ -83,10 +83,10 @@ class Patient:
         used = [option for option in used if option.split("=")[0] not in changed]
         return ["--cfg-path", str(ROOT / CONFIGS[self.stage]), "--options", *used, *self.options]
 
-    def case(self) -> Case:
+    def case(self) -> RunContext:
         _, path, _, *options = self.arguments()
         cfg = Config(SimpleNamespace(cfg_path=path, options=options))
-        return Case(cfg, self.stage != "chat", self.gpus, self.world_size)
+        return RunContext(cfg, self.stage != "chat", self.gpus, self.world_size)
 
     def findings(self, *statuses: str):
         """What doctor finds, of these statuses."""

@@ -8,8 +8,7 @@ import pytest
 from helpers import ROOT
 
 from minigpt4.common.config import Config
-from minigpt4.common.length import RunLength
-from minigpt4.doctor.case import QFORMER, Case
+from minigpt4.doctor.case import QFORMER, RunContext
 from minigpt4.doctor.checks import examine
 from minigpt4.doctor.estimate import (
     GRAPHS,
@@ -23,6 +22,7 @@ from minigpt4.doctor.findings import ERROR, WARNING, as_text
 from minigpt4.doctor.machine import MIB, imagined_gpu
 from minigpt4.doctor.sizes import qformer_parameters, vit_parameters
 from minigpt4.models.qformer import QFormer
+from minigpt4.runners.schedule import TrainingSchedule
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def full_case(full_size, small_files, tmp_path, monkeypatch):
         if "train" in config:
             given += [f"run.output_dir={tmp_path}"]
         args = SimpleNamespace(cfg_path=ROOT / config, options=[*given, *options])
-        return Case(Config(args), "train" in config, [imagined_gpu(gpu)] if gpu else [])
+        return RunContext(Config(args), "train" in config, [imagined_gpu(gpu)] if gpu else [])
 
     return build
 
@@ -237,14 +237,14 @@ def test_on_a_cpu_everything_is_float32(full_case):
 
 
 def test_length():
-    length = RunLength(batch_size=16, world_size=4, iters_per_epoch=500, epochs=3)
+    length = TrainingSchedule(batch_size=16, world_size=4, iters_per_epoch=500, epochs=3)
     assert (length.steps, length.samples, length.duration(0.36)) == (1500, 96000, "9 min")
     assert (length.duration(0.01), length.duration(36)) == ("15 s", "15.0 hours")
     said = "batch 16 per GPU, 64 in total (4 GPUs); 3 epochs of 500 batches = 1,500 steps, 96,000 samples"
     assert str(length) == said
     said = "batch 1 per process, 2 in total (2 processes); 1 epoch of 1 batch = 1 step, 2 samples"
-    assert str(RunLength(1, 2, 1, 1, on_gpu=False)) == said
-    length = RunLength(batch_size=2, world_size=1, iters_per_epoch=5, epochs=1, accum=2)
+    assert str(TrainingSchedule(1, 2, 1, 1, on_gpu=False)) == said
+    length = TrainingSchedule(batch_size=2, world_size=1, iters_per_epoch=5, epochs=1, accum=2)
     assert (length.steps, length.samples) == (3, 10)
     assert str(length).startswith(
         "batch 2 per GPU, 4 in total (1 GPU, 2 batches a step); 1 epoch of 5 batches = 3 steps"

@@ -9,7 +9,7 @@ import torch
 from dataset_files import write_tar
 from safetensors.torch import load_file, save_file
 
-from minigpt4.common import published
+from minigpt4.benchmarks import published
 from minigpt4.common.errors import ConfigError
 from minigpt4.common.registry import HOMES, registry
 from minigpt4.doctor import checks, environment, estimate, files, machine, names

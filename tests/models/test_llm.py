@@ -14,13 +14,13 @@ import torch
 from helpers import ROOT
 from safetensors.torch import load_file, save_file
 
-from minigpt4.common import random_weights
-from minigpt4.common.checkpoint import CheckpointError
+from minigpt4.benchmarks import random_weights
 from minigpt4.common.errors import ConfigError
 from minigpt4.models import llm as llm_module
 from minigpt4.models.llm import check_answers, embedding_dim, load_llm
-from minigpt4.models.low_bit import LowBitLinear, of_bitsandbytes
 from minigpt4.models.tokenizer import load_tokenizer
+from minigpt4.quantization.bitsandbytes import LowBitLinear, of_bitsandbytes
+from minigpt4.weights.checkpoint import CheckpointError
 
 TINY = str(ROOT / "minigpt4/assets/tiny/llama")
 
@@ -206,7 +206,7 @@ def test_a_hub_id_is_found_in_the_cache(llm_folder, tmp_path):
     shutil.copytree(llm_folder, cached / "snapshots" / ("0" * 40))
     code = """
 import torch
-from minigpt4.common.weights import go_offline
+from minigpt4.weights.locate import go_offline
 go_offline()
 from minigpt4.models.llm import embedding_dim, load_llm
 assert embedding_dim("owner/llama") == 128
@@ -350,10 +350,10 @@ def test_the_tiny_default_trains_in_low_bit(load_in, loss_within, least_cosine, 
 
     from PIL import Image
 
-    from minigpt4.cli.drawings import save_examples
     from minigpt4.common.config import Config
     from minigpt4.models import MiniGPT4
     from minigpt4.processors import Blip2ImageEvalProcessor
+    from minigpt4.web.example_images import save_examples
 
     captions = ["cat face", "red apple", "sailboat", "automobile"]
     processor = Blip2ImageEvalProcessor(64)

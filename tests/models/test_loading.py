@@ -9,10 +9,11 @@ import torch
 from helpers import ROOT
 from helpers import SMALL_SIZES as SMALL
 
-from minigpt4.common import checkpoint, random_weights
-from minigpt4.common.checkpoint import CheckpointError
+from minigpt4.benchmarks import random_weights
 from minigpt4.models import MiniGPT4, llm, loading
 from minigpt4.models.loading import PUBLISHED_QFORMER, qformer_origin
+from minigpt4.weights import checkpoint
+from minigpt4.weights.checkpoint import CheckpointError
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +68,7 @@ def test_nothing_stays_on_the_meta_device(files):
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_the_host_holds_no_second_copy(tmp_path, files):
     """An encoder and Q-Former of 340 MB: what is read in its own type stays mapped, the rest takes its room once."""
-    from minigpt4.common import published
+    from minigpt4.benchmarks import published
 
     sizes = published.Sizes(vit_width=704, vit_blocks=18, vit_ffn=2816, qformer_layers=6)
     for name, table, dtype in (

@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import SMALL_SIZES as SMALL
 
-from minigpt4.common import random_weights
+from minigpt4.benchmarks import random_weights
 from minigpt4.models import MiniGPT4
 from minigpt4.models.generation import continue_embeds
 from minigpt4.models.llm import load_llm

@@ -5,7 +5,7 @@ import json
 import pytest
 from sentencepiece import SentencePieceProcessor
 
-from minigpt4.common import random_weights
+from minigpt4.benchmarks import random_weights
 from minigpt4.models.prompt import IMAGE_ID, encode_with_images
 from minigpt4.models.tokenizer import SentencePieceTokenizer, load_tokenizer
 

@@ -10,7 +10,7 @@ import torch
 import torch.multiprocessing as mp
 from helpers import FixedBatches, Pictures, free_port
 
-from minigpt4.cli.scaling import ScalingTimer, without_exchange
+from minigpt4.benchmarks.scaling import ScalingTimer, without_exchange
 from minigpt4.common import dist_utils
 from minigpt4.common.config import Config
 from minigpt4.common.errors import ConfigError

@@ -97,7 +97,7 @@ def test_a_consumer_that_fails_ends_the_thread(fake_gpu, build_golden_model, mak
     runner.loader.epoch = lambda epoch, count: ({"image": pool[0][:2], "text_input": pool[1][:2]} for _ in range(count))
     runner.train_step = lambda samples, is_update: 1 / 0
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
-    monkeypatch.setattr("minigpt4.models.packing.PackedBatch.record_stream", lambda batch, stream: None)
+    monkeypatch.setattr("minigpt4.fast.packing.batch.PackedBatch.record_stream", lambda batch, stream: None)
     try:
         runner.train_epoch(0)
     except ZeroDivisionError as error:

@@ -7,8 +7,8 @@ import pytest
 import torch
 from helpers import Pictures
 
-from minigpt4.common.checkpoint import CheckpointError, resolve
-from minigpt4.common.fingerprint import MismatchError
+from minigpt4.weights.checkpoint import CheckpointError, resolve
+from minigpt4.weights.fingerprint import MismatchError
 
 
 def weights(runner):

@@ -112,7 +112,7 @@ def test_fetching(site):
 
 
 def test_all_pictures_of_a_request_share_one_bound(site):
-    """Fetched ones: those in the request were counted when it arrived."""
+    """Fetched ones: those in the request were pluralize when it arrived."""
     reader = Images(allow_http=True, allow_private=True, max_bytes=15)
     inside = data_url(b"x" * 100, "png")
     two = {"a": f"{site.url}/picture", "b": inside, "c": f"{site.url}/picture"}

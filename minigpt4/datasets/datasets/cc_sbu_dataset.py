@@ -12,7 +12,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from minigpt4.common.errors import ConfigError
-from minigpt4.common.words import counted
+from minigpt4.common.text import pluralize
 from minigpt4.datasets.datasets.packed_strings import PackedStrings
 from minigpt4.processors import read_picture, to_sample
 
@@ -68,7 +68,7 @@ class CCSBUAlignDataset(Dataset):
         self.captions = PackedStrings(captions)
         self._warned: set[int] = set()
         self._untold: Counter[tuple[str, str]] = Counter()
-        log.info("%s: %s.", name, counted(len(self), "record"))
+        log.info("%s: %s.", name, pluralize(len(self), "record"))
 
     def __len__(self) -> int:
         return len(self.captions)

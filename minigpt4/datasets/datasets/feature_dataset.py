@@ -11,7 +11,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from minigpt4.common.errors import ConfigError
-from minigpt4.common.words import counted
+from minigpt4.common.text import pluralize
 from minigpt4.datasets.datasets.image_text_stream import ImageTextStream, RawSample
 from minigpt4.datasets.datasets.packed_strings import PackedStrings
 from minigpt4.datasets.feature_cache import read_features, read_manifest, shards_of
@@ -31,7 +31,7 @@ class FeatureStream(ImageTextStream):
         super().__init__([str(path) for path in shards_of(folder)], None, text_processor, name)
 
     def load(self, sample: RawSample) -> dict[str, Any] | None:
-        """The features, or None if they are broken, which is counted."""
+        """The features, or None if they are broken, which is pluralize."""
         try:
             features = read_features(sample.image, self.manifest["shape"])
         except (ValueError, EOFError) as error:
@@ -63,7 +63,7 @@ class FeatureSet(Dataset):
         self._places = np.array(places, dtype=np.int64).reshape(-1, 3)
         self.captions = PackedStrings(text["caption"] for text in texts)
         self.image_ids = PackedStrings(text["image_id"] for text in texts)
-        log.info("%s: %s of cached features.", name, counted(len(self), "record"))
+        log.info("%s: %s of cached features.", name, pluralize(len(self), "record"))
 
     def __len__(self) -> int:
         return len(self._places)

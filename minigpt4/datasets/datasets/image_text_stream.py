@@ -14,7 +14,7 @@ import webdataset as wds
 from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
 
-from minigpt4.common.words import counted
+from minigpt4.common.text import pluralize
 from minigpt4.datasets.datasets.shards import expand_shards, is_local
 from minigpt4.datasets.seeding import derive_seed
 from minigpt4.processors import read_picture, to_sample
@@ -43,7 +43,7 @@ class ImageTextStream(IterableDataset):
     any other four give others. It starts anywhere in its first shard, so that short epochs do not see the heads of
     large shards only (from a local file; what comes through a URL or `pipe:` is read from its start). Samples without
     caption or picture, pictures that cannot be decoded, and shards that cannot be read are left out with a warning and
-    counted; when nearly all samples are left out, iteration raises RuntimeError that names the causes and a shard.
+    pluralize; when nearly all samples are left out, iteration raises RuntimeError that names the causes and a shard.
 
     The shards can also be read once, in order: `part(number)` gives the samples of one, `load` what a sample holds of
     its picture.
@@ -71,7 +71,7 @@ class ImageTextStream(IterableDataset):
         self._current = ""  # the shard being read
         self.epoch = 0
         self.set_seed(0)
-        log.info("%s: streaming %s.", name, counted(len(self.shards), "shard"))
+        log.info("%s: streaming %s.", name, pluralize(len(self.shards), "shard"))
 
     def set_seed(self, seed: int, rank: int = 0, world_size: int = 1) -> None:
         """Set where the randomness comes from. Ranks draw their own shards, so their number does not matter here."""
@@ -117,7 +117,7 @@ class ImageTextStream(IterableDataset):
         )
 
     def load(self, sample: RawSample) -> dict[str, Any] | None:
-        """ "image" and what goes with it, or None for a picture that cannot be decoded, which is counted."""
+        """ "image" and what goes with it, or None for a picture that cannot be decoded, which is pluralize."""
         try:
             picture = read_picture(sample.image, self.vis_processor)
         except Exception as error:  # Pillow's plug-ins raise nearly every kind of error on broken files

@@ -1,0 +1,264 @@
+"""Files of exactly the published formats, names, shapes and types, filled with random numbers.
+
+For rehearsals and benchmarks: loading, memory and speed are those of the real files, what the model says is noise.
+Files are written one at a time, and a language model shard by shard, so that memory stays at twice a shard.
+"""
+
+import io
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from math import prod
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from minigpt4 import PACKAGE_ROOT
+from minigpt4.benchmarks import published
+from minigpt4.benchmarks.published import Sizes, Table
+from minigpt4.common.errors import ConfigError
+from minigpt4.weights import checkpoint
+from minigpt4.weights.sentencepiece import UNUSED, piece
+
+PARTS = ("vision", "qformer", "llm", "ckpt")
+VICUNA_VERSIONS = ("v0", "v1.1", "v1.5")
+EVA_FILE, BLIP2_FILE = "eva_vit_g.pth", "blip2_pretrained_flant5xxl.pth"
+CKPT_FILES = {
+    "7b": "prerained_minigpt4_7b.pth",
+    "13b": "pretrained_minigpt4_13b.pth",
+    "small": "prerained_minigpt4_7b.pth",
+}
+PAD_TOKEN = "[PAD]"
+
+
+class RandomValues:
+    """Tensors of normal numbers, std 0.02, cut from one pool at random places.
+
+    Drawing each of 6.7 billion numbers takes a CPU minutes; copying takes seconds. The pool's prime length keeps the
+    rows of a matrix from repeating each other.
+    """
+
+    POOL = 2**24 + 43
+
+    def __init__(self, seed: int):
+        self._generator = torch.Generator().manual_seed(seed)
+        self._pool = torch.empty(self.POOL).normal_(0, 0.02, generator=self._generator)
+
+    def tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """A tensor for a parameter of this name: around 1 for the weights of norms, around 0 for all else."""
+        if name.endswith("position_ids"):
+            return torch.arange(shape[-1]).expand(shape).clone()
+        flat = torch.empty(prod(shape), dtype=dtype)
+        start = int(torch.randint(self.POOL, (1,), generator=self._generator))
+        filled = 0
+        while filled < len(flat):
+            piece = self._pool[start : start + len(flat) - filled]
+            flat[filled : filled + len(piece)] = piece
+            filled, start = filled + len(piece), 0
+        is_norm = name.endswith("weight") and len(shape) == 1
+        return (flat + 1 if is_norm else flat).view(shape)
+
+
+def write(
+    folder: Path,
+    size: str = "7b",
+    seed: int = 0,
+    parts: tuple[str, ...] = PARTS,
+    vicuna: str = "v1.1",
+    as_bin: bool = False,
+    text_branch: bool = False,
+    shard_bytes: int = 2 * 10**9,
+) -> dict[str, Path]:
+    """Write the files of `size` into `folder`; what is there already stays as it is.
+
+    Args:
+        size: "7b", "13b", or "small", the same formats with small dimensions.
+        parts: of `PARTS`, which to write.
+        vicuna: version of the language model's folder, of `VICUNA_VERSIONS`.
+        as_bin: its shards as torch pickles (.bin) instead of safetensors.
+        text_branch: the Q-Former's file with a text branch, as files of BLIP-2's first stage have.
+        shard_bytes: most bytes of tensors in a shard; memory needed is twice that, or the encoder's 2 GB.
+
+    Returns:
+        {part: path}, existing ones included.
+
+    Raises:
+        ConfigError: the disk has too little room.
+    """
+    sizes = published.SIZES[size]
+    if vicuna == "v0":  # its tokenizer got a pad token
+        sizes = Sizes(**{**sizes.__dict__, "vocabulary": sizes.vocabulary + 1})
+    paths = {
+        "vision": folder / EVA_FILE,
+        "qformer": folder / BLIP2_FILE,
+        "llm": folder / f"vicuna-{size}-{vicuna}",
+        "ckpt": folder / CKPT_FILES[size],
+    }
+    paths = {part: path for part, path in paths.items() if part in parts}
+    tables = {
+        "vision": (published.eva_vit(sizes), torch.float16),
+        "qformer": (published.blip2(sizes, text_branch), torch.float32),
+        "llm": (published.llama(sizes), torch.float16),
+        "ckpt": (published.projection(sizes), torch.float32),
+    }
+    missing = {part: path for part, path in paths.items() if not _complete(path)}
+    folder.mkdir(parents=True, exist_ok=True)
+    _check_room(folder, sum(_nbytes(*tables[part]) for part in missing))
+    for part, path in paths.items():
+        if part not in missing:
+            logging.info("%s is there already and stays.", path)
+            continue
+        table, dtype = tables[part]
+        values = RandomValues(seed + PARTS.index(part))
+        if part == "llm":
+            _write_llm(path, table, values, sizes, vicuna, as_bin, shard_bytes)
+        else:
+            tensors = {name: values.tensor(name, shape, dtype) for name, shape in table.items()}
+            checkpoint.save(tensors if part == "vision" else {"model": tensors}, path)
+        logging.info("Wrote %s (%s bytes of tensors)", path, f"{_nbytes(table, dtype):,}")
+    return paths
+
+
+def yaml_options(size: str, paths: dict[str, Path]) -> list[str]:
+    """`--options` that point a config to the files, and give the dimensions of small ones."""
+    keys = {
+        "vision": "model.vit_weights",
+        "qformer": "model.q_former_model",
+        "llm": "model.llama_model",
+        "ckpt": "model.ckpt",
+    }
+    options = [f"{keys[part]}={path}" for part, path in paths.items()]
+    if size == "small":
+        s = published.SIZES[size]
+        vit = {"embed_dim": s.vit_width, "depth": s.vit_blocks - 1, "num_heads": 4, "patch_size": s.patch}
+        vit["mlp_ratio"] = s.vit_ffn / s.vit_width
+        qformer = {"hidden_size": s.qformer_width, "num_hidden_layers": s.qformer_layers, "num_attention_heads": 4}
+        qformer |= {"intermediate_size": s.qformer_ffn, "cross_attention_freq": s.cross_attention_freq}
+        options += [f"model.vit_model.{key}={value}" for key, value in vit.items()]
+        options += [f"model.qformer.{key}={value}" for key, value in qformer.items()]
+    return options
+
+
+def _write_llm(folder, table, values, sizes, vicuna, as_bin, shard_bytes) -> None:
+    """A language model's folder; config.json, which makes it one, comes last."""
+    folder.mkdir(exist_ok=True)
+    shards = list(_shards(table, shard_bytes))
+    stem, suffix = ("pytorch_model", "bin") if as_bin else ("model", "safetensors")
+    weight_map = {}
+    for number, names in enumerate(shards, start=1):
+        file = folder / f"{stem}-{number:05}-of-{len(shards):05}.{suffix}"
+        tensors = {name: values.tensor(name, table[name], torch.float16) for name in names}
+        if as_bin:
+            tensors |= _rotary_buffers(names, sizes)
+            checkpoint.save(tensors, file)
+        else:
+            part = file.with_suffix(".part")
+            save_file(tensors, part, metadata={"format": "pt"})
+            os.replace(part, file)
+        weight_map |= dict.fromkeys(tensors, file.name)
+    index = {"metadata": {"total_size": _nbytes(table, torch.float16)}, "weight_map": weight_map}
+    _write_json(folder / f"{stem}{'.safetensors' if not as_bin else '.bin'}.index.json", index)
+    _write_tokenizer(folder, vicuna)
+    _write_json(folder / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0})
+    _write_json(folder / "config.json", _llama_config(sizes, vicuna))
+
+
+def _shards(table: Table, shard_bytes: int) -> Iterator[list[str]]:
+    names, size = [], 0
+    for name, shape in table.items():
+        nbytes = 2 * prod(shape)
+        if names and size + nbytes > shard_bytes:
+            yield names
+            names, size = [], 0
+        names, size = [*names, name], size + nbytes
+    yield names
+
+
+def _rotary_buffers(names: list[str], sizes: Sizes) -> dict[str, torch.Tensor]:
+    """The buffers that transformers 4.28 wrote beside each layer's weights."""
+    half = sizes.llm_width // sizes.llm_heads // 2
+    inv_freq = 1.0 / 10000 ** (torch.arange(half).float() / half)
+    layers = [name.removesuffix("q_proj.weight") for name in names if name.endswith("q_proj.weight")]
+    return {f"{layer}rotary_emb.inv_freq": inv_freq.clone() for layer in layers}
+
+
+def _llama_config(sizes: Sizes, vicuna: str) -> dict:
+    newer = vicuna == "v1.5"
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "hidden_act": "silu",
+        "hidden_size": sizes.llm_width,
+        "initializer_range": 0.02,
+        "intermediate_size": sizes.llm_ffn,
+        "max_position_embeddings": 4096 if newer else 2048,
+        "model_type": "llama",
+        "num_attention_heads": sizes.llm_heads,
+        "num_hidden_layers": sizes.llm_layers,
+        "pad_token_id": 0,
+        "rms_norm_eps": 1e-5 if newer else 1e-6,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float16",
+        "use_cache": True,
+        "vocab_size": sizes.vocabulary,
+    }
+
+
+def _write_tokenizer(folder: Path, vicuna: str) -> None:
+    """A SentencePiece model as LLaMA's is made, learnt from the text of this package, and the files around it."""
+    (folder / "tokenizer.model").write_bytes(_sentencepiece_model(32000))
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    if vicuna == "v0":
+        _write_json(folder / "added_tokens.json", {PAD_TOKEN: 32000})
+        special = {"bos_token": "", "eos_token": "", "unk_token": "", "pad_token": PAD_TOKEN}  # as it was converted
+    _write_json(folder / "special_tokens_map.json", special)
+    _write_json(folder / "tokenizer_config.json", special | {"tokenizer_class": "LlamaTokenizer"})
+
+
+def _sentencepiece_model(vocabulary: int) -> bytes:
+    """A model with LLaMA's settings and 2,000 learnt pieces, filled up to `vocabulary` with pieces that no text has."""
+    from sentencepiece import SentencePieceTrainer
+
+    texts = sorted([*PACKAGE_ROOT.glob("**/*.py"), *PACKAGE_ROOT.glob("**/*.md"), *PACKAGE_ROOT.glob("**/*.yaml")])
+    lines = (line for path in texts for line in path.read_text(encoding="utf-8").splitlines() if line)
+    written = io.BytesIO()
+    SentencePieceTrainer.train(
+        sentence_iterator=lines,
+        model_writer=written,
+        model_type="bpe",
+        vocab_size=2000,
+        byte_fallback=True,
+        split_digits=True,
+        allow_whitespace_only_pieces=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        num_threads=1,
+        minloglevel=2,
+    )
+    unused = (f"\u27e8unused {i}\u27e9" for i in range(2000, vocabulary))
+    return written.getvalue() + b"".join(piece(text, kind=UNUSED) for text in unused)
+
+
+def _complete(path: Path) -> bool:
+    return path.is_file() or (path / "config.json").is_file()
+
+
+def _nbytes(table: Table, dtype: torch.dtype) -> int:
+    return sum(map(prod, table.values())) * dtype.itemsize
+
+
+def _check_room(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise ConfigError(
+            f"{folder} has {free / 1e9:.1f} GB free; the files need {needed / 1e9:.1f} GB. Choose another --out, or "
+            "fewer --parts."
+        )
+
+
+def _write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,6 +1,0 @@
-"""Numbers in messages."""
-
-
-def counted(count: int, one: str, several: str | None = None) -> str:
-    """`1 file`, `2 files`, `1,500 steps`; `several`: a plural that is not `one` with an s."""
-    return f"{count:,} {one if count == 1 else several or one + 's'}"

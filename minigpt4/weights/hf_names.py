@@ -1,0 +1,80 @@
+"""BLIP-2's tensors under the names of Hugging Face folders, and under ours, which are the published file's.
+
+Both ways, without loss: what transformers' `Blip2VisionModel` and `Blip2QFormerModel` hold of the query path.
+"""
+
+import re
+
+import torch
+
+from minigpt4.weights.checkpoint import CheckpointError
+
+VISION, QFORMER = "vision_model.", "qformer."
+LN_VISION = "vision_model.post_layernorm."
+
+# (theirs, ours): beginnings of names; `#` is the number of a layer. The first that fits is used.
+VISION_NAMES = (
+    ("vision_model.embeddings.class_embedding", "cls_token"),
+    ("vision_model.embeddings.position_embedding", "pos_embed"),
+    ("vision_model.embeddings.patch_embedding.", "patch_embed.proj."),
+    ("vision_model.encoder.layers.#.self_attn.qkv.", "blocks.#.attn.qkv."),
+    ("vision_model.encoder.layers.#.self_attn.projection.", "blocks.#.attn.proj."),
+    ("vision_model.encoder.layers.#.layer_norm1.", "blocks.#.norm1."),
+    ("vision_model.encoder.layers.#.layer_norm2.", "blocks.#.norm2."),
+    ("vision_model.encoder.layers.#.mlp.", "blocks.#.mlp."),
+)
+QFORMER_NAMES = (
+    ("query_tokens", "query_tokens"),
+    (LN_VISION, "ln_vision."),
+    ("qformer.layernorm.", "Qformer.bert.embeddings.LayerNorm."),
+    ("qformer.embeddings.layernorm.", "Qformer.bert.embeddings.LayerNorm."),  # InstructBLIP
+    ("qformer.encoder.layer.#.attention.attention.", "Qformer.bert.encoder.layer.#.attention.self."),
+    ("qformer.encoder.layer.#.crossattention.attention.", "Qformer.bert.encoder.layer.#.crossattention.self."),
+    ("qformer.encoder.layer.#.", "Qformer.bert.encoder.layer.#."),
+)
+State = dict[str, torch.Tensor]
+
+
+def vision_from_hf(state: State) -> State:
+    """The encoder of a folder under our names; what else the folder holds is left out.
+
+    Raises CheckpointError where the attention has a bias on the keys, which BLIP-2's encoder has not.
+    """
+    ours = _renamed(state, VISION_NAMES)
+    for name in [name for name in ours if name.endswith("attn.qkv.bias")]:
+        q, k, v = ours.pop(name).chunk(3)
+        if k.any():
+            raise CheckpointError(f"{name} has a part for the keys that is not zero: this is no encoder of BLIP-2.")
+        stem = name.removesuffix("qkv.bias")
+        ours |= {f"{stem}q_bias": q, f"{stem}v_bias": v}
+    return ours
+
+
+def vision_to_hf(state: State) -> State:
+    """The inverse of `vision_from_hf`."""
+    state = dict(state)
+    for name in [name for name in state if name.endswith("attn.q_bias")]:
+        q, v = state.pop(name), state.pop(name.replace("q_bias", "v_bias"))
+        state[name.replace("q_bias", "qkv.bias")] = torch.cat([q, torch.zeros_like(q), v])
+    return _renamed(state, [(ours, theirs) for theirs, ours in VISION_NAMES])
+
+
+def qformer_from_hf(state: State) -> State:
+    """The query path of a folder's Q-Former, its queries and ln_vision under our names; the rest is left out."""
+    return _renamed(state, QFORMER_NAMES)
+
+
+def qformer_to_hf(state: State) -> State:
+    """The inverse of `qformer_from_hf`, for a BLIP-2."""
+    return _renamed(state, [(ours, theirs) for theirs, ours in QFORMER_NAMES])
+
+
+def _renamed(state: State, names) -> State:
+    rules = [(re.compile(re.escape(old).replace(r"\#", r"(\d+)")), new.replace("#", r"\1")) for old, new in names]
+    renamed = {}
+    for name, value in state.items():
+        for pattern, new in rules:
+            if pattern.match(name):
+                renamed[pattern.sub(new, name, count=1)] = value
+                break
+    return renamed

@@ -1,0 +1,123 @@
+"""Where weights come from: a local path, a URL that is fetched once and cached under TORCH_HOME, or a hub id.
+
+Nothing heavy is imported here, so that a config can be checked before torch is.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from urllib.parse import parse_qs, urlparse
+
+from minigpt4.common.errors import ConfigError
+from minigpt4.common.facts import PUBLISHED_KIB, is_url, offline
+from minigpt4.weights.download import DownloadError, download, size_problem
+
+# Shards of a folder in Hugging Face format: (index, the only file where there is no index); safetensors are preferred.
+HF_WEIGHTS = (
+    ("model.safetensors.index.json", "model.safetensors"),
+    ("pytorch_model.bin.index.json", "pytorch_model.bin"),
+)
+
+
+def cached_file(url: str) -> Path:
+    """Where a URL's file lies, or will lie, in torch's cache of checkpoints."""
+    cache = os.environ.get("XDG_CACHE_HOME", "~/.cache")
+    home = Path(os.environ.get("TORCH_HOME", os.path.join(cache, "torch"))).expanduser()
+    return home / "hub" / "checkpoints" / os.path.basename(urlparse(url).path)
+
+
+def fetch(path_or_url: str) -> Path:
+    """The local file or folder of a path or URL; a URL's file is fetched into the cache unless it lies there.
+
+    A URL may end in `#sha256=…`, which is then checked.
+
+    Raises:
+        FileNotFoundError: a path does not exist.
+        DownloadError: a URL cannot be fetched, gives a wrong file, or must not be fetched because of `offline()`.
+    """
+    if not is_url(path_or_url):
+        path = Path(path_or_url).expanduser()
+        if not path.exists():
+            raise FileNotFoundError(f"{path} does not exist.")
+        return path
+    path = cached_file(path_or_url)
+    if path.exists():
+        return path
+    url, _, fragment = path_or_url.partition("#")
+    if offline() and not url.startswith("file:"):
+        raise DownloadError(
+            f"{path.name} is not in the cache, and nothing may be fetched (--offline or HF_HUB_OFFLINE). Put the file "
+            f"of {url} at {path}, or give the path of a copy in the config."
+        )
+    sha256 = parse_qs(fragment).get("sha256", [None])[0]
+    download(url, path, PUBLISHED_KIB.get(url), sha256)
+    return path
+
+
+def shards(folder: Path) -> dict[str, list[str]]:
+    """The weight files of a folder in Hugging Face format: {file name: names of its tensors}, all in the index.
+
+    Where there is no index, {"model.safetensors": []}; empty: the folder has no weights. Files may be missing.
+
+    Raises ConfigError for an index that cannot be read.
+    """
+    for index, single in HF_WEIGHTS:
+        if (folder / index).is_file():
+            try:
+                weight_map = json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise ConfigError(f"{folder / index} is no index of shards: {error!r}. Fetch it again.") from None
+            files: dict[str, list[str]] = {}
+            for name, file in weight_map.items():
+                files.setdefault(file, []).append(name)
+            return files
+        if (folder / single).is_file():
+            return {single: []}
+    return {}
+
+
+def missing_shards(folder: Path) -> list[str]:
+    """Names of the weight files that a folder's index lists and that are not there."""
+    return sorted(name for name in shards(folder) if not (folder / name).is_file())
+
+
+def why_unreadable(path: Path) -> str | None:
+    """The likely reason why a weights file cannot be read, where its first bytes or its size tell."""
+    with open(path, "rb") as file:
+        head = file.read(64)
+    if not head:
+        return "it is empty"
+    if head.startswith(b"version https://git-lfs"):
+        return "it is a Git-LFS pointer, not the file itself; run `git lfs pull` in its folder"
+    if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
+        return "it is a web page, not the file itself; fetch it again"
+    by_name = {cached_file(url).name: kibibytes for url, kibibytes in PUBLISHED_KIB.items()}
+    problem = size_problem(path.stat().st_size, by_name.get(path.name))
+    return f"{problem}; fetch it again" if problem else None
+
+
+def identity(path_or_url: str) -> dict[str, str | int]:
+    """What tells weights from others: their name and, where they lie here, their size and a digest.
+
+    The digest is of the whole file, of 64 pieces of 1 MB spread over one that is larger; of a folder, of all its
+    weight files. Nothing is downloaded.
+    """
+    path = cached_file(path_or_url) if is_url(path_or_url) else Path(path_or_url).expanduser()
+    files = [path] if path.is_file() else sorted(path / name for name in shards(path)) if path.is_dir() else []
+    if not files:
+        return {"file": path.name}
+    digest = hashlib.sha256()
+    for file in files:
+        _add_pieces(digest, file)
+    size = sum(file.stat().st_size for file in files)
+    return {"file": path.name, "bytes": size, "sha256": digest.hexdigest()}
+
+
+def _add_pieces(digest, path: Path, piece: int = 1 << 20) -> None:
+    size = path.stat().st_size
+    starts = range(0, size, piece) if size <= 64 * piece else (i * (size - piece) // 63 for i in range(64))
+    with open(path, "rb") as file:
+        for start in starts:
+            file.seek(start)
+            digest.update(file.read(piece))

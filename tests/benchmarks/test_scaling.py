@@ -1,0 +1,107 @@
+"""bench train under torchrun: what is timed, and what is made of the times."""
+
+import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import ROOT
+
+from minigpt4.benchmarks.scaling import ScalingTimer
+from minigpt4.benchmarks.synthetic import random_batches
+from minigpt4.common import dist_utils
+
+
+def torchrun(*arguments) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "minigpt4"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run([*command, "bench", "train", *arguments], cwd=ROOT, env=env, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_two_ranks_make_one_report():
+    done = torchrun("--small", "--work", "S1/16", "--steps", "1", "--warmup", "0", "--json")
+    assert done.returncode == 0, done.stderr
+    (row,) = map(json.loads, done.stdout.splitlines())
+    assert row["ranks"] == 2
+    assert row["images_per_s"] == pytest.approx(2 * 16 / row["median_s"], rel=0.01)
+    assert row["efficiency"] == pytest.approx(row["alone_s"] / row["median_s"], rel=0.01)
+    assert row["no_exchange_s"] > 0 and row["communication"] < 1
+    assert done.stderr.count("there is no GPU") == (not torch.cuda.is_available())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--baseline", "script.py"), "--baseline times a script that knows one process. Run it without torchrun."),
+        (("--steps", "0"), "--steps 0 must be at least 1, --warmup 20 at least 0."),
+    ],
+)
+def test_a_mistake_is_told_once(arguments, message):
+    done = torchrun(*arguments)
+    assert done.returncode != 0
+    assert done.stderr.count(f"Error: {message}") == 1
+
+
+def test_batches_of_the_ranks():
+    """Every rank has its own, and each comes as often as wanted."""
+    batches = list(random_batches(1, 2, 5, rank=0, repeat=2))
+    texts = [batch["text_input"] for batch in batches]
+    assert texts[0] == texts[1] != texts[2] == texts[3] != texts[4]
+    other = next(random_batches(1, 2, 1, rank=1))
+    assert other["text_input"] != texts[0]
+    assert not other["image"].equal(batches[0]["image"])
+
+
+def make_timer(monkeypatch, ranks: list[tuple]) -> ScalingTimer:
+    """A timer with the first rank's numbers, in the group of all of them."""
+    runner = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32, module=torch.nn.Linear(1, 1))
+    monkeypatch.setattr(dist_utils, "get_world_size", lambda: len(ranks))
+    monkeypatch.setattr(dist_utils, "gather_objects", lambda own: ranks)
+    timer = ScalingTimer(runner, iter([]))
+    (
+        timer.seconds,
+        timer.no_exchange.seconds,
+        timer.alone.seconds,
+        timer.losses,
+        timer.images,
+        timer.tokens,
+        timer.memory,
+    ) = ranks[0]
+    timer.phases = {name: [0.5, 0.5] for name in timer.phases}
+    return timer
+
+
+def test_what_is_made_of_the_times(monkeypatch):
+    """The first step is warm-up; then the slowest rank, the sum of the work, the largest memory."""
+    timer = make_timer(
+        monkeypatch,
+        [
+            (
+                [9.0, 2.0, 4.0, 4.0],
+                [9.0, 1.0, 3.0, 3.0],
+                [9.0, 2.0, 2.0, 2.0],
+                [1.0] * 4,
+                [16] * 4,
+                [100] * 4,
+                {"max_mem_MB": 7},
+            ),
+            (
+                [8.0, 3.0, 2.0, 5.0],
+                [9.0, 2.7, 2.0, 4.0],
+                [9.0, 3.0, 3.0, 3.0],
+                [2.0] * 4,
+                [16] * 4,
+                [200] * 4,
+                {"max_mem_MB": 8},
+            ),
+        ],
+    )
+    row = timer.row(warmup=1)
+    expected = {"median_s": 4.0, "min_s": 3.0, "max_s": 5.0, "images_per_s": 8.0, "tokens_per_s": 75, "max_mem_MB": 8}
+    expected |= {"no_exchange_s": 3.0, "alone_s": 2.5, "efficiency": 0.625, "communication": 0.2}  # of 0.1, 0.25, 0.2
+    assert row.items() >= expected.items()
+    assert row["first_step_s"] == 9.0 and row["loss"] == 1.5

@@ -1,0 +1,125 @@
+"""python -m minigpt4 bench train, as a user calls it."""
+
+import json
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from minigpt4.__main__ import main
+from minigpt4.benchmarks.step_timer import APART, useful_operations
+from minigpt4.benchmarks.synthetic import WordTokenizer, random_batches, random_model
+
+PARTS = ["data_s", "vision_s", "language_s", "backward_s", "optimizer_s"]
+
+
+def rows(capsys, *arguments) -> list[dict]:
+    assert main(["bench", "train", "--steps", "2", "--warmup", "1", "--json", *arguments]) == 0
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_small(capsys):
+    (row,) = rows(capsys, "--small", "--work", "S2/12")
+    assert row["work"] == "S2/12"
+    assert 0 < row["min_s"] <= row["median_s"] <= row["max_s"]
+    assert 100 * row["images_per_s"] < row["tokens_per_s"] < 300 * row["images_per_s"]
+    assert all(row[part] > 0 for part in PARTS[1:])
+
+
+def test_compare(capsys):
+    found = rows(capsys, "--small", "--work", "S1/16", "--compare", "run.accum_grad_iters=1")
+    assert [row.get("options") for row in found] == ["", "run.accum_grad_iters=1", None]
+    assert found[2]["second / first, median of pairs"] > 0
+    assert found[2]["loss difference, mean of pairs"] == 0  # the same batches, from the same weights
+    assert found[0]["loss"] == found[1]["loss"]
+    assert 9 < found[0]["loss"] < 12  # guessing gives ln 32000 = 10.4
+
+
+def test_compare_gives_the_difference_of_losses(capsys):
+    options = ["--work", "S1/16", "--options", "run.init_lr=0", "--compare", "run.init_lr=0.01"]
+    found = rows(capsys, "--small", *options)
+    assert found[2]["loss difference, mean of pairs"] > 0.01
+
+
+def test_compare_a_config_with_itself(capsys, configs):
+    options = ["--options", "run.num_workers=0", "--compare", "run.log_freq=7"]
+    found = rows(capsys, "--cfg-path", str(configs["stage1"]), *options)
+    assert found[2]["loss difference, mean of pairs"] == 0
+
+
+def test_fp8_says_what_it_needs():
+    arguments = ["--small", "--work", "S1/16", "--options", "run.device=cpu", "--compare", "run.fp8=True"]
+    assert "run.fp8=True needs an NVIDIA GPU" in main(["bench", "train", *arguments])
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
+@pytest.mark.parametrize("load_in", ["8bit", "4bit"])
+def test_low_bits(capsys, load_in):
+    (row,) = rows(capsys, "--small", "--work", "S1/16", "--load-in", load_in)
+    assert row["language_s"] > 0
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
+def test_compare_with_low_bits(capsys):
+    found = rows(capsys, "--small", "--work", "S1/16", "--compare", "model.load_in=8bit")
+    assert 0 < found[2]["loss difference, mean of pairs"] < 0.01
+
+
+@pytest.mark.parametrize("load_in", ["8bit", "4bit"])
+def test_random_weights_in_low_bit_are_computed_as_a_runs_are(load_in):
+    pytest.importorskip("bitsandbytes")
+    llm = random_model(torch.device("cpu"), torch.bfloat16, True, load_in).llama_model
+    kinds = {type(part).__name__ for part in llm.model.layers.modules()}
+    assert "LowBitLinear" in kinds and not kinds & {"Linear", "Linear8bitLt", "Linear4bit"}
+
+
+def test_random_weights_in_8bit_weights():
+    arguments = ["bench", "train", "--small", "--work", "S1/16", "--options", "model.load_in=8bit_weights"]
+    assert "not model.load_in=8bit_weights" in main(arguments)
+
+
+def test_a_config_with_its_own_data(capsys, configs):
+    options = ["--options", "run.num_workers=0", "model.ckpt=null"]
+    (row,) = rows(capsys, "--cfg-path", str(configs["stage2"]), *options)
+    assert row["work"] == str(configs["stage2"]) and row["images_per_s"] > 0
+
+
+def test_beside_a_script(capsys, tmp_path):
+    script = tmp_path / "baseline.py"
+    script.write_text(
+        "class Baseline:\n    pass\n\ndef measure(model, work):\n    return {'work': work, 'median_s': 1.0}\n"
+    )
+    found = rows(capsys, "--small", "--work", "S1/16", "--baseline", str(script))
+    assert found[0] == {"baseline": True, "work": "S1/16", "median_s": 1.0}
+    assert found[1]["work"] == "S1/16"
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [("0", "20"), ("-1", "0"), ("1", "-1")])
+def test_no_steps(steps, warmup):
+    message = main(["bench", "train", "--steps", steps, "--warmup", warmup])
+    assert message == f"Error: --steps {steps} must be at least 1, --warmup {warmup} at least 0."
+
+
+def test_useful_operations(build_golden_model):
+    model = build_golden_model()
+    language = sum(p.numel() for p in model.llama_model.model.layers.parameters())
+    encoder = sum(p.numel() for p in model.visual_encoder.parameters())
+    assert useful_operations(model, 10, 3) == 4 * language * 10 + 2 * encoder * 5 * 3  # 4 patches and the class token
+    model.drop_vision()
+    assert useful_operations(model, 10, 0) == 4 * language * 10
+    assert useful_operations(model.llama_proj, 10, 0) == 0
+
+
+def test_the_work_is_the_same_each_time():
+    first, second = (list(random_batches(2, 3, 1 + APART)) for _ in range(2))
+    assert [b["text_input"] for b in first] == [b["text_input"] for b in second]
+    assert all(map(torch.equal, (b["image"] for b in first), (b["image"] for b in second)))
+    lengths = [len(WordTokenizer().encode(text + " .")) for batch in first for text in batch["text_input"]]
+    assert 80 <= min(lengths) and max(lengths) <= 160
+    assert WordTokenizer().encode("w") == [9601]  # in every process
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_full_size_needs_a_gpu():
+    """Or a machine would be out of memory in half a minute."""
+    assert "there is no GPU. Add --small" in main(["bench", "train", "--work", "S1/16"])

@@ -1,0 +1,215 @@
+"""When a function is recorded, replayed or run as it stands, and in which memory.
+
+Stand-ins for CUDA's graphs and memory let it run without a GPU; test_acceleration_gpu.py has the real ones.
+"""
+
+import contextlib
+import gc
+
+import pytest
+import torch
+from torch import nn
+
+from minigpt4.fast import cuda_graphs, training_step
+from minigpt4.fast.cuda_graphs import GraphedFunction, Recording
+
+
+class Graph:
+    """Computes again what was recorded, into the same memory. What that is, the recording below says."""
+
+    def replay(self):
+        self.compute()
+
+
+class Doubling(Recording):
+    """The recording of a function that doubles."""
+
+    made = None
+
+    def __init__(self, fn, arguments, memory):
+        assert not arguments[0].is_inference()
+        super().__init__(fn, arguments, memory)
+        self.made.append(self)
+        self.graph.compute = lambda: self.outputs[0].copy_(self.inputs[0] * 2)
+
+
+class Memory(cuda_graphs.Memory):
+    """Counts its uses."""
+
+    made = None
+
+    def __init__(self):
+        self.uses, self.buffers, self.pool = 0, {}, None
+        self.made.append(self)
+
+    @contextlib.contextmanager
+    def in_use(self):
+        self.uses += 1
+        yield
+
+    def graph(self, graph):
+        return contextlib.nullcontext()
+
+
+@pytest.fixture
+def recordings(monkeypatch):
+    """The recordings that were made."""
+    monkeypatch.setattr(Doubling, "made", [])
+    monkeypatch.setattr(Memory, "made", [])
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(cuda_graphs, "Recording", Doubling)
+    monkeypatch.setattr(cuda_graphs, "Memory", Memory)
+    return Doubling.made
+
+
+@pytest.fixture
+def plain():
+    """Calls of the function itself."""
+    return []
+
+
+@pytest.fixture
+def doubled(recordings, plain):
+    """Doubles; its results share memory, as those in a pool may."""
+    pool = {}
+
+    def double(x, *static):
+        plain.append(x)
+        return (pool.setdefault((x.shape, x.dtype), torch.empty_like(x)).copy_(x * 2),)
+
+    return GraphedFunction(double, "test")
+
+
+def test_what_is_met_again_is_recorded_for_each_shape_type_and_other_argument(doubled, recordings, plain):
+    x = torch.ones(3)
+    kinds = ((x,), (x, 1), (x, 2), (torch.ones(4),), (x.double(),))
+    for times in range(3):
+        for arguments in kinds:
+            assert torch.equal(doubled(*arguments)[0], arguments[0] * 2)
+        assert len(recordings) == (5 if times else 0)
+    assert len(plain) == 5 + 5  # each once as it stands, once while it is recorded
+    assert [memory.uses for memory in Memory.made] == [5]
+
+
+def test_recordings_read_and_write_the_same_tensors(doubled, recordings):
+    for _ in range(2):
+        for number in (1, 2):
+            doubled(torch.ones(3), number)
+    first, second = recordings
+    assert first.inputs[0] is second.inputs[0] and first.outputs[0] is second.outputs[0]
+
+
+def test_no_gradients_come_of_it(doubled, recordings):
+    x = torch.ones(3, requires_grad=True)
+    assert not any(doubled(x)[0].requires_grad for _ in range(3))
+    assert len(recordings) == 1
+
+
+def test_autocast_is_recorded_apart(doubled, recordings):
+    for _ in range(2):
+        doubled(torch.ones(3))
+    with torch.autocast("cpu", torch.bfloat16):
+        doubled(torch.ones(3))
+    assert len(recordings) == 1
+
+
+def test_what_has_not_gone_through_is_not_recorded(doubled, recordings):
+    """It would be compiled while it is recorded, which CUDA forbids."""
+    usual, doubled.fn = doubled.fn, None
+    for _ in range(2):
+        with pytest.raises(TypeError):
+            doubled(torch.ones(5))
+    doubled.fn = usual
+    doubled(torch.ones(5))
+    assert not recordings
+
+
+def test_beyond_the_limit_calls_run_as_they_stand(doubled, recordings, plain, monkeypatch):
+    monkeypatch.setattr(cuda_graphs, "LIMIT", 2)
+    for _ in range(3):
+        for n in (1, 2, 3):
+            assert torch.equal(doubled(torch.ones(n))[0], torch.full((n,), 2.0))
+    assert len(recordings) == 2 and len(plain) == 3 + 2 + 2
+
+
+def test_a_result_outlives_the_next_call(doubled, recordings):
+    results = [doubled(torch.tensor([float(n)]))[0] for n in range(4)]
+    assert len(recordings) == 1
+    assert [result.item() for result in results] == [0, 2, 4, 6]
+
+
+def test_answers_record_nothing(doubled, recordings, plain):
+    """Memory that was made in inference mode could not be written to in the training steps after it."""
+    with torch.inference_mode():
+        for _ in range(3):
+            doubled(torch.ones(3))
+    assert not recordings and len(plain) == 3
+
+
+@pytest.mark.parametrize(
+    ("trains", "graphed"),
+    [
+        (None, {"query_outputs", "micro_batch_loss"}),
+        ("Qformer", {"micro_batch_loss"}),
+        ("visual_encoder", {"micro_batch_loss"}),
+        ("llama_model", set()),
+        ("own", set()),
+    ],
+)
+def test_what_trains_is_not_recorded(build_golden_model, monkeypatch, trains, graphed):
+    """A recording gives gradients to its arguments alone: those of weights inside it would be lost in silence."""
+    model = build_golden_model()
+    model.own = nn.Linear(2, 2).requires_grad_(False)
+    if trains:
+        next(getattr(model, trains).parameters()).requires_grad_(True)
+    monkeypatch.setattr(training_step, "fuse_projections", lambda llm: 0)
+    training_step.accelerate(model, packed=True, compiled=True)
+    assert {"query_outputs", "micro_batch_loss"} & set(vars(model)) == graphed
+    training_step.accelerate(model, packed=False, compiled=False)
+    assert not {"query_outputs", "micro_batch_loss", "sum_of_losses"} & set(vars(model))
+    assert not model.packed
+
+
+def test_float16_and_padded_batches_keep_their_graph(build_golden_model, monkeypatch):
+    """A loss in float16 is scaled before its gradient is taken, so the gradient cannot come first."""
+    monkeypatch.setattr(training_step, "fuse_projections", lambda llm: 0)
+    for dtype, packed, at_once in ((torch.bfloat16, True, True), (torch.float16, True, False), (None, False, False)):
+        model = build_golden_model(**({"dtype": dtype} if dtype else {}))
+        training_step.accelerate(model, packed=packed, compiled=True)
+        assert ("micro_batch_loss" in vars(model)) == at_once
+
+
+def garbage() -> tuple[list[GraphedFunction], int]:
+    """A function in a cycle of references, as a model's are; out of the list, it goes at any time. And its pool."""
+    function, pool = GraphedFunction(lambda x: (x * 2,), "double"), object()
+    function(torch.ones(2))
+    function.memory.pool, function.itself = pool, function
+    Memory.made.clear()
+    return [function], id(pool)
+
+
+@pytest.mark.parametrize("calls", [1, 2])
+def test_memory_that_is_garbage_stays_while_other_is_in_use_or_a_graph_is_recorded(recordings, calls):
+    """torch 2.11 would abort the process."""
+    old, pool = garbage()
+    there = []
+
+    def compute(x):
+        if len(there) == calls - 1:
+            old.clear()
+            gc.collect()
+        there.append([*map(id, cuda_graphs._left)])
+        return (x * 2,)
+
+    function = GraphedFunction(compute, "double")
+    for _ in range(calls):
+        function(torch.ones(2))
+    assert there == [[]] * (calls - 1) + [[pool]]
+    assert cuda_graphs._left == []
+
+
+def test_memory_that_is_garbage_goes_at_once_where_nothing_is_in_use(recordings):
+    old, _ = garbage()
+    old.clear()
+    gc.collect()
+    assert cuda_graphs._left == []

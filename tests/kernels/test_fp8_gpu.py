@@ -1,0 +1,79 @@
+"""The kernels that round rows to fp8, and those of norms, on a GPU. Skipped, and said so, without one that has fp8."""
+
+import pytest
+import torch
+from fp8_cases import ATTENTIONS, CASES, WIDTHS, attention_error, case_errors, not_finite, sum_norm_errors
+from training_cases import lengths_to_starts
+
+from minigpt4.quantization import fp8_rounding
+
+pytestmark = [
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9),
+        reason="needs a GPU of compute capability 8.9 (Ada)",
+    ),
+    pytest.mark.usefixtures("poisoned_memory"),
+]
+DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+
+
+@DTYPES
+@pytest.mark.parametrize("name", CASES)
+def test_values_and_scales(name, dtype):
+    """Numbers of three bits of mantissa, rounded to the nearest, are off by some 2.6 % in the root mean square."""
+    values, scales = case_errors(name, dtype, "cuda")
+    assert values < 0.035 and scales < (1e-3 if name == "gelu" else 1e-5)  # GELU's tanh form
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_rows_of_zeros_and_rows_that_are_not_finite(dtype):
+    assert not_finite(dtype, "cuda") == [True, True, False, False, True]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_sum_norm(width, dtype):
+    norm, third, total = sum_norm_errors(width, False, dtype, "cuda")
+    assert total < 1e-6 and max(norm, third) < 4e-3
+    norm, third, total = sum_norm_errors(width, True, dtype, "cuda")
+    assert total < 1e-6 and max(norm, third) < 0.035
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("sizes", [*ATTENTIONS, (64, 257, 16, 88)])
+def test_attention(sizes, dtype):
+    assert attention_error(*sizes, dtype, "cuda") < 5e-3
+
+
+@pytest.mark.parametrize("width", [1408, 4096, 12288])
+def test_rows_are_those_of_plain_operations(width):
+    from minigpt4.kernels import fp8 as fp8_kernels
+
+    x = torch.randn(64, width, device="cuda", dtype=torch.bfloat16)
+    (values, scales), (expected, expected_scales) = fp8_kernels.rows(x), fp8_rounding.quantize_rows(x)
+    torch.testing.assert_close(scales, expected_scales, rtol=1e-6, atol=0)
+    assert (values.float() != expected.float()).float().mean() < 1e-3  # a quotient between two numbers
+
+
+def test_rotated_attention():
+    """In fp8 beside 16 bit: output and gradient of a product, rotation and attention."""
+    from minigpt4.fast.fused_linear import fuse_projections
+    from minigpt4.fast.rope_attention import rotated_attention
+    from minigpt4.quantization import fp8
+
+    torch.manual_seed(0)
+    parts = {name: torch.nn.Linear(256, 256, bias=False) for name in ("q_proj", "k_proj", "v_proj")}
+    attention = torch.nn.ModuleDict(parts).to("cuda", torch.bfloat16).requires_grad_(False)
+    fuse_projections(attention)
+    starts, longest = lengths_to_starts([40, 63, 25], 1, "cuda")
+    x = torch.randn(int(starts[-1]), 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    angles = torch.rand(len(x), 32, device="cuda") * 7
+    results = []
+    for in_fp8 in (False, True):
+        if in_fp8:
+            fp8._convert(torch.nn.ModuleList([attention]), with_gradient=True)
+        output = rotated_attention(x, attention.q_proj, 64, 4, angles.cos(), angles.sin(), starts, 1, longest, 0.125)
+        results.append((output, *torch.autograd.grad(output, x, torch.ones_like(output))))
+    assert isinstance(attention.q_proj, fp8.Fp8)
+    for exact, rounded in zip(*results, strict=True):
+        assert 0.005 < (exact - rounded).norm() / exact.norm() < 0.1

@@ -1,0 +1,39 @@
+"""The kernels of a training step, interpreted by Triton on the CPU."""
+
+import importlib.util
+
+import pytest
+from helpers import interpret
+from training_cases import CASES, SILU_PRODUCTS
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton (Linux)")
+
+
+@pytest.fixture(scope="module")
+def interpreted():
+    return interpret("training_cases.py")
+
+
+@pytest.mark.parametrize(
+    "name", [*CASES, *(f"rotated, {case}" for case in [*CASES, "8 bit", "compiled"]), *SILU_PRODUCTS, "compiled"]
+)
+def test_output_and_gradients(interpreted, name):
+    """In float32, against float64. Every element of output and gradients is written: memory is NaN before."""
+    assert max(interpreted[name]) < 2e-6
+
+
+@pytest.mark.parametrize("name", ["fused llama", "fused llama, 8 bit"])
+def test_a_fused_llama_equals_transformers(interpreted, name):
+    assert max(interpreted[name]) < 1e-5
+
+
+def test_in_16_bit(interpreted):
+    assert 1e-5 < max(interpreted["float16"]) < 2e-3
+
+
+def test_blocks_fit_into_shared_memory():
+    from minigpt4.kernels.packed_attention import block_size
+
+    hopper, ada = 227 * 1024, 99 * 1024
+    assert [block_size(d, hopper) for d in (64, 128, 256)] == [64, 64, 32]
+    assert [block_size(d, ada) for d in (64, 128, 256)] == [64, 32, 16]

@@ -1,0 +1,102 @@
+"""Reading, refusing and writing weights."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from minigpt4.weights import checkpoint
+from minigpt4.weights.checkpoint import CheckpointError
+
+
+@pytest.fixture
+def layer():
+    return nn.Linear(3, 2)
+
+
+def test_reads_pth_and_safetensors_alike(tmp_path, layer):
+    state = {k: v.detach() for k, v in layer.state_dict().items()}
+    torch.save({"model": state, "epoch": 3}, tmp_path / "a.pth")
+    torch.save(state, tmp_path / "b.pth", _use_new_zipfile_serialization=False)
+    save_file(state, tmp_path / "c.safetensors")
+    for name in ("a.pth", "b.pth", "c.safetensors"):
+        read = checkpoint.read_weights(tmp_path / name)
+        assert read.keys() == state.keys()
+        assert torch.equal(read["weight"], state["weight"])
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 5\n", b"\x80\x02garbage", b"# A text"],
+)
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_files_that_hold_no_weights(tmp_path, content, suffix):
+    path = tmp_path / f"broken{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"broken{suffix}.*cannot be read as weights") as caught:
+        checkpoint.read_weights(path)
+    assert "weights_only" not in str(caught.value)  # torch would have the user allow any code
+
+
+def test_pickles_that_run_code_are_refused(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (exec, ("raise SystemExit",))
+
+    torch.save({"model": Evil()}, tmp_path / "evil.pth")
+    with pytest.raises(CheckpointError, match="cannot be read as weights"):
+        checkpoint.read_weights(tmp_path / "evil.pth")
+
+
+def test_a_tensor_alone_is_no_state_dict(tmp_path):
+    torch.save(torch.zeros(2), tmp_path / "tensor.pth")
+    with pytest.raises(CheckpointError, match="holds a Tensor"):
+        checkpoint.read_weights(tmp_path / "tensor.pth")
+
+
+def test_mismatches_are_loud(layer):
+    good = {k: v.detach().clone() + 1 for k, v in layer.state_dict().items()}
+    for weights, message in (
+        ({"weight": good["weight"]}, "bias is missing"),
+        (good | {"extra": torch.zeros(1)}, "extra is not part of the model"),
+        (good | {"weight": torch.zeros(2, 4)}, r"weight has shape \(2, 4\), the model's \(2, 3\)"),
+    ):
+        before = layer.weight.detach().clone()
+        with pytest.raises(CheckpointError, match=message):
+            checkpoint.load_weights(layer, weights, "file.pth", {"weight", "bias"})
+        assert torch.equal(layer.weight, before)
+    buffers = {"a.rotary_emb.inv_freq": torch.zeros(5), "position_ids": torch.zeros(1)}
+    checkpoint.load_weights(layer, good | buffers, "file.pth", {"weight", "bias"})
+    assert torch.equal(layer.weight, good["weight"])
+
+
+def test_what_was_loaded_is_said(layer, caplog):
+    caplog.set_level("INFO")
+    checkpoint.load_weights(layer, dict(layer.state_dict()), "file.pth", set())
+    assert "Loaded 2 tensors, 8 parameters from file.pth" in caplog.text
+
+
+def test_saving_is_atomic(tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint_0.pth"
+    checkpoint.save({"epoch": 1}, path)
+
+    def interrupted(content, file):
+        file.write(b"half of it")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save({"epoch": 2}, path)
+    assert checkpoint.read_file(path) == {"epoch": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint_0.pth"]
+
+
+def test_only_one_module_reads_and_writes_pickles():
+    from helpers import ROOT
+
+    users = {
+        path.relative_to(ROOT).as_posix()
+        for path in [*ROOT.glob("minigpt4/**/*.py"), *ROOT.glob("*.py")]
+        if "torch.load(" in path.read_text() or "torch.save(" in path.read_text()
+    }
+    assert users == {"minigpt4/weights/checkpoint.py"}
