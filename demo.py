@@ -109,11 +109,11 @@ def load(cfg: Config, gpu_id: int, page) -> None:
     try:
         page.progress = "Loading the libraries"
         from minigpt4.conversation.loading import load_chat, select_gpu
-        from minigpt4.fast.decoding.loop import warm_up
+        from minigpt4.fast.decoding.loop import cached_decoding
 
         page.progress = "Loading the model"
         page.chat = load_chat(cfg, select_gpu(cfg, gpu_id))
-        warm_up(page.chat.model.llama_model)
+        cached_decoding.warm_up(page.chat.model.llama_model)
     finally:
         logging.getLogger().removeHandler(handler)
     logging.info("The model is ready after %.0f s.", (datetime.now() - start).total_seconds())

@@ -26,6 +26,7 @@ from tiny_text import exact, full_sentence, named
 
 from minigpt4.common.config import Config
 from minigpt4.common.registry import registry
+from minigpt4.fast.decoding.loop import cached_decoding
 from minigpt4.models import MiniGPT4
 from minigpt4.models.generation import answer_text, continue_embeds
 from minigpt4.models.prompt import IMAGE_SLOT
@@ -76,9 +77,8 @@ def describe_all(model: MiniGPT4, records: list[dict], prompt: str, stop: str, m
         files = (HELD_OUT / "image" / f"{record['image_id']}.jpg" for record in batch)
         images = torch.stack([processor(Image.open(file)) for file in files])
         embeds, mask = model.context([prompt] * len(batch), model.encode_img(images)[0].unsqueeze(1))
-        rows = continue_embeds(
-            model.llama_model, model.tokenizer, embeds, mask, stop, max_new_tokens=max_new_tokens
-        ).tolist()
+        options = {"decoding_loop": cached_decoding, "max_new_tokens": max_new_tokens}
+        rows = continue_embeds(model.llama_model, model.tokenizer, embeds, mask, stop, **options).tolist()
         answers += [
             Answer(answer_text(model.tokenizer, row, stop), stop in model.tokenizer.decode(row)) for row in rows
         ]

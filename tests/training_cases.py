@@ -129,8 +129,8 @@ def fused_llama_errors(int8: bool = False) -> list[float]:
         quantize(llm, torch.device("cpu"))
     assert (fuse if int8 else fuse_projections)(llm) == 4
     sequences = [[1, 2, IMAGE_ID, *range(3, 9)], [1, 2, IMAGE_ID, *range(3, 5)]]
-    (piece,) = pack(sequences, [[IGNORE_INDEX] * 3 + ids[3:] for ids in sequences], 1024).pieces
-    embeds = torch.randn(1, piece.sizes.rows, 32, requires_grad=True)
+    (piece,) = pack(sequences, [[IGNORE_INDEX] * 3 + ids[3:] for ids in sequences], 1024).micro_batches
+    embeds = torch.randn(1, piece.sizes.tokens, 32, requires_grad=True)
     labelled, shared = piece.targets[0] != IGNORE_INDEX, piece.sizes.shared
     assert shared == 2
 

@@ -50,8 +50,8 @@ def main(argv: list[str] | None = None) -> int:
 
     from minigpt4.benchmarks.synthetic import random_model
     from minigpt4.common import dist_utils
-    from minigpt4.fast.decoding import loop
-    from minigpt4.quantization import int8
+    from minigpt4.fast.decoding.loop import Decoder, cached_decoding
+    from minigpt4.quantization.int8 import quantize_model
 
     device = dist_utils.select_device("cuda")
     dtype = dist_utils.select_dtype(device, True, "bf16")
@@ -65,15 +65,15 @@ def main(argv: list[str] | None = None) -> int:
         model.tokenizer.decode = lambda ids, skip_special_tokens=True: " w" * len(ids)
         llm.generation_config.eos_token_id = None  # answers of equal length
         if weights == "8bit_weights":
-            int8.quantize(llm, device)
+            quantize_model(llm, device)
         for batch in args.batch:
             for layers in args.layers:
-                loop._decoders[llm] = loop.Decoder(llm, compiled=layers == "compiled")
+                cached_decoding.decoders[llm] = Decoder(llm, compiled=layers == "compiled")
                 row = {"weights": named(weights), "batch": batch, "by": f"minigpt4, {layers if on_gpu else 'eager'}"}
                 report(row | time_answers(model, batch, args), args.json)
                 if args.profile:
                     profile(model, batch, args)
-            loop.forget(llm)
+            cached_decoding.clear_cache(llm)
             for name, options in THEIRS.items() if args.compare and weights == "16bit" else ():
                 row = {"weights": named(weights), "batch": batch, "by": name}
                 report(row | time_answers(model, batch, args, options), args.json)
@@ -117,6 +117,7 @@ def answer(model, batch: int, tokens: int, options: dict) -> tuple[float, float,
     """Seconds of an answer to pictures never seen before, to its first token, and to the first of the next answer."""
     import torch
 
+    from minigpt4.fast.decoding.loop import cached_decoding
     from minigpt4.models.generation import continue_embeds
 
     images = torch.randn(batch, 3, 224, 224).to(model.device)
@@ -130,7 +131,15 @@ def answer(model, batch: int, tokens: int, options: dict) -> tuple[float, float,
 
         def run(embeds, mask, tokens):
             return continue_embeds(
-                model.llama_model, model.tokenizer, embeds, mask, "###", [watch], max_new_tokens=tokens, **options
+                model.llama_model,
+                model.tokenizer,
+                embeds,
+                mask,
+                "###",
+                [watch],
+                decoding_loop=cached_decoding,
+                max_new_tokens=tokens,
+                **options,
             )
 
         ids = run(embeds, mask, tokens)

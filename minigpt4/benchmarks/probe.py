@@ -76,11 +76,13 @@ def _chat(case: RunContext) -> Iterable[Diagnostic]:
     from minigpt4.conversation.loading import load_chat, select_gpu
 
     device = select_gpu(case.cfg, 0)
-    model = load_chat(case.cfg, device).model
+    chat = load_chat(case.cfg, device)
+    model = chat.model
     size = model.visual_encoder.image_size
     start = time.perf_counter()
     prompt = (model.prompt_list or ["<ImageHere>"])[0]
-    model.generate(torch.randn(1, 3, size, size, device=device), [prompt], max_new_tokens=32, min_new_tokens=32)
+    image, options = torch.randn(1, 3, size, size, device=device), {"max_new_tokens": 32, "min_new_tokens": 32}
+    model.generate(image, [prompt], decoding_loop=chat.decoding_loop, **options)
     what = f"an answer of 32 tokens took {time.perf_counter() - start:.2f} s"
     yield ok("probe", what + (f", {_peak(torch)}" if device.type == "cuda" else ""))
     yield from _compare(case, device.type == "cuda", torch)

@@ -17,9 +17,9 @@ def random_model(device, dtype, small: bool, load_in: str = "16bit", llm_grad_ch
 
     from minigpt4.models import MiniGPT4
     from minigpt4.models.eva_vit import create_vit
-    from minigpt4.models.precision import cast_matrices
+    from minigpt4.models.loading import cast_matrices
     from minigpt4.models.qformer import QFormer
-    from minigpt4.quantization import bitsandbytes as low_bit
+    from minigpt4.quantization.bitsandbytes import replace_bitsandbytes_layers
 
     vit_model, qformer, llama = "eva_clip_g", {}, {}
     if small:
@@ -34,7 +34,7 @@ def random_model(device, dtype, small: bool, load_in: str = "16bit", llm_grad_ch
         vit = create_vit(vit_model, 224)
         if load_in != "16bit":
             quantize(llm.model, load_in, dtype)
-            low_bit.convert(llm)
+            replace_bitsandbytes_layers(llm)
         q_former = QFormer(vit.embed_dim, **qformer)
         cast_matrices(vit, dtype)
         cast_matrices(q_former, dtype)

@@ -168,7 +168,8 @@ class Captioner:
             torch.manual_seed(self._decoding.seed)
         images = torch.stack([picture for pictures in items for picture in pictures]).to(self._chat.device)
         prompts = [self._prompt_for(len(pictures)) for pictures in items]
-        return self._chat.model.generate(images, prompts, **self._decoding.options())
+        chat = self._chat
+        return chat.model.generate(images, prompts, decoding_loop=chat.decoding_loop, **self._decoding.options())
 
     def _prompt_for(self, pictures: int) -> str:
         return self._prompt.replace(self._slot, " ".join([self._slot] * pictures))

@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     cfg.check_paths()
     from minigpt4.conversation import PictureError
     from minigpt4.conversation.loading import load_chat, select_gpu
-    from minigpt4.fast.decoding.loop import warm_up
+    from minigpt4.fast.decoding.loop import cached_decoding
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     print("Loading the model …", flush=True)
@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
             terminal.add(path)
     except PictureError as error:
         raise ConfigError(str(error)) from error
-    warm_up(chat.model.llama_model)
+    cached_decoding.warm_up(chat.model.llama_model)
     print("Ask something, or /help.")
     history = _history()
     try:

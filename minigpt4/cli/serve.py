@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
 
     from minigpt4.common.logger import setup_logger
     from minigpt4.conversation.loading import load_chat, select_gpu
-    from minigpt4.fast.decoding.loop import warm_up
+    from minigpt4.fast.decoding.loop import cached_decoding
     from minigpt4.serving.app import create_app
     from minigpt4.serving.batching import Batcher
 
@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
     def load():
         chat = load_chat(cfg, select_gpu(cfg, args.gpu_id or 0))
         for rows in (1, settings.max_batch):
-            warm_up(chat.model.llama_model, rows=rows)
+            cached_decoding.warm_up(chat.model.llama_model, rows=rows)
         logging.info("The model is ready.")
         return chat
 

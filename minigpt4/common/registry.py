@@ -15,7 +15,7 @@ import difflib
 import importlib
 from collections.abc import Callable
 
-# kind -> the package whose import registers the classes of that kind
+# kind -> the package or module whose import registers the classes of that kind
 HOMES = {
     "builder": "minigpt4.datasets.builders",
     "task": "minigpt4.tasks",
@@ -23,6 +23,7 @@ HOMES = {
     "processor": "minigpt4.processors",
     "lr_scheduler": "minigpt4.common.optims",
     "runner": "minigpt4.runners",
+    "step": "minigpt4.fast.training_step",
 }
 
 
@@ -113,6 +114,9 @@ class Registry:
     def register_runner(self, name: str):
         return self.register("runner", name)
 
+    def register_step(self, name: str):
+        return self.register("step", name)
+
     def get_builder_class(self, name: str) -> type:
         return self.get("builder", name)
 
@@ -131,6 +135,9 @@ class Registry:
     def get_runner_class(self, name: str) -> type:
         return self.get("runner", name)
 
+    def get_step_class(self, name: str) -> type:
+        return self.get("step", name)
+
     def list_builders(self) -> list[str]:
         return self.names("builder")
 
@@ -148,6 +155,9 @@ class Registry:
 
     def list_runners(self) -> list[str]:
         return self.names("runner")
+
+    def list_steps(self) -> list[str]:
+        return self.names("step")
 
 
 registry = Registry()

@@ -23,7 +23,8 @@ from PIL import Image
 from minigpt4.conversation.decoding import Decoding
 from minigpt4.conversation.pictures import open_picture
 from minigpt4.conversation.videos import FRAMES, open_video
-from minigpt4.models.generation import answer_text, continue_embeds, stream, strip_leading
+from minigpt4.fast.decoding.loop import cached_decoding
+from minigpt4.models.generation import DecodingLoop, answer_text, continue_embeds, stream, strip_leading
 from minigpt4.models.prompt import IMAGE_SLOT, encode_with_images
 
 IMAGE_TURN = f"<Img>{IMAGE_SLOT}</Img>"
@@ -96,10 +97,18 @@ class Chat:
         model: a `MiniGPT4`.
         vis_processor: from a PIL image to a tensor [3,H,W].
         device: where the model lies.
+        decoding_loop: see `continue_embeds`; None: transformers' `generate` decodes.
     """
 
-    def __init__(self, model, vis_processor: Callable, device: str | torch.device = "cpu"):
+    def __init__(
+        self,
+        model,
+        vis_processor: Callable,
+        device: str | torch.device = "cpu",
+        decoding_loop: DecodingLoop | None = cached_decoding,
+    ):
         self.model = model.eval()
+        self.decoding_loop = decoding_loop
         self.vis_processor = vis_processor
         self.device = torch.device(device)
 
@@ -230,7 +239,9 @@ class Chat:
                 torch.manual_seed(decoding.seed)
             llm, tokenizer = self.model.llama_model, self.model.tokenizer
             context, mask = self.model.context([prompt], img_list)
-            return continue_embeds(llm, tokenizer, context, mask, stop, [tap], **decoding.options())
+            options = decoding.options()
+            loop = self.decoding_loop
+            return continue_embeds(llm, tokenizer, context, mask, stop, [tap], decoding_loop=loop, **options)
 
     @contextmanager
     def _pending_answer(self, conv: Conversation):

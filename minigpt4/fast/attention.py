@@ -1,9 +1,9 @@
 """Attention of packed batches: registered with transformers, and computed within each sequence.
 
-A kernel of ours does it on a GPU in 16 bit (`kernels/packed_attention.py`); elsewhere a loop over the sequences, good
-enough for tests.
+A Triton kernel computes it on a GPU in 16 bit (`kernels/packed_attention.py`). Elsewhere a loop over the sequences
+does, which is fast enough for tests.
 
-B sequences, P tokens that they share, T tokens of a micro-batch, H heads of queries, G of keys and values, d dimensions.
+P tokens that all sequences share, T tokens of a micro-batch, H heads of queries, G of keys and of values, d dimensions.
 """
 
 import importlib.util
@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from minigpt4.common import compat
 from minigpt4.kernels.dispatch import use_triton
 
 ATTENTION = "minigpt4_packed"
@@ -20,30 +21,33 @@ LARGEST_HEAD = 256  # dimensions that the kernels take
 
 
 class Segments(NamedTuple):
-    """Where the sequences of a piece lie in its rows: what attention needs."""
+    """Where each sequence of a micro-batch begins, for the attention."""
 
-    starts: torch.Tensor  # [B+FILLS+2] int32: the shared beginning, the sequences, the fill, the end
-    shared: int  # P
-    longest: int  # no sequence has more keys: its own rows, and before them the shared ones
+    starts: torch.Tensor  # int32: of the shared tokens, of each sequence, of the padding, and T
+    prefix_len: int  # P
+    max_kv_len: int  # bound of the keys that a token sees: those of its own sequence, and P shared ones
 
 
 def allow_packing(llm) -> bool:
-    """Let a transformers model take packed batches beside the usual ones; returns whether it can.
+    """Let a transformers model take packed batches beside padded ones; returns whether it can.
 
-    Calls with `segments`, those of a packed batch, attend within its sequences; others go on as before. It cannot
-    where tokens do not see all before them (windows, recurrent layers), or the kernels do not run: on GPUs older than
-    Ampere, without Triton, with heads of more than 256 dimensions or other ones of values than of keys.
+    A call with `segments` attends within the sequences of a packed batch; other calls stay as they were. A model cannot
+    take them where tokens do not see all earlier ones (windows, recurrent layers). It cannot either where the kernels
+    do not run: on GPUs older than Ampere, without Triton, with heads of more than 256 dimensions, or with values that
+    are not as long as keys.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    usual = llm.config._attn_implementation
+    usual = compat.attention_implementation(llm.config)
     if usual.startswith(ATTENTION):
         return True
-    known = getattr(llm, "_supports_attention_backend", False) and usual in ALL_MASK_ATTENTION_FUNCTIONS
+    if usual not in ALL_MASK_ATTENTION_FUNCTIONS or not compat.calls_registered_attention(llm):
+        return False
     config = llm.config.get_text_config()
-    if not known or not sees_all(config) or not _attention_runs(config, llm.get_input_embeddings().weight.device):
+    device = llm.get_input_embeddings().weight.device
+    if not compat.attends_to_all_before(config) or not _kernel_runs(config, device):
         return False
     name = f"{ATTENTION}_{usual}"
     if name not in ALL_ATTENTION_FUNCTIONS:
@@ -53,25 +57,24 @@ def allow_packing(llm) -> bool:
     return True
 
 
-def _attention_runs(config, device: torch.device) -> bool:
+def disallow_packing(llm) -> None:
+    """Give a model back the attention that it had before `allow_packing`."""
+    name = compat.attention_implementation(llm.config)
+    if name.startswith(ATTENTION):
+        llm.set_attn_implementation(name.removeprefix(f"{ATTENTION}_"))
+
+
+def _kernel_runs(config, device: torch.device) -> bool:
     if device.type != "cuda":
         return True
     new_enough = torch.cuda.get_device_capability(device) >= (8, 0)
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    fits = head <= LARGEST_HEAD and not hasattr(config, "v_head_dim")  # values as long as keys
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    fits = head_dim <= LARGEST_HEAD and not hasattr(config, "v_head_dim")  # values as long as keys
     return new_enough and fits and importlib.util.find_spec("triton") is not None
 
 
-def sees_all(config) -> bool:
-    """Whether in every layer of a transformers model tokens attend to all before them, and nothing else mixes them."""
-    from transformers import DynamicCache
-    from transformers.cache_utils import DynamicLayer
-
-    return all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
-
-
 def _attention_function(usual):
-    """An attention function of transformers: packed where the call says so, otherwise `usual`."""
+    """An attention function for transformers: within the sequences where the call has `segments`, otherwise `usual`."""
 
     def attend(module, query, key, value, attention_mask, scaling=None, segments=None, **kwargs):
         if segments is None:
@@ -81,7 +84,7 @@ def _attention_function(usual):
     return attend
 
 
-def packed_attention(query, key, value, scaling, segments: Segments) -> torch.Tensor:
+def packed_attention(query, key, value, scaling: float | None, segments: Segments) -> torch.Tensor:
     """Causal attention within each sequence: query [1,H,T,d], key and value [1,G,T,d], to [1,T,H,d].
 
     scaling: None: d**-0.5.
@@ -91,23 +94,23 @@ def packed_attention(query, key, value, scaling, segments: Segments) -> torch.Te
     return joint_attention(qkv, key.shape[1], scaling, segments).unsqueeze(0)
 
 
-def joint_attention(qkv, groups: int, scaling: float, segments: Segments) -> torch.Tensor:
+def joint_attention(qkv: torch.Tensor, num_kv_heads: int, scaling: float, segments: Segments) -> torch.Tensor:
     """Causal attention within each sequence, of heads of queries, keys and values [T,H+2G,d] to [T,H,d]."""
     if use_triton(qkv):
-        from minigpt4.kernels.packed_attention import attention
+        from minigpt4.kernels import packed_attention as kernel
 
-        return attention(qkv, groups, *segments, scaling)
-    q, k, v = qkv.split([qkv.shape[1] - 2 * groups, groups, groups], dim=1)
-    return _one_by_one(q, k, v, segments, scaling)
+        return kernel.packed_attention(qkv, num_kv_heads, *segments, scaling)
+    q, k, v = qkv.split([qkv.shape[1] - 2 * num_kv_heads, num_kv_heads, num_kv_heads], dim=1)
+    return _sequence_by_sequence(q, k, v, segments, scaling)
 
 
-def _one_by_one(q, k, v, segments: Segments, scaling):
+def _sequence_by_sequence(q, k, v, segments: Segments, scaling: float) -> torch.Tensor:
     outs = []
     for number, (start, end) in enumerate(pairwise(segments.starts.tolist())):
-        before = segments.shared if number else 0
-        own = q[start:end].transpose(0, 1)  # [H,..,d]
-        keys, values = (torch.cat([x[:before], x[start:end]]).transpose(0, 1) for x in (k, v))
-        causal = torch.ones(end - start, before + end - start, dtype=torch.bool, device=q.device).tril(before)
-        out = F.scaled_dot_product_attention(own, keys, values, attn_mask=causal, scale=scaling, enable_gqa=True)
+        prefix_len = segments.prefix_len if number else 0
+        queries = q[start:end].transpose(0, 1)  # [H,..,d]
+        keys, values = (torch.cat([x[:prefix_len], x[start:end]]).transpose(0, 1) for x in (k, v))
+        visible = torch.ones(end - start, prefix_len + end - start, dtype=torch.bool, device=q.device).tril(prefix_len)
+        out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=visible, scale=scaling, enable_gqa=True)
         outs.append(out.transpose(0, 1))
     return torch.cat(outs)

@@ -1,6 +1,6 @@
-"""Functions of tensors as CUDA graphs: recorded once for each combination of shapes, then replayed.
+"""Functions of tensors as CUDA graphs: captured once for each combination of shapes, then replayed.
 
-A replay is one launch for the host where the function itself is thousands, which is what small batches wait for.
+A replay is one launch for the host, where the function itself is thousands. Small batches wait for those launches.
 """
 
 import contextlib
@@ -10,83 +10,84 @@ from collections.abc import Callable, Hashable, Iterator
 
 import torch
 
-# Recordings per function. A function that meets more shapes runs the rest unrecorded.
-LIMIT = 24
-# Held while a graph is recorded: no other thread may then draw random numbers on the GPU, nor, while training steps are
-# recorded, allocate, copy or synchronise there.
-RECORDING = threading.RLock()
+# Graphs of one function. For further combinations of shapes it runs eagerly.
+MAX_GRAPHS = 24
+# Held while a graph is captured. No other thread may then draw random numbers on the GPU. While a training step is
+# captured, no other thread may allocate, copy or synchronise there either.
+CAPTURE_LOCK = threading.RLock()
 
 Tensors = tuple[torch.Tensor, ...]
 
-_busy = 0  # contexts of `pools_stay` that are entered
-_left: list = []  # pools that nobody needs any more, and that have to stay for the time being
-_entering = threading.RLock()
+_keepers = 0  # how many `keep_memory_pools` are entered
+_kept_pools: list = []  # unused pools that must not be freed yet
+_pools_lock = threading.RLock()
 
 
 @contextlib.contextmanager
-def pools_stay() -> Iterator[None]:
-    """To be entered where a graph is recorded or a pool is in use: meanwhile no other pool goes.
+def keep_memory_pools() -> Iterator[None]:
+    """While a graph is captured or a pool is in use, no other pool is freed.
 
-    torch 2.11 aborts the process otherwise, and the garbage collector may come at any time.
+    torch 2.11 aborts the process otherwise, and the garbage collector may free one at any time.
     """
-    global _busy
-    with _entering:
-        _busy += 1
+    global _keepers
+    with _pools_lock:
+        _keepers += 1
     try:
         yield
     finally:
-        with _entering:
-            _busy -= 1
-            if not _busy:
-                _left.clear()
+        with _pools_lock:
+            _keepers -= 1
+            if not _keepers:
+                _kept_pools.clear()
 
 
 class GraphedFunction:
     """`fn(*arguments)`, replayed from a CUDA graph. It gives no gradients, neither to its arguments nor to weights.
 
-    Tensors among the arguments may come with other values each time; a combination of their shapes and types and of the
-    other arguments, which are hashable, runs as it stands when it is first met, which compiles what has to be; when it
-    is met again it is recorded. `fn` gives a tuple of tensors.
+    The values of tensors among the arguments may differ from call to call. The key of a call is their shapes and
+    dtypes, and the other arguments, which must be hashable. The first call with a new key runs eagerly, so that
+    torch.compile can compile. The second captures a CUDA graph; later calls replay it. `fn` returns a tuple of tensors.
 
-    All calls share one piece of memory. Calls in inference mode, whose sizes come once, run as they stand.
+    All calls share one pool of memory. Calls in inference mode run eagerly: their sizes seldom come twice.
     """
 
     def __init__(self, fn: Callable[..., Tensors], name: str):
         self.fn, self.name = fn, name
-        self.memory: Memory | None = None
-        self.met: set[Hashable] = set()
-        self.recorded: dict[Hashable, Recording] = {}
+        self.memory: GraphMemory | None = None
+        self.seen: set[Hashable] = set()
+        self.graphs: dict[Hashable, CapturedGraph] = {}
 
     def __call__(self, *arguments) -> Tensors:
         if torch.is_inference_mode_enabled():
             return self.fn(*arguments)
         tensors, static = _split(arguments)
         key = (static, torch.is_autocast_enabled(tensors[0].device.type), *((t.shape, t.dtype) for t in tensors))
-        self.memory = self.memory or Memory()
+        self.memory = self.memory or GraphMemory()
         with torch.no_grad():
-            if key in self.met and key not in self.recorded and len(self.recorded) < LIMIT:
+            if key in self.seen and key not in self.graphs and len(self.graphs) < MAX_GRAPHS:
                 logging.info("Recording a CUDA graph of the %s for %s", self.name, static or tuple(tensors[0].shape))
-                self.recorded[key] = Recording(self.fn, arguments, self.memory)
-            if key in self.recorded:
-                results = self.recorded[key].replay(tensors)
+                self.graphs[key] = CapturedGraph(self.fn, arguments, self.memory)
+            if key in self.graphs:
+                results = self.graphs[key].replay(tensors)
             else:
-                results = self._run(key, arguments)
-            return tuple(result.clone() for result in results)  # in memory of their own
+                results = self._run_eagerly(key, arguments)
+            return tuple(result.clone() for result in results)  # outside of the shared memory
 
-    def _run(self, key: Hashable, arguments: tuple) -> Tensors:
-        """The function as it stands, in the shared memory."""
-        if key not in self.met:
-            torch.cuda.empty_cache()  # torch does not do it by itself when memory of this kind runs out
-        with pools_stay(), self.memory.in_use():
+    def _run_eagerly(self, key: Hashable, arguments: tuple) -> Tensors:
+        """Run the function in the shared memory."""
+        if key not in self.seen:
+            torch.cuda.empty_cache()  # torch does not do it by itself when memory of a pool runs out
+        with keep_memory_pools(), self.memory.in_use():
             results = self.fn(*arguments)
-        self.met.add(key)
+        self.seen.add(key)
         return results
 
 
-class Memory:
-    """Memory that recordings share with the calls that precede them.
+class GraphMemory:
+    """Memory that all graphs of a function share with the eager calls before them.
 
-    Without it a GPU would have to hold the activations of both. Torch keeps memory apart by stream, hence the stream.
+    Without it a GPU would have to hold the activations of both. torch keeps memory of different streams apart, so there
+    is one stream for all.
     """
 
     def __init__(self):
@@ -94,8 +95,8 @@ class Memory:
         self.buffers: dict[Hashable, torch.Tensor] = {}
 
     def __del__(self):
-        if _busy:
-            _left.append(getattr(self, "pool", None))
+        if _keepers:
+            _kept_pools.append(getattr(self, "pool", None))
 
     @contextlib.contextmanager
     def in_use(self) -> Iterator[None]:
@@ -107,12 +108,12 @@ class Memory:
         finally:
             current.wait_stream(self.stream)
 
-    def graph(self, graph: torch.cuda.CUDAGraph) -> torch.cuda.graph:
-        """Context in which a graph is recorded."""
+    def capture(self, graph: torch.cuda.CUDAGraph) -> torch.cuda.graph:
+        """Context in which a graph is captured."""
         return torch.cuda.graph(graph, pool=self.pool.id, stream=self.stream)
 
     def like(self, tensors: Tensors, name: str) -> Tensors:
-        """A tensor like each, the same ones for all recordings."""
+        """A tensor like each; the same ones for all graphs."""
         keys = [(name, number, t.shape, t.dtype) for number, t in enumerate(tensors)]
         for key, tensor in zip(keys, tensors, strict=True):
             if key not in self.buffers:
@@ -120,21 +121,21 @@ class Memory:
         return tuple(self.buffers[key] for key in keys)
 
 
-class Recording:
+class CapturedGraph:
     """A CUDA graph of a function, with the tensors that it reads and writes."""
 
-    def __init__(self, fn: Callable[..., Tensors], arguments: tuple, memory: Memory):
+    def __init__(self, fn: Callable[..., Tensors], arguments: tuple, memory: GraphMemory):
         tensors, _ = _split(arguments)
         self.inputs = memory.like(tensors, "input")
         inputs, self.graph = iter(self.inputs), torch.cuda.CUDAGraph()
-        with RECORDING, pools_stay(), memory.graph(self.graph):
+        with CAPTURE_LOCK, keep_memory_pools(), memory.capture(self.graph):
             results = fn(*(next(inputs) if isinstance(a, torch.Tensor) else a for a in arguments))
             self.outputs = memory.like(results, "output")
             for own, result in zip(self.outputs, results, strict=True):
                 own.copy_(result)
 
     def replay(self, tensors: Tensors) -> Tensors:
-        """The function's values, until the next replay of any recording."""
+        """The function's results, valid until the next replay of any graph."""
         for own, given in zip(self.inputs, tensors, strict=True):
             own.copy_(given)
         self.graph.replay()

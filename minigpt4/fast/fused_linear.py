@@ -1,71 +1,104 @@
 """Layers that read the same input, computed by one matrix product: query, key and value; gate and up.
 
-One product of three times the width uses a GPU better than three, and in the backward pass it gives the input's
-gradient at once instead of three to be added. The weights keep their names: they become views of the joint one.
+One product of three times the width uses a GPU better than three. In the backward pass it gives the gradient of the
+input at once, where three products give three to be added.
+
+A `FusedLinear` has the joint layer. In the place of each layer that it fuses stands a `FusedSlice`, which asks it for
+its part of the product by name, so that the model may call the layers in any order. The weights keep their names in the
+state dict: they are views of the joint layer's.
 """
 
+from collections.abc import Iterator
+
 import torch
-import torch.nn.functional as F
 from torch import nn
+
+from minigpt4.quantization.bitsandbytes import LowBitLinear
 
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
-def fuse_projections(module: nn.Module) -> int:
-    """Fuse the frozen linear layers of `GROUPS` wherever they stand side by side; returns how many groups were.
+class FusedLinear:
+    """Several linear layers with the same input [...,K] as one, the `joint` layer: [...,N1+N2+…].
 
-    Those with a bias, those that train and those that are no plain linear layers stay as they are.
+    The joint layer is an nn.Linear, or of a quantised kind; `replace_joint` exchanges it.
+    """
+
+    def __init__(self, joint: nn.Module, names: list[str], widths: list[int]):
+        self.joint, self.names, self.widths = joint, names, widths
+        self.slices = [FusedSlice(self, name, width) for name, width in zip(names, widths, strict=True)]
+        self.replace_joint(joint)
+        self._input: torch.Tensor | None = None
+        self._outputs: dict[str, torch.Tensor] = {}
+
+    def replace_joint(self, joint: nn.Module) -> None:
+        """Compute the product by another layer, whose weights the slices show from now on."""
+        self.joint = joint
+        rows_per_output = len(joint.weight) / sum(self.widths)  # other than 1 where 4-bit weights are packed
+        parts = joint.weight.data.split([int(width * rows_per_output) for width in self.widths])
+        for part, fused_slice in zip(parts, self.slices, strict=True):
+            fused_slice.weight = nn.Parameter(part, requires_grad=False)
+
+    def output(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        """The output [...,N] of the layer `name` for x [...,K]; the first call with an x computes those of all."""
+        if self._input is not x or name not in self._outputs:
+            parts = self.joint(x).split(self.widths, dim=-1)
+            self._input, self._outputs = x, dict(zip(self.names, parts, strict=True))
+        output = self._outputs.pop(name)
+        if not self._outputs:
+            self._input = None  # no tensor outlives the calls
+        return output
+
+
+class FusedSlice(nn.Module):
+    """Stands in the place of one of the layers that a `FusedLinear` fuses."""
+
+    bias = None
+
+    def __init__(self, fused: FusedLinear, name: str, out_features: int):
+        super().__init__()
+        self.fused, self.name = fused, name
+        self.in_features, self.out_features = fused.joint.in_features, out_features
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fused.output(self.name, x)
+
+
+def fuse_projections(module: nn.Module) -> int:
+    """Fuse the frozen linear layers of `GROUPS` wherever they stand side by side; returns how many groups were fused.
+
+    Those with a bias, those that train, and those of a kind that cannot be fused stay as they are.
     """
     fused = 0
-    for layers in groups(module):
-        if all(type(layer) is nn.Linear and not layer.weight.requires_grad for layer in layers):
-            joint = torch.cat([layer.weight.data for layer in layers])
-            for layer, part in zip(layers, joint.split([layer.out_features for layer in layers]), strict=True):
-                layer.weight.data = part
-            join(layers, FirstOfFused, joint)
+    for parent in list(module.modules()):
+        for names in GROUPS:
+            layers = [getattr(parent, name, None) for name in names]
+            joint = _joint_layer(layers)
+            if joint is None:
+                continue
+            slices = FusedLinear(joint, list(names), [layer.out_features for layer in layers]).slices
+            for name, fused_slice in zip(names, slices, strict=True):
+                setattr(parent, name, fused_slice)
             fused += 1
     return fused
 
 
-def groups(module: nn.Module) -> list[list[nn.Linear]]:
-    """The layers of `GROUPS` wherever all of a group stand side by side, and none has a bias."""
-    found = ([getattr(part, name, None) for name in names] for part in module.modules() for names in GROUPS)
-    return [layers for layers in found if all(isinstance(x, nn.Linear) and x.bias is None for x in layers)]
+def fused_layers(module: nn.Module) -> Iterator[FusedLinear]:
+    """Each `FusedLinear` in a model once, in order."""
+    for part in module.modules():
+        if isinstance(part, FusedSlice) and part.name == part.fused.names[0]:
+            yield part.fused
 
 
-def join(layers: list[nn.Linear], kind: type["FirstOfFused"], joint_weight: torch.Tensor) -> None:
-    """Let the first of a group's layers, which becomes one of a `kind`, multiply by the weights of all."""
-    first, *others = layers
-    first.__class__, first.joint_weight = kind, joint_weight
-    first.widths = [layer.out_features for layer in layers]
-    for layer in others:
-        layer.__class__ = NextOfFused
-    shared = Products()
-    for layer in layers:
-        layer.others = shared
-
-
-class FirstOfFused(nn.Linear):
-    """Computes the products of all layers of its group, and leaves the others' for them to fetch."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        first, *others = self.joint_product(x).split(self.widths, dim=-1)
-        self.others.products = list(others)
-        return first
-
-    def joint_product(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.joint_weight)
-
-
-class NextOfFused(nn.Linear):
-    """Fetches what the first layer of its group has computed; the layers of a group are called in order."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.others.products.pop(0)
-
-
-class Products:
-    """What one layer of a group leaves for the next ones; empty between calls, so that no tensor outlives them."""
-
-    def __init__(self):
-        self.products: list[torch.Tensor] = []
+def _joint_layer(layers: list) -> nn.Module | None:
+    """One layer that computes all of `layers`; None: they cannot be fused."""
+    kinds = {type(layer) for layer in layers}
+    if kinds not in ({nn.Linear}, {LowBitLinear}):
+        return None
+    if any(layer.bias is not None or layer.weight.requires_grad for layer in layers):
+        return None
+    if kinds == {LowBitLinear}:
+        return LowBitLinear.concatenate(layers)
+    joint = nn.Linear(layers[0].in_features, sum(layer.out_features for layer in layers), bias=False, device="meta")
+    joint.weight = nn.Parameter(torch.cat([layer.weight.data for layer in layers]), requires_grad=False)
+    return joint

@@ -1,26 +1,28 @@
-"""A piece of a packed batch through a frozen Llama, with what transformers' layers do one by one joined up.
+"""A frozen Llama on a micro-batch, with neighbouring steps of transformers' layers computed together.
 
-The numbers are those of transformers' forward pass to rounding. What differs is where they are computed:
-- Each residual addition stands beside the norm that follows it, across the bounds of layers.
-- Queries, keys and values stay side by side, as their joint product leaves them, and so do gate and up.
-- In the last layer, only rows with labels go on behind the attention.
+The numbers are those of transformers' forward pass, to rounding. Three things differ:
+- A residual addition is computed with the norm that follows it, across the bounds of layers.
+- Queries, keys and values stay in one tensor, as their joint product gives them; so do gate and up.
+- In the last layer, only tokens with labels go through the MLP.
 
-T rows, K labels, D width, V vocabulary.
+T tokens, K labels, D width, V vocabulary.
 """
 
 import torch
 import torch.nn.functional as F
 
 from minigpt4.fast.attention import Segments, joint_attention
-from minigpt4.fast.fused_linear import FirstOfFused
+from minigpt4.fast.fused_linear import FusedSlice
 from minigpt4.fast.packing.batch import MicroBatch
 from minigpt4.kernels.dispatch import use_triton
-from minigpt4.quantization import fp8
+from minigpt4.quantization.fp8 import Fp8Linear, silu_mlp
 
 
-def fits(llm) -> bool:
-    """Whether `llm` is a frozen Llama as transformers wrote it, on a GPU in 16 bit, with joint projections and fixed
-    rotations.
+def supports_fused_llama(llm) -> bool:
+    """Whether `FusedLlama` can compute a model: a frozen Llama of transformers, its projections fused, its rotations
+    fixed.
+
+    On a GPU it must be in 16 bit.
     """
     from transformers.models.llama import modeling_llama as llama
 
@@ -32,75 +34,78 @@ def fits(llm) -> bool:
     if llm.model.rotary_emb.rope_type not in ("default", "linear", "llama3"):
         return False
     return all(
-        type(layer) is llama.LlamaDecoderLayer
-        and "forward" not in vars(layer)  # one that recomputes its activations
-        and isinstance(layer.self_attn.q_proj, FirstOfFused)
-        and isinstance(layer.mlp.gate_proj, FirstOfFused)
+        type(layer) is llama.LlamaDecoderLayer  # not one that recomputes its activations
+        and isinstance(layer.self_attn.q_proj, FusedSlice)
+        and isinstance(layer.mlp.gate_proj, FusedSlice)
         for layer in llm.model.layers
     )
 
 
 class FusedLlama:
-    """Logits of a Llama that `fits`, by its weights where they are.
+    """Logits of a Llama that `supports_fused_llama`, computed with the model's own weights.
 
-    On a GPU the embeddings of rows that all sequences share get a part of their gradient only. Training has no use for
-    it: they come before the images, and belong to a frozen model.
+    On a GPU the embeddings of the tokens that all sequences share get only a part of their gradient. Training does not
+    use it: these tokens precede the images and belong to a frozen model.
     """
 
     def __init__(self, llm, compiled: bool):
-        """compiled: by torch.compile, one compilation for all layers and lengths."""
-        self.llm, self.before, self.behind = llm, _up_to_attention, _behind_attention
+        """compiled: by torch.compile, with one compilation for all layers and lengths."""
+        self.llm, self.pre_attention, self.post_attention = llm, _pre_attention, _post_attention
         if compiled:
-            self.before, self.behind = (torch.compile(part, dynamic=True) for part in (self.before, self.behind))
+            self.pre_attention = torch.compile(_pre_attention, dynamic=True)
+            self.post_attention = torch.compile(_post_attention, dynamic=True)
 
-    def __call__(self, embeds: torch.Tensor, piece: MicroBatch) -> torch.Tensor:
-        """The embeddings [1,T,D] of a piece to the logits [1,K,V] of its rows with labels."""
-        llama, inputs = self.llm.model, piece.llm_inputs()
+    def __call__(self, embeds: torch.Tensor, micro_batch: MicroBatch) -> torch.Tensor:
+        """The embeddings [1,T,D] of a micro-batch to the logits [1,K,V] of its tokens with labels."""
+        llama, inputs = self.llm.model, micro_batch.llm_inputs()
         segments, labelled = inputs["segments"], inputs["logits_to_keep"]
         angles = llama.rotary_emb(embeds, inputs["position_ids"])  # cosines and sines [1,T,d], both halves alike
         rotation = tuple(x[0, :, : x.shape[-1] // 2].contiguous() for x in angles)
-        hidden, addend = embeds, embeds * 0  # a sum, with a gradient, as that of all other layers
+        # The first layer gets a sum of two tensors that need gradients, as all others do: one compilation serves all.
+        hidden, addend = embeds, embeds * 0
         for layer in llama.layers:
-            hidden, attended = self.before(layer, hidden, addend, rotation, segments)
+            hidden, attended = self.pre_attention(layer, hidden, addend, rotation, segments)
             if layer is llama.layers[-1]:
                 hidden, attended = (x.index_select(1, labelled) for x in (hidden, attended))
-            hidden, addend = self.behind(layer, hidden, attended)
+            hidden, addend = self.post_attention(layer, hidden, attended)
         return self.llm.lm_head(llama.norm(hidden + addend))
 
 
-def _up_to_attention(layer, hidden, addend, rotation, segments: Segments) -> tuple[torch.Tensor, torch.Tensor]:
-    """A layer's input [1,T,D], and what it attended to [1,T,H*d]."""
+def _pre_attention(layer, hidden, addend, rotation, segments: Segments) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sum that enters a layer [1,T,D], and the output of its attention's heads [1,T,H*d]."""
     attention, hidden = layer.self_attn, hidden + addend
     attended = _attend(attention, layer.input_layernorm(hidden).squeeze(0), rotation, segments)
     return hidden, attended.flatten(1).unsqueeze(0)
 
 
-def _behind_attention(layer, hidden, attended) -> tuple[torch.Tensor, torch.Tensor]:
-    """The rest of a layer: its output [1,T,D] as a sum of two."""
+def _post_attention(layer, hidden, attended) -> tuple[torch.Tensor, torch.Tensor]:
+    """The output of a layer [1,T,D] as two terms, to be added with the next layer's norm."""
     hidden = hidden + layer.self_attn.o_proj(attended)
     return hidden, _mlp(layer.mlp, layer.post_attention_layernorm(hidden).squeeze(0)).unsqueeze(0)
 
 
 def _attend(attention, x: torch.Tensor, rotation, segments: Segments) -> torch.Tensor:
-    """Rows [T,D] to what their queries, rotated as the keys are by angles [T,d/2], attend to [T,H,d]."""
-    joint, d, scaling = attention.q_proj, attention.head_dim, attention.scaling
-    heads = sum(joint.widths) // d
-    groups = heads // (attention.num_key_value_groups + 2)
+    """A norm's output [T,D] to the output of the attention's heads [T,H,d]. rotation: cosines and sines [T,d/2]."""
+    qkv_layer, d, scaling = attention.q_proj.fused.joint, attention.head_dim, attention.scaling
+    heads = qkv_layer.out_features // d
+    num_kv_heads = heads // (attention.num_key_value_groups + 2)
     if use_triton(x):
-        from minigpt4.fast.rope_attention import rotated_attention
+        from minigpt4.fast.rope_attention import rope_attention
 
-        return rotated_attention(x, joint, d, groups, *rotation, *segments, scaling)
-    qkv, (cos, sin) = joint.joint_product(x).unflatten(1, (heads, d)), (angle.unsqueeze(1) for angle in rotation)
-    first, second = qkv[:, :-groups].chunk(2, dim=-1)
-    turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-    return joint_attention(torch.cat([turned, qkv[:, -groups:]], dim=1), groups, scaling, segments)
+        return rope_attention(x, qkv_layer, d, num_kv_heads, *rotation, *segments, scaling)
+    qkv = qkv_layer(x).unflatten(1, (heads, d))
+    cos, sin = (angle.unsqueeze(1) for angle in rotation)
+    first, second = qkv[:, :-num_kv_heads].chunk(2, dim=-1)
+    rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return joint_attention(torch.cat([rotated, qkv[:, -num_kv_heads:]], dim=1), num_kv_heads, scaling, segments)
 
 
 def _mlp(mlp, x: torch.Tensor) -> torch.Tensor:
-    """Rows [T,D] to [T,D]."""
-    if isinstance(mlp.gate_proj, fp8.Fp8) and isinstance(mlp.down_proj, fp8.Fp8) and mlp.down_proj.bias is None:
-        return fp8.silu_mlp(mlp.gate_proj, mlp.down_proj, x)
-    return mlp.down_proj(_silu_product(mlp.gate_proj.joint_product(x)))
+    """A norm's output [T,D] to the MLP's [T,D]."""
+    gate_up = mlp.gate_proj.fused.joint
+    if isinstance(gate_up, Fp8Linear) and isinstance(mlp.down_proj, Fp8Linear) and mlp.down_proj.bias is None:
+        return silu_mlp(gate_up, mlp.down_proj, x)
+    return mlp.down_proj(_silu_product(gate_up(x)))
 
 
 def _silu_product(gate_up: torch.Tensor) -> torch.Tensor:

@@ -1,120 +1,199 @@
-"""How training steps are computed: packed, compiled, recorded. The numbers stay the same to rounding, but for fp8."""
+"""A training step that is packed, fused, compiled and captured. It gives the plain step's numbers to rounding, but fp8.
+
+`MiniGPT4.accelerate` installs a `FastStep` in the place of the `PlainStep`.
+"""
 
 import functools
 import logging
+from collections.abc import Callable
 
 import torch
 from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import checkpoint
 
+from minigpt4.common import compat
+from minigpt4.common.errors import ConfigError
 from minigpt4.common.facts import tokens_per_micro_batch
-from minigpt4.fast import llama as fast_llama
-from minigpt4.fast import vit as fast_vit
-from minigpt4.fast.attention import allow_packing
+from minigpt4.common.registry import registry
+from minigpt4.fast.attention import allow_packing, disallow_packing
 from minigpt4.fast.cuda_graphs import GraphedFunction
-from minigpt4.fast.fused_linear import fuse_projections
-from minigpt4.fast.packing.batch import MicroBatch
+from minigpt4.fast.fused_linear import fuse_projections, fused_layers
+from minigpt4.fast.llama import FusedLlama, supports_fused_llama
+from minigpt4.fast.packing.batch import MicroBatch, pack
+from minigpt4.fast.self_check import FP8_TOLERANCE, TOLERANCE, PackedCheck, sees_like_the_library
+from minigpt4.fast.vit import FusedViT, supports_fused_vit
+from minigpt4.models.mini_gpt4 import PlainStep, summed_cross_entropy
 from minigpt4.models.vision import PREFIXES
-from minigpt4.quantization import bitsandbytes as low_bit
-from minigpt4.quantization.fp8 import convert_to_fp8
+from minigpt4.quantization.bitsandbytes import has_bitsandbytes_layers
+from minigpt4.quantization.fp8 import MULTIPLE, Fp8Linear, convert_linear_layers, supports_fp8
+
+# Versions of one compiled function: all kinds of layers share a code object, with and without gradients.
+MAX_COMPILATIONS = 64
 
 
-def accelerate(model, packed: bool, compiled: bool, fp8: bool = False) -> None:
-    """Set up a MiniGPT4 on its device for training; it may be set up anew.
+@registry.register_step("fast")
+class FastStep(PlainStep):
+    """Collates packed batches, and computes vision and loss by compiled layers and CUDA graphs.
 
-    packed: batches without padding, whose pieces have their gradients taken one by one where the language model is
-    frozen. compiled: joint projections in the language model, torch.compile for each layer of the three networks, and
-    the vision side and the pieces replayed from CUDA graphs, as far as they are frozen. fp8: products with the frozen
-    weights of language model and encoder in 8 bit, from then on; raises ConfigError where there are none to be had.
+    Args:
+        model: a `MiniGPT4` on its device. Layers of its language model and encoder are exchanged.
+        packed: batches without padding. Where the language model is frozen, the gradient of each micro-batch is
+        computed
+            with its loss, so that one micro-batch at a time needs memory.
+        compiled: joint projections in the language model, torch.compile for the layers of the three networks, and CUDA
+            graphs for the vision side and the micro-batches, as far as they are frozen.
+        fp8: products with the frozen weights of language model and encoder in fp8, from now on.
+
+    Raises ConfigError for fp8 where the language model has no layer for it.
     """
-    for name in ("sum_of_losses", "query_outputs", "micro_batch_loss", "predict"):  # of an earlier set-up
-        vars(model).pop(name, None)
-    if model.visual_encoder is not None:
-        vars(model.visual_encoder).pop("forward_features", None)
-    llm, plain = model.llama_model, type(model)
-    model.packed = packed and allow_packing(llm)
-    device = llm.get_input_embeddings().weight.device
-    memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
-    model.tokens_per_micro_batch = tokens_per_micro_batch(fp8, memory)
-    if packed and not model.packed:
-        logging.info("Batches are padded: the language model, or this GPU, cannot take packed ones.")
-    if compiled:
-        fuse_projections(llm)
-        low_bit.fuse(llm)
-    if fp8:
-        convert_to_fp8(llm, model.visual_encoder)
-    quantized = low_bit.of_bitsandbytes(llm)
-    if compiled:
-        _compile(model, quantized)
-    # What follows gives gradients to its arguments alone: what it computes with must not train.
-    trained = [name for name, p in model.named_parameters() if p.requires_grad and not name.startswith("llama_proj.")]
-    if compiled and model.visual_encoder is not None and not trained:  # from cached features it does without
-        vision = GraphedFunction(lambda image: (plain.query_outputs(model, image),), "vision side")
-        model.query_outputs = lambda image: vision(image)[0]
-    # In float16 the loss has to be scaled before its gradient is taken.
-    in_float16 = llm.get_input_embeddings().weight.dtype == torch.float16
-    if model.packed and not in_float16 and all(name.startswith(PREFIXES) for name in trained):
-        micro_batch_loss = functools.partial(plain.micro_batch_loss, model)
-        compute = _loss_and_gradient(micro_batch_loss)
-        if compiled and not quantized:
-            compute = GraphedFunction(compute, "language model")
-        model.micro_batch_loss = _with_gradient(micro_batch_loss, compute)
 
+    def __init__(self, model, packed: bool, compiled: bool, fp8: bool = False):
+        llm = model.llama_model
+        check = PackedCheck(llm) if packed and allow_packing(llm) else None
+        self.packed = check is not None and check.passes("packed attention", llm, _library_predict)
+        if packed and not self.packed:
+            disallow_packing(llm)
+            logging.info("Batches are padded: the language model, or this GPU, cannot take packed ones.")
+        self.max_tokens = tokens_per_micro_batch(fp8, _gpu_bytes(llm))
+        if compiled:
+            fuse_projections(llm)
+        if fp8:
+            convert_to_fp8(llm, model.visual_encoder)
+        self.quantized = has_bitsandbytes_layers(llm)
+        self.fused_llama, self.fused_vit = None, None
+        self.summed_cross_entropy = summed_cross_entropy
+        if compiled:
+            self._compile(model, check, FP8_TOLERANCE if fp8 else TOLERANCE)
+        self._capture(model, compiled)
 
-def _compile(model, quantized: bool) -> None:
-    # One code object, Module._call_impl, is compiled for every kind of layer, with and without gradient.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-    # Joint projections hand each other their products, in recomputed layers too. Older torch leaves those uncompiled.
-    if hasattr(torch._dynamo.config, "skip_fwd_side_effects_in_bwd_under_checkpoint"):
-        torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
-    layers, llm, vit = [], model.llama_model, model.visual_encoder
-    if model.packed and fast_llama.fits(llm):
-        model.predict = fast_llama.FusedLlama(llm, compiled=True)
-    elif not quantized:  # what is left of bitsandbytes' layers runs as it is
-        layers += llm.get_decoder().layers
-    if vit is not None:
-        layers += model.Qformer.bert.encoder.layer
-        if fast_vit.fits(vit):
-            unit = torch.compile(fast_vit.run_block)
-            vit.forward_features = functools.partial(fast_vit.forward_features, vit, unit=unit)
+    def collate(self, model, sequences: list[list[int]], labels: list[list[int]]):
+        """Token ids and labels to a packed batch, or to a padded one where packing is off."""
+        return pack(sequences, labels, self.max_tokens) if self.packed else super().collate(model, sequences, labels)
+
+    def vision(self, model, image: torch.Tensor) -> torch.Tensor:
+        """Images [B,3,H,W] to the Q-Former's output [B,Q,W]."""
+        if self.graphed_vision:
+            return self.graphed_vision(image)[0]
+        return model.query_outputs(image, self.fused_vit)
+
+    def loss(self, model, image_embeds: torch.Tensor, batch) -> torch.Tensor:
+        """Mean cross-entropy over the labels of a batch, given its images [B,Q,D]."""
+        if not self.packed:
+            losses = [self._summed_loss(model, image_embeds, batch)]
+        elif self.loss_and_gradient and image_embeds.requires_grad and torch.is_grad_enabled():
+            losses = [
+                _LossWithGradient.apply(self.loss_and_gradient, image_embeds, part) for part in batch.micro_batches
+            ]
         else:
-            layers += vit.blocks
-    for layer in layers:
-        layer.compile()
-    logging.info("Layers will be compiled at the first step, which takes half a minute the first time.")
-    model.sum_of_losses = torch.compile(type(model).sum_of_losses, dynamic=True)  # in one pass over the logits
+            losses = [self._summed_loss(model, image_embeds, part) for part in batch.micro_batches]
+        return sum(losses) / max(batch.num_labels, 1)
+
+    def _summed_loss(self, model, image_embeds: torch.Tensor, part) -> torch.Tensor:
+        """Cross-entropy summed over the labels of a micro-batch, or of a padded batch, given all images [B,Q,D]."""
+        embeds = model.embed(part, image_embeds)
+        is_micro_batch = isinstance(part, MicroBatch)
+        logits = self.fused_llama(embeds, part) if self.fused_llama and is_micro_batch else model.predict(embeds, part)
+        return self.summed_cross_entropy(logits, part.targets)
+
+    def _compile(self, model, check: PackedCheck | None, tolerance: float) -> None:
+        """Set up torch.compile for the layers; each is compiled when the first step calls it."""
+        compat.raise_recompile_limit(MAX_COMPILATIONS)
+        layers, llm, vit = [], model.llama_model, model.visual_encoder
+        fused = functools.partial(FusedLlama, compiled=False)
+        if self.packed and supports_fused_llama(llm) and check.passes("fused Llama", llm, fused, tolerance):
+            self.fused_llama = FusedLlama(llm, compiled=True)
+        elif not self.quantized:  # bitsandbytes' layers cannot be compiled
+            layers += map(compat.without_recomputation, llm.get_decoder().layers)
+        if vit is not None:
+            layers += model.Qformer.bert.encoder.layer
+            plain_vit, autocast = FusedViT(vit, compiled=False), model.autocast(vit.pos_embed.device)
+            if supports_fused_vit(vit) and sees_like_the_library(vit, plain_vit, autocast, tolerance):
+                self.fused_vit = FusedViT(vit, compiled=True)
+            else:
+                layers += vit.blocks
+        for layer in layers:
+            layer.compile()
+        self.summed_cross_entropy = torch.compile(summed_cross_entropy, dynamic=True)  # in one pass over the logits
+        logging.info("Layers will be compiled at the first step, which takes half a minute the first time.")
+
+    def _capture(self, model, compiled: bool) -> None:
+        """Set up CUDA graphs. They give gradients to their arguments only, so what they compute with must not train."""
+        self.graphed_vision, self.loss_and_gradient = None, None
+        trained = [name for name, p in model.named_parameters() if p.requires_grad]
+        trained = [name for name in trained if not name.startswith("llama_proj.")]
+        if compiled and model.visual_encoder is not None and not trained:
+            vision = functools.partial(model.query_outputs, encoder=self.fused_vit)
+            self.graphed_vision = GraphedFunction(lambda image: (vision(image),), "vision side")
+        # In float16 the loss has to be scaled before its gradient is computed.
+        in_float16 = model.llama_model.get_input_embeddings().weight.dtype == torch.float16
+        if self.packed and not in_float16 and all(name.startswith(PREFIXES) for name in trained):
+            self.loss_and_gradient = _with_gradient(functools.partial(self._summed_loss, model))
+            if compiled and not self.quantized:
+                self.loss_and_gradient = GraphedFunction(self.loss_and_gradient, "language model")
 
 
-def _loss_and_gradient(micro_batch_loss):
-    """A function that computes the loss of a piece, and its gradient by the image vectors, at once."""
+def convert_to_fp8(llm: torch.nn.Module, visual_encoder: torch.nn.Module | None = None) -> None:
+    """Exchange frozen linear layers in bfloat16 for layers in fp8: the language model's, and a frozen encoder's.
+
+    Only those inside its decoder layers and blocks are exchanged. The encoder passes no gradient on from then.
+
+    Raises ConfigError for a language model that has no such layer, such as a quantised one.
+    """
+    layers = llm.get_decoder().layers
+    for fused in fused_layers(layers):
+        if supports_fp8(fused.joint):
+            fused.replace_joint(Fp8Linear(fused.joint, with_gradient=True, from_norm=True))
+    convert_linear_layers(layers, with_gradient=True)
+    in_fp8 = sum(isinstance(fused.joint, Fp8Linear) for fused in fused_layers(layers))
+    in_fp8 += sum(isinstance(part, Fp8Linear) for part in layers.modules())
+    if not in_fp8:
+        raise ConfigError(
+            "run.fp8=True: the language model has no frozen linear layers in bfloat16 with sizes in multiples of "
+            f"{MULTIPLE}. Set model.load_in=16bit, or run.fp8=False."
+        )
+    _log_fp8(layers, in_fp8)
+    if visual_encoder is not None and not any(p.requires_grad for p in visual_encoder.parameters()):
+        for block in visual_encoder.blocks:
+            compat.call_qkv_layer(block.attn)
+        convert_linear_layers(visual_encoder.blocks, with_gradient=False)
+        _log_fp8(visual_encoder.blocks, sum(isinstance(part, Fp8Linear) for part in visual_encoder.modules()))
+
+
+def _log_fp8(layers: torch.nn.ModuleList, in_fp8: int) -> None:
+    others = sum(type(part) is torch.nn.Linear for part in layers.modules())
+    others += sum(type(fused.joint) is torch.nn.Linear for fused in fused_layers(layers))
+    kind = type(layers[0]).__name__
+    logging.info("%d linear layers compute in fp8, %d do not, of %s.", in_fp8, others, kind)
+
+
+def _library_predict(llm) -> Callable[[torch.Tensor, MicroBatch], torch.Tensor]:
+    """Logits of a micro-batch by the language model's own layers."""
+    return lambda embeds, part: llm(inputs_embeds=embeds, use_cache=False, **part.llm_inputs()).logits
+
+
+def _gpu_bytes(llm) -> int:
+    device = llm.get_input_embeddings().weight.device
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
+
+
+def _with_gradient(summed_loss: Callable) -> Callable:
+    """A function that computes the loss of a micro-batch together with its gradient by the image vectors."""
 
     def compute(image_embeds: torch.Tensor, numbers: torch.Tensor, sizes) -> tuple[torch.Tensor, torch.Tensor]:
         image_embeds = image_embeds.detach().requires_grad_()
         with torch.enable_grad():
-            loss = micro_batch_loss(image_embeds, MicroBatch(numbers, sizes))
+            loss = summed_loss(image_embeds, MicroBatch(numbers, sizes))
         with torch.autocast(image_embeds.device.type, enabled=False):
             return loss.detach(), *torch.autograd.grad(loss, image_embeds)
 
     return compute
 
 
-def _with_gradient(micro_batch_loss, loss_and_gradient):
-    """`micro_batch_loss`, whose gradient, where it is wanted, is taken before the next piece's turn comes."""
-
-    def loss(image_embeds: torch.Tensor, piece) -> torch.Tensor:
-        if isinstance(piece, MicroBatch) and image_embeds.requires_grad and torch.is_grad_enabled():
-            return _TakenAtOnce.apply(loss_and_gradient, image_embeds, piece)
-        return micro_batch_loss(image_embeds, piece)
-
-    return loss
-
-
-class _TakenAtOnce(torch.autograd.Function):
-    """The loss of a piece, of which nothing is kept for the backward pass but its gradient."""
+class _LossWithGradient(torch.autograd.Function):
+    """The loss of a micro-batch. Only its gradient is kept for the backward pass."""
 
     @staticmethod
-    def forward(ctx, loss_and_gradient, image_embeds: torch.Tensor, piece: MicroBatch) -> torch.Tensor:
-        loss, gradient = loss_and_gradient(image_embeds, piece.numbers, piece.sizes)
+    def forward(ctx, loss_and_gradient, image_embeds: torch.Tensor, part: MicroBatch) -> torch.Tensor:
+        loss, gradient = loss_and_gradient(image_embeds, part.numbers, part.sizes)
         ctx.save_for_backward(gradient)
         return loss
 
@@ -123,19 +202,3 @@ class _TakenAtOnce(torch.autograd.Function):
     def backward(ctx, grad: torch.Tensor) -> tuple:
         (gradient,) = ctx.saved_tensors
         return None, gradient * grad, None
-
-
-def recompute_layers(llm, count: int) -> None:
-    """Let the first `count` layers recompute their activations in the backward pass instead of keeping them."""
-    for layer in llm.get_decoder().layers[:count]:
-        layer.forward = _recomputing(layer.forward)
-
-
-def _recomputing(forward):
-    """`forward` under checkpoint: a function, which torch.compile reads through; it passes functools.partial over."""
-
-    @functools.wraps(forward)
-    def recomputing(*args, **kwargs):
-        return checkpoint(forward, *args, **kwargs, use_reentrant=False, preserve_rng_state=False)
-
-    return recomputing

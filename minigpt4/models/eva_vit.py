@@ -53,13 +53,17 @@ class EvaViT(Eva):
         for block in self.blocks:
             block.attn.k_bias = torch.zeros_like(block.attn.k_bias, device=device)
 
-    def forward(self, image: torch.Tensor) -> torch.Tensor:
+    def check_image(self, image: torch.Tensor) -> None:
+        """Raises ConfigError for images of another size than the encoder's."""
         if image.shape[-2:] != (self.image_size, self.image_size):
             height, width = image.shape[-2:]
             raise ConfigError(
                 f"The images are {height} x {width} pixels, the encoder takes {self.image_size} x {self.image_size}. "
                 "Set model.image_size and the image_size of every vis_processor to the same number."
             )
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        self.check_image(image)
         return self.forward_features(image)
 
 

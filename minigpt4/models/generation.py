@@ -10,10 +10,10 @@ import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
+from typing import Protocol
 
 import torch
 
-from minigpt4.fast.decoding import loop
 from minigpt4.models.sampling import DEFAULTS, Sampling
 
 
@@ -37,15 +37,27 @@ class StopOnText:
 
 
 class StreamingCriterion:
-    """Stopping criterion that shows the ids of row 0 after each token, and ends the generation when told to."""
+    """Stopping criterion that passes on the ids of row 0 after each token, and ends the generation when asked to."""
 
     def __init__(self, show: Callable[[list[int]], None], should_stop: Callable[[], bool]):
         self._show = show
-        self._told_to_end = should_stop
+        self._should_stop = should_stop
 
     def __call__(self, input_ids: torch.Tensor, scores, **kwargs) -> torch.Tensor:
         self._show(input_ids[0].tolist())
-        return torch.full((len(input_ids),), self._told_to_end(), device=input_ids.device)
+        return torch.full((len(input_ids),), self._should_stop(), device=input_ids.device)
+
+
+class DecodingLoop(Protocol):
+    """A faster way to decode than transformers' `generate`: `fast.decoding.loop.cached_decoding`."""
+
+    def supports(self, llm: torch.nn.Module) -> bool:
+        """Whether it can run this model."""
+
+    def decode(
+        self, llm: torch.nn.Module, embeds: torch.Tensor, attention_mask: torch.Tensor, steps: int, choose: Callable
+    ) -> Iterator[torch.Tensor]:
+        """Yield the next ids [B] of every row, on the CPU, `steps` times or until closed."""
 
 
 def continue_embeds(
@@ -56,26 +68,26 @@ def continue_embeds(
     stop: str,
     criteria: Iterable = (),
     processors: Iterable = (),
+    decoding_loop: DecodingLoop | None = None,
     **options,
 ) -> torch.Tensor:
     """Continue the sequences [B,S,D], padded on the left; greedily by default.
-
-    The project's own loop does it (`decoder.py`), with the ids that transformers' `generate` would give; that does it
-    where the loop cannot: with beams and other rarer options, and for models that do not attend to all earlier tokens.
 
     Args:
         attention_mask: [B,S], 0 on padding.
         stop: text that ends a row; it is part of what is returned. Empty: only the eos token ends it.
         criteria: further stopping criteria.
         processors: further logits processors, applied last.
+        decoding_loop: decodes with the ids that transformers' `generate` would give. Where it is None, does not support
+            the model, or the options ask for beams and the like, `generate` itself decodes.
         options: as for transformers' `generate`, for example max_new_tokens=60, num_beams=5, do_sample=True.
 
     Returns:
         The new token ids [B,T]; a row that ended early is filled up with the eos id.
     """
     criteria = [*([StopOnText(tokenizer, stop)] if stop else []), *criteria]
-    sampling = Sampling.of(llm, options)
-    if sampling is None or not loop.fits(llm):
+    sampling = Sampling.of(llm, options) if decoding_loop and decoding_loop.supports(llm) else None
+    if sampling is None:
         with torch.inference_mode():
             return llm.generate(
                 inputs_embeds=inputs_embeds,
@@ -86,25 +98,25 @@ def continue_embeds(
                 **DEFAULTS | options,
             )
     sampling.processors += processors
-    # Caches outlive this call, and inference tensors could not be written to outside of its mode.
+    rows = torch.full((len(inputs_embeds), sampling.max_new_tokens), tokenizer.eos_token_id)
+    # Caches outlive this call, and inference tensors could not be written to outside of inference mode.
     with torch.inference_mode(False), torch.no_grad():
-        return _continue(llm, tokenizer.eos_token_id, inputs_embeds, attention_mask, criteria, sampling)
+        steps = decoding_loop.decode(llm, inputs_embeds, attention_mask, sampling.max_new_tokens, sampling.choose)
+        with closing(steps):
+            return _until_done(steps, rows, sampling.eos_ids, criteria)
 
 
-def _continue(llm, pad_id: int, embeds, attention_mask, criteria: list, sampling: "Sampling") -> torch.Tensor:
-    rows = torch.full((len(embeds), sampling.max_new_tokens), pad_id)
-    done = torch.zeros(len(embeds), dtype=torch.bool)
-    eos = torch.tensor(sampling.eos_ids, dtype=torch.long)
-    steps = loop.decode(llm, embeds, attention_mask, sampling.max_new_tokens, sampling.choose)
-    with closing(steps):
-        for n, ids in enumerate(steps):
-            rows[~done, n] = ids[~done]
-            so_far = rows[:, : n + 1]
-            done |= torch.isin(rows[:, n], eos)
-            for criterion in criteria:
-                done |= criterion(so_far, None)
-            if done.all():
-                break
+def _until_done(steps: Iterator[torch.Tensor], rows: torch.Tensor, eos_ids: list[int], criteria: list) -> torch.Tensor:
+    """Write each step's ids [B] into rows [B,T], until all rows have ended. Returns the part that was reached."""
+    done, eos = torch.zeros(len(rows), dtype=torch.bool), torch.tensor(eos_ids, dtype=torch.long)
+    for n, ids in enumerate(steps):
+        rows[~done, n] = ids[~done]
+        so_far = rows[:, : n + 1]
+        done |= torch.isin(rows[:, n], eos)
+        for criterion in criteria:
+            done |= criterion(so_far, None)
+        if done.all():
+            break
     return so_far
 
 
@@ -113,7 +125,7 @@ def stream(
     should_stop: Callable[[], bool] = lambda: False,
     show: bool = True,
 ) -> Iterator[tuple[list[int], bool]]:
-    """Call `run(tap)`, which generates for one prompt with the stopping criterion `tap`, in a thread.
+    """Call `run(criterion)`, which generates for one prompt with that stopping criterion, in a thread.
 
     Yields the new ids so far and False, and last of all those of the result of `run`, [1,T], and True. The generation
     ends early when `should_stop()` is true or this iterator is closed. Raises what `run` raises.
@@ -123,11 +135,11 @@ def stream(
     """
     feed: queue.SimpleQueue = queue.SimpleQueue()
     closed = threading.Event()
-    tap = StreamingCriterion(lambda ids: show and feed.put(ids), lambda: closed.is_set() or should_stop())
+    criterion = StreamingCriterion(lambda ids: show and feed.put(ids), lambda: closed.is_set() or should_stop())
 
     def work() -> None:
         try:
-            feed.put(run(tap))
+            feed.put(run(criterion))
         except BaseException as error:  # handed to the reader, who would wait for ever otherwise
             feed.put(error)
 

@@ -10,11 +10,9 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 
-from minigpt4.common import dist_utils, facts
+from minigpt4.common import compat, dist_utils, facts
 from minigpt4.common.errors import ConfigError
 from minigpt4.common.text import pluralize
-from minigpt4.quantization import bitsandbytes as low_bit
-from minigpt4.quantization import int8
 from minigpt4.weights import locate as weight_files
 from minigpt4.weights.checkpoint import CheckpointError
 
@@ -36,7 +34,7 @@ def load_llm(
         device: where it lies; its weights go there straight from the mapped files.
         dtype: type of the weights that are not quantised.
         load_in: "16bit" (meaning `dtype`), "8bit" or "4bit" (nf4), which bitsandbytes quantises, or "8bit_weights",
-            which is 8 bit without it (`int8.py`).
+            which is 8 bit without it (`quantization/int8.py`).
         device_map: "auto" spreads the layers over the GPUs, from `device` on, and then the host; None: all on `device`.
 
     Raises:
@@ -52,26 +50,27 @@ def load_llm(
             "run.device=cpu."
         )
     logging.info("Loading the language model from %s in %s", llama_model, load_in if load_in != "16bit" else dtype)
-    # In their own type on the host, weights are not read but mapped: each layer is, when its turn comes.
+    from minigpt4.quantization import convert_layers
+
+    # In their own type on the host, weights are mapped, not read: each layer is read when it is rounded.
     mapped = load_in == "8bit_weights"
     how = {"dtype": "auto" if mapped else dtype, **_quantization(load_in, dtype)}
+
+    def read(device_map):
+        return convert_layers(_read(llama_model, load_in, device_map=device_map, **how), load_in, device, dtype)
+
     on_one = {"": "cpu" if mapped else device}
-    llm = _read(llama_model, load_in, device_map=device_map or on_one, **how)
-    if mapped:
-        llm = int8.quantize(llm, device, dtype)
+    llm = read(device_map or on_one)
     first, wanted = llm.get_input_embeddings().weight.device, torch.empty(0, device=device).device
     if first != wanted and first.type == wanted.type and len({p.device for p in llm.parameters()}) == 1:
         del llm
         logging.info("It is small enough for one GPU, and lies on %s as a whole.", wanted)  # "auto" took the last one
-        llm, first = _read(llama_model, load_in, device_map=on_one, **how), wanted
+        llm, first = read(on_one), wanted
     if first != wanted:
         raise ConfigError(
             f"model.llm_device_map={device_map} puts the first layer on {first}, but the vision side lies on {device}. "
             "Use the first GPU (--gpu-id 0)."
         )
-    if len({p.device for p in llm.parameters()}) == 1:  # over several, accelerate has to move what layers are given
-        low_bit.convert(llm)
-    _leave_unpacked(llm)
     return llm.requires_grad_(False).eval()
 
 
@@ -92,7 +91,7 @@ def _read(llama_model: str, load_in: str, **how):
     from transformers import AutoModelForCausalLM
 
     _check_path(llama_model)
-    name, options = locate(llama_model)
+    name, options = pretrained_source(llama_model)
     if "gguf_file" in options and load_in != "16bit":
         raise ConfigError(f"model.llama_model={llama_model}: a .gguf file is unpacked; model.load_in must be 16bit.")
     try:
@@ -118,7 +117,7 @@ def embedding_dim(llama_model: str) -> int:
     from transformers import AutoConfig
 
     _check_path(llama_model)
-    name, options = locate(llama_model)
+    name, options = pretrained_source(llama_model)
     try:
         config = AutoConfig.from_pretrained(name, **options).get_text_config()
     except OSError as error:
@@ -126,7 +125,7 @@ def embedding_dim(llama_model: str) -> int:
     return getattr(config, "word_embed_proj_dim", None) or config.hidden_size
 
 
-def locate(llama_model: str) -> tuple[str, dict]:
+def pretrained_source(llama_model: str) -> tuple[str, dict]:
     """What transformers' `from_pretrained` takes for `llama_model`: a folder or hub id, and keyword arguments."""
     options = {"local_files_only": True} if facts.offline() else {}
     path = Path(llama_model)
@@ -180,14 +179,11 @@ def check_answers(llm, tokenizer, llama_model: str) -> None:
         )
 
 
-def _leave_unpacked(llm) -> None:
-    """Keep what is left of bitsandbytes' layers from repacking 4-bit weights on a CPU with AVX512-BF16.
-
-    It would at the first pass without gradients, and gradients are wrong from then on (bitsandbytes 0.50).
-    """
-    for module in llm.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+def recompute_layers(llm, count: int) -> None:
+    """Let the first `count` layers recompute their activations in the backward pass instead of keeping them."""
+    layers = llm.get_decoder().layers if count else []
+    for index in range(min(count, len(layers))):
+        layers[index] = compat.recomputed(layers[index])
 
 
 def _check_loaded(llama_model: str, info: dict) -> None:

@@ -13,7 +13,6 @@ from minigpt4.common import facts
 from minigpt4.common.schema import BLIP2_URL, MiniGPT4Config
 from minigpt4.common.text import pluralize
 from minigpt4.models import eva_vit, llm, qformer
-from minigpt4.models.precision import cast_matrices
 from minigpt4.weights import checkpoint, fingerprint, hf_names, locate
 from minigpt4.weights.checkpoint import CheckpointError
 
@@ -91,7 +90,14 @@ def load_encoder(cfg: MiniGPT4Config, state: State | None, device: torch.device,
     return vit
 
 
-def identify(model: nn.Module, cfg: MiniGPT4Config, sources: Sources) -> None:
+def cast_matrices(module: nn.Module, dtype: torch.dtype) -> None:
+    """Cast linear and convolution layers, weights and biases; norms, positions and the q and v biases stay."""
+    for part in module.modules():
+        if isinstance(part, (nn.Linear, nn.Conv2d)):
+            part.to(dtype)
+
+
+def attach_llm_fingerprint(model: nn.Module, cfg: MiniGPT4Config, sources: Sources) -> None:
     """Give the model the fingerprint of its language model, which its checkpoints record.
 
     Raises MismatchError where `model.ckpt` records another one.

@@ -9,15 +9,39 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from minigpt4.common.facts import tokens_per_micro_batch
+from minigpt4.common import facts
 from minigpt4.common.registry import registry
 from minigpt4.common.schema import MiniGPT4Config
-from minigpt4.fast.packing import batch as packing
-from minigpt4.fast.training_step import accelerate, recompute_layers
 from minigpt4.models import llm, loading, prompt, qformer, vision
 from minigpt4.models.eva_vit import EvaViT
 from minigpt4.models.generation import answer_text, continue_embeds
 from minigpt4.models.tokenizer import load_tokenizer
+
+
+class PlainStep:
+    """How a training step is computed: one padded batch, by the modules as they are.
+
+    `MiniGPT4.accelerate` installs another step, which gives the same numbers faster.
+    """
+
+    def collate(self, model: "MiniGPT4", sequences: list[list[int]], labels: list[list[int]]) -> prompt.PaddedBatch:
+        """Token ids (IMAGE_ID where image vectors belong) and their labels, not shifted, to a batch."""
+        return prompt.pad(sequences, labels, model.tokenizer.eos_token_id)
+
+    def vision(self, model: "MiniGPT4", image: torch.Tensor) -> torch.Tensor:
+        """Images [B,3,H,W] to the Q-Former's output [B,Q,W]."""
+        return model.query_outputs(image)
+
+    def loss(self, model: "MiniGPT4", image_embeds: torch.Tensor, batch: prompt.PaddedBatch) -> torch.Tensor:
+        """Mean cross-entropy over the labels of a batch, given its images [B,Q,D]."""
+        logits = model.predict(model.embed(batch, image_embeds), batch)  # [B,K,V]
+        return summed_cross_entropy(logits, batch.targets) / max(batch.num_labels, 1)
+
+
+def summed_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of logits [B,K,V] against targets [B,K], summed in float32."""
+    logits, targets = logits.float().flatten(0, 1), targets.flatten()
+    return F.cross_entropy(logits, targets, ignore_index=prompt.IGNORE_INDEX, reduction="sum")
 
 
 @registry.register_model("mini_gpt4")
@@ -61,9 +85,8 @@ class MiniGPT4(vision.Vision):
         self.tokenizer = tokenizer
         self.prompt_list = prompt_list or []
         self.max_txt_len, self.end_sym = max_txt_len, end_sym
-        self.packed, self.tokens_per_micro_batch = False, tokens_per_micro_batch()
-        if llm_grad_checkpoint:
-            recompute_layers(llama_model, llm_grad_checkpoint)
+        self.step = PlainStep()
+        llm.recompute_layers(llama_model, llm_grad_checkpoint)
 
         self._frozen = [self.llama_model]
         self._frozen += [self.visual_encoder, self.ln_vision] if freeze_vit else []
@@ -76,8 +99,8 @@ class MiniGPT4(vision.Vision):
     def forward(self, samples: dict) -> dict:
         """The loss of a batch {"image": [B,3,H,W], "text_input": [str] * B}.
 
-        "image_features" [B,Q,W] may stand for the image. What `prepare` has done is used while the texts are the same.
-        Returns {"loss": mean cross-entropy over the labelled tokens, "num_labels": how many those are}.
+        "image_features" [B,Q,W] may take the image's place. A batch that `prepare` has tokenised is not tokenised
+        again. Returns {"loss": mean cross-entropy over the tokens with labels, "num_labels": how many these are}.
         """
         if samples.get("tokens_of") != [*samples["text_input"]]:  # not prepared, or a task has changed the texts since
             samples = self.prepare(samples)
@@ -86,12 +109,12 @@ class MiniGPT4(vision.Vision):
             image_embeds = self.project(samples["image_features"])  # [B,Q,D]
         else:
             image_embeds, _ = self.encode_img(samples["image"])
-        loss = self.language_loss(image_embeds, tokens)
-        return {"loss": loss, "num_labels": tokens.num_labels}
+        self._check_images(image_embeds, tokens)
+        return {"loss": self.step.loss(self, image_embeds, tokens), "num_labels": tokens.num_labels}
 
     def encode_img(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Images [B,3,H,W] to vectors [B,Q,D] in the language model's space, and their attention mask [B,Q] of ones."""
-        image_embeds = self.project(self.query_outputs(image))
+        image_embeds = self.project(self.step.vision(self, image))
         return image_embeds, torch.ones(image_embeds.shape[:2], dtype=torch.long, device=image.device)
 
     def project(self, features: torch.Tensor) -> torch.Tensor:
@@ -99,28 +122,12 @@ class MiniGPT4(vision.Vision):
         with self.autocast(features.device):
             return self.llama_proj(features.float())
 
-    def language_loss(self, image_embeds: torch.Tensor, tokens) -> torch.Tensor:
-        """Mean cross-entropy over the labels of `tokens` (padded or packed), given its images [B,Q,D]."""
-        self._check_images(image_embeds, tokens)
-        return sum(self.micro_batch_loss(image_embeds, piece) for piece in tokens.pieces) / max(tokens.num_labels, 1)
-
-    def micro_batch_loss(self, image_embeds: torch.Tensor, piece) -> torch.Tensor:
-        """Cross-entropy summed over the labels of a piece of a batch, given all of the batch's images [B,Q,D]."""
-        embeds = self.embed(piece, image_embeds)  # [B,S,D], or [1,T,D] where the batch is packed
-        return self.sum_of_losses(self.predict(embeds, piece), piece.targets)
-
-    def predict(self, embeds: torch.Tensor, piece) -> torch.Tensor:
-        """Logits [B,S,V] of a piece's embeddings [B,S,D], or [1,K,V] of its rows with labels where it is packed."""
-        return self.llama_model(inputs_embeds=embeds, use_cache=False, **piece.llm_inputs()).logits
-
-    @staticmethod
-    def sum_of_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Cross-entropy of logits [B,K,V] against targets [B,K], summed in float32."""
-        logits, targets = logits.float().flatten(0, 1), targets.flatten()
-        return F.cross_entropy(logits, targets, ignore_index=prompt.IGNORE_INDEX, reduction="sum")
+    def predict(self, embeds: torch.Tensor, tokens) -> torch.Tensor:
+        """Logits [B,K,V] for embeddings [B,S,D], of the K positions whose next token has a label in some row."""
+        return self.llama_model(inputs_embeds=embeds, use_cache=False, **tokens.llm_inputs()).logits
 
     def embed(self, tokens, image_embeds: torch.Tensor) -> torch.Tensor:
-        """Embeddings [B,S,D] of a padded batch, or a piece, with `image_embeds` [images,Q,D] in its image slots."""
+        """Embeddings [B,S,D] of a batch's tokens, with `image_embeds` [images,Q,D] in its image slots."""
         embeds = self.llama_model.get_input_embeddings()(tokens.input_ids)
         return tokens.insert(embeds, image_embeds.reshape(-1, embeds.shape[-1]).to(embeds.dtype))
 
@@ -135,9 +142,10 @@ class MiniGPT4(vision.Vision):
             )
 
     def prepare(self, samples: dict) -> dict:
-        """The batch with its texts tokenised, on the host: what can be done before its turn comes.
+        """The batch with its texts tokenised and collated. It runs on the host, while the GPU computes the batch
+        before.
 
-        Beside "tokens" stand the texts they were made of, "tokens_of", and "drawn_prompt", which is kept if made anew.
+        Adds "tokens", the texts they were made of ("tokens_of"), and "drawn_prompt", which is kept when it is there.
         """
         drawn = samples.get("drawn_prompt") or self._draw_prompt()
         ids, labels = prompt.training_sequences(
@@ -148,10 +156,7 @@ class MiniGPT4(vision.Vision):
             self.max_txt_len,
             self.end_sym,
         )
-        if self.packed:
-            tokens = packing.pack(ids, labels, self.tokens_per_micro_batch)
-        else:
-            tokens = prompt.pad(ids, labels, self.tokenizer.eos_token_id)
+        tokens = self.step.collate(self, ids, labels)
         return {**samples, "tokens": tokens, "tokens_of": [*samples["text_input"]], "drawn_prompt": drawn}
 
     def _draw_prompt(self) -> str:
@@ -161,11 +166,12 @@ class MiniGPT4(vision.Vision):
         return random.choice(self.prompt_list) if self.training else self.prompt_list[0]
 
     def accelerate(self, packed: bool, compiled: bool, fp8: bool = False) -> None:
-        accelerate(self, packed, compiled, fp8)
+        """Compute training steps by `fast/training_step.py` from now on. Only fp8 changes the numbers."""
+        self.step = registry.get_step_class("fast")(self, packed, compiled, fp8)
 
     @torch.inference_mode()
     def generate(
-        self, images: torch.Tensor | None, prompts: list[str], stop: str | None = None, **options
+        self, images: torch.Tensor | None, prompts: list[str], stop: str | None = None, decoding_loop=None, **options
     ) -> list[str]:
         """Continue each prompt, greedily unless `options` say otherwise.
 
@@ -173,6 +179,7 @@ class MiniGPT4(vision.Vision):
             images: [images,3,H,W], one for each image slot of the prompts, in order; None: the prompts have no slots.
             prompts: texts with `<ImageHere>` where an image goes, of any lengths.
             stop: text that ends an answer; None: `end_sym`.
+            decoding_loop: see `continue_embeds`.
             options: as for transformers' `generate`, for example max_new_tokens=60, num_beams=5, do_sample=True.
 
         Returns:
@@ -184,8 +191,9 @@ class MiniGPT4(vision.Vision):
         stop = self.end_sym if stop is None else stop
         image_embeds = [] if images is None else self.encode_img(images)[0].unsqueeze(1)
         context, attention_mask = self.context(prompts, image_embeds)
-        rows = continue_embeds(self.llama_model, self.tokenizer, context, attention_mask, stop, **options)
-        return [answer_text(self.tokenizer, row, stop) for row in rows.tolist()]
+        llm, tokenizer = self.llama_model, self.tokenizer
+        rows = continue_embeds(llm, tokenizer, context, attention_mask, stop, decoding_loop=decoding_loop, **options)
+        return [answer_text(tokenizer, row, stop) for row in rows.tolist()]
 
     def context(self, prompts: list[str], image_embeds: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Prompts to be continued, as embeddings [B,S,D] padded on the left, and their attention mask [B,S].
@@ -228,8 +236,7 @@ class MiniGPT4(vision.Vision):
         sources = loading.open_sources(cfg)
         loading.check_width(sources.trained, cfg)
         parts = loading.vision_parts(cfg, sources, device, dtype)
-        load_in = cfg.load_in or ("8bit" if cfg.low_resource else "16bit")
-        llama_model = llm.load_llm(cfg.llama_model, device, dtype, load_in, cfg.llm_device_map)
+        llama_model = llm.load_llm(cfg.llama_model, device, dtype, facts.load_in(vars(cfg)), cfg.llm_device_map)
         tokenizer = load_tokenizer(cfg.llama_model)
         llm.check_answers(llama_model, tokenizer, cfg.llama_model)
         with torch.device(device):
@@ -246,7 +253,7 @@ class MiniGPT4(vision.Vision):
             )
         if not cfg.load_vision:
             model.drop_vision()
-        loading.identify(model, cfg, sources)
+        loading.attach_llm_fingerprint(model, cfg, sources)
         loading.load_rest(model, cfg, sources, device)
         loading.report(model)
         return model

@@ -19,7 +19,7 @@ def load_tokenizer(llama_model: str):
     """The tokenizer of a language model's folder, hub id or .gguf file."""
     from transformers.utils import cached_file
 
-    name, options = llm.locate(llama_model)
+    name, options = llm.pretrained_source(llama_model)
     if "gguf_file" in options:
         model = _model_in_gguf(llama_model)
         return SentencePieceTokenizer(model_proto=model) if model else HuggingFaceTokenizer(llama_model)
@@ -52,7 +52,7 @@ class HuggingFaceTokenizer:
     def __init__(self, llama_model: str):
         from transformers import AutoTokenizer
 
-        name, options = llm.locate(llama_model)
+        name, options = llm.pretrained_source(llama_model)
         self._tokenizer = AutoTokenizer.from_pretrained(name, **options)
         self.bos_token_id: int | None = self._tokenizer.bos_token_id
         self.eos_token_id: int = self._tokenizer.eos_token_id

@@ -5,7 +5,7 @@ B batch, Q query tokens, N image tokens, W width of the Q-Former. What it gives,
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 
 import torch
@@ -45,14 +45,17 @@ class Vision(BaseModel):
         self.Qformer = Qformer
         self.dtype = dtype
 
-    def query_outputs(self, image: torch.Tensor) -> torch.Tensor:
-        """Normalised images [B,3,H,W] to what the Q-Former reads from them [B,Q,W]."""
+    def query_outputs(self, image: torch.Tensor, encoder: Callable | None = None) -> torch.Tensor:
+        """Normalised images [B,3,H,W] to the Q-Former's output [B,Q,W].
+
+        encoder: computes the image tokens instead of `visual_encoder`, with the same results.
+        """
         if self.visual_encoder is None:
             raise ConfigError("The model was built for cached features (model.load_vision=False): it sees no images.")
         if not image.is_floating_point():
             raise ConfigError(f"Images must be normalised, floating-point numbers; these are {image.dtype}.")
         with self.autocast(image.device):
-            image_tokens = self.ln_vision(self.visual_encoder(image))  # [B,N,encoder's width]
+            image_tokens = self.ln_vision((encoder or self.visual_encoder)(image))  # [B,N,encoder's width]
             if not image_tokens.requires_grad:  # gradients of the layers that read them add up in float32
                 image_tokens = image_tokens.to(self.dtype)  # once, not in each of those layers
             return self.Qformer(self.query_tokens.expand(len(image), -1, -1), image_tokens)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from minigpt4.fast.cuda_graphs import RECORDING
+from minigpt4.fast.cuda_graphs import CAPTURE_LOCK
 from minigpt4.runners.state import to_device
 
 # Batches that wait on the device, beside the one in use.
@@ -35,7 +35,7 @@ def prefetch(batches: Iterable[dict], model, device: torch.device) -> Iterator[d
 
     def copied(samples: dict) -> tuple[dict, torch.cuda.Event]:
         # Torch keeps pinned memory until it is copied. It is given back in here, while no graph is recorded.
-        with RECORDING, torch.cuda.stream(copies):
+        with CAPTURE_LOCK, torch.cuda.stream(copies):
             moved = to_device({key: _pinned(value) for key, value in samples.items()}, device)
             return moved, copies.record_event()
 

@@ -20,7 +20,7 @@ from minigpt4.common.optims import create_optimizer
 from minigpt4.common.registry import registry
 from minigpt4.common.text import pluralize
 from minigpt4.datasets.loaders import TrainLoader, eval_loader, report_left_out
-from minigpt4.quantization import fp8
+from minigpt4.quantization.fp8 import check_fp8_supported
 from minigpt4.runners.prefetch import prefetch
 from minigpt4.runners.schedule import EtaLogger, TrainingSchedule
 from minigpt4.runners.state import restore_rng_states, rng_states, to_device
@@ -110,7 +110,7 @@ class RunnerBase:
         )  # fmt: skip
         self.pace = EtaLogger(length, run.log_freq)
         if run.fp8:
-            fp8.check(self.module, self.device, self.dtype)
+            check_fp8_supported(self.module, self.device, self.dtype)
         if self.dtype != torch.float32 and hasattr(self.module, "accelerate"):
             self.module.accelerate(run.packed, run.compile, run.fp8)
         if self.world_size > 1:

@@ -213,7 +213,8 @@ class Batcher:
             context, mask = (torch.cat([rows, *[rows[-1:]] * fill]) for rows in (context, mask))
             continue_embeds(
                 model.llama_model, model.tokenizer, context, mask, stop="", criteria=[_Watch(batch, fill)],
-                processors=[sampler], max_new_tokens=max_tokens, min_new_tokens=1,
+                processors=[sampler], decoding_loop=self.chat.decoding_loop,
+                max_new_tokens=max_tokens, min_new_tokens=1,
             )  # fmt: skip
 
     def _images(self, batch: list[Answer]) -> list[torch.Tensor]:

@@ -10,6 +10,7 @@ import torch
 from minigpt4.conversation import CONV_VISION, Chat, Conversation, Decoding, conversation
 from minigpt4.conversation.conversation import break_up
 from minigpt4.fast.decoding import loop
+from minigpt4.fast.decoding.loop import cached_decoding
 from minigpt4.models.generation import answer_text
 from minigpt4.models.prompt import IMAGE_SLOT
 
@@ -369,16 +370,16 @@ def test_an_answer_cut_by_the_window_says_so(chat, play):
 def test_a_question_that_is_repeated(chat, play, monkeypatch):
     """Its answer is the one from scratch, and costs one vector."""
     conv, img_list = play(QUESTION)
-    loop.forget(chat.model.llama_model)
-    counts, read = [], loop.KVCache.read
+    cached_decoding.clear_cache(chat.model.llama_model)
+    counts, read = [], loop.KVCache.prefill
 
     def pluralize(slots, llm, embeds, *arguments):
         counts.append(embeds.shape[1])
         return read(slots, llm, embeds, *arguments)
 
-    monkeypatch.setattr(loop.KVCache, "read", pluralize)
+    monkeypatch.setattr(loop.KVCache, "prefill", pluralize)
     answers = {chat.answer(conv.copy(), img_list, **GREEDY)[0] for _ in range(3)}
-    loop.forget(chat.model.llama_model)
+    cached_decoding.clear_cache(chat.model.llama_model)
     answers.add(chat.answer(conv.copy(), img_list, **GREEDY)[0])
     assert len(answers) == 1
     assert counts == [counts[0], 1, 1, counts[0]] and counts[0] > 8

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from minigpt4.fast import cuda_graphs, training_step
-from minigpt4.fast.cuda_graphs import GraphedFunction, Recording
+from minigpt4.fast import cuda_graphs
+from minigpt4.fast.cuda_graphs import CapturedGraph, GraphedFunction
 
 
 class Graph:
@@ -21,7 +21,7 @@ class Graph:
         self.compute()
 
 
-class Doubling(Recording):
+class Doubling(CapturedGraph):
     """The recording of a function that doubles."""
 
     made = None
@@ -33,7 +33,7 @@ class Doubling(Recording):
         self.graph.compute = lambda: self.outputs[0].copy_(self.inputs[0] * 2)
 
 
-class Memory(cuda_graphs.Memory):
+class Memory(cuda_graphs.GraphMemory):
     """Counts its uses."""
 
     made = None
@@ -47,7 +47,7 @@ class Memory(cuda_graphs.Memory):
         self.uses += 1
         yield
 
-    def graph(self, graph):
+    def capture(self, graph):
         return contextlib.nullcontext()
 
 
@@ -57,8 +57,8 @@ def recordings(monkeypatch):
     monkeypatch.setattr(Doubling, "made", [])
     monkeypatch.setattr(Memory, "made", [])
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(cuda_graphs, "Recording", Doubling)
-    monkeypatch.setattr(cuda_graphs, "Memory", Memory)
+    monkeypatch.setattr(cuda_graphs, "CapturedGraph", Doubling)
+    monkeypatch.setattr(cuda_graphs, "GraphMemory", Memory)
     return Doubling.made
 
 
@@ -125,7 +125,7 @@ def test_what_has_not_gone_through_is_not_recorded(doubled, recordings):
 
 
 def test_beyond_the_limit_calls_run_as_they_stand(doubled, recordings, plain, monkeypatch):
-    monkeypatch.setattr(cuda_graphs, "LIMIT", 2)
+    monkeypatch.setattr(cuda_graphs, "MAX_GRAPHS", 2)
     for _ in range(3):
         for n in (1, 2, 3):
             assert torch.equal(doubled(torch.ones(n))[0], torch.full((n,), 2.0))
@@ -147,36 +147,37 @@ def test_answers_record_nothing(doubled, recordings, plain):
 
 
 @pytest.mark.parametrize(
-    ("trains", "graphed"),
+    ("trains", "vision", "language"),
     [
-        (None, {"query_outputs", "micro_batch_loss"}),
-        ("Qformer", {"micro_batch_loss"}),
-        ("visual_encoder", {"micro_batch_loss"}),
-        ("llama_model", set()),
-        ("own", set()),
+        (None, True, True),
+        ("Qformer", False, True),
+        ("visual_encoder", False, True),
+        ("llama_model", False, False),
+        ("own", False, False),
     ],
 )
-def test_what_trains_is_not_recorded(build_golden_model, monkeypatch, trains, graphed):
-    """A recording gives gradients to its arguments alone: those of weights inside it would be lost in silence."""
+def test_what_trains_is_not_captured(build_golden_model, trains, vision, language):
+    """A graph gives gradients to its arguments alone: those of weights inside it would be lost in silence."""
     model = build_golden_model()
     model.own = nn.Linear(2, 2).requires_grad_(False)
     if trains:
         next(getattr(model, trains).parameters()).requires_grad_(True)
-    monkeypatch.setattr(training_step, "fuse_projections", lambda llm: 0)
-    training_step.accelerate(model, packed=True, compiled=True)
-    assert {"query_outputs", "micro_batch_loss"} & set(vars(model)) == graphed
-    training_step.accelerate(model, packed=False, compiled=False)
-    assert not {"query_outputs", "micro_batch_loss", "sum_of_losses"} & set(vars(model))
-    assert not model.packed
+    model.accelerate(packed=True, compiled=True)
+    step = model.step
+    assert (isinstance(step.graphed_vision, GraphedFunction), isinstance(step.loss_and_gradient, GraphedFunction)) == (
+        vision,
+        language,
+    )
+    model.accelerate(packed=False, compiled=False)
+    assert not (model.step.graphed_vision or model.step.loss_and_gradient or model.step.packed)
 
 
-def test_float16_and_padded_batches_keep_their_graph(build_golden_model, monkeypatch):
-    """A loss in float16 is scaled before its gradient is taken, so the gradient cannot come first."""
-    monkeypatch.setattr(training_step, "fuse_projections", lambda llm: 0)
+def test_float16_and_padded_batches_keep_their_graph(build_golden_model):
+    """A loss in float16 is scaled before its gradient is computed, so the gradient cannot come first."""
     for dtype, packed, at_once in ((torch.bfloat16, True, True), (torch.float16, True, False), (None, False, False)):
         model = build_golden_model(**({"dtype": dtype} if dtype else {}))
-        training_step.accelerate(model, packed=packed, compiled=True)
-        assert ("micro_batch_loss" in vars(model)) == at_once
+        model.accelerate(packed=packed, compiled=True)
+        assert bool(model.step.loss_and_gradient) == at_once
 
 
 def garbage() -> tuple[list[GraphedFunction], int]:
@@ -198,18 +199,18 @@ def test_memory_that_is_garbage_stays_while_other_is_in_use_or_a_graph_is_record
         if len(there) == calls - 1:
             old.clear()
             gc.collect()
-        there.append([*map(id, cuda_graphs._left)])
+        there.append([*map(id, cuda_graphs._kept_pools)])
         return (x * 2,)
 
     function = GraphedFunction(compute, "double")
     for _ in range(calls):
         function(torch.ones(2))
     assert there == [[]] * (calls - 1) + [[pool]]
-    assert cuda_graphs._left == []
+    assert cuda_graphs._kept_pools == []
 
 
 def test_memory_that_is_garbage_goes_at_once_where_nothing_is_in_use(recordings):
     old, _ = garbage()
     old.clear()
     gc.collect()
-    assert cuda_graphs._left == []
+    assert cuda_graphs._kept_pools == []

@@ -1,7 +1,6 @@
 """The project's decoding loop gives what transformers' `generate` gives, and what was read before is not read again."""
 
 import sys
-import threading
 from contextlib import nullcontext
 from functools import partial
 from types import ModuleType
@@ -13,14 +12,14 @@ from torch import nn
 
 from minigpt4.fast import cuda_graphs
 from minigpt4.fast.decoding import loop
-from minigpt4.fast.decoding.compiled_layers import compiled_layers
+from minigpt4.fast.decoding.compiled_layers import compiled_copy
 from minigpt4.fast.decoding.kv_cache import KVCache
-from minigpt4.fast.decoding.loop import Decoder, bucket
+from minigpt4.fast.decoding.loop import MAX_IDLE_CACHES, Decoder, cache_length, cached_decoding
 from minigpt4.models.generation import continue_embeds
 from minigpt4.models.llm import load_llm
 from minigpt4.models.sampling import Sampling
 from minigpt4.quantization import bitsandbytes as low_bit
-from minigpt4.quantization import int8
+from minigpt4.quantization.int8 import quantize_model
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -100,12 +99,13 @@ def prompts(*lengths, seed=1):
 
 def run(llm, embeds, mask=None, stop="", **options):
     mask = torch.ones(embeds.shape[:2], dtype=torch.long) if mask is None else mask
-    return continue_embeds(llm, Words(), embeds, mask, stop, **{"max_new_tokens": 24} | options).tolist()
+    options = {"decoding_loop": cached_decoding, "max_new_tokens": 24} | options
+    return continue_embeds(llm, Words(), embeds, mask, stop, **options).tolist()
 
 
 def theirs(llm, *args, **options):
-    """transformers' `generate`: an option that the loop does not know leaves the work to it."""
-    return run(llm, *args, use_cache=True, **options)
+    """transformers' `generate`."""
+    return run(llm, *args, decoding_loop=None, **options)
 
 
 @pytest.fixture
@@ -113,14 +113,15 @@ def reads(monkeypatch):
     """How many vectors each call of the language model read: reads(llm) gives the growing list."""
 
     def watch(llm):
+        cached_decoding.supports(llm)  # its self-check reads, too
         counts, forward = [], llm.forward
 
-        def pluralize(**inputs):
+        def watched(**inputs):
             if "inputs_embeds" in inputs:  # not of transformers' own steps
                 counts.append(inputs["inputs_embeds"].shape[1])
             return forward(**inputs)
 
-        monkeypatch.setattr(llm, "forward", pluralize)
+        monkeypatch.setattr(llm, "forward", watched)
         return counts
 
     return watch
@@ -133,7 +134,7 @@ def reads(monkeypatch):
 @pytest.mark.parametrize("kind", KINDS)
 def test_greedy_ids_are_those_of_transformers(kind, lengths, reads):
     llm = random_llm(kind)
-    assert loop.fits(llm)
+    assert cached_decoding.supports(llm)
     embeds, mask = prompts(*lengths)
     expected = theirs(llm, embeds, mask)
     counts = reads(llm)
@@ -194,16 +195,16 @@ def test_what_only_transformers_can_do_is_left_to_it(llm):
 @pytest.mark.parametrize("kind", OTHERS)
 def test_models_that_do_not_fit_are_left_to_transformers(kind):
     llm = random_llm(kind)
-    assert not loop.fits(llm)
+    assert not cached_decoding.supports(llm)
     embeds, mask = prompts(9, 30)
     assert run(llm, embeds, mask) == theirs(llm, embeds, mask)
 
 
 def test_a_model_on_several_devices_is_left_to_transformers(llm):
     llm.hf_device_map = {"": 0}
-    assert loop.fits(llm)
+    assert cached_decoding.supports(llm)
     llm.hf_device_map = {"model.embed_tokens": 0, "model.layers.0": 1}
-    assert not loop.fits(llm)
+    assert not cached_decoding.supports(llm)
 
 
 def test_rows_end_by_themselves_and_are_filled_up(llm):
@@ -220,7 +221,16 @@ def test_rows_end_by_themselves_and_are_filled_up(llm):
 
 
 def test_bounded_sizes():
-    assert [bucket(n) for n in (1, 128, 129, 193, 257, 512, 769, 1025)] == [128, 128, 160, 224, 320, 512, 896, 1280]
+    assert [cache_length(n) for n in (1, 128, 129, 193, 257, 512, 769, 1025)] == [
+        128,
+        128,
+        160,
+        224,
+        320,
+        512,
+        896,
+        1280,
+    ]
 
 
 # What was read before
@@ -239,14 +249,14 @@ def test_the_next_turn_is_as_from_scratch_and_costs_its_own_tokens(kind, reads):
         assert theirs(llm, conversation, max_new_tokens=90) == said
         said = llm.get_input_embeddings()(torch.tensor(said))
         conversation = torch.cat([conversation, said, prompts(6, seed=turn + 9)[0]], dim=1)
-    assert conversation.shape[1] > bucket(20 + 90)  # the cache has grown meanwhile
+    assert conversation.shape[1] > cache_length(20 + 90)  # the cache has grown meanwhile
 
 
 def logits_of(llm, embeds):
     """Of the first new token."""
     seen = []
     mask = torch.ones(embeds.shape[:2], device=embeds.device)
-    steps = loop.decode(llm, embeds, mask, 1, lambda ids, x: seen.append(x.clone()) or x.argmax(-1))
+    steps = cached_decoding.decode(llm, embeds, mask, 1, lambda ids, x: seen.append(x.clone()) or x.argmax(-1))
     with torch.no_grad():
         list(steps)
     return seen[0]
@@ -259,7 +269,7 @@ def test_logits_after_a_common_beginning_are_those_from_scratch(llm, known):
     other, _ = prompts(30, seed=2)
     edited = torch.cat([first[:, :known], other[:, known:]], dim=1)
     expected = logits_of(llm, edited)
-    loop.forget(llm)
+    cached_decoding.clear_cache(llm)
     logits_of(llm, first)
     torch.testing.assert_close(logits_of(llm, edited), expected, atol=1e-5, rtol=0)
 
@@ -274,7 +284,7 @@ def test_a_prompt_that_is_repeated(load_in, device, reads):
     embeds = llm.get_input_embeddings()(torch.arange(40, device=device).unsqueeze(0) * 7)
     counts = reads(llm)
     first, second, third = (logits_of(llm, embeds) for _ in range(3))
-    loop.forget(llm)
+    cached_decoding.clear_cache(llm)
     again = logits_of(llm, embeds)
     # on a GPU the second reading is filled up, and recorded; the third is replayed
     assert counts == ([40, 1, 1, 40] if device == "cpu" else [40, 64, 64, 40])
@@ -286,9 +296,9 @@ def test_a_prompt_that_is_repeated(load_in, device, reads):
 def test_an_answer_that_was_broken_off_is_gone_on_from(llm, reads):
     embeds, _ = prompts(20)
     expected = run(llm, embeds)[0]
-    loop.forget(llm)
+    cached_decoding.clear_cache(llm)
     counts = reads(llm)
-    steps = loop.decode(llm, embeds, torch.ones(1, 20), 24, lambda ids, logits: logits.argmax(-1))
+    steps = cached_decoding.decode(llm, embeds, torch.ones(1, 20), 24, lambda ids, logits: logits.argmax(-1))
     with torch.no_grad():
         assert [int(next(steps)) for _ in range(5)] == expected[:5]
     steps.close()
@@ -313,14 +323,14 @@ def test_two_conversations_keep_their_caches_and_a_third_takes_the_older(llm, re
     assert read_by(talks[1]) == 1
     assert read_by(talks[0]) == 20
     run(llm, *prompts(5, 6), max_new_tokens=2)
-    assert len(loop._decoders[llm]._idle) == loop.KEPT
+    assert len(cached_decoding.decoders[llm].idle) == MAX_IDLE_CACHES
 
 
 def test_batches_share_one_cache(llm):
     for seed in range(3):
         embeds, mask = prompts(5, 30, seed=seed)
         assert run(llm, embeds, mask) == theirs(llm, embeds, mask)
-    assert len(loop._decoders[llm]._idle) == 1
+    assert len(cached_decoding.decoders[llm].idle) == 1
 
 
 def test_a_failed_step_leaves_a_cache_that_is_right(llm, monkeypatch):
@@ -370,38 +380,28 @@ class Replayed:
         self.logits.copy_(self.step())
 
 
-def capture(self, llm, slots):
-    """Stands for `Decoder._capture`."""
-
-    def step():
-        with compiled_layers(llm, slots) if self.compiled else nullcontext():
-            return slots.step(llm, None if self.compiled else slots.length)
-
-    return record(step, slots)
-
-
-def record(run, slots):
-    """Stands for `decoder._record`."""
+def capture(run, cache):
+    """Stands for `loop._capture`."""
     graph = Replayed(run)
     return graph, graph.logits
 
 
-def row_product(x, weight, scale=None):
+def single_row_linear(x, weight, scale=None):
     assert x.numel() == weight.shape[1]
     y = x @ weight.t().to(x.dtype)
     return y if scale is None else y * scale
 
 
-def row_product_4bit(x, weight, outputs, scale, code):
+def single_row_linear_4bit(x, weight, outputs, scale, code):
     assert x.numel() == x.shape[-1] and len(code) == 16
     assert weight.numel() * 2 == outputs * x.shape[-1] == len(scale) * 64 and x.shape[-1] % 64 == 0
-    return low_bit.multiply(x, weight, scale, False)
+    return low_bit.low_bit_matmul(x, weight, scale, False)
 
 
-def attend_slots(query, keys, values, seen, scaling):
+def attend_cache(query, keys, values, visible, scaling):
     keys, values = (x.repeat_interleave(query.shape[1] // x.shape[2], dim=2) for x in (keys, values))
     scores = torch.einsum("bhd,blhd->bhl", query, keys) * scaling
-    unseen = torch.arange(keys.shape[1]) >= seen[:, None, None]
+    unseen = torch.arange(keys.shape[1]) >= visible[:, None, None]
     return torch.einsum("bhl,blhd->bhd", scores.masked_fill(unseen, -torch.inf).softmax(-1), values)
 
 
@@ -411,12 +411,13 @@ def compiles(monkeypatch):
     from torch._dynamo.testing import CompileCounter
 
     kernels = ModuleType("minigpt4.kernels.decoding")
-    kernels.row_product, kernels.attend_slots, kernels.row_product_4bit = row_product, attend_slots, row_product_4bit
+    kernels.single_row_linear, kernels.single_row_linear_4bit = single_row_linear, single_row_linear_4bit
+    kernels.attend_cache = attend_cache
     monkeypatch.setitem(sys.modules, kernels.__name__, kernels)
     monkeypatch.setattr("minigpt4.kernels.decoding", kernels, raising=False)
-    monkeypatch.setattr(Decoder, "_capture", capture)
-    monkeypatch.setattr(loop, "_record", record)
-    monkeypatch.setattr(loop, "_read_later", lambda ids: ids.clone)
+    monkeypatch.setattr(loop, "_run_on_side_stream", lambda run, device: run())
+    monkeypatch.setattr(loop, "_capture", capture)
+    monkeypatch.setattr(loop, "_start_copy", lambda ids: ids.clone)
     monkeypatch.setattr(loop, "Decoder", partial(Decoder, graphs=True))
     counter, compiler = CompileCounter(), torch.compile
     monkeypatch.setattr(torch, "compile", lambda call: compiler(call, backend=counter, fullgraph=True))
@@ -433,18 +434,18 @@ def test_compiled_steps_give_the_ids_of_transformers(kind, lengths, compiles):
     expected = theirs(llm, embeds, mask)
     for _ in range(2):
         assert run(llm, embeds, mask) == expected
-    assert loop._decoders[llm].compiled  # the compiler did not fail
+    assert cached_decoding.decoders[llm].compiled  # the compiler did not fail
     assert compiles.frame_count == 1
     assert {type(part) for part in llm.modules() if isinstance(part, nn.Linear)} == {nn.Linear}
 
 
 @pytest.mark.parametrize("lengths", [[20], [7, 20, 13]])
 def test_compiled_steps_with_8_bit_weights(lengths, compiles):
-    llm = int8.quantize(random_llm(), torch.device("cpu"))
+    llm = quantize_model(random_llm(), torch.device("cpu"))
     embeds, mask = prompts(*lengths)
     expected = theirs(llm, embeds, mask)
     assert run(llm, embeds, mask) == expected
-    assert loop._decoders[llm].compiled
+    assert cached_decoding.decoders[llm].compiled
     assert compiles.frame_count == 1
 
 
@@ -456,7 +457,7 @@ def test_compiled_steps_with_what_bitsandbytes_quantised(load_in, compiles):
     llm.generation_config.eos_token_id = None
     embeds = llm.get_input_embeddings()(torch.arange(20).unsqueeze(0) * 7)
     assert run(llm, embeds) == theirs(llm, embeds)
-    assert loop._decoders[llm].compiled and compiles.frame_count == 1
+    assert cached_decoding.decoders[llm].compiled and compiles.frame_count == 1
 
 
 def test_layers_with_a_bias_and_those_of_other_kinds(compiles):
@@ -469,7 +470,7 @@ def test_layers_with_a_bias_and_those_of_other_kinds(compiles):
     embeds, mask = prompts(20)
     expected = theirs(llm, embeds, mask)
     assert run(llm, embeds, mask) == expected
-    assert loop._decoders[llm].compiled
+    assert cached_decoding.decoders[llm].compiled
 
 
 def test_caches_of_any_length_and_batches_of_any_size_share_a_compilation(llm, compiles):
@@ -482,37 +483,16 @@ def test_caches_of_any_length_and_batches_of_any_size_share_a_compilation(llm, c
         assert compiles.frame_count == count
 
 
-def test_what_other_threads_compute_meanwhile_stays_as_it_was(llm, compiles):
-    vectors = torch.randn(1, 1, WIDTH)
-
-    def gradient(found):
-        given = vectors.clone().requires_grad_()
-        llm(inputs_embeds=given).logits.square().sum().backward()
-        found.append(given.grad)
-
-    found = []
-    gradient(found)
-    slots = KVCache(1, 128, vectors.device)
-    with torch.no_grad():
-        slots.read(llm, vectors, torch.ones(1, 1), 0)
-    with compiled_layers(llm, slots):
-        thread = threading.Thread(target=gradient, args=[found])
-        thread.start()
-        thread.join()
-    torch.testing.assert_close(*found)
-    assert compiles.frame_count == 0
-
-
-def test_layers_are_themselves_again_after_an_error(llm, compiles):
+def test_the_compiled_copy_leaves_the_model_alone(llm, compiles):
+    """Other threads and training go on with the same modules, and no weight is held twice."""
     before = [(type(part), *vars(part)) for part in llm.modules()]
-    slots = KVCache(1, 128, torch.device("cpu"))
-    with torch.no_grad():
-        slots.read(llm, prompts(5)[0], torch.ones(1, 5), 0)
-    with pytest.raises(ZeroDivisionError), compiled_layers(llm, slots):
-        assert [(type(part), *vars(part)) for part in llm.modules()] != before
-        1 / 0  # noqa: B018
+    copied = compiled_copy(llm)
     assert [(type(part), *vars(part)) for part in llm.modules()] == before
     assert llm.config._attn_implementation == "sdpa"
+    assert {p.data_ptr() for p in copied.parameters()} == {p.data_ptr() for p in llm.parameters()}
+    vectors = torch.randn(1, 1, WIDTH, requires_grad=True)
+    llm(inputs_embeds=vectors).logits.square().sum().backward()
+    assert vectors.grad.abs().sum() > 0 and compiles.frame_count == 0
 
 
 @pytest.mark.parametrize("lengths", [[20], [7, 20, 13], [240, 200, 9, 250, 30]])
@@ -520,37 +500,38 @@ def test_replayed_steps_give_the_same_ids(llm, lengths, compiles):
     """As they stand. One token is looked at while the next is computed; batches are filled up."""
     embeds, mask = prompts(*lengths)
     expected = theirs(llm, embeds, mask)
-    loop._decoders[llm] = Decoder(llm, graphs=True, compiled=False)
+    cached_decoding.decoders[llm] = Decoder(llm, graphs=True, compiled=False)
     for _ in range(2):
         assert run(llm, embeds, mask) == expected
-    (slots,) = loop._decoders[llm]._idle
-    assert slots.batch == {1: 1, 3: 4, 5: 8}[len(lengths)]
+    (cache,) = cached_decoding.decoders[llm].idle
+    assert cache.batch == {1: 1, 3: 4, 5: 8}[len(lengths)]
     assert compiles.frame_count == 0
 
 
 def test_prompts_are_read_by_the_graph_of_their_length(llm, compiles, monkeypatch):
     """Filled up to 64, 128, 256 or 512 vectors, behind what is known; longer ones as they stand."""
-    recorded = []
-    monkeypatch.setattr(loop, "_record", lambda run, slots: recorded.append(slots) or record(run, slots))
+    captured = []
+    monkeypatch.setattr(loop, "_capture", lambda run, cache: captured.append(cache) or capture(run, cache))
     known, found = prompts(520, seed=1)[0], {}
     for length in (120, 20, 50, 64, 70, 100, 65, 9):
         prompt = torch.cat([known, prompts(length, seed=length)[0]], dim=1)
         found[length] = prompt, logits_of(llm, prompt)
-    (slots,) = loop._decoders[llm]._idle
-    assert recorded == [slots, slots]
-    assert {places for places, reading in slots.readings.items() if reading} == {64, 128}
+    (cache,) = cached_decoding.decoders[llm].idle
+    assert captured == [cache, cache]
+    assert {padded for padded, graph in cache.prefill_graphs.items() if graph} == {64, 128}
     for prompt, logits in found.values():
-        loop._decoders[llm] = Decoder(llm, graphs=False)
+        cached_decoding.decoders[llm] = Decoder(llm, graphs=False)
         torch.testing.assert_close(logits, logits_of(llm, prompt), atol=1e-5, rtol=0)
 
 
-def test_without_memory_for_a_recording_prompts_are_read_as_before(llm, compiles, monkeypatch, caplog):
-    def fail(run, slots):
+def test_without_memory_for_a_graph_prompts_are_read_as_before(llm, compiles, monkeypatch, caplog):
+    def fail_for_prefills(run, cache):
+        if cache.step_graph is None:
+            return capture(run, cache)
         raise torch.OutOfMemoryError("out of memory")
 
     expected = [theirs(llm, *prompts(length)) for length in (30, 31, 32, 33, 34)]
-    monkeypatch.setattr(loop, "_record", fail)
-    monkeypatch.setattr(Decoder, "_capture", lambda self, llm, slots: record(lambda: slots.step(llm, 128), slots))
+    monkeypatch.setattr(loop, "_capture", fail_for_prefills)
     assert [run(llm, *prompts(length)) for length in (30, 31, 32, 33, 34)] == expected
     assert caplog.text.count("No memory for a CUDA graph of a prompt's reading") == 1
 
@@ -561,8 +542,8 @@ def test_no_pool_of_memory_goes_while_a_graph_is_recorded(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, object)
     for name in ("device", "graph"):
         monkeypatch.setattr(torch.cuda, name, lambda *args, **how: nullcontext())
-    _, busy = loop._record(lambda: cuda_graphs._busy, KVCache(1, 128, torch.device("cpu")))
-    assert busy == 1 and cuda_graphs._busy == 0
+    _, entered = loop._capture(lambda: cuda_graphs._keepers, KVCache(1, 128, torch.device("cpu")))
+    assert entered == 1 and cuda_graphs._keepers == 0
 
 
 def test_an_answer_does_not_wait_for_what_another_thread_records(llm, compiles):
@@ -570,10 +551,10 @@ def test_an_answer_does_not_wait_for_what_another_thread_records(llm, compiles):
     expected = run(llm, embeds, mask)
     with loop._capturing:
         assert run(llm, embeds, mask) == expected
-    (slots,) = loop._decoders[llm]._idle
-    assert slots.readings == {64: None}
+    (cache,) = cached_decoding.decoders[llm].idle
+    assert cache.prefill_graphs == {64: None}
     assert run(llm, embeds, mask) == expected
-    assert slots.readings[64]
+    assert cache.prefill_graphs[64]
 
 
 def test_a_cache_that_grows_records_its_readings_anew(llm, compiles):
@@ -585,12 +566,11 @@ def test_a_cache_that_grows_records_its_readings_anew(llm, compiles):
 
 def test_warming_up_prepares_a_cache_that_anyone_takes(llm, compiles, monkeypatch):
     monkeypatch.setattr(loop, "Decoder", Decoder)
-    loop.warm_up(llm)
-    assert llm not in loop._decoders  # on a CPU there is nothing to prepare
+    cached_decoding.warm_up(llm)
+    assert llm not in cached_decoding.decoders  # on a CPU there is nothing to prepare
     monkeypatch.setattr(loop, "Decoder", partial(Decoder, graphs=True))
-    loop.warm_up(llm, prompt=20, answer=200)
-    monkeypatch.setattr(Decoder, "_capture", None)
-    monkeypatch.setattr(loop, "_record", None)
+    cached_decoding.warm_up(llm, prompt_len=20, answer_len=200)
+    monkeypatch.setattr(loop, "_capture", None)
     assert run(llm, *prompts(30), max_new_tokens=180) == theirs(llm, *prompts(30), max_new_tokens=180)
     assert compiles.frame_count == 1
 
@@ -616,5 +596,5 @@ def test_a_model_that_takes_packed_batches_too(llm):
     embeds, mask = prompts(7, 20)
     expected = run(llm, embeds, mask)
     assert allow_packing(llm)
-    assert loop.fits(llm)
+    assert cached_decoding.supports(llm)
     assert run(llm, embeds, mask) == expected

@@ -8,12 +8,12 @@ import torch
 
 from minigpt4.benchmarks.synthetic import quantize
 from minigpt4.fast.decoding import loop
-from minigpt4.fast.decoding.compiled_layers import compiled_layers
+from minigpt4.fast.decoding.compiled_layers import compiled_copy
 from minigpt4.fast.decoding.kv_cache import KVCache
-from minigpt4.fast.decoding.loop import Decoder
+from minigpt4.fast.decoding.loop import MAX_IDLE_CACHES, Decoder, cached_decoding
 from minigpt4.models.generation import continue_embeds, stream
 from minigpt4.quantization import bitsandbytes as low_bit
-from minigpt4.quantization import int8
+from minigpt4.quantization.int8 import quantize_model
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -48,7 +48,7 @@ def llm():
 @pytest.fixture(autouse=True)
 def _exact(llm):
     torch.backends.cuda.matmul.allow_tf32 = False
-    loop.forget(llm)
+    cached_decoding.clear_cache(llm)
 
 
 def prompts(*lengths, seed=1):
@@ -60,21 +60,22 @@ def prompts(*lengths, seed=1):
 
 
 def run(llm, embeds, mask, **options):
-    return continue_embeds(llm, Words(), embeds, mask, "", **{"max_new_tokens": 40} | options).tolist()
+    options = {"decoding_loop": cached_decoding, "max_new_tokens": 40} | options
+    return continue_embeds(llm, Words(), embeds, mask, "", **options).tolist()
 
 
 def plain(llm, embeds, mask, **options):
     """The same loop, step by step without graphs."""
-    loop._decoders[llm] = Decoder(llm, graphs=False)
+    cached_decoding.decoders[llm] = Decoder(llm, graphs=False)
     try:
         return run(llm, embeds, mask, **options)
     finally:
-        loop.forget(llm)
+        cached_decoding.clear_cache(llm)
 
 
 def theirs(llm, embeds, mask, **options):
-    """transformers' `generate`: an option that the loop does not know leaves the work to it."""
-    return run(llm, embeds, mask, use_cache=True, **options)
+    """transformers' `generate`."""
+    return run(llm, embeds, mask, decoding_loop=None, **options)
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -83,24 +84,24 @@ def test_graphs_give_the_ids_of_plain_steps_and_of_transformers(llm, lengths, co
     embeds, mask = prompts(*lengths)
     expected = plain(llm, embeds, mask)
     assert expected == theirs(llm, embeds, mask)
-    loop._decoders[llm] = Decoder(llm, compiled=compiled)
+    cached_decoding.decoders[llm] = Decoder(llm, compiled=compiled)
     assert run(llm, embeds, mask) == expected
-    assert loop._decoders[llm].compiled == compiled  # the compiler did not fail
+    assert cached_decoding.decoders[llm].compiled == compiled  # the compiler did not fail
     assert run(llm, *prompts(*lengths, seed=2)) != expected
     assert run(llm, embeds, mask) == expected
 
 
 def test_prompts_and_answers_of_several_lengths_use_one_graph_a_cache(llm, monkeypatch):
-    captured, capture = [], Decoder._capture
-    monkeypatch.setattr(Decoder, "_capture", lambda *args: captured.append(args[-1]) or capture(*args))
+    captured, capture = [], Decoder._capture_step
+    monkeypatch.setattr(Decoder, "_capture_step", lambda *args: captured.append(args[-1]) or capture(*args))
     for length in (80, 3, 17, 50):
         embeds, mask = prompts(length, seed=length)
         assert run(llm, embeds, mask) == theirs(llm, embeds, mask)
-    assert len(captured) == len(set(captured)) <= loop.KEPT
+    assert len(captured) == len(set(captured)) <= MAX_IDLE_CACHES
     embeds, mask = prompts(240, 200)
     expected = theirs(llm, embeds, mask, max_new_tokens=300)
     assert run(llm, embeds, mask, max_new_tokens=300) == expected
-    assert len(captured) == len(set(captured)) <= loop.KEPT + 1
+    assert len(captured) == len(set(captured)) <= MAX_IDLE_CACHES + 1
 
 
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16, torch.float16, torch.int8])
@@ -110,15 +111,14 @@ def test_logits_of_compiled_layers_are_those_of_layers_as_they_stand(lengths, we
     dtype = torch.bfloat16 if weights == torch.int8 else weights
     llm = random_llm(dtype, num_key_value_heads=2)
     if weights == torch.int8:
-        int8.quantize(llm, torch.device("cuda"))
+        quantize_model(llm, torch.device("cuda"))
     embeds, mask = prompts(*lengths)
-    slots = KVCache(len(lengths), 128, embeds.device)
+    cache = KVCache(len(lengths), 128, embeds.device)
     with torch.no_grad():
-        slots.read(llm, embeds.to(dtype), mask, 0)
-        slots.advance(torch.tensor(range(5, 5 + len(lengths)), device="cuda"))
-        plain = slots.step(llm, 128)
-        with compiled_layers(llm, slots):
-            compiled = slots.step(llm, None)
+        cache.prefill(llm, embeds.to(dtype), mask, 0)
+        cache.advance(torch.tensor(range(5, 5 + len(lengths)), device="cuda"))
+        plain = cache.step(llm, 128)
+        compiled = cache.step(compiled_copy(llm), None)
     bound = {torch.float32: 1e-5, torch.float16: 5e-3}.get(dtype, 4e-2)
     assert (compiled - plain).norm() < bound * plain.norm()
 
@@ -152,8 +152,10 @@ def test_streaming_shows_every_step_and_ends_when_told(llm):
     embeds, mask = prompts(30)
     expected = run(llm, embeds, mask)[0]
 
-    def generate(tap):
-        return continue_embeds(llm, Words(), embeds, mask, "", [tap], max_new_tokens=40)
+    def generate(criterion):
+        return continue_embeds(
+            llm, Words(), embeds, mask, "", [criterion], decoding_loop=cached_decoding, max_new_tokens=40
+        )
 
     shown = list(stream(generate))
     assert shown[-1] == (expected, True)
@@ -170,8 +172,8 @@ def test_the_next_turn_is_as_from_scratch(llm, monkeypatch):
     said = torch.tensor(run(llm, embeds, mask), device="cuda")
     asked = torch.cat([embeds, llm.get_input_embeddings()(said), prompts(7, seed=3)[0]], dim=1)
     expected = theirs(llm, asked, mask.new_ones(asked.shape[:2]))
-    seen, read = [], Decoder._read
-    monkeypatch.setattr(Decoder, "_read", lambda *args: seen.append(args[3].shape[1]) or read(*args))
+    seen, prefill = [], Decoder._prefill
+    monkeypatch.setattr(Decoder, "_prefill", lambda *args: seen.append(args[3].shape[1]) or prefill(*args))
     assert run(llm, asked, mask.new_ones(asked.shape[:2])) == expected
     assert seen[0] <= 9  # the question, and the end of the answer, which no step had read
 
@@ -195,24 +197,23 @@ def test_low_bit_weights(load_in, ffn):
     """Of a width, too, that is no multiple of the weights that share a scale in 4 bit."""
     llm = random_llm(intermediate_size=ffn)
     if load_in == "8bit_weights":
-        int8.quantize(llm, torch.device("cuda"))
+        quantize_model(llm, torch.device("cuda"))
     else:
         pytest.importorskip("bitsandbytes")
         quantize(llm.model, load_in, torch.float32)
-        assert low_bit.convert(llm) == 7 * 4
+        assert low_bit.replace_bitsandbytes_layers(llm) == 7 * 4
     for lengths in ([30], [30, 12]):
         embeds, mask = prompts(*lengths)
         expected = plain(llm, embeds, mask)
         assert run(llm, embeds, mask) == expected
-        assert loop._decoders[llm].graphs and loop._decoders[llm].compiled
+        assert cached_decoding.decoders[llm].graphs and cached_decoding.decoders[llm].compiled
 
 
 def test_a_warm_model_answers_without_capturing(llm, monkeypatch):
-    loop.warm_up(llm, prompt=20, answer=100)
+    cached_decoding.warm_up(llm, prompt_len=20, answer_len=100)
     embeds, mask = prompts(30)
     expected = theirs(llm, embeds, mask, max_new_tokens=90)
-    monkeypatch.setattr(Decoder, "_capture", None)
-    monkeypatch.setattr(loop, "_record", None)
+    monkeypatch.setattr(loop, "_capture", None)
     assert run(llm, embeds, mask, max_new_tokens=90) == expected
 
 

@@ -8,9 +8,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 
 from minigpt4.fast.attention import allow_packing
 from minigpt4.fast.fused_linear import fuse_projections
-from minigpt4.fast.llama import FusedLlama, fits
+from minigpt4.fast.llama import FusedLlama, supports_fused_llama
 from minigpt4.fast.packing.batch import pack
-from minigpt4.fast.training_step import recompute_layers
+from minigpt4.models.llm import recompute_layers
 from minigpt4.models.prompt import IGNORE_INDEX, IMAGE_ID
 
 SIZES = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
@@ -34,7 +34,7 @@ def batch():
     texts = [torch.randint(3, 50, (n,), generator=generator).tolist() for n in (9, 3, 20)]
     sequences = [[1, 2, IMAGE_ID, IMAGE_ID, *text] for text in texts]
     labels = [[IGNORE_INDEX] * 4 + ids[4:] for ids in sequences]
-    (piece,) = pack(sequences, labels, 1024).pieces
+    (piece,) = pack(sequences, labels, 1024).micro_batches
     return piece
 
 
@@ -49,7 +49,7 @@ def batch():
 def test_equals_transformers(sizes):
     """Logits and the gradient of the embeddings, of whole layers and the last one's rows with labels."""
     llm, piece = llama(**sizes), batch()
-    assert fits(llm)
+    assert supports_fused_llama(llm)
     results = []
 
     def transformers(embeds, piece):
@@ -57,7 +57,7 @@ def test_equals_transformers(sizes):
 
     for predict in (FusedLlama(llm, compiled=False), transformers):
         torch.manual_seed(0)
-        embeds = torch.randn(1, piece.sizes.rows, 32, dtype=torch.float64, requires_grad=True)
+        embeds = torch.randn(1, piece.sizes.tokens, 32, dtype=torch.float64, requires_grad=True)
         logits = predict(embeds, piece)
         labelled = piece.targets[0] != IGNORE_INDEX
         loss = (logits[0, labelled] * torch.randn(int(labelled.sum()), 50)).sum()
@@ -107,4 +107,4 @@ def mistral():
     ],
 )
 def test_others_do_not_fit(build):
-    assert not fits(build())
+    assert not supports_fused_llama(build())

@@ -12,13 +12,18 @@ from torch import nn
 from transformers import MistralConfig, MistralForCausalLM
 
 from minigpt4.common.facts import MICRO_BATCH_TOKENS
-from minigpt4.fast import training_step
 from minigpt4.fast.attention import allow_packing, packed_attention
 from minigpt4.fast.fused_linear import fuse_projections
 from minigpt4.fast.packing import batch as packing
-from minigpt4.fast.packing.batch import IMAGE_MULTIPLE, LABEL_MULTIPLE, LONGEST_MULTIPLE, SEQUENCE_MULTIPLE, pack
-from minigpt4.fast.packing.binning import ROW_MULTIPLE, divide, fullest, round_up
+from minigpt4.fast.packing.batch import IMAGE_MULTIPLE, KV_LEN_MULTIPLE, LABEL_MULTIPLE, SEQUENCE_MULTIPLE, pack
+from minigpt4.fast.packing.binning import TOKEN_MULTIPLE, divide, fullest, round_up
 from minigpt4.models.prompt import IGNORE_INDEX, IMAGE_ID, pad
+
+
+def pack_batches(model, packed: bool = True) -> None:
+    """Let a model train on packed batches, or on padded ones, without anything compiled."""
+    model.accelerate(packed=packed, compiled=False)
+    assert model.step.packed == packed
 
 
 @pytest.mark.parametrize("name", ["stage1", "stage2"])
@@ -30,7 +35,7 @@ def test_packed_equals_padded(golden, build_golden_model, name):
     texts = [text * (1 + i) for i, text in enumerate(case["text_input"])]
     samples = {"image": tensors[f"{name}.image"], "text_input": texts}
     padded, gradient = loss_and_gradient(model, samples)
-    model.packed = allow_packing(model.llama_model)
+    pack_batches(model)
     packed, packed_gradient = loss_and_gradient(model, samples)
     assert packed["num_labels"] == padded["num_labels"]
     torch.testing.assert_close(packed["loss"], padded["loss"], atol=1e-6, rtol=1e-6)
@@ -41,7 +46,7 @@ def test_a_packed_batch_mixes_no_sequences(golden, build_golden_model):
     """A sequence's loss is the same whatever stands before and after it."""
     _, tensors = golden("train_forward")
     model = build_golden_model()
-    model.packed = allow_packing(model.llama_model)
+    pack_batches(model)
     image = tensors["stage1.image"][:1]
     alone = model({"image": image, "text_input": ["a dog"]})["loss"].item()
     others = ["a cat on a mat, and so on", "x"]
@@ -61,8 +66,8 @@ def test_layout_of_a_packed_batch():
     sequences = [[1, 9, IMAGE_ID, IMAGE_ID, 5, 6], [1, 9, IMAGE_ID, IMAGE_ID, 7]]
     batch = pack(sequences, [[IGN] * 4 + [5, 6], [IGN] * 4 + [7]], MICRO_BATCH_TOKENS)
     assert (batch.num_labels, batch.num_tokens, batch.num_image_vectors) == (3, 11, 4)
-    (piece,) = batch.pieces
-    assert piece.sizes == (ROW_MULTIPLE, IMAGE_MULTIPLE, SEQUENCE_MULTIPLE, 2, LABEL_MULTIPLE, LONGEST_MULTIPLE)
+    (piece,) = batch.micro_batches
+    assert piece.sizes == (TOKEN_MULTIPLE, IMAGE_MULTIPLE, SEQUENCE_MULTIPLE, 2, LABEL_MULTIPLE, KV_LEN_MULTIPLE)
     assert piece.input_ids[0, :8].tolist() == [1, 9, 0, 0, 5, 0, 0, 0]
     assert piece.targets[0, :4].tolist() == [5, 6, 7, IGN]
     inputs = piece.llm_inputs()
@@ -70,31 +75,31 @@ def test_layout_of_a_packed_batch():
     assert inputs["logits_to_keep"][:4].tolist() == [3, 4, 6, 0]
     starts, shared, longest = inputs["segments"]
     assert starts.dtype == torch.int32
-    assert starts.tolist() == [0, 2, 5, *[7] * 7, 37, 67, 97, ROW_MULTIPLE]  # six empty sequences, then the fill
-    assert (shared, longest) == (2, LONGEST_MULTIPLE)
+    assert starts.tolist() == [0, 2, 5, *[7] * 7, 37, 67, 97, TOKEN_MULTIPLE]  # six empty sequences, then the fill
+    assert (shared, longest) == (2, KV_LEN_MULTIPLE)
     vectors = torch.arange(1.0, 5).unsqueeze(1)
-    assert piece.insert(torch.zeros(1, ROW_MULTIPLE, 1), vectors)[0, :9, 0].tolist() == [0, 0, 1, 2, 0, 3, 4, 0, 0]
+    assert piece.insert(torch.zeros(1, TOKEN_MULTIPLE, 1), vectors)[0, :9, 0].tolist() == [0, 0, 1, 2, 0, 3, 4, 0, 0]
 
 
 def test_a_row_is_always_left_for_vectors_that_fill_up_the_places():
-    batch = pack([[1] * (ROW_MULTIPLE + 1)], [[IGN] * ROW_MULTIPLE + [1]], MICRO_BATCH_TOKENS)
-    assert [piece.sizes.rows for piece in batch.pieces] == [2 * ROW_MULTIPLE]
+    batch = pack([[1] * (TOKEN_MULTIPLE + 1)], [[IGN] * TOKEN_MULTIPLE + [1]], MICRO_BATCH_TOKENS)
+    assert [piece.sizes.tokens for piece in batch.micro_batches] == [2 * TOKEN_MULTIPLE]
 
 
 def test_the_longest_has_the_shared_beginning_too():
-    length = LONGEST_MULTIPLE - 28
+    length = KV_LEN_MULTIPLE - 28
     sequences = [[1] * length + [IMAGE_ID] + [number] * length for number in (5, 6)]
-    (piece,) = pack(sequences, [[IGN] * len(sequences[0])] * 2, MICRO_BATCH_TOKENS).pieces
-    assert piece.sizes.shared == length
-    assert piece.sizes.longest == 2 * LONGEST_MULTIPLE
+    (piece,) = pack(sequences, [[IGN] * len(sequences[0])] * 2, MICRO_BATCH_TOKENS).micro_batches
+    assert piece.sizes.prefix_len == length
+    assert piece.sizes.max_kv_len == 2 * KV_LEN_MULTIPLE
 
 
 def test_the_fill_has_the_shared_beginning_too():
     """Its attention is computed, though nobody looks at it."""
     sequences = [[1] * 50 + [IMAGE_ID, number] for number in (5, 6)]
-    (piece,) = pack(sequences, [[IGN] * 52] * 2, MICRO_BATCH_TOKENS).pieces
+    (piece,) = pack(sequences, [[IGN] * 52] * 2, MICRO_BATCH_TOKENS).micro_batches
     assert max(piece.llm_inputs()["segments"].starts.diff()[1:]) + 50 > 64
-    assert piece.sizes.longest == 2 * LONGEST_MULTIPLE
+    assert piece.sizes.max_kv_len == 2 * KV_LEN_MULTIPLE
 
 
 def test_pieces_are_alike_and_leave_as_little_room_as_one():
@@ -106,10 +111,10 @@ def test_pieces_are_alike_and_leave_as_little_room_as_one():
         assert all(group == sorted(group) for group in groups)
         rows = [sum(lengths[i] for i in group) + 4 for group in groups]
         assert len(groups) == min(count, -(-sum(lengths) // (MICRO_BATCH_TOKENS - 4)))
-        assert max(rows) - min(rows) <= 2 * ROW_MULTIPLE + max(lengths)
+        assert max(rows) - min(rows) <= 2 * TOKEN_MULTIPLE + max(lengths)
         if max(lengths) < 200:  # as few as all rows together would take
             assert max(rows) <= MICRO_BATCH_TOKENS
-            assert sum(round_up(each, ROW_MULTIPLE) for each in rows) == round_up(sum(rows), ROW_MULTIPLE)
+            assert sum(round_up(each, TOKEN_MULTIPLE) for each in rows) == round_up(sum(rows), TOKEN_MULTIPLE)
 
 
 @pytest.mark.parametrize(
@@ -156,15 +161,15 @@ def test_pieces_equal_one_row(build_golden_model, monkeypatch, at_once, prompt):
     model.max_txt_len = 200
     torch.manual_seed(0)
     samples = {"image": torch.randn(9, 3, 28, 28), "text_input": ["a b c " * (1 + i * i) for i in range(9)]}
-    model.packed = allow_packing(model.llama_model)
-    assert len(model.prepare(samples)["tokens"].pieces) == 1
+    pack_batches(model)
+    model.step.loss_and_gradient = model.step.loss_and_gradient if at_once else None
+    assert len(model.prepare(samples)["tokens"].micro_batches) == 1
     expected, gradient = loss_and_gradient(model, samples)
     if at_once:
-        training_step.accelerate(model, packed=True, compiled=False)
         held = []
         monkeypatch.setattr(packing.MicroBatch, "llm_inputs", _held(packing.MicroBatch.llm_inputs, held))
-    model.tokens_per_micro_batch = 128
-    assert len(model.prepare(samples)["tokens"].pieces) > 3
+    model.step.max_tokens = 128
+    assert len(model.prepare(samples)["tokens"].micro_batches) > 3
     output, pieces_gradient = loss_and_gradient(model, samples)
     assert output["num_labels"] == expected["num_labels"]
     torch.testing.assert_close(output["loss"], expected["loss"], atol=1e-6, rtol=1e-6)
@@ -192,14 +197,17 @@ def test_sequences_of_next_to_nothing(build_golden_model, sequences):
     model = build_golden_model()
     assert allow_packing(model.llama_model)
     batch = pack(sequences, [[IGN] * len(ids) for ids in sequences], MICRO_BATCH_TOKENS)
-    assert [piece.sizes.rows for piece in batch.pieces] == [ROW_MULTIPLE]
-    assert model.language_loss(torch.zeros(0, 8, model.llama_proj.out_features), batch).item() == 0
+    assert [piece.sizes.tokens for piece in batch.micro_batches] == [TOKEN_MULTIPLE]
+    pack_batches(model)
+    assert model.step.loss(model, torch.zeros(0, 8, model.llama_proj.out_features), batch).item() == 0
 
 
 def test_attention_with_fewer_heads_of_keys_and_another_scaling():
     """Against attention in one piece, under a mask."""
     torch.manual_seed(0)
-    (piece,) = pack([[1, 1, IMAGE_ID, 5, 6, 7], [1, 1, IMAGE_ID, 5, 6]], [[IGN] * 6, [IGN] * 5], MICRO_BATCH_TOKENS).pieces
+    (piece,) = pack(
+        [[1, 1, IMAGE_ID, 5, 6, 7], [1, 1, IMAGE_ID, 5, 6]], [[IGN] * 6, [IGN] * 5], MICRO_BATCH_TOKENS
+    ).micro_batches
     segments = piece.llm_inputs()["segments"]
     rows = int(segments.starts[-1])
     query, key, value = (torch.randn(1, heads, rows, 8, dtype=torch.float64) for heads in (6, 2, 2))
@@ -226,7 +234,7 @@ def test_attention_with_fewer_heads_of_keys_and_another_scaling():
     ],
 )
 def test_what_sequences_share(sequences, labels, shared):
-    assert pack(sequences, labels, MICRO_BATCH_TOKENS).pieces[0].sizes.shared == shared
+    assert pack(sequences, labels, MICRO_BATCH_TOKENS).micro_batches[0].sizes.prefix_len == shared
 
 
 def test_a_first_token_is_no_label():
@@ -234,12 +242,12 @@ def test_a_first_token_is_no_label():
     sequences = [[5, 6], [7, 8, 9]]
     packed, padded = pack(sequences, sequences, MICRO_BATCH_TOKENS), pad(sequences, sequences, 0)
     assert packed.num_labels == padded.num_labels == 3
-    assert packed.pieces[0].targets[0, :4].tolist() == [6, 8, 9, IGNORE_INDEX]
+    assert packed.micro_batches[0].targets[0, :4].tolist() == [6, 8, 9, IGNORE_INDEX]
 
 
 def test_image_vectors_at_the_end_are_not_left_out():
-    (piece,) = pack([[1, IMAGE_ID], [1, IMAGE_ID]], [[IGN] * 2] * 2, MICRO_BATCH_TOKENS).pieces
-    assert piece.insert(torch.zeros(1, ROW_MULTIPLE, 1), torch.ones(2, 1))[0, :4, 0].tolist() == [0, 1, 1, 0]
+    (piece,) = pack([[1, IMAGE_ID], [1, IMAGE_ID]], [[IGN] * 2] * 2, MICRO_BATCH_TOKENS).micro_batches
+    assert piece.insert(torch.zeros(1, TOKEN_MULTIPLE, 1), torch.ones(2, 1))[0, :4, 0].tolist() == [0, 1, 1, 0]
 
 
 @pytest.mark.parametrize("texts", [["a dog", "two cats on a mat", "x"], ["a dog"], ["same", "same"]])
@@ -251,11 +259,11 @@ def test_packed_equals_padded_where_the_language_model_trains(build_golden_model
     torch.manual_seed(0)
     samples = {"image": torch.randn(len(texts), 3, 28, 28), "text_input": texts}
     gradients = []
-    for packed in (False, allow_packing(model.llama_model)):
-        model.packed = packed
+    for packed in (False, True):
+        pack_batches(model, packed)
         loss_and_gradient(model, samples)
         gradients.append({name: p.grad for name, p in model.llama_model.named_parameters()})
-    assert model.prepare(samples)["tokens"].pieces[0].sizes.shared > 5
+    assert model.prepare(samples)["tokens"].micro_batches[0].sizes.prefix_len > 5
     for name, gradient in gradients[0].items():
         assert (gradients[1][name] - gradient).norm() < 1e-5 * gradient.norm(), name
 
@@ -275,9 +283,9 @@ def test_models_and_gpus_that_cannot_take_packed_batches(build_golden_model, mon
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert not allow_packing(llm)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    monkeypatch.setattr("minigpt4.fast.packing.batch.LARGEST_HEAD", llm.config.head_dim - 1)
+    monkeypatch.setattr("minigpt4.fast.attention.LARGEST_HEAD", llm.config.head_dim - 1)
     assert not allow_packing(llm)
-    monkeypatch.setattr("minigpt4.fast.packing.batch.LARGEST_HEAD", llm.config.head_dim)
+    monkeypatch.setattr("minigpt4.fast.attention.LARGEST_HEAD", llm.config.head_dim)
     monkeypatch.setitem(sys.modules, "triton", None)
     assert not allow_packing(llm)
     monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__spec__="found"))
@@ -320,8 +328,8 @@ def test_images_with_other_vectors_than_the_prompt_has_places(build_golden_model
 
 def test_texts_without_any_label_give_loss_zero(build_golden_model):
     model = build_golden_model(end_sym="")
-    for packed in (False, allow_packing(model.llama_model)):
-        model.packed = packed
+    for packed in (False, True):
+        pack_batches(model, packed)
         output = model({"image": torch.zeros(2, 3, 28, 28), "text_input": ["", ""]})
         assert output["num_labels"] == 0
         assert output["loss"].item() == 0
@@ -330,7 +338,7 @@ def test_texts_without_any_label_give_loss_zero(build_golden_model):
 def test_generation_after_packed_training(golden, build_golden_model):
     model = build_golden_model()
     before = model.generate(torch.zeros(2, 3, 28, 28), ["<ImageHere> a", "b <ImageHere> c d"], max_new_tokens=8)
-    model.packed = allow_packing(model.llama_model)
+    pack_batches(model)
     loss_and_gradient(model, {"image": torch.zeros(2, 3, 28, 28), "text_input": ["a", "b c d"]})
     assert model.generate(torch.zeros(2, 3, 28, 28), ["<ImageHere> a", "b <ImageHere> c d"], max_new_tokens=8) == before
 
@@ -369,7 +377,7 @@ def test_recomputed_layers(golden, build_golden_model, packed):
     samples = {"image": tensors["stage1.image"][:3], "text_input": ["a b c", "d", "e f"]}
     kept, recomputed = build_golden_model(), build_golden_model(llm_grad_checkpoint=2)
     for model in (kept, recomputed):
-        model.packed = packed and allow_packing(model.llama_model)
+        pack_batches(model, packed)
     held = {}
     for name, model in (("kept", kept), ("recomputed", recomputed)):
         held[name] = 0

@@ -11,9 +11,9 @@ from torch import nn
 
 from minigpt4.benchmarks.synthetic import quantize
 from minigpt4.fast.cuda_graphs import GraphedFunction
-from minigpt4.fast.vit import fits, forward_features, linear_gelu, run_block
+from minigpt4.fast.vit import linear_gelu, supports_fused_vit
 from minigpt4.models.eva_vit import create_vit
-from minigpt4.models.precision import cast_matrices
+from minigpt4.models.loading import cast_matrices
 from minigpt4.quantization import bitsandbytes as low_bit
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -45,8 +45,8 @@ def test_accelerated_equals_plain(build_golden_model, caplog, dtype, recomputed)
     plain = steps(build_golden_model("cuda", dtype), order)
     model = build_golden_model("cuda", dtype, llm_grad_checkpoint=recomputed)
     model.accelerate(packed=True, compiled=True)
-    assert model.packed
-    assert ("predict" in vars(model)) == (not recomputed)  # fused_llama.py
+    assert model.step.packed
+    assert bool(model.step.fused_llama) == (not recomputed)
     accelerated = steps(model, order)
     for (loss, gradient), usual, ours in zip(exact, plain, accelerated, strict=True):
         usual_error, error = ((other - gradient).norm() / gradient.norm() for _, other in (usual, ours))
@@ -71,15 +71,15 @@ def test_low_bit_layers_accelerated(build_golden_model, caplog, load_in, recompu
 
     order, exact, plain = (0, 1, 2, 0, 1, 2, 0, 0), build_golden_model("cuda"), low_bit_model()
     model = low_bit_model(llm_grad_checkpoint=recomputed)
-    low_bit.convert(model.llama_model)
+    low_bit.replace_bitsandbytes_layers(model.llama_model)
     for name, part in model.llama_model.named_modules():
         if isinstance(part, low_bit.LowBitLinear):  # the weights that it stands for
             one = torch.eye(part.in_features, device="cuda")
-            exact.llama_model.get_submodule(name).weight.data = low_bit.multiply(
+            exact.llama_model.get_submodule(name).weight.data = low_bit.low_bit_matmul(
                 one, part.weight, part.scale, False
             ).t()
     model.accelerate(packed=True, compiled=True)
-    assert ("predict" in vars(model)) == (not recomputed)  # fused_llama.py
+    assert bool(model.step.fused_llama) == (not recomputed)
     truth, usual, ours = steps(exact, order), steps(plain, order), steps(model, order)
     for (loss, gradient), (_, other), (own_loss, own) in zip(truth, usual, ours, strict=True):
         usual_error, error = ((found - gradient).norm() / gradient.norm() for found in (other, own))
@@ -105,7 +105,7 @@ for number in range(20):
     old = function(False)
     for _ in range(3):
         old(x)
-    old.recorded.clear()
+    old.graphs.clear()
     new = function(True)
     del old
     for _ in range(3):
@@ -147,7 +147,7 @@ def test_recordings_share_memory_with_the_calls_before_them():
         torch.cuda.reset_peak_memory_stats()
         assert torch.equal(function(x)[0], expected)
         peaks.append(torch.cuda.max_memory_reserved() / 2**20)
-    assert len(function.recorded) == 1
+    assert len(function.graphs) == 1
     assert peaks[0] > 1000
     assert max(peaks) < peaks[0] + 500
 
@@ -158,7 +158,7 @@ def test_pieces_hold_one_at_a_time(build_golden_model):
     for rows in (1024, 128):
         model = build_golden_model("cuda", torch.bfloat16)
         model.accelerate(packed=True, compiled=True)
-        model.tokens_per_micro_batch = rows
+        model.step.max_tokens = rows
         results.append(steps(model, order))
     for (loss, gradient), (in_pieces, gradient_in_pieces) in zip(*results, strict=True):
         assert in_pieces == pytest.approx(loss, rel=2e-3)
@@ -175,17 +175,20 @@ def test_a_frozen_encoder_that_hands_on_its_sums(dtype):
     images = torch.randn(4, 3, 64, 64, device="cuda")
     exact = vit(images)
     cast_matrices(vit, dtype)
-    assert fits(vit)
+    assert supports_fused_vit(vit)
     torch._dynamo.reset()
-    unit, blocks = torch.compile(run_block, fullgraph=True), []
+    compiled, blocks = torch.compile(run_block, fullgraph=True), []
+    fused = FusedViT(vit, compiled=False)
 
     def compiled_once(block, x, delta):
         with torch.compiler.set_stance("fail_on_recompile" if blocks else "default"):
             blocks.append(block)
-            return unit(block, x, delta)
+            return compiled(block, x, delta)
+
+    fused.block_fn = compiled_once
 
     with torch.autocast("cuda", dtype, cache_enabled=False):
-        plain, ours = vit(images), forward_features(vit, images, compiled_once)
+        plain, ours = vit(images), fused(images)
     assert blocks == [*vit.blocks]
     assert plain.dtype == ours.dtype == torch.float32
     usual_error, error = ((other - exact).norm() / exact.norm() for other in (plain, ours))

@@ -4,7 +4,6 @@ from functools import partial
 
 import pytest
 import torch
-import torch.nn.functional as F
 from helpers import VIT
 from timm.layers import DropPath, LayerNorm, Mlp, RmsNorm, SwiGLU
 from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
@@ -13,9 +12,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from minigpt4.common.schema import VIT_MODELS
-from minigpt4.fast import training_step
 from minigpt4.fast import vit as fast_vit
-from minigpt4.fast.vit import forward_features, linear_gelu, run_block
+from minigpt4.fast.vit import FusedViT, linear_gelu, run_block, supports_fused_vit
 from minigpt4.models.eva_vit import EvaViT, create_vit
 from minigpt4.quantization import fp8
 
@@ -35,11 +33,18 @@ def images():
     return torch.randn(2, 3, 42, 42, generator=torch.Generator().manual_seed(1))
 
 
+def fused(vit, block_fn):
+    """A `FusedViT` with another function for its blocks."""
+    made = FusedViT(vit, compiled=False)
+    made.block_fn = block_fn
+    return made
+
+
 # What it computes
 
 
 def test_equals_timms_forward(vit, images):
-    torch.testing.assert_close(forward_features(vit, images, run_block), vit(images), rtol=1e-5, atol=5e-5)
+    torch.testing.assert_close(FusedViT(vit, compiled=False)(images), vit(images), rtol=1e-5, atol=5e-5)
 
 
 def test_each_block_equals_timms(vit, images):
@@ -54,24 +59,24 @@ def test_in_16_bit(vit, images):
     """The stream of sums stays in float32, as timm's does; products are in 16 bit."""
     kinds = set()
 
-    def unit(block, x, delta):
+    def block_fn(block, x, delta):
         kinds.add((x.dtype, delta.dtype))
         return run_block(block, x, delta)
 
     with torch.autocast("cpu", torch.bfloat16):
-        torch.testing.assert_close(forward_features(vit, images, unit), vit(images), rtol=1e-5, atol=5e-5)
+        torch.testing.assert_close(fused(vit, block_fn)(images), vit(images), rtol=1e-5, atol=5e-5)
     assert kinds == {(torch.float32, torch.bfloat16)}
 
 
 def test_all_blocks_share_one_compilation(vit, images):
     compiles = CompileCounterWithBackend("aot_eager")
     torch._dynamo.reset()
-    unit = torch.compile(run_block, backend=compiles, fullgraph=True)
-    torch.testing.assert_close(forward_features(vit, images, unit), vit(images), rtol=1e-5, atol=5e-5)
+    block_fn = torch.compile(run_block, backend=compiles, fullgraph=True)
+    torch.testing.assert_close(fused(vit, block_fn)(images), vit(images), rtol=1e-5, atol=5e-5)
     assert compiles.frame_count == 1
     for count in (3, 5):  # once more, for any number of images
         some = torch.randn(count, 3, 42, 42)
-        torch.testing.assert_close(forward_features(vit, some, unit), vit(some), rtol=1e-5, atol=5e-5)
+        torch.testing.assert_close(fused(vit, block_fn)(some), vit(some), rtol=1e-5, atol=5e-5)
     assert compiles.frame_count == 2
     torch._dynamo.reset()
 
@@ -79,11 +84,11 @@ def test_all_blocks_share_one_compilation(vit, images):
 def test_with_linear_gelu(vit, images, monkeypatch):
     """The MLP by way of it, compiled too, as it is on a GPU."""
     monkeypatch.setattr(fast_vit, "_takes_linear_gelu", lambda layer: True)
-    torch.testing.assert_close(forward_features(vit, images, run_block), vit(images), rtol=1e-5, atol=5e-5)
+    torch.testing.assert_close(FusedViT(vit, compiled=False)(images), vit(images), rtol=1e-5, atol=5e-5)
     torch._dynamo.reset()
     compiles = CompileCounterWithBackend("aot_eager")
-    unit = torch.compile(run_block, backend=compiles, fullgraph=True)
-    torch.testing.assert_close(forward_features(vit, images, unit), vit(images), rtol=1e-5, atol=5e-5)
+    block_fn = torch.compile(run_block, backend=compiles, fullgraph=True)
+    torch.testing.assert_close(fused(vit, block_fn)(images), vit(images), rtol=1e-5, atol=5e-5)
     assert torch.ops.minigpt4.linear_gelu.default in {node.target for node in compiles.graphs[0].graph.nodes}
     torch._dynamo.reset()
 
@@ -91,33 +96,30 @@ def test_with_linear_gelu(vit, images, monkeypatch):
 # When it is used
 
 
-def test_compiled_set_up_of_a_frozen_encoder(build_golden_model, monkeypatch):
-    """Set up anew without it, and with an encoder that trains by now, timm's own forward pass is back."""
-    monkeypatch.setattr(training_step, "fuse_projections", lambda llm: 0)
+def test_a_compiled_step_of_a_frozen_encoder(build_golden_model):
+    """Set up anew without it, or with an encoder that trains by now, the step takes timm's own forward pass."""
     model = build_golden_model()
     vit, images = model.visual_encoder, torch.randn(2, 3, 28, 28)
-    expected = vit(images)
-    training_step.accelerate(model, packed=False, compiled=True)
-    assert not any(block._compiled_call_impl for block in vit.blocks)  # compiled in their unit, not by themselves
-    unit = vit.forward_features.keywords["unit"]
-    vit.forward_features.keywords["unit"] = run_block
-    assert unit is not run_block
-    torch.testing.assert_close(vit(images), expected, rtol=1e-5, atol=5e-5)
-    training_step.accelerate(model, packed=False, compiled=False)
-    assert "forward_features" not in vars(vit) and torch.equal(vit(images), expected)
-    training_step.accelerate(model, packed=False, compiled=True)
-    assert "forward_features" in vars(vit)
+    expected = model.query_outputs(images)
+    model.accelerate(packed=False, compiled=True)
+    assert not any(block._compiled_call_impl for block in vit.blocks)  # compiled as a function, not by themselves
+    assert model.step.fused_vit.block_fn is not run_block and model.step.graphed_vision
+    model.step.fused_vit.block_fn, model.step.graphed_vision = run_block, None
+    torch.testing.assert_close(model.step.vision(model, images), expected, rtol=1e-5, atol=5e-5)
+    model.accelerate(packed=False, compiled=False)
+    assert model.step.fused_vit is None
+    torch.testing.assert_close(model.step.vision(model, images), expected, rtol=1e-5, atol=5e-5)
     vit.requires_grad_(True)
-    training_step.accelerate(model, packed=False, compiled=True)
-    assert "forward_features" not in vars(vit) and all(block._compiled_call_impl for block in vit.blocks)
+    model.accelerate(packed=False, compiled=True)
+    assert model.step.fused_vit is None and all(block._compiled_call_impl for block in vit.blocks)
 
 
 def test_the_encoders_of_the_shipped_names():
     for name in VIT_MODELS:
         with torch.device("meta"):
             vit = create_vit(name, 224)
-        assert not fast_vit.fits(vit)  # it would train
-        assert fast_vit.fits(vit.requires_grad_(False))
+        assert not supports_fused_vit(vit)  # it would train
+        assert supports_fused_vit(vit.requires_grad_(False))
 
 
 def trains(vit):
@@ -179,14 +181,16 @@ def norms_later(vit):
     ],
 )
 def test_what_takes_the_plain_way(vit, change):
-    assert fast_vit.fits(vit)
+    assert supports_fused_vit(vit)
     change(vit)
-    assert not fast_vit.fits(vit)
+    assert not supports_fused_vit(vit)
 
 
 def test_encoders_of_others_take_the_plain_way():
-    assert not fast_vit.fits(Eva(img_size=28, patch_size=14, embed_dim=32, depth=1, num_heads=4).requires_grad_(False))
-    assert not fast_vit.fits(nn.Linear(2, 2).requires_grad_(False))
+    assert not supports_fused_vit(
+        Eva(img_size=28, patch_size=14, embed_dim=32, depth=1, num_heads=4).requires_grad_(False)
+    )
+    assert not supports_fused_vit(nn.Linear(2, 2).requires_grad_(False))
 
 
 @pytest.mark.parametrize(
@@ -204,8 +208,8 @@ def test_which_layers_take_linear_gelu(device, dtype, bias, takes):
     with FakeTensorMode():
         layer = nn.Linear(16, 32, bias=bias, device=device, dtype=dtype)
         assert fast_vit._takes_linear_gelu(layer) == takes
-        layer.__class__ = fp8.Fp8Linear
-        assert not fast_vit._takes_linear_gelu(layer)
+    in_fp8 = fp8.Fp8Linear(nn.Linear(16, 32, bias=bias, dtype=torch.bfloat16).requires_grad_(False), False)
+    assert not fast_vit._takes_linear_gelu(in_fp8)
 
 
 @pytest.mark.parametrize(
@@ -238,7 +242,9 @@ def test_linear_gelu(dtype, shape):
     x = torch.randn(shape).to(dtype)
     y = linear_gelu(x, weight, bias)
     assert y.dtype == dtype and y.shape == (*shape[:-1], 12)
-    torch.testing.assert_close(y, F.gelu(F.linear(x, weight, bias)))
+    sums = x.double() @ weight.double().t() + bias.double()
+    exact = sums * 0.5 * (1 + torch.erf(sums / 2**0.5))
+    torch.testing.assert_close(y.double(), exact, rtol=0, atol=8 * torch.finfo(dtype).eps)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -57,8 +57,8 @@ def test_rows_are_those_of_plain_operations(width):
 
 def test_rotated_attention():
     """In fp8 beside 16 bit: output and gradient of a product, rotation and attention."""
-    from minigpt4.fast.fused_linear import fuse_projections
-    from minigpt4.fast.rope_attention import rotated_attention
+    from minigpt4.fast.fused_linear import fuse_projections, fused_layers
+    from minigpt4.fast.rope_attention import rope_attention
     from minigpt4.quantization import fp8
 
     torch.manual_seed(0)
@@ -71,9 +71,12 @@ def test_rotated_attention():
     results = []
     for in_fp8 in (False, True):
         if in_fp8:
-            fp8._convert(torch.nn.ModuleList([attention]), with_gradient=True)
-        output = rotated_attention(x, attention.q_proj, 64, 4, angles.cos(), angles.sin(), starts, 1, longest, 0.125)
+            (fused,) = fused_layers(attention)
+            fused.replace_joint(fp8.Fp8Linear(fused.joint, with_gradient=True, from_norm=True))
+            fp8.convert_linear_layers(attention, with_gradient=True)
+        joint = attention.q_proj.fused.joint
+        output = rope_attention(x, joint, 64, 4, angles.cos(), angles.sin(), starts, 1, longest, 0.125)
         results.append((output, *torch.autograd.grad(output, x, torch.ones_like(output))))
-    assert isinstance(attention.q_proj, fp8.Fp8)
+    assert isinstance(attention.q_proj.fused.joint, fp8.Fp8Linear)
     for exact, rounded in zip(*results, strict=True):
         assert 0.005 < (exact - rounded).norm() / exact.norm() < 0.1

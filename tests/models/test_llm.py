@@ -19,7 +19,7 @@ from minigpt4.common.errors import ConfigError
 from minigpt4.models import llm as llm_module
 from minigpt4.models.llm import check_answers, embedding_dim, load_llm
 from minigpt4.models.tokenizer import load_tokenizer
-from minigpt4.quantization.bitsandbytes import LowBitLinear, of_bitsandbytes
+from minigpt4.quantization.bitsandbytes import LowBitLinear, has_bitsandbytes_layers
 from minigpt4.weights.checkpoint import CheckpointError
 
 TINY = str(ROOT / "minigpt4/assets/tiny/llama")
@@ -55,7 +55,7 @@ def test_low_bit_is_close_to_full_precision(llm_folder, load_in, least_cosine):
     low_model = load_llm(llm_folder, cpu, torch.float32, load_in)
     low = run(low_model, embeds)
     kinds = {type(m) for m in low_model.model.layers.modules()}
-    assert LowBitLinear in kinds and torch.nn.Linear not in kinds and not of_bitsandbytes(low_model)
+    assert LowBitLinear in kinds and torch.nn.Linear not in kinds and not has_bitsandbytes_layers(low_model)
     assert not any(p.requires_grad for p in low_model.parameters())
     for expected, value in zip(full, low, strict=True):
         cosine = torch.nn.functional.cosine_similarity(expected.flatten(), value.flatten(), dim=0)
@@ -414,7 +414,7 @@ def test_a_model_on_several_devices_keeps_bitsandbytes_layers(llm_folder, monkey
 
     monkeypatch.setattr(llm_module, "_read", spreading)
     llm = load_llm(llm_folder, torch.device("cpu"), torch.float32, "8bit", "auto")
-    assert of_bitsandbytes(llm)
+    assert has_bitsandbytes_layers(llm)
 
 
 @pytest.mark.parametrize("kind", ["fp4", "nested"])
@@ -431,7 +431,7 @@ def test_what_bitsandbytes_computes_itself_trains_alike_after_a_validation(llm_f
     full = run(load_llm(llm_folder, torch.device("cpu"), torch.float32), embeds := torch.randn(2, 7, 128) * 0.02)
     for load_in in ("16bit", "4bit"):
         llm = load_llm(str(tmp_path), torch.device("cpu"), torch.float32, load_in)
-        assert of_bitsandbytes(llm)
+        assert has_bitsandbytes_layers(llm)
         before = run(llm, embeds)
         assert torch.cosine_similarity(before[0].flatten(), full[0].flatten(), dim=0) > 0.95
         with torch.no_grad():

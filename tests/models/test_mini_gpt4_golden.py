@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from minigpt4.models import MiniGPT4, prompt
 from minigpt4.models.eva_vit import checkpoint_filter_fn, create_vit
-from minigpt4.models.precision import cast_matrices
+from minigpt4.models.loading import cast_matrices
 from minigpt4.models.qformer import QFormer
 from minigpt4.models.vision import LayerNorm
 

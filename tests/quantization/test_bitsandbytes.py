@@ -6,13 +6,11 @@ import torch.nn.functional as F
 from helpers import ROOT, loss_and_gradient
 from torch import nn
 
+from minigpt4.common import compat
 from minigpt4.fast import llama as fast_llama
-from minigpt4.fast import training_step
-from minigpt4.fast.attention import allow_packing
 from minigpt4.fast.cuda_graphs import GraphedFunction
-from minigpt4.fast.fused_linear import NextOfFused
-from minigpt4.fast.training_step import recompute_layers
-from minigpt4.models.llm import load_llm
+from minigpt4.fast.fused_linear import FusedSlice, fuse_projections
+from minigpt4.models.llm import load_llm, recompute_layers
 from minigpt4.models.loading import parameter_count
 from minigpt4.quantization import bitsandbytes as low_bit
 
@@ -48,7 +46,7 @@ def decoded(made) -> torch.Tensor:
 
 def converted(made) -> low_bit.LowBitLinear:
     parent = nn.ModuleList([made])
-    assert low_bit.convert(parent) == 1 and not low_bit.of_bitsandbytes(parent)
+    assert low_bit.replace_bitsandbytes_layers(parent) == 1 and not low_bit.has_bitsandbytes_layers(parent)
     return parent[0]
 
 
@@ -78,21 +76,21 @@ def test_a_layer_multiplies_by_the_weights_that_it_had(load_in, bias, called):
 def test_a_product_is_in_the_type_of_what_it_is_given(load_in, dtype):
     made, x = layer(load_in), torch.randn(3, 128)
     weight, made = decoded(made), converted(made)
-    y = low_bit.multiply(x.to(dtype), made.weight, made.scale, False)
+    y = low_bit.low_bit_matmul(x.to(dtype), made.weight, made.scale, False)
     assert y.dtype == dtype
     torch.testing.assert_close(y.float(), F.linear(x, weight), rtol=0.02, atol=0.2 if dtype != torch.float32 else 1e-4)
     with torch.autocast("cpu", torch.bfloat16):
         assert made(x).dtype == torch.bfloat16
     for sample in ((x, False), (torch.randn(3, 64), True)):
-        torch.library.opcheck(low_bit.multiply, (sample[0], made.weight.data, made.scale, sample[1]))
+        torch.library.opcheck(low_bit.low_bit_matmul, (sample[0], made.weight.data, made.scale, sample[1]))
 
 
 def llms(load_in: str, monkeypatch) -> list:
     """The tiny default's language model in 16 bit (float32 on a CPU), with bitsandbytes' layers, and with ours."""
     made = [load_llm(TINY, CPU, torch.float32, how) for how in ("16bit", load_in)]
-    monkeypatch.setattr(low_bit, "convert", lambda module: 0)
+    monkeypatch.setattr(low_bit, "replace_bitsandbytes_layers", lambda module: 0)
     made.insert(1, load_llm(TINY, CPU, torch.float32, load_in))
-    assert [low_bit.of_bitsandbytes(llm) for llm in made] == [False, True, False]
+    assert [low_bit.has_bitsandbytes_layers(llm) for llm in made] == [False, True, False]
     for part in made[1].modules():  # bitsandbytes repacks them otherwise, and gives wrong gradients (0.50)
         part.support_avx512bf16_for_cpu = False
     return made
@@ -124,16 +122,17 @@ def test_groups_are_joint_and_nothing_is_held_twice(load_in):
     count = sum(map(parameter_count, llm.parameters()))
     embeds = torch.randn(1, 12, llm.config.hidden_size)
     expected = logits_and_gradient(llm, embeds)
-    assert low_bit.fuse(llm) == 2 * llm.config.num_hidden_layers
-    assert fast_llama.fits(llm)
+    assert fuse_projections(llm) == 2 * llm.config.num_hidden_layers
+    assert fast_llama.supports_fused_llama(llm)
     for ours, usual in zip(logits_and_gradient(llm, embeds), expected, strict=True):
         torch.testing.assert_close(ours, usual, rtol=1e-4, atol=1e-5)
     attention = llm.model.layers[0].self_attn
-    first, others = attention.q_proj, (attention.k_proj, attention.v_proj)
-    assert isinstance(first, low_bit.LowBitFirstOfFused) and all(type(x) is NextOfFused for x in others)
-    start = first.joint_weight.untyped_storage().data_ptr()
-    assert all(x.weight.untyped_storage().data_ptr() == start for x in (first, *others))
-    assert [x.scale for x in (first, *others)] == [None] * 3
+    slices = attention.q_proj, attention.k_proj, attention.v_proj
+    joint = attention.q_proj.fused.joint
+    assert type(joint) is low_bit.LowBitLinear and all(type(part) is FusedSlice for part in slices)
+    start = joint.weight.untyped_storage().data_ptr()
+    assert all(part.weight.untyped_storage().data_ptr() == start for part in slices)
+    assert not any("scale" in dict(part.named_buffers()) for part in slices)
     assert sum(map(parameter_count, llm.parameters())) == count
 
 
@@ -144,14 +143,12 @@ def test_layers_compile_as_a_whole(load_in, recomputed):
     llm = load_llm(TINY, CPU, torch.float32, load_in)
     embeds = torch.randn(1, 12, llm.config.hidden_size)
     expected = logits_and_gradient(llm, embeds)
-    low_bit.fuse(llm)
+    fuse_projections(llm)
     recompute_layers(llm, recomputed)
     torch._dynamo.reset()
     for each in llm.model.layers:
-        each.compile(backend="aot_eager", fullgraph=True)
-    # as `acceleration._compile` sets it
-    with torch._dynamo.config.patch(skip_fwd_side_effects_in_bwd_under_checkpoint=True):
-        results = logits_and_gradient(llm, embeds)
+        compat.without_recomputation(each).compile(backend="aot_eager", fullgraph=True)
+    results = logits_and_gradient(llm, embeds)
     for ours, usual in zip(results, expected, strict=True):
         torch.testing.assert_close(ours, usual, rtol=1e-3, atol=1e-5)
     torch._dynamo.reset()
@@ -165,8 +162,9 @@ def test_a_fused_llama_in_the_whole_model(load_in, load_tiny, drawings):
         model = load_tiny()
         model.llama_model = load_llm(TINY, CPU, torch.bfloat16, load_in)
         if fused:
-            assert low_bit.fuse(model.llama_model) and allow_packing(model.llama_model)
-            model.packed, model.predict = True, fast_llama.FusedLlama(model.llama_model, compiled=False)
+            assert fuse_projections(model.llama_model)
+            model.accelerate(packed=True, compiled=False)
+            model.step.fused_llama = fast_llama.FusedLlama(model.llama_model, compiled=False)
         results.append(loss_and_gradient(model, drawings))
     (usual, usual_gradient), (ours, gradient) = results
     assert ours["loss"].item() == pytest.approx(usual["loss"].item(), rel=0.02)
@@ -174,17 +172,17 @@ def test_a_fused_llama_in_the_whole_model(load_in, load_tiny, drawings):
 
 
 @pytest.mark.parametrize("load_in", ["4bit", "8bit", "8bit_weights"])
-def test_a_run_fuses_them(load_in, load_tiny, monkeypatch):
-    """As far as a CPU can show; test_acceleration_gpu.py takes steps."""
-    model, compiled = load_tiny(), []
+def test_a_run_fuses_them(load_in, load_tiny):
+    """As far as a CPU can show; test_training_step_gpu.py takes steps."""
+    model = load_tiny()
     model.llama_model = load_llm(TINY, CPU, torch.bfloat16, load_in)
-    monkeypatch.setattr(training_step, "_compile", lambda model, quantized: compiled.append(quantized))
     model.accelerate(packed=True, compiled=True)
-    assert compiled == [False] and model.packed and fast_llama.fits(model.llama_model)
-    assert isinstance(vars(model)["micro_batch_loss"].__closure__[0].cell_contents, GraphedFunction)
+    assert not model.step.quantized and model.step.packed
+    assert isinstance(model.step.fused_llama, fast_llama.FusedLlama)
+    assert isinstance(model.step.loss_and_gradient, GraphedFunction)
 
 
-def test_without_triton_torch_turns_8_bit_weights_back(monkeypatch):
+def test_without_triton_torch_dequantises_8_bit_weights(monkeypatch):
     """And on GPUs that it does not run on."""
     device = torch.device("cuda", 0)
     low_bit._kernel_runs.cache_clear()
@@ -206,11 +204,11 @@ def test_a_bias_of_another_type_changes_no_type(load_in):
 @pytest.mark.parametrize("how", [{"quant_type": "fp4"}, {"compress_statistics": True}])
 def test_weights_quantised_in_another_way_stay(how):
     parent = nn.ModuleList([layer("4bit", **how)])
-    assert low_bit.convert(parent) == 0
+    assert low_bit.replace_bitsandbytes_layers(parent) == 0
     assert type(parent[0]) is bnb.nn.Linear4bit
 
 
 def test_plain_layers_stay():
     parent = nn.ModuleList([nn.Linear(4, 4).requires_grad_(False)])
-    assert low_bit.convert(parent) == 0
+    assert low_bit.replace_bitsandbytes_layers(parent) == 0
     assert type(parent[0]) is nn.Linear

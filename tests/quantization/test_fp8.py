@@ -19,14 +19,16 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from minigpt4.benchmarks.synthetic import quantize
 from minigpt4.common.errors import ConfigError
 from minigpt4.fast import llama as fast_llama
-from minigpt4.fast import training_step
 from minigpt4.fast import vit as fast_vit
+from minigpt4.fast.attention import allow_packing
 from minigpt4.fast.fused_linear import fuse_projections
-from minigpt4.fast.packing import batch as packing
-from minigpt4.fast.vit import forward_features, run_block
+from minigpt4.fast.packing.batch import pack
+from minigpt4.fast.training_step import convert_to_fp8
+from minigpt4.fast.vit import FusedViT, run_block, supports_fused_vit
 from minigpt4.models.eva_vit import create_vit
-from minigpt4.models.precision import cast_matrices
-from minigpt4.quantization import fp8, fp8_rounding, int8
+from minigpt4.models.loading import cast_matrices
+from minigpt4.quantization import fp8, fp8_rounding
+from minigpt4.quantization.int8 import quantize_model
 from minigpt4.weights import fingerprint
 
 
@@ -36,7 +38,7 @@ def stand_in(rows, columns, row_scale, column_scale, bias=None, out_dtype=None, 
 
 
 def can_multiply() -> bool:
-    one = torch.ones(16, 16).to(fp8_rounding.DTYPE)
+    one = torch.ones(16, 16).to(fp8_rounding.E4M3)
     try:
         torch._scaled_mm(one, one.t(), torch.ones(16, 1), torch.ones(1, 16), out_dtype=torch.bfloat16)
     except RuntimeError:
@@ -82,9 +84,8 @@ def linear(inputs: int, outputs: int, bias: bool = False) -> nn.Linear:
     return nn.Linear(inputs, outputs, bias=bias).bfloat16().requires_grad_(False)
 
 
-def in_fp8(layer: nn.Linear, with_gradient: bool = True) -> nn.Linear:
-    fp8._convert(nn.ModuleList([layer]), with_gradient)
-    return layer
+def in_fp8(layer: nn.Linear, with_gradient: bool = True) -> fp8.Fp8Linear:
+    return fp8.Fp8Linear(layer, with_gradient)
 
 
 def close(a: torch.Tensor, b: torch.Tensor) -> None:
@@ -113,8 +114,7 @@ def test_rows_of_zeros_and_rows_that_are_not_finite():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_output_and_gradient(bias, dtype, products):
     layer = linear(64, 48, bias)
-    weight = layer.weight.clone()
-    in_fp8(layer)
+    weight, layer = layer.weight, in_fp8(layer)
     x = torch.randn(2, 5, 64).to(dtype).requires_grad_()
     y = layer(x)
     assert y.dtype == torch.bfloat16 and y.shape == (2, 5, 48)
@@ -181,16 +181,16 @@ def test_a_compiled_llama_of_any_length(monkeypatch):
     torch.manual_seed(0)
     llm = tiny_llm()
     fuse_projections(llm)
-    assert packing.allow_packing(llm)
-    fp8.convert_to_fp8(llm)
-    (piece,) = packing.pack([[1, 2, 3, 4, 5], [1, 6, 7]], [[-100, 2, 3, 4, 5], [-100, 6, 7]], 1024).pieces
-    embeds = torch.randn(1, piece.sizes.rows, 32, dtype=torch.bfloat16, requires_grad=True)
+    assert allow_packing(llm)
+    convert_to_fp8(llm)
+    (piece,) = pack([[1, 2, 3, 4, 5], [1, 6, 7]], [[-100, 2, 3, 4, 5], [-100, 6, 7]], 1024).micro_batches
+    embeds = torch.randn(1, piece.sizes.tokens, 32, dtype=torch.bfloat16, requires_grad=True)
     results = []
     for compiled in (False, True):
         fused = fast_llama.FusedLlama(llm, compiled=False)
         if compiled:
             compile = functools.partial(torch.compile, dynamic=True, backend="aot_eager")
-            fused.before, fused.behind = compile(fused.before), compile(fused.behind)
+            fused.pre_attention, fused.post_attention = compile(fused.pre_attention), compile(fused.post_attention)
         logits = fused(embeds, piece)
         results.append((logits, torch.autograd.grad(logits.float().square().sum(), embeds)[0]))
     for eager, own in zip(*results, strict=True):
@@ -203,16 +203,18 @@ def test_the_encoders_sums_are_in_16_bit():
     cast_matrices(vit, torch.bfloat16)
     images, kinds = torch.randn(2, 3, 64, 64), set()
 
-    def unit(block, x, delta):
+    def block_fn(block, x, delta):
         kinds.add((x.dtype, delta.dtype))
         return run_block(block, x, delta)
 
+    fused = FusedViT(vit, compiled=False)
+    fused.block_fn = block_fn
     with torch.autocast("cpu", torch.bfloat16):
-        expected = forward_features(vit, images, unit)
+        expected = fused(images)
         assert kinds == {(torch.float32, torch.bfloat16)}
         kinds.clear()
-        fp8.convert_to_fp8(tiny_llm(), vit)
-        output = forward_features(vit, images, unit)
+        convert_to_fp8(tiny_llm(), vit)
+        output = fused(images)
     assert kinds == {(torch.bfloat16, torch.bfloat16)}
     assert 0 < (output - expected).norm() < 0.05 * expected.norm()
 
@@ -221,8 +223,8 @@ def test_what_stays_as_it_is():
     layers = nn.ModuleList([linear(64, 48), linear(64, 40), linear(24, 48), linear(64, 48).half(), linear(64, 48)])
     layers[4].requires_grad_(True)
     layers.append(nn.Embedding(16, 16).bfloat16().requires_grad_(False))
-    fp8._convert(layers, with_gradient=True)
-    assert [isinstance(layer, fp8.Fp8) for layer in layers] == [True, False, False, False, False, False]
+    fp8.convert_linear_layers(layers, with_gradient=True)
+    assert [isinstance(layer, fp8.Fp8Linear) for layer in layers] == [True, False, False, False, False, False]
 
 
 # The tiny default, with its own weights
@@ -240,7 +242,7 @@ def test_the_whole_model(load_tiny, drawings, fused, products, caplog):
     if fused:
         assert fuse_projections(model.llama_model) == 6
     with caplog.at_level(logging.INFO):
-        fp8.convert_to_fp8(model.llama_model, model.visual_encoder)
+        convert_to_fp8(model.llama_model, model.visual_encoder)
     per_layer, layers, blocks = 4 if fused else 7, 3, 6
     assert f"{per_layer * layers} linear layers compute in fp8, 0 do not, of LlamaDecoderLayer." in caplog.text
     assert f"{4 * blocks} linear layers compute in fp8, 0 do not, of EvaBlock." in caplog.text
@@ -255,7 +257,7 @@ def test_the_whole_model(load_tiny, drawings, fused, products, caplog):
     assert tuple(p.shape for p in model.parameters()) == shapes
     own = fingerprint.take(model.llama_model, "tiny", "{}", "\n")
     assert fingerprint.difference_of(taken, own) is None
-    fp8.convert_to_fp8(model.llama_model, model.visual_encoder)  # set up anew
+    convert_to_fp8(model.llama_model, model.visual_encoder)  # set up anew
     assert loss_and_gradient(model, drawings)[0]["loss"].item() == rounded_loss
 
 
@@ -263,10 +265,10 @@ def test_fused_layers_compute_what_separate_ones_do(load_tiny, drawings):
     separate, fused = load_tiny(), load_tiny()
     fuse_projections(fused.llama_model)
     for model in (separate, fused):
-        fp8.convert_to_fp8(model.llama_model)
+        convert_to_fp8(model.llama_model)
     for (name, a), (_, b) in zip(separate.named_parameters(), fused.named_parameters(), strict=True):
         assert a.dtype == b.dtype, name
-        if a.dtype == fp8_rounding.DTYPE:
+        if a.dtype == fp8_rounding.E4M3:
             assert torch.equal(a.view(torch.uint8), b.view(torch.uint8)), name
     losses = [loss_and_gradient(model, drawings)[0]["loss"].item() for model in (separate, fused)]
     assert losses[1] == pytest.approx(losses[0], rel=2e-3)
@@ -275,7 +277,7 @@ def test_fused_layers_compute_what_separate_ones_do(load_tiny, drawings):
 def test_answers_after_training(load_tiny, drawings, products):
     """In the process that trains, answers come from the rounded layers too."""
     model = load_tiny()
-    training_step.accelerate(model, packed=True, compiled=False, fp8=True)
+    model.accelerate(packed=True, compiled=False, fp8=True)
     loss_and_gradient(model, drawings)
     products.clear()
     first = model.generate(drawings["image"], ["<ImageHere>"] * 4, stop="\n", max_new_tokens=6)
@@ -286,11 +288,11 @@ def test_answers_after_training(load_tiny, drawings, products):
 def test_projections_are_joined_before(load_tiny):
     model = load_tiny()
     for _ in range(2):  # set up anew
-        training_step.accelerate(model, packed=True, compiled=True, fp8=True)
+        model.accelerate(packed=True, compiled=True, fp8=True)
     layer = model.llama_model.get_decoder().layers[0]
-    kinds = [type(part).__name__ for part in (layer.self_attn.q_proj, layer.self_attn.v_proj, layer.mlp.down_proj)]
-    assert kinds == ["Fp8FirstOfFused", "NextOfFused", "Fp8Linear"]
-    assert layer.self_attn.v_proj.weight.dtype == fp8_rounding.DTYPE
+    assert type(layer.self_attn.q_proj.fused.joint) is type(layer.mlp.down_proj) is fp8.Fp8Linear
+    assert layer.self_attn.q_proj.fused is layer.self_attn.v_proj.fused
+    assert layer.self_attn.v_proj.weight.dtype == fp8_rounding.E4M3
 
 
 def test_an_encoder_that_hands_on_its_sums(load_tiny, drawings, products, monkeypatch):
@@ -301,12 +303,12 @@ def test_an_encoder_that_hands_on_its_sums(load_tiny, drawings, products, monkey
     with model.autocast(model.device):
         exact = model.visual_encoder(drawings["image"])
     vit = model.visual_encoder
-    fp8.convert_to_fp8(model.llama_model, vit)
-    assert fast_vit.fits(vit)
+    convert_to_fp8(model.llama_model, vit)
+    assert supports_fused_vit(vit)
     with model.autocast(model.device):
         expected = vit(drawings["image"])
         products.clear()
-        handed_on = fast_vit.forward_features(vit, drawings["image"], fast_vit.run_block)
+        handed_on = FusedViT(vit, compiled=False)(drawings["image"])
     assert len(products) == 4 * len(vit.blocks)
     for result in (expected, handed_on):
         assert 0.02 < (result - exact).norm() / exact.norm() < 0.08
@@ -315,9 +317,9 @@ def test_an_encoder_that_hands_on_its_sums(load_tiny, drawings, products, monkey
 def test_an_encoder_that_trains_stays_as_it_is(load_tiny):
     model = load_tiny()
     model.visual_encoder.requires_grad_(True)
-    fp8.convert_to_fp8(model.llama_model, model.visual_encoder)
-    assert not any(isinstance(part, fp8.Fp8) for part in model.visual_encoder.modules())
-    assert isinstance(model.llama_model.get_decoder().layers[0].mlp.up_proj, fp8.Fp8)
+    convert_to_fp8(model.llama_model, model.visual_encoder)
+    assert not any(isinstance(part, fp8.Fp8Linear) for part in model.visual_encoder.modules())
+    assert isinstance(model.llama_model.get_decoder().layers[0].mlp.up_proj, fp8.Fp8Linear)
 
 
 # Where it is not possible
@@ -327,7 +329,7 @@ def test_an_encoder_that_trains_stays_as_it_is(load_tiny):
 def test_a_model_without_such_layers(build_golden_model, load_tiny, quantized):
     model = load_tiny() if quantized else build_golden_model(dtype=torch.bfloat16)  # 40 wide, no multiple of 16
     if quantized:
-        int8.quantize(model.llama_model, model.device)
+        quantize_model(model.llama_model, model.device)
     with pytest.raises(ConfigError, match=r"run.fp8=True: the language model has no .*model.load_in=16bit"):
         model.accelerate(packed=False, compiled=False, fp8=True)
 
@@ -337,7 +339,7 @@ def test_a_bitsandbytes_model(load_tiny):
     llm = load_tiny().llama_model
     quantize(llm.model, "4bit", torch.bfloat16)
     with pytest.raises(ConfigError, match=r"run.fp8=True: the language model has no .*model.load_in=16bit"):
-        fp8.convert_to_fp8(llm)
+        convert_to_fp8(llm)
 
 
 @pytest.mark.parametrize(
@@ -353,15 +355,15 @@ def test_gpus_and_types_that_cannot(monkeypatch, device, capability, dtype, says
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
     with pytest.raises(ConfigError, match=says):
-        fp8.check(SimpleNamespace(accelerate=None), torch.device(device), dtype)
+        fp8.check_fp8_supported(SimpleNamespace(accelerate=None), torch.device(device), dtype)
 
 
 def test_a_gpu_that_can(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="needs Triton"):
-        fp8.check(SimpleNamespace(accelerate=None), torch.device("cuda"), torch.bfloat16)
+        fp8.check_fp8_supported(SimpleNamespace(accelerate=None), torch.device("cuda"), torch.bfloat16)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
-    fp8.check(SimpleNamespace(accelerate=None), torch.device("cuda"), torch.bfloat16)
+    fp8.check_fp8_supported(SimpleNamespace(accelerate=None), torch.device("cuda"), torch.bfloat16)
     with pytest.raises(ConfigError, match="Linear has no `accelerate`"):
-        fp8.check(nn.Linear(2, 2), torch.device("cuda"), torch.bfloat16)
+        fp8.check_fp8_supported(nn.Linear(2, 2), torch.device("cuda"), torch.bfloat16)

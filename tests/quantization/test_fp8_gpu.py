@@ -38,9 +38,8 @@ def test_output_and_gradient(bias, compiled):
     """Against products in float32 of what the operands round to. Compiled, the GPU may round a tie the other way."""
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.manual_seed(0)
-    layer = nn.Linear(1408, 4224, bias=bias).cuda().bfloat16().requires_grad_(False)
-    weight = layer.weight.clone()
-    fp8._convert(nn.ModuleList([layer]), with_gradient=True)
+    linear = nn.Linear(1408, 4224, bias=bias).cuda().bfloat16().requires_grad_(False)
+    weight, layer = linear.weight, fp8.Fp8Linear(linear, with_gradient=True)
     call = torch.compile(layer, fullgraph=True) if compiled else layer
     for rows in (257, 128, 7, 1):
         x = torch.randn(rows, 1408, device="cuda", dtype=torch.bfloat16, requires_grad=True)
@@ -72,9 +71,9 @@ def test_a_large_gpu_takes_larger_pieces(load_tiny):
     model = load_tiny("cuda")
     model.accelerate(packed=True, compiled=False, fp8=True)
     large = torch.cuda.get_device_properties("cuda").total_memory >= 64e9
-    assert model.tokens_per_micro_batch == (3072 if large else 1536)
+    assert model.step.max_tokens == (3072 if large else 1536)
     model.accelerate(packed=True, compiled=False)
-    assert model.tokens_per_micro_batch == 1536
+    assert model.step.max_tokens == 1536
 
 
 def test_compiled_equals_eager(load_tiny, samples):
@@ -117,5 +116,5 @@ def test_memory_stays_that_of_16_bit():
     start = torch.cuda.memory_allocated()
     layers = nn.ModuleList(nn.Linear(1024, 1024, bias=False) for _ in range(4)).cuda().bfloat16().requires_grad_(False)
     before = torch.cuda.memory_allocated() - start
-    fp8._convert(layers, with_gradient=True)
+    fp8.convert_linear_layers(layers, with_gradient=True)
     assert torch.cuda.memory_allocated() - start < 1.02 * before

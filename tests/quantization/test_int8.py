@@ -6,7 +6,7 @@ from torch import nn
 
 from minigpt4.models.llm import load_llm
 from minigpt4.quantization.bitsandbytes import LowBitLinear
-from minigpt4.quantization.int8 import quantize, rounded
+from minigpt4.quantization.int8 import quantize_linear, quantize_model
 
 CPU = torch.device("cpu")
 
@@ -18,7 +18,7 @@ def test_a_layer_is_within_half_a_step_of_each_weight(dtype, bias):
     linear = nn.Linear(64, 48, bias=bias).to(dtype)
     linear.weight.data[3] *= 100
     linear.weight.data[5] = 0
-    layer = rounded(linear, CPU)
+    layer = quantize_linear(linear, CPU)
     assert layer.weight.dtype == torch.int8
     weight = layer.weight.float() * layer.scale.float().unsqueeze(1)
     assert ((weight - linear.weight.float()).abs() <= 0.501 * layer.scale.float().unsqueeze(1)).all()
@@ -80,16 +80,17 @@ def test_the_weights_are_those_of_bitsandbytes(tmp_path):
 
 
 def test_an_output_layer_that_is_the_embeddings_stays():
-    llm = quantize(random_llm(tie_word_embeddings=True), CPU)
+    llm = quantize_model(random_llm(tie_word_embeddings=True), CPU)
     assert type(llm.lm_head) is nn.Linear
     assert llm.lm_head.weight is llm.get_input_embeddings().weight
     assert type(llm.model.layers[0].mlp.up_proj) is LowBitLinear
 
 
 def test_answers_are_those_of_transformers():
+    from minigpt4.fast.decoding.loop import cached_decoding
     from minigpt4.models.generation import continue_embeds
 
-    llm = quantize(random_llm().requires_grad_(False), CPU).eval()
+    llm = quantize_model(random_llm().requires_grad_(False), CPU).eval()
     llm.generation_config.eos_token_id = None
     embeds, mask = torch.randn(2, 9, 128), torch.ones(2, 9, dtype=torch.long)
 
@@ -97,6 +98,7 @@ def test_answers_are_those_of_transformers():
         eos_token_id = 2
 
     ours, theirs = (
-        continue_embeds(llm, Words(), embeds, mask, "", max_new_tokens=20, **o) for o in ({}, {"use_cache": True})
+        continue_embeds(llm, Words(), embeds, mask, "", max_new_tokens=20, decoding_loop=loop)
+        for loop in (cached_decoding, None)
     )
     assert torch.equal(ours, theirs)

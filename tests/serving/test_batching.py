@@ -59,7 +59,7 @@ def test_what_waits_together_is_answered_together(served, requests, gate, batche
 def test_batches_of_a_fixed_size(served, requests, gate, batches, monkeypatch, own_loop):
     """As on a GPU: a batch of three is filled up, which changes nothing; by either way of generating."""
     if not own_loop:
-        monkeypatch.setattr("minigpt4.fast.decoding.loop.fits", lambda llm: False)
+        monkeypatch.setattr("minigpt4.fast.decoding.cached_decoding.supports", lambda llm: False)
     gate.open()
     single = [content(served.ask(*messages, max_tokens=12)) for messages in requests[:3]]
     monkeypatch.setattr(served.batcher, "_fixed_size", True)

@@ -1,74 +1,80 @@
-"""The layers of a language model as a decoding step on a GPU runs them: compiled, with kernels of our own.
+"""A language model as a decoding step on a GPU runs it: layers compiled, with kernels of ours.
 
-What a step waits for is memory: the weights, and what was said before. The kernels (`decoding_kernels.py`) read both at
-its speed; what stands between them, norms, rotations and activations, the compiler joins.
+A step waits for memory: for the weights, and for the keys and values of earlier tokens. The kernels
+(`kernels/decoding.py`) read both at the memory's speed. The compiler fuses the norms, rotations and activations between
+them.
 
-B batch, L slots, H heads, G of keys and values, D width of a head.
+The compiled model is a copy of the modules that shares all weights, so that the model itself stays as it is for other
+threads and for training.
+
+B batch, L cache positions, H heads, G of keys and of values, D width of a head.
 """
-
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import nn
 
-from minigpt4.quantization import bitsandbytes as low_bit
+from minigpt4.common import compat
+from minigpt4.fast.self_check import shared_copy
+from minigpt4.quantization.bitsandbytes import BLOCK, LowBitLinear
 
-ATTENTION = "minigpt4_slots"
-# Compilations of one layer: a single row, several, and what sizes change later. The layers share them.
-MOST_COMPILATIONS = 32
+ATTENTION = "minigpt4_decoding"
+# Versions of a compiled layer: one for a single row, one for several, and some for sizes that change later.
+MAX_COMPILATIONS = 32
 
 
-@contextmanager
-def compiled_layers(llm, slots) -> Iterator[None]:
-    """In this thread, let the layers run compiled on `slots.KVCache`, for steps alone; all share one compilation.
+def compiled_copy(llm: nn.Module) -> nn.Module:
+    """A copy of a language model for steps of one token, with shared weights, kernels, and compiled layers.
 
-    A layer gets its own part of the cache: its number, by which it would look it up, would make each one special.
-    Answers that other threads compute meanwhile stay as they were, to rounding.
+    All layers share one compilation. Each gets its own part of the cache: the index by which it would look that up
+    would make every layer a case of its own for the compiler.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
     AttentionInterface.register(ATTENTION, attend)
     AttentionMaskInterface.register(ATTENTION, sdpa_mask)
-    config = llm.config.get_text_config()
-    lists = (part for part in llm.modules() if isinstance(part, nn.ModuleList))
-    layers = next(part for part in lists if len(part) == config.num_hidden_layers)
-    products = [part for module in (*layers, llm.get_output_embeddings()) for part in module.modules()]
-    products = [(part, type(part)) for part in products if type(part) in WITH_KERNEL]
-    originals, implementation = [vars(layer).get("forward") for layer in layers], config._attn_implementation
-    thread = threading.get_ident()
+    copied = shared_copy(llm)
+    compat.set_attention_implementation(copied.config.get_text_config(), ATTENTION)
+    layers = compat.decoder_layers(copied)
+    for index, layer in enumerate(layers):
+        layer = compat.without_recomputation(layer)
+        _use_kernels(layer)
+        layers[index] = CompiledLayer(layer, index)
+    head = copied.get_output_embeddings()
+    if type(head) in KERNEL_LAYERS:
+        copied.set_output_embeddings(KERNEL_LAYERS[type(head)](head))
+    return copied
 
-    def compile_layer(layer: nn.Module, own) -> None:
+
+def _use_kernels(module: nn.Module) -> None:
+    """Exchange the linear layers of a module for those that read a single row's weights by our kernels."""
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) in KERNEL_LAYERS:
+                setattr(parent, name, KERNEL_LAYERS[type(child)](child))
+
+
+class CompiledLayer(nn.Module):
+    """A decoder layer, compiled, on its own part of the cache that it is called with."""
+
+    def __init__(self, layer: nn.Module, index: int):
+        super().__init__()
+        self.layer, self.index = layer, index
+        self.compiled = torch.compile(layer.forward)
+
+    def forward(self, *args, past_key_values, **kwargs):
+        own = past_key_values.layers[self.index]
         for cached in (own.keys, own.values):
-            torch._dynamo.maybe_mark_dynamic(cached, 1)  # longer caches are no reason to compile again
-        original = layer.forward
-        compiled = torch.compile(original)
+            compat.may_be_dynamic(cached, 1)  # longer caches need no other compilation
+        with compat.recompile_limit(MAX_COMPILATIONS):
+            return self.compiled(*args, past_key_values=own, **kwargs)
 
-        def forward(*args, **kwargs):
-            if threading.get_ident() != thread:
-                return original(*args, **kwargs)
-            return compiled(*args, **{name: own if value is slots else value for name, value in kwargs.items()})
-
-        layer.forward = forward
-
-    try:
-        config._attn_implementation = ATTENTION
-        for part, kind in products:
-            part.__class__ = WITH_KERNEL[kind]
-        for layer, own in zip(layers, slots.layers, strict=True):
-            compile_layer(layer, own)
-        with torch._dynamo.config.patch(recompile_limit=MOST_COMPILATIONS):
-            yield
-    finally:
-        config._attn_implementation = implementation
-        for part, kind in products:
-            part.__class__ = kind
-        for layer, original in zip(layers, originals, strict=True):
-            vars(layer).pop("forward", None)
-            if original:
-                layer.forward = original
+    def __getattr__(self, name: str):
+        """Attributes that models read of their layers, such as `attention_type`."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("layer"), name)
 
 
 def attend(
@@ -77,56 +83,62 @@ def attend(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor,
+    visible: torch.Tensor,
     scaling: float | None = None,
-    seen: torch.Tensor | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """An attention function of transformers: of steps that say what they see by our kernel, of others transformers'.
+    """An attention function for transformers, by our kernel. The mask is ignored.
 
     Args:
-        query: [B,H,1,D]. key, value: [B,G,L,D]. seen: [B], how many slots each row sees. The mask is not looked at.
+        query: [B,H,1,D]. key, value: [B,G,L,D]. visible: [B], how many positions each row sees.
 
     Returns:
         [B,1,H,D], and no weights.
     """
-    if seen is None:  # of another thread
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    from minigpt4.kernels.decoding import attend_slots
+    from minigpt4.kernels.decoding import attend_cache
 
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return attend_slots(query.squeeze(2), key.transpose(1, 2), value.transpose(1, 2), seen, scaling).unsqueeze(1), None
+    out = attend_cache(query.squeeze(2), key.transpose(1, 2), value.transpose(1, 2), visible, scaling)
+    return out.unsqueeze(1), None
 
 
 class KernelLinear(nn.Linear):
-    """A linear layer that gives the product of a single row by our kernel, of others as usual."""
+    """A linear layer that computes a single row by our kernel, several rows as usual."""
+
+    def __init__(self, layer: nn.Linear):
+        super().__init__(layer.in_features, layer.out_features, bias=False, device="meta")
+        self.weight, self.bias = layer.weight, layer.bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return _row_product(self, x) if _is_a_row(x) else super().forward(x)
+        if x.shape[:-1].numel() > 1:
+            return super().forward(x)
+        from minigpt4.kernels.decoding import single_row_linear
+
+        y = single_row_linear(x, self.weight)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
-class KernelLowBitLinear(low_bit.LowBitLinear):
-    """Likewise, of weights that are turned back as they are read; in 4 bit where rows are of whole blocks."""
+class KernelLowBitLinear(LowBitLinear):
+    """The same for quantised weights, which are dequantised as they are read. In 4 bit rows must be whole blocks."""
+
+    def __init__(self, layer: LowBitLinear):
+        super().__init__(layer.in_features, layer.out_features, bias=False, device="meta")
+        self.weight, self.bias = layer.weight, layer.bias
+        self.register_buffer("scale", layer.scale, persistent=False)
+        self.register_buffer("code", layer.code, persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        fits = self.code is None or self.in_features % low_bit.BLOCK == 0
-        return _row_product(self, x) if fits and _is_a_row(x) else super().forward(x)
+        whole_blocks = self.code is None or self.in_features % BLOCK == 0
+        if x.shape[:-1].numel() > 1 or not whole_blocks:
+            return super().forward(x)
+        from minigpt4.kernels import decoding as decoding_kernels
+
+        if self.code is None:
+            y = decoding_kernels.single_row_linear(x, self.weight, self.scale)
+        else:
+            y = decoding_kernels.single_row_linear_4bit(x, self.weight, self.out_features, self.scale, self.code)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
-def _is_a_row(x: torch.Tensor) -> bool:
-    return x.shape[:-1].numel() == 1 and not torch.is_grad_enabled()  # another thread may want gradients
-
-
-def _row_product(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-    from minigpt4.kernels import decoding as decoding_kernels
-
-    if getattr(layer, "code", None) is not None:
-        y = decoding_kernels.row_product_4bit(x, layer.weight, layer.out_features, layer.scale, layer.code)
-    else:
-        y = decoding_kernels.row_product(x, layer.weight, getattr(layer, "scale", None))
-    return y if layer.bias is None else y + layer.bias.to(y.dtype)
-
-
-# Classes, not functions for each module: those would be compiled one by one. Other kinds of layers stay as they are.
-WITH_KERNEL = {nn.Linear: KernelLinear, low_bit.LowBitLinear: KernelLowBitLinear}
+# Other kinds of layers stay as they are.
+KERNEL_LAYERS = {nn.Linear: KernelLinear, LowBitLinear: KernelLowBitLinear}

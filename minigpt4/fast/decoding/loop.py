@@ -1,11 +1,11 @@
-"""The decoding loop: a fixed cache, one CUDA graph a step on a GPU, and what was read before is not read again.
+"""The decoding loop: a KV cache of fixed size, one CUDA graph a step on a GPU, and prompts that are read once.
 
-The cache is `slots.py`'s. On a GPU the layers are compiled (`decoding_layers.py`), and a step is captured once for each
-cache, then replayed; so is the reading of a single prompt, filled up to one of few lengths. Elsewhere, and with layers
-of bitsandbytes' own, both run as they stand.
+On a GPU the layers are compiled (`compiled_layers.py`), and a step is captured once for each cache, then replayed. The
+prefill of a single prompt is captured too, padded to one of a few lengths. On other devices, and with bitsandbytes' own
+layers, both run eagerly.
 
-After an answer to a single prompt its slots are kept. The next prompt that begins with the same vectors, such as the
-next turn of the conversation, is read from the first new one on.
+After an answer to a single prompt its cache is kept. The next prompt that begins with the same vectors, such as the
+next turn of a conversation, is read from the first new vector on.
 
 B batch, S sequence, D width.
 """
@@ -15,261 +15,311 @@ import logging
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import closing, nullcontext
+from contextlib import closing
 
 import torch
 from torch import nn
 
-from minigpt4.fast.attention import ATTENTION, sees_all
-from minigpt4.fast.cuda_graphs import RECORDING, pools_stay
-from minigpt4.fast.decoding.compiled_layers import compiled_layers
+from minigpt4.common import compat
+from minigpt4.fast.attention import ATTENTION
+from minigpt4.fast.cuda_graphs import CAPTURE_LOCK, keep_memory_pools
+from minigpt4.fast.decoding.compiled_layers import compiled_copy
 from minigpt4.fast.decoding.kv_cache import KVCache
-from minigpt4.quantization.bitsandbytes import of_bitsandbytes
+from minigpt4.fast.self_check import decodes_like_the_library
+from minigpt4.quantization.bitsandbytes import has_bitsandbytes_layers
 
-# Caches kept between answers: each conversation that goes on has one, and batches share one.
-KEPT = 2
-# Vectors that a recorded reading takes, a power of two: below, the weights alone take the time; above, the host has it.
-SHORTEST_READING, LONGEST_READING = 64, 512
+# Caches kept between answers: one for each conversation that may go on, and one for batches.
+MAX_IDLE_CACHES = 2
+# Lengths of a captured prefill are powers of two. Below the shorter one the weights alone take the time; above the
+# longer one launches from the host cost nothing.
+SHORTEST_PREFILL, LONGEST_PREFILL = 64, 512
 
-_decoders: "weakref.WeakKeyDictionary[nn.Module, Decoder]" = weakref.WeakKeyDictionary()
-_lock = threading.Lock()
+# One thread compiles and captures at a time.
 _capturing = threading.Lock()
 
 
-def decode(
-    llm, embeds: torch.Tensor, attention_mask: torch.Tensor, steps: int, choose: Callable
-) -> Iterator[torch.Tensor]:
-    """Yield the next token of every row, [B] int64 on the CPU, `steps` times or until closed. For `no_grad` alone.
+class CachedDecoding:
+    """The decoding loop for any number of language models, with a `Decoder` for each that is in use.
 
-    On a GPU a step is under way while the token before it is looked at.
-
-    Args:
-        llm: a causal language model of transformers that `fits`.
-        embeds: [B,S,D], padded on the left.
-        attention_mask: [B,S], 0 on padding.
-        choose: from the ids so far [B,T] and the logits [B,V] float32 to the next ids [B].
+    `models/generation.py` takes it as its `decoding_loop`. Threads may use it side by side.
     """
-    with _lock:
-        decoder = _decoders.get(llm)
-        if decoder is None or decoder.weights != _fingerprint(llm):
-            decoder = _decoders[llm] = Decoder(llm)
-    return decoder.run(llm, embeds, attention_mask, steps, choose)
+
+    def __init__(self) -> None:
+        self.decoders: weakref.WeakKeyDictionary[nn.Module, Decoder] = weakref.WeakKeyDictionary()
+        self._checked: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+        self._lock = threading.Lock()
+
+    def supports(self, llm) -> bool:
+        """Whether the loop can run a model, and does so with the same numbers as transformers."""
+        if not has_supported_layers(llm):
+            return False
+        with self._lock:
+            if llm not in self._checked:
+                self._checked[llm] = decodes_like_the_library(llm, KVCache)
+            return self._checked[llm]
+
+    def decode(
+        self, llm, embeds: torch.Tensor, attention_mask: torch.Tensor, steps: int, choose: Callable
+    ) -> Iterator[torch.Tensor]:
+        """Yield the next token of every row, [B] int64 on the CPU, `steps` times or until closed. Needs `no_grad`.
+
+        On a GPU the next step runs while the caller looks at a token.
+
+        Args:
+            llm: a causal language model of transformers that the loop `supports`.
+            embeds: [B,S,D], padded on the left.
+            attention_mask: [B,S], 0 on padding.
+            choose: from the ids so far [B,T] and the logits [B,V] float32 to the next ids [B].
+        """
+        with self._lock:
+            decoder = self.decoders.get(llm)
+            if decoder is None or decoder.weights != _fingerprint(llm):
+                decoder = self.decoders[llm] = Decoder(llm)
+        return decoder.run(llm, embeds, attention_mask, steps, choose)
+
+    def clear_cache(self, llm) -> None:
+        """Free the caches and graphs of a model; the next answer makes new ones."""
+        self.decoders.pop(llm, None)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def warm_up(self, llm, prompt_len: int = 100, answer_len: int = 300, rows: int = 1) -> None:
+        """On a GPU, compile and capture for answers of such lengths in tokens; the first answer would wait for it."""
+        if not self.supports(llm) or not Decoder(llm).graphs:
+            return
+        logging.info("Compiling the language model for answers: some fifteen seconds at first, fewer later on.")
+        # A single row reads each length twice: the second time its prefill is captured.
+        lengths = (prompt_len, prompt_len, SHORTEST_PREFILL, SHORTEST_PREFILL) if rows == 1 else (prompt_len,)
+        for token, length in enumerate(lengths):
+            ids = torch.full(
+                (rows, length), token, device=llm.device
+            )  # other tokens each time, or nothing would be read
+            embeds = llm.get_input_embeddings()(ids)
+            steps = max(prompt_len + answer_len - length, 1)
+            with closing(self.decode(llm, embeds, torch.ones_like(ids), steps, _greedy)) as run:
+                next(run)
+            self.decoders[llm].give_up_conversations()
 
 
-def forget(llm) -> None:
-    """Free the caches and graphs of a model; they come back when it is used."""
-    _decoders.pop(llm, None)
+cached_decoding = CachedDecoding()
+"""The one that commands, page and endpoint use."""
 
 
-@torch.inference_mode(False)
-@torch.no_grad()
-def warm_up(llm, prompt: int = 100, answer: int = 300, rows: int = 1) -> None:
-    """On a GPU, prepare for answers of such lengths in tokens: the first would wait for the compiler."""
-    if not fits(llm) or not Decoder(llm).graphs:
-        return
-    logging.info("Compiling the language model for answers: some fifteen seconds at first, fewer later on.")
-    # A single row twice: a length that is met again is recorded. Other tokens each time, or nothing would be read.
-    for token, length in enumerate((prompt, prompt, SHORTEST_READING, SHORTEST_READING) if rows == 1 else (prompt,)):
-        ids = torch.full((rows, length), token, device=llm.device)
-        embeds = llm.get_input_embeddings()(ids)
-        steps = max(prompt + answer - length, 1)
-        with closing(
-            decode(llm, embeds, torch.ones_like(ids), steps, lambda ids, logits: logits.argmax(dim=-1))
-        ) as run:
-            next(run)
-        for slots in _decoders[llm]._idle:
-            slots.asked = 0  # nobody's conversation: the next prompt takes it
+def has_supported_layers(llm) -> bool:
+    """Whether a model is of the kind that the loop can run.
 
-
-def fits(llm) -> bool:
-    """Whether the loop can run this model: on one device, every token sees all before it, positions are rotations."""
+    It must be on one device, every token must see all earlier ones, and positions must be rotations (RoPE).
+    """
     config = llm.config.get_text_config()
     rotary = getattr(getattr(llm, "base_model", None), "rotary_emb", None)
     return (
         getattr(rotary, "rope_type", "dynamic") in ("default", "linear", "yarn", "llama3")
-        and config._attn_implementation.removeprefix(f"{ATTENTION}_") in ("sdpa", "eager")
-        and sees_all(config)
+        and compat.attention_implementation(config).removeprefix(f"{ATTENTION}_") in ("sdpa", "eager")
+        and compat.attends_to_all_before(config)
         and len(set(getattr(llm, "hf_device_map", {}).values())) <= 1
     )
 
 
-def bucket(length: int) -> int:
-    """The least of 128, 160, 192, 224, 256, 320, 384, 448, 512 … that holds `length`."""
+def cache_length(tokens: int) -> int:
+    """The least of 128, 160, 192, 224, 256, 320, 384, 448, 512 … that holds `tokens`."""
     sizes = (quarters * 2**n for n in itertools.count(5) for quarters in (4, 5, 6, 7))
-    return next(size for size in sizes if size >= length)
+    return next(size for size in sizes if size >= tokens)
 
 
 class Decoder:
     """The loop of one language model, and the caches that it keeps. Threads may run it side by side."""
 
     def __init__(self, llm, graphs: bool | None = None, compiled: bool = True):
-        """graphs: None: where they can be had. compiled: the layers inside the graphs."""
+        """graphs: capture CUDA graphs; None: where they can be had. compiled: the layers in the graph of a step."""
         on_gpu = next(llm.parameters()).device.type == "cuda"
-        self.graphs = on_gpu and not of_bitsandbytes(llm) if graphs is None else graphs
+        self.graphs = on_gpu and not has_bitsandbytes_layers(llm) if graphs is None else graphs
         # Compiled layers have an attention of their own, which not every model would call.
-        self.compiled = compiled and getattr(llm, "_supports_attention_backend", False)
-        self.records = True  # prompts' readings
+        self.compiled = compiled and compat.calls_registered_attention(llm)
+        self.captures_prefill = True
         self.weights = _fingerprint(llm)
-        self._idle: list[KVCache] = []  # the one used last stands last
+        self.idle: list[KVCache] = []  # the most recently used one is the last
+        self._compiled_llm: nn.Module | None = None
         self._lock = threading.Lock()
 
     def run(
         self, llm, embeds: torch.Tensor, attention_mask: torch.Tensor, steps: int, choose: Callable
     ) -> Iterator[torch.Tensor]:
-        """See `decode`."""
+        """See `CachedDecoding.decode`."""
         rows = len(embeds)
         if rows == 1:
             embeds = embeds[:, attention_mask[0].bool()]
             attention_mask = attention_mask.new_ones(embeds.shape[:2])
-        elif self.graphs:  # powers of two bound the number of graphs
+        elif self.graphs:  # powers of two limit the number of graphs
             missing = 2 ** (rows - 1).bit_length() - rows
             embeds = nn.functional.pad(embeds, (0, 0, 0, 0, 0, missing))
             attention_mask = nn.functional.pad(attention_mask, (0, 0, 0, missing))
-        length = embeds.shape[1]
+        prompt_len = embeds.shape[1]
         history = torch.zeros(rows, steps, dtype=torch.long, device=embeds.device)
-        slots, known = self._take(embeds, length + steps)
-        fed, content = 0, None
+        cache, prefix_len = self._take_cache(embeds, prompt_len + steps)
+        written, content = 0, None
         try:
-            logits = self._read(llm, slots, embeds[:, known:], attention_mask[:, known:], known)
+            logits = self._prefill(llm, cache, embeds[:, prefix_len:], attention_mask[:, prefix_len:], prefix_len)
             content = embeds[0]
             for n in range(steps):
-                with RECORDING:  # torch's random numbers belong to a graph while that is recorded
+                with CAPTURE_LOCK:  # torch's random numbers belong to a graph while it is captured
                     history[:, n] = ids = choose(history[:, :n], logits[:rows])
-                look = _read_later(ids) if self.graphs else ids.cpu
+                read_ids = _start_copy(ids) if self.graphs else ids.cpu
                 if not self.graphs:
-                    yield look()
+                    yield read_ids()
                 if n + 1 < steps:
-                    slots.advance(ids)
-                    logits = self._replay(llm, slots) if self.graphs else slots.step(llm, length + n + 1)
-                    fed += 1
+                    cache.advance(ids)
+                    logits = self._step(llm, cache, prompt_len + n + 1)
+                    written += 1
                 if self.graphs:
-                    yield look()
+                    yield read_ids()
         finally:
             if rows == 1 and content is not None:
-                said = llm.get_input_embeddings()(history[0, :fed]).to(content.dtype)
-                slots.content, slots.asked = torch.cat([content, said]), length
+                answer = llm.get_input_embeddings()(history[0, :written]).to(content.dtype)
+                cache.content, cache.prompt_len = torch.cat([content, answer]), prompt_len
             with self._lock:
-                self._idle = [*self._idle, slots][-KEPT:]
+                self.idle = [*self.idle, cache][-MAX_IDLE_CACHES:]
 
-    def _take(self, embeds: torch.Tensor, length: int) -> tuple[KVCache, int]:
-        """KVCache for a batch, and how many of them hold its beginning already."""
+    def give_up_conversations(self) -> None:
+        """Let any prompt take the caches that are kept."""
+        for cache in self.idle:
+            cache.prompt_len = 0
+
+    def _take_cache(self, embeds: torch.Tensor, length: int) -> tuple[KVCache, int]:
+        """A cache for a batch, and how many of its positions hold the batch's beginning already."""
         with self._lock:
-            alike = [slots for slots in self._idle if slots.batch == len(embeds)]
-            shared = {slots: slots.shared(embeds) for slots in alike}
-            slots = max(alike, key=shared.__getitem__, default=None)
-            # What only begins like the prompt before is another conversation; the one before may go on too.
-            if slots and 4 * shared[slots] < 3 * slots.asked:
-                slots = alike[0] if len(self._idle) >= KEPT else None
-            if slots:
-                self._idle.remove(slots)
+            candidates = [cache for cache in self.idle if cache.batch == len(embeds)]
+            common = {cache: cache.common_prefix(embeds) for cache in candidates}
+            cache = max(candidates, key=common.__getitem__, default=None)
+            # A cache that shares only its beginning with the prompt belongs to another conversation, which may go on.
+            if cache and 4 * common[cache] < 3 * cache.prompt_len:
+                cache = candidates[0] if len(self.idle) >= MAX_IDLE_CACHES else None
+            if cache:
+                self.idle.remove(cache)
             else:
-                self._idle = self._idle[1 - KEPT :]
-        known = shared.get(slots, 0)
-        if slots is None or slots.length < length:
-            old = slots if known else None
-            del alike, shared, slots  # a cache that is not copied makes room first
-            slots = KVCache(len(embeds), bucket(length), embeds.device)
+                self.idle = self.idle[1 - MAX_IDLE_CACHES :]
+        prefix_len = common.get(cache, 0)
+        if cache is None or cache.length < length:
+            old = cache if prefix_len else None
+            del candidates, common, cache  # a cache that is not copied is freed before the new one is allocated
+            cache = KVCache(len(embeds), cache_length(length), embeds.device)
             if old:
-                slots.copy(old, known)
-        slots.content, slots.asked = None, 0
-        return slots, known
+                cache.copy_from(old, prefix_len)
+        cache.content, cache.prompt_len = None, 0
+        return cache, prefix_len
 
-    def _read(
-        self, llm, slots: KVCache, embeds: torch.Tensor, attention_mask: torch.Tensor, known: int
+    def _prefill(
+        self, llm, cache: KVCache, embeds: torch.Tensor, attention_mask: torch.Tensor, prefix_len: int
     ) -> torch.Tensor:
-        """Fill the slots after the first `known`, by a graph where such a length was met twice. Returns logits [B,V],
-        which the next graph of the slots may overwrite.
+        """Read the prompt behind its first `prefix_len` vectors; by a graph once its padded length was met twice.
+
+        Returns logits [B,V], which the next graph of the cache may overwrite.
         """
         length = embeds.shape[1]
-        places = max(SHORTEST_READING, 2 ** (length - 1).bit_length())
-        recorded = self.graphs and self.records and slots.batch == 1 and places <= LONGEST_READING
-        if not recorded or places not in slots.readings:
-            slots.readings.setdefault(places)
-            return slots.read(llm, embeds, attention_mask, known)
-        embeds = nn.functional.pad(embeds, (0, 0, places - length, 0))
-        attention_mask = nn.functional.pad(attention_mask, (places - length, 0))
-        if slots.readings[places] is None:
-            logits = slots.read(llm, embeds, attention_mask, known, slots.length)
-            # Behind it, since a thread that has computed nothing yet could not record.
-            slots.readings[places] = self._capture_reading(llm, slots, embeds)
+        padded = max(SHORTEST_PREFILL, 2 ** (length - 1).bit_length())
+        use_graph = self.graphs and self.captures_prefill and cache.batch == 1 and padded <= LONGEST_PREFILL
+        if not use_graph or padded not in cache.prefill_graphs:
+            cache.prefill_graphs.setdefault(padded)
+            return cache.prefill(llm, embeds, attention_mask, prefix_len)
+        embeds = nn.functional.pad(embeds, (0, 0, padded - length, 0))
+        attention_mask = nn.functional.pad(attention_mask, (padded - length, 0))
+        if cache.prefill_graphs[padded] is None:
+            logits = cache.prefill(llm, embeds, attention_mask, prefix_len, cache.length)
+            # Only now: a thread that has computed nothing yet could not capture.
+            cache.prefill_graphs[padded] = self._capture_prefill(llm, cache, embeds)
             return logits
-        graph, logits, prompt, positions = slots.readings[places]
-        prompt.copy_(embeds)
-        positions.copy_(slots.find(attention_mask, known))
+        graph, logits, graph_embeds, graph_positions = cache.prefill_graphs[padded]
+        graph_embeds.copy_(embeds)
+        graph_positions.copy_(cache.new_positions(attention_mask, prefix_len))
         graph.replay()
         return logits
 
-    def _capture_reading(self, llm, slots: KVCache, embeds: torch.Tensor) -> tuple | None:
-        """The reading of so many vectors [1,S,D]: its graph, its logits, the vectors and positions that it takes.
+    def _capture_prefill(self, llm, cache: KVCache, embeds: torch.Tensor) -> tuple | None:
+        """The graph of a prefill of vectors [1,S,D], its logits, and the vectors and positions that it reads.
 
-        None where another thread records, or memory is short: the answer that was read for must not wait, or fail. In
-        the second case there will be no more of them.
+        None where another thread captures, or memory is short: the answer that was asked for must neither wait nor
+        fail. In the second case no more prefills are captured.
         """
-        prompt, positions = torch.zeros_like(embeds), torch.full_like(embeds[..., 0], -1, dtype=torch.long)
+        graph_embeds = torch.zeros_like(embeds)
+        graph_positions = torch.full_like(embeds[..., 0], -1, dtype=torch.long)
         if not _capturing.acquire(blocking=False):
             return None
         try:
-            return *_record(lambda: slots.fill(llm, prompt, positions, slots.length), slots), prompt, positions
+            graph = _capture(lambda: cache.forward(llm, graph_embeds, graph_positions, cache.length), cache)
+            return *graph, graph_embeds, graph_positions
         except torch.OutOfMemoryError as error:
             logging.warning("No memory for a CUDA graph of a prompt's reading; they are read without: %s", error)
-            self.records = False
+            self.captures_prefill = False
             return None
         finally:
             _capturing.release()
 
-    def _replay(self, llm, slots: KVCache) -> torch.Tensor:
-        if slots.graph is None:
+    def _step(self, llm, cache: KVCache, kv_len: int) -> torch.Tensor:
+        """Logits [B,V] after the tokens that were set; by the cache's graph where there are graphs."""
+        if not self.graphs:
+            return cache.step(llm, kv_len)
+        if cache.step_graph is None:
             try:
-                slots.graph = self._capture(llm, slots)
+                cache.step_graph = self._capture_step(llm, cache)
             except Exception as error:
                 if not self.compiled:
                     raise
                 logging.warning("The language model could not be compiled, and decodes more slowly: %s", error)
                 self.compiled = False
-                slots.graph = self._capture(llm, slots)
-        graph, logits = slots.graph
+                cache.step_graph = self._capture_step(llm, cache)
+        graph, logits = cache.step_graph
         graph.replay()
         return logits
 
-    def _capture(self, llm, slots: KVCache) -> tuple["torch.cuda.CUDAGraph", torch.Tensor]:
-        """A step as a graph, and where it leaves its logits. A step changes nothing when it is repeated."""
-        device, reach = slots.ids.device, None if self.compiled else slots.length
-        compiled = compiled_layers(llm, slots) if self.compiled else nullcontext()
-        with _capturing, torch.cuda.device(device), compiled:
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(2):
-                    slots.step(llm, reach)
-            torch.cuda.current_stream().wait_stream(stream)
-            return _record(lambda: slots.step(llm, reach), slots)
+    def _capture_step(self, llm, cache: KVCache) -> tuple["torch.cuda.CUDAGraph", torch.Tensor]:
+        """A step as a graph, and the tensor of its logits. A step that is repeated changes nothing."""
+        with _capturing:
+            if self.compiled and self._compiled_llm is None:
+                self._compiled_llm = compiled_copy(llm)
+            model, kv_len = (self._compiled_llm, None) if self.compiled else (llm, cache.length)
+            _run_on_side_stream(lambda: cache.step(model, kv_len), cache.ids.device)
+            return _capture(lambda: cache.step(model, kv_len), cache)
 
 
-def _record(run: Callable[[], torch.Tensor], slots: KVCache) -> tuple["torch.cuda.CUDAGraph", torch.Tensor]:
-    """`run`, which changes nothing when it is repeated, as a graph, and where that leaves its result."""
-    slots.pool = slots.pool or torch.cuda.graph_pool_handle()
+def _run_on_side_stream(run: Callable[[], torch.Tensor], device: torch.device) -> None:
+    """Run twice before a capture, on another stream as torch asks for: the first run compiles."""
+    with torch.cuda.device(device):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                run()
+        torch.cuda.current_stream().wait_stream(stream)
+
+
+def _capture(run: Callable[[], torch.Tensor], cache: KVCache) -> tuple["torch.cuda.CUDAGraph", torch.Tensor]:
+    """`run`, which changes nothing when it is repeated, as a graph, and the tensor of its result."""
+    cache.pool = cache.pool or torch.cuda.graph_pool_handle()
     graph = torch.cuda.CUDAGraph()
     # thread_local: other threads may go on allocating
-    with RECORDING, pools_stay(), torch.cuda.device(slots.ids.device):
-        with torch.cuda.graph(graph, pool=slots.pool, capture_error_mode="thread_local"):
+    with CAPTURE_LOCK, keep_memory_pools(), torch.cuda.device(cache.ids.device):
+        with torch.cuda.graph(graph, pool=cache.pool, capture_error_mode="thread_local"):
             result = run()
     return graph, result
 
 
-def _read_later(ids: torch.Tensor) -> Callable[[], torch.Tensor]:
-    """Start to copy ids off the GPU. Returns what waits for them, and for nothing that comes after."""
+def _start_copy(ids: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """Start to copy ids to the host. Returns a function that waits for the copy, and for nothing after it."""
     host = torch.empty(ids.shape, dtype=ids.dtype, pin_memory=True)
     host.copy_(ids, non_blocking=True)
     copied = torch.cuda.current_stream(ids.device).record_event()
 
-    def look() -> torch.Tensor:
+    def read_ids() -> torch.Tensor:
         copied.synchronize()
         return host
 
-    return look
+    return read_ids
+
+
+def _greedy(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    return logits.argmax(dim=-1)
 
 
 def _fingerprint(llm) -> int:
-    """Changes when weights are moved or changed: graphs hold their addresses, caches what they computed."""
+    """Changes when weights are moved or changed: graphs hold their addresses, caches their results."""
     weights = itertools.chain(llm.parameters(), llm.buffers())
-    return hash(tuple((w.data_ptr(), None if w.is_inference() else w._version) for w in weights))
+    return hash(tuple((weight.data_ptr(), compat.version(weight)) for weight in weights))

@@ -1,17 +1,14 @@
-"""Packed batches: sequences of different lengths end to end in one row, so that no work is spent twice or in vain.
+"""Packed batches: sequences of different lengths end to end in one row, which saves padding and repeated work.
 
-- No padding, save some rows at the end.
-- What all sequences begin with, up to their first image (`<s>`, the prompt), stands in the row once, as a sequence of
-  its own. Its keys and values precede those of each other sequence.
-- The last token of a sequence is left out. It is predicted, but nothing is predicted from it.
+- There is no padding, except for some tokens at the end.
+- The beginning that all sequences share, up to their first image (`<s>`, the prompt), stands in the row once, as a
+  sequence of its own. Its keys and values precede those of each other sequence.
+- The last token of a sequence is left out, since nothing is predicted from it.
 
-A long row is cut into pieces, each with whole sequences and a beginning of its own. The language model takes them one
-by one, and has to hold no more than one.
+A batch is cut into micro-batches, each with whole sequences and the shared beginning. The language model takes one at a
+time, so that only one needs memory for its activations. Attention is causal within each sequence (`fast/attention.py`).
 
-Attention keeps the sequences apart: it is told where each begins (`Segments`) and is causal within it. Kernels of our
-own do that on a GPU in 16 bit (`packed_kernels.py`); elsewhere a loop over the sequences, good enough for tests.
-
-B sequences, P tokens that they share, T rows of a piece, N image vectors, K labels, D width.
+B sequences, P tokens that they share, T tokens of a micro-batch, N image vectors, K labels, D width.
 """
 
 from dataclasses import dataclass, replace
@@ -22,40 +19,40 @@ import numpy as np
 import torch
 
 from minigpt4.fast.attention import Segments
-from minigpt4.fast.packing.binning import ROW_MULTIPLE, divide, round_up
+from minigpt4.fast.packing.binning import TOKEN_MULTIPLE, divide, round_up
 from minigpt4.models.prompt import IGNORE_INDEX, IMAGE_ID
 
-# Sizes are rounded up to multiples of these, so that few different ones occur: each has a CUDA graph of its own.
-LABEL_MULTIPLE, IMAGE_MULTIPLE, SEQUENCE_MULTIPLE, LONGEST_MULTIPLE = 128, 256, 8, 64
-# Sequences that the fill is divided into, so that it does not have the longest one.
-FILLS = 4
+# Sizes are rounded up to multiples of these, so that few combinations occur: a CUDA graph is captured for each.
+LABEL_MULTIPLE, IMAGE_MULTIPLE, SEQUENCE_MULTIPLE, KV_LEN_MULTIPLE = 128, 256, 8, 64
+# The padding counts as so many sequences, so that it is never the longest one.
+PADDING_SEQUENCES = 4
 
 
 class Sizes(NamedTuple):
-    """Lengths of the parts of a piece: all that its shapes depend on."""
+    """The lengths that all shapes of a micro-batch follow from."""
 
-    rows: int
+    tokens: int
     image_vectors: int
     sequences: int
-    shared: int
+    prefix_len: int
     labels: int
-    longest: int
+    max_kv_len: int
 
 
 @dataclass
 class MicroBatch:
-    """B sequences in one row of T tokens, filled up by some more that nothing is learnt from.
+    """B sequences in one row of T tokens, padding at the end.
 
-    All numbers lie in one tensor [..] int64, so that they travel to the GPU, and into a CUDA graph, in one copy.
+    All numbers are in one tensor [..] int64, which reaches the GPU, or the input of a CUDA graph, in one copy.
     """
 
     numbers: torch.Tensor
     sizes: Sizes
 
     def _parts(self) -> tuple[torch.Tensor, ...]:
-        """In the order of `_piece`."""
-        rows, images, sequences, _, labels, _ = self.sizes
-        return self.numbers.split([rows, rows, images, images, labels, labels, sequences + FILLS + 2])
+        """Token ids, positions, image positions, image vectors' indices, label positions, labels, starts."""
+        tokens, images, sequences, _, labels, _ = self.sizes
+        return self.numbers.split([tokens, tokens, images, images, labels, labels, sequences + PADDING_SEQUENCES + 2])
 
     @property
     def input_ids(self) -> torch.Tensor:
@@ -64,23 +61,23 @@ class MicroBatch:
 
     @property
     def targets(self) -> torch.Tensor:
-        """[1,K] the tokens to be predicted at `logits_to_keep`, IGNORE_INDEX in the fill."""
+        """[1,K] the tokens to be predicted at `logits_to_keep`, IGNORE_INDEX in the padding."""
         return self._parts()[5].unsqueeze(0)
 
     def insert(self, embeds: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
-        """The rows [1,T,D], with those of the whole batch's image vectors [all,D] that belong here in their places."""
-        _, _, places, which, *_ = self._parts()
-        return embeds.index_copy(1, places, vectors.index_select(0, which).unsqueeze(0))
+        """The embeddings [1,T,D], with the micro-batch's image vectors, of all the batch's [all,D], in their places."""
+        _, _, positions, indices, *_ = self._parts()
+        return embeds.index_copy(1, positions, vectors.index_select(0, indices).unsqueeze(0))
 
     def llm_inputs(self) -> dict:
-        """What the language model is called with beside the embeddings [1,T,D]; see `allow_packing`."""
-        _, positions, _, _, label_rows, _, starts = self._parts()
+        """Arguments of the language model beside the embeddings [1,T,D]; see `allow_packing`."""
+        _, positions, _, _, label_positions, _, starts = self._parts()
         return {
-            # transformers takes a mask of four dimensions as it is; the packed attention does not look at it.
+            # transformers passes a mask of four dimensions on unchanged; the packed attention ignores it.
             "attention_mask": self.numbers.view(1, 1, 1, -1),
             "position_ids": positions.unsqueeze(0),
-            "segments": Segments(starts.int(), self.sizes.shared, self.sizes.longest),
-            "logits_to_keep": label_rows,
+            "segments": Segments(starts.int(), self.sizes.prefix_len, self.sizes.max_kv_len),
+            "logits_to_keep": label_positions,
         }
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "MicroBatch":
@@ -92,82 +89,82 @@ class MicroBatch:
 
 @dataclass
 class PackedBatch:
-    """The sequences of a batch, in pieces."""
+    """The sequences of a batch, in micro-batches."""
 
-    pieces: list[MicroBatch]
+    micro_batches: list[MicroBatch]
     num_labels: int
-    num_tokens: int  # of the sequences, those included that are shared or left out
+    num_tokens: int  # of all sequences, with the tokens that are shared or left out
     num_image_vectors: int
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "PackedBatch":
-        return replace(self, pieces=[piece.to(device, non_blocking) for piece in self.pieces])
+        return replace(self, micro_batches=[part.to(device, non_blocking) for part in self.micro_batches])
 
     def pin_memory(self) -> "PackedBatch":
-        return replace(self, pieces=[piece.pin_memory() for piece in self.pieces])
+        return replace(self, micro_batches=[part.pin_memory() for part in self.micro_batches])
 
     def record_stream(self, stream: torch.cuda.Stream) -> None:
-        for piece in self.pieces:
-            piece.numbers.record_stream(stream)
+        for part in self.micro_batches:
+            part.numbers.record_stream(stream)
 
 
-def pack(sequences: list[list[int]], labels: list[list[int]], tokens_per_micro_batch: int) -> PackedBatch:
+def pack(sequences: list[list[int]], labels: list[list[int]], max_tokens: int) -> PackedBatch:
     """Pack token ids (IMAGE_ID where an image vector belongs) and their labels, of the same lengths, not shifted.
 
-    tokens_per_micro_batch: the most that a piece has, but for a longer sequence.
+    max_tokens: of a micro-batch; one with a single longer sequence has more.
     """
-    shared = shared_beginning(sequences, labels)
-    # An image vector is never left out: the batch has a place for each.
+    prefix_len = shared_prefix(sequences, labels)
+    # The last token is left out, unless it is an image vector: the batch has a place for each of those.
     ends = [len(ids) - (ids[-1:] != [IMAGE_ID]) if ids else 0 for ids in sequences]
-    vectors = np.cumsum([0, *(ids.count(IMAGE_ID) for ids in sequences)])
-    pieces = []
-    for group in divide([end - shared for end in ends], shared, tokens_per_micro_batch):
-        rows = [slice(shared, ends[i]) for i in group]
-        own = [sequences[i][part] for i, part in zip(group, rows, strict=True)]
-        predicted = [[*labels[i][1:], IGNORE_INDEX][part] for i, part in zip(group, rows, strict=True)]
-        which = np.concatenate([np.arange(vectors[i], vectors[i + 1]) for i in group])
-        pieces.append(_piece(sequences[0][:shared], own, predicted, which))
+    first_vector = np.cumsum([0, *(ids.count(IMAGE_ID) for ids in sequences)])
+    micro_batches = []
+    for group in divide([end - prefix_len for end in ends], prefix_len, max_tokens):
+        ids = [sequences[i][prefix_len : ends[i]] for i in group]
+        targets = [[*labels[i][1:], IGNORE_INDEX][prefix_len : ends[i]] for i in group]
+        vectors = np.concatenate([np.arange(first_vector[i], first_vector[i + 1]) for i in group])
+        micro_batches.append(_micro_batch(sequences[0][:prefix_len], ids, targets, vectors))
     return PackedBatch(
-        pieces,
+        micro_batches,
         num_labels=sum(label != IGNORE_INDEX for row in labels for label in row[1:]),
         num_tokens=sum(map(len, sequences)),
-        num_image_vectors=int(vectors[-1]),
+        num_image_vectors=int(first_vector[-1]),
     )
 
 
-def _piece(first: list[int], own: list[list[int]], predicted: list[list[int]], which: np.ndarray) -> MicroBatch:
-    """What all begin with, then the sequences, with what each row predicts; `which`: their image vectors' numbers."""
-    shared = len(first)
-    empty = [0] * (round_up(len(own), SEQUENCE_MULTIPLE) - len(own))
-    used = shared + sum(map(len, own))
-    rows = round_up(used + 1, ROW_MULTIPLE)  # vectors that make up the number of places share the last row
-    fill = np.diff(np.linspace(0, rows - used, FILLS + 1, dtype=int))
-    lengths = np.array([shared, *map(len, own), *empty, *fill])
+def _micro_batch(
+    prefix: list[int], sequences: list[list[int]], targets: list[list[int]], vectors: np.ndarray
+) -> MicroBatch:
+    """The shared prefix and the sequences behind it, each token's target, and the indices of their image vectors."""
+    empty = [0] * (round_up(len(sequences), SEQUENCE_MULTIPLE) - len(sequences))
+    used = len(prefix) + sum(map(len, sequences))
+    tokens = round_up(used + 1, TOKEN_MULTIPLE)  # surplus image vectors are written to the last token
+    padding = np.diff(np.linspace(0, tokens - used, PADDING_SEQUENCES + 1, dtype=int))
+    lengths = np.array([len(prefix), *map(len, sequences), *empty, *padding])
     starts = np.concatenate([[0], np.cumsum(lengths)])
-    offsets = np.array([0, *[shared] * (len(lengths) - 1)])  # how many precede the own ones
+    preceding = np.array([0, *[len(prefix)] * (len(lengths) - 1)])  # shared tokens before each sequence
 
-    def row_of(first: list[int], others: list[list[int]], fill: int) -> np.ndarray:
-        """A number for each row."""
-        return np.array([*first, *chain.from_iterable(others), *[fill] * (rows - used)], dtype=np.int64)
+    def row(prefix: list[int], parts: list[list[int]], fill: int) -> np.ndarray:
+        return np.array([*prefix, *chain.from_iterable(parts), *[fill] * (tokens - used)], dtype=np.int64)
 
-    ids, targets = row_of(first, own, 0), row_of([IGNORE_INDEX] * shared, predicted, IGNORE_INDEX)
-    places, learnt = np.flatnonzero(ids == IMAGE_ID), np.flatnonzero(targets != IGNORE_INDEX)
-    images = (0, round_up(len(places), IMAGE_MULTIPLE) - len(places))
-    labels = (0, round_up(max(len(learnt), 1), LABEL_MULTIPLE) - len(learnt))
+    ids = row(prefix, sequences, 0)
+    target_row = row([IGNORE_INDEX] * len(prefix), targets, IGNORE_INDEX)
+    image_positions, label_positions = np.flatnonzero(ids == IMAGE_ID), np.flatnonzero(target_row != IGNORE_INDEX)
+    more_images = (0, round_up(len(image_positions), IMAGE_MULTIPLE) - len(image_positions))
+    more_labels = (0, round_up(max(len(label_positions), 1), LABEL_MULTIPLE) - len(label_positions))
     parts = (
         np.where(ids == IMAGE_ID, 0, ids),
-        np.arange(rows) + np.repeat(offsets - starts[:-1], lengths),
-        np.pad(places, images, constant_values=rows - 1),
-        np.pad(which, images),
-        np.pad(learnt, labels),
-        np.pad(targets[learnt], labels, constant_values=IGNORE_INDEX),
+        np.arange(tokens) + np.repeat(preceding - starts[:-1], lengths),
+        np.pad(image_positions, more_images, constant_values=tokens - 1),
+        np.pad(vectors, more_images),
+        np.pad(label_positions, more_labels),
+        np.pad(target_row[label_positions], more_labels, constant_values=IGNORE_INDEX),
         starts,
     )
-    longest = round_up(int(max(lengths + offsets)), LONGEST_MULTIPLE)
-    sizes = Sizes(rows, len(parts[2]), len(own) + len(empty), shared, len(parts[4]), longest)
+    max_kv_len = round_up(int(max(lengths + preceding)), KV_LEN_MULTIPLE)
+    sizes = Sizes(tokens, len(parts[2]), len(sequences) + len(empty), len(prefix), len(parts[4]), max_kv_len)
     return MicroBatch(torch.from_numpy(np.concatenate(parts).astype(np.int64)), sizes)
 
 
-def shared_beginning(sequences: list[list[int]], labels: list[list[int]]) -> int:
+def shared_prefix(sequences: list[list[int]], labels: list[list[int]]) -> int:
     """How many tokens all sequences begin with, before any image, from which no label is predicted."""
     first, count = sequences[0], 0
     most = min(map(len, sequences)) - 1

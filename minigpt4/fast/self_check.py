@@ -1,0 +1,169 @@
+"""Self-checks: each fast path against the library's own computation, on the first two layers of the model at hand.
+
+A fast path relies on how a library's layers compute. A new release may compute in another way without any error. So
+when a fast path is switched on, a few tokens pass through two layers both ways, which takes well under a second. Where
+the results differ, or the fast path fails, one line says so, and the library's own way is taken.
+
+T tokens, K labels, D width, V vocabulary.
+"""
+
+import copy
+import itertools
+import logging
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from minigpt4.common import compat
+from minigpt4.fast.fused_linear import fused_layers
+from minigpt4.fast.packing.batch import MicroBatch, pack
+from minigpt4.models.prompt import IGNORE_INDEX
+
+# Largest norm of a difference, as a share of the norm of the library's result. Rounding in 16 bit gives about 0.01, in
+# fp8 0.1. Layers that compute something else give 0.5 and more.
+TOLERANCE, FP8_TOLERANCE = 0.1, 0.3
+LAYERS = 2
+# Token ids that all sequences share, and the others of each.
+PREFIX = [1, 2]
+SEQUENCES = [[*range(3, 12)], [*range(12, 16)], [*range(16, 30)]]
+
+Results = tuple[torch.Tensor, ...]
+
+
+def shared_copy(llm: nn.Module, keep: tuple[nn.Module, ...] = ()) -> nn.Module:
+    """A copy of a model's modules and settings whose parameters and buffers are the model's own tensors.
+
+    keep: modules that are not copied either.
+    """
+    joints = [fused.joint for fused in fused_layers(llm)]  # not among the model's modules
+    parts = [llm, *joints]
+    tensors = itertools.chain(*((*part.parameters(), *part.buffers()) for part in parts))
+    return copy.deepcopy(llm, {id(kept): kept for kept in (*tensors, *keep)})
+
+
+def first_layers(llm: nn.Module) -> nn.Module:
+    """A language model of the first two layers of another; all weights are shared."""
+    copied = shared_copy(llm, keep=tuple(compat.decoder_layers(llm)))
+    layers = compat.decoder_layers(copied)
+    copied.config.get_text_config().num_hidden_layers = min(LAYERS, len(layers))
+    del layers[LAYERS:]
+    return copied
+
+
+class PackedCheck:
+    """Compares ways to compute a packed batch with the language model's own results, sequence by sequence.
+
+    Compared are the logits of tokens with labels, and the gradients of the embeddings behind the shared ones.
+
+    Args:
+        llm: the model, before anything in it is exchanged.
+    """
+
+    def __init__(self, llm: nn.Module):
+        embedding = llm.get_input_embeddings()
+        self.sequences = [[token % embedding.num_embeddings for token in PREFIX + own] for own in SEQUENCES]
+        self.not_learnt = len(PREFIX) + 1
+        labels = [[IGNORE_INDEX] * self.not_learnt + ids[self.not_learnt :] for ids in self.sequences]
+        packed = pack(self.sequences, labels, max_tokens=1024)
+        self.micro_batch = packed.micro_batches[0].to(embedding.weight.device)
+        self.expected = self._library_results(first_layers(llm))
+
+    def passes(
+        self,
+        name: str,
+        llm: nn.Module,
+        predict_by: Callable[[nn.Module], Callable[[torch.Tensor, MicroBatch], torch.Tensor]],
+        tolerance: float = TOLERANCE,
+    ) -> bool:
+        """Whether a fast path gives the library's results to rounding; logs a warning where it does not.
+
+        predict_by: from a model to a function from embeddings [1,T,D] and a micro-batch to logits [1,K,V].
+        """
+        return _agree(name, lambda: self._packed_results(first_layers(llm), predict_by), self.expected, tolerance)
+
+    def _packed_results(self, llm: nn.Module, predict_by: Callable) -> Results:
+        embeds = _embeddings(llm, self.micro_batch.input_ids)
+        learnt = self.micro_batch.targets[0] != IGNORE_INDEX
+        with torch.enable_grad():
+            logits = predict_by(llm)(embeds, self.micro_batch)[0, learnt]
+            (gradient,) = torch.autograd.grad(logits.float().square().sum(), embeds)
+        used = len(PREFIX) + sum(len(own) - 1 for own in SEQUENCES)  # a sequence's last token is left out
+        return logits, gradient[0, len(PREFIX) : used]
+
+    def _library_results(self, llm: nn.Module) -> Results:
+        all_logits, gradients = [], []
+        for ids in self.sequences:
+            embeds = _embeddings(llm, torch.tensor([ids[:-1]], device=self.micro_batch.numbers.device))
+            with torch.enable_grad():
+                logits = llm(inputs_embeds=embeds, use_cache=False).logits[0, self.not_learnt - 1 :]
+                (gradient,) = torch.autograd.grad(logits.float().square().sum(), embeds)
+            all_logits.append(logits)
+            gradients.append(gradient[0, len(PREFIX) :])
+        return torch.cat(all_logits), torch.cat(gradients)
+
+
+def sees_like_the_library(
+    vit: nn.Module, fused_vit: Callable, autocast: torch.autocast, tolerance: float = TOLERANCE
+) -> bool:
+    """Whether a `FusedViT` gives the output of timm's first blocks, for one random image."""
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(1, 3, vit.image_size, vit.image_size, generator=generator).to(vit.pos_embed.device)
+    blocks = vit.blocks[:LAYERS]
+    with torch.no_grad(), autocast:
+        x = vit.norm_pre(compat.add_positions(vit, vit.patch_embed(image)))
+        for block in blocks:
+            x = block(x)
+        return _agree("fused vision encoder", lambda: (fused_vit.run_blocks(image, blocks),), (x,), tolerance)
+
+
+def decodes_like_the_library(llm: nn.Module, make_cache: Callable) -> bool:
+    """Whether prefill and steps on a KV cache give the logits that the model gives when it reads all tokens at once.
+
+    make_cache: from batch, length and device to a cache.
+    """
+    two_layers, lengths, prompt_len = first_layers(llm), (12, 9), 8
+    device = llm.get_input_embeddings().weight.device
+    vocabulary = llm.get_input_embeddings().num_embeddings
+    ids = [torch.arange(1, length + 1, device=device) * 7 % vocabulary for length in lengths]
+    steps = max(lengths) - prompt_len
+
+    def by_cache() -> Results:
+        padded = torch.stack([nn.functional.pad(row, (max(lengths) - len(row), 0)) for row in ids])
+        mask = torch.stack([torch.arange(max(lengths), device=device) >= max(lengths) - n for n in lengths]).long()
+        cache = make_cache(len(ids), 2 * max(lengths), device)
+        embeds = two_layers.get_input_embeddings()(padded[:, :prompt_len])
+        logits = [cache.prefill(two_layers, embeds, mask[:, :prompt_len], 0)]
+        for n in range(prompt_len, max(lengths)):
+            cache.advance(padded[:, n])
+            logits.append(cache.step(two_layers, n + 1))
+        return (torch.stack(logits, dim=1).flatten(0, 1),)
+
+    with torch.no_grad():
+        whole = [two_layers(input_ids=row.unsqueeze(0), use_cache=False).logits[0, -steps - 1 :] for row in ids]
+        return _agree("decoding loop", by_cache, (torch.cat(whole).float(),), TOLERANCE)
+
+
+def _embeddings(llm: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        embeds = llm.get_input_embeddings()(ids)
+    return embeds.detach().requires_grad_()
+
+
+def _agree(name: str, compute: Callable[[], Results], expected: Results, tolerance: float) -> bool:
+    try:
+        results = compute()
+        differences = [
+            ((ours.float() - theirs.float()).norm() / theirs.float().norm()).item()
+            for ours, theirs in zip(results, expected, strict=True)
+        ]
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a changed library raises
+        logging.warning("The %s does not run with this library (%s: %s). It is off.", name, type(error).__name__, error)
+        return False
+    if all(difference <= tolerance for difference in differences):  # NaN is not
+        return True
+    worst = max(differences)
+    logging.warning("The %s differs from the library's own computation by %.0f %%. It is off.", name, 100 * worst)
+    return False
