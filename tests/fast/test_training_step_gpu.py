@@ -11,7 +11,7 @@ from torch import nn
 
 from minigpt4.benchmarks.synthetic import quantize
 from minigpt4.fast.cuda_graphs import GraphedFunction
-from minigpt4.fast.vit import linear_gelu, supports_fused_vit
+from minigpt4.fast.vit import FusedViT, linear_gelu, run_block, supports_fused_vit
 from minigpt4.models.eva_vit import create_vit
 from minigpt4.models.loading import cast_matrices
 from minigpt4.quantization import bitsandbytes as low_bit
