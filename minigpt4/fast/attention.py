@@ -94,9 +94,9 @@ def packed_attention(query, key, value, scaling, segments: Segments) -> torch.Te
 def joint_attention(qkv, groups: int, scaling: float, segments: Segments) -> torch.Tensor:
     """Causal attention within each sequence, of heads of queries, keys and values [T,H+2G,d] to [T,H,d]."""
     if use_triton(qkv):
-        from minigpt4.kernels.packed_attention import attention
+        from minigpt4.kernels import packed_attention as packed_kernels
 
-        return attention(qkv, groups, *segments, scaling)
+        return packed_kernels.packed_attention(qkv, groups, *segments, scaling)
     q, k, v = qkv.split([qkv.shape[1] - 2 * groups, groups, groups], dim=1)
     return _one_by_one(q, k, v, segments, scaling)
 

@@ -21,7 +21,7 @@ def rotated_attention(
     x: torch.Tensor, joint: FirstOfFused, d: int, groups: int, cos: torch.Tensor, sin: torch.Tensor,
     starts: torch.Tensor, shared: int, longest: int, scaling: float,
 ) -> torch.Tensor:  # fmt: skip
-    """`packed_kernels.attention` of heads that are computed from a norm's output [T,D] and rotated: [T,H,d].
+    """`packed_attention.packed_attention` of heads that are computed from a norm's output [T,D] and rotated: [T,H,d].
 
     joint: the frozen layer that computes all H+2G heads, in the 16-bit type of x, in low bits (`low_bit.py`) or in fp8;
     d and groups (G): theirs.
@@ -48,7 +48,7 @@ class _RotatedAttention(torch.autograd.Function):
         weights = [weight] if scale is None else [weight, scale]
         factors = [x, *weights] if columns is None else [*fp8_rounding.quantize_rows(x), *weights]
         qkv = _rotated_product(factors, cos, sin, d, groups)
-        out, lse = packed_attention.attention_and_denominators(qkv, groups, starts, shared, longest, scaling)
+        out, lse = packed_attention.packed_attention_with_lse(qkv, groups, starts, shared, longest, scaling)
         back = weights if columns is None else [columns, column_scale]
         ctx.save_for_backward(qkv, out, lse, starts, cos, sin, *back)
         ctx.numbers, ctx.in_fp8 = (groups, shared, longest, scaling), columns is not None
@@ -85,7 +85,7 @@ def _rotated_product(
         rows, row_scale, weight, scale = factors
         heads = fp8.product((rows, row_scale), weight, scale)
     heads = heads.view(len(heads), -1, d)
-    llama_kernels.turn(heads, cos, sin, heads.shape[1] - groups, back=False)
+    llama_kernels.apply_rope_(heads, cos, sin, heads.shape[1] - groups, inverse=False)
     return heads
 
 
@@ -97,12 +97,12 @@ def _gradient(
 ) -> list[torch.Tensor]:  # fmt: skip
     """The gradient of the heads as of before they were rotated [T,H+2G,d]; in_fp8: in e4m3, and each row's scale."""
     turned = qkv.shape[1] - groups
-    gradient = packed_attention.attention_backward(
-        grad, qkv, groups, out, lse, starts, shared, longest, scaling, of_shared=False
+    gradient = packed_attention.packed_attention_backward(
+        grad, qkv, groups, out, lse, starts, shared, longest, scaling, with_prefix_gradient=False
     )
     if in_fp8:
-        return [*fp8_kernels.turned_back(gradient, cos, sin, turned)]
-    llama_kernels.turn(gradient, cos, sin, turned, back=True)
+        return [*fp8_kernels.inverse_rope_quantize(gradient, cos, sin, turned)]
+    llama_kernels.apply_rope_(gradient, cos, sin, turned, inverse=True)
     return [gradient]
 
 
@@ -117,4 +117,4 @@ def _(factors, cos, sin, d, groups):
 @_gradient.register_fake
 def _(grad, qkv, *others):
     in_fp8 = others[-1]
-    return [*fp8_kernels.empty(qkv, qkv.shape[1] * qkv.shape[2])] if in_fp8 else [qkv.new_empty(qkv.shape)]
+    return [*fp8_kernels.empty_quantized(qkv, qkv.shape[1] * qkv.shape[2])] if in_fp8 else [qkv.new_empty(qkv.shape)]

@@ -74,7 +74,7 @@ def _sum_norm(norm: nn.LayerNorm, layer: nn.Linear, *terms: torch.Tensor) -> tup
     if use_triton(terms[-1]):
         from minigpt4.kernels import vit as vit_kernels
 
-        results = vit_kernels.sum_norm(list(terms), norm.weight, norm.bias, norm.eps, in_fp8)
+        results = vit_kernels.add_layer_norm(list(terms), norm.weight, norm.bias, norm.eps, in_fp8)
         total, *normed = results if len(terms) > 2 else (None, *results)
         return total, normed if in_fp8 else normed[0]
     total = functools.reduce(torch.add, terms)
@@ -84,9 +84,9 @@ def _sum_norm(norm: nn.LayerNorm, layer: nn.Linear, *terms: torch.Tensor) -> tup
 def _attention(qkv: torch.Tensor, heads: int) -> torch.Tensor:
     """Of all tokens of an image to each other: [B,N,3*H*d], queries first, to [B,N,H*d]."""
     if use_triton(qkv) and torch.cuda.get_device_capability(qkv.device) >= (8, 0):
-        from minigpt4.kernels.vit import attention
+        from minigpt4.kernels.vit import vit_attention
 
-        return attention(qkv, heads)
+        return vit_attention(qkv, heads)
     q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 

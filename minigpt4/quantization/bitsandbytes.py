@@ -110,9 +110,9 @@ def multiply(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, transpo
     if weight.dtype == torch.uint8:
         decoded = torch.ops.bitsandbytes.dequantize_4bit(weight, scale, BLOCK, QUANT_TYPE, shape, x.dtype)
     elif use_triton(x) and _kernel_runs(x.device):
-        from minigpt4.kernels.int8 import turned_back
+        from minigpt4.kernels.int8 import dequantize_int8
 
-        decoded = turned_back(weight, scale, x.dtype)
+        decoded = dequantize_int8(weight, scale, x.dtype)
     else:
         decoded = torch.empty(shape, dtype=x.dtype, device=x.device)
         torch.mul(weight, scale.unsqueeze(1), out=decoded)  # rounded once

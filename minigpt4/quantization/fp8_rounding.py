@@ -29,7 +29,7 @@ def round_rows(x: torch.Tensor) -> Rounded:
     if use_triton(x):
         from minigpt4.kernels import fp8 as fp8_kernels
 
-        return fp8_kernels.rows(x)
+        return fp8_kernels.quantize_rows(x)
     return quantize_rows(x)
 
 
@@ -38,7 +38,7 @@ def round_gelu(x: torch.Tensor) -> Rounded:
     if use_triton(x):
         from minigpt4.kernels import fp8 as fp8_kernels
 
-        return fp8_kernels.gelu(x)
+        return fp8_kernels.gelu_quantize(x)
     return quantize_rows(F.gelu(x.float()))
 
 
@@ -47,7 +47,7 @@ def round_silu_product(gate_up: torch.Tensor) -> Rounded:
     if use_triton(gate_up):
         from minigpt4.kernels import fp8 as fp8_kernels
 
-        return fp8_kernels.silu_product(gate_up)
+        return fp8_kernels.silu_product_quantize(gate_up)
     gate, up = gate_up.float().chunk(2, dim=1)
     return quantize_rows(F.silu(gate) * up)
 
@@ -57,7 +57,7 @@ def round_silu_product_gradient(grad: torch.Tensor, gate_up: torch.Tensor) -> Ro
     if use_triton(gate_up):
         from minigpt4.kernels import fp8 as fp8_kernels
 
-        return fp8_kernels.silu_product_gradient(grad, gate_up)
+        return fp8_kernels.silu_product_gradient_quantize(grad, gate_up)
     gate, up = gate_up.float().chunk(2, dim=1)
     of_gate = torch.ops.aten.silu_backward(grad.float() * up, gate)
     return quantize_rows(torch.cat([of_gate, grad.float() * F.silu(gate)], dim=1))

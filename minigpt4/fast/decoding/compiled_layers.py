@@ -93,10 +93,10 @@ def attend(
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    from minigpt4.kernels.decoding import attend_slots
+    from minigpt4.kernels.decoding import attend_cache
 
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return attend_slots(query.squeeze(2), key.transpose(1, 2), value.transpose(1, 2), seen, scaling).unsqueeze(1), None
+    return attend_cache(query.squeeze(2), key.transpose(1, 2), value.transpose(1, 2), seen, scaling).unsqueeze(1), None
 
 
 class KernelLinear(nn.Linear):
@@ -122,9 +122,11 @@ def _row_product(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
     from minigpt4.kernels import decoding as decoding_kernels
 
     if getattr(layer, "code", None) is not None:
-        y = decoding_kernels.row_product_4bit(x, layer.weight, layer.out_features, layer.scale, layer.code)
+        y = decoding_kernels.single_row_linear_4bit(
+            x, layer.weight, layer.out_features, layer.scale, layer.code, low_bit.BLOCK
+        )
     else:
-        y = decoding_kernels.row_product(x, layer.weight, getattr(layer, "scale", None))
+        y = decoding_kernels.single_row_linear(x, layer.weight, getattr(layer, "scale", None))
     return y if layer.bias is None else y + layer.bias.to(y.dtype)
 
 
