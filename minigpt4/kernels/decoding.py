@@ -1,161 +1,177 @@
-"""What a decoding step does for each row by itself, as two Triton kernels: products of a single row, and attention.
-(A product in 4 bit is bitsandbytes'.)
+"""Triton kernels for a decoding step, which has one query token per sequence: a single-row linear layer and attention.
 
-Both wait for memory alone, so each number is read once, in long pieces, many of them under way at a time. Imported only
-where there is a GPU for it.
+Both are limited by memory bandwidth. So each number is read once, in long contiguous blocks, with many loads in flight.
+4-bit weights go through bitsandbytes' own kernel. Import this module only where there is a GPU with Triton.
 
-On a Hopper GPU or newer a product begins while the kernel before it still runs (programmatic dependent launch): it
-loads its first weights, and waits before it takes what that kernel wrote. So weights must not be what the kernel just
-before it writes.
+On a Hopper GPU or newer the linear kernel starts while the kernel before it still runs (programmatic dependent launch).
+It loads its first weights, then waits before it reads `x`, which that kernel may still be writing. So the weights must
+not be an output of the kernel just before it.
 
-K inputs, N outputs; B rows, H heads of queries, G of keys and values, L slots, d dimensions.
+Shapes: K input features, N output features; B sequences, H query heads, G key/value heads, L cache positions, d
+dimensions of a head.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from minigpt4.quantization.bitsandbytes import BLOCK
+from minigpt4.common import compat
 
-LOG2_E = tl.constexpr(1.4426950408889634)  # powers of two are quicker than those of e
-# The quickest on an H100: bytes of a weight's row that a program takes at a time, and its rows; half of them, with half
-# the warps, where there are more inputs than LONG.
-PIECE, ROWS, LONG = 4096, 4, 8192
-# Attention: warps of a program, of which up to FEW should be wide, and more of them narrow. A thread loads so many
-# numbers of keys, and as many of values, at a time.
-WIDE, NARROW, FEW, PER_THREAD = 16, 8, 256, 32
+LOG2_E = tl.constexpr(1.4426950408889634)  # exp2 is faster than exp
+# Linear layer, the fastest on an H100: bytes of a weight row that a program reads at a time, and its number of rows.
+# Rows of more than LONG_ROW input features: half as many rows and half as many warps.
+BLOCK_BYTES, ROWS_PER_PROGRAM, LONG_ROW = 4096, 4, 8192
+# Attention: MANY_WARPS up to FEW_PROGRAMS programs, FEW_WARPS above. A thread loads ELEMENTS_PER_THREAD numbers of the
+# keys at a time, and as many of the values.
+MANY_WARPS, FEW_WARPS, FEW_PROGRAMS, ELEMENTS_PER_THREAD = 16, 8, 256, 32
 
 
-@torch.library.custom_op("minigpt4::row_product", mutates_args=())
-def row_product(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
-    """A single row x [...,K] times weight [N,K], times scale [N] where given: [...,N] of x's type.
+@torch.library.custom_op("minigpt4::single_row_linear", mutates_args=())
+def single_row_linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
+    """A linear layer without bias for a single row: x [...,K] times weight [N,K], times scale [N] if given: [...,N].
 
-    Each row of the weight, which may be int8, is contiguous. Sums are in float32.
+    Each row of the weight, which may be int8, is contiguous. Sums are in float32. The result has the dtype of `x`.
     """
-    (outputs, inputs), x = weight.shape, x.contiguous()
-    y = x.new_empty(*x.shape[:-1], outputs)
-    piece = min(PIECE // weight.element_size(), triton.next_power_of_2(inputs))
-    rows = ROWS // 2 if inputs > LONG else ROWS
-    overlap = _overlaps(x)
+    out_features, in_features = weight.shape
+    x = x.contiguous()
+    y = x.new_empty(*x.shape[:-1], out_features)
+    block_k = min(BLOCK_BYTES // weight.element_size(), triton.next_power_of_2(in_features))
+    block_n = ROWS_PER_PROGRAM // 2 if in_features > LONG_ROW else ROWS_PER_PROGRAM
+    dependent = _supports_dependent_launch(x)
+    launch_options = {"launch_pdl": True} if dependent else {}
     with torch.cuda.device_of(x):
-        _product[(triton.cdiv(outputs, rows),)](
-            x, weight, scale, y, weight.stride(0), outputs, inputs, rows, piece, overlap,
-            num_warps=2 * rows, **({"launch_pdl": True} if overlap else {}),
+        _single_row_linear[(triton.cdiv(out_features, block_n),)](
+            x, weight, scale, y, weight.stride(0), out_features, in_features, block_n, block_k, dependent,
+            num_warps=2 * block_n, **launch_options,
         )  # fmt: skip
     return y
 
 
-def row_product_4bit(
-    x: torch.Tensor, weight: torch.Tensor, outputs: int, scale: torch.Tensor, code: torch.Tensor
+def single_row_linear_4bit(
+    x: torch.Tensor, weight: torch.Tensor, out_features: int, scale: torch.Tensor, code: torch.Tensor, block_size: int
 ) -> torch.Tensor:
-    """A single row x [...,K] times a weight in 4 bit, as of `LowBitLinear`, with `outputs` (N) rows: [...,N]."""
-    return torch.ops.bitsandbytes.gemv_4bit(x, weight, [outputs, x.shape[-1]], scale, code, BLOCK)
+    """`single_row_linear` with a 4-bit weight, by bitsandbytes: x [...,K] to [...,N].
 
-
-@torch.library.custom_op("minigpt4::attend_slots", mutates_args=())
-def attend_slots(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, seen: torch.Tensor, scaling: float
-) -> torch.Tensor:
-    """Attention of one query [B,H,d] a row to the first `seen` [B] of its slots, keys and values [B,L,G,d]: [B,H,d].
-
-    G divides H. Strides may be any but in the last dimension. A row sees one slot at least. Sums are in float32.
-
-    Raises ValueError for shapes that do not belong together.
+    weight [N*K/2,1] uint8: two 4-bit indices into `code` [16] in each byte. out_features: N.
+    scale [N*K/block_size] float32: one for each `block_size` weights.
     """
-    (batch, heads, d), groups = query.shape, keys.shape[2]
-    if keys.shape != values.shape or keys.shape[0] != batch or keys.shape[3] != d or heads % groups:
+    return compat.gemv_4bit(x, weight, [out_features, x.shape[-1]], scale, code, block_size)
+
+
+@torch.library.custom_op("minigpt4::attend_cache", mutates_args=())
+def attend_cache(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, kv_len: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    """Attention of one query per sequence [B,H,d] to the first `kv_len` [B] positions of its KV cache: [B,H,d].
+
+    keys, values [B,L,G,d]: the cache. G divides H. Any strides will do, except in the last dimension of each.
+    kv_len: at least 1. Positions from there on are not read, so no mask is needed.
+
+    Sums are in float32. Raises ValueError if the shapes do not fit together.
+    """
+    (batch, num_heads, d), num_kv_heads = query.shape, keys.shape[2]
+    if keys.shape != values.shape or keys.shape[0] != batch or keys.shape[3] != d or num_heads % num_kv_heads:
         raise ValueError(
-            f"attend_slots: queries {list(query.shape)}, keys {list(keys.shape)} and values {list(values.shape)} do "
-            "not belong together; they are [B,H,d] and twice [B,L,G,d], where G divides H."
+            f"attend_cache: the shapes of query {list(query.shape)}, keys {list(keys.shape)} and values "
+            f"{list(values.shape)} do not fit together. They must be [B,H,d], [B,L,G,d] and [B,L,G,d], and G must "
+            "divide H."
         )
     query, keys, values = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, keys, values))
-    out = query.new_empty(batch, heads, d)
+    out = query.new_empty(batch, num_heads, d)
     strides = [*query.stride()[:2], *keys.stride()[:3], *values.stride()[:3]]
-    padded, warps = triton.next_power_of_2(d), WIDE if batch * heads <= FEW else NARROW
+    block_d = triton.next_power_of_2(d)
+    num_warps = MANY_WARPS if batch * num_heads <= FEW_PROGRAMS else FEW_WARPS
+    block_l = max(1, 32 * num_warps * ELEMENTS_PER_THREAD // block_d)
     with torch.cuda.device_of(query):
-        _attend[heads, batch](
-            query, keys, values, seen, out, *strides, scaling, heads // groups, d, padded,
-            max(1, 32 * warps * PER_THREAD // padded), _overlaps(query), num_warps=warps,
+        _attend_cache[num_heads, batch](
+            query, keys, values, kv_len, out, *strides, scaling, num_heads // num_kv_heads, d, block_d, block_l,
+            _supports_dependent_launch(query), num_warps=num_warps,
         )  # fmt: skip
     return out
 
 
-def _overlaps(x: torch.Tensor) -> bool:
+def _supports_dependent_launch(x: torch.Tensor) -> bool:
     return x.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(x.device) >= (9, 0)
 
 
-@row_product.register_fake
+@single_row_linear.register_fake
 def _(x, weight, scale=None):
     return x.new_empty(*x.shape[:-1], len(weight))
 
 
-@attend_slots.register_fake
-def _(query, keys, values, seen, scaling):
+@attend_cache.register_fake
+def _(query, keys, values, kv_len, scaling):
     return query.new_empty(query.shape)
 
 
 @triton.jit
-def _product(
-    x, w, scale, y, w_row, outputs, K: tl.constexpr, ROWS: tl.constexpr, PIECE: tl.constexpr, OVERLAP: tl.constexpr
-):
-    """ROWS outputs; the loop over K is unrolled, so that all loads are under way at once."""
-    if OVERLAP:
+def _single_row_linear(
+    x_ptr, weight_ptr, scale_ptr, y_ptr, stride_weight, N, K: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DEPENDENT: tl.constexpr,
+):  # fmt: skip
+    """One program computes BLOCK_N outputs. The loop over K is unrolled, so that all loads are in flight at once."""
+    if DEPENDENT:
         tl.extra.cuda.gdc_launch_dependents()
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    columns = tl.arange(0, PIECE)
-    # The last program takes the last row several times, where another has none.
-    w += tl.minimum(rows, outputs - 1)[:, None].to(tl.int64) * w_row + columns[None, :]
-    if scale is not None:
-        scales = tl.load(scale + rows, mask=rows < outputs, other=0)
-    sums = tl.zeros([ROWS, PIECE], tl.float32)
-    for k in tl.static_range(0, K, PIECE):
-        if k + PIECE <= K:
-            weights = tl.load(w + k, eviction_policy="evict_first")
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
+    # Rows past the end are read from the last row, so that no mask is needed.
+    weight_ptr += tl.minimum(offs_n, N - 1)[:, None].to(tl.int64) * stride_weight + offs_k[None, :]
+    if scale_ptr is not None:
+        scale = tl.load(scale_ptr + offs_n, mask=offs_n < N, other=0)
+    acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    for k in tl.static_range(0, K, BLOCK_K):
+        if k + BLOCK_K <= K:
+            weight = tl.load(weight_ptr + k, eviction_policy="evict_first")
         else:
-            weights = tl.load(w + k, mask=(k + columns < K)[None, :], other=0, eviction_policy="evict_first")
-        if OVERLAP and k == 0:
+            weight = tl.load(weight_ptr + k, mask=(k + offs_k < K)[None, :], other=0, eviction_policy="evict_first")
+        if DEPENDENT and k == 0:
             tl.extra.cuda.gdc_wait()
-        if k + PIECE <= K:
-            inputs = tl.load(x + k + columns)
+        if k + BLOCK_K <= K:
+            x = tl.load(x_ptr + k + offs_k)
         else:
-            inputs = tl.load(x + k + columns, mask=k + columns < K, other=0)
-        sums += weights.to(tl.float32) * inputs.to(tl.float32)[None, :]
-    products = tl.sum(sums, 1)
-    if scale is not None:
-        products *= scales.to(tl.float32)
-    tl.store(y + rows, products.to(y.dtype.element_ty), mask=rows < outputs)
+            x = tl.load(x_ptr + k + offs_k, mask=k + offs_k < K, other=0)
+        acc += weight.to(tl.float32) * x.to(tl.float32)[None, :]
+    y = tl.sum(acc, 1)
+    if scale_ptr is not None:
+        y *= scale.to(tl.float32)
+    tl.store(y_ptr + offs_n, y.to(y_ptr.dtype.element_ty), mask=offs_n < N)
 
 
 @triton.jit
-def _attend(
-    q, k, v, seen, out, q_row, q_head, k_row, k_slot, k_head, v_row, v_slot, v_head, scaling,
-    GROUP: tl.constexpr, d: tl.constexpr, D: tl.constexpr, N: tl.constexpr, OVERLAP: tl.constexpr,
+def _attend_cache(
+    q_ptr, k_ptr, v_ptr, kv_len_ptr, out_ptr,
+    stride_qb, stride_qh, stride_kb, stride_kl, stride_kg, stride_vb, stride_vl, stride_vg, scaling,
+    GROUP_SIZE: tl.constexpr, d: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_L: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """One head of one row. Each of N places goes through every N-th slot by itself; the end puts them together."""
-    if OVERLAP:
+    """One program computes one head of one sequence.
+
+    The cache is read BLOCK_L positions at a time. Each of the BLOCK_L lanes keeps a softmax of its own (maximum, sum
+    and output, updated online) over every BLOCK_L-th position. After the loop the lanes are merged.
+    """
+    if DEPENDENT:
         tl.extra.cuda.gdc_launch_dependents()
-    head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    count = tl.load(seen + row).to(tl.int32)
-    dims = tl.arange(0, D)
-    query = tl.load(q + row * q_row + head * q_head + dims, mask=dims < d, other=0).to(tl.float32)
-    query *= scaling * LOG2_E
-    k += row * k_row + head // GROUP * k_head + dims[None, :]
-    v += row * v_row + head // GROUP * v_head + dims[None, :]
-    highest = tl.full([N], -3e38, tl.float32)
-    totals, sums = tl.zeros([N], tl.float32), tl.zeros([N, D], tl.float32)
-    for first in range(0, count, N):
-        slots = first + tl.arange(0, N)
-        mask = (slots < count)[:, None] & (dims < d)[None, :]
-        keys = tl.load(k + slots[:, None].to(tl.int64) * k_slot, mask=mask, other=0)
-        values = tl.load(v + slots[:, None].to(tl.int64) * v_slot, mask=mask, other=0)
-        scores = tl.sum(keys.to(tl.float32) * query[None, :], 1)
-        scores = tl.where(slots < count, scores, float("-inf"))
-        higher = tl.maximum(highest, scores)
-        shrunk, weights = tl.exp2(highest - higher), tl.exp2(scores - higher)
-        totals = totals * shrunk + weights
-        sums = sums * shrunk[:, None] + weights[:, None] * values.to(tl.float32)
-        highest = higher
-    shrunk = tl.exp2(highest - tl.max(highest, 0))
-    output = tl.sum(sums * shrunk[:, None], 0) / tl.sum(totals * shrunk, 0)
-    out += (row * tl.num_programs(0) + head) * d
-    tl.store(out + dims, output.to(out.dtype.element_ty), mask=dims < d)
+    head, sequence = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    kv_len = tl.load(kv_len_ptr + sequence).to(tl.int32)
+    offs_d = tl.arange(0, BLOCK_D)
+    q = tl.load(q_ptr + sequence * stride_qb + head * stride_qh + offs_d, mask=offs_d < d, other=0).to(tl.float32)
+    q *= scaling * LOG2_E
+    k_ptr += sequence * stride_kb + head // GROUP_SIZE * stride_kg + offs_d[None, :]
+    v_ptr += sequence * stride_vb + head // GROUP_SIZE * stride_vg + offs_d[None, :]
+    m_i = tl.full([BLOCK_L], -3e38, tl.float32)  # maximum score of each lane
+    l_i, acc = tl.zeros([BLOCK_L], tl.float32), tl.zeros([BLOCK_L, BLOCK_D], tl.float32)
+    for start in range(0, kv_len, BLOCK_L):
+        offs_l = start + tl.arange(0, BLOCK_L)
+        mask = (offs_l < kv_len)[:, None] & (offs_d < d)[None, :]
+        k = tl.load(k_ptr + offs_l[:, None].to(tl.int64) * stride_kl, mask=mask, other=0)
+        v = tl.load(v_ptr + offs_l[:, None].to(tl.int64) * stride_vl, mask=mask, other=0)
+        scores = tl.sum(k.to(tl.float32) * q[None, :], 1)
+        scores = tl.where(offs_l < kv_len, scores, float("-inf"))
+        m_new = tl.maximum(m_i, scores)
+        alpha, p = tl.exp2(m_i - m_new), tl.exp2(scores - m_new)
+        l_i = l_i * alpha + p
+        acc = acc * alpha[:, None] + p[:, None] * v.to(tl.float32)
+        m_i = m_new
+    alpha = tl.exp2(m_i - tl.max(m_i, 0))
+    out = tl.sum(acc * alpha[:, None], 0) / tl.sum(l_i * alpha, 0)
+    out_ptr += (sequence * tl.num_programs(0) + head) * d
+    tl.store(out_ptr + offs_d, out.to(out_ptr.dtype.element_ty), mask=offs_d < d)

@@ -1,153 +1,174 @@
-"""Rows rounded to fp8 by the kernel that computes them, in Triton.
+"""Triton kernels that compute something and quantize its rows to fp8 (e4m3) in the same pass.
 
-The scale of a row is that of its largest entry, which the compiler's kernels look for in a pass of its own. Here a
-program holds a whole row. The numbers are those of `fp8_rounding.quantize_rows` to rounding, from values that were not
-rounded before. Imported only where there is a GPU for it.
+The scale of a row depends on the largest entry of the row. In these kernels one program holds a whole row, so a row is
+read once; torch.compile's kernels read it a second time to find the largest entry. The results equal those of
+`fp8_rounding.quantize_rows` to rounding, but the values are not rounded to 16 bit before they are quantized. Import
+this module only where there is a GPU with Triton.
 
-M rows, K columns; F columns of gate, and of up.
+Shapes: M rows, K columns; F features of gate, and as many of up; H heads of d dimensions.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from minigpt4.kernels.llama import silu, silu_gradients, turned_halves
-from minigpt4.quantization.fp8_rounding import DTYPE, Rounded
+from minigpt4.kernels.llama import rotated_halves, silu_mul, silu_mul_gradients
 
-LARGEST, TINY = tl.constexpr(torch.finfo(DTYPE).max), tl.constexpr(torch.finfo(torch.float32).tiny)
-COLUMNS_A_WARP, MOST_WARPS = 2048, 32  # the quickest on an H100
+DTYPE = torch.float8_e4m3fn
+Quantized = tuple[torch.Tensor, torch.Tensor]  # e4m3 rows, and the scale [M,1] float32 of each: values * scale
+DTYPE_MAX, SMALLEST_SCALE = tl.constexpr(torch.finfo(DTYPE).max), tl.constexpr(torch.finfo(torch.float32).tiny)
+COLUMNS_PER_WARP, MAX_WARPS = 2048, 32  # the fastest on an H100
 
 
-@torch.library.custom_op("minigpt4::fp8_rows", mutates_args=())
-def rows(x: torch.Tensor) -> Rounded:
-    """Rows [M,K] as e4m3 [M,K], and the scale [M,1] float32 of each."""
-    return _run(_rows, [x], x.shape[1], x.shape[1], False)
+@torch.library.custom_op("minigpt4::fp8_quantize_rows", mutates_args=())
+def quantize_rows(x: torch.Tensor) -> Quantized:
+    """Quantize rows [M,K]: e4m3 [M,K], and each row's scale [M,1] float32."""
+    return _launch(_quantize_rows, [x], x.shape[1], x.shape[1], False)
 
 
 @torch.library.custom_op("minigpt4::fp8_gelu", mutates_args=())
-def gelu(x: torch.Tensor) -> Rounded:
-    """GELU of [M,K] as e4m3 [M,K], and the scale [M,1] float32 of each row.
+def gelu_quantize(x: torch.Tensor) -> Quantized:
+    """Quantize GELU of [M,K]: e4m3 [M,K], and each row's scale [M,1] float32.
 
     It is GELU's tanh form, off by 5e-4 at most: less than half a step of 8 bits, save for numbers below 0.008.
     """
-    return _run(_rows, [x], x.shape[1], x.shape[1], True)
+    return _launch(_quantize_rows, [x], x.shape[1], x.shape[1], True)
 
 
 @torch.library.custom_op("minigpt4::fp8_silu_product", mutates_args=())
-def silu_product(gate_up: torch.Tensor) -> Rounded:
-    """silu(gate) * up of the halves of [M,2F] as e4m3 [M,F], and the scale [M,1] float32 of each row."""
-    width = gate_up.shape[1] // 2
-    return _run(_silu_product, [gate_up], width, width)
+def silu_product_quantize(gate_up: torch.Tensor) -> Quantized:
+    """Quantize silu(gate) * up, the halves of [M,2F]: e4m3 [M,F], and each row's scale [M,1] float32."""
+    num_features = gate_up.shape[1] // 2
+    return _launch(_silu_product_quantize, [gate_up], num_features, num_features)
 
 
 @torch.library.custom_op("minigpt4::fp8_silu_product_gradient", mutates_args=())
-def silu_product_gradient(grad: torch.Tensor, gate_up: torch.Tensor) -> Rounded:
-    """From the gradient [M,F] of silu(gate) * up those of gate and up: e4m3 [M,2F], and each row's scale [M,1]."""
-    return _run(_silu_product_gradient, [gate_up, grad], gate_up.shape[1], gate_up.shape[1] // 2)
+def silu_product_gradient_quantize(grad: torch.Tensor, gate_up: torch.Tensor) -> Quantized:
+    """Quantize the gradients of gate and up, given the gradient [M,F] of silu(gate) * up.
+
+    Returns e4m3 [M,2F], and each row's scale [M,1] float32.
+    """
+    return _launch(_silu_product_gradient_quantize, [gate_up, grad], gate_up.shape[1], gate_up.shape[1] // 2)
 
 
-def turned_back(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, turned: int) -> Rounded:
-    """Heads [M,H,d], the first `turned` turned back by angles [M,d/2]: e4m3 [M,H*d], and each row's scale [M,1]."""
-    _, heads, d = x.shape
-    rounded, scale = empty(x, heads * d)
-    all_heads, half = triton.next_power_of_2(heads), triton.next_power_of_2(d // 2)
+def inverse_rope_quantize(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, num_heads: int) -> Quantized:
+    """Rotate the first `num_heads` heads of x [M,H,d] by the negative angles [M,d/2], and quantize.
+
+    Returns e4m3 [M,H*d], and each row's scale [M,1] float32.
+    """
+    _, heads_per_row, d = x.shape
+    quantized, scale = empty_quantized(x, heads_per_row * d)
+    block_h, block_half = triton.next_power_of_2(heads_per_row), triton.next_power_of_2(d // 2)
     with torch.cuda.device_of(scale):
-        _turned_back[(scale.shape[0],)](
-            x.contiguous(), cos.contiguous(), sin.contiguous(), rounded, scale, heads, turned, d // 2, half, all_heads,
-            num_warps=_warps(2 * all_heads * half),
+        _inverse_rope_quantize[(scale.shape[0],)](
+            x.contiguous(), cos.contiguous(), sin.contiguous(), quantized, scale, heads_per_row, num_heads,
+            d // 2, block_half, block_h, num_warps=_num_warps(2 * block_h * block_half),
         )  # fmt: skip
-    return rounded, scale
+    return quantized, scale
 
 
-def _run(kernel, inputs: list[torch.Tensor], width: int, columns: int, *flags: bool) -> Rounded:
-    """A program for each row, which takes so many columns of each of its parts."""
-    rounded, scale = empty(inputs[0], width)
+def _launch(kernel, inputs: list[torch.Tensor], out_columns: int, columns: int, *flags: bool) -> Quantized:
+    """Run one program for each row. columns: how many the program loads, of each part (gate, up) of the row."""
+    quantized, scale = empty_quantized(inputs[0], out_columns)
     block = triton.next_power_of_2(columns)
+    tensors = [*(x.contiguous() for x in inputs), quantized, scale]
     with torch.cuda.device_of(scale):
-        tensors = *(x.contiguous() for x in inputs), rounded, scale
-        kernel[(scale.shape[0],)](*tensors, *flags, columns, block, num_warps=_warps(block))
-    return rounded, scale
+        kernel[(scale.shape[0],)](*tensors, *flags, columns, block, num_warps=_num_warps(block))
+    return quantized, scale
 
 
-def _warps(columns: int) -> int:
-    return max(1, min(columns // COLUMNS_A_WARP, MOST_WARPS))
+def _num_warps(columns: int) -> int:
+    return max(1, min(columns // COLUMNS_PER_WARP, MAX_WARPS))
 
 
-def empty(x: torch.Tensor, width: int) -> Rounded:
-    """Memory for rows [M,width] in e4m3 and their scales, where `x` has M rows."""
-    # x.shape[0], not len(x): a compiler would have the number of rows fixed.
-    return x.new_empty(x.shape[0], width, dtype=DTYPE), x.new_empty(x.shape[0], 1, dtype=torch.float32)
+def empty_quantized(x: torch.Tensor, num_columns: int) -> Quantized:
+    """Uninitialized e4m3 rows [M,num_columns] and scales [M,1] float32, where `x` has M rows."""
+    # x.shape[0] instead of len(x), which would make the number of rows a constant of a compiled graph.
+    quantized = x.new_empty(x.shape[0], num_columns, dtype=DTYPE)
+    return quantized, x.new_empty(x.shape[0], 1, dtype=torch.float32)
 
 
-@rows.register_fake
-@gelu.register_fake
+@quantize_rows.register_fake
+@gelu_quantize.register_fake
 def _(x):
-    return empty(x, x.shape[1])
+    return empty_quantized(x, x.shape[1])
 
 
-@silu_product.register_fake
+@silu_product_quantize.register_fake
 def _(gate_up):
-    return empty(gate_up, gate_up.shape[1] // 2)
+    return empty_quantized(gate_up, gate_up.shape[1] // 2)
 
 
-@silu_product_gradient.register_fake
+@silu_product_gradient_quantize.register_fake
 def _(grad, gate_up):
-    return empty(gate_up, gate_up.shape[1])
+    return empty_quantized(gate_up, gate_up.shape[1])
 
 
 @triton.jit
-def largest_of(values):
-    """Its magnitude; infinite where an entry is not a number."""
+def abs_max(values):
+    """The largest absolute value, over the first dimension; infinity if one of the values is NaN."""
     return tl.max(tl.where(values == values, tl.abs(values), float("inf")), 0)
 
 
 @triton.jit
-def scale_for(largest, scale, row):
-    """Keep and return the scale with which the largest entry of a row becomes the largest number there is."""
-    value = tl.maximum(largest / LARGEST, TINY)
-    tl.store(scale + row, value)
-    return value
+def store_scale(row_max, scale_ptr, row):
+    """Store and return the scale of a row. Its largest entry, divided by the scale, is the largest e4m3 number."""
+    scale = tl.maximum(row_max / DTYPE_MAX, SMALLEST_SCALE)
+    tl.store(scale_ptr + row, scale)
+    return scale
 
 
 @triton.jit
-def _rows(x, rounded, scale, GELU: tl.constexpr, K: tl.constexpr, N: tl.constexpr):
-    row, columns = tl.program_id(0).to(tl.int64), tl.arange(0, N)
-    values = tl.load(x + row * K + columns, mask=columns < K, other=0.0).to(tl.float32)
+def _quantize_rows(x_ptr, out_ptr, scale_ptr, GELU: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr):
+    row, columns = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_K)
+    mask = columns < K
+    values = tl.load(x_ptr + row * K + columns, mask=mask, other=0.0).to(tl.float32)
     if GELU:
         values *= tl.sigmoid(1.5957691216057308 * (values + 0.044715 * values * values * values))
-    values *= 1 / scale_for(largest_of(values), scale, row)
-    tl.store(rounded + row * K + columns, values.to(rounded.dtype.element_ty), mask=columns < K)
+    values *= 1 / store_scale(abs_max(values), scale_ptr, row)
+    tl.store(out_ptr + row * K + columns, values.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _silu_product(gate_up, rounded, scale, F: tl.constexpr, N: tl.constexpr):
-    row, columns = tl.program_id(0).to(tl.int64), tl.arange(0, N)
-    at = gate_up + row * 2 * F + columns
-    gate = tl.load(at, mask=columns < F, other=0.0).to(tl.float32)
-    values = silu(gate, tl.load(at + F, mask=columns < F, other=0.0).to(tl.float32))
-    values *= 1 / scale_for(largest_of(values), scale, row)
-    tl.store(rounded + row * F + columns, values.to(rounded.dtype.element_ty), mask=columns < F)
+def _silu_product_quantize(gate_up_ptr, out_ptr, scale_ptr, F: tl.constexpr, BLOCK_F: tl.constexpr):
+    row, columns = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_F)
+    mask = columns < F
+    gate_ptr = gate_up_ptr + row * 2 * F + columns
+    gate = tl.load(gate_ptr, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(gate_ptr + F, mask=mask, other=0.0).to(tl.float32)
+    values = silu_mul(gate, up)
+    values *= 1 / store_scale(abs_max(values), scale_ptr, row)
+    tl.store(out_ptr + row * F + columns, values.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _silu_product_gradient(gate_up, grad, rounded, scale, F: tl.constexpr, N: tl.constexpr):
-    row, columns = tl.program_id(0).to(tl.int64), tl.arange(0, N)
-    at, to = gate_up + row * 2 * F + columns, rounded + row * 2 * F + columns
-    gate = tl.load(at, mask=columns < F, other=0.0).to(tl.float32)
-    up = tl.load(at + F, mask=columns < F, other=0.0).to(tl.float32)
-    outer = tl.load(grad + row * F + columns, mask=columns < F, other=0.0).to(tl.float32)
-    of_gate, of_up = silu_gradients(outer, gate, up)
-    factor = 1 / scale_for(tl.maximum(largest_of(of_gate), largest_of(of_up)), scale, row)
-    tl.store(to, (of_gate * factor).to(rounded.dtype.element_ty), mask=columns < F)
-    tl.store(to + F, (of_up * factor).to(rounded.dtype.element_ty), mask=columns < F)
+def _silu_product_gradient_quantize(
+    gate_up_ptr, grad_ptr, out_ptr, scale_ptr, F: tl.constexpr, BLOCK_F: tl.constexpr
+):  # fmt: skip
+    row, columns = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_F)
+    mask = columns < F
+    gate_ptr = gate_up_ptr + row * 2 * F + columns
+    out_ptr += row * 2 * F + columns
+    gate = tl.load(gate_ptr, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(gate_ptr + F, mask=mask, other=0.0).to(tl.float32)
+    grad = tl.load(grad_ptr + row * F + columns, mask=mask, other=0.0).to(tl.float32)
+    grad_gate, grad_up = silu_mul_gradients(grad, gate, up)
+    factor = 1 / store_scale(tl.maximum(abs_max(grad_gate), abs_max(grad_up)), scale_ptr, row)
+    tl.store(out_ptr, (grad_gate * factor).to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptr + F, (grad_up * factor).to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _turned_back(x, cos, sin, rounded, scale, heads, turned, half: tl.constexpr, HALF: tl.constexpr, N: tl.constexpr):
-    row, head = tl.program_id(0).to(tl.int64), tl.arange(0, N)
-    first, second, at, present = turned_halves(
-        x, cos, sin, row, heads, head, head < heads, head < turned, half, HALF, True
-    )
-    factor = 1 / scale_for(tl.maximum(largest_of(largest_of(first)), largest_of(largest_of(second))), scale, row)
-    tl.store(rounded + at, (first * factor).to(rounded.dtype.element_ty), mask=present)
-    tl.store(rounded + at + half, (second * factor).to(rounded.dtype.element_ty), mask=present)
+def _inverse_rope_quantize(
+    x_ptr, cos_ptr, sin_ptr, out_ptr, scale_ptr, heads_per_row, num_heads,
+    HALF: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    row, heads = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_H)
+    first, second, offsets, mask = rotated_halves(
+        x_ptr, cos_ptr, sin_ptr, row, heads_per_row, heads, heads < heads_per_row, heads < num_heads,
+        HALF, BLOCK_HALF, True,
+    )  # fmt: skip
+    row_max = tl.maximum(abs_max(abs_max(first)), abs_max(abs_max(second)))
+    factor = 1 / store_scale(row_max, scale_ptr, row)
+    tl.store(out_ptr + offsets, (first * factor).to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptr + offsets + HALF, (second * factor).to(out_ptr.dtype.element_ty), mask=mask)

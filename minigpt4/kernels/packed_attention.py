@@ -1,274 +1,297 @@
 """Attention within the sequences of a packed batch, as two Triton kernels: forward and backward.
 
-Made for many short sequences, for which a GPU does little more than read and write: queries, keys and values lie side
-by side in one tensor, their gradients in another, and what belongs together is one program's. Imported only where there
-is a GPU for it.
+The kernels are made for many short sequences, where a GPU spends its time on reading and writing. Queries, keys and
+values are read from one tensor, and their gradients are written to another, so nothing is copied or concatenated around
+the attention. A sequence that fits in one block is computed by one program per head. At the sizes of stage 1 this takes
+a third of the time of torch's variable-length attention with the copies around it. Import this module only where there
+is a GPU with Triton.
 
-The rows [T] fall into ranges. The first has P rows that precede those of every other range: position j of a sequence is
-row j below P, and its own row j - P from there on. Queries and keys are both pluralize in positions, in blocks of N. So
-query block i sees key blocks 0 to i, and only in block i some keys come after some queries. That one is computed first;
-where a sequence fits in a block, it is the only one.
+The T tokens of a packed batch belong to S sequences, one after the other. The first sequence is a prefix of P tokens
+that precedes every other sequence. Position j of another sequence is token j of the batch if j < P, and the sequence's
+own token j - P otherwise.
 
-S ranges, H heads of queries, G of keys and values, d dimensions, D of them with padding.
+Queries and keys are divided into blocks of N positions, by the same bounds. So query block i sees key blocks 0 to i,
+and only key block i needs the causal mask. Block i comes first. If a sequence has one block, that is all.
+
+Shapes: H query heads, G key/value heads, d dimensions of a head, D of them with padding.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-LOG2_E = tl.constexpr(1.4426950408889634)  # powers of two are quicker than those of e
-WARPS, STAGES = 4, 1  # the quickest on an H100
+LOG2_E = tl.constexpr(1.4426950408889634)  # exp2 is faster than exp
+NUM_WARPS, NUM_STAGES = 4, 1  # the fastest on an H100
 
 
-def attention(
-    qkv: torch.Tensor, groups: int, starts: torch.Tensor, shared: int, longest: int, scaling: float
+def packed_attention(
+    qkv: torch.Tensor, num_kv_heads: int, starts: torch.Tensor, prefix_len: int, max_kv_len: int, scaling: float
 ) -> torch.Tensor:
-    """Causal attention within each range and to the shared rows: [T,H,d].
+    """Causal attention of each sequence to the prefix and to itself: [T,H,d].
 
-    qkv [T,H+2G,d]: heads of queries, `groups` (G) of keys, as many of values; 16 bit, d up to 256.
-    starts [S+1] int32: where the ranges begin, and T at the end. The first has the `shared` rows; each may be empty.
-    longest: no range, with the shared rows, has more.
+    qkv [T,H+2G,d]: H heads of queries, `num_kv_heads` (G) of keys, G of values; 16 bit, d up to 256.
+    starts [S+1] int32: the first token of each sequence, and T at the end. Sequences may be empty.
+    prefix_len: P, the length of the first sequence. max_kv_len: no sequence is longer, prefix included.
 
-    Sums are in float32, and always taken in the same order. The gradients of the shared rows are those of all ranges.
+    Sums are in float32, and always in the same order. The prefix's gradients are summed over all sequences.
     """
-    return attention_and_denominators(qkv, groups, starts, shared, longest, scaling)[0]
+    return packed_attention_with_lse(qkv, num_kv_heads, starts, prefix_len, max_kv_len, scaling)[0]
 
 
-def block_size(dimensions: int, memory: int) -> int:
-    """Positions of a block. memory: bytes of the GPU's shared memory that a program may have."""
-    block = 64 if dimensions <= 128 else 32
-    # Seven blocks in 16 bit are the most that either kernel wants.
-    return block if 14 * block * dimensions <= memory else block // 2
+def block_size(head_dim: int, shared_memory: int) -> int:
+    """Positions in a block. head_dim: padded. shared_memory: bytes that the GPU allows a program."""
+    block = 64 if head_dim <= 128 else 32
+    # Either kernel needs seven blocks in 16 bit at most.
+    return block if 14 * block * head_dim <= shared_memory else block // 2
 
 
 @torch.library.custom_op("minigpt4::packed_attention", mutates_args=())
-def attention_and_denominators(
-    qkv: torch.Tensor, groups: int, starts: torch.Tensor, shared: int, longest: int, scaling: float
+def packed_attention_with_lse(
+    qkv: torch.Tensor, num_kv_heads: int, starts: torch.Tensor, prefix_len: int, max_kv_len: int, scaling: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The output [T,H,d], and for the backward pass log2 of the softmax's denominators [H,T] float32."""
-    out, lse = empty_outputs(qkv, groups)
-    _launch(_forward, qkv, groups, (out, lse, starts), shared, longest, scaling)
+    """The output [T,H,d], and for the backward pass log2 of the softmax denominators [H,T] float32."""
+    out, lse = _empty_outputs(qkv, num_kv_heads)
+    _launch(_forward, qkv, num_kv_heads, (out, lse, starts), prefix_len, max_kv_len, scaling)
     return out, lse
 
 
 @torch.library.custom_op("minigpt4::packed_attention_backward", mutates_args=())
-def attention_backward(
-    grad: torch.Tensor, qkv: torch.Tensor, groups: int, out: torch.Tensor, lse: torch.Tensor,
-    starts: torch.Tensor, shared: int, longest: int, scaling: float, of_shared: bool,
+def packed_attention_backward(
+    grad: torch.Tensor, qkv: torch.Tensor, num_kv_heads: int, out: torch.Tensor, lse: torch.Tensor,
+    starts: torch.Tensor, prefix_len: int, max_kv_len: int, scaling: float, with_prefix_gradient: bool,
 ) -> torch.Tensor:  # fmt: skip
-    """The gradient of qkv. of_shared: of the shared rows' keys and values too, which otherwise get zeros."""
-    rows, ranges = len(qkv), len(starts) - 1
-    # Behind all rows, each range has shared ones of its own: atomic operations would add them up in any order.
-    gradient = qkv.new_empty(rows + ranges * shared * of_shared, *qkv.shape[1:])
+    """The gradient of qkv. with_prefix_gradient: also of the prefix's keys and values; otherwise these get zeros."""
+    num_tokens, num_sequences = len(qkv), len(starts) - 1
+    # Each sequence writes its gradient of the prefix to rows of its own, after those of all tokens. These are summed
+    # below: atomic additions in the kernel would have no fixed order.
+    extra_rows = num_sequences * prefix_len if with_prefix_gradient else 0
+    gradient = qkv.new_empty(num_tokens + extra_rows, *qkv.shape[1:])
     others = (out, lse, grad.contiguous(), gradient, starts)
-    _launch(_backward, qkv, groups, others, shared, longest, scaling, OF_SHARED=of_shared)
-    if shared and of_shared:
-        keys_and_values = gradient[:, -2 * groups :]
-        torch.sum(keys_and_values[rows:].unflatten(0, (ranges, shared)), 0, out=keys_and_values[:shared])
-    return gradient[:rows]
+    _launch(
+        _backward, qkv, num_kv_heads, others, prefix_len, max_kv_len, scaling, WITH_PREFIX_GRADIENT=with_prefix_gradient
+    )
+    if extra_rows:
+        keys_and_values = gradient[:, -2 * num_kv_heads :]
+        per_sequence = keys_and_values[num_tokens:].unflatten(0, (num_sequences, prefix_len))
+        torch.sum(per_sequence, 0, out=keys_and_values[:prefix_len])
+    return gradient[:num_tokens]
 
 
-def _launch(kernel, qkv, groups: int, others: tuple, shared: int, longest: int, scaling: float, **flags: bool) -> None:
-    """Start the programs of each block of each range. others: further tensors, `starts` the last."""
-    rows, heads, d = len(qkv), qkv.shape[1] - 2 * groups, qkv.shape[2]
-    padded = max(16, triton.next_power_of_2(d))  # what Triton's products take
-    memory = torch.cuda.get_device_properties(qkv.device).shared_memory_per_block_optin if qkv.is_cuda else 2**20
-    block, grouped = block_size(padded, memory), heads > groups
-    # The backward pass of a group holds the gradients of keys and values while it goes through its heads.
-    programs, warps = (heads, WARPS) if kernel is _forward else (groups, 2 * WARPS if grouped else WARPS)
+def _launch(
+    kernel, qkv, num_kv_heads: int, others: tuple, prefix_len: int, max_kv_len: int, scaling: float, **flags: bool
+) -> None:
+    """Run a kernel for each head and each block of each sequence. others: further tensors, `starts` the last."""
+    num_tokens, num_heads, d = len(qkv), qkv.shape[1] - 2 * num_kv_heads, qkv.shape[2]
+    head_dim = max(16, triton.next_power_of_2(d))  # what tl.dot takes
+    shared_memory = 2**20
+    if qkv.is_cuda:
+        shared_memory = torch.cuda.get_device_properties(qkv.device).shared_memory_per_block_optin
+    block = block_size(head_dim, shared_memory)
+    if kernel is _forward:
+        heads_in_grid, num_warps = num_heads, NUM_WARPS
+    else:
+        # A program holds the gradients of a key/value head while it loops over the query heads that share it.
+        heads_in_grid, num_warps = num_kv_heads, 2 * NUM_WARPS if num_heads > num_kv_heads else NUM_WARPS
+    grid = (heads_in_grid, len(others[-1]) - 1, triton.cdiv(max_kv_len, block))
     with torch.cuda.device_of(qkv):
-        kernel[programs, len(others[-1]) - 1, triton.cdiv(longest, block)](
-            qkv.contiguous(), *others, shared, rows, scaling, heads, groups, d, padded, block, longest <= block,
-            **flags, num_warps=warps, num_stages=STAGES,
+        kernel[grid](
+            qkv.contiguous(), *others, prefix_len, num_tokens, scaling, num_heads, num_kv_heads, d, head_dim, block,
+            max_kv_len <= block, **flags, num_warps=num_warps, num_stages=NUM_STAGES,
         )  # fmt: skip
 
 
-def empty_outputs(qkv: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
-    rows, heads, d = qkv.shape[0], qkv.shape[1] - 2 * groups, qkv.shape[2]
-    return qkv.new_empty(rows, heads, d), qkv.new_empty(heads, rows, dtype=torch.float32)
+def _empty_outputs(qkv: torch.Tensor, num_kv_heads: int) -> tuple[torch.Tensor, torch.Tensor]:
+    num_tokens, num_heads, d = qkv.shape[0], qkv.shape[1] - 2 * num_kv_heads, qkv.shape[2]
+    return qkv.new_empty(num_tokens, num_heads, d), qkv.new_empty(num_heads, num_tokens, dtype=torch.float32)
 
 
-@attention_and_denominators.register_fake
-def _(qkv, groups, starts, shared, longest, scaling):
-    return empty_outputs(qkv, groups)
+@packed_attention_with_lse.register_fake
+def _(qkv, num_kv_heads, starts, prefix_len, max_kv_len, scaling):
+    return _empty_outputs(qkv, num_kv_heads)
 
 
-@attention_backward.register_fake
+@packed_attention_backward.register_fake
 def _(grad, qkv, *others):
     return qkv.new_empty(qkv.shape)
 
 
-def _keep(ctx, inputs, output) -> None:
-    qkv, ctx.groups, starts, ctx.shared, ctx.longest, ctx.scaling = inputs
+def _setup_context(ctx, inputs, output) -> None:
+    qkv, ctx.num_kv_heads, starts, ctx.prefix_len, ctx.max_kv_len, ctx.scaling = inputs
     ctx.save_for_backward(qkv, *output, starts)
-    ctx.set_materialize_grads(False)  # none for the denominators
+    ctx.set_materialize_grads(False)  # the lse has no gradient
 
 
-def _gradients(ctx, grad, _):
+def _autograd_backward(ctx, grad, _):
     qkv, *others = ctx.saved_tensors
-    gradient = attention_backward(grad, qkv, ctx.groups, *others, ctx.shared, ctx.longest, ctx.scaling, True)
+    gradient = packed_attention_backward(
+        grad, qkv, ctx.num_kv_heads, *others, ctx.prefix_len, ctx.max_kv_len, ctx.scaling, with_prefix_gradient=True
+    )
     return gradient, *[None] * 5
 
 
-attention_and_denominators.register_autograd(_gradients, setup_context=_keep)
+packed_attention_with_lse.register_autograd(_autograd_backward, setup_context=_setup_context)
 
 
 @triton.jit
-def _sequence(starts, shared):
-    """Row of the first own position, how many positions precede it, and how many there are in all."""
+def _sequence_bounds(starts_ptr, prefix_len):
+    """The sequence's first own token, the number of positions before it, and the number of positions in all."""
     sequence = tl.program_id(1)
-    start = tl.load(starts + sequence)
-    before = tl.where(sequence == 0, 0, shared)
-    return start, before, before + tl.load(starts + sequence + 1) - start
+    start = tl.load(starts_ptr + sequence)
+    before = tl.where(sequence == 0, 0, prefix_len)
+    return start, before, before + tl.load(starts_ptr + sequence + 1) - start
 
 
 @triton.jit
-def _block(number, start, before, N: tl.constexpr):
-    """Positions [N] of a block, and their rows."""
-    positions = number * N + tl.arange(0, N)
+def _block_positions(block, start, before, N: tl.constexpr):
+    """The positions [N] of a block, and their tokens in the batch."""
+    positions = block * N + tl.arange(0, N)
     return positions, tl.where(positions < before, positions, start + positions - before).to(tl.int64)
 
 
 @triton.jit
-def _load(x, rows, stride, mask, d: tl.constexpr, D: tl.constexpr):
-    """Rows [N,D], 0 where there are none."""
-    dims = tl.arange(0, D)
-    return tl.load(x + rows[:, None] * stride + dims, mask=mask[:, None] & (dims < d)[None, :], other=0.0)
+def _load(x_ptr, tokens, stride, mask, d: tl.constexpr, D: tl.constexpr):
+    """One head of some tokens [N,D]; zeros where `mask` is false, and in the padding."""
+    offs_d = tl.arange(0, D)
+    return tl.load(x_ptr + tokens[:, None] * stride + offs_d, mask=mask[:, None] & (offs_d < d)[None, :], other=0.0)
 
 
 @triton.jit
-def _store(x, values, rows, stride, mask, d: tl.constexpr, D: tl.constexpr):
-    dims = tl.arange(0, D)
-    tl.store(x + rows[:, None] * stride + dims, values, mask=mask[:, None] & (dims < d)[None, :])
+def _store(x_ptr, values, tokens, stride, mask, d: tl.constexpr, D: tl.constexpr):
+    offs_d = tl.arange(0, D)
+    tl.store(x_ptr + tokens[:, None] * stride + offs_d, values, mask=mask[:, None] & (offs_d < d)[None, :])
 
 
-@triton.jit(do_not_specialize=["shared", "T"])
+@triton.jit(do_not_specialize=["prefix_len", "T"])
 def _forward(
-    qkv, out, lse, starts, shared, T, scaling,
+    qkv_ptr, out_ptr, lse_ptr, starts_ptr, prefix_len, T, scaling,
     H: tl.constexpr, G: tl.constexpr, d: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
-    ONE: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One head's outputs of one block of queries. ONE: each range has one block, which wants fewer registers."""
+    """One program computes one head of one block of queries.
+
+    ONE_BLOCK: every sequence has one block at most. Without the loop the kernel needs fewer registers.
+    """
     head, block = tl.program_id(0), tl.program_id(2)
-    start, before, keys = _sequence(starts, shared)
-    if block * N >= keys or (block + 1) * N <= before:
+    start, before, kv_len = _sequence_bounds(starts_ptr, prefix_len)
+    if block * N >= kv_len or (block + 1) * N <= before:
         return
-    row, group = (H + 2 * G) * d, head // (H // G)
-    q, k, v = qkv + head * d, qkv + (H + group) * d, qkv + (H + G + group) * d
-    positions, rows = _block(block, start, before, N)
-    own, present = (positions >= before) & (positions < keys), positions < keys
-    query = _load(q, rows, row, own, d, D)
-    key = _load(k, rows, row, present, d, D)
-    value = _load(v, rows, row, present, d, D)
+    stride, kv_head = (H + 2 * G) * d, head // (H // G)
+    q_ptr, k_ptr, v_ptr = qkv_ptr + head * d, qkv_ptr + (H + kv_head) * d, qkv_ptr + (H + G + kv_head) * d
+    positions, tokens = _block_positions(block, start, before, N)
+    q_mask, kv_mask = (positions >= before) & (positions < kv_len), positions < kv_len
+    q = _load(q_ptr, tokens, stride, q_mask, d, D)
+    k = _load(k_ptr, tokens, stride, kv_mask, d, D)
+    v = _load(v_ptr, tokens, stride, kv_mask, d, D)
     scale = scaling * LOG2_E
-    scores = tl.dot(query, tl.trans(key)) * scale
+    scores = tl.dot(q, tl.trans(k)) * scale
     scores = tl.where(positions[:, None] >= positions[None, :], scores, float("-inf"))
-    highest = tl.max(scores, 1)
-    weights = tl.exp2(scores - highest[:, None])
-    total = tl.sum(weights, 1)
-    output = tl.dot(weights.to(value.dtype), value)
-    if not ONE:
-        for earlier in range(block):
-            others, other_rows = _block(earlier, start, before, N)
-            key = _load(k, other_rows, row, others < keys, d, D)
-            value = _load(v, other_rows, row, others < keys, d, D)
-            scores = tl.dot(query, tl.trans(key)) * scale
-            higher = tl.maximum(highest, tl.max(scores, 1))
-            weights = tl.exp2(scores - higher[:, None])
-            shrunk = tl.exp2(highest - higher)
-            total = total * shrunk + tl.sum(weights, 1)
-            output = tl.dot(weights.to(value.dtype), value, output * shrunk[:, None])
-            highest = higher
-    output = (output / total[:, None]).to(value.dtype)
-    _store(out + head * d, output, rows, H * d, own, d, D)
-    tl.store(lse + head * T + rows, highest + tl.log2(total), mask=own)
+    m_i = tl.max(scores, 1)  # the running maximum of each query's scores
+    p = tl.exp2(scores - m_i[:, None])
+    l_i = tl.sum(p, 1)
+    acc = tl.dot(p.to(v.dtype), v)
+    if not ONE_BLOCK:
+        for kv_block in range(block):
+            kv_positions, kv_tokens = _block_positions(kv_block, start, before, N)
+            k = _load(k_ptr, kv_tokens, stride, kv_positions < kv_len, d, D)
+            v = _load(v_ptr, kv_tokens, stride, kv_positions < kv_len, d, D)
+            scores = tl.dot(q, tl.trans(k)) * scale
+            m_new = tl.maximum(m_i, tl.max(scores, 1))
+            p = tl.exp2(scores - m_new[:, None])
+            alpha = tl.exp2(m_i - m_new)
+            l_i = l_i * alpha + tl.sum(p, 1)
+            acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None])
+            m_i = m_new
+    out = (acc / l_i[:, None]).to(v.dtype)
+    _store(out_ptr + head * d, out, tokens, H * d, q_mask, d, D)
+    tl.store(lse_ptr + head * T + tokens, m_i + tl.log2(l_i), mask=q_mask)
 
 
 @triton.jit
-def _load_gradient(lse, grad, rows, stride, own, d: tl.constexpr, D: tl.constexpr):
-    """Gradients [N,D] of a block of queries, and log2 of their denominators."""
-    return _load(grad, rows, stride, own, d, D), tl.load(lse + rows, mask=own, other=float("inf"))
+def _load_gradient(lse_ptr, grad_ptr, tokens, stride, mask, d: tl.constexpr, D: tl.constexpr):
+    """The output's gradients [N,D] of a block of queries, and log2 of their softmax denominators [N]."""
+    return _load(grad_ptr, tokens, stride, mask, d, D), tl.load(lse_ptr + tokens, mask=mask, other=float("inf"))
 
 
 @triton.jit
-def _delta(out, gradient, rows, stride, own, d: tl.constexpr, D: tl.constexpr):
-    """Output · gradient [N] of a block of queries: the sum of their weights' gradients, each times its weight."""
-    return tl.sum(_load(out, rows, stride, own, d, D).to(tl.float32) * gradient.to(tl.float32), 1)
+def _delta(out_ptr, grad, tokens, stride, mask, d: tl.constexpr, D: tl.constexpr):
+    """Output · gradient [N] for a block of queries. It equals the sum over keys of weight · gradient of the weight."""
+    return tl.sum(_load(out_ptr, tokens, stride, mask, d, D).to(tl.float32) * grad.to(tl.float32), 1)
 
 
 @triton.jit
-def _weights(key, value, query, gradient, lse, delta, scale, seen):
-    """The weights [keys,queries] and the gradients of the scores, in 16 bit: transposed, as dk and dv want them.
+def _weights_and_score_gradients(k, v, q, grad, lse, delta, scale, mask):
+    """The weights and the gradients of the scores [keys,queries], in 16 bit. dk and dv need them transposed like this.
 
-    delta: None where the queries see no other keys.
+    delta: None if all keys of these queries are in this block. It then follows from the weights and their gradients,
+    and the output need not be read.
     """
-    weights = tl.exp2(tl.dot(key, tl.trans(query)) * scale - lse[None, :])
-    weights = tl.where(seen, weights, 0.0)
-    weight_gradient = tl.dot(value, tl.trans(gradient))
+    p = tl.exp2(tl.dot(k, tl.trans(q)) * scale - lse[None, :])
+    p = tl.where(mask, p, 0.0)
+    dp = tl.dot(v, tl.trans(grad))
     if delta is None:
-        delta = tl.sum(weights * weight_gradient, 0)
-    score_gradient = weights * (weight_gradient - delta[None, :])
-    return weights.to(key.dtype), score_gradient.to(key.dtype)
+        delta = tl.sum(p * dp, 0)
+    ds = p * (dp - delta[None, :])
+    return p.to(k.dtype), ds.to(k.dtype)
 
 
-@triton.jit(do_not_specialize=["shared", "T"])
+@triton.jit(do_not_specialize=["prefix_len", "T"])
 def _backward(
-    qkv, out, lse, grad, dqkv, starts, shared, T, scaling,
+    qkv_ptr, out_ptr, lse_ptr, grad_ptr, dqkv_ptr, starts_ptr, prefix_len, T, scaling,
     H: tl.constexpr, G: tl.constexpr, d: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
-    ONE: tl.constexpr, OF_SHARED: tl.constexpr,
+    ONE_BLOCK: tl.constexpr, WITH_PREFIX_GRADIENT: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of one block of positions: of the queries of each head in a group, and of the group's keys and values.
+    """One program computes the gradients of a key/value head and of its query heads, for one block of positions.
 
-    What block i's queries and keys have to do with each other goes into both; then come the queries with earlier keys,
-    then the keys with later queries. So each block has as much to do as the others of its sequence.
+    First the block's queries with the block's keys, for both gradients. Then its queries with earlier keys, for dq, and
+    its keys with later queries, for dk and dv. So every block of a sequence has the same amount of work.
     """
-    group, block = tl.program_id(0), tl.program_id(2)
-    start, before, keys = _sequence(starts, shared)
-    if block * N >= keys or (not OF_SHARED and (block + 1) * N <= before):
+    kv_head, block = tl.program_id(0), tl.program_id(2)
+    start, before, kv_len = _sequence_bounds(starts_ptr, prefix_len)
+    if block * N >= kv_len or (not WITH_PREFIX_GRADIENT and (block + 1) * N <= before):
         return
-    blocks = tl.cdiv(keys, N)
-    row, o_row, scale = (H + 2 * G) * d, H * d, scaling * LOG2_E
-    k_at, v_at = (H + group) * d, (H + G + group) * d
-    positions, rows = _block(block, start, before, N)
-    present = positions < keys
-    own = present & (positions >= before)
-    key = _load(qkv + k_at, rows, row, present, d, D)
-    value = _load(qkv + v_at, rows, row, present, d, D)
+    num_blocks = tl.cdiv(kv_len, N)
+    stride, out_stride, scale = (H + 2 * G) * d, H * d, scaling * LOG2_E
+    k_offset, v_offset = (H + kv_head) * d, (H + G + kv_head) * d
+    positions, tokens = _block_positions(block, start, before, N)
+    kv_mask = positions < kv_len
+    q_mask = kv_mask & (positions >= before)
+    k = _load(qkv_ptr + k_offset, tokens, stride, kv_mask, d, D)
+    v = _load(qkv_ptr + v_offset, tokens, stride, kv_mask, d, D)
     dk, dv = tl.zeros([N, D], tl.float32), tl.zeros([N, D], tl.float32)
     for member in range(H // G):
-        head = group * (H // G) + member
-        q_at, lse_of_head = head * d, lse + head * T
-        query = _load(qkv + q_at, rows, row, own, d, D)
-        gradient, denominators = _load_gradient(lse_of_head, grad + q_at, rows, o_row, own, d, D)
-        delta = None if ONE else _delta(out + q_at, gradient, rows, o_row, own, d, D)
-        seen = positions[:, None] <= positions[None, :]
-        weights, score_gradient = _weights(key, value, query, gradient, denominators, delta, scale, seen)
-        dq = tl.dot(tl.trans(score_gradient), key)
-        if not ONE:
-            for earlier in range(block):
-                others, other_rows = _block(earlier, start, before, N)
-                other_key = _load(qkv + k_at, other_rows, row, others < keys, d, D)
-                other_value = _load(qkv + v_at, other_rows, row, others < keys, d, D)
-                _, other = _weights(other_key, other_value, query, gradient, denominators, delta, scale, True)
-                dq = tl.dot(tl.trans(other), other_key, dq)
-        _store(dqkv + q_at, (dq * scaling).to(key.dtype), rows, row, own, d, D)
-        dv = tl.dot(weights, gradient, dv)
-        dk = tl.dot(score_gradient, query, dk)
-        if not ONE:
-            for later in range(block + 1, blocks):
-                others, other_rows = _block(later, start, before, N)
-                theirs = (others >= before) & (others < keys)
-                query = _load(qkv + q_at, other_rows, row, theirs, d, D)
-                gradient, denominators = _load_gradient(lse_of_head, grad + q_at, other_rows, o_row, theirs, d, D)
-                delta = _delta(out + q_at, gradient, other_rows, o_row, theirs, d, D)
-                weights, score_gradient = _weights(key, value, query, gradient, denominators, delta, scale, True)
-                dv = tl.dot(weights, gradient, dv)
-                dk = tl.dot(score_gradient, query, dk)
-    if OF_SHARED:  # each range has a gradient of its own of shared rows, behind those of all rows
-        first = T + tl.program_id(1).to(tl.int64) * shared
-        rows, own = tl.where(positions < shared, first + positions, rows), present
+        head = kv_head * (H // G) + member
+        q_offset, head_lse_ptr = head * d, lse_ptr + head * T
+        q = _load(qkv_ptr + q_offset, tokens, stride, q_mask, d, D)
+        grad, lse = _load_gradient(head_lse_ptr, grad_ptr + q_offset, tokens, out_stride, q_mask, d, D)
+        delta = None if ONE_BLOCK else _delta(out_ptr + q_offset, grad, tokens, out_stride, q_mask, d, D)
+        causal = positions[:, None] <= positions[None, :]
+        p, ds = _weights_and_score_gradients(k, v, q, grad, lse, delta, scale, causal)
+        dq = tl.dot(tl.trans(ds), k)
+        if not ONE_BLOCK:
+            for kv_block in range(block):
+                kv_positions, kv_tokens = _block_positions(kv_block, start, before, N)
+                other_k = _load(qkv_ptr + k_offset, kv_tokens, stride, kv_positions < kv_len, d, D)
+                other_v = _load(qkv_ptr + v_offset, kv_tokens, stride, kv_positions < kv_len, d, D)
+                _, other_ds = _weights_and_score_gradients(other_k, other_v, q, grad, lse, delta, scale, True)
+                dq = tl.dot(tl.trans(other_ds), other_k, dq)
+        _store(dqkv_ptr + q_offset, (dq * scaling).to(k.dtype), tokens, stride, q_mask, d, D)
+        dv = tl.dot(p, grad, dv)
+        dk = tl.dot(ds, q, dk)
+        if not ONE_BLOCK:
+            for q_block in range(block + 1, num_blocks):
+                q_positions, q_tokens = _block_positions(q_block, start, before, N)
+                mask = (q_positions >= before) & (q_positions < kv_len)
+                q = _load(qkv_ptr + q_offset, q_tokens, stride, mask, d, D)
+                grad, lse = _load_gradient(head_lse_ptr, grad_ptr + q_offset, q_tokens, out_stride, mask, d, D)
+                delta = _delta(out_ptr + q_offset, grad, q_tokens, out_stride, mask, d, D)
+                p, ds = _weights_and_score_gradients(k, v, q, grad, lse, delta, scale, True)
+                dv = tl.dot(p, grad, dv)
+                dk = tl.dot(ds, q, dk)
+    if WITH_PREFIX_GRADIENT:  # into rows of this sequence's own, after those of all tokens
+        first = T + tl.program_id(1).to(tl.int64) * prefix_len
+        tokens, q_mask = tl.where(positions < prefix_len, first + positions, tokens), kv_mask
     else:
-        wanted = (positions >= shared)[:, None]
-        dk, dv = tl.where(wanted, dk, 0.0), tl.where(wanted, dv, 0.0)
-    _store(dqkv + v_at, dv.to(value.dtype), rows, row, own, d, D)
-    _store(dqkv + k_at, (dk * scaling).to(key.dtype), rows, row, own, d, D)
+        after_prefix = (positions >= prefix_len)[:, None]
+        dk, dv = tl.where(after_prefix, dk, 0.0), tl.where(after_prefix, dv, 0.0)
+    _store(dqkv_ptr + v_offset, dv.to(v.dtype), tokens, stride, q_mask, d, D)
+    _store(dqkv_ptr + k_offset, (dk * scaling).to(k.dtype), tokens, stride, q_mask, d, D)

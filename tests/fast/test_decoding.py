@@ -392,9 +392,9 @@ def single_row_linear(x, weight, scale=None):
     return y if scale is None else y * scale
 
 
-def single_row_linear_4bit(x, weight, outputs, scale, code):
+def single_row_linear_4bit(x, weight, outputs, scale, code, block_size):
     assert x.numel() == x.shape[-1] and len(code) == 16
-    assert weight.numel() * 2 == outputs * x.shape[-1] == len(scale) * 64 and x.shape[-1] % 64 == 0
+    assert weight.numel() * 2 == outputs * x.shape[-1] == len(scale) * block_size and x.shape[-1] % block_size == 0
     return low_bit.low_bit_matmul(x, weight, scale, False)
 
 

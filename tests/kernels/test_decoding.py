@@ -1,13 +1,13 @@
-"""The kernels of decoding, interpreted by Triton on the CPU."""
+"""The decoding kernels, run by Triton's interpreter on the CPU."""
 
 import importlib.util
 
 import pytest
-from decoding_cases import ATTENTIONS, PRODUCTS, TYPES
+from decoding_cases import ATTENTION_CASES, DTYPES, LINEAR_CASES
 from helpers import interpret
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton (Linux)")
-# Of float32 sums, and of rounding the result to 16 bit.
+# From float32 sums, and from rounding the result to 16 bit.
 BOUNDS = {"float32": 2e-6, "bfloat16": 8e-3, "float16": 1e-3}
 
 
@@ -16,23 +16,23 @@ def interpreted():
     return interpret("decoding_cases.py")
 
 
-@pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("name", [*PRODUCTS, *ATTENTIONS])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", [*LINEAR_CASES, *ATTENTION_CASES])
 def test_results(interpreted, name, dtype):
-    """Against float64. Every element of the result is written: memory is NaN before."""
+    """Compared with float64. Memory is NaN before, so every element of the result has to be written."""
     assert interpreted["errors"][f"{name}, {dtype}"] < BOUNDS[dtype]
 
 
-@pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("name", PRODUCTS)
-def test_products_of_8_bit_weights(interpreted, name, dtype):
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", LINEAR_CASES)
+def test_linear_with_8_bit_weights(interpreted, name, dtype):
     assert interpreted["errors"][f"{name}, int8 and {dtype}"] < BOUNDS[dtype]
 
 
-def test_shapes_that_do_not_belong_together_are_refused(interpreted):
-    rows, heads, width = interpreted["refusals"]
-    assert "keys [3, 9, 2, 8]" in rows and "G divides H" in heads and "keys [2, 9, 2, 16]" in width
+def test_shapes_that_do_not_fit_together_raise(interpreted):
+    wrong_batch, wrong_heads, wrong_dim = interpreted["error messages"]
+    assert "[3, 9, 2, 8]" in wrong_batch and "[2, 9, 3, 8]" in wrong_heads and "[2, 9, 2, 16]" in wrong_dim
 
 
-def test_8_bit_weights_are_turned_back_as_by_torch(interpreted):
-    assert interpreted["turned back otherwise"] == 0
+def test_dequantized_8_bit_weights_equal_torch(interpreted):
+    assert interpreted["dequantize differences"] == 0

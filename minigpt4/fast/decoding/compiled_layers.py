@@ -136,7 +136,8 @@ class KernelLowBitLinear(LowBitLinear):
         if self.code is None:
             y = decoding_kernels.single_row_linear(x, self.weight, self.scale)
         else:
-            y = decoding_kernels.single_row_linear_4bit(x, self.weight, self.out_features, self.scale, self.code)
+            weights = self.weight, self.out_features, self.scale, self.code
+            y = decoding_kernels.single_row_linear_4bit(x, *weights, BLOCK)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
