@@ -1,6 +1,6 @@
-"""BLIP-2's tensors under the names of Hugging Face folders, and under ours, which are those of the published file.
+"""Renames BLIP-2's tensors in Hugging Face folders to our names, which are those of the published file.
 
-Both directions are without loss. They cover the query path of transformers' `Blip2VisionModel` and `Blip2QFormerModel`.
+Covered is the query path of transformers' `Blip2VisionModel` and `Blip2QFormerModel`.
 """
 
 import re
@@ -50,23 +50,9 @@ def vision_from_hf(state: State) -> State:
     return ours
 
 
-def vision_to_hf(state: State) -> State:
-    """The inverse of `vision_from_hf`."""
-    state = dict(state)
-    for name in [name for name in state if name.endswith("attn.q_bias")]:
-        q, v = state.pop(name), state.pop(name.replace("q_bias", "v_bias"))
-        state[name.replace("q_bias", "qkv.bias")] = torch.cat([q, torch.zeros_like(q), v])
-    return _renamed(state, [(ours, theirs) for theirs, ours in VISION_NAMES])
-
-
 def qformer_from_hf(state: State) -> State:
     """The query path of a folder's Q-Former, its queries and ln_vision under our names. Other tensors are dropped."""
     return _renamed(state, QFORMER_NAMES)
-
-
-def qformer_to_hf(state: State) -> State:
-    """The inverse of `qformer_from_hf`, for a BLIP-2."""
-    return _renamed(state, [(ours, theirs) for theirs, ours in QFORMER_NAMES])
 
 
 def _renamed(state: State, names) -> State:
