@@ -191,7 +191,7 @@ class DatasetExtras(Protocol):
     If both are absent or None, torch's `default_collate` is used: tensors are stacked, strings become lists."""
 
     def set_seed(self, seed: int, rank: int, world_size: int) -> None:
-        """Set the source of randomness. Called once for a training split, in the main process, before workers start.
+        """Set the source of randomness. Called once for each training split, in the main process, before workers start.
 
         The seed differs from dataset to dataset and is the same on all ranks.
         If it is absent, the dataset is only seeded batch by batch.
@@ -200,7 +200,7 @@ class DatasetExtras(Protocol):
     def take_left_out(self) -> Mapping[tuple[str, str], int]:
         """Return {(cause, shard or file): count} of the samples left out in this process since the last call.
 
-        Called after each batch, in the data worker; the runner logs the sums after each epoch.
+        Called after each batch, in the data worker; the runner logs the sums after each epoch of training.
         If it is absent, nothing is reported for this dataset.
         """
 
@@ -297,7 +297,10 @@ class LRScheduler(Protocol):
 
 
 class Runner(Protocol):
-    """A training loop, registered for `run.runner`."""
+    """A training loop, registered for `run.runner`.
+
+    `minigpt4 bench train --cfg-path` times single steps and uses more of `RunnerBase`; inherit that to be timed.
+    """
 
     def __init__(self, cfg: Any, task: Task, model: Any, datasets: Mapping[str, Mapping[str, Any]], job_id: str):
         """Called once with the results of `build_model` and `build_datasets`; job_id names the folder of the run."""

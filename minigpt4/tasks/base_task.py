@@ -4,8 +4,10 @@ import logging
 
 import torch
 from omegaconf import OmegaConf
+from torch import nn
 
 from minigpt4.common import dist_utils, facts
+from minigpt4.common.config import Config
 from minigpt4.common.errors import ConfigError
 from minigpt4.common.registry import registry
 from minigpt4.models.base_model import BaseModel
@@ -22,11 +24,11 @@ class BaseTask:
     """Dataclass of the `run:` section, a subclass of RunConfig, for a task with keys of its own."""
 
     @classmethod
-    def setup_task(cls, cfg) -> "BaseTask":
+    def setup_task(cls, cfg: Config) -> "BaseTask":
         """The task of a `Config`."""
         return cls()
 
-    def build_datasets(self, cfg) -> dict[str, dict]:
+    def build_datasets(self, cfg: Config) -> dict[str, dict]:
         """{dataset name: {split: dataset}} for each section of `datasets:`.
 
         Raises ConfigError if there is none, and for cached features that the model's own vision side would not make.
@@ -42,7 +44,7 @@ class BaseTask:
             datasets[name] = builder.build_datasets()
         return datasets
 
-    def build_model(self, cfg) -> BaseModel:
+    def build_model(self, cfg: Config) -> BaseModel:
         """The model of `model:` on the run's device, its frozen parts computing in the run's type."""
         device = dist_utils.select_device(cfg.run_cfg.device)
         dtype = dist_utils.select_dtype(device, cfg.run_cfg.amp, cfg.run_cfg.amp_dtype)
@@ -54,11 +56,11 @@ class BaseTask:
             model_cfg = OmegaConf.merge(model_cfg, {"load_vision": False})
         return registry.get_model_class(model_cfg.arch).build(model_cfg, device, dtype)
 
-    def train_step(self, model, samples: dict) -> dict | torch.Tensor:
+    def train_step(self, model: nn.Module, samples: dict) -> dict | torch.Tensor:
         """The loss of a batch, with gradient: a tensor, or {"loss": …}, weighted by "num_labels" if that is there."""
         return model(samples)
 
-    def valid_step(self, model, samples: dict) -> dict | torch.Tensor:
+    def valid_step(self, model: nn.Module, samples: dict) -> dict | torch.Tensor:
         """The loss of a batch, without gradient, in the same form."""
         return model(samples)
 

@@ -7,6 +7,7 @@ import torch
 from omegaconf import OmegaConf
 
 from minigpt4.common import facts
+from minigpt4.common.config import Config
 from minigpt4.common.errors import ConfigError
 from minigpt4.common.schema import MiniGPT4Config
 from minigpt4.datasets.feature_cache import check_same, read_manifest
@@ -14,7 +15,7 @@ from minigpt4.models.vision import PREFIXES
 from minigpt4.weights import checkpoint, locate
 
 
-def made_by(cfg, name: str) -> dict:
+def made_by(cfg: Config, name: str) -> dict:
     """Everything that determines the features of dataset `name`: the vision side, and the eval image processor.
 
     Raises ConfigError if features cannot be cached: random weights, no processor.
@@ -46,7 +47,7 @@ def vision_identity(section: Mapping) -> dict:
     }
 
 
-def check_cache(cfg, name: str) -> None:
+def check_cache(cfg: Config, name: str) -> None:
     """Raise ConfigError unless the cache that dataset `name` reads fits the rest of the config."""
     for key in ("freeze_vit", "freeze_qformer"):
         if not cfg.model_cfg.get(key, True):

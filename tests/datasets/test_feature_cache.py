@@ -73,7 +73,7 @@ def test_builders_read_caches_in_the_place_of_pictures(tmp_path, name):
     assert all(text.startswith(expected) for text in batch["text_input"])
 
 
-def test_a_cache_is_gone_on_with_only_if_it_is_the_same(tmp_path):
+def test_a_cache_is_continued_only_if_it_is_the_same(tmp_path):
     feature_cache.open_cache(tmp_path / "c", MANIFEST)
     feature_cache.open_cache(tmp_path / "c", MANIFEST)
     with pytest.raises(ConfigError, match=r"made_by.model.image_size: 28 in the cache, 56 here"):
@@ -126,7 +126,7 @@ def npy(array: np.ndarray) -> bytes:
     ids=["empty", "text", "cut", "shape", "float32"],
 )
 def test_broken_features(tmp_path, content, caplog):
-    """A stream leaves them out and counts them; a set says which shard to make again."""
+    """A stream leaves them out and counts them; a set names the shard to make again."""
     folder = write_cache(tmp_path / "cache")
     import webdataset as wds
 

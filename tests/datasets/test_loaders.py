@@ -334,14 +334,14 @@ def test_seeded_is_the_same_each_time_and_puts_everything_back():
 
 
 class WorkerAddress(Dataset):
-    """Its item is the address at which the worker hands out batches. The worker opens it with the first batch."""
+    """Its item is the address at which the worker offers its batches."""
 
     def __getitem__(self, number):
         resource_sharer.DupFd(0)
         return resource_sharer._resource_sharer._address
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="knows how workers hand out batches on Linux")
+@pytest.mark.skipif(sys.platform != "linux", reason="depends on how workers send batches on Linux")
 @pytest.mark.parametrize("quiet", [True, False])
 def test_a_worker_prints_no_traceback_when_its_main_process_ends(monkeypatch, capfd, quiet):
     """The receiver of a batch hangs up, like a stopped process. By default, the worker prints a traceback."""
