@@ -42,14 +42,14 @@ class ModelExtras(Protocol):
     """Optional members of a model."""
 
     fingerprint: dict[str, Any] | None
-    """Identifies the language model (`weights.fingerprint.take`). The runner records it in checkpoints and refuses to
-    resume with another one. If it is absent or None, nothing is recorded or compared."""
+    """Identifies the language model, in the form of `weights.fingerprint.take`. The runner records it in checkpoints
+    and refuses to resume with another one. If it is absent or None, nothing is recorded or compared."""
 
     def accelerate(self, packed: bool, compiled: bool, fp8: bool = False) -> None:
         """Set up faster training steps that compute the same to rounding (fp8 excepted).
 
-        Called once with (run.packed, run.compile, run.fp8) on each run that does not compute in float32, after a
-        checkpoint was resumed and before the model is wrapped for several ranks.
+        Called once with (run.packed, run.compile, run.fp8) on each training run that does not compute in float32, after
+        a checkpoint was resumed and before the model is wrapped for several ranks.
         If it is absent, the model trains as it is; run.fp8=True is then an error.
         """
 

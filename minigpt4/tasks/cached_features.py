@@ -52,8 +52,8 @@ def check_cache(cfg: Config, name: str) -> None:
     for key in ("freeze_vit", "freeze_qformer"):
         if not cfg.model_cfg.get(key, True):
             raise ConfigError(
-                f"model.{key}=False does not go with datasets.{name}.build_info.features: what is cached cannot learn. "
-                f"Set model.{key}=True, or train from pictures."
+                f"model.{key}=False does not go with datasets.{name}.build_info.features: cached features cannot be "
+                f"trained. Set model.{key}=True, or train from pictures."
             )
     folder = facts.cached_features(cfg.datasets_cfg[name])
     message = (

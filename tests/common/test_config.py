@@ -6,6 +6,7 @@ import pytest
 from helpers import ROOT
 
 from minigpt4.common.config import CONFIGS, Config, ConfigError, load_yaml, parse_options
+from minigpt4.common.schema import MiniGPT4Config
 
 STAGE1 = ROOT / "train_configs/minigpt4_stage1_pretrain.yaml"
 STAGE2 = ROOT / "train_configs/minigpt4_stage2_finetune.yaml"
@@ -199,6 +200,10 @@ def test_preprocess_serves_datasets_without_processors(tmp_path):
     cfg = load(write(tmp_path, "model: {arch: mini_gpt4}\ndatasets: {cc_sbu: {}}\n"))
     assert cfg.datasets_cfg.cc_sbu.vis_processor.train.name == "blip2_image_train"
     assert load(STAGE1).datasets_cfg.laion.vis_processor.eval.name == "blip2_image_eval"
+
+
+def test_keys_of_a_plugin_are_left_out_of_our_settings():
+    assert MiniGPT4Config.from_section({"image_size": 28, "depth_of_adapter": 3}) == MiniGPT4Config(image_size=28)
 
 
 def test_shipped_defaults_agree_with_the_classes():

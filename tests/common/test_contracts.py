@@ -25,6 +25,8 @@ from minigpt4.runners import RunnerBase
 from minigpt4.tasks import BaseTask
 from train import main as train
 
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
 # --- the smallest plug-ins
 
 
@@ -170,8 +172,9 @@ def run(open_registry, tmp_path, monkeypatch):
     return train_plugins
 
 
-def test_a_model_that_inherits_base_model(run):
-    assert set(run()["model"]) == {"layer.weight", "layer.bias"}
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_GPU)])
+def test_a_model_that_inherits_base_model(run, device):
+    assert set(run(device=device)["model"]) == {"layer.weight", "layer.bias"}
 
 
 @pytest.mark.parametrize(("packed", "compiled"), [(True, False), (False, True)])
