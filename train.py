@@ -26,7 +26,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     several = {"nargs": "+", "action": "extend"}
     parser.add_argument("--options", **several, metavar="KEY=VALUE", help="settings that override the file's")
     parser.add_argument("--import", **several, dest="imports", metavar="MODULE", help="plug-ins to import first")
-    parser.add_argument("--offline", action="store_true", help="fetch nothing: what is not cached is an error")
+    parser.add_argument("--offline", action="store_true", help="fetch nothing; a file that is not cached is an error")
     return parser.parse_args(argv)
 
 
@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> None:
     cfg.check_paths(datasets=True)
     warnings = preflight(cfg, training=True)
 
-    # Imported late: a mistake in the config is reported before torch and transformers are even loaded.
+    # Imported late: a mistake in the config is reported before torch and transformers are loaded.
     from minigpt4.common import dist_utils
     from minigpt4.common.logger import setup_logger
     from minigpt4.common.registry import registry
@@ -47,12 +47,12 @@ def main(argv: list[str] | None = None) -> None:
     device = dist_utils.select_device(cfg.run_cfg.device)
     dist_utils.init_process_group(device, cfg.run_cfg.dist_backend, cfg.run_cfg.distributed)
     try:
-        seed_everything(cfg.run_cfg.seed)  # the same on all ranks, so that parts with random weights are too
+        seed_everything(cfg.run_cfg.seed)  # the same on all ranks, so that random weights are equal
         cfg.pretty_print()
         job_id = dist_utils.broadcast_object(datetime.now().strftime("%Y%m%d%H%M%S"))
         task = registry.get_task_class(cfg.run_cfg.task).setup_task(cfg=cfg)
         runner_class = registry.get_runner_class(cfg.run_cfg.runner)
-        registry.get_lr_scheduler_class(cfg.run_cfg.lr_sched)  # a misspelt name is found before anything is loaded
+        registry.get_lr_scheduler_class(cfg.run_cfg.lr_sched)  # reports a misspelt name before anything is loaded
         datasets = task.build_datasets(cfg)
         model = task.build_model(cfg)
         seed_everything(cfg.run_cfg.seed + dist_utils.get_rank())
@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def how_to_go_on(runner) -> str:
-    """What to type after a run was stopped, in a sentence."""
+    """How to continue a run that was stopped, in a sentence."""
     saved = getattr(runner, "last_checkpoint", None)
     if saved is None:
         return "It had saved no checkpoint yet."

@@ -90,6 +90,15 @@ def _alone():
 
 
 @pytest.fixture
+def open_registry(monkeypatch):
+    """Names that the test registers are removed from the registry afterwards."""
+    from minigpt4.common.registry import HOMES, registry
+
+    tables = {kind: {name: registry.get(kind, name) for name in registry.names(kind)} for kind in HOMES}
+    monkeypatch.setattr(registry, "_classes", tables)
+
+
+@pytest.fixture
 def golden_config(golden_model_keys, tmp_path) -> Path:
     """A YAML file for a model of the golden sizes, its vision side random."""
     model = {"arch": "mini_gpt4", **golden_model_keys}

@@ -5,11 +5,11 @@
     torchrun --nproc_per_node 2 tests/loss_curves.py --against one.json               # 2 × 32
     torchrun --nproc_per_node 4 tests/loss_curves.py --against one.json               # 4 × 16
 
-Every rank makes the batches of 64 that one rank alone would train on, crops included, and takes its part of each: every
-fourth sample of 4 ranks. A point of the curve is what the step minimises, the mean over the labels of all ranks.
---reverse turns the samples of each batch around, which leaves the sums the same but for rounding. By default the tiny
-model trains (`make quickstart` makes its pictures), on a GPU where there is one, in 16 bit unless run.amp=False: how
-much more rounding that is, --reverse tells. Fails (exit status 1) where a step's loss differs by more than --tolerance.
+Every rank makes the batches of 64 that a single rank would train on, crops included, and takes its part of each: with 4
+ranks, every fourth sample. A point of the curve is the mean over the labels of all ranks, which the step minimises.
+--reverse reverses the samples of each batch. This changes the sums only by rounding, and so shows its size. By default
+the tiny model is trained (`make quickstart` makes its pictures), on a GPU if there is one, in 16 bit unless
+run.amp=False. The exit status is 1 if the loss of a step differs by more than --tolerance.
 """
 
 import argparse
@@ -39,15 +39,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--options", nargs="+", default=[], metavar="KEY=VALUE", help="settings, as for train.py")
     parser.add_argument("--batch", type=int, default=64, help="samples of a step, over all ranks (%(default)s)")
     parser.add_argument("--steps", type=int, default=200, help="steps (%(default)s)")
-    parser.add_argument("--reverse", action="store_true", help="turn the samples of each batch around")
-    parser.add_argument("--out", metavar="FILE", help="keep the curve in this file")
-    parser.add_argument("--against", metavar="FILE", help="compare with a curve that was kept")
+    parser.add_argument("--reverse", action="store_true", help="reverse the samples of each batch")
+    parser.add_argument("--out", metavar="FILE", help="write the curve to this file")
+    parser.add_argument("--against", metavar="FILE", help="compare with the curve in this file")
     parser.add_argument("--tolerance", type=float, default=1e-3, help="largest difference of a loss (%(default)s)")
     return parser.parse_args(argv)
 
 
 class Shares:
-    """Stands for a rank's loader: this rank's part of each batch of `joint`, the loader of a single rank."""
+    """Replaces a rank's loader: gives this rank's part of each batch of `joint`, the loader of a single rank."""
 
     def __init__(self, joint: TrainLoader, reverse: bool):
         self.joint, self.reverse = joint, reverse
@@ -64,7 +64,7 @@ class Shares:
 
 
 def loss_curve(cfg: Config, batch: int, reverse: bool = False) -> list[float]:
-    """The loss of each step of an epoch of `cfg`, on the process's device or, the same on all, those of its group."""
+    """The loss of each step of an epoch of `cfg`, equal on all ranks."""
     run = cfg.run_cfg
     run.batch_size_train, left = divmod(batch, dist_utils.get_world_size())
     if left:
@@ -115,7 +115,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def compare(curve: list[float], other: list[float], tolerance: float) -> int:
-    """Print where the curves differ most. Returns the exit status: 1 where that is more than `tolerance`."""
+    """Print the largest difference of the curves. Returns the exit status: 1 if it is more than `tolerance`."""
     differences = [abs(a - b) for a, b in zip(curve, other, strict=True)]
     worst = max(range(len(curve)), key=lambda i: (math.isnan(differences[i]), differences[i]))
     mean = sum(differences) / len(differences)

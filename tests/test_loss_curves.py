@@ -12,7 +12,7 @@ from loss_curves import compare, main
 
 
 def compare_two_ranks(config, tmp_path, tolerance, *options):
-    """One rank, one with its samples turned around, and two, which torchrun starts."""
+    """One rank, one rank with reversed samples, and two ranks started by torchrun."""
     common = ["--cfg-path", str(config), "--batch", "6", "--steps", "12"]
     common += ["--options", *options] if options else []
     one = tmp_path / "one.json"

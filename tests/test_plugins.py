@@ -13,7 +13,6 @@ from helpers import QFORMER, ROOT, VIT
 from omegaconf import OmegaConf
 
 from minigpt4.common.config import ConfigError
-from minigpt4.common.registry import HOMES, registry
 from train import main
 
 PAGE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
@@ -25,15 +24,13 @@ MODULES = sorted(name.removesuffix(".py") for name in FILES if name.endswith(".p
 
 
 @pytest.fixture
-def plugins(tmp_path, monkeypatch):
-    """A folder with the plug-ins' files on the import path; what they register is forgotten afterwards."""
+def plugins(tmp_path, monkeypatch, open_registry):
+    """A folder with the plug-ins' files on the import path."""
     folder = tmp_path / "plugins"
     folder.mkdir()
     for name, content in FILES.items():
         (folder / name).write_text(content, encoding="utf-8")
     monkeypatch.syspath_prepend(folder)
-    before = {kind: {name: registry.get(kind, name) for name in registry.names(kind)} for kind in HOMES}
-    monkeypatch.setattr(registry, "_classes", before)
     yield folder
     for module in MODULES:
         sys.modules.pop(module, None)

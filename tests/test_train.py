@@ -111,13 +111,9 @@ def fails(configs, stage, *options, error=ConfigError, match, early=None):
 
 
 def test_missing_paths(configs, parts):
-    fails(configs, "stage2", "run.seed=1", match=r"model\.ckpt = .*missing\.pth.*stage2\.yaml.*--options model\.ckpt=")
-    fails(
-        configs, "stage1", "model.llama_model=/no/such", match=r"model\.llama_model = '/no/such' \(set in --options\)"
-    )
     key = "datasets.laion.build_info.storage"
-    match = rf"{key} = '/no/such/{{00\.\.09}}\.tar' \(set in --options\) does not exist.*--options {key}="
-    fails(configs, "stage1", f"{key}=/no/such/{{00..09}}.tar", match=match)
+    match = rf"model\.llama_model = '/no/such' \(set in --options\)(?s:.*){key} = .*--options {key}="
+    fails(configs, "stage1", "model.llama_model=/no/such", f"{key}=/no/such/{{00..09}}.tar", match=match)
     folder, match = parts["folder"] / "laion", "2 of 6 shards are missing"
     fails(configs, "stage1", f"{key}={folder}/{{00000..00005}}.tar", error=FileNotFoundError, match=match)
 
@@ -153,12 +149,10 @@ def test_vision_settings_that_make_no_sense(configs):
     fails(
         configs, "stage1", "model.vit_model=eva_clip_h", error=ValueError, match=match, early="'eva_clip_h' is not kn"
     )
-    fails(configs, "stage1", "model.vit_model={width: 2}", match=r"Unknown key model\.vit_model\.width")
     match = "image_size=30 is not a multiple"
     fails(configs, "stage1", "model.image_size=30", error=ValueError, match=match, early="30 is not a multiple")
     match = "vit_weights is required"
     fails(configs, "stage1", "model.vit_weights=published", error=ValueError, match=match, early=match)
-    fails(configs, "stage1", "model.load_in=3bit", error=ValueError, match="load_in = '3bit' .* is not one of")
 
 
 def test_pictures_of_another_size_than_the_encoders(configs):
@@ -168,12 +162,8 @@ def test_pictures_of_another_size_than_the_encoders(configs):
     fails(configs, "stage1", *options, error=ValueError, match=match, early=early)
 
 
-def test_numbers_that_no_run_can_have(configs):
-    for name in ("batch_size_train", "log_freq", "accum_grad_iters", "max_epoch"):
-        fails(configs, "stage1", f"run.{name}=0", error=ValueError, match=f"run.{name} = 0 .* must be at least 1")
+def test_evaluation_without_a_split(configs):
     fails(configs, "stage1", "run.evaluate=True", error=ValueError, match="needs run.test_splits")
-    fails(configs, "stage1", "run.amp_dtype=fp8", error=ValueError, match="amp_dtype = 'fp8' .* is not one of")
-    fails(configs, "stage1", "run.device=tpu", error=ValueError, match="'tpu' is not one of cuda, cpu, mps")
 
 
 def test_undistributed_run_under_torchrun(configs, monkeypatch):
@@ -247,7 +237,7 @@ def test_ctrl_c_says_how_to_go_on(configs, tmp_path):
     assert "Traceback" not in said
 
 
-def test_a_mistake_is_told_once_on_a_machine(configs):
+def test_a_mistake_is_reported_once_per_machine(configs):
     command = [sys.executable, str(ROOT / "train.py"), "--cfg-path", str(configs["stage1"]), "--options", "run.sed=1"]
     first, second = (
         subprocess.Popen(command, env={**os.environ, "LOCAL_RANK": rank}, stderr=subprocess.PIPE, text=True)

@@ -1,1 +1,1 @@
-"""What everything else stands on: registry, config, checkpoints, logging, process groups. Imports nothing above it."""
+"""The foundation of all other packages: registry, config, contracts, facts, logging, process groups."""

@@ -32,7 +32,7 @@ from minigpt4.common.registry import did_you_mean, registry
 from minigpt4.common.schema import DatasetConfig, EnvConfig, MiniGPT4Config, PreprocessConfig, RunConfig
 
 SECTIONS = ("run", "model", "datasets", "preprocess", "env")
-# Keys whose value is a path or URL; prompt_path takes no URL, llama_model a hub id instead of one.
+# Keys whose value is a path or URL. prompt_path takes no URL; llama_model takes a hub id instead of one.
 PATH_KEYS = (
     "model.llama_model",
     "model.vit_weights",
@@ -47,8 +47,8 @@ class Config:
     """The merged settings of a run.
 
     Args:
-        args: has `cfg_path` (the user's YAML) and `options` (a list of "key=value", or None); `imports`, a list of
-            modules to import first, and `offline`, True to fetch nothing, are optional.
+        args: has `cfg_path` (the user's YAML) and `options` (a list of "key=value", or None). Optional: `imports`, a
+            list of modules to import first, and `offline`, True to fetch nothing.
 
     Raises:
         ConfigError: unknown key, wrong type, unreadable file, malformed option.
@@ -65,7 +65,7 @@ class Config:
             raise ConfigError(f"run.imports = {imports!r} must be a list of modules, as in [{imports}].")
         import_plugins([*imports, *(getattr(args, "imports", None) or [])])
 
-        # (where, settings), in merge order; kept to be able to say where a value comes from.
+        # (where, settings), in merge order; `origin` finds the source of a value here.
         self._sources = [
             (CONFIGS / "default.yaml", load_yaml(CONFIGS / "default.yaml")),
             *default_sources(request),
@@ -109,10 +109,10 @@ class Config:
                 yield key, value
 
     def _storages(self) -> Iterator[tuple[str, str]]:
-        """(key, value) of the shards, folders and caches of shipped datasets; a plug-in knows its own."""
+        """(key, value) of the shards, folders and caches of shipped datasets; a plug-in checks its own."""
         for name in self.datasets_cfg.keys() & shipped_datasets().keys():
             build_info = self.datasets_cfg[name].build_info
-            key = "features" if build_info.get("features") else "storage"
+            key = "features" if facts.cached_features(self.datasets_cfg[name]) else "storage"
             values = build_info.get(key)
             for value in [values] if isinstance(values, str) else values or []:
                 yield f"datasets.{name}.build_info.{key}", value
@@ -137,7 +137,7 @@ class Config:
 
     @staticmethod
     def _schema(kind: str, merged: DictConfig, key: str, builtin: type) -> type | None:
-        """The dataclass of a section: ours, or that of the plug-in named at `key` (None: it declares no keys)."""
+        """The dataclass of a section: ours, or that of the plug-in named at `key` (None: any key is accepted)."""
         default = getattr(builtin, key.split(".")[1])
         name = OmegaConf.select(merged, key) or default
         if name == default:
@@ -146,10 +146,11 @@ class Config:
             plugin = registry.get(kind, name)
         except KeyError as error:
             raise ConfigError(f"{key}: {error.args[0]}") from None
-        return getattr(plugin, "config_class", builtin if kind == "task" else None)
+        # A plug-in task may have no keys of its own; a plug-in model without `config_class` may have any.
+        return getattr(plugin, "config_class", None) or (builtin if kind == "task" else None)
 
     def _dataset(self, name: str, merged: DictConfig) -> DictConfig:
-        """A section `datasets.<name>`, with the processors of `preprocess` for splits that name none."""
+        """A section `datasets.<name>`. Splits without a processor get that of `preprocess`."""
         if not isinstance(merged.datasets[name], DictConfig):
             raise ConfigError(f"datasets.{name} (set in {self.origin(f'datasets.{name}')}) must be a mapping.")
         if name in shipped_datasets():
@@ -180,7 +181,7 @@ class Config:
         return typed
 
     def _check_value(self, key: str, value, keys=(), choices=(), least=None) -> None:
-        """Check a value against what its field in the schema says beside the type."""
+        """Check a value against the metadata of its field in the schema."""
         if keys and isinstance(value, DictConfig):
             self._check_names(f"{key}.", value, keys)
         where = f"{key} = {value!r} (set in {self.origin(key)})"
@@ -226,14 +227,14 @@ def _sections(source: DictConfig, where) -> DictConfig:
 
 
 def _sets(source: DictConfig, key: str) -> bool:
-    """Whether a source has `key`, be its value null."""
+    """Whether a source has `key`, even if its value is null."""
     section, _, name = key.rpartition(".")
     parent = OmegaConf.select(source, section) if section else source
     return isinstance(parent, DictConfig) and name in parent
 
 
 def _exists(value: str, key: str) -> bool:
-    """Whether the value of a path key can be meant: of shards, at least the folder is there."""
+    """Whether the value of a path key can be used. For shards, only the folder must exist."""
     if facts.is_url(value) or value.startswith("pipe:"):
         return key not in ("model.llama_model", "model.prompt_path")
     if key == "model.llama_model" and facts.is_hub_id(value):

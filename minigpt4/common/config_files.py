@@ -1,4 +1,4 @@
-"""Where settings come from: YAML files, `--options`, and the defaults that a request calls for."""
+"""Sources of settings: YAML files, `--options`, and the default files that belong to a request."""
 
 import importlib
 import re
@@ -14,7 +14,7 @@ from minigpt4.common.schema import MiniGPT4Config
 
 CONFIGS = PACKAGE_ROOT / "configs"
 
-# `${package:assets/tiny/llama}` is a file that ships with the package, wherever that is installed.
+# `${package:assets/tiny/llama}` is a file in the installed package.
 OmegaConf.register_resolver("package", lambda path: str(PACKAGE_ROOT / path), replace=True)
 
 
@@ -24,7 +24,7 @@ def load_yaml(path: str | Path) -> DictConfig:
         loaded = OmegaConf.load(path)
     except OSError as error:
         raise ConfigError(f"Cannot read {path}: {error.strerror}. Give the YAML file with --cfg-path.") from None
-    except Exception as error:  # yaml's own errors share no base class that is public
+    except Exception as error:  # the errors of yaml share no public base class
         raise ConfigError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(loaded, DictConfig):
         raise ConfigError(f"{path} must hold a mapping with sections such as run: and model:.")
@@ -32,10 +32,10 @@ def load_yaml(path: str | Path) -> DictConfig:
 
 
 def parse_options(options: list[str]) -> DictConfig:
-    """`["run.batch_size_train=8", …]` as a nested config. Of a key that is given twice, the later value counts.
+    """`["run.batch_size_train=8", …]` as a nested config. If a key is given twice, the later value wins.
 
-    Raises ConfigError for an item without key or value, and for shards that are given twice: a shell makes many items
-    of one unquoted `{00000..01255}`, and the run would read the last shard alone.
+    Raises ConfigError for an item without key or value, and for shards that are given twice: a shell expands an
+    unquoted `{00000..01255}` to many items, and the run would read only the last shard.
     """
     parsed, given = OmegaConf.create({}), {}
     for option in options:
@@ -45,13 +45,13 @@ def parse_options(options: list[str]) -> DictConfig:
             raise ConfigError(f"--options {option!r} is not of the form {form}.")
         if not text:
             raise ConfigError(
-                f"--options {option!r} has no value. Write it behind the = without a space; {key}=null unsets the key, "
+                f"--options {option!r} has no value. Write it after the = without a space; {key}=null unsets the key, "
                 f"{key}='\"\"' empties it."
             )
         if key.endswith(".storage") and given.setdefault(key, text) != text:
             raise ConfigError(
                 f"--options gives {key} more than once: {given[key]!r} and {text!r}. Give it once; put quotes around "
-                f"a range, as in {key}='{{00000..01255}}.tar', or the shell takes it apart."
+                f"a range, as in {key}='{{00000..01255}}.tar', or the shell expands it."
             )
         OmegaConf.update(parsed, key, _option_value(text, key), force_add=True)
     return parsed
@@ -60,17 +60,17 @@ def parse_options(options: list[str]) -> DictConfig:
 def _option_value(text: str, key: str):
     """Numbers, booleans, null, quoted text, [lists] and {mappings} are YAML; anything else is the text itself.
 
-    Plain YAML would drop what follows a `#`, read `Human: {}` as a mapping and strip spaces, all of which occur in
-    prompt templates.
+    Plain YAML would drop everything after a `#`, read `Human: {}` as a mapping and strip spaces. Prompt templates
+    contain all three.
     """
     if text.startswith("#") or text.isspace():
         return text
-    # A brace range of shards, {00000..01255}.tar, is no mapping.
+    # A brace range of shards, such as {00000..01255}.tar, is no mapping.
     structured = text[0] in "[\"'" or (text[0] == "{" and ":" in text)
     try:
         value = OmegaConf.create(f"value: {text}")
         value = OmegaConf.to_container(value, resolve=False)["value"]
-    except Exception as error:  # yaml's own errors share no base class that is public
+    except Exception as error:  # the errors of yaml share no public base class
         if structured:
             raise ConfigError(f"--options {key}={text} is not valid YAML: {error}") from None
         return text
@@ -78,7 +78,7 @@ def _option_value(text: str, key: str):
 
 
 def import_plugins(modules: list[str]) -> None:
-    """Import modules that register plug-ins. Raises ConfigError when one cannot be found."""
+    """Import modules that register plug-ins. Raises ConfigError if one cannot be found."""
     for module in modules:
         try:
             importlib.import_module(module)
@@ -88,7 +88,7 @@ def import_plugins(modules: list[str]) -> None:
 
 
 def default_sources(request: DictConfig) -> list[tuple[Path, DictConfig]]:
-    """The default YAMLs that a request (the user's file and options) calls for: the model's, then the datasets'."""
+    """The default YAMLs for a request (the user's file and options): the model's, then the datasets'."""
     model = request.get("model") or {}
     arch, model_type = model.get("arch") or MiniGPT4Config.arch, model.get("model_type") or MiniGPT4Config.model_type
     sources = [_model_default(arch, model_type)]

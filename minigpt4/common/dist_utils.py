@@ -32,10 +32,10 @@ def is_main_process() -> bool:
 
 
 def select_device(name: str) -> torch.device:
-    """The device of this rank. `cuda` without a GPU falls back to the CPU with a warning, the first time.
+    """The device of this rank. `cuda` without a GPU falls back to the CPU, with a warning at the first call.
 
-    An Apple GPU (`mps`) is taken where it is named. Raises ConfigError for another unknown or absent device, and for
-    more processes than GPUs.
+    An Apple GPU (`mps`) is used only if it is named. Raises ConfigError for an unknown or absent device, and for more
+    processes than GPUs.
     """
     kind = name.split(":")[0]
     if kind == "cuda" and not torch.cuda.is_available():
@@ -49,7 +49,7 @@ def select_device(name: str) -> torch.device:
     if device.type == "mps" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ConfigError(
             f"torchrun started {os.environ['WORLD_SIZE']} processes, and run.device=mps takes one: processes cannot "
-            "share an Apple GPU, nor exchange what lies on it. Start one, or use run.device=cpu."
+            "share an Apple GPU. Start one, or use run.device=cpu."
         )
     if device.type == "cuda" and device.index is None:
         processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
@@ -60,7 +60,7 @@ def select_device(name: str) -> torch.device:
             )
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     if device.type == "cuda":
-        # Memory that a smaller or larger batch can use again: CUDA graphs of several sizes share one pool.
+        # Batches of another size can reuse this memory: CUDA graphs of several sizes share one pool.
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         torch.cuda.set_device(device)
     return device
@@ -68,7 +68,7 @@ def select_device(name: str) -> torch.device:
 
 @cache  # task, model and runner all ask for the device
 def _warn_of_the_cpu(name: str) -> None:
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # the first process of the machine says it for all
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # one warning per machine
         apple = " run.device=mps takes this machine's Apple GPU." if torch.backends.mps.is_available() else ""
         logging.warning("run.device=%s, but there is no GPU for it: running on the CPU.%s", name, apple)
 

@@ -1,24 +1,24 @@
-"""The error that is the user's to mend, and how a command tells it."""
+"""Mistakes of the user, and how a command reports them."""
 
 import os
 import time
 
-# Seconds that torchrun gets to end the other processes of a machine after the first has told a mistake.
+# Seconds that torchrun gets to end the other processes of a machine after the first has reported a mistake.
 PATIENCE = 10
 
 
 class ConfigError(ValueError):
     """A mistake in a YAML file, in `--options` or in a file they name.
 
-    The message names the key or file, what is wrong with it, and the fix; the commands print it without a traceback.
+    The message names the key or file, the mistake, and the fix. The commands print it without a traceback.
     """
 
 
 def format_error(error: Exception) -> str:
-    """What a command prints as it ends with `error`, once for all processes that torchrun started on a machine.
+    """The text that a command prints when it ends with `error`.
 
-    Mistakes are mostly found by all of them. The others leave it to the first, whose end torchrun makes theirs; one
-    that is still there after a while has found what the first has not.
+    Most mistakes are found by all processes that torchrun started on a machine. So the others wait here for PATIENCE
+    seconds: if the first process finds the mistake too, torchrun ends them before they print it again.
     """
     if int(os.environ.get("LOCAL_RANK", 0)):
         time.sleep(PATIENCE)

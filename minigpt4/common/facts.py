@@ -1,7 +1,7 @@
 """Facts that both the loading code and doctor need, each in one place. torch is not imported here.
 
-Where published weights come from, which checkpoint of a run's folder is the newest, in how many bits the language model
-is loaded, whether the vision side is, how large a micro-batch may be.
+Among them: the sources of published weights, the newest checkpoint of a run's folder, how the language model is loaded,
+whether the vision side is loaded, and the size of a micro-batch.
 """
 
 import os
@@ -13,7 +13,7 @@ from minigpt4 import PACKAGE_ROOT
 from minigpt4.common.errors import ConfigError
 from minigpt4.common.schema import BLIP2_URL
 
-# Where the vectors of an image go in a text.
+# The place of an image's vectors in a text.
 IMAGE_SLOT = "<ImageHere>"
 # Published weights of the vision encoders that `vit_model` names.
 VIT_WEIGHTS = {
@@ -36,7 +36,7 @@ def tokens_per_micro_batch(fp8: bool = False, gpu_bytes: float = 0) -> int:
 
 
 def load_in(model_cfg: Mapping) -> str:
-    """How the language model is loaded: `load_in`, or where it is not set what `low_resource` says of it."""
+    """How the language model is loaded: `load_in` if it is set, otherwise 8 or 16 bit by `low_resource`."""
     return model_cfg.get("load_in") or ("8bit" if model_cfg.get("low_resource") else "16bit")
 
 
@@ -50,11 +50,11 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 def cached_features(dataset_cfg: Mapping) -> str | None:
     """The folder of a dataset's cached image features; None: it is read from pictures."""
-    return (dataset_cfg.get("build_info") or {}).get("features")
+    return (dataset_cfg.get("build_info") or {}).get("features") or None
 
 
 def loads_vision(model_cfg: Mapping, datasets_cfg: Mapping) -> bool:
-    """Whether encoder and Q-Former are loaded: training from cached features alone does without them."""
+    """Whether encoder and Q-Former are loaded. Training from cached features alone does not need them."""
     from_features = bool(datasets_cfg) and all(map(cached_features, datasets_cfg.values()))
     return model_cfg.get("load_vision", True) and not from_features
 
@@ -62,7 +62,7 @@ def loads_vision(model_cfg: Mapping, datasets_cfg: Mapping) -> bool:
 def vit_weights(vit_model, weights: str | None) -> str | None:
     """Resolve `model.vit_weights`: "published" stands for the weights of the named encoder.
 
-    Raises ConfigError when `vit_model` is a mapping and no weights are given.
+    Raises ConfigError if `vit_model` is a mapping and no weights are given.
     """
     if weights != "published":
         return weights
@@ -80,7 +80,7 @@ def offline() -> bool:
 
 
 def go_offline() -> None:
-    """Fetch nothing from now on; to be called before the libraries that fetch are imported."""
+    """Fetch nothing from now on. Call it before the libraries that fetch are imported."""
     os.environ["HF_HUB_OFFLINE"] = "1"
 
 
@@ -89,5 +89,5 @@ def is_url(value: str) -> bool:
 
 
 def is_hub_id(value: str) -> bool:
-    """`owner/name`, unless a folder `owner` lies here: then the path is meant, and misspelt."""
+    """Whether the value is `owner/name`. If there is a folder `owner`, it is a misspelt path instead."""
     return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", value) is not None and not Path(value.split("/")[0]).exists()

@@ -1,4 +1,4 @@
-"""What a run prints: logging set-up, and the progress lines of an epoch."""
+"""Logging of a run: set-up, and the progress lines of an epoch."""
 
 import datetime
 import logging
@@ -15,7 +15,7 @@ from minigpt4.common.dist_utils import all_reduce_sum
 def setup_logger() -> None:
     """Rank 0 logs from INFO up, the others from WARNING up, in the tutorial's format.
 
-    The rank is torchrun's, so that this can come first of all, before there is a process group.
+    The rank is torchrun's, so this can be called before there is a process group.
     """
     logging.basicConfig(format="%(asctime)s [%(levelname)s] %(message)s")
     logging.getLogger().setLevel(logging.INFO if int(os.environ.get("RANK", 0)) == 0 else logging.WARNING)
@@ -25,7 +25,7 @@ def setup_logger() -> None:
 class MetricLogger:
     """Running averages of an epoch, and its progress lines.
 
-    Values may be tensors on a GPU: they are summed there and read only for a log line, since each read makes the host
+    Values may be tensors on a GPU. They are summed there and read only for a log line, because each read makes the host
     wait for the GPU.
     """
 
@@ -54,7 +54,7 @@ class MetricLogger:
     def log_every(self, iterable: Iterable, length: int, log_freq: int, header: str) -> Iterator:
         """Yield from `iterable`; log a line every `log_freq` items and at the last of the `length`.
 
-        `time` and `data` are seconds per item since the line before: in all, and waiting for data.
+        `time` and `data` are seconds per item since the previous line: in total, and waiting for data.
         """
         width = len(str(length))
         start = last_line = item_end = time.perf_counter()
@@ -94,7 +94,7 @@ def _format(name: str, value: float) -> str:
 
 
 def _max_memory() -> list[str]:
-    """The most memory torch has held on this rank's GPU, in MiB."""
+    """The peak of the memory that torch has allocated on this rank's GPU, in MiB."""
     if not torch.cuda.is_initialized():
         return []
     return [f"max mem: {torch.cuda.max_memory_allocated() // 2**20}"]

@@ -7,7 +7,7 @@ from torch import nn
 
 from minigpt4.common.registry import registry
 
-# Parameters whose name holds one of these are not decayed, nor are vectors.
+# Parameters whose name contains one of these are not decayed, nor are vectors.
 NO_DECAY = ("bias", "ln", "bn")
 
 
@@ -18,7 +18,7 @@ class _Schedule:
         optimizer: its parameter groups are changed in place.
         max_epoch, iters_per_epoch: length of the run.
         min_lr, init_lr: lowest and highest learning rate after the warm-up.
-        warmup_steps: steps of linear warm-up; they are pluralize inside the epoch.
+        warmup_steps: steps of linear warm-up, counted from 0 in each epoch.
         warmup_start_lr: learning rate at step 0; negative means `init_lr`.
         decay_rate: factor per epoch, for schedules that have one.
     """
@@ -44,7 +44,7 @@ class _Schedule:
         self.decay_rate = decay_rate
 
     def step(self, cur_epoch: int, cur_step: int) -> float:
-        """Set and return the learning rate of step `cur_step` (pluralize inside the epoch) of epoch `cur_epoch`."""
+        """Set and return the learning rate of step `cur_step`, counted from 0 in each epoch, of epoch `cur_epoch`."""
         lr = self.lr(cur_epoch, cur_step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr

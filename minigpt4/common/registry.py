@@ -1,12 +1,12 @@
-"""Names in YAML become classes here: one table for each kind of thing.
+"""Classes by the names that YAML files use, in one table for each kind.
 
 A class registers itself where it is defined::
 
     @registry.register_model("mini_gpt4")
     class MiniGPT4(BaseModel): ...
 
-and is looked up by name, which first imports the package where the classes of that kind live, so that importing this
-module costs nothing::
+and is looked up by name. The look-up first imports the package with our classes of that kind, so importing this module
+costs nothing::
 
     registry.get_model_class("mini_gpt4")
 """
@@ -14,6 +14,7 @@ module costs nothing::
 import difflib
 import importlib
 from collections.abc import Callable
+from functools import partialmethod
 
 # kind -> the package or module whose import registers the classes of that kind
 HOMES = {
@@ -34,7 +35,7 @@ def did_you_mean(name: str, known) -> str:
 
 
 class UnknownNameError(KeyError):
-    """A name that nothing is registered under."""
+    """A name under which nothing is registered."""
 
     def __str__(self) -> str:
         return self.args[0]  # KeyError would show it in quotes
@@ -48,11 +49,11 @@ class Registry:
         self._paths: dict[str, str] = {}
 
     def register(self, kind: str, name: str) -> Callable[[type], type]:
-        """Class decorator: file the class under `name`. Raises KeyError if another class already has that name."""
+        """Class decorator: register the class under `name`. Raises KeyError if another class has that name."""
 
         def decorator(cls: type) -> type:
             owner = self._classes[kind].setdefault(name, cls)
-            # The same definition may arrive twice, when a notebook cell is run again or a module reloaded.
+            # The same definition may come twice, if a notebook cell is run again or a module is reloaded.
             if (owner.__module__, owner.__qualname__) != (cls.__module__, cls.__qualname__):
                 raise KeyError(
                     f"{kind} {name!r} is already registered by {owner.__module__}.{owner.__qualname__}; "
@@ -80,11 +81,11 @@ class Registry:
         return sorted(self._classes[kind])
 
     def registered(self, kind: str) -> list[str]:
-        """The names of a kind so far, sorted: those of modules that something has imported, plug-ins among them."""
+        """The names of a kind that imported modules, plug-ins included, have registered so far, sorted."""
         return sorted(self._classes[kind])
 
     def register_path(self, name: str, path: str) -> None:
-        """Remember `path` under `name`. Raises KeyError if the name stands for another path."""
+        """Register `path` under `name`. Raises KeyError if the name stands for another path."""
         if self._paths.setdefault(name, path) != path:
             raise KeyError(f"Path {name!r} is already registered as {self._paths[name]!r}.")
 
@@ -95,69 +96,29 @@ class Registry:
         return self._paths[name]
 
     # The names that LAVIS plug-ins use.
+    register_builder = partialmethod(register, "builder")
+    register_task = partialmethod(register, "task")
+    register_model = partialmethod(register, "model")
+    register_processor = partialmethod(register, "processor")
+    register_lr_scheduler = partialmethod(register, "lr_scheduler")
+    register_runner = partialmethod(register, "runner")
+    register_step = partialmethod(register, "step")
 
-    def register_builder(self, name: str):
-        return self.register("builder", name)
+    get_builder_class = partialmethod(get, "builder")
+    get_task_class = partialmethod(get, "task")
+    get_model_class = partialmethod(get, "model")
+    get_processor_class = partialmethod(get, "processor")
+    get_lr_scheduler_class = partialmethod(get, "lr_scheduler")
+    get_runner_class = partialmethod(get, "runner")
+    get_step_class = partialmethod(get, "step")
 
-    def register_task(self, name: str):
-        return self.register("task", name)
-
-    def register_model(self, name: str):
-        return self.register("model", name)
-
-    def register_processor(self, name: str):
-        return self.register("processor", name)
-
-    def register_lr_scheduler(self, name: str):
-        return self.register("lr_scheduler", name)
-
-    def register_runner(self, name: str):
-        return self.register("runner", name)
-
-    def register_step(self, name: str):
-        return self.register("step", name)
-
-    def get_builder_class(self, name: str) -> type:
-        return self.get("builder", name)
-
-    def get_task_class(self, name: str) -> type:
-        return self.get("task", name)
-
-    def get_model_class(self, name: str) -> type:
-        return self.get("model", name)
-
-    def get_processor_class(self, name: str) -> type:
-        return self.get("processor", name)
-
-    def get_lr_scheduler_class(self, name: str) -> type:
-        return self.get("lr_scheduler", name)
-
-    def get_runner_class(self, name: str) -> type:
-        return self.get("runner", name)
-
-    def get_step_class(self, name: str) -> type:
-        return self.get("step", name)
-
-    def list_builders(self) -> list[str]:
-        return self.names("builder")
-
-    def list_tasks(self) -> list[str]:
-        return self.names("task")
-
-    def list_models(self) -> list[str]:
-        return self.names("model")
-
-    def list_processors(self) -> list[str]:
-        return self.names("processor")
-
-    def list_lr_schedulers(self) -> list[str]:
-        return self.names("lr_scheduler")
-
-    def list_runners(self) -> list[str]:
-        return self.names("runner")
-
-    def list_steps(self) -> list[str]:
-        return self.names("step")
+    list_builders = partialmethod(names, "builder")
+    list_tasks = partialmethod(names, "task")
+    list_models = partialmethod(names, "model")
+    list_processors = partialmethod(names, "processor")
+    list_lr_schedulers = partialmethod(names, "lr_scheduler")
+    list_runners = partialmethod(names, "runner")
+    list_steps = partialmethod(names, "step")
 
 
 registry = Registry()

@@ -1,12 +1,12 @@
 """Every key of the YAML files, with its type, default and meaning.
 
 `common/config.py` checks a user's file against these classes; a key that is not here is an error with a suggestion.
-A field's metadata says what else is checked: `choices`, `least` (the smallest number), `keys` (of a mapping).
-Keys that the first release had and that no longer do anything are marked *inert*: they are accepted, so that its files
-load unchanged.
+A field's metadata lists further checks: `choices`, `least` (the smallest number), `keys` (of a mapping).
+*Inert* keys had a meaning in the first release and have none now; they are accepted, so that its files load unchanged.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 BLIP2_URL = (
@@ -55,7 +55,7 @@ class RunConfig:
     warmup_lr: float = -1.0
     """Learning rate at the first step; negative: `init_lr`."""
     warmup_steps: int = field(default=0, metadata={"least": 0})
-    """Steps of linear warm-up, pluralize inside the epoch."""
+    """Steps of linear warm-up, counted from 0 in each epoch."""
     lr_decay_rate: float = 1.0
     """Factor per epoch of `linear_warmup_step_lr`."""
     weight_decay: float = 0.05
@@ -92,7 +92,7 @@ class RunConfig:
     output_dir: str = "output"
     """Folder of the runs, relative to the working directory. Each run makes a folder of its own in it."""
     resume_ckpt_path: str | None = None
-    """Checkpoint of an unfinished run to go on from."""
+    """Checkpoint of an unfinished run to resume: a file, or a run's folder (its newest checkpoint)."""
 
     amp: bool = True
     """Mixed precision on a GPU. On a CPU everything is float32."""
@@ -103,12 +103,12 @@ class RunConfig:
     compile: bool = True
     """torch.compile for the layers, and CUDA graphs where batches are packed; on a GPU in 16 bit."""
     fp8: bool = False
-    """Training with the frozen linear layers of language model and encoder in 8-bit floating point: faster, and not the
-    same to rounding. Needs a Hopper GPU or newer, bfloat16, and a language model in 16 bit."""
+    """Compute the frozen linear layers of language model and encoder in 8-bit floating point: faster, but not equal to
+    rounding. Needs a Hopper GPU or newer, bfloat16, and a language model in 16 bit."""
     device: str = "cuda"
     """`cuda`, `cpu` or `mps` (an Apple GPU). Without an NVIDIA GPU, `cuda` falls back to the CPU with a warning."""
     distributed: bool = True
-    """Work together with the other processes that torchrun started; False with several is an error."""
+    """Train together with the other processes that torchrun started; False with several is an error."""
 
     dist_backend: str | None = None
     """Backend of torch.distributed; null: nccl on GPUs, gloo on CPUs."""
@@ -143,11 +143,11 @@ class MiniGPT4Config:
     vit_precision: str = field(default="fp16", metadata={"choices": ("fp16", "fp32")})
     """`fp16`: the run's 16-bit type on a GPU, float32 on a CPU. `fp32`: float32 everywhere."""
     freeze_vit: bool = True
-    """Keep encoder and ln_vision as they are."""
+    """Do not train the encoder and ln_vision."""
     drop_path_rate: float = 0.0
-    """Stochastic depth of an encoder that trains."""
+    """Stochastic depth of an encoder that is trained."""
     use_grad_checkpoint: bool = False
-    """Recompute the encoder's activations in the backward pass, for an encoder that trains."""
+    """Recompute the encoder's activations in the backward pass, for an encoder that is trained."""
 
     q_former_model: str | None = BLIP2_URL
     """Weights of the Q-Former, its queries and ln_vision: a file, a URL, or a BLIP-2's folder; null: random."""
@@ -156,24 +156,23 @@ class MiniGPT4Config:
     num_query_token: int = field(default=32, metadata={"least": 1})
     """Vectors per image."""
     freeze_qformer: bool = True
-    """Keep the Q-Former and its queries as they are."""
+    """Do not train the Q-Former and its queries."""
 
     load_vision: bool = True
-    """Build encoder and Q-Former. `train.py` does without them where every dataset is cached features."""
+    """Build encoder and Q-Former. `train.py` leaves them out if every dataset is cached features."""
 
     llama_model: str = "/path/to/vicuna/weights/"
     """The language model: a folder in Hugging Face format, a hub id, or a .gguf file."""
     low_resource: bool = False
     """Load the language model in 8 bit."""
     load_in: str | None = field(default=None, metadata={"choices": ("16bit", "8bit", "8bit_weights", "4bit")})
-    """`16bit`, `8bit`, `4bit`, or `8bit_weights` (8 bit without bitsandbytes); says it more precisely than
-    `low_resource`, and wins."""
+    """`16bit`, `8bit`, `4bit`, or `8bit_weights` (8 bit without bitsandbytes); overrides `low_resource`."""
     llm_grad_checkpoint: int = field(default=0, metadata={"least": 0})
-    """How many of the language model's layers, from the first, recompute their activations in the backward pass."""
+    """Number of the language model's layers, from the first, that recompute their activations in the backward pass."""
     llm_device_map: str | None = field(default=None, metadata={"choices": ("auto",)})
-    """`auto` spreads a language model that does not fit on one GPU over several, for chat; null: the rank's own."""
+    """`auto` spreads a language model that does not fit on one GPU over several, for chat; null: the rank's GPU."""
     device_8bit: int | None = None
-    """*Inert*: the quantised model lies on the rank's own device."""
+    """*Inert*: the quantised model is on the rank's own device."""
 
     allow_llm_mismatch: bool = False
     """Accept a checkpoint that was trained with another language model of the same width."""
@@ -183,13 +182,19 @@ class MiniGPT4Config:
     prompt: str | None = ""
     """*Inert*, as in the first release; prompts come from `prompt_path`."""
     prompt_path: str | None = None
-    """Text file of prompts, one a line; lines without <ImageHere> are left out."""
+    """Text file with one prompt a line; lines without <ImageHere> are ignored."""
     prompt_template: str = "{}"
-    """How a prompt is wrapped; `{}` stands for the prompt."""
+    """Text around a prompt; `{}` stands for the prompt."""
     max_txt_len: int = field(default=32, metadata={"least": 1})
-    """Most tokens of a caption, end_sym included; the rest is cut."""
+    """Most tokens of a caption, end_sym included; the rest is cut off."""
     end_sym: str = "\n"
-    """Text that ends a caption, learnt with it."""
+    """Text that ends a caption; it is learnt with the caption."""
+
+    @classmethod
+    def from_section(cls, section: Mapping[str, Any]) -> "MiniGPT4Config":
+        """The settings of a `model:` section, without the keys that a plug-in adds."""
+        known = {key.name for key in fields(cls)}
+        return cls(**{key: value for key, value in section.items() if key in known})
 
 
 @dataclass
@@ -197,18 +202,18 @@ class DatasetConfig:
     """A section `datasets.<name>`."""
 
     data_type: str = "images"
-    """*Inert*: a builder knows its kind of data."""
+    """*Inert*: the builder determines the kind of data."""
     type: str = "default"
     """Which default YAML of a plug-in's dataset to start from."""
     build_info: dict[str, Any] = field(default_factory=dict)
     """`storage`: the shards (brace range, tar, list, glob, URL, pipe:) or the folder. `features`: a cache to train from
-    instead, a folder that `python -m minigpt4 cache-features` made."""
+    instead, made by `python -m minigpt4 cache-features`."""
     vis_processor: dict[str, Any] = field(default_factory=dict)
     """Image processor per split: {train: {name, image_size, …}, eval: {…}}."""
     text_processor: dict[str, Any] = field(default_factory=dict)
     """Text processor per split: {train: {name, …}, eval: {…}}."""
     sample_ratio: float = 1.0
-    """Weight of this dataset when several are mixed: each batch comes from one, drawn by these."""
+    """Relative frequency of this dataset: each batch comes from one dataset, drawn by these numbers."""
 
 
 @dataclass

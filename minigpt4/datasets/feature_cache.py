@@ -1,6 +1,6 @@
-"""A cache of image features: what the vision side makes of each picture of a dataset, computed once.
+"""A cache of image features: the output of the vision side for each picture of a dataset, computed once.
 
-    <folder>/cache.json     the manifest: what made the features, of which data, their shape [Q,W], the number of shards
+    <folder>/cache.json     the manifest: source of the features, dataset, their shape [Q,W], the number of shards
     <folder>/00000.tar …    webdataset shards: <key>.npy, float16 [Q,W], and <key>.json {"caption", "image_id"}
 
 `python -m minigpt4 cache-features` writes it; `build_info.features: <folder>` trains from it.
@@ -23,7 +23,7 @@ MANIFEST = "cache.json"
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """The manifest of a cache. Raises ConfigError for a folder that is none."""
+    """The manifest of a cache. Raises ConfigError for a folder that is no cache."""
     path = Path(folder).expanduser() / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -35,9 +35,9 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
 
 
 def open_cache(folder: str | Path, manifest: dict[str, Any]) -> None:
-    """Begin a cache, or go on with the one in the folder. Raises ConfigError if that was made by something else.
+    """Begin a cache, or continue the one in the folder. Raises ConfigError if that has another manifest.
 
-    Several processes may do so at once: all write the same.
+    Several processes may do so at once: all write the same content.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -51,7 +51,7 @@ def open_cache(folder: str | Path, manifest: dict[str, Any]) -> None:
 
 
 def shards_of(folder: str | Path) -> list[Path]:
-    """All shards of a cache, in order. Raises ConfigError where some are still to be made."""
+    """All shards of a cache, in order. Raises ConfigError if some are missing."""
     folder = Path(folder).expanduser()
     paths = [shard_path(folder, number) for number in range(read_manifest(folder)["parts"])]
     present = set(os.listdir(folder))
@@ -69,7 +69,7 @@ def shard_path(folder: Path, number: int) -> Path:
 
 
 def write_shard(path: Path, samples: Iterable[tuple[str, np.ndarray, dict[str, str]]]) -> int:
-    """Write (key, features float16 [Q,W], {"caption", "image_id"}), the whole shard or nothing. Returns how many."""
+    """Write (key, features float16 [Q,W], {"caption", "image_id"}), the whole shard or nothing. Returns the number."""
     count = 0
     part = path.with_name(f".{path.name}.part")
     try:
@@ -94,7 +94,7 @@ def read_features(content: bytes, shape: list[int]) -> torch.Tensor:
 
 
 def check_same(found: Mapping[str, Any], expected: Mapping[str, Any], message: str) -> None:
-    """Raise ConfigError that lists what differs, if anything does, in nested mappings."""
+    """Raise ConfigError that lists the differences of two nested mappings, if there are any."""
     differences = list(_differences(found, expected))
     if differences:
         raise ConfigError(f"{message}:\n  " + "\n  ".join(differences))
@@ -103,7 +103,7 @@ def check_same(found: Mapping[str, Any], expected: Mapping[str, Any], message: s
 def _differences(found: Any, expected: Any, key: str = "") -> Iterable[str]:
     if isinstance(found, Mapping) and isinstance(expected, Mapping):
         if "file" in found and "file" in expected:
-            # A weights file: known by its content, or by its name where one of them lies elsewhere.
+            # A weights file, identified by its content, or by its name if one of the two files is not here.
             by = "sha256" if "sha256" in found and "sha256" in expected else "file"
             if found[by] != expected[by]:
                 yield f"{key}: {found['file']} in the cache, {expected['file']} here, which differ in {by}"

@@ -1,8 +1,9 @@
 """Batches: endless and mixed for training, every sample once for evaluation.
 
-`TrainLoader` plans an epoch in the main process: which dataset each batch comes from and, where the dataset has a
-length, which samples. The workers make whole batches as planned. The plan and all randomness follow from
+`TrainLoader` plans an epoch in the main process: which dataset each batch comes from and, if the dataset has a length,
+which samples. The workers make whole batches as planned. The plan and all randomness depend only on
 (seed, epoch, rank), so an epoch is the same whether or not the process has run the ones before it.
+`common.contracts` lists the optional methods of a dataset.
 """
 
 import random
@@ -22,17 +23,17 @@ from minigpt4.datasets.seeding import derive_seed, seeded
 
 
 class BatchRequest(NamedTuple):
-    """What a worker needs to know to make one batch."""
+    """Describes one batch to the worker that makes it."""
 
     dataset: str
     epoch: int
     number: int  # of the batch in the epoch
-    turn: int  # how many batches of this dataset its worker has made in this epoch
+    turn: int  # the number of batches that its worker has made of this dataset in this epoch
     indices: list[int] | None  # None: the next samples of the stream
 
 
 class LeftOut(NamedTuple):
-    """What broken samples are pluralize by."""
+    """The key under which broken samples are counted."""
 
     dataset: str
     cause: str
@@ -42,11 +43,11 @@ class LeftOut(NamedTuple):
 class TrainLoader:
     """Endless training batches of one rank from one or more datasets.
 
-    Datasets with a length are walked pass after pass, each in an order of its own, on from epoch to epoch, and the
-    ranks share what comes next. Streams (IterableDataset) begin anew with every epoch and worker: those with
-    `set_seed(seed, rank, world_size)` and `set_epoch(epoch)` are told where they are. Several ranks get
-    batches of a dataset that are about equally long (`dealing.py`): in each step where it has `text_length(index)`, on
-    the whole where it is a stream. Each rank draws its own datasets.
+    Datasets with a length are walked pass after pass, each pass in another order; the walk continues from epoch to
+    epoch, and ranks share each pass. Streams (IterableDataset) start again in each epoch and worker. Each rank draws
+    the dataset of each batch by itself. With several ranks, batches of a dataset are balanced by length
+    (`length_balancing.py`): between the ranks of a step if the dataset has `text_length(index)`, between the batches
+    of a rank if it is a stream.
     """
 
     def __init__(
@@ -58,11 +59,10 @@ class TrainLoader:
         seed: int,
         rank: int = 0,
         world_size: int = 1,
-        pin_memory: bool = False,
     ) -> None:
-        """sample_ratios: how often each dataset is drawn, relative to the others (left out: 1). batch_size: per rank.
+        """sample_ratios: relative frequency of each dataset (default 1). batch_size: samples per rank.
 
-        Raises ConfigError for no datasets, ratios that cannot be drawn by, or a dataset smaller than a batch.
+        Raises ConfigError for no datasets, ratios that are no frequencies, or a dataset smaller than a batch.
         """
         self.names = list(datasets)
         self.ratios = [float((sample_ratios or {}).get(name, 1.0)) for name in self.names]
@@ -79,21 +79,21 @@ class TrainLoader:
             if hasattr(dataset, "set_seed"):
                 dataset.set_seed(derive_seed(seed, name), rank, world_size)
         self._left_out: Counter[LeftOut] = Counter()
-        self._plan: list[BatchRequest] = []  # the sampler; filled anew for each epoch
-        maker = BatchMaker(dict(datasets), batch_size, derive_seed(seed, "batch", rank), even=world_size > 1)
-        self._loader = _data_loader(maker, self._plan, num_workers, pin_memory)
+        self._plan: list[BatchRequest] = []  # the sampler; replaced in each epoch
+        maker = BatchMaker(dict(datasets), batch_size, derive_seed(seed, "batch", rank), balanced=world_size > 1)
+        self._loader = _data_loader(maker, self._plan, num_workers)
 
     def epoch(self, epoch: int, num_batches: int) -> Iterator[dict[str, Any]]:
         """Exactly `num_batches` batches, those of this epoch: `{"image": [B, 3, S, S], "text_input": [str] * B, …}`.
 
-        For a walk to go on where it ended, earlier epochs are taken to have had `num_batches` batches too. An iterator
-        that was not used up is void once the next one is asked for.
+        A walk continues where it ended if all earlier epochs had `num_batches` batches too. An iterator that was not
+        exhausted is void as soon as the next epoch begins.
         """
         self._plan[:] = self._requests(epoch, num_batches)
         return self._counted(iter(self._loader))
 
     def take_left_out(self) -> Counter[LeftOut]:
-        """What this rank has left out in making batches, since it was last asked."""
+        """Counts of the samples that this rank has left out since the last call."""
         taken, self._left_out = self._left_out, Counter()
         return taken
 
@@ -107,7 +107,7 @@ class TrainLoader:
         turns: Counter[tuple[str, int]] = Counter()
         requests = []
         for number, name in enumerate(self._draw(epoch, num_batches)):
-            worker = number % max(self.num_workers, 1)  # a DataLoader deals its requests out in turn
+            worker = number % max(self.num_workers, 1)  # a DataLoader assigns its requests in turn
             indices = self._next_indices(name, done[name]) if name in self._walks else None
             requests.append(BatchRequest(name, epoch, number, turns[name, worker], indices))
             turns[name, worker] += 1
@@ -146,7 +146,7 @@ class TrainLoader:
 
 
 class EndlessWalk:
-    """Walks a dataset pass after pass: `walk[position]` is an index, each pass in an order of its own."""
+    """Walks a dataset pass after pass: `walk[position]` is an index; each pass has another order."""
 
     def __init__(self, length: int, seed: int) -> None:
         self.length, self.seed = length, seed
@@ -174,14 +174,14 @@ def report_left_out(left_out: Counter[LeftOut]) -> list[str]:
 
 
 class BatchMaker(Dataset):
-    """Makes whole batches on request: what runs inside the workers. Each batch has a seed of its own.
+    """Makes whole batches on request, in the workers. Each batch has its own seed.
 
-    even: batches of a stream have texts of about the same length in sum.
-    Item: the batch, and what was left out in making it, {LeftOut: count}, by datasets that have `take_left_out()`.
+    balanced: batches of a stream are balanced by length.
+    Item: the batch, and {LeftOut: count} of the samples left out, if the dataset has `take_left_out()`.
     """
 
-    def __init__(self, datasets: dict[str, Dataset], batch_size: int, seed: int, even: bool = False) -> None:
-        self.datasets, self.batch_size, self.seed, self.even = datasets, batch_size, seed, even
+    def __init__(self, datasets: dict[str, Dataset], batch_size: int, seed: int, balanced: bool = False) -> None:
+        self.datasets, self.batch_size, self.seed, self.balanced = datasets, batch_size, seed, balanced
         self._streams: dict[str, Iterator[list[Any]]] = {}
         self._turns: dict[str, tuple[int, int]] = {}
 
@@ -193,16 +193,15 @@ class BatchMaker(Dataset):
             else:
                 samples = [dataset[index] for index in request.indices]
             left_out = dataset.take_left_out() if hasattr(dataset, "take_left_out") else {}
-            # a plain dict: torch pins memory by updating a copy, which would double a Counter
             return collate_fn_of(dataset)(samples), {LeftOut(request.dataset, *key): n for key, n in left_out.items()}
 
     def _stream(self, request: BatchRequest) -> Iterator[list[Any]]:
         name = request.dataset
         if request.turn == 0:
             samples = _endless(self.datasets[name], name, request.epoch)
-            self._streams[name] = balanced_batches(samples, self.batch_size, POOL if self.even else 0)
+            self._streams[name] = balanced_batches(samples, self.batch_size, POOL if self.balanced else 0)
         else:
-            assert self._turns[name] == (request.epoch, request.turn - 1), "batches were not dealt out in turn"
+            assert self._turns[name] == (request.epoch, request.turn - 1), "batches were not requested in turn"
         self._turns[name] = request.epoch, request.turn
         return self._streams[name]
 
@@ -212,7 +211,7 @@ def eval_loader(
 ) -> Iterator[dict[str, Any]]:
     """Batches of a dataset in order, every sample once; over several ranks each takes every world_size-th sample.
 
-    The last batch may be smaller, and a rank may have none. What is random is the same each time.
+    The last batch may be smaller, and a rank may have none. Random draws are the same each time.
     Raises ConfigError for a stream.
     """
     if isinstance(dataset, IterableDataset):
@@ -246,31 +245,31 @@ def _endless(dataset: IterableDataset, name: str, epoch: int) -> Iterator[Any]:
         yield from samples
 
 
-def _data_loader(maker: BatchMaker, plan: list[BatchRequest], num_workers: int, pin_memory: bool = False) -> DataLoader:
+def _data_loader(maker: BatchMaker, plan: list[BatchRequest], num_workers: int) -> DataLoader:
     return DataLoader(
         maker,
         sampler=plan,
         batch_size=None,
-        collate_fn=_as_it_is,
+        collate_fn=_unchanged,
         num_workers=num_workers,
-        worker_init_fn=_end_quietly,
+        worker_init_fn=_silence_hangups,
         persistent_workers=num_workers > 0,
-        pin_memory=pin_memory,
-        generator=torch.Generator(),  # otherwise each epoch would draw from the process's own
+        generator=torch.Generator(),  # by default, each epoch would draw from the global generator
     )
 
 
-def _end_quietly(worker: int) -> None:
-    """Let a worker say nothing of a connection that breaks: its main process was stopped while it took a batch."""
-    usual = sys.excepthook
+def _silence_hangups(worker: int) -> None:
+    """Let a worker print no traceback for a broken connection: its main process was stopped while it took a batch."""
+    default_hook = sys.excepthook
 
-    def say(kind, error, trace):
+    def excepthook(kind, error, trace):
         cut_short = isinstance(error, OSError) and error.errno is None  # a message, by multiprocessing
         if not (isinstance(error, (ConnectionError, EOFError)) or cut_short):
-            usual(kind, error, trace)
+            default_hook(kind, error, trace)
 
-    sys.excepthook = say  # what multiprocessing's thread that hands out batches calls; a dataset's errors go elsewhere
+    # The hook serves multiprocessing's thread that sends batches; errors of a dataset do not pass it.
+    sys.excepthook = excepthook
 
 
-def _as_it_is(batch: Any) -> Any:
+def _unchanged(batch: Any) -> Any:
     return batch

@@ -1,4 +1,4 @@
-"""Seeds that do not collide, and blocks of code that run under one without leaving a trace."""
+"""Seeds that do not collide, and blocks of code that run under a seed and restore the random states."""
 
 import hashlib
 import random
@@ -10,13 +10,13 @@ import torch
 
 
 def derive_seed(*parts: int | str) -> int:
-    """A seed of 63 bits from its parts, such as (seed, epoch, rank, worker): other parts, another seed (SHA-256)."""
+    """A seed of 63 bits, by SHA-256 of its parts, such as (seed, epoch, rank, worker)."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Run a block with python, numpy and torch's CPU generator seeded, then put all three back as they were."""
+    """Run a block with python, numpy and torch's CPU generator seeded, then restore all three."""
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(seed)
     np.random.seed(seed % 2**32)

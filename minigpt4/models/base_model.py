@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from minigpt4.common.errors import ConfigError
 from minigpt4.common.registry import did_you_mean, registry
 
 
@@ -52,8 +53,13 @@ class BaseModel(nn.Module):
             return cls.from_config(cfg, device=device, dtype=dtype)
         return cls.from_config(cfg).to(device)
 
-    def accelerate(self, packed: bool, compiled: bool) -> None:
-        """Set up training steps for speed, on a GPU in 16 bit; what they compute stays the same to rounding."""
+    def accelerate(self, packed: bool, compiled: bool, fp8: bool = False) -> None:
+        """Set up faster training steps in 16 bit that compute the same to rounding. This class has none.
+
+        Raises ConfigError for fp8, which would be ignored otherwise.
+        """
+        if fp8:
+            raise ConfigError(f"run.fp8=True: {type(self).__name__} has no layers in fp8. Set run.fp8=False.")
 
     def prepare(self, samples: dict) -> dict:
         """What can be done with a batch on the host before its turn comes, on another thread."""

@@ -4,19 +4,15 @@ B batch, Q query tokens, N image tokens, W width of the Q-Former. What it gives,
 `datasets/feature_cache.py`.
 """
 
-import hashlib
-from collections.abc import Callable, Mapping
-from dataclasses import fields
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
-from minigpt4.common import facts
 from minigpt4.common.errors import ConfigError
 from minigpt4.common.schema import MiniGPT4Config
 from minigpt4.models import eva_vit, loading, qformer
 from minigpt4.models.base_model import BaseModel
-from minigpt4.weights import checkpoint, locate
 
 PREFIXES = ("visual_encoder.", "ln_vision.", "query_tokens", "Qformer.")
 """What the names of its parameters begin with."""
@@ -70,53 +66,13 @@ class Vision(BaseModel):
 
         Where `ckpt` holds parts of it, which were trained then, they are loaded from there.
         """
-        cfg, device = typed(cfg), torch.device(device)
+        cfg, device = MiniGPT4Config.from_section(cfg), torch.device(device)
         sources = loading.open_sources(cfg)
         parts = loading.vision_parts(cfg, sources, device, dtype)
         with torch.device(device):
             model = cls(**parts)
         loading.load_rest(model, cfg, sources, device)
         return model.requires_grad_(False).eval()
-
-
-def typed(cfg: Mapping) -> MiniGPT4Config:
-    """The `model:` section without the keys that a plug-in adds."""
-    known = {field.name for field in fields(MiniGPT4Config)}
-    return MiniGPT4Config(**{key: value for key, value in cfg.items() if key in known})
-
-
-def trained_vision(ckpt: str | None) -> dict[str, torch.Tensor]:
-    """The tensors of `model.ckpt` that belong to the vision side; none where that was frozen."""
-    trained = checkpoint.read_weights(checkpoint.resolve(ckpt)) if ckpt else {}
-    return {
-        name: tensor
-        for name, tensor in trained.items()
-        if name.startswith(PREFIXES) and not checkpoint.TOLERATED.search(name)
-    }
-
-
-def identity(cfg: Mapping) -> dict:
-    """What in the `model:` section decides on the features of an image; two equal ones give equal features.
-
-    Weights are told apart by their content (`weights.identity`). Raises ConfigError where they are random.
-    """
-    cfg = typed(cfg)
-    sources = {"vit_weights": facts.vit_weights(cfg.vit_model, cfg.vit_weights), "q_former_model": cfg.q_former_model}
-    for key, source in sources.items():
-        if source is None:
-            raise ConfigError(f"model.{key} is null: random weights make other features each time. Give a file.")
-    digest = hashlib.sha256()
-    trained = trained_vision(cfg.ckpt)
-    for name, tensor in sorted(trained.items()):
-        digest.update(name.encode() + tensor.float().numpy().tobytes())
-    return {
-        "image_size": cfg.image_size,
-        "vit_model": cfg.vit_model if isinstance(cfg.vit_model, str) else dict(cfg.vit_model),
-        "num_query_token": cfg.num_query_token,
-        "qformer": dict(cfg.qformer),
-        **{key: locate.identity(source) for key, source in sources.items()},
-        "ckpt": digest.hexdigest() if trained else None,  # of the parts of the vision side in it
-    }
 
 
 class LayerNorm(nn.LayerNorm):

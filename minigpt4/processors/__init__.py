@@ -1,4 +1,4 @@
-"""What turns a picture into a tensor and a caption into training text, by name. Importing it registers ours."""
+"""Processors turn a picture into a tensor and a caption into training text. Importing this package registers ours."""
 
 from minigpt4.processors.base_processor import BaseProcessor, to_rgb
 from minigpt4.processors.blip_processors import Blip2ImageEvalProcessor, Blip2ImageTrainProcessor, BlipCaptionProcessor

@@ -1,4 +1,4 @@
-"""The base of every processor: a callable with settings that may come from a YAML section."""
+"""The base class of processors: callables whose settings may come from a YAML section."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -11,9 +11,9 @@ from minigpt4.common.registry import did_you_mean
 
 
 class BaseProcessor:
-    """A processor that changes nothing; others set `transform` or override `__call__`.
+    """A processor that changes nothing. Subclasses set `transform` or override `__call__`.
 
-    The keys that its YAML section may have are the arguments of its `__init__`.
+    The keys of its YAML section are the arguments of its `__init__`. `common.contracts.Processor` describes the calls.
     """
 
     transform: Callable[[Any], Any] | None = None
@@ -25,7 +25,7 @@ class BaseProcessor:
     def from_config(cls, cfg: Mapping[str, Any] | None = None) -> "BaseProcessor":
         """Build the processor from its YAML section (a mapping, or None for all defaults).
 
-        The key `name`, by which the class was found, is passed over. Raises ConfigError for one that `__init__` lacks.
+        The key `name`, which selected the class, is ignored. Raises ConfigError for a key that `__init__` lacks.
         """
         settings = {key: value for key, value in (cfg or {}).items() if key != "name"}
         known = list(inspect.signature(cls).parameters)
@@ -40,10 +40,10 @@ class BaseProcessor:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """The picture, decoded, with three channels of 8 bits; transparency is dropped, not blended."""
+    """The decoded picture with three channels of 8 bits. Transparency is dropped, not blended."""
     if image.mode == "RGB":
         image.load()
         return image  # `convert` would copy it
     if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")  # the same colours as straight to RGB, without Pillow's warning for each file
+        image = image.convert("RGBA")  # the same colours as without it, but no warning of Pillow's for each file
     return image.convert("RGB")

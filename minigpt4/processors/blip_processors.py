@@ -34,12 +34,12 @@ class BlipCaptionProcessor(BaseProcessor):
 
 
 class _Blip2ImageProcessor(BaseProcessor):
-    """A picture of any size in one of two forms.
+    """Resizes a picture of any size, in one of two ways.
 
-    Called with a PIL image of any mode, it gives float32 [3,S,S]: resized by Pillow, in [0, 1], normalised; what the
-    first release gives. `pixels` takes uint8 [3,H,W] and gives uint8 [3,S,S], to be normalised on the device: the same
-    but for the rounding of the resize, which is torch's antialiased bicubic, four times as fast. A value differs by at
-    most 2 of 255 levels, in photographs by less than 0.01 on average.
+    `__call__` takes a PIL image of any mode and returns float32 [3,S,S], resized by Pillow, scaled to [0, 1] and
+    normalised, as in the first release. `pixels` takes uint8 [3,H,W] and returns uint8 [3,S,S], which is normalised on
+    the device. Its resize is torch's antialiased bicubic, four times as fast. A value differs by at most 2 of 255
+    levels, in photographs by less than 0.01 on average.
     """
 
     def __init__(self, resize: torch.nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
@@ -90,7 +90,7 @@ class Blip2ImageTrainProcessor(_Blip2ImageProcessor):
 
 @registry.register_processor("blip2_image_eval")
 class Blip2ImageEvalProcessor(_Blip2ImageProcessor):
-    """The whole picture resized (bicubic), its aspect ratio given up. → float32 [3, S, S]."""
+    """The whole picture, resized (bicubic) without keeping its aspect ratio. → float32 [3, S, S]."""
 
     def __init__(
         self, image_size: int = 224, mean: Sequence[float] | None = None, std: Sequence[float] | None = None

@@ -1,4 +1,4 @@
-"""Pictures travel to the device as uint8, a quarter of their float32 size, and are normalised there."""
+"""Pictures are copied to the device as uint8, a quarter of their float32 size, and normalised there."""
 
 import io
 from collections.abc import Callable
@@ -16,24 +16,24 @@ Picture = Image.Image | torch.Tensor
 
 
 def read_picture(content: bytes, vis_processor: Callable) -> Picture:
-    """Decode a picture file for `to_sample`: to uint8 [3,H,W] where the processor takes it, otherwise for Pillow.
+    """Decode a picture file for `to_sample`: to uint8 [3,H,W] if the processor takes it, otherwise to a PIL image.
 
-    Raises nearly any kind of error for what is no picture, or is broken: Pillow's plug-ins do. EXIF data do not matter.
+    EXIF data are ignored. A file that is no picture, or is broken, may raise any kind of error: Pillow's plug-ins do.
     """
     image = Image.open(io.BytesIO(content))
     if not takes_pixels(vis_processor):
         return to_rgb(image)
     if image.format == "JPEG" and image.mode == "RGB":
-        with suppress(RuntimeError):  # what this decoder cannot read, Pillow reads or refuses
+        with suppress(RuntimeError):  # Pillow reads or refuses the files that this decoder cannot read
             return decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.RGB)
     return pil_to_tensor(to_rgb(image))
 
 
 def to_sample(vis_processor: Callable, picture: Picture) -> dict[str, Any]:
-    """What a sample holds of a picture that `read_picture` decoded: `{"image": …}`.
+    """The part of a sample that holds a picture which `read_picture` decoded: `{"image": …}`.
 
-    From a processor that takes pixels, uint8 [3,S,S], with its "image_mean" and "image_std" [3] beside it; from any
-    other, what calling it gives.
+    If the processor takes pixels, "image" is uint8 [3,S,S], with its companions "image_mean" and "image_std" [3].
+    Otherwise "image" is the result of calling the processor.
     """
     if not takes_pixels(vis_processor):
         return {"image": vis_processor(picture)}
@@ -47,16 +47,16 @@ def to_sample(vis_processor: Callable, picture: Picture) -> dict[str, Any]:
 def takes_pixels(vis_processor: Callable) -> bool:
     """Whether the processor's own class defines `pixels`.
 
-    A subclass that inherits it is called instead: it may change the picture in a way that `pixels` knows nothing of.
+    A subclass that inherits `pixels` is called instead: its `__call__` may change the picture in another way.
     """
     return "pixels" in vars(type(vis_processor))
 
 
 def normalise(samples: dict[str, Any]) -> dict[str, Any]:
-    """The batch with its uint8 images [B,3,H,W] as float32, normalised by "image_mean", "image_std" [B,3].
+    """The batch with its uint8 images [B,3,H,W] as float32, normalised by "image_mean" and "image_std" [B,3].
 
-    Those two are taken out. Any other batch is returned as it is. The arithmetic is that of torchvision's ToTensor and
-    Normalize, on the device where the images lie.
+    These two keys are removed. Any other batch is returned unchanged. The arithmetic is the same as in torchvision's
+    ToTensor and Normalize, on the device of the images.
     """
     if "image_mean" not in samples or samples["image"].dtype != torch.uint8:
         return samples

@@ -1,4 +1,4 @@
-"""The next batch is made ready while the GPU works on this one: tokenised by a thread, copied on its own stream."""
+"""Prepares the next batch while the GPU computes: a thread tokenises it and copies it on a stream of its own."""
 
 import queue
 import sys
@@ -10,19 +10,19 @@ import torch
 from minigpt4.fast.cuda_graphs import CAPTURE_LOCK
 from minigpt4.runners.state import to_device
 
-# Batches that wait on the device, beside the one in use.
+# Prefetched batches on the device, beside the one in use.
 AHEAD = 2
-# Seconds that the thread gets to end when it is no longer needed. It may be waiting for data that never come.
+# Seconds to wait for the thread to end. It may be waiting for data that never come.
 PATIENCE = 5
-# Seconds that a thread of this process may run Python while another waits for its turn, from now on. With Python's own
-# 5 ms the GPU stood idle for 2 ms a step: its next work was not launched while the thread tokenised.
-TURN = 1e-4
+# Python's switch interval in seconds. With the default of 5 ms the GPU was idle for 2 ms a step: the main thread could
+# not launch its next work while this thread tokenised.
+SWITCH_INTERVAL = 1e-4
 
 
 def prefetch(batches: Iterable[dict], model, device: torch.device) -> Iterator[dict]:
-    """Each batch, in order, through the model's `prepare` and on `device`. An error of the thread is raised here.
+    """Each batch, in order, after the model's `prepare` and on `device`. An error of the thread is raised here.
 
-    Close it (`contextlib.closing`) where its consumer may fail: that ends the thread.
+    Close the iterator (`contextlib.closing`) if the consumer may fail: that ends the thread.
     """
     prepare = getattr(model, "prepare", lambda samples: samples)
     if device.type != "cuda":
@@ -34,7 +34,7 @@ def prefetch(batches: Iterable[dict], model, device: torch.device) -> Iterator[d
     copies = torch.cuda.Stream(device)
 
     def copied(samples: dict) -> tuple[dict, torch.cuda.Event]:
-        # Torch keeps pinned memory until it is copied. It is given back in here, while no graph is recorded.
+        # torch keeps pinned memory until the copy is done, and frees it inside this lock, while no graph is captured.
         with CAPTURE_LOCK, torch.cuda.stream(copies):
             moved = to_device({key: _pinned(value) for key, value in samples.items()}, device)
             return moved, copies.record_event()
@@ -45,11 +45,11 @@ def prefetch(batches: Iterable[dict], model, device: torch.device) -> Iterator[d
                 if not _put(ready, copied(prepare(samples)), abandoned):
                     return
             _put(ready, None, abandoned)
-        except BaseException as error:  # whatever it is, it belongs to the one who waits
+        except BaseException as error:  # raised again by the consumer
             _put(ready, error, abandoned)
 
     thread = threading.Thread(target=produce, daemon=True, name="prefetch")
-    sys.setswitchinterval(TURN)
+    sys.setswitchinterval(SWITCH_INTERVAL)
     thread.start()
     try:
         while (item := ready.get()) is not None:

@@ -10,10 +10,13 @@ from collections import Counter
 from pathlib import Path
 
 import torch
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import IterableDataset
 
 from minigpt4.common import dist_utils
+from minigpt4.common.config import Config
+from minigpt4.common.contracts import Task
 from minigpt4.common.errors import ConfigError
 from minigpt4.common.logger import MetricLogger
 from minigpt4.common.optims import create_optimizer
@@ -31,10 +34,13 @@ from minigpt4.weights import checkpoint, fingerprint
 class RunnerBase:
     """Trains `model` on `datasets`, one process a GPU.
 
+    It reads the section `run:`, `model.allow_llm_mismatch` and `datasets.<name>.sample_ratio`, and writes all settings
+    into log.txt and checkpoints. `common.contracts` describes the calls of task, model, datasets and schedule.
+
     Args:
         cfg: the run's `Config`.
-        task: takes a step with a batch.
-        model: on the rank's device, or moved there.
+        task: computes the loss of a batch.
+        model: is moved to the rank's device if it is not there.
         datasets: {dataset name: {split: dataset}}.
         job_id: name of the run's folder in `run.output_dir`; the same on every rank.
 
@@ -44,19 +50,19 @@ class RunnerBase:
         FileExistsError: the folder exists; a run is never overwritten.
     """
 
-    def __init__(self, cfg, task, model, datasets: dict, job_id: str):
+    def __init__(self, cfg: Config, task: Task, model: nn.Module, datasets: dict[str, dict], job_id: str):
         self.cfg, self.run, self.task, self.datasets = cfg, cfg.run_cfg, task, datasets
         self.device = dist_utils.select_device(self.run.device)
         if next(model.parameters()).device != self.device:
             model = model.to(self.device)
         self.fingerprint = getattr(model, "fingerprint", None)  # of its language model
-        self.module = self.model = model  # `model` is what is called: DDP around the module when there are ranks
+        self.module = self.model = model  # with several ranks, `self.model` becomes DDP around `self.module`
         self.dtype = dist_utils.select_dtype(self.device, self.run.amp, self.run.amp_dtype)
         self.world_size = dist_utils.get_world_size()
         self.output_dir = Path(self.run.output_dir) / job_id
         self.start_epoch, self.best_metric = 0, float("-inf")
         self.last_checkpoint: Path | None = None
-        self.labels_of_step: list[torch.Tensor] = []  # of each micro-batch of the step, over all ranks
+        self.labels_of_step: list[torch.Tensor] = []  # number of labels of each micro-batch, over all ranks
         if self.run.evaluate and not self.run.test_splits:
             raise ConfigError("run.evaluate=True needs run.test_splits, the splits to evaluate. For example: [test]")
         for split in (*self.run.valid_splits, *self.run.test_splits):
@@ -72,13 +78,9 @@ class RunnerBase:
             self._append_log(cfg.to_dict(), indent=4)
 
     def _prepare_training(self) -> None:
+        """Build what a step needs, resume a checkpoint if there is one, then make the model fast and distributed."""
         run = self.run
-        datasets, ratios = {}, {}
-        for split in run.train_splits:
-            for name, dataset in self._split(split).items():
-                key = name if len(run.train_splits) == 1 else f"{name}/{split}"
-                datasets[key] = dataset
-                ratios[key] = self.cfg.datasets_cfg[name].sample_ratio if name in self.cfg.datasets_cfg else 1.0
+        datasets, ratios = self._train_datasets()
         self.loader = TrainLoader(
             datasets,
             ratios,
@@ -103,12 +105,7 @@ class RunnerBase:
         )
         if run.resume_ckpt_path:
             self._resume(checkpoint.resolve(run.resume_ckpt_path))
-        epochs = max(run.max_epoch - self.start_epoch, 0)
-        length = TrainingSchedule(
-            run.batch_size_train, self.world_size, self.iters_per_epoch, epochs, run.accum_grad_iters,
-            on_gpu=self.device.type != "cpu",
-        )  # fmt: skip
-        self.pace = EtaLogger(length, run.log_freq)
+        self.eta = EtaLogger(self._schedule(), run.log_freq)
         if run.fp8:
             check_fp8_supported(self.module, self.device, self.dtype)
         if self.dtype != torch.float32 and hasattr(self.module, "accelerate"):
@@ -117,15 +114,10 @@ class RunnerBase:
             self.model = self._distributed()
 
     def train(self) -> None:
-        """Train the epochs that are left, with a checkpoint after each; then evaluate the test splits."""
+        """Train the remaining epochs, with a checkpoint after each; then evaluate the test splits."""
         start = time.time()
         if not self.run.evaluate:
-            if self.start_epoch >= self.run.max_epoch:
-                done = pluralize(self.run.max_epoch, "epoch")
-                logging.info("Nothing left to train: the checkpoint has done %s. Raise run.max_epoch to go on.", done)
-            else:
-                logging.info("Computing in %s on %s.", str(self.dtype).removeprefix("torch."), self.device)
-                self.pace.announce()
+            self._log_plan()
             for epoch in range(self.start_epoch, self.run.max_epoch):
                 logging.info("Start training epoch %d, %d iters per inner epoch.", epoch, self.iters_per_epoch)
                 self._log_stats("train", self.train_epoch(epoch))
@@ -136,7 +128,7 @@ class RunnerBase:
         logging.info("Training time %s", datetime.timedelta(seconds=int(time.time() - start)))
 
     def train_epoch(self, epoch: int) -> dict[str, float]:
-        """Take `iters_per_epoch` steps; returns the epoch's mean learning rate and loss."""
+        """Train on `iters_per_epoch` micro-batches; returns the epoch's mean learning rate and loss."""
         self.model.train()
         metrics = MetricLogger()
         header = f"Train: data epoch: [{epoch}]"
@@ -147,7 +139,7 @@ class RunnerBase:
                 is_update = (i + 1) % self.run.accum_grad_iters == 0 or i + 1 == self.iters_per_epoch
                 loss = self.train_step(samples, is_update)
                 metrics.update(lr=self.optimizer.param_groups[0]["lr"], loss=loss)
-                self.pace.step(i)
+                self.eta.step(i)
         for line in report_left_out(sum(dist_utils.gather_objects(self.loader.take_left_out()), Counter())):
             logging.info("Epoch %d: %s", epoch, line)
         stats = metrics.global_avg()
@@ -155,15 +147,18 @@ class RunnerBase:
         return stats
 
     def train_step(self, samples: dict, is_update: bool) -> torch.Tensor:
-        """Forward and backward of a micro-batch on the device, and at the last one the update. Returns the loss."""
+        """Forward and backward pass of a micro-batch on the device, and the update if it is the step's last one.
+
+        Returns the loss of the micro-batch.
+        """
         # Ranks exchange gradients at the last micro-batch only.
         with contextlib.nullcontext() if is_update or self.world_size == 1 else self.model.no_sync():
             with self._autocast():
                 output = self.task.train_step(self.model, samples)
             loss, num_labels = _loss_and_labels(output)
             self.labels_of_step.append(self._sum_over_ranks(num_labels).clamp(min=1))
-            # The mean over the labels of all ranks (DDP divides by the number of ranks), as far as they are known:
-            # those of the step's first micro-batch. `optimizer_step` puts in those of the others.
+            # The gradient must be that of the mean over the labels of all ranks and micro-batches. DDP divides by the
+            # number of ranks. Only the labels of the first micro-batch are known; `optimizer_step` corrects for that.
             weight = num_labels * self.world_size / self.labels_of_step[0]
             self.scaler.scale(loss * weight).backward()
         if is_update:
@@ -171,7 +166,7 @@ class RunnerBase:
         return loss.detach()
 
     def optimizer_step(self) -> None:
-        """Make the gradients those of the mean over all labels of the step, and update the weights."""
+        """Rescale the gradients to the mean over all labels of the step, and update the weights."""
         self.scaler.unscale_(self.optimizer)
         if len(self.labels_of_step) > 1:
             share = self.labels_of_step[0] / sum(self.labels_of_step)
@@ -185,13 +180,12 @@ class RunnerBase:
 
     @torch.no_grad()
     def evaluate(self, split: str) -> float:
-        """The mean loss over all labels of a split, every sample once, whatever the number of ranks."""
+        """The mean loss over all labels of a split. Each sample counts once, for any number of ranks."""
+        run, rank = self.run, dist_utils.get_rank()
         self.module.eval()
         total = torch.zeros(2, dtype=torch.float64)
         for dataset in self._split(split).values():
-            for samples in eval_loader(
-                dataset, self.run.batch_size_eval, self.run.num_workers, dist_utils.get_rank(), self.world_size
-            ):
+            for samples in eval_loader(dataset, run.batch_size_eval, run.num_workers, rank, self.world_size):
                 with self._autocast():
                     output = self.task.valid_step(self.module, to_device(samples, self.device))
                 loss, num_labels = _loss_and_labels(output)
@@ -200,7 +194,10 @@ class RunnerBase:
         return loss / max(num_labels, 1)
 
     def save_checkpoint(self, epoch: int, is_best: bool = False) -> None:
-        """Write checkpoint_<epoch>.pth, and the same as checkpoint_best.pth if it is the best so far."""
+        """Write checkpoint_<epoch>.pth, and a copy as checkpoint_best.pth if it is the best so far.
+
+        Raises FloatingPointError for weights that are not finite.
+        """
         weights = {name: parameter.detach() for name, parameter in self._trainable().items()}
         broken = [name for name, weight in weights.items() if not weight.isfinite().all()]
         if broken:
@@ -208,7 +205,7 @@ class RunnerBase:
         states = rng_states()
         if not dist_utils.is_main_process():
             return
-        # bf16 needs no scaler, but the first release resumes an `amp` run only with the state of one.
+        # bf16 needs no scaler, but the first release resumes an `amp` run only if it finds the state of one.
         scaler = self.scaler if self.scaler.is_enabled() else torch.amp.GradScaler("cpu")
         content = {
             "model": weights,
@@ -227,11 +224,14 @@ class RunnerBase:
         self.last_checkpoint = self.output_dir / f"checkpoint_{epoch}.pth"
 
     def _resume(self, path: Path) -> None:
-        """Go on after the epoch that `path` was written at: weights, optimiser, scaler, random states, best metric."""
+        """Restore weights, optimiser, scaler, random states and best metric, to continue after the checkpoint's epoch.
+
+        Raises CheckpointError for a checkpoint without optimiser state, or with one that does not fit.
+        """
         content = self._load(path)
         try:
             for group in content["optimizer"]["param_groups"]:
-                group["fused"] = self.optimizer.defaults["fused"]  # as fits this device, not the one that saved
+                group["fused"] = self.optimizer.defaults["fused"]  # depends on this device, not on the one that saved
             self.optimizer.load_state_dict(content["optimizer"])
         except (KeyError, ValueError) as error:
             raise checkpoint.CheckpointError(
@@ -246,7 +246,7 @@ class RunnerBase:
         logging.info("Resuming after epoch %d from %s.", content["epoch"], path)
 
     def _load(self, path: Path) -> dict:
-        """Load the trained weights of a checkpoint; returns all that it holds."""
+        """Load the trained weights of a checkpoint. Returns the whole content of the file."""
         content = checkpoint.read_file(path)
         allowed = self.cfg.model_cfg.get("allow_llm_mismatch", False)
         fingerprint.check(content.get(fingerprint.KEY), self.fingerprint, str(path), allowed)
@@ -254,7 +254,7 @@ class RunnerBase:
         return content
 
     def _validate(self) -> bool:
-        """Evaluate the validation splits; True if the metric is the best so far."""
+        """Evaluate the validation splits. Returns True if the metric is the best so far."""
         if not self.run.valid_splits:
             return False
         losses = {split: self.evaluate(split) for split in self.run.valid_splits}
@@ -264,8 +264,18 @@ class RunnerBase:
         is_best, self.best_metric = metric > self.best_metric, max(metric, self.best_metric)
         return is_best
 
+    def _train_datasets(self) -> tuple[dict, dict[str, float]]:
+        """The datasets of all training splits and their sample ratios, by name."""
+        datasets, ratios = {}, {}
+        for split in self.run.train_splits:
+            for name, dataset in self._split(split).items():
+                key = name if len(self.run.train_splits) == 1 else f"{name}/{split}"
+                datasets[key] = dataset
+                ratios[key] = self.cfg.datasets_cfg[name].sample_ratio if name in self.cfg.datasets_cfg else 1.0
+        return datasets, ratios
+
     def _split(self, split: str) -> dict:
-        """{dataset name: dataset} of those that have the split. Raises ConfigError when none has."""
+        """{dataset name: dataset} of the datasets that have the split. Raises ConfigError if none has it."""
         found = {name: splits[split] for name, splits in self.datasets.items() if split in splits}
         if not found:
             known = {name: list(splits) for name, splits in self.datasets.items()}
@@ -273,19 +283,19 @@ class RunnerBase:
         return found
 
     def _distributed(self) -> DistributedDataParallel:
-        """The module with gradients exchanged between ranks, all of which start from rank 0's trainable weights.
+        """The module with gradients exchanged between ranks. All ranks start from rank 0's trainable weights.
 
-        Frozen weights are the same everywhere already; sending 7B of them around would only take time.
+        Frozen weights are the same on all ranks already, so 7B of them are not sent.
         """
         for parameter in self._trainable().values():
             torch.distributed.broadcast(parameter.data, src=0)
         with warnings.catch_warnings():
-            # torch 2.14 announces another name for broadcast_buffers, one that torch 2.11 does not have
+            # torch 2.14 deprecates the name broadcast_buffers; torch 2.11 does not have the new one
             warnings.simplefilter("ignore", FutureWarning)
             return DistributedDataParallel(self.module, init_sync=False, broadcast_buffers=False)
 
     def _batches_per_pass(self, datasets: dict) -> int:
-        """Batches that make one pass over the data. Raises ConfigError for a stream, which has no end."""
+        """The number of batches in one pass over the data. Raises ConfigError for a stream, which has no end."""
         streams = [name for name, dataset in datasets.items() if isinstance(dataset, IterableDataset)]
         if streams:
             raise ConfigError(
@@ -294,17 +304,36 @@ class RunnerBase:
             )
         return sum(map(len, datasets.values())) // (self.run.batch_size_train * self.world_size)
 
+    def _schedule(self) -> TrainingSchedule:
+        """The part of the run that is left."""
+        return TrainingSchedule(
+            self.run.batch_size_train,
+            self.world_size,
+            self.iters_per_epoch,
+            epochs=max(self.run.max_epoch - self.start_epoch, 0),
+            accum=self.run.accum_grad_iters,
+            on_gpu=self.device.type != "cpu",
+        )
+
     def _trainable(self) -> dict[str, torch.nn.Parameter]:
         return {name: p for name, p in self.module.named_parameters() if p.requires_grad}
 
     def _sum_over_ranks(self, number: float) -> torch.Tensor:
-        # torch.full is a kernel; a tensor made on the host would make the host wait for the GPU.
+        # torch.full runs on the GPU; copying a tensor from the host would make the host wait.
         own = torch.full((), float(number), device=self.device)
         return dist_utils.all_reduce_sum(own) if self.world_size > 1 else own
 
     def _autocast(self):
-        # Frozen matrices are in this type already; a cache of casts is all that CUDA graphs could not take.
+        # CUDA graphs cannot be captured with a cache of casts. Frozen matrices need no cast anyway.
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32, cache_enabled=False)
+
+    def _log_plan(self) -> None:
+        if self.start_epoch >= self.run.max_epoch:
+            done = pluralize(self.run.max_epoch, "epoch")
+            logging.info("Nothing left to train: the checkpoint has done %s. Raise run.max_epoch to go on.", done)
+            return
+        logging.info("Computing in %s on %s.", str(self.dtype).removeprefix("torch."), self.device)
+        self.eta.log_schedule()
 
     def _log_stats(self, split: str, stats: dict[str, float]) -> None:
         if split != "train":
@@ -318,7 +347,7 @@ class RunnerBase:
 
 
 def _loss_and_labels(output: dict | torch.Tensor) -> tuple[torch.Tensor, float]:
-    """A step's loss, and how many labels it is the mean of (1 if the task does not say)."""
+    """A step's loss, and the number of labels that it is the mean of (1 if the task returns none)."""
     if isinstance(output, torch.Tensor):
         return output, 1
     return output["loss"], output.get("num_labels", 1)

@@ -1,4 +1,4 @@
-"""How long a run is: batches, steps, samples at the start, its time as soon as that of a step is known."""
+"""The length of a run in steps, samples and, once the time of a step is measured, hours."""
 
 import logging
 import time
@@ -9,7 +9,7 @@ from minigpt4.common.text import pluralize
 
 @dataclass(frozen=True)
 class TrainingSchedule:
-    """Batches of `batch_size` on each of `world_size` ranks, `iters_per_epoch` in each of `epochs`."""
+    """`epochs` of `iters_per_epoch` micro-batches, each of `batch_size` samples on each of `world_size` ranks."""
 
     batch_size: int
     world_size: int
@@ -25,15 +25,16 @@ class TrainingSchedule:
 
     @property
     def steps(self) -> int:
-        """Updates; what is left at an epoch's end is one too."""
+        """Updates of the weights. An incomplete group of micro-batches at the end of an epoch is one, too."""
         return self.epochs * -(-self.iters_per_epoch // self.accum)
 
     @property
     def samples(self) -> int:
+        """Samples of all ranks."""
         return self.batches * self.batch_size * self.world_size
 
     def duration(self, batch_seconds: float) -> str:
-        """With so many seconds for each micro-batch: "40 s", "12 min", "3.5 hours"."""
+        """The time of all micro-batches, given the seconds of one: "40 s", "12 min", "3.5 hours"."""
         minutes = self.batches * batch_seconds / 60
         if minutes < 1.5:
             return f"{round(60 * minutes)} s"
@@ -41,37 +42,42 @@ class TrainingSchedule:
 
     def __str__(self) -> str:
         total = self.batch_size * self.world_size * self.accum
-        each, several = ("GPU", "GPUs") if self.on_gpu else ("process", "processes")
+        one, several = ("GPU", "GPUs") if self.on_gpu else ("process", "processes")
         accumulated = f", {self.accum} batches a step" if self.accum > 1 else ""
         return (
-            f"batch {self.batch_size} per {each}, {total} in total "
-            f"({pluralize(self.world_size, each, several)}{accumulated}); "
+            f"batch {self.batch_size} per {one}, {total} in total "
+            f"({pluralize(self.world_size, one, several)}{accumulated}); "
             f"{pluralize(self.epochs, 'epoch')} of {pluralize(self.iters_per_epoch, 'batch', 'batches')} = "
             f"{pluralize(self.steps, 'step')}, {pluralize(self.samples, 'sample')}"
         )
 
 
 class EtaLogger:
-    """Times the steps between the first two log lines, where the host has waited for the GPU."""
+    """Logs the expected duration of a run once, in its first epoch.
 
-    def __init__(self, length: TrainingSchedule, log_freq: int):
-        self._length = length
-        self._last = min(log_freq + 1, length.iters_per_epoch - 1)
+    It times the steps between the first two log lines. At a log line the host has waited for the GPU, so the clock
+    measures work that is done and not only launched.
+    """
+
+    def __init__(self, schedule: TrainingSchedule, log_freq: int):
+        self._schedule = schedule
+        self._last_step = min(log_freq + 1, schedule.iters_per_epoch - 1)
         self._start: float | None = None
-        self._told = False
+        self._done = False
 
-    def announce(self) -> None:
-        text = str(self._length)
+    def log_schedule(self) -> None:
+        """Log the length of the run."""
+        text = str(self._schedule)
         logging.info("%s.", text[0].upper() + text[1:])
 
     def step(self, number: int) -> None:
-        """To be called in each step of an epoch, pluralize from 0."""
-        if self._told:
+        """To be called in each step of an epoch; `number` counts from 0."""
+        if self._done:
             return
         if number == 1:
             self._start = time.perf_counter()
-        elif number == self._last and self._start is not None:
+        elif number == self._last_step and self._start is not None:
             seconds = (time.perf_counter() - self._start) / (number - 1)
-            duration = self._length.duration(seconds)
+            duration = self._schedule.duration(seconds)
             logging.info("At %.3f s a batch the run will take %s, without validation.", seconds, duration)
-            self._told = True
+            self._done = True

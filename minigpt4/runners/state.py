@@ -1,4 +1,4 @@
-"""Random states, and moving a batch: what the training loop keeps out of sight."""
+"""Random states, and moving a batch to the device: helpers of the training loop."""
 
 import logging
 import random
@@ -19,7 +19,7 @@ def seed_everything(seed: int) -> None:
 
 
 def rng_states() -> list[dict]:
-    """The random states of every rank, in types that can be read without running pickled code."""
+    """The random states of every rank, in types that torch reads with `weights_only=True`."""
     version, keys, position, *gauss = np.random.get_state()
     own = {
         "python": random.getstate(),
@@ -32,9 +32,9 @@ def rng_states() -> list[dict]:
 
 
 def restore_rng_states(states: list[dict] | None) -> None:
-    """Restore this rank's state. A checkpoint without states, or of another number of ranks, is only reported."""
+    """Restore this rank's state. If states are missing, or of another number of ranks, only a warning is logged."""
     if states is None or len(states) != dist_utils.get_world_size():
-        found = "no random states" if states is None else f"those of {pluralize(len(states), 'rank')}"
+        found = "no random states" if states is None else f"the random states of {pluralize(len(states), 'rank')}"
         logging.warning("The checkpoint holds %s: the run goes on with other random numbers.", found)
         return
     own = states[dist_utils.get_rank()]
@@ -50,9 +50,9 @@ def restore_rng_states(states: list[dict] | None) -> None:
 
 
 def to_device(samples: dict, device: torch.device) -> dict:
-    """The batch with what can move (tensors, tokens) on `device`, images that travelled as uint8 normalised there."""
-    later = device.type == "cuda"  # elsewhere nothing orders the copy before what reads it
-    samples = {
-        key: value.to(device, non_blocking=later) if hasattr(value, "to") else value for key, value in samples.items()
-    }
-    return normalise(samples)
+    """The batch with its tensors and tokens on `device`. uint8 images are normalised there."""
+    non_blocking = device.type == "cuda"  # elsewhere a kernel may read the data before the copy is done
+    moved = {}
+    for key, value in samples.items():
+        moved[key] = value.to(device, non_blocking=non_blocking) if hasattr(value, "to") else value
+    return normalise(moved)

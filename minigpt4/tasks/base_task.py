@@ -1,11 +1,13 @@
-"""A task says what is built from a config, and what happens with one batch."""
+"""A task builds datasets and model from a config, and computes the loss of a batch."""
 
 import logging
 
 import torch
 from omegaconf import OmegaConf
+from torch import nn
 
-from minigpt4.common import dist_utils
+from minigpt4.common import dist_utils, facts
+from minigpt4.common.config import Config
 from minigpt4.common.errors import ConfigError
 from minigpt4.common.registry import registry
 from minigpt4.models.base_model import BaseModel
@@ -13,51 +15,55 @@ from minigpt4.tasks.cached_features import check_cache
 
 
 class BaseTask:
-    """Builds datasets and model, and takes one training or validation step. Subclasses change what they need to."""
+    """Builds datasets and model, and takes one training or validation step. Subclasses override what they change.
+
+    `common.contracts.Task` describes when each method is called.
+    """
 
     config_class: type | None = None
     """Dataclass of the `run:` section, a subclass of RunConfig, for a task with keys of its own."""
 
     @classmethod
-    def setup_task(cls, cfg) -> "BaseTask":
+    def setup_task(cls, cfg: Config) -> "BaseTask":
         """The task of a `Config`."""
         return cls()
 
-    def build_datasets(self, cfg) -> dict[str, dict]:
+    def build_datasets(self, cfg: Config) -> dict[str, dict]:
         """{dataset name: {split: dataset}} for each section of `datasets:`.
 
-        Raises ConfigError when there is none, and for cached features that the model's own vision side would not make.
+        Raises ConfigError if there is none, and for cached features that the model's own vision side would not make.
         """
         if not cfg.datasets_cfg:
             raise ConfigError("The config has no dataset. Add a section such as datasets: {cc_sbu_align: {...}}.")
         datasets = {}
         for name, section in cfg.datasets_cfg.items():
             builder = registry.get_builder_class(name)(section)
-            builder.name = name  # for messages, whatever a plug-in calls itself
+            builder.name = name  # for messages, whatever name a plug-in gives itself
             if builder.from_features(section):
                 check_cache(cfg, name)
             datasets[name] = builder.build_datasets()
         return datasets
 
-    def build_model(self, cfg) -> BaseModel:
+    def build_model(self, cfg: Config) -> BaseModel:
         """The model of `model:` on the run's device, its frozen parts computing in the run's type."""
         device = dist_utils.select_device(cfg.run_cfg.device)
         dtype = dist_utils.select_dtype(device, cfg.run_cfg.amp, cfg.run_cfg.amp_dtype)
-        model_cfg = cfg.model_cfg
-        cached = [registry.get_builder_class(name).from_features(cfg.datasets_cfg[name]) for name in cfg.datasets_cfg]
-        if cached and all(cached) and "load_vision" in model_cfg:
+        model_cfg, sections = cfg.model_cfg, cfg.datasets_cfg
+        # The builder decides: one of a plug-in may give the key `features` another meaning.
+        cached = all(registry.get_builder_class(name).from_features(sections[name]) for name in sections)
+        if cached and "load_vision" in model_cfg and not facts.loads_vision(model_cfg, sections):
             logging.info("Every dataset is cached features: encoder and Q-Former are not loaded.")
             model_cfg = OmegaConf.merge(model_cfg, {"load_vision": False})
-        return registry.get_model_class(cfg.model_cfg.arch).build(model_cfg, device, dtype)
+        return registry.get_model_class(model_cfg.arch).build(model_cfg, device, dtype)
 
-    def train_step(self, model, samples: dict) -> dict | torch.Tensor:
-        """The loss of a batch, with gradient: a tensor, or {"loss": …} with "num_labels" beside it as its weight."""
+    def train_step(self, model: nn.Module, samples: dict) -> dict | torch.Tensor:
+        """The loss of a batch, with gradient: a tensor, or {"loss": …}, weighted by "num_labels" if that is there."""
         return model(samples)
 
-    def valid_step(self, model, samples: dict) -> dict | torch.Tensor:
+    def valid_step(self, model: nn.Module, samples: dict) -> dict | torch.Tensor:
         """The loss of a batch, without gradient, in the same form."""
         return model(samples)
 
     def agg_metrics(self, loss: float) -> float:
-        """What decides on the best checkpoint, higher is better; it may be negative."""
+        """The metric that decides on the best checkpoint; higher is better, and it may be negative."""
         return -loss

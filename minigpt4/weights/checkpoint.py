@@ -1,7 +1,7 @@
 """Reading and writing weights: the only place that calls torch.load and torch.save.
 
-A checkpoint holds the trainable tensors alone, under the names of the first release:
-``{"model", "optimizer", "config", "scaler", "epoch"}``, and beside them what an exact resume needs.
+A checkpoint holds only the trainable tensors, under the keys of the first release
+(``{"model", "optimizer", "config", "scaler", "epoch"}``), and the state that an exact resume needs.
 """
 
 import logging
@@ -16,21 +16,22 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from minigpt4.common.errors import ConfigError
+from minigpt4.common.facts import newest_checkpoint
 from minigpt4.common.text import pluralize
 from minigpt4.weights.locate import fetch, shards, why_unreadable
 
-# Buffers that first-release checkpoints hold and that carry no learnt value.
+# Buffers in checkpoints of the first release that hold no learnt value.
 TOLERATED = re.compile(r"(^|\.)(position_ids|rotary_emb\.inv_freq)$")
 
 
 class CheckpointError(ConfigError):
-    """A file that holds no weights, or weights that do not fit the model."""
+    """A file without weights, or with weights that do not fit the model."""
 
 
 def read_file(path: Path, prefixes: tuple[str, ...] = ("",)) -> dict:
-    """Everything in a .pth, .bin or .safetensors file. Tensors are mapped from the disk: they take memory when used.
+    """The content of a .pth, .bin or .safetensors file. Tensors are mapped from disk and take memory only when used.
 
-    prefixes: of a .safetensors file, only the tensors whose names begin with one of these.
+    prefixes: of a .safetensors file, only tensors whose names begin with one of these are read.
 
     Raises CheckpointError for any other content.
     """
@@ -42,7 +43,7 @@ def read_file(path: Path, prefixes: tuple[str, ...] = ("",)) -> dict:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError, OSError, ValueError) as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
-        if isinstance(error, pickle.UnpicklingError):  # torch's advice, to allow any code in it, is none
+        if isinstance(error, pickle.UnpicklingError):  # torch would advise to allow any code in the file
             reason = "it is no weights file, or holds more than tensors, such as code, and is not opened"
         reason = why_unreadable(path) or reason
         raise CheckpointError(f"{path} ({path.stat().st_size:,} bytes) cannot be read as weights: {reason}") from error
@@ -52,12 +53,12 @@ def read_file(path: Path, prefixes: tuple[str, ...] = ("",)) -> dict:
 
 
 def read_weights(path: Path, prefixes: tuple[str, ...] = ("",)) -> dict[str, torch.Tensor]:
-    """The tensors of a weights file, or of a folder in Hugging Face format, mapped from the disk.
+    """The tensors of a weights file, or of a folder in Hugging Face format, mapped from disk.
 
-    Of a file, those under "model" or "state_dict" where it has such a key. Of a folder, those whose names begin with
-    one of `prefixes`; shards that hold none of them need not be there.
+    If a file has a key "model" or "state_dict", the tensors under it are read. Of a folder, only tensors whose names
+    begin with one of `prefixes` are read; shards without any of them may be missing.
 
-    Raises CheckpointError for other content, a folder without weights, and shards that are not there.
+    Raises CheckpointError for other content, a folder without weights, and missing shards.
     """
     if path.is_dir():
         return _read_folder(path, prefixes)
@@ -93,19 +94,19 @@ def load_weights(
     required: set[str],
     device: str | torch.device | None = None,
 ) -> None:
-    """Load `weights` into `module`, and say what was loaded.
+    """Load `weights` into `module`, and log their number and source.
 
-    Tensors that have memory are overwritten in place. Those on the meta device get it on `device`, in their own type,
-    straight from `weights`.
+    Tensors that have memory are overwritten in place. Tensors on the meta device are replaced by `weights`, moved to
+    `device` and converted to the dtype of the module.
 
     Args:
         weights: tensors by name, as in `module.state_dict()`; dtypes may differ.
-        source: where they come from, for messages.
-        required: the names that must be among them.
-        device: where tensors on the meta device come to lie; needed when there are any.
+        source: path or URL of the weights, for messages.
+        required: names that must be among the weights.
+        device: target of tensors on the meta device; required if there are any.
 
     Raises:
-        CheckpointError: a required tensor is missing, one has another shape, or one is unknown to the module.
+        CheckpointError: a required tensor is missing, has another shape, or is unknown to the module.
     """
     weights = {name: value for name, value in weights.items() if not TOLERATED.search(name)}
     own = module.state_dict()
@@ -121,7 +122,7 @@ def load_weights(
         more = f"\n  … and {len(problems) - 10} more" if len(problems) > 10 else ""
         raise CheckpointError(f"{source} does not fit the model:\n  " + "\n  ".join(problems[:10]) + more)
     empty = {name for name in weights if own[name].is_meta}
-    # To the device first, then to the type: a GPU converts faster, and the host needs no room for it.
+    # Move first, convert second: a GPU converts faster, and the host needs no memory for it.
     filled = {name: weights[name].to(device).to(own[name].dtype) for name in empty}
     module.load_state_dict(filled, strict=False, assign=True)
     module.load_state_dict({name: value for name, value in weights.items() if name not in empty}, strict=False)
@@ -130,21 +131,21 @@ def load_weights(
 
 
 def resolve(path: str) -> Path:
-    """The checkpoint file that `path` means: itself, a URL's, or the newest checkpoint_N.pth of a run's folder.
+    """The checkpoint file of a path or URL; of a run's folder, the newest checkpoint_N.pth.
 
-    Raises FileNotFoundError when there is none.
+    Raises FileNotFoundError if there is none.
     """
     resolved = fetch(path)
     if resolved.is_file():
         return resolved
-    numbered = {int(m[1]): p for p in resolved.iterdir() if (m := re.fullmatch(r"checkpoint_(\d+)\.pth", p.name))}
-    if not numbered:
+    newest = newest_checkpoint(resolved)
+    if newest is None:
         raise FileNotFoundError(f"{path} is a folder without a checkpoint_N.pth. Give a file, or a run's own folder.")
-    return numbered[max(numbered)]
+    return newest
 
 
 def save(content: dict, path: Path) -> None:
-    """Write a checkpoint atomically: a run that is killed meanwhile leaves the file before or the whole new one."""
+    """Write a checkpoint atomically: if the run is killed meanwhile, the old file or the whole new one remains."""
     part = path.with_name(f".{path.name}.part")
     try:
         with open(part, "wb") as file:

@@ -1,4 +1,4 @@
-"""Fetch a URL into a file: once per machine, resumed after a break, and checked."""
+"""Download a URL to a file: once per machine, resumed after an interruption, and checked."""
 
 import hashlib
 import logging
@@ -14,7 +14,7 @@ from pathlib import Path
 from minigpt4.common.errors import ConfigError
 
 CHUNK = 1 << 20
-# Attempts in a row that may fail without a single new byte, and the seconds before each.
+# Seconds before each further attempt. An attempt that received a new byte starts the series again.
 PAUSES = (1, 2, 5, 10, 20)
 TIMEOUT = 60
 
@@ -23,26 +23,27 @@ class _Broken(Exception):
     """A connection that ended early; trying again may help."""
 
 
-# What trying again may mend; errors of the disk are not among them.
+# Errors after which another attempt may succeed; errors of the disk are not among them.
 CONNECTION_ERRORS = (_Broken, HTTPException, urllib.error.URLError, ConnectionError, TimeoutError, ssl.SSLError)
 
 
 class DownloadError(ConfigError):
-    """A file that could not be fetched, or that is not what it should be."""
+    """A file that could not be fetched, or has another size or hash than expected."""
 
 
 def download(url: str, path: Path, kibibytes: int | None = None, sha256: str | None = None) -> None:
-    """Fetch `url` to `path`, which appears complete or not at all. Processes that ask for the same path wait for one.
+    """Fetch `url` to `path`, which appears complete or not at all. One process fetches; others for the path wait.
 
-    What a broken download left, `.part` beside the file, is gone on with, also by a later run, where the server takes
-    Range requests and its file is still the same.
+    An interrupted download leaves a file `.part`. This or a later run continues it if the server supports Range
+    requests and still has the same file.
 
     Args:
-        kibibytes: the size that the file is known to have, in KiB, to within 4.
+        kibibytes: the known size of the file in KiB, to within 4.
         sha256: the file's hash, in hex.
 
     Raises:
-        DownloadError: the server does not have it or keeps breaking off; size or hash are wrong; the disk is full.
+        DownloadError: the server does not have the file, or keeps breaking off; size or hash is wrong; the disk is
+            full.
     """
     from filelock import FileLock, Timeout
 
@@ -63,7 +64,7 @@ def download(url: str, path: Path, kibibytes: int | None = None, sha256: str | N
 
 
 def _fetch(url: str, path: Path) -> Path:
-    """The complete file, still under the name of a part."""
+    """Fetch the whole file. Returns its path, which still ends in `.part`."""
     failures = 0
     while True:
         part, before = None, -1
@@ -101,13 +102,13 @@ def _open(url: str, first_byte: int = 0):
 
 
 def _part(path: Path, headers) -> Path:
-    """Where the bytes of this version of the file gather; another version on the server has another part."""
+    """The partial file of this version of the file; another version on the server gets another one."""
     version = "".join(str(headers.get(name)) for name in ("ETag", "Last-Modified", "Content-Length"))
     return path.with_name(f"{path.name}.{hashlib.sha256(version.encode()).hexdigest()[:8]}.part")
 
 
 def _receive(url: str, response, part: Path) -> None:
-    """Append to `part` what it lacks of the file that `response` begins to send. Raises _Broken if that ends early."""
+    """Append the missing bytes to `part`, from `response` or a ranged request. Raises _Broken if they end early."""
     total = int(response.headers["Content-Length"]) if response.headers["Content-Length"] else None
     have = _size(part)
     if have and have == total:
@@ -144,7 +145,7 @@ def _append(response, part: Path, have: int, total: int | None) -> None:
 
 
 def _check(part: Path, url: str, kibibytes: int | None, sha256: str | None) -> None:
-    """Raise DownloadError, and remove the part, when it has not the known size or hash."""
+    """Raise DownloadError and remove the part if its size or hash is not the known one."""
     problem = size_problem(_size(part), kibibytes)
     if sha256 and not problem:
         with open(part, "rb") as file:
@@ -157,7 +158,7 @@ def _check(part: Path, url: str, kibibytes: int | None, sha256: str | None) -> N
 
 
 def size_problem(size: int, kibibytes: int | None) -> str | None:
-    """What is wrong with a file of `size` bytes that should have `kibibytes`; None: nothing, or that is not known."""
+    """How `size` in bytes differs from the known size in KiB, in words; None: it does not, or no size is known."""
     if kibibytes is None or abs(size - kibibytes * 1024) <= 4096:
         return None
     kind = "truncated" if size < kibibytes * 1024 else "too long"

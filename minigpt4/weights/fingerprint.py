@@ -1,8 +1,8 @@
-"""Which language model a projection was trained with: a checkpoint says so, and another model is refused.
+"""A checkpoint records the language model that its projection was trained with; another model is refused.
 
-A projection that meets another language model gives fluent nonsense, and nothing else would notice. Recorded are width,
-layers, vocabulary and eight rows of the token embeddings, which stay in 16 bit whatever `load_in` says. Published
-checkpoints have no fingerprint: theirs is the shape of the projection, checked where they are loaded.
+With another language model the answers are fluent nonsense, and nothing else would reveal it. The fingerprint consists
+of width, layers, vocabulary and eight rows of the token embeddings, which are in 16 bit for every `load_in`. Published
+checkpoints have no fingerprint; for them only the shape of the projection is checked, when they are loaded.
 
 D width of the language model.
 """
@@ -14,9 +14,10 @@ import numpy as np
 from minigpt4.common.errors import ConfigError
 
 KEY = "llm_fingerprint"
-"""Where it stands in a checkpoint, beside "model"."""
+"""Its key in a checkpoint."""
 
-# Rounding to another 16-bit type turns a row by far less; fine-tuning turns those of frequent tokens by more.
+# Least cosine of two equal rows. Rounding to another 16-bit type changes a row far less, and fine-tuning changes the
+# rows of frequent tokens more.
 SAME = 0.999
 SIZES = {"width": "wide", "layers": "layers", "vocabulary": "tokens"}
 TEXTS = ("prompt_template", "end_sym")
@@ -27,8 +28,10 @@ class MismatchError(ConfigError):
 
 
 def row_ids(vocabulary: int) -> list[int]:
-    """The eight rows that are compared: V/2, V/4, …, V/256. Subword vocabularies are sorted by frequency, more or less,
-    so that most of these are tokens that any training would move."""
+    """The eight rows that are compared: V/2, V/4, …, V/256.
+
+    Subword vocabularies are roughly sorted by frequency, so any training changes most of these rows.
+    """
     return [vocabulary >> shift for shift in range(1, 9)]
 
 
@@ -36,9 +39,9 @@ def take(llm, name: str, prompt_template: str, end_sym: str) -> dict:
     """The fingerprint of a loaded language model, in types that a checkpoint may hold.
 
     Args:
-        llm: transformers' model.
+        llm: the model of transformers.
         name: its path or id, for messages.
-        prompt_template, end_sym: what the projection is trained with; other ones are only reported.
+        prompt_template, end_sym: those of the training; a difference is only logged.
 
     Returns:
         `{"name", "width", "layers", "vocabulary", "embedding_rows" [8,D] float16, "prompt_template", "end_sym"}`.
@@ -57,13 +60,13 @@ def take(llm, name: str, prompt_template: str, end_sym: str) -> dict:
 
 
 def check(recorded: dict | None, own: dict | None, source: str, allow_mismatch: bool = False) -> None:
-    """Compare the fingerprint in the checkpoint `source` with that of the language model at hand.
+    """Compare the fingerprint in the checkpoint `source` with the fingerprint of the loaded language model.
 
-    Either may be None, which passes; so may its `embedding_rows`, a tensor or array. Another template or end_sym is
-    logged: stage 2 starts from stage 1.
+    If either is None, the check passes. If `embedding_rows` of either is None, only the sizes are compared. Another
+    template or end_sym is logged: stage 2 starts from stage 1.
 
     Raises:
-        MismatchError: another language model, unless `allow_mismatch`, which makes it a warning.
+        MismatchError: another language model; with `allow_mismatch` it is a warning.
     """
     if not recorded or not own:
         return
@@ -94,7 +97,7 @@ def describe(fingerprint: dict) -> str:
 
 
 def difference_of(recorded: dict, own: dict) -> str | None:
-    """What tells two language models apart, in words; None if nothing does."""
+    """The first difference of two language models, in words; None: they are the same."""
     for key in SIZES:
         if recorded[key] != own[key]:
             return f"{key} {own[key]} instead of {recorded[key]}"
@@ -107,7 +110,7 @@ def difference_of(recorded: dict, own: dict) -> str | None:
 
 
 def cosines(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """The cosine of each pair of rows [N,D]; two rows of zeros are alike, one that is not finite is like none."""
+    """The cosine of each pair of rows [N,D]: 1 for two rows of zeros, 0 for a row that is not finite."""
     first, second = first.astype(np.float64), second.astype(np.float64)
     lengths = np.linalg.norm(first, axis=1) * np.linalg.norm(second, axis=1)
     with np.errstate(invalid="ignore", divide="ignore"):

@@ -1,6 +1,6 @@
-"""BLIP-2's tensors under the names of Hugging Face folders, and under ours, which are the published file's.
+"""Renames BLIP-2's tensors in Hugging Face folders to our names, which are those of the published file.
 
-Both ways, without loss: what transformers' `Blip2VisionModel` and `Blip2QFormerModel` hold of the query path.
+Covered is the query path of transformers' `Blip2VisionModel` and `Blip2QFormerModel`.
 """
 
 import re
@@ -12,7 +12,7 @@ from minigpt4.weights.checkpoint import CheckpointError
 VISION, QFORMER = "vision_model.", "qformer."
 LN_VISION = "vision_model.post_layernorm."
 
-# (theirs, ours): beginnings of names; `#` is the number of a layer. The first that fits is used.
+# (theirs, ours): prefixes of names; `#` is the number of a layer. The first match is used.
 VISION_NAMES = (
     ("vision_model.embeddings.class_embedding", "cls_token"),
     ("vision_model.embeddings.position_embedding", "pos_embed"),
@@ -36,9 +36,9 @@ State = dict[str, torch.Tensor]
 
 
 def vision_from_hf(state: State) -> State:
-    """The encoder of a folder under our names; what else the folder holds is left out.
+    """The encoder of a folder under our names. Other tensors are dropped.
 
-    Raises CheckpointError where the attention has a bias on the keys, which BLIP-2's encoder has not.
+    Raises CheckpointError if the attention has a bias for the keys: BLIP-2's encoder has none.
     """
     ours = _renamed(state, VISION_NAMES)
     for name in [name for name in ours if name.endswith("attn.qkv.bias")]:
@@ -50,23 +50,9 @@ def vision_from_hf(state: State) -> State:
     return ours
 
 
-def vision_to_hf(state: State) -> State:
-    """The inverse of `vision_from_hf`."""
-    state = dict(state)
-    for name in [name for name in state if name.endswith("attn.q_bias")]:
-        q, v = state.pop(name), state.pop(name.replace("q_bias", "v_bias"))
-        state[name.replace("q_bias", "qkv.bias")] = torch.cat([q, torch.zeros_like(q), v])
-    return _renamed(state, [(ours, theirs) for theirs, ours in VISION_NAMES])
-
-
 def qformer_from_hf(state: State) -> State:
-    """The query path of a folder's Q-Former, its queries and ln_vision under our names; the rest is left out."""
+    """The query path of a folder's Q-Former, its queries and ln_vision under our names. Other tensors are dropped."""
     return _renamed(state, QFORMER_NAMES)
-
-
-def qformer_to_hf(state: State) -> State:
-    """The inverse of `qformer_from_hf`, for a BLIP-2."""
-    return _renamed(state, [(ours, theirs) for theirs, ours in QFORMER_NAMES])
 
 
 def _renamed(state: State, names) -> State:

@@ -1,6 +1,6 @@
-"""Where weights come from: a local path, a URL that is fetched once and cached under TORCH_HOME, or a hub id.
+"""Sources of weights: a local path, or a URL that is fetched once and cached under TORCH_HOME.
 
-Nothing heavy is imported here, so that a config can be checked before torch is.
+torch is not imported here, so that a config can be checked first.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from minigpt4.common.errors import ConfigError
 from minigpt4.common.facts import PUBLISHED_KIB, is_url, offline
 from minigpt4.weights.download import DownloadError, download, size_problem
 
-# Shards of a folder in Hugging Face format: (index, the only file where there is no index); safetensors are preferred.
+# Weights of a folder in Hugging Face format: (index, the single file without index). safetensors are preferred.
 HF_WEIGHTS = (
     ("model.safetensors.index.json", "model.safetensors"),
     ("pytorch_model.bin.index.json", "pytorch_model.bin"),
@@ -21,20 +21,20 @@ HF_WEIGHTS = (
 
 
 def cached_file(url: str) -> Path:
-    """Where a URL's file lies, or will lie, in torch's cache of checkpoints."""
+    """The path of a URL's file in torch's cache of checkpoints, whether or not it was fetched."""
     cache = os.environ.get("XDG_CACHE_HOME", "~/.cache")
     home = Path(os.environ.get("TORCH_HOME", os.path.join(cache, "torch"))).expanduser()
     return home / "hub" / "checkpoints" / os.path.basename(urlparse(url).path)
 
 
 def fetch(path_or_url: str) -> Path:
-    """The local file or folder of a path or URL; a URL's file is fetched into the cache unless it lies there.
+    """The local file or folder of a path or URL. A URL's file is fetched into the cache unless it is there.
 
-    A URL may end in `#sha256=…`, which is then checked.
+    If the URL ends in `#sha256=…`, the hash is checked.
 
     Raises:
         FileNotFoundError: a path does not exist.
-        DownloadError: a URL cannot be fetched, gives a wrong file, or must not be fetched because of `offline()`.
+        DownloadError: a URL cannot be fetched, gives a wrong file, or may not be fetched because of `offline()`.
     """
     if not is_url(path_or_url):
         path = Path(path_or_url).expanduser()
@@ -56,9 +56,10 @@ def fetch(path_or_url: str) -> Path:
 
 
 def shards(folder: Path) -> dict[str, list[str]]:
-    """The weight files of a folder in Hugging Face format: {file name: names of its tensors}, all in the index.
+    """The weight files of a folder in Hugging Face format by its index: {file name: names of its tensors}.
 
-    Where there is no index, {"model.safetensors": []}; empty: the folder has no weights. Files may be missing.
+    Without an index, the single file has an empty list. Without weights, the result is empty. Files of an index may be
+    missing.
 
     Raises ConfigError for an index that cannot be read.
     """
@@ -78,12 +79,12 @@ def shards(folder: Path) -> dict[str, list[str]]:
 
 
 def missing_shards(folder: Path) -> list[str]:
-    """Names of the weight files that a folder's index lists and that are not there."""
+    """Names of the weight files that a folder's index lists and the folder lacks."""
     return sorted(name for name in shards(folder) if not (folder / name).is_file())
 
 
 def why_unreadable(path: Path) -> str | None:
-    """The likely reason why a weights file cannot be read, where its first bytes or its size tell."""
+    """The likely reason why a weights file cannot be read, judged by its first bytes and its size; None: unknown."""
     with open(path, "rb") as file:
         head = file.read(64)
     if not head:
@@ -98,10 +99,9 @@ def why_unreadable(path: Path) -> str | None:
 
 
 def identity(path_or_url: str) -> dict[str, str | int]:
-    """What tells weights from others: their name and, where they lie here, their size and a digest.
+    """Identifies weights by file name and, if the file is on this machine, size and digest. Nothing is downloaded.
 
-    The digest is of the whole file, of 64 pieces of 1 MB spread over one that is larger; of a folder, of all its
-    weight files. Nothing is downloaded.
+    The digest covers the whole file, or 64 blocks of 1 MB spread over a larger one; of a folder, all its weight files.
     """
     path = cached_file(path_or_url) if is_url(path_or_url) else Path(path_or_url).expanduser()
     files = [path] if path.is_file() else sorted(path / name for name in shards(path)) if path.is_dir() else []
@@ -109,15 +109,15 @@ def identity(path_or_url: str) -> dict[str, str | int]:
         return {"file": path.name}
     digest = hashlib.sha256()
     for file in files:
-        _add_pieces(digest, file)
+        _add_blocks(digest, file)
     size = sum(file.stat().st_size for file in files)
     return {"file": path.name, "bytes": size, "sha256": digest.hexdigest()}
 
 
-def _add_pieces(digest, path: Path, piece: int = 1 << 20) -> None:
+def _add_blocks(digest, path: Path, block: int = 1 << 20) -> None:
     size = path.stat().st_size
-    starts = range(0, size, piece) if size <= 64 * piece else (i * (size - piece) // 63 for i in range(64))
+    starts = range(0, size, block) if size <= 64 * block else (i * (size - block) // 63 for i in range(64))
     with open(path, "rb") as file:
         for start in starts:
             file.seek(start)
-            digest.update(file.read(piece))
+            digest.update(file.read(block))

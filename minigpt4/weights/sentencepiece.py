@@ -1,6 +1,6 @@
-"""SentencePiece's model file, written without protobuf: a list of pieces, and how text is made ready for them.
+"""Writes SentencePiece's model file without protobuf: a list of pieces, and the settings of trainer and normalizer.
 
-The numbers of the fields are those of sentencepiece_model.proto.
+Field numbers are from sentencepiece_model.proto.
 """
 
 import struct
@@ -11,15 +11,15 @@ BPE = 2
 
 
 def piece(text: str, score: float = 0.0, kind: int = NORMAL) -> bytes:
-    """A piece of a model. What is appended to a model file joins its list of pieces."""
+    """A piece, encoded. Appended to a model file, it is added to the list of pieces."""
     content = _bytes(1, text.encode()) + b"\x15" + struct.pack("<f", score) + _number(3, kind)
     return _bytes(1, content)
 
 
 def bpe_model(pieces: Iterable[tuple[str, float, int]], add_dummy_prefix: bool = True) -> bytes:
-    """A model as LLaMA's, from (text, score, kind) of each piece in the order of the ids.
+    """A model like LLaMA's, from (text, score, kind) of each piece in the order of the ids.
 
-    Where it has pieces for all bytes, they spell what it has no piece for.
+    If there are pieces for all 256 bytes, they spell text that has no piece of its own.
     """
     pieces = list(pieces)
     trainer = _number(3, BPE) + _number(35, sum(kind == BYTE for _, _, kind in pieces) == 256)

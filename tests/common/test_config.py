@@ -6,9 +6,11 @@ import pytest
 from helpers import ROOT
 
 from minigpt4.common.config import CONFIGS, Config, ConfigError, load_yaml, parse_options
+from minigpt4.common.schema import MiniGPT4Config
 
 STAGE1 = ROOT / "train_configs/minigpt4_stage1_pretrain.yaml"
 STAGE2 = ROOT / "train_configs/minigpt4_stage2_finetune.yaml"
+AT_LEAST_ONE = ("batch_size_train", "log_freq", "accum_grad_iters", "max_epoch")
 SHIPPED = sorted([*ROOT.glob("train_configs/*.yaml"), *ROOT.glob("eval_configs/*.yaml")])
 
 
@@ -127,7 +129,9 @@ def test_option_values(option, expected):
         ("datasets.cc_sbu=3", r"datasets\.cc_sbu in --options must be a mapping, not 3"),
         ("run.output_dir=${nope}", r"run .*Interpolation key 'nope' not found"),
         ("model.vit_precision=fp61", r"is not one of fp16, fp32\. Did you mean 'fp16'\?"),
-        ("run.log_freq=0", r"run\.log_freq = 0 .* must be at least 1"),
+        *((f"run.{key}=0", rf"run\.{key} = 0 .* must be at least 1") for key in AT_LEAST_ONE),
+        ("run.amp_dtype=fp8", r"run\.amp_dtype = 'fp8' .* is not one of auto, bf16, fp16"),
+        ("model.load_in=3bit", r"model\.load_in = '3bit' .* is not one of"),
         ("run.seed=null", r"run\.seed = None \(set in --options\) is not of type int"),
         ("model.max_txt_len=null", r"model\.max_txt_len = None \(set in --options\) is not of type int"),
         ("model.qformer={hiden_size: 3}", r"Unknown key model\.qformer\.hiden_size.*Did you mean 'hidden_size'\?"),
@@ -196,6 +200,10 @@ def test_preprocess_serves_datasets_without_processors(tmp_path):
     cfg = load(write(tmp_path, "model: {arch: mini_gpt4}\ndatasets: {cc_sbu: {}}\n"))
     assert cfg.datasets_cfg.cc_sbu.vis_processor.train.name == "blip2_image_train"
     assert load(STAGE1).datasets_cfg.laion.vis_processor.eval.name == "blip2_image_eval"
+
+
+def test_keys_of_a_plugin_are_left_out_of_our_settings():
+    assert MiniGPT4Config.from_section({"image_size": 28, "depth_of_adapter": 3}) == MiniGPT4Config(image_size=28)
 
 
 def test_shipped_defaults_agree_with_the_classes():

@@ -73,7 +73,7 @@ def test_builders_read_caches_in_the_place_of_pictures(tmp_path, name):
     assert all(text.startswith(expected) for text in batch["text_input"])
 
 
-def test_a_cache_is_gone_on_with_only_if_it_is_the_same(tmp_path):
+def test_a_cache_is_continued_only_if_it_is_the_same(tmp_path):
     feature_cache.open_cache(tmp_path / "c", MANIFEST)
     feature_cache.open_cache(tmp_path / "c", MANIFEST)
     with pytest.raises(ConfigError, match=r"made_by.model.image_size: 28 in the cache, 56 here"):
@@ -126,7 +126,7 @@ def npy(array: np.ndarray) -> bytes:
     ids=["empty", "text", "cut", "shape", "float32"],
 )
 def test_broken_features(tmp_path, content, caplog):
-    """A stream leaves them out and counts them; a set says which shard to make again."""
+    """A stream leaves them out and counts them; a set names the shard to make again."""
     folder = write_cache(tmp_path / "cache")
     import webdataset as wds
 
@@ -147,8 +147,8 @@ def test_a_shard_that_is_no_tar(tmp_path):
         FeatureSet(str(folder))
 
 
-def test_weights_files_are_told_apart_by_content(tmp_path):
-    content = bytes(range(256)) * 300_000  # 77 MB: only pieces of it are read
+def test_weights_files_are_identified_by_content(tmp_path):
+    content = bytes(range(256)) * 300_000  # 77 MB: only blocks of it are read
     for name, flip in (("a.pth", None), ("b.pth", None), ("c.pth", 0), ("d.pth", len(content) - 1)):
         changed = bytearray(content)
         if flip is not None:
@@ -161,9 +161,9 @@ def test_weights_files_are_told_apart_by_content(tmp_path):
         feature_cache.check_same({"w": a}, {"w": c}, "x")
 
 
-def test_weights_that_are_not_here_are_told_apart_by_name(tmp_path, monkeypatch):
+def test_weights_that_are_not_here_are_identified_by_name(tmp_path, monkeypatch):
     """Training from a cache needs no encoder: its published weights are not downloaded to compare them."""
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "empty"))
     away = locate.identity("https://host/BLIP2/eva_vit_g.pth?x=1")
     assert away == {"file": "eva_vit_g.pth"}
     (tmp_path / "eva_vit_g.pth").write_bytes(b"weights")

@@ -166,7 +166,7 @@ def test_bad_storage(shards, storage, message):
     assert "datasets.laion.build_info.storage=" in str(error.value)
 
 
-# --- bad samples: left out, pluralize, never the end of a run
+# --- bad samples: left out, counted, never the end of a run
 
 
 def bad_members(kind: str, first: int, count: int) -> list[tuple[str, bytes]]:

@@ -1,4 +1,4 @@
-"""Dealing texts to batches: all are dealt, each once, and their sums are about equal."""
+"""Length balancing: each text is in one batch, and the batches have about the same total length."""
 
 import itertools
 import random
@@ -9,24 +9,24 @@ from torch.utils.data import Dataset, IterableDataset
 
 from minigpt4.benchmarks.synthetic import random_batches
 from minigpt4.datasets.datasets.cc_sbu_dataset import CCSBUAlignDataset
-from minigpt4.datasets.length_balancing import balanced_batches, deal, text_length
+from minigpt4.datasets.length_balancing import balanced_batches, balanced_bins, text_length
 from minigpt4.datasets.loaders import TrainLoader
 
 
-@pytest.mark.parametrize("hands", [1, 2, 4, 8])
-def test_hands_have_the_same_size_and_nearly_the_same_sum(hands):
-    rng = random.Random(hands)
-    lengths = [rng.randint(80, 160) for _ in range(12 * hands)]
-    dealt = deal(lengths, hands)
-    assert sorted(sum(dealt, [])) == list(range(12 * hands))
-    assert {len(hand) for hand in dealt} == {12}
-    sums = [sum(lengths[i] for i in hand) for hand in dealt]
-    assert max(sums) - min(sums) <= 8  # of about 1,440, which vary by 300 where nobody deals
-    assert all(hand == sorted(hand) for hand in dealt)
+@pytest.mark.parametrize("num_bins", [1, 2, 4, 8])
+def test_bins_have_the_same_size_and_nearly_the_same_sum(num_bins):
+    rng = random.Random(num_bins)
+    lengths = [rng.randint(80, 160) for _ in range(12 * num_bins)]
+    bins = balanced_bins(lengths, num_bins)
+    assert sorted(sum(bins, [])) == list(range(12 * num_bins))
+    assert {len(indices) for indices in bins} == {12}
+    sums = [sum(lengths[i] for i in indices) for indices in bins]
+    assert max(sums) - min(sums) <= 8  # of about 1,440; without balancing they vary by 300
+    assert all(indices == sorted(indices) for indices in bins)
 
 
-def test_one_hand_keeps_the_order():
-    assert deal([3, 1, 2], 1) == [[0, 1, 2]]
+def test_one_bin_keeps_the_order():
+    assert balanced_bins([3, 1, 2], 1) == [[0, 1, 2]]
 
 
 def texts(count: int, seed: int = 1) -> list[dict]:
@@ -34,7 +34,7 @@ def texts(count: int, seed: int = 1) -> list[dict]:
     return [{"number": n, "text_input": "w" * rng.randint(8, 24)} for n in range(count)]
 
 
-def test_batches_of_a_stream_are_even():
+def test_batches_of_a_stream_are_balanced():
     """Pools of 128 samples, one after the other: 8 batches of 16 each."""
     samples = texts(256)
     batches = list(itertools.islice(balanced_batches(itertools.cycle(samples), 16), 16))
@@ -52,7 +52,7 @@ def test_without_a_pool_batches_come_in_order(batch_size, pool):
     assert batches == [list(range(batch_size)), list(range(batch_size, 2 * batch_size))]
 
 
-def test_samples_without_a_text_are_dealt_too():
+def test_samples_without_a_text_are_distributed_too():
     assert text_length({"text_input": 3}) == text_length("a text") == text_length({}) == 0
     batches = list(itertools.islice(balanced_batches(itertools.count(), 64), 2))
     assert sorted(sum(batches, [])) == list(range(128))
@@ -85,14 +85,14 @@ class Stream(IterableDataset):
 
 
 def spread(ranks: list[list[dict]]) -> int:
-    """How many characters the rank with most has more than that with fewest, in the worst of all steps."""
+    """The largest difference in characters between two ranks of a step."""
     of_steps = [[sum(map(len, batch["text_input"])) for batch in step] for step in zip(*ranks, strict=True)]
     return max(max(sums) - min(sums) for sums in of_steps)
 
 
 @pytest.mark.parametrize(("dataset", "most"), [(Stories, 2), (Stream, 25)])
 def test_ranks_step_on_texts_of_about_the_same_length(dataset, most):
-    """A stream's ranks know nothing of each other, and pools of 128 texts differ by chance: by 60 or so of 2,050."""
+    """Ranks of a stream are balanced each by itself; pools of 128 texts differ by chance, by about 60 of 2,050."""
     ranks = [list(TrainLoader({"n": dataset()}, None, 16, 0, 7, rank, 4).epoch(0, 8)) for rank in range(4)]
     assert spread(ranks) <= most
     apart = [list(TrainLoader({"n": dataset()}, None, 16, 0, 7).epoch(rank, 8)) for rank in range(4)]
@@ -100,7 +100,7 @@ def test_ranks_step_on_texts_of_about_the_same_length(dataset, most):
 
 
 def test_the_next_pool_is_drawn_as_batches_leave():
-    """All at once, a worker would keep its rank, and that the others, waiting."""
+    """If a worker drew it at once, its rank would wait, and the other ranks with it."""
     drawn, samples = [], texts(400)
     batches = balanced_batches((drawn.append(1) or sample for sample in itertools.cycle(samples)), 16)
     counts = []
@@ -111,21 +111,21 @@ def test_the_next_pool_is_drawn_as_batches_leave():
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_the_benchs_ranks_do_likewise(stage):
+def test_ranks_of_the_benchmark_are_balanced(stage):
     ranks = [list(random_batches(stage, 12, 10, rank, ranks=4)) for rank in range(4)]
     assert spread(ranks) <= (40 if stage == 1 else 16)  # two characters a token
     alone = [list(random_batches(stage, 12, 10, rank)) for rank in range(4)]
     assert spread(alone) > 60
 
 
-def test_datasets_say_how_long_their_texts_are(tmp_path):
+def test_a_dataset_gives_the_lengths_of_its_texts(tmp_path):
     dataset = CCSBUAlignDataset(str(write_align(tmp_path, records=3)), None)
     lengths = [dataset.text_length(i) for i in range(3)]
     assert lengths == [len(caption) for caption in dataset.captions] and min(lengths) > 0
 
 
 def test_ranks_share_the_samples_of_a_step():
-    """Which one takes which depends on their number; what the step has does not."""
+    """The number of ranks decides which rank takes a sample, not which samples are in the step."""
     alone = list(TrainLoader({"n": Stories()}, None, 32, 0, 7).epoch(1, 5))
     ranks = [list(TrainLoader({"n": Stories()}, None, 16, 0, 7, rank, 2).epoch(1, 5)) for rank in range(2)]
     for whole, *parts in zip(alone, *ranks, strict=True):

@@ -333,22 +333,22 @@ def test_seeded_is_the_same_each_time_and_puts_everything_back():
     assert draws() != first
 
 
-class Handing(Dataset):
-    """Its item is where a worker hands out batches; a worker starts to do so with the first."""
+class WorkerAddress(Dataset):
+    """Its item is the address at which the worker offers its batches."""
 
     def __getitem__(self, number):
         resource_sharer.DupFd(0)
         return resource_sharer._resource_sharer._address
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="knows how workers hand out batches on Linux")
+@pytest.mark.skipif(sys.platform != "linux", reason="depends on how workers send batches on Linux")
 @pytest.mark.parametrize("quiet", [True, False])
-def test_a_worker_says_nothing_of_its_main_processs_end(monkeypatch, capfd, quiet):
-    """Who asked for a batch hangs up, as a process does that is stopped. Left to itself, the worker would tell."""
+def test_a_worker_prints_no_traceback_when_its_main_process_ends(monkeypatch, capfd, quiet):
+    """The receiver of a batch hangs up, like a stopped process. By default, the worker prints a traceback."""
     if not quiet:
-        monkeypatch.setattr(loaders, "_end_quietly", None)
-    (address,) = set(batches := iter(loaders._data_loader(Handing(), [0], 1)))
-    for _ in range(2):  # the second is answered when the first has been seen to
+        monkeypatch.setattr(loaders, "_silence_hangups", None)
+    (address,) = set(batches := iter(loaders._data_loader(WorkerAddress(), [0], 1)))
+    for _ in range(2):  # the second is answered after the first was handled
         with socket.socket(socket.AF_UNIX) as caller:
             caller.connect(address)
             time.sleep(0.2)
@@ -356,11 +356,11 @@ def test_a_worker_says_nothing_of_its_main_processs_end(monkeypatch, capfd, quie
     assert ("Traceback" in capfd.readouterr().err) is not quiet
 
 
-def test_a_worker_tells_what_else_goes_wrong_in_it(monkeypatch):
-    told = []
-    monkeypatch.setattr(sys, "excepthook", lambda kind, error, trace: told.append(error))
-    loaders._end_quietly(0)
+def test_a_worker_reports_other_errors(monkeypatch):
+    reported = []
+    monkeypatch.setattr(sys, "excepthook", lambda kind, error, trace: reported.append(error))
+    loaders._silence_hangups(0)
     errors = [OSError("got end of file during message"), OSError(24, "Too many open files"), ValueError()]
     for error in errors:
         sys.excepthook(type(error), error, None)
-    assert told == errors[1:]
+    assert reported == errors[1:]

@@ -72,7 +72,7 @@ def test_the_hardest_picture_is_within_two_levels(name):
 
 
 def test_a_big_picture_is_antialiased():
-    """Lines one pixel wide become grey; picking every fourth pixel would keep them black and white."""
+    """Lines one pixel wide become grey; taking every fourth pixel would keep them black and white."""
     lines = np.zeros((800, 800, 3), dtype=np.uint8)
     lines[:, ::2] = 255
     inner = (
@@ -83,7 +83,7 @@ def test_a_big_picture_is_antialiased():
 
 PHOTO = photo(0, 90, 61)
 EXIF = Image.Exif()
-EXIF[0x0112] = 6  # lies on its side, which the first release ignored
+EXIF[0x0112] = 6  # rotated by 90 degrees, which the first release ignored
 FILES = {
     "jpeg": file_of(PHOTO, "JPEG"),
     "progressive": file_of(PHOTO, "JPEG", progressive=True),
@@ -174,7 +174,7 @@ def test_batches_without_mean_and_std_pass():
 
 
 class Inverted(Blip2ImageTrainProcessor):
-    """A plug-in that changes what is called, as those for LAVIS do."""
+    """A plug-in that overrides `__call__`, as those for LAVIS do."""
 
     def __call__(self, image):
         return -super().__call__(image)

@@ -20,7 +20,7 @@ def pool(golden):
 
 @pytest.fixture
 def make_runner(tmp_path, pool):
-    """Builder of a runner: model, then keys of `run:`; `splits` are the datasets by split."""
+    """Builder of a runner. Arguments: the model, {split: dataset}, the job id, and keys of `run:`."""
 
     def make(model, splits=None, job_id="job", **run):
         path = tmp_path / "run.yaml"

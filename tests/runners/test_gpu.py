@@ -1,4 +1,4 @@
-"""What needs a GPU: 16-bit training, the loss scaler, low-bit language models. Skipped, and said so, without one."""
+"""Tests that need a GPU: 16-bit training and the loss scaler."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The next batches are made ready on a thread, on a GPU; here a stand-in for its streams shows what the thread does."""
+"""Prefetching by a thread, as on a GPU, with stand-ins for CUDA streams."""
 
 import contextlib
 import random
@@ -15,7 +15,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 class Stream:
-    """Notes what it is asked to wait for."""
+    """Records the events that it waits for."""
 
     def __init__(self, device=None):
         self.waited = []
@@ -85,12 +85,12 @@ def test_no_more_batches_are_made_than_wait(fake_gpu):
     with contextlib.closing(prefetch(numbers(100, made), Doubling(), CUDA)) as batches:
         next(batches)
         time.sleep(0.3)
-        assert len(made) == 1 + AHEAD + 1  # in use, waiting, and one in the thread's hand
+        assert len(made) == 1 + AHEAD + 1  # in use, waiting, and one that the thread has finished
     assert not prefetch_threads()
 
 
 def test_a_consumer_that_fails_ends_the_thread(fake_gpu, build_golden_model, make_runner, pool, monkeypatch):
-    """While its exception is still looked at, nothing draws from the random states any more."""
+    """Afterwards no thread draws from the random states any more."""
     runner = make_runner(build_golden_model(), iters_per_epoch=50)
     monkeypatch.setattr(runner, "device", CUDA)
     monkeypatch.setattr(module, "_pinned", lambda value: value)

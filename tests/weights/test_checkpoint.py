@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers import ROOT
 from safetensors.torch import save_file
 from torch import nn
 
@@ -91,9 +92,15 @@ def test_saving_is_atomic(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint_0.pth"]
 
 
-def test_only_one_module_reads_and_writes_pickles():
-    from helpers import ROOT
+def test_checkpoint_folder_means_its_newest(tmp_path):
+    for epoch in (0, 9, 10):
+        (tmp_path / f"checkpoint_{epoch}.pth").touch()
+    assert checkpoint.resolve(str(tmp_path)).name == "checkpoint_10.pth"
+    with pytest.raises(FileNotFoundError, match="without a checkpoint_N"):
+        checkpoint.resolve(str(tmp_path.parent))
 
+
+def test_only_one_module_reads_and_writes_pickles():
     users = {
         path.relative_to(ROOT).as_posix()
         for path in [*ROOT.glob("minigpt4/**/*.py"), *ROOT.glob("*.py")]

@@ -15,7 +15,7 @@ CONTENT = bytes(range(256)) * 4096  # 1 MiB
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves `content`; `plan` says how to answer one request after the other, and by its last entry all further ones.
+    """Serves `content`. Each request is answered by the next entry of `plan`; the last entry answers all others.
 
     "whole"; "endless": without a length; ("cut", n): the connection ends after n bytes; a number: that HTTP status.
     """
@@ -76,7 +76,7 @@ def _at_once(monkeypatch):
 
 
 def left(tmp_path):
-    """What lies there beside the lock."""
+    """The names of the files in the folder, without the lock."""
     return sorted(p.name for p in tmp_path.iterdir() if p.suffix != ".lock")
 
 
@@ -91,7 +91,7 @@ def test_fetches_once(server, tmp_path, caplog):
     assert left(path.parent) == ["weights.pth"]
 
 
-def test_goes_on_after_a_break(server, tmp_path):
+def test_continues_after_an_interruption(server, tmp_path):
     server.plan = [("cut", 300_000), "whole", ("cut", 200_000), "whole"]
     download(server.url(), tmp_path / "weights.pth")
     assert (tmp_path / "weights.pth").read_bytes() == CONTENT
@@ -99,7 +99,7 @@ def test_goes_on_after_a_break(server, tmp_path):
     assert left(tmp_path) == ["weights.pth"]
 
 
-def test_a_later_run_goes_on(server, tmp_path):
+def test_a_later_run_continues(server, tmp_path):
     server.plan = [("cut", 100_000), ("cut", 0)]
     with pytest.raises(DownloadError, match="after 100,000 bytes, which the next run goes on from.*put it at"):
         download(server.url(), tmp_path / "weights.pth")

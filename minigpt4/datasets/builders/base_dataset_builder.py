@@ -1,4 +1,4 @@
-"""What the builders of all datasets share: the default YAML and the processors."""
+"""The base class of dataset builders: the default YAML and the processors."""
 
 import os
 from collections.abc import Iterable, Mapping
@@ -14,10 +14,13 @@ from minigpt4.processors import BaseProcessor
 
 
 class BaseDatasetBuilder:
-    """Makes datasets from a section `datasets.<name>`. Subclasses implement `build`."""
+    """Makes datasets from a section `datasets.<name>`. Subclasses implement `build`.
+
+    `common.contracts.Builder` describes when each method is called.
+    """
 
     name: str = ""
-    """The name it is registered under, which messages use."""
+    """The name of its section, for messages."""
     DATASET_CONFIG_DICT: dict[str, str] = {}
     """{type: default YAML, relative to the package `minigpt4`, or absolute}."""
     train_dataset_cls: type[Dataset] | None = None
@@ -52,11 +55,11 @@ class BaseDatasetBuilder:
 
     @classmethod
     def from_features(cls, config: Mapping[str, Any]) -> bool:
-        """Whether the section asks for cached image features instead of pictures."""
+        """Whether the section reads cached image features instead of pictures."""
         return False
 
     def build_processors(self) -> None:
-        """Fill `vis_processors` and `text_processors`; where the config names none, one that changes nothing."""
+        """Fill `vis_processors` and `text_processors`. A split without processor gets one that changes nothing."""
         self.vis_processors = self._processors("vis_processor")
         self.text_processors = self._processors("text_processor")
 

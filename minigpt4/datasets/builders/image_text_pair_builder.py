@@ -6,6 +6,7 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from minigpt4.common.errors import ConfigError
+from minigpt4.common.facts import cached_features
 from minigpt4.common.registry import registry
 from minigpt4.datasets.builders.base_dataset_builder import BaseDatasetBuilder
 from minigpt4.datasets.datasets.cc_sbu_dataset import CCSBUAlignDataset
@@ -14,25 +15,25 @@ from minigpt4.datasets.datasets.image_text_stream import ImageTextStream
 
 
 class ImageTextPairBuilder(BaseDatasetBuilder):
-    """`build_info.storage` and the train processors become the split "train"; or `build_info.features`, a cache."""
+    """Builds the split "train" from `build_info.storage` and the train processors, or from the cache `features`."""
 
     train_dataset_cls = ImageTextStream
     feature_dataset_cls: type[Dataset] = FeatureStream
-    """What a cache is read with, in the place of `train_dataset_cls`."""
+    """Reads a cache, in place of `train_dataset_cls`."""
 
     def build(self) -> dict[str, Dataset]:
         processors = self.processors()
         if self.from_features(self.config):
             del processors["vis_processor"]
-            return {"train": self.feature_dataset_cls(self.config.build_info.features, name=self.name, **processors)}
+            return {"train": self.feature_dataset_cls(cached_features(self.config), name=self.name, **processors)}
         return {"train": self.train_dataset_cls(self.storage(), name=self.name, **processors)}
 
     @classmethod
     def from_features(cls, config: Mapping[str, Any]) -> bool:
-        return bool((config.get("build_info") or {}).get("features"))
+        return cached_features(config) is not None
 
     def processors(self) -> dict:
-        """The processors that the dataset takes."""
+        """The keyword arguments of the dataset that are processors."""
         return {"vis_processor": self.vis_processors["train"], "text_processor": self.text_processors["train"]}
 
     def storage(self) -> str | list[str]:
@@ -64,7 +65,7 @@ class CCSBUBuilder(ImageTextPairBuilder):
 
 @registry.register_builder("cc_sbu_align")
 class CCSBUAlignBuilder(ImageTextPairBuilder):
-    """The descriptions of stage 2. Its captions are taken as they are, whatever `text_processor` says."""
+    """The descriptions of stage 2. Captions are used unchanged; `text_processor` is ignored."""
 
     name = "cc_sbu_align"
     train_dataset_cls = CCSBUAlignDataset

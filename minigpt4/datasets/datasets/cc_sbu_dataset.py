@@ -22,7 +22,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
 class Record(NamedTuple):
-    """A record, its picture not read."""
+    """A record whose picture is not read yet."""
 
     index: int
     key: str
@@ -33,13 +33,12 @@ class Record(NamedTuple):
 class CCSBUAlignDataset(Dataset):
     """The records of `<storage>/filter_cap.json` with the pictures `<storage>/image/<image_id>.jpg` (.jpeg .png .webp).
 
-    filter_cap.json: `{"annotations": [{"image_id": "2", "caption": "…"}, …]}`. Captions are taken as they are.
-    Item: `{"image": …, "text_input": str, "image_id": str}`; "image" and what goes with it are made by `to_sample`. A
-    file that is not a picture, or is broken, is left out with a warning and the next record takes its place (its
-    `image_id` says so); where `MAX_BAD_IN_A_ROW` records in a row are bad, the item raises RuntimeError.
+    filter_cap.json: `{"annotations": [{"image_id": "2", "caption": "…"}, …]}`. Captions are used unchanged.
+    Item: `{"image": …, "text_input": str, "image_id": str}`; `to_sample` makes "image" and its companions. A file that
+    is no picture, or a broken one, is left out with a warning, and the next record takes its place (as its `image_id`
+    shows). If `MAX_BAD_IN_A_ROW` records in a row are bad, the item raises RuntimeError.
 
-    The records can also be read part by part: `part(number)` gives those of one, `load` what an item holds of a
-    picture.
+    `cache-features` reads the records part by part (`common.contracts.CacheableDataset`).
     """
 
     MAX_BAD_IN_A_ROW = 10
@@ -67,7 +66,7 @@ class CCSBUAlignDataset(Dataset):
         self.image_ids = PackedStrings(image_ids)
         self.captions = PackedStrings(captions)
         self._warned: set[int] = set()
-        self._untold: Counter[tuple[str, str]] = Counter()
+        self._unreported: Counter[tuple[str, str]] = Counter()
         log.info("%s: %s.", name, pluralize(len(self), "record"))
 
     def __len__(self) -> int:
@@ -91,12 +90,12 @@ class CCSBUAlignDataset(Dataset):
         )
 
     def text_length(self, index: int) -> int:
-        """Characters of a caption, so that ranks can step on about as many."""
+        """Characters of a caption, for length balancing."""
         return len(self.captions[index])
 
     def take_left_out(self) -> Counter[tuple[str, str]]:
-        """What this process has left out since it was last asked, by (cause, file)."""
-        taken, self._untold = self._untold, Counter()
+        """Counts by (cause, file) of the pictures that this process has left out since the last call."""
+        taken, self._unreported = self._unreported, Counter()
         return taken
 
     @property
@@ -109,7 +108,7 @@ class CCSBUAlignDataset(Dataset):
             yield Record(index, f"{index:09d}", self.image_ids[index], self.captions[index])
 
     def load(self, record: Record) -> dict[str, Any] | None:
-        """`image` and what goes with it, or None for a picture that cannot be read, with a warning."""
+        """ "image" and its companions; None, with a warning, for a picture that cannot be read."""
         picture = self._read_picture(record.index)
         return None if picture is None else to_sample(self.vis_processor, picture)
 
@@ -121,7 +120,7 @@ class CCSBUAlignDataset(Dataset):
             with open(self._path(index), "rb") as file:
                 return read_picture(file.read(), self.vis_processor)
         except Exception as error:  # Pillow's plug-ins raise nearly every kind of error on broken files
-            self._untold["an image that is not one, or is broken", self._path(index)] += 1
+            self._unreported["an image that is not one, or is broken", self._path(index)] += 1
             if index not in self._warned:
                 self._warned.add(index)
                 log.warning(
@@ -130,7 +129,7 @@ class CCSBUAlignDataset(Dataset):
             return None
 
     def _find_pictures(self, image_ids: list[str]) -> list[str]:
-        """The file name of every record, from one look into the folder."""
+        """The file name of every record, from one listing of the folder."""
         with os.scandir(self.image_folder) as entries:
             names = sorted(entry.name for entry in entries)
         by_stem: dict[str, str] = {}

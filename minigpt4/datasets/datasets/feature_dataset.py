@@ -26,12 +26,12 @@ class FeatureStream(ImageTextStream):
     WHAT = "features"
 
     def __init__(self, folder: str, text_processor: Callable[[str], str], name: str = "image_text") -> None:
-        """Raises ConfigError for a folder that is no cache, or an incomplete one."""
+        """Raises ConfigError for a folder that is no cache, or is incomplete."""
         self.manifest = read_manifest(folder)
         super().__init__([str(path) for path in shards_of(folder)], None, text_processor, name)
 
     def load(self, sample: RawSample) -> dict[str, Any] | None:
-        """The features, or None if they are broken, which is pluralize."""
+        """The features; None, counted as left out, if they are broken."""
         try:
             features = read_features(sample.image, self.manifest["shape"])
         except (ValueError, EOFError) as error:
@@ -47,11 +47,12 @@ class FeatureStream(ImageTextStream):
 class FeatureSet(Dataset):
     """The samples of a cache by index: `{"image_features": float16 [Q,W], "text_input": str, "image_id": str}`.
 
-    In the order of the dataset that was cached, without the records whose pictures were broken; captions as they are.
+    Samples have the order of the cached dataset, without the records whose pictures were broken. Captions are used
+    unchanged.
     """
 
     def __init__(self, folder: str, name: str = "cc_sbu_align") -> None:
-        """Raises ConfigError for a folder that is no cache, or an incomplete or broken one."""
+        """Raises ConfigError for a folder that is no cache, or is incomplete or broken."""
         self.manifest = read_manifest(folder)
         self.shards = shards_of(folder)
         self.name = name
@@ -81,12 +82,12 @@ class FeatureSet(Dataset):
         return {"image_features": features, "text_input": self.captions[index], "image_id": self.image_ids[index]}
 
     def text_length(self, index: int) -> int:
-        """Characters of a caption, so that ranks can step on about as many."""
+        """Characters of a caption, for length balancing."""
         return len(self.captions[index])
 
 
 def _index(path: Path) -> list[tuple[int, int, dict[str, str]]]:
-    """Where the features of each sample of a shard begin, their size in bytes, and the caption and image_id."""
+    """For each sample of a shard: offset and size in bytes of its features, and its caption and image_id."""
     places, texts = [], []
     try:
         with tarfile.open(path) as tar:

@@ -1,4 +1,4 @@
-"""Pictures with captions streamed from webdataset shards without end: laion and cc_sbu."""
+"""Endless streams of pictures with captions from webdataset shards: laion and cc_sbu."""
 
 import json
 import logging
@@ -25,31 +25,30 @@ IMAGE_KEYS = ("jpg", "jpeg", "png", "webp")
 
 
 class RawSample(NamedTuple):
-    """A sample as it waits in the shuffle buffer: the picture not decoded."""
+    """A sample in the shuffle buffer, its picture not decoded yet."""
 
     shard: str
     key: str
     image_id: str
     image: bytes
     caption: str
-    size: int  # in the tar, bytes
+    size: int  # bytes in the tar
 
 
 class ImageTextStream(IterableDataset):
     """An endless stream of `{"image": …, "text_input": text_processor(caption), "image_id": str}`.
 
-    "image" and what goes with it are made by `to_sample`. Shards are drawn with replacement and pass a shuffle buffer
-    of undecoded samples. The stream is a function of (seed, epoch, rank, worker): the same four give the same samples,
-    any other four give others. It starts anywhere in its first shard, so that short epochs do not see the heads of
-    large shards only (from a local file; what comes through a URL or `pipe:` is read from its start). Samples without
-    caption or picture, pictures that cannot be decoded, and shards that cannot be read are left out with a warning and
-    pluralize; when nearly all samples are left out, iteration raises RuntimeError that names the causes and a shard.
+    `to_sample` makes "image" and its companions. Shards are drawn with replacement, and their samples pass a shuffle
+    buffer undecoded. The stream is a function of (seed, epoch, rank, worker): the same four give the same samples, any
+    other four give others. It starts at a random place in its first shard, so that short epochs do not only see the
+    beginnings of large shards (URLs and `pipe:` are read from their start). Samples without caption or picture,
+    pictures that cannot be decoded, and shards that cannot be read are left out, counted and reported by warnings. When
+    nearly all samples are left out, iteration raises RuntimeError that names the causes and a shard.
 
-    The shards can also be read once, in order: `part(number)` gives the samples of one, `load` what a sample holds of
-    its picture.
+    `cache-features` reads the shards once, in order (`common.contracts.CacheableDataset`).
     """
 
-    MEMBERS = IMAGE_KEYS  # of a sample: those that may hold the picture
+    MEMBERS = IMAGE_KEYS  # the members of a sample that may hold the picture
     WHAT = "picture"
 
     def __init__(
@@ -74,15 +73,15 @@ class ImageTextStream(IterableDataset):
         log.info("%s: streaming %s.", name, pluralize(len(self.shards), "shard"))
 
     def set_seed(self, seed: int, rank: int = 0, world_size: int = 1) -> None:
-        """Set where the randomness comes from. Ranks draw their own shards, so their number does not matter here."""
+        """Set the seed and the rank. Each rank draws its own shards, so their number does not matter here."""
         self.seed, self.rank = seed, rank
 
     def set_epoch(self, epoch: int) -> None:
-        """Let the next `iter` give the stream of this epoch."""
+        """Set the epoch of the next `iter`."""
         self.epoch = epoch
 
     def take_left_out(self) -> Counter[tuple[str, str]]:
-        """What this process has left out since it was last asked, by (cause, shard)."""
+        """Counts by (cause, shard) of the samples that this process has left out since the last call."""
         return self.read.take() + self.decoded.take()
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -91,7 +90,7 @@ class ImageTextStream(IterableDataset):
         rng = random.Random(seed)
         self.read.open_window()
         self.decoded.open_window()
-        # Our own shard list and seeds: webdataset's come from the time and the process id, or collide.
+        # We draw shards and seeds ourselves: webdataset's depend on time and process id, or collide.
         pipeline = wds.DataPipeline(
             lambda: self._opened(self._draw_shards(rng)),
             wds.tarfile_to_samples(handler=self._on_shard_error),
@@ -107,7 +106,7 @@ class ImageTextStream(IterableDataset):
         return len(self.shards)
 
     def part(self, number: int) -> Iterator[RawSample]:
-        """The samples of a shard, in its order."""
+        """The samples of a shard, in order."""
         return iter(
             wds.DataPipeline(
                 lambda: self._opened([self.shards[number]]),
@@ -117,7 +116,7 @@ class ImageTextStream(IterableDataset):
         )
 
     def load(self, sample: RawSample) -> dict[str, Any] | None:
-        """ "image" and what goes with it, or None for a picture that cannot be decoded, which is pluralize."""
+        """ "image" and its companions; None, counted as left out, for a picture that cannot be decoded."""
         try:
             picture = read_picture(sample.image, self.vis_processor)
         except Exception as error:  # Pillow's plug-ins raise nearly every kind of error on broken files
@@ -146,7 +145,7 @@ class ImageTextStream(IterableDataset):
                         source["stream"].close()
 
     def _check_end(self, source: dict[str, Any], any_sample: bool) -> None:
-        """Count a shard without samples, and one that broke off: tarfile takes a broken header for the end."""
+        """Count a shard without samples, and one that is cut off: tarfile takes a broken header for the end."""
         shard, stream = source["url"], source.get("stream")
         if not any_sample:
             self.read.drop("a shard without samples", shard)
@@ -191,7 +190,7 @@ class ImageTextStream(IterableDataset):
 
 
 def read_caption(sample: dict[str, Any]) -> str | None:
-    """`"caption"` of the sample's .json, otherwise its .txt; None if there is neither, or nothing but blanks."""
+    """The key "caption" of the sample's .json, otherwise its .txt; None if both are absent or blank."""
     with suppress(ValueError, TypeError, KeyError):
         caption = json.loads(sample["json"])["caption"]
         if isinstance(caption, str) and caption.strip():
@@ -201,34 +200,37 @@ def read_caption(sample: dict[str, Any]) -> str | None:
 
 
 def _start_anywhere(samples: Iterator[RawSample], rng: random.Random) -> Iterator[RawSample]:
-    """Pass over a part of the first shard, so that each place in it is as likely to be the start as any other."""
+    """Skip a random part of the first shard, so that each place in it is equally likely to be the start."""
     first = next(samples)
-    to_pass = rng.random() * (os.path.getsize(first.shard) if is_local(first.shard) else 0)
+    bytes_to_skip = rng.random() * (os.path.getsize(first.shard) if is_local(first.shard) else 0)
     for sample in chain([first], samples):
-        if to_pass > 0 and sample.shard == first.shard:
-            to_pass -= sample.size
+        if bytes_to_skip > 0 and sample.shard == first.shard:
+            bytes_to_skip -= sample.size
         else:
-            to_pass = 0
+            bytes_to_skip = 0
             yield sample
 
 
 class Gate:
-    """Counts what passes a stage of a stream and what it leaves out. Warns at the 1st, 10th, 100th … of each cause."""
+    """Counts the samples that pass a stage of a stream, and those left out. Warns at the 1st, 10th, 100th … of a cause.
 
-    WINDOW = 1000  # samples judged together
-    ENOUGH = 100  # samples, and
-    SHARDS = 3  # shards (or all, where there are fewer) that must be affected before a stream is given up
-    LEAST_GOOD = 0.05
+    A stream is given up if at most MIN_KEPT of the samples in a window pass.
+    """
+
+    WINDOW = 1000  # samples in a window
+    MIN_SAMPLES = 100  # a shorter window is not judged
+    MIN_SHARDS = 3  # nor one with fewer affected shards, unless these are all
+    MIN_KEPT = 0.05
 
     def __init__(self, name: str, num_shards: int) -> None:
         self.name = name
         self.num_shards = num_shards
         self.left_out: Counter[str] = Counter()  # by cause, since the start of the process
-        self._untold: Counter[tuple[str, str]] = Counter()  # by cause and shard, since the last `take`
+        self._unreported: Counter[tuple[str, str]] = Counter()  # by cause and shard, since the last `take`
         self.open_window()
 
     def open_window(self) -> None:
-        """Begin to judge afresh."""
+        """Start a new window."""
         self.seen = self.kept = 0
         self.causes: Counter[str] = Counter()
         self.bad_shards: Counter[str] = Counter()
@@ -244,22 +246,22 @@ class Gate:
         self.causes[cause] += 1
         self.bad_shards[shard] += 1
         self.left_out[cause] += 1
-        self._untold[cause, shard] += 1
+        self._unreported[cause, shard] += 1
         count = self.left_out[cause]
         if count == 10 ** (len(str(count)) - 1):
             detail = f" ({detail})" if detail else ""
             log.warning("%s: left out %s: %s%s. So far in this process: %d.", self.name, cause, shard, detail, count)
 
     def take(self) -> Counter[tuple[str, str]]:
-        """What was left out since the last call, by (cause, shard)."""
-        taken, self._untold = self._untold, Counter()
+        """Counts of what was left out since the last call, by (cause, shard)."""
+        taken, self._unreported = self._unreported, Counter()
         return taken
 
     def check(self) -> None:
         """Raise RuntimeError if nearly everything in the window was left out."""
-        if self.seen < self.ENOUGH or len(self.bad_shards) < min(self.SHARDS, self.num_shards):
+        if self.seen < self.MIN_SAMPLES or len(self.bad_shards) < min(self.MIN_SHARDS, self.num_shards):
             return
-        if self.kept <= self.LEAST_GOOD * self.seen:
+        if self.kept <= self.MIN_KEPT * self.seen:
             causes = ", ".join(f"{count} × {cause}" for cause, count in self.causes.most_common())
             shard, count = self.bad_shards.most_common(1)[0]
             raise RuntimeError(

@@ -1,4 +1,4 @@
-"""Many strings in two arrays."""
+"""A list of many strings in two arrays."""
 
 from collections.abc import Iterable
 
@@ -8,8 +8,8 @@ import numpy as np
 class PackedStrings:
     """A read-only list of strings, held as one array of bytes and one of offsets.
 
-    A Python list of strings is copied into every worker bit by bit, because reading an object writes its reference
-    count; arrays stay shared.
+    Data workers share the memory of arrays. A Python list of strings would be copied into every worker over time,
+    because reading an object changes its reference count, and with it the memory page.
     """
 
     def __init__(self, strings: Iterable[str]) -> None:

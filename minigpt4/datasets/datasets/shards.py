@@ -10,12 +10,12 @@ from minigpt4.common.errors import ConfigError
 
 
 def expand_shards(storage: str | Iterable[str], name: str) -> list[str]:
-    """All shards that `storage` stands for, in order.
+    """All shards that `storage` names, in order.
 
-    storage: a path or URL, or a list of them; each may have brace ranges (`{00000..01255}.tar`); local paths may also
-    have globs (`*.tar`) and `~`; `pipe:command` and URLs are kept as they are.
+    storage: a path or URL, or a list of them. Each may have brace ranges (`{00000..01255}.tar`); local paths may also
+    have globs (`*.tar`) and `~`. `pipe:command` and URLs are not checked.
     name: the dataset's name in the YAML, for messages.
-    Raises FileNotFoundError for a pattern none or only some of whose local shards exist, ConfigError for an empty list.
+    Raises FileNotFoundError if local shards of a pattern are missing, ConfigError for an empty list.
     """
     items = [storage] if isinstance(storage, str) else list(storage or [])
     if not items or not all(isinstance(item, str) and item.strip() for item in items):
@@ -43,7 +43,7 @@ def _expand(pattern: str, name: str) -> list[str]:
 
 
 def _check_files(paths: list[str], pattern: str, name: str) -> None:
-    """Raise if a path is not there. Each folder is listed once: ten thousand single look-ups are slow on NFS."""
+    """Raise if a path does not exist. Each folder is listed once: ten thousand single look-ups are slow on NFS."""
     if os.path.isdir(paths[0]):
         raise IsADirectoryError(
             f"{_key(name)}={pattern}: {paths[0]} is a folder; name the shards in it: {paths[0].rstrip('/')}/*.tar"

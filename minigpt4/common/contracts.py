@@ -1,0 +1,317 @@
+"""The contracts between the training code and its plug-ins: who calls what, when, and with which arguments.
+
+A plug-in need not inherit anything from here. Inheriting our base classes (`BaseModel`, `BaseTask`, `BaseProcessor`,
+`BaseDatasetBuilder`, `RunnerBase`) fulfils each contract, apart from the methods that the base class leaves open.
+`tests/common/test_contracts.py` compares these classes with ours and runs the smallest plug-in of each kind.
+
+A class `…Extras` holds optional members. Each is optional by itself; its docstring says what happens without it.
+The calls are positional, unless a docstring says otherwise.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, NotRequired, Protocol, TypedDict
+
+if TYPE_CHECKING:
+    import torch
+
+Samples = dict[str, Any]
+"""A batch. The builtin datasets and models use "image" [B,3,H,W], "text_input" (B strings) and "image_id"."""
+
+
+class LossAndLabels(TypedDict):
+    """The result of a step. Other keys are allowed and ignored."""
+
+    loss: "torch.Tensor"
+    """A scalar, the mean over the labels of the batch."""
+    num_labels: NotRequired[float]
+    """The number of labels. Micro-batches and ranks are weighted by it; where it is absent, each counts as 1."""
+
+
+class Model(Protocol):
+    """A `torch.nn.Module` that the runner trains; at least one parameter must require a gradient.
+
+    The runner moves it to the device, calls `train()` and `eval()`, optimises the parameters that require gradients
+    and writes those into checkpoints under their names.
+    """
+
+    def __call__(self, samples: Samples) -> "LossAndLabels | torch.Tensor":
+        """Compute the loss of a batch on the device. `BaseTask` calls it, under autocast in 16 bit on a GPU."""
+
+
+class ModelExtras(Protocol):
+    """Optional members of a model."""
+
+    fingerprint: dict[str, Any] | None
+    """Identifies the language model, in the form of `weights.fingerprint.take`. The runner records it in checkpoints
+    and refuses to resume with another one. If it is absent or None, nothing is recorded or compared."""
+
+    def accelerate(self, packed: bool, compiled: bool, fp8: bool = False) -> None:
+        """Set up faster training steps that compute the same to rounding (fp8 excepted).
+
+        Called once with (run.packed, run.compile, run.fp8) on each training run that does not compute in float32, after
+        a checkpoint was resumed and before the model is wrapped for several ranks.
+        If it is absent, the model trains as it is; run.fp8=True is then an error.
+        """
+
+    def prepare(self, samples: Samples) -> Samples:
+        """Return the batch with all host work done, such as tokenisation.
+
+        Called once for each training batch before it is copied to the device; on a GPU by a thread of its own, while
+        the step before is computed. Values with a method `to` are then moved to the device, and those with
+        `pin_memory` and `record_stream` are copied asynchronously. Evaluation does not call it.
+        If it is absent, batches go to the device as the loader made them.
+        """
+
+
+class ModelClass(Protocol):
+    """A class registered for `model.arch`. `BaseModel` has all members; a subclass implements `from_config`."""
+
+    PRETRAINED_MODEL_CONFIG_DICT: dict[str, str]
+    """{model_type: default YAML, absolute or relative to the package}; empty: there is no default YAML."""
+    config_class: type | None
+    """Dataclass of the keys of `model:`. None, or absent: any key is accepted."""
+
+    @classmethod
+    def default_config_path(cls, model_type: str) -> Any:
+        """Return the path of the default YAML. Called only if PRETRAINED_MODEL_CONFIG_DICT is not empty."""
+
+    @classmethod
+    def build(cls, cfg: Mapping, device: "torch.device", dtype: "torch.dtype") -> Any:
+        """Return the model on `device`. Training, chat and endpoint call it; `BaseModel.build` calls `from_config`."""
+
+    @classmethod
+    def from_config(cls, cfg: Mapping) -> Any:
+        """Build the model from the checked `model:` section; `BaseModel.build` then moves it to the device.
+
+        A class whose `from_config` has a parameter `dtype` gets the keywords `device` and `dtype` as well (see
+        `PlacedModelClass`) and puts the model there itself.
+        """
+
+
+class PlacedModelClass(Protocol):
+    """The other form of `from_config`, for models that place their weights themselves."""
+
+    @classmethod
+    def from_config(cls, cfg: Mapping, device: "torch.device", dtype: "torch.dtype") -> Any:
+        """Build the model on `device`, frozen parts in `dtype`; both are passed as keywords."""
+
+
+class Task(Protocol):
+    """Builds datasets and model, and takes one step. An instance is made once per process by `setup_task`."""
+
+    @classmethod
+    def setup_task(cls, cfg: Any) -> Any:
+        """Return the task of a `Config`. Called first, as `setup_task(cfg=cfg)`."""
+
+    def build_datasets(self, cfg: Any) -> dict[str, dict[str, Any]]:
+        """Return {dataset name: {split: dataset}}. Called once, before `build_model`."""
+
+    def build_model(self, cfg: Any) -> Any:
+        """Return the model on the device of the run. Called once, after `build_datasets`."""
+
+    def train_step(self, model: Any, samples: Samples) -> "LossAndLabels | torch.Tensor":
+        """Return the loss of a micro-batch on the device, with gradient.
+
+        Called in train mode under autocast. `model` is wrapped in DistributedDataParallel if there are several ranks.
+        """
+
+    def valid_step(self, model: Any, samples: Samples) -> "LossAndLabels | torch.Tensor":
+        """Return the loss of a batch on the device. Called in eval mode without gradients; `model` is not wrapped."""
+
+    def agg_metrics(self, loss: float) -> float:
+        """Return the metric that decides on checkpoint_best.pth; higher is better, and it may be negative.
+
+        Called after each epoch, if run.valid_splits is set, with the mean of the losses of these splits.
+        """
+
+
+class TaskExtras(Protocol):
+    """Optional members of a task."""
+
+    config_class: type | None
+    """Dataclass of the keys of `run:`, a subclass of `RunConfig`. If it is absent or None, `RunConfig` is used."""
+
+
+class Builder(Protocol):
+    """A class registered for a section `datasets.<name>`, called as `Builder(section)`."""
+
+    name: str
+    """Set to the name of the section after construction; error messages use it."""
+
+    def __init__(self, cfg: Mapping | None = None) -> None:
+        """Called with the merged section: data_type, type, build_info, vis_processor, text_processor, sample_ratio."""
+
+    @classmethod
+    def default_config_path(cls, type: str = "default") -> str | None:
+        """Return the default YAML of the section's `type`; None: there is none. Called when the config is read."""
+
+    @classmethod
+    def from_features(cls, config: Mapping) -> bool:
+        """Return whether the section reads cached image features. If all sections do, no vision side is loaded."""
+
+    def build_datasets(self) -> dict[str, Any]:
+        """Return {split: dataset}. Called once, after `name` is set."""
+
+
+class BuilderExtras(Protocol):
+    """Optional members of a builder."""
+
+    config_class: type | None
+    """Dataclass of the keys of the section. If it is absent or None, any key is accepted."""
+
+
+class MapDataset(Protocol):
+    """A dataset with a length. Training walks it pass after pass, each in another order; ranks share each pass."""
+
+    def __len__(self) -> int:
+        """Return the number of samples, at least batch_size_train for each rank. It must not change."""
+
+    def __getitem__(self, index: int) -> Any:
+        """Return a sample. Called in a data worker, with random, numpy and torch seeded for the batch."""
+
+
+class Stream(Protocol):
+    """A `torch.utils.data.IterableDataset` (inherit it: that is how a stream is recognised). It needs iters_per_epoch.
+
+    It cannot be a validation or test split.
+    """
+
+    def __iter__(self) -> Iterator[Any]:
+        """Return samples. Called in each data worker at the start of each epoch, and again if the samples run out.
+
+        Ranks and workers must read different samples; `torch.utils.data.get_worker_info` tells which worker this is.
+        """
+
+
+class DatasetExtras(Protocol):
+    """Optional members of both kinds of dataset."""
+
+    collater: Callable[[list[Any]], Samples]
+    """Makes a batch of a list of samples, in the data worker. `collate_fn` is another name for it; `collater` wins.
+    If both are absent or None, torch's `default_collate` is used: tensors are stacked, strings become lists."""
+
+    def set_seed(self, seed: int, rank: int, world_size: int) -> None:
+        """Set the source of randomness. Called once for each training split, in the main process, before workers start.
+
+        The seed differs from dataset to dataset and is the same on all ranks.
+        If it is absent, the dataset is only seeded batch by batch.
+        """
+
+    def take_left_out(self) -> Mapping[tuple[str, str], int]:
+        """Return {(cause, shard or file): count} of the samples left out in this process since the last call.
+
+        Called after each batch, in the data worker; the runner logs the sums after each epoch of training.
+        If it is absent, nothing is reported for this dataset.
+        """
+
+
+class MapDatasetExtras(Protocol):
+    """Optional members of a dataset with a length."""
+
+    def text_length(self, index: int) -> int:
+        """Return the length of a sample's text, in any unit. Called in the main process, with several ranks only.
+
+        Ranks then get batches of about equal total length. If it is absent, ranks take samples in turn.
+        """
+
+
+class StreamExtras(Protocol):
+    """Optional members of a stream."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the epoch of the next `__iter__`. Called in each data worker, right before it.
+
+        If it is absent, `__iter__` is not told the epoch; global random generators are seeded for it all the same.
+        """
+
+
+class CacheableDataset(Protocol):
+    """A dataset whose pictures `cache-features` can read once each. If a member is absent, caching is refused."""
+
+    @property
+    def num_parts(self) -> int:
+        """The number of parts; each becomes a shard of the cache."""
+
+    def part(self, number: int) -> "Iterator[Any]":
+        """Return the records of a part, in order, with the attributes `key`, `image_id` and `caption`, all strings.
+
+        Keys are unique within a part and hold no dot. Pictures are not decoded yet.
+        """
+
+    # The parameter has a name of its own in each dataset, so the call is positional.
+    def load(self, sample: Any, /) -> Samples | None:
+        """Decode a record of `part`: {"image": …} (see `processors.to_sample`), or None to leave it out.
+
+        Called by several threads at a time.
+        """
+
+
+class Processor(Protocol):
+    """An image or text processor, registered under the `name` of its YAML section."""
+
+    @classmethod
+    def from_config(cls, cfg: Mapping | None = None) -> Any:
+        """Build the processor from its section, which holds `name` too. Raise ConfigError for unknown keys."""
+
+    def __call__(self, item: Any, /) -> Any:
+        """Process a PIL image of any mode, or a caption. Called in a data worker for each sample."""
+
+
+class ProcessorExtras(Protocol):
+    """Optional members of an image processor: the faster path over uint8 tensors, all three together.
+
+    It is used only if the processor's own class defines `pixels`: a subclass that inherits it may process pictures in
+    another way. If it is absent, `__call__` processes the picture.
+    """
+
+    mean: "torch.Tensor"
+    """[3], subtracted from the values in [0, 1] on the device."""
+    std: "torch.Tensor"
+    """[3], by which they are then divided."""
+
+    def pixels(self, picture: "torch.Tensor") -> "torch.Tensor":
+        """Crop and resize uint8 [3,H,W] to uint8 [3,S,S]."""
+
+
+class LRScheduler(Protocol):
+    """A learning-rate schedule, registered for `run.lr_sched`."""
+
+    def __init__(
+        self,
+        optimizer: "torch.optim.Optimizer",
+        max_epoch: int,
+        iters_per_epoch: int,
+        min_lr: float,
+        init_lr: float,
+        warmup_steps: int = 0,
+        warmup_start_lr: float = -1,
+        decay_rate: float = 1,
+    ) -> None:
+        """Called once; the last three arguments are keywords. A negative warmup_start_lr stands for init_lr."""
+
+    def step(self, cur_epoch: int, cur_step: int) -> Any:
+        """Set "lr" in each of `optimizer.param_groups`. The result is not used.
+
+        Called with keywords before each micro-batch; cur_step counts micro-batches from 0 within the epoch.
+        """
+
+
+class Runner(Protocol):
+    """A training loop, registered for `run.runner`.
+
+    `minigpt4 bench train --cfg-path` times single steps and uses more of `RunnerBase`; inherit that to be timed.
+    """
+
+    def __init__(self, cfg: Any, task: Task, model: Any, datasets: Mapping[str, Mapping[str, Any]], job_id: str):
+        """Called once with the results of `build_model` and `build_datasets`; job_id names the folder of the run."""
+
+    def train(self) -> None:
+        """Train and evaluate as the config says. Called once."""
+
+
+class RunnerExtras(Protocol):
+    """Optional members of a runner."""
+
+    last_checkpoint: Any
+    """The newest checkpoint of the run. train.py names it when the run is stopped with Ctrl-C; None, or absent: it
+    says that there is none."""

@@ -1,0 +1,50 @@
+"""The choice of device and type, and joining a process group."""
+
+import pytest
+import torch
+
+from minigpt4.common import dist_utils
+from minigpt4.common.errors import ConfigError
+
+
+def test_a_rank_does_not_wait_for_hours(monkeypatch):
+    joined = {}
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, **given: joined.update(given))
+    dist_utils.init_process_group(torch.device("cpu"))
+    assert 60 < joined["timeout"].total_seconds() < 3600
+
+
+def test_several_processes_need_run_distributed(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="run.distributed=False.* 2 processes"):
+        dist_utils.init_process_group(torch.device("cpu"), distributed=False)
+
+
+def test_more_processes_than_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    with pytest.raises(ConfigError, match="4 processes on this machine.* 2 of its GPUs.*--nproc_per_node 2"):
+        dist_utils.select_device("cuda")
+
+
+def test_unknown_devices():
+    with pytest.raises(ConfigError, match="run.device='tpu'"):
+        dist_utils.select_device("tpu")
+
+
+@pytest.mark.parametrize(
+    ("device", "amp", "amp_dtype", "expected"),
+    [
+        ("cpu", True, "bf16", torch.float32),
+        ("cuda", False, "bf16", torch.float32),
+        ("cuda", True, "bf16", torch.bfloat16),
+        ("cuda", True, "fp16", torch.float16),
+        ("cuda", True, "auto", torch.float16),
+    ],
+)
+def test_the_computing_type(monkeypatch, device, amp, amp_dtype, expected):
+    """`auto` on a GPU without bfloat16."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    assert dist_utils.select_dtype(torch.device(device), amp, amp_dtype) == expected
