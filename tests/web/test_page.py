@@ -1,21 +1,16 @@
-"""demo.py: the page in headless Chromium (Debian's), on the golden model."""
+"""The page in headless Chromium (Debian's), on the golden model."""
 
 import io
 import json
 import random
 import re
 import shutil
-import signal
 import socket
 import struct
-import subprocess
-import sys
 import threading
 import time
-import urllib.request
 import zlib
-from contextlib import redirect_stdout
-from dataclasses import replace
+from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,7 +20,8 @@ from helpers import GOLDEN, ROOT, free_port
 from PIL import Image
 from video_files import bad_videos, write_video
 
-import demo
+from minigpt4.web import server
+from minigpt4.web.server import serve
 
 CHROMIUM = shutil.which("chromium")
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium (apt-get install chromium)")
@@ -33,26 +29,26 @@ PICTURE = GOLDEN / "images" / "rgb.png"
 
 
 @pytest.fixture(scope="module")
-def uploads(tmp_path_factory):
-    return tmp_path_factory.mktemp("uploads")
+def page():
+    """The page, served, without a model."""
+    pytest.importorskip("gradio")
+    with ExitStack() as stack:
+        with redirect_stdout(io.StringIO()) as printed:
+            page = stack.enter_context(serve(port=free_port(), max_upload_mb=1))
+        page.printed = printed.getvalue()
+        page.url = page.blocks.local_url
+        yield page
 
 
 @pytest.fixture(scope="module")
-def page(uploads):
-    """The page, served, without a model."""
-    pytest.importorskip("gradio")
-    args = demo.parse_args(["--cfg-path", "unused.yaml", "--port", str(free_port()), "--max-upload-mb", "1"])
-    with redirect_stdout(io.StringIO()) as printed:
-        page = demo.serve(args, str(uploads))
-    page.printed = printed.getvalue()
-    page.url = page.blocks.local_url
-    yield page
-    page.blocks.close()
+def uploads(page):
+    """The folder of the visitors' files."""
+    return page.sessions.uploads
 
 
 @pytest.fixture(scope="module")
 def chat(build_golden_model):
-    """The golden model, slow enough to be watched, and with answers of exactly `chat.length` tokens."""
+    """The golden model, slowed down to `chat.pause` seconds a step, with answers of exactly `chat.length` tokens."""
     from minigpt4.conversation import Chat
     from minigpt4.processors import Blip2ImageEvalProcessor
 
@@ -69,9 +65,9 @@ def chat(build_golden_model):
         return output
 
     class Talkative(Chat):
-        def _generate(self, prompt, img_list, stop, decoding, tap):
-            decoding = replace(decoding, max_new_tokens=self.length, min_length=self.length)
-            return super()._generate(prompt, img_list, stop, decoding, tap)
+        def stream_answer(self, conv, img_list, **settings):
+            settings |= {"max_new_tokens": self.length, "min_length": self.length}
+            return super().stream_answer(conv, img_list, **settings)
 
     llm.forward = slow
     chat = Talkative(model, Blip2ImageEvalProcessor(28))
@@ -222,7 +218,7 @@ def test_two_visitors_have_states_of_their_own(page, visit):
     wait_for_end(second)
     assert questions(first) == ["I am the first."]
     assert questions(second) == ["I am the second."]
-    prompts = [state.conv.get_prompt() for state in page._visits._visits.values() if state.history]
+    prompts = [state.conv.get_prompt() for state in page.sessions.by_id.values() if state.history]
     assert sorted("I am the first." in prompt for prompt in prompts) == [False, True]
     assert not any("I am the first." in prompt and "I am the second." in prompt for prompt in prompts)
     first.click("#restart")
@@ -240,7 +236,7 @@ def test_retry_and_edit(page, visit):
     wait_for_end(tab)
     ask(tab, "Second?")
     wait_for_end(tab, 2)
-    (state,) = [state for state in page._visits._visits.values() if state.question == "Second?"]
+    (state,) = [state for state in page.sessions.by_id.values() if state.question == "Second?"]
     first, second = answers(tab)
     tab.locator("#chatbot button[aria-label=Retry]").last.click()
     wait_until(lambda: not state.busy and state.history[-1]["content"] != second)
@@ -319,7 +315,7 @@ def test_several_pictures_and_beams(page, visit):
     ask(tab, "Compare them.")
     tab.wait_for_function("(document.querySelector('#notice')?.innerText ?? '').includes('Beam search')")
     wait_for_end(tab)
-    (state,) = [state for state in page._visits._visits.values() if state.question == "Compare them."]
+    (state,) = [state for state in page.sessions.by_id.values() if state.question == "Compare them."]
     assert len(state.img_list) == 3
     assert state.conv.messages[0][1].count("<ImageHere>") == 3
     assert tab.locator("#chatbot img").count() == 3
@@ -340,7 +336,7 @@ def test_videos(page, visit, tmp_path):
     tab.wait_for_selector("#box .thumbnail-item")
     ask(tab, "What happens?")
     wait_for_end(tab)
-    (state,) = [state for state in page._visits._visits.values() if state.question == "What happens?"]
+    (state,) = [state for state in page.sessions.by_id.values() if state.question == "What happens?"]
     assert state.conv.messages[0][1].count("<ImageHere>") == len(state.img_list) == 5
     tab.wait_for_function(
         "[...document.querySelectorAll('#chatbot video')].filter(video => video.videoWidth == 64).length == 2"
@@ -405,7 +401,7 @@ def test_what_is_typed_is_no_markup(page, visit):
     wait_for_end(tab)
     assert [text.replace("\u2060", "") for text in questions(tab)] == [hostile]
     assert tab.locator("#chatbot script, #chatbot img[src*='192.0.2.1']").count() == 0
-    (state,) = [state for state in page._visits._visits.values() if state.question == hostile]
+    (state,) = [state for state in page.sessions.by_id.values() if state.question == hostile]
     assert state.conv.get_prompt().count("<ImageHere>") == 1
     tab.locator("#chatbot button[aria-label=Edit]").last.click()
     tab.locator("#chatbot textarea").last.press("Control+End")
@@ -424,9 +420,9 @@ def test_examples(page, visit):
         tab.wait_for_selector("#picker img")
         tab.click("#start")
         tab.wait_for_selector("#box textarea:not([disabled])")
-        visits = len(page._visits._visits)
+        before = len(page.sessions.by_id)
         tab.close()
-        wait_until(lambda: len(page._visits._visits) < visits)  # noqa: B023
+        wait_until(lambda: len(page.sessions.by_id) < before)  # noqa: B023
 
 
 def wait_until(condition):
@@ -466,7 +462,7 @@ def test_bad_uploads_get_a_message_and_the_server_lives_on(visit, tmp_path):
     for name, (content, _) in cases.items():
         (tmp_path / name).write_bytes(content)
     messages = {name: message for name, (_, message) in cases.items()}
-    videos = bad_videos(tmp_path)  # tests/cli/test_visit.py shows all of them
+    videos = bad_videos(tmp_path)  # test_session.py shows all of them
     messages |= {name: videos[name] for name in ("playlist.mp4", "cut.mp4", "long.mp4")}
     tab = visit()
     for name, message in messages.items():
@@ -508,9 +504,9 @@ def attach(tab, file):
 
 
 def holders(page, name):
-    """How many visits hold a file of this name."""
-    visits = [*page._visits._visits.values()]
-    return sum(path.name == name for visit in visits for path in visit.files.copy())
+    """The number of sessions that hold a file of this name."""
+    sessions = [*page.sessions.by_id.values()]
+    return sum(path.name == name for session in sessions for path in session.files.copy())
 
 
 @needs_chromium
@@ -540,16 +536,16 @@ def test_uploads_that_were_never_shown_are_deleted_too(page, visit, uploads):
 @pytest.mark.parametrize("how", ["close", "go elsewhere"])
 def test_what_was_attached_and_never_sent_goes_with_the_visit(page, visit, uploads, how):
     """And nothing else does: another tab of this browser and another visitor send what they attached."""
-    leaving, stranger = visit(), visit()
+    leaving, other = visit(), visit()
     staying = leaving.context.new_page()
     staying.goto(page.url)
     staying.wait_for_selector("#start:not([disabled])")
     shared = picture("shared.png")
-    for tab, own in ((leaving, "leaving.png"), (staying, "staying.png"), (stranger, "stranger.png")):
+    for tab, own in ((leaving, "leaving.png"), (staying, "staying.png"), (other, "other.png")):
         upload(tab, PICTURE)
         attach(tab, picture(own))
         attach(tab, shared)
-    own_names = {"leaving.png", "staying.png", "stranger.png"}
+    own_names = {"leaving.png", "staying.png", "other.png"}
     wait_until(lambda: all(holders(page, name) == 1 for name in own_names) and holders(page, "shared.png") == 3)
     attached = own_names | {"shared.png"}
     stored = lambda: {path.name for path in uploads.rglob("*.png")} & attached  # noqa: E731
@@ -559,7 +555,7 @@ def test_what_was_attached_and_never_sent_goes_with_the_visit(page, visit, uploa
     else:
         leaving.goto("about:blank")
     wait_until(lambda: stored() == attached - {"leaving.png"})
-    for tab in (staying, stranger):
+    for tab in (staying, other):
         ask(tab, "What is in these?")
         wait_for_end(tab)
         tab.wait_for_function(
@@ -592,28 +588,29 @@ def test_what_is_left_of_an_upload_that_was_cut_off_goes(page, uploads, monkeypa
             b'--x\r\nContent-Disposition: form-data; name="files"; filename="cut.png"\r\n\r\n' + b"cut " * 10_000
         )
         wait_until(partial)
-    naps = iter([])
-    monkeypatch.setattr("minigpt4.web.page.time", SimpleNamespace(sleep=lambda seconds: next(naps)))
-    for age, left in ((3600, 1), (0, 0)):
-        naps = iter([None])
-        with pytest.raises(StopIteration):
-            page.sweep(uploads, age=age)
-        assert len(partial()) == left
-    assert all(Path(example).exists() for example in page._examples)
-    assert any(thread.name == "sweep" for thread in threading.enumerate())  # demo.py has it done
+    page.sessions.delete_stale_uploads(age=3600)
+    assert len(partial()) == 1
+    naps = iter([None])
+    monkeypatch.setattr(server, "STALE_SECONDS", 0)
+    monkeypatch.setattr(server, "time", SimpleNamespace(sleep=lambda seconds: next(naps)))
+    with pytest.raises(StopIteration):
+        server._keep_cleaning(page.sessions)
+    assert not partial()
+    assert "cleaning" in [thread.name for thread in threading.enumerate()]  # it does so all the time
+    assert all(Path(example).exists() for example in page.examples)
 
 
 def test_sixteen_visitors_at_once(page, chat, uploads, monkeypatch):
     """The short version of load_page.py: nobody sees anything of another, and nothing is left behind."""
     monkeypatch.setattr(chat, "length", 4)
     monkeypatch.setattr(chat, "pause", 0)
-    page.chat, ended = chat, len(page._visits)
+    page.chat, ended = chat, len(page.sessions.by_id)
     expected = [load_page.visit(page.url, number) for number in range(16)]
     assert len({str(answers) for answers in expected}) > 8  # so that a mix-up would be seen
     visits, problems = load_page.crowd(page.url, 16, 2, expected)
     assert problems == []
     assert visits >= 16
-    wait_until(lambda: len(page._visits) <= ended)
+    wait_until(lambda: len(page.sessions.by_id) <= ended)
     wait_until(lambda: not any(uploads.rglob("visitor*.png")))
 
 
@@ -667,7 +664,7 @@ def test_forged_requests_reach_no_file_and_no_server(page, chat):
             assert '"success":false' in end, (target, forged)
             assert str(ROOT) not in end
             assert "root:" not in end
-    assert not page._visits.of("forger").started
+    assert not page.sessions.get("forger").started
     assert httpx.get(page.url).status_code == 200
 
 
@@ -769,62 +766,3 @@ def test_a_phone(visit, scheme):
     assert tab.evaluate(dark) is (scheme == "dark")
     tab.click("text=Light / dark")
     assert tab.evaluate(dark) is (scheme != "dark")
-
-
-def test_the_whole_command(golden_config):
-    """demo.py in a process of its own serves, loads the model of a YAML file, and ends on Ctrl-C."""
-    port = free_port()
-    command = [sys.executable, "demo.py", "--cfg-path", str(golden_config), "--port", str(port)]
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job inherits it ignored
-    )
-    lines = []
-    for line in process.stdout:
-        lines.append(line)
-        if "The model is ready" in line:
-            break
-    output = "".join(lines)
-    assert "The model is ready" in output, output
-    assert urllib.request.urlopen(f"http://127.0.0.1:{port}", timeout=10).status == 200
-    process.send_signal(signal.SIGINT)
-    process.wait(60)
-
-
-def test_a_wrong_path_is_reported_before_anything_is_served(tmp_path):
-    (tmp_path / "eval.yaml").write_text("model:\n  arch: mini_gpt4\n  ckpt: /nowhere.pth\n")
-    command = [sys.executable, "demo.py", "--cfg-path", str(tmp_path / "eval.yaml")]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert result.returncode == 1
-    assert "model.ckpt = '/nowhere.pth'" in result.stderr
-    assert "Traceback" not in result.stderr
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--auth", "alice"], "not of the form USER:PASSWORD"),
-        (["--concurrency", "0"], "--concurrency must be more than 0"),
-        (["--max-upload-mb", "-1"], "--max-upload-mb must be more than 0"),
-    ],
-)
-def test_wrong_arguments(arguments, message, capsys):
-    with pytest.raises(SystemExit):
-        demo.parse_args(["--cfg-path", "x", *arguments])
-    assert message in capsys.readouterr().err
-
-
-def test_defaults_are_local():
-    args = demo.parse_args(["--cfg-path", "x"])
-    assert (args.host, args.share, args.auth, args.gpu_id) == ("127.0.0.1", False, None, 0)
-    assert demo.parse_args(["--cfg-path", "x", "--auth", "a:b", "c:d:e"]).auth == [("a", "b"), ("c", "d:e")]
-
-
-def test_help_loads_no_heavy_library():
-    code = "import sys, demo\ntry: demo.parse_args(['--help'])\nexcept SystemExit: pass\n"
-    code += "sys.exit('torch' in sys.modules or 'gradio' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
