@@ -1,4 +1,4 @@
-"""The official client against the endpoint."""
+"""OpenAI's own client with the endpoint."""
 
 import re
 
@@ -60,7 +60,7 @@ def test_streaming_gives_the_same_text(client, talk, settings):
     assert [u.to_dict() for u in usages] == [whole.usage.to_dict()]
 
 
-def test_words_arrive_while_the_model_writes(client, gate, talkative):
+def test_text_arrives_while_the_model_generates(client, gate, talkative):
     def words():
         return "".join(choice.delta.content or "" for choice in next(stream).choices)
 

@@ -618,7 +618,7 @@ def test_a_question_whose_answer_never_begins_is_taken_back(page, chat):
     """The queue can be full when the browser asks for the answer; then it goes on to the event after that."""
     page.chat = chat
     with load_page.Visitor(page.url, 5) as visitor:
-        visitor.begin()
+        visitor.start_chat()
         say, _, open_box = visitor.chain("box", "submit")
         shown = visitor.call(say, {"box": {"text": "Anybody?", "files": []}})[0]
         assert [message["content"][0].get("text") for message in shown] == [None, "Anybody?"]
