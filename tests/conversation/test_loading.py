@@ -58,15 +58,13 @@ def test_select_gpu(golden_config, monkeypatch, caplog):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert select_gpu(cfg, 3).type == "cpu"
     caplog.clear()
-    numbered = config(
-        golden_config, "run.device=cuda:7"
-    )  # one warning for each name; no other test uses this
+    numbered = config(golden_config, "run.device=cuda:7")  # one warning for each name; no other test uses this
     assert [select_gpu(numbered, 3).type for _ in range(2)] == ["cpu", "cpu"]
     assert caplog.text.count("there is no GPU") == 1
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     assert select_gpu(cfg, 1) == torch.device("cuda", 1)
-    with pytest.raises(ConfigError, match="--gpu-id 2: this machine's GPUs are 0 to 1"):
+    with pytest.raises(ConfigError, match="--gpu-id 2.* 0 to 1"):
         select_gpu(cfg, 2)
     assert select_gpu(config(golden_config, "run.device=cpu"), 1).type == "cpu"

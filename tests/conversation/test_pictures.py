@@ -49,7 +49,7 @@ def test_open_files(tmp_path):
 
 def test_too_many_pixels(tmp_path):
     path = save(tmp_path / "large.png", size=(200, 100))
-    with pytest.raises(PictureError, match=r"large.png is 200 × 100 pixels; at most 0.01 million are accepted"):
+    with pytest.raises(PictureError, match="large.png .*200 × 100.* 0.01 million"):
         open_picture(path, max_pixels=10_000)
 
 

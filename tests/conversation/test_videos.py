@@ -33,7 +33,7 @@ def test_short_videos(tmp_path, frames, expected):
     assert places(open_video(write_video(tmp_path / "short.mp4", frames=5), frames)) == expected
 
 
-def test_large_frames_are_made_smaller(tmp_path):
+def test_large_frames_are_shrunk(tmp_path):
     (frame,) = open_video(write_video(tmp_path / "large.mp4", frames=3, size=(1600, 200)), 1)
     assert frame.size == (512, 64)
 

@@ -155,7 +155,7 @@ def test_three_hundred_malformed_requests(serve, pictures, caplog):
 
 
 @pytest.mark.parametrize("words", HOSTILE_TEXT)
-def test_hostile_words_in_every_role(served, pictures, words):
+def test_hostile_texts_in_every_role(served, pictures, words):
     body = {"model": "minigpt4", "max_tokens": 2}
     messages = [{"role": "system", "content": words}, user(image(pictures[0]), text("x" + words)), assistant(words)]
     check(served.post({**body, "messages": [*messages, user(text("x" + words))], "stop": ["x" + words[:99]]}))
