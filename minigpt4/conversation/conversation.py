@@ -62,19 +62,19 @@ class Conversation:
             self.append_message(self.roles[0], message)
 
     @property
-    def answers(self) -> list[int]:
+    def answer_indices(self) -> list[int]:
         """The indices of the answers in `messages`."""
         return [i for i, (role, text) in enumerate(self.messages) if role == self.roles[1] and text is not None]
 
-    def without_oldest_text(self, answers: int = 1) -> "Conversation | None":
-        """A copy without the messages up to the n-th answer; None if there is no n-th answer.
+    def without_oldest_text(self, num_answers: int) -> "Conversation | None":
+        """A copy without the messages up to the n-th answer; None if there are fewer answers.
 
         Images of the removed messages move to the next turn.
         """
-        ends = [0, *(i + 1 for i in self.answers)]
-        if answers >= len(ends):
+        ends = [0, *(i + 1 for i in self.answer_indices)]
+        if num_answers >= len(ends):
             return None
-        removed, rest = self.messages[: ends[answers]], self.messages[ends[answers] :]
+        removed, rest = self.messages[: ends[num_answers]], self.messages[ends[num_answers] :]
         shorter = replace(self, messages=[])
         for _ in range(sum(text.count(IMAGE_SLOT) for _, text in removed)):
             shorter.add_to_question(IMAGE_TURN)
@@ -204,12 +204,12 @@ class Chat:
         window = self.window(decoding.max_length)
         room_for_text = window - min(decoding.max_new_tokens, window // 4)
 
-        def fits(answers: int) -> bool:
-            return self.num_tokens(conv.without_oldest_text(answers).get_prompt()) <= room_for_text
+        def fits(num_removed: int) -> bool:
+            return self.num_tokens(conv.without_oldest_text(num_removed).get_prompt()) <= room_for_text
 
         # A binary search, because a conversation can have thousands of turns.
-        removed = bisect_left(range(len(conv.answers)), True, key=fits)
-        shorter = conv.without_oldest_text(removed)
+        num_removed = bisect_left(range(len(conv.answer_indices)), True, key=fits)
+        shorter = conv.without_oldest_text(num_removed)
         length = self.num_tokens(shorter.get_prompt())
         room = window - length
         if room < 1:
@@ -217,9 +217,9 @@ class Chat:
                 f"The question and the images take {length} tokens; the model holds {window}, answer included. Ask a "
                 "shorter question, or restart with fewer images."
             )
-        if removed:
+        if num_removed:
             notify(
-                f"The conversation has outgrown the model's {window} tokens: the text up to answer {removed} is no "
+                f"The conversation has outgrown the model's {window} tokens: the text up to answer {num_removed} is no "
                 "longer seen. The images still are."
             )
         new = min(decoding.max_new_tokens, room)

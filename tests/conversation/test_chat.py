@@ -313,11 +313,11 @@ def test_images_of_removed_turns_move_to_the_next_question(play):
         [["upload", 0], ["ask", "One"], ["answer", "1"], ["upload", 1], ["ask", "Two"], ["answer", "2"], ["ask", "3?"]]
     )
     picture = f"<Img>{IMAGE_SLOT}</Img>"
-    once = conv.without_oldest_text()
+    once = conv.without_oldest_text(1)
     assert once.messages == [["Human", f"{picture} {picture} Two"], ["Assistant", "2"], ["Human", "3?"]]
-    twice = once.without_oldest_text()
+    twice = once.without_oldest_text(1)
     assert twice.messages == [["Human", f"{picture} {picture} 3?"]]
-    assert twice.without_oldest_text() is None
+    assert twice.without_oldest_text(1) is None
     assert len(conv.messages) == 5
 
 
@@ -331,9 +331,9 @@ def test_a_very_long_conversation_is_cut_at_the_right_place_in_a_few_steps(chat,
     removed = 301 - sum(role == "Human" for role, _ in shorter.messages)
     one_by_one = conv
     for _ in range(removed - 1):
-        one_by_one = one_by_one.without_oldest_text()
+        one_by_one = one_by_one.without_oldest_text(1)
     assert num_tokens(one_by_one.get_prompt()) > 2000 - 300  # one answer less would have been too long
-    assert one_by_one.without_oldest_text() == shorter
+    assert one_by_one.without_oldest_text(1) == shorter
     assert num_tokens(shorter.get_prompt()) <= 2000 - 300
 
 
