@@ -53,12 +53,11 @@ async def _api_error(request: Request, error: ApiError) -> Response:
 
 async def _http_error(request: Request, error: HTTPException) -> Response:
     messages = {404: f"There is no {request.url.path}.", 405: f"{request.method} is not allowed here."}
-    message = messages.get(error.status_code, error.detail)
-    return JSONResponse(ApiError(error.status_code, message).body(), error.status_code)
+    return await _api_error(request, ApiError(error.status_code, messages.get(error.status_code, error.detail)))
 
 
 async def _server_error(request: Request, error: Exception) -> Response:
-    return JSONResponse(ApiError(500, "The server failed on this request. Its log says why.").body(), 500)
+    return await _api_error(request, ApiError(500, "The server failed on this request. Its log says why."))
 
 
 class EventStream(StreamingResponse):

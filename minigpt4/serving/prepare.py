@@ -5,7 +5,6 @@ to the front, because the model was trained with pictures before text.
 """
 
 import io
-from dataclasses import replace
 
 from minigpt4.conversation import CONV_VISION, Chat, Conversation, PictureError, open_picture
 from minigpt4.conversation.conversation import IMAGE_TURN
@@ -60,31 +59,25 @@ def conversation(chat: Chat, messages: list[Message]) -> Conversation:
             400, f"The messages have {length:,} characters; at most {MAX_CHARACTERS:,} are read.",
             "context_length_exceeded", "messages",
         )  # fmt: skip
-    conv = CONV_VISION.copy()
-    system, turns = _split_system(messages)
-    if system:
-        conv = replace(conv, system="\n".join(_turn_text(chat, conv, message) for message in system))
-    for message in turns:
+    conv, system = CONV_VISION.copy(), []
+    for n, message in enumerate(messages):
         text = _turn_text(chat, conv, message)
         if message.role == "assistant":
             conv.append_message(conv.roles[1], text)
+        elif message.role != "user":  # system or developer
+            if conv.messages:
+                raise ApiError(400, "System messages must come before all others.", param=f"messages[{n}]")
+            system.append(text)
         elif text:
             conv.add_to_question(text)
         else:
             raise ApiError(400, "A user's message is empty.", param="messages")
-    if not turns or turns[-1].role != "user":
+    if messages[-1].role != "user":
         raise ApiError(400, "The last message must be a user's.", param="messages")
+    if system:
+        conv.system = "\n".join(system)
     conv.append_message(conv.roles[1], None)
     return conv
-
-
-def _split_system(messages: list[Message]) -> tuple[list[Message], list[Message]]:
-    """The system messages at the beginning, and the others. Raises ApiError for a later system message."""
-    first = next((n for n, message in enumerate(messages) if message.role in ("user", "assistant")), len(messages))
-    late = next((n for n in range(first, len(messages)) if messages[n].role in ("system", "developer")), None)
-    if late is not None:
-        raise ApiError(400, "System messages must come before all others.", param=f"messages[{late}]")
-    return messages[:first], messages[first:]
 
 
 def _turn_text(chat: Chat, conv: Conversation, message: Message) -> str:
