@@ -1,4 +1,4 @@
-"""An endpoint of `python -m minigpt4 serve` in a thread, and what is sent to it."""
+"""The endpoint of `python -m minigpt4 serve` in a thread, and helpers that build requests."""
 
 import base64
 import socket
@@ -33,18 +33,18 @@ def assistant(words: str) -> dict:
 
 
 class Served:
-    """A running endpoint: `url`, its `batcher`, and shorthands for calls."""
+    """A running endpoint: its `url`, its `batcher`, an `http` client, and shorthands for calls."""
 
     def __init__(self, url: str, batcher: Batcher):
         self.url, self.batcher = url, batcher
-        self._http = httpx.Client(base_url=url, timeout=60, trust_env=False)
+        self.http = httpx.Client(base_url=url, timeout=60, trust_env=False)
 
     def get(self, path: str, **options) -> httpx.Response:
-        return self._http.get(path, **options)
+        return self.http.get(path, **options)
 
     def post(self, body: dict | None = None, **options) -> httpx.Response:
         options = {"json": body} | options if body is not None else options
-        return self._http.post("/v1/chat/completions", **options)
+        return self.http.post("/v1/chat/completions", **options)
 
     def ask(self, *messages, **settings) -> httpx.Response:
         return self.post({"model": "minigpt4", "messages": list(messages), "temperature": 0, **settings})
@@ -65,7 +65,8 @@ class Served:
 
 @contextmanager
 def serving(load, **changed):
-    # Only here, so that tests that do not serve are collected where no server is installed.
+    """Serve the chat that `load()` returns until the context ends; `changed` are fields of `Settings`."""
+    # Imported here, so that tests that do not serve can be collected without uvicorn.
     import uvicorn
 
     from minigpt4.serving.app import create_app

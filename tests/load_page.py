@@ -1,12 +1,12 @@
-"""Many visitors at once on the page, by plain HTTP, as a browser speaks it.
+"""A load test of the web page: many visitors at the same time, who send the HTTP requests of a browser.
 
     python tests/load_page.py                                      # 16 visitors for two minutes, on the tiny default
     python tests/load_page.py --visitors 4 --seconds 20
 
-Starts demo.py. Each visitor comes again and again with a picture of its own, asks, asks again, and leaves. The answers
-are greedy, and must be those that the visitor got when it was alone. Prints the server's memory, and fails (exit status
-1) when an answer is another's, a request fails, visits or uploads are left over, or memory grows. With a model in 16 or
-8 bit (--cfg-path, --options) an answer may change where two words are nearly as likely: it is reported, too.
+It starts demo.py. Each visitor uploads a picture of its own, asks two questions, leaves, and repeats this. The answers
+are greedy, and must equal those that the visitor got when it was alone. The exit status is 1 if an answer differs, a
+request fails, sessions or uploads remain, or the server's memory grows. With a model in 16 or 8 bit (--cfg-path,
+--options) an answer can differ where two tokens are nearly tied; this is reported, too.
 """
 
 import argparse
@@ -29,11 +29,11 @@ from dataset_files import picture_bytes
 from helpers import PYTHONPATH, ROOT, free_port
 
 QUESTIONS = ("What is this?", "And what colour is it?")
-GROWTH = 1.05  # of memory, from the second quarter of the time to the last
+GROWTH = 1.05  # limit of the memory in the last quarter of the time, relative to the second quarter
 
 
 class Visitor:
-    """A session of the page at `url`. Use as a context: leaving it is closing the tab."""
+    """A visitor of the page at `url`. The end of the context closes the tab."""
 
     def __init__(self, url: str, number: int):
         self.number = number
@@ -52,8 +52,8 @@ class Visitor:
         self._heartbeat.close()
         self._http.close()
 
-    def begin(self) -> None:
-        """Upload & Start Chat, with the visitor's own picture."""
+    def start_chat(self) -> None:
+        """Upload the visitor's own picture and start the chat."""
         self.name = f"visitor{self.number}.png"
         files = {"files": (self.name, picture_bytes(self.number, 64), "image/png")}
         (path,) = self._checked(self._http.post("gradio_api/upload", files=files)).json()
@@ -62,8 +62,8 @@ class Visitor:
         self._trigger("picker", "upload", {"picker": gallery})
         self._trigger("start", "click", {"picker": gallery})
 
-    def ask(self, text: str) -> list[dict]:
-        """Ask, and read the answer to its end. Returns what the chatbot then shows, without pictures."""
+    def ask(self, text: str) -> list[tuple[str, str]]:
+        """Ask, and wait for the answer. Returns the (role, text) of all messages on the page, without the pictures."""
         chatbot, *_ = self._trigger("box", "submit", {"box": {"text": text, "files": []}})
         contents = [(message["role"], message["content"][0]) for message in chatbot]
         for _, content in contents:
@@ -72,11 +72,11 @@ class Visitor:
         return [(role, content["text"]) for role, content in contents if "text" in content]
 
     def _trigger(self, elem_id: str, event: str, values: dict) -> list:
-        """What a browser does for an event. Returns the output of the last call."""
+        """Make the calls that a browser makes for an event. Returns the output of the last one."""
         return [self.call(call, values) for call in self.chain(elem_id, event)][-1]
 
     def chain(self, elem_id: str, event: str) -> list[dict]:
-        """The calls of an event: its own, then those that follow it one by one."""
+        """The calls of an event: its own call, then those that follow it."""
         component = next(i for i, c in self._components.items() if c["props"].get("elem_id") == elem_id)
         calls = [e for e in self._events if [component, event] in e["targets"]]
         while followers := [e for e in self._events if e["trigger_after"] == calls[-1]["id"]]:
@@ -84,7 +84,7 @@ class Visitor:
         return calls
 
     def call(self, event: dict, values: dict) -> list:
-        """Call one. The inputs are `values`, by elem_id, or what the page begins with."""
+        """Make a call and return its output. The inputs are `values`, by elem_id, or the page's initial values."""
         data = [self._value(self._components[i]["props"], values) for i in event["inputs"]]
         body = {"data": data, "fn_index": event["id"], "session_hash": self._session}
         if not event["queue"]:
@@ -114,9 +114,9 @@ class Visitor:
 
 
 def visit(url: str, number: int) -> list[str]:
-    """One visit. Returns the answers. Raises AssertionError when anything of another visitor is seen."""
+    """Make one visit and return the answers. Raises AssertionError if content of another visitor appears."""
     with Visitor(url, number) as visitor:
-        visitor.begin()
+        visitor.start_chat()
         asked = [f"{question} ({number})" for question in QUESTIONS]
         for n, question in enumerate(asked, start=1):
             shown = visitor.ask(question)
@@ -127,19 +127,19 @@ def visit(url: str, number: int) -> list[str]:
 
 
 def crowd(url: str, visitors: int, seconds: float, expected: list[list[str]]) -> tuple[int, list[str]]:
-    """All visitors at once, again and again, each at least once. Returns the number of visits, and what went wrong."""
+    """Let all visitors make visits at the same time. Returns the number of visits and the problems."""
     problems, counts, deadline = [], [0] * visitors, time.monotonic() + seconds
 
-    def come(number: int) -> None:
+    def visit_repeatedly(number: int) -> None:
         while not counts[number] or time.monotonic() < deadline:
             try:
                 if (answers := visit(url, number)) != expected[number]:
                     problems.append(f"visitor {number} got {answers} instead of {expected[number]}")
-            except Exception as error:  # whatever it is, it is what this looks for
+            except Exception as error:  # any exception is a problem to report
                 problems.append(f"visitor {number}: {error!r}")
             counts[number] += 1
 
-    threads = [threading.Thread(target=come, args=(number,)) for number in range(visitors)]
+    threads = [threading.Thread(target=visit_repeatedly, args=(number,)) for number in range(visitors)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -149,7 +149,10 @@ def crowd(url: str, visitors: int, seconds: float, expected: list[list[str]]) ->
 
 @contextmanager
 def served(cfg_path: str, folder: Path, options: list[str] | None = None) -> Iterator[tuple[str, subprocess.Popen]]:
-    """demo.py in a process of its own, its model loaded; temporary files go to `folder`."""
+    """Run demo.py in a process of its own. Yields the URL and the process once the model is loaded.
+
+    Temporary files go to `folder`.
+    """
     port = free_port()
     command = [sys.executable, "demo.py", "--cfg-path", cfg_path, "--port", str(port)]
     command += ["--options", *options] if options else []
@@ -192,11 +195,11 @@ def main(argv: list[str] | None = None) -> int:
                 time.sleep(1)
         visits, problems = running.result()
         time.sleep(2)
-        problems += [f"left over: {path.name}" for path in Path(folder).rglob("visitor*.png")]
+        problems += [f"remaining upload: {path.name}" for path in Path(folder).rglob("visitor*.png")]
         log = (Path(folder) / "log.txt").read_text()
         problems += [line for line in log.splitlines() if "Traceback" in line or "failed" in line]
         if "A visit ended; 0 are in progress" not in log.splitlines()[-1]:
-            problems.append(f"visits are left over: {log.splitlines()[-1]}")
+            problems.append(f"remaining sessions: {log.splitlines()[-1]}")
     quarter = max(1, len(memory) // 4)
     before, after = (statistics.median(part) for part in (memory[quarter : 2 * quarter] or memory, memory[-quarter:]))
     print(f"{visits} visits, {visits * len(QUESTIONS)} answers; memory {before:.0f} MB, at the end {after:.0f} MB")

@@ -1,4 +1,4 @@
-"""Talking with a model about pictures. The names are imported when first used: help texts need no torch."""
+"""Conversations with a model about pictures. The names are imported at first use, so that `--help` loads no torch."""
 
 import importlib
 

@@ -1,4 +1,4 @@
-"""The chat: a `Conversation` is the text, and a `Chat` lets a model answer in it.
+"""The chat: a `Conversation` holds the text, and a `Chat` generates the answers.
 
     chat, conv, img_list = Chat(model, vis_processor, device), CONV_VISION.copy(), []
     chat.upload_img("cat.jpg", conv, img_list)
@@ -32,9 +32,10 @@ IMAGE_TURN = f"<Img>{IMAGE_SLOT}</Img>"
 
 @dataclass
 class Conversation:
-    """What was said: `messages` are [role, text], where the text None is an answer still to come.
+    """The text of a conversation.
 
-    Each message is followed by `sep`; those of the second role by `sep2`, where that is given.
+    `messages` are [role, text]. The text None is an answer that is still to be generated. Each message is followed by
+    `sep`, or by `sep2` if that is set and the role is the second one.
     """
 
     system: str
@@ -44,7 +45,7 @@ class Conversation:
     messages: list[list] = field(default_factory=list)
 
     def get_prompt(self) -> str:
-        """The text that the model reads, with `<ImageHere>` where an image goes."""
+        """The prompt for the model, with `<ImageHere>` at the place of each image."""
         text = self.system + self.sep
         for role, message in self.messages:
             sep = self.sep2 if self.sep2 and role == self.roles[1] else self.sep
@@ -55,25 +56,28 @@ class Conversation:
         self.messages.append([role, message])
 
     def add_to_question(self, message: str) -> None:
-        """Say `message` as the first role: in the same turn as an image right before it, else in a new turn."""
+        """Append `message` to the last turn if that is the first role's and ends with an image, else in a new turn."""
         if self.messages and self.messages[-1][0] == self.roles[0] and self.messages[-1][1].endswith(IMAGE_TURN):
             self.messages[-1][1] += f" {message}"
         else:
             self.append_message(self.roles[0], message)
 
     @property
-    def answers(self) -> list[int]:
-        """The places of the answers among the messages."""
+    def answer_indices(self) -> list[int]:
+        """The indices of the answers in `messages`."""
         return [i for i, (role, text) in enumerate(self.messages) if role == self.roles[1] and text is not None]
 
-    def without_oldest_text(self, answers: int = 1) -> "Conversation | None":
-        """A copy that forgot all up to its n-th answer, whose images moved to the next turn; None: it has no n-th."""
-        ends = [0, *(i + 1 for i in self.answers)]
-        if answers >= len(ends):
+    def without_oldest_text(self, num_answers: int) -> "Conversation | None":
+        """A copy without the messages up to the n-th answer; None if there are fewer answers.
+
+        Images of the removed messages move to the next turn.
+        """
+        ends = [0, *(i + 1 for i in self.answer_indices)]
+        if num_answers >= len(ends):
             return None
-        forgotten, rest = self.messages[: ends[answers]], self.messages[ends[answers] :]
+        removed, rest = self.messages[: ends[num_answers]], self.messages[ends[num_answers] :]
         shorter = replace(self, messages=[])
-        for _ in range(sum(text.count(IMAGE_SLOT) for _, text in forgotten)):
+        for _ in range(sum(text.count(IMAGE_SLOT) for _, text in removed)):
             shorter.add_to_question(IMAGE_TURN)
         if rest and rest[0][0] == self.roles[0]:
             shorter.add_to_question(rest.pop(0)[1])
@@ -91,12 +95,12 @@ CONV_VISION = Conversation(
 
 
 class Chat:
-    """Lets a model talk about images.
+    """Generates a model's answers in conversations about images.
 
     Args:
         model: a `MiniGPT4`.
-        vis_processor: from a PIL image to a tensor [3,H,W].
-        device: where the model lies.
+        vis_processor: turns a PIL image into a tensor [3,H,W].
+        device: the device of the model.
         decoding_loop: see `continue_embeds`; None: transformers' `generate` decodes.
     """
 
@@ -114,9 +118,9 @@ class Chat:
 
     @torch.inference_mode()
     def upload_img(self, image: str | Path | Image.Image | torch.Tensor, conv: Conversation, img_list: list) -> str:
-        """Show an image: a file, a PIL image, or a processed tensor [3,H,W]. Its vectors [1,Q,D] join `img_list`.
+        """Add an image to the conversation: a file, a PIL image, or a processed tensor [3,H,W].
 
-        Raises PictureError for a file that is no usable picture.
+        Its embeddings [1,Q,D] are appended to `img_list`. Raises PictureError for a file that is not a usable picture.
         """
         if isinstance(image, (str, Path)):
             image = open_picture(image)
@@ -128,29 +132,33 @@ class Chat:
         return "Received."
 
     def upload_video(self, video: str | Path, conv: Conversation, img_list: list, frames: int = FRAMES) -> str:
-        """Show a video file: `frames` frames, drawn evenly, are images of one turn. Raises PictureError."""
+        """Add a video file to the conversation: `frames` evenly spaced frames, in one turn. Raises PictureError."""
         for frame in open_video(video, frames):
             self.upload_img(frame, conv, img_list)
         return "Received."
 
     def ask(self, text: str, conv: Conversation) -> None:
-        """Ask a question. What would be a separator, an image slot or a special token in it is broken up."""
-        conv.add_to_question(self.harmless(text, conv))
+        """Add a question to the conversation, sanitized."""
+        conv.add_to_question(self.sanitize(text, conv))
 
-    def harmless(self, text: str, conv: Conversation) -> str:
-        """`text` with what would be a separator, an image slot or a special token broken up."""
+    def sanitize(self, text: str, conv: Conversation) -> str:
+        """`text` in which separators, image placeholders and special tokens are broken up by a space."""
         special = self.model.tokenizer.special_tokens
         return break_up(text, [conv.sep, conv.sep2 or "", IMAGE_SLOT, *special])
 
     @torch.inference_mode()
     def get_context_emb(self, conv: Conversation, img_list: list[torch.Tensor]) -> torch.Tensor:
-        """The conversation as the model reads it, [1,S,D]. Raises ValueError if images and image slots differ."""
+        """The embeddings of the whole prompt, [1,S,D].
+
+        Raises ValueError if the number of images differs from the number of placeholders.
+        """
         return self.model.context([conv.get_prompt()], img_list)[0]
 
     def answer(self, conv: Conversation, img_list: list[torch.Tensor], **settings) -> tuple[str, np.ndarray]:
-        """Answer the question that `conv` ends with, and add the answer to `conv`.
+        """Answer the last question of `conv`, and append the answer to `conv`.
 
-        Takes what `stream_answer` takes. Returns the answer, and its token ids [T] int64 (what ends it included).
+        `settings` are the keyword arguments of `stream_answer`. Returns the answer and its token ids [T] int64, which
+        include the separator or token that ended it.
         """
         answering, text = self.stream_answer(conv, img_list, **settings), ""
         while True:
@@ -169,16 +177,16 @@ class Chat:
     ) -> Generator[str, None, np.ndarray]:
         """Like `answer`, but yields the whole answer so far, each time longer; returns the token ids.
 
-        The separator is never shown, not even half of it. With beams there is only the final text. When this generator
-        is closed, or `should_stop()` turns true, the answer ends there and then.
+        No part of the separator is ever yielded. With beam search, only the final text is yielded. The answer ends at
+        once when this generator is closed or `should_stop()` returns True.
 
         Args:
-            should_stop: asked after each token.
-            notify: receives a sentence for the user when a part of the conversation had to be left out.
-            settings: see `Decoding`.
+            should_stop: called after each token.
+            notify: called with a sentence for the user if the conversation or the answer exceeds the context window.
+            settings: the fields of `Decoding`.
 
         Raises:
-            ValueError: a setting out of bounds; or the question alone is longer than the context.
+            ValueError: a setting is out of bounds, or the question alone is longer than the context window.
         """
         decoding = Decoding(**settings)
         stop, label = conv.sep2 or conv.sep, f"{conv.roles[1]}:"
@@ -198,39 +206,46 @@ class Chat:
         return np.array(strip_leading(self.model.tokenizer, ids), dtype=np.int64)
 
     def _fit(self, conv: Conversation, decoding: Decoding, notify: Callable) -> tuple[Conversation, Decoding]:
-        """What fits into the model's window: the oldest text is left out first, images never."""
+        """The conversation and the settings, cut to the context window.
+
+        The oldest text is removed first, images never.
+        """
         window = self.window(decoding.max_length)
-        reserve = min(decoding.max_new_tokens, window // 4)
-        # Halving: a text of a thousand turns is not measured a thousand times.
-        forgotten = bisect_left(
-            range(len(conv.answers)), True, key=lambda n: self._length(conv.without_oldest_text(n)) <= window - reserve
-        )
-        conv = conv.without_oldest_text(forgotten)
-        room = window - self._length(conv)
+        room_for_text = window - min(decoding.max_new_tokens, window // 4)
+
+        def fits(num_removed: int) -> bool:
+            return self.num_tokens(conv.without_oldest_text(num_removed).get_prompt()) <= room_for_text
+
+        # A binary search, because a conversation can have thousands of turns.
+        num_removed = bisect_left(range(len(conv.answer_indices)), True, key=fits)
+        shorter = conv.without_oldest_text(num_removed)
+        length = self.num_tokens(shorter.get_prompt())
+        room = window - length
         if room < 1:
             raise ValueError(
-                f"The question and the images take {self._length(conv)} tokens; the model holds {window}, answer "
-                "included. Ask a shorter question, or restart with fewer images."
+                f"The question and the images take {length} tokens; the model holds {window}, answer included. Ask a "
+                "shorter question, or restart with fewer images."
             )
-        if forgotten:
+        if num_removed:
             notify(
-                f"The conversation has outgrown the model's {window} tokens: the text up to answer {forgotten} is no "
+                f"The conversation has outgrown the model's {window} tokens: the text up to answer {num_removed} is no "
                 "longer seen. The images still are."
             )
         new = min(decoding.max_new_tokens, room)
-        return conv, replace(decoding, max_new_tokens=new, min_length=min(decoding.min_length, new))
+        return shorter, replace(decoding, max_new_tokens=new, min_length=min(decoding.min_length, new))
 
     def window(self, max_length: int = Decoding.max_length) -> int:
-        """Most tokens of conversation and answer together: `max_length`, or fewer where the model holds fewer."""
+        """The limit of conversation and answer together, in tokens: `max_length`, or less if the model holds less."""
         config = self.model.llama_model.config.get_text_config()
         return min(max_length, getattr(config, "max_position_embeddings", max_length))
 
-    def _length(self, conv: Conversation) -> int:
-        return len(encode_with_images(self.model.tokenizer, conv.get_prompt(), self.model.query_tokens.shape[1]))
+    def num_tokens(self, prompt: str) -> int:
+        """The length of a prompt in tokens, images included."""
+        return len(encode_with_images(self.model.tokenizer, prompt, self.model.query_tokens.shape[1]))
 
     @torch.inference_mode()
     def _generate(self, prompt: str, img_list: list, stop: str, decoding: Decoding, tap) -> torch.Tensor:
-        """The ids [1,T] of an answer. Runs in a thread, which has a current GPU of its own."""
+        """The token ids [1,T] of an answer. This runs in a thread, which must select its GPU itself."""
         kind = self.device.type
         devices = [] if kind == "cpu" else [self.device]
         generator = torch.random.fork_rng(devices, enabled=decoding.seed is not None, device_type=kind)
@@ -245,7 +260,10 @@ class Chat:
 
     @contextmanager
     def _pending_answer(self, conv: Conversation):
-        """The open message of `conv`; after an error it is gone, after an interruption it holds what there was."""
+        """The message of `conv` that the answer is written into.
+
+        An error removes the message. After an interruption it holds the answer so far.
+        """
         if not conv.messages or conv.messages[-1][1] is not None:
             conv.append_message(conv.roles[1], None)
         pending = conv.messages[-1]

@@ -1,34 +1,34 @@
-"""How an answer is drawn from the model."""
+"""Decoding settings: how the tokens of an answer are chosen."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """The settings of an answer. Raises ValueError for one that is out of bounds."""
+    """The settings of an answer. Raises ValueError if one is out of bounds."""
 
     max_new_tokens: int = 300
-    """Most tokens of an answer."""
+    """Maximum length of an answer in tokens."""
     num_beams: int = 1
-    """Answers pursued side by side; more than one is slower and cannot be streamed."""
+    """Number of beams. Beam search (more than one) is slower and cannot be streamed."""
     min_length: int = 1
-    """Fewest tokens of an answer."""
+    """Minimum length of an answer in tokens."""
     top_p: float = 0.9
-    """Sample from the likeliest tokens that together have this probability."""
+    """Sample from the likeliest tokens whose probabilities add up to this."""
     repetition_penalty: float = 1.0
-    """Above 1: tokens of the answer so far become less likely."""
+    """Above 1, tokens that are already in the answer become less likely."""
     length_penalty: float = 1.0
-    """With beams: above 0 favours long answers, below 0 short ones."""
+    """With beam search: a value above 0 favours long answers, a value below 0 short ones."""
     temperature: float = 1.0
-    """Below 1: likelier tokens are favoured; above 1: less so."""
+    """A value below 1 favours likely tokens; a value above 1 favours unlikely ones."""
     max_length: int = 2000
-    """Most tokens of conversation and answer together."""
+    """Maximum length of conversation and answer together, in tokens."""
     do_sample: bool = True
-    """Sample; False: always the likeliest token (or beam)."""
+    """Sample if True; else take the likeliest token (or beam)."""
     top_k: int = 50
-    """Sample from at most so many tokens; 0: from all. The first release used 50 without saying so."""
+    """Number of likeliest tokens to sample from; 0 means all. The first release used 50, transformers' default."""
     seed: int | None = None
-    """Makes sampling repeatable, as long as nothing else draws from torch's generator meanwhile."""
+    """Makes sampling repeatable, provided that nothing else uses torch's generator at the same time."""
 
     def __post_init__(self) -> None:
         bounds = {
@@ -53,7 +53,7 @@ class Decoding:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be more than 0.{fix}")
 
     def options(self) -> dict:
-        """As keyword arguments of transformers' `generate`."""
+        """The settings as keyword arguments of transformers' `generate`."""
         options = {
             "max_new_tokens": self.max_new_tokens,
             "min_new_tokens": self.min_length,

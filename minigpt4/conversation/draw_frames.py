@@ -1,22 +1,22 @@
 """The process that decodes a video: python draw_frames.py FILE FRAMES
 
-Run by `videos.open_video`, as a script of its own that imports nothing of this package. Decoders of videos are large,
-old and written in C: what a broken file does to them, it does to this process, which has little memory and no other
-task. The frames go to stdout as an .npy array [N,H,W,3] uint8. A file that is refused: exit status 2, and the reason
-on stdout.
+`videos.open_video` runs this script, which imports nothing of this package. Video decoders are large, old and written
+in C: a malicious file can crash them or take over their process. This process has little memory and no other task. It
+writes the frames to stdout as an .npy array [N,H,W,3] uint8. If it refuses a file, it writes the reason to stdout and
+exits with status 2.
 """
 
 import io
 import sys
 from contextlib import suppress
 
-SIDE = 512  # longest side of a frame that is handed on; image processors make it smaller still
+SIDE = 512  # maximum width and height of a frame; image processors shrink it further
 MAX_SECONDS = 3600
-MEMORY = 2 * 2**30  # bytes of address space
+MEMORY = 2 * 2**30  # limit of the address space in bytes
 
 
 def limit_memory() -> None:
-    """Bound this process's memory, where the system can and has not done so."""
+    """Limit the memory of this process, on systems that support it."""
     with suppress(ImportError, OSError, ValueError):
         import resource
 
@@ -24,9 +24,9 @@ def limit_memory() -> None:
 
 
 def draw(path: str, frames: int):
-    """`frames` frames, from the middles of as many equal parts of the video, as an array [N,H,W,3] uint8.
+    """The middle frames of `frames` equal parts of the video, as an array [N,H,W,3] uint8.
 
-    Fewer, where the video has fewer. Raises ValueError for a video that is too long.
+    A shorter video gives all its frames. Raises ValueError if the video has no frames or is too long.
     """
     import decord
 

@@ -1,4 +1,4 @@
-"""From a config to a `Chat`."""
+"""Building a `Chat` from a config."""
 
 import torch
 
@@ -17,10 +17,11 @@ def load_chat(cfg: Config, device: torch.device) -> Chat:
 
 
 def load_vis_processor(cfg: Config):
-    """The image processor of a chat: the first dataset's for training, unless that is the default, else `eval`.
+    """The image processor of a chat.
 
-    The evaluation files of the first release name `blip2_image_eval` under `train`. Raises ConfigError for an unknown
-    name.
+    It is the first dataset's processor under `train`, because the first release's evaluation files name
+    `blip2_image_eval` there. If there is none, or if it is the default for training, the default for evaluation is
+    used. Raises ConfigError for an unknown name.
     """
     default = cfg.preprocess_cfg.vis_processor
     dataset = next(iter(cfg.datasets_cfg.values()), None)
@@ -34,9 +35,9 @@ def load_vis_processor(cfg: Config):
 
 
 def select_gpu(cfg: Config, gpu_id: int) -> torch.device:
-    """GPU `gpu_id`, or the CPU with a warning where there is none, unless `run.device` names another device.
+    """The device of a chat: GPU `gpu_id` if `run.device` is "cuda", else the device that `run.device` names.
 
-    Raises ConfigError for a GPU that this machine lacks.
+    Without a GPU it is the CPU, with a warning. Raises ConfigError if there are GPUs, but not GPU `gpu_id`.
     """
     if cfg.run_cfg.device != "cuda" or not torch.cuda.is_available():
         return dist_utils.select_device(cfg.run_cfg.device)

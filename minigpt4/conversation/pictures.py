@@ -1,4 +1,4 @@
-"""Pictures from strangers: opened with care, or refused with a reason that a visitor understands."""
+"""Opening untrusted picture files: each is decoded safely, or refused with a reason that a user understands."""
 
 from pathlib import Path
 from typing import BinaryIO
@@ -10,18 +10,19 @@ MAX_PIXELS = 64_000_000
 
 
 class PictureError(ValueError):
-    """A file that is no usable picture or video; the message says why, and names the file but not its folder."""
+    """A file is not a usable picture or video. The message gives the reason and the file's name without its folder."""
 
 
 def open_picture(source: str | Path | BinaryIO, name: str | None = None, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Open a picture file, upright, in RGB; of an animation, the first frame.
+    """Open a picture file in RGB, rotated upright. Of an animation, only the first frame is read.
 
     Args:
-        source: a path, or an open binary file, whose `name` is for messages.
+        source: a path or an open binary file.
+        name: the file's name in error messages; by default that of `source`.
+        max_pixels: limit of width × height. It is compared with the header, before anything is decompressed.
 
     Raises:
-        PictureError: no picture, another format, damaged, or more than `max_pixels` (read from its header, so a
-            decompression bomb is never unpacked).
+        PictureError: the file is not a picture, has another format, is damaged, or has too many pixels.
     """
     name = name or Path(source).name
     try:

@@ -1,6 +1,6 @@
-"""Videos from strangers: a few frames, drawn evenly, are pictures like others.
+"""Opening untrusted video files: a few evenly spaced frames become pictures.
 
-Decoding (decord) happens in a process of its own with bounded time and memory (`draw_frames.py`).
+decord decodes them in a separate process with limited time and memory (`draw_frames.py`).
 """
 
 import importlib.util
@@ -17,27 +17,29 @@ from minigpt4.conversation.pictures import PictureError, open_picture
 SUFFIXES = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi")
 FRAMES = 8
 MAX_FRAMES = 64
-SECONDS = 60  # for decoding
+SECONDS = 60  # limit of the decoding time
 WORKER = Path(__file__).with_name("draw_frames.py")
 
 
 def is_video(path: str | Path) -> bool:
-    """Does the name say that this is a video?"""
+    """True if the file's suffix is that of a video."""
     return Path(path).suffix.lower() in SUFFIXES
 
 
 def open_media(path: str | Path, frames: int = FRAMES) -> list[Image.Image]:
-    """The frames of a video, or the one picture that another file is. Raises PictureError."""
+    """The frames of a video file, or the one picture in any other file. Raises PictureError."""
     return open_video(path, frames) if is_video(path) else [open_picture(path)]
 
 
 def open_video(path: str | Path, frames: int = FRAMES) -> list[Image.Image]:
-    """`frames` frames of a video file, drawn evenly, in RGB, at most 512 pixels a side; fewer of a shorter video.
+    """Evenly spaced frames of a video file in RGB, at most 512 pixels wide and high.
+
+    There are `frames` of them, or fewer if the video has fewer frames.
 
     Raises:
         ValueError: `frames` is not from 1 to 64.
-        PictureError: no video, damaged, too long (an hour), too large to decode in 2 GiB and a minute; or decord, which
-            decodes, is not installed.
+        PictureError: the file is not a video, is damaged, lasts more than an hour, or takes more than 2 GiB or a minute
+            to decode; or decord is not installed.
     """
     if not 1 <= frames <= MAX_FRAMES:
         raise ValueError(f"frames={frames} must be from 1 to {MAX_FRAMES}.")
@@ -46,11 +48,11 @@ def open_video(path: str | Path, frames: int = FRAMES) -> list[Image.Image]:
         raise PictureError(f"{name} is a video: it takes `pip install decord` (or eva-decord, on other processors).")
     _check_container(path, name)
     command = [sys.executable, "-P", str(WORKER), os.path.abspath(path), str(frames)]
-    # Threads of numerical libraries would take the address space that is for the video.
+    # Each thread of a numerical library takes address space, which is limited.
     environment = os.environ | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
     try:
         result = subprocess.run(
-            # What decoders complain of has no bound, and nobody reads it.
+            # stderr is dropped, because decoders can write any amount to it.
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=SECONDS,
             env=environment,
         )  # fmt: skip
@@ -66,7 +68,10 @@ def open_video(path: str | Path, frames: int = FRAMES) -> list[Image.Image]:
 
 
 def _check_container(path: str | Path, name: str) -> None:
-    """Only real containers pass: to FFmpeg a text file can be a playlist, which names other files and addresses."""
+    """Raise PictureError for a file that is not a video container.
+
+    FFmpeg reads some text files as playlists, which can name other files and addresses.
+    """
     try:
         with open(path, "rb") as file:
             head = file.read(12)

@@ -1,1 +1,1 @@
-"""An OpenAI-compatible endpoint: `app` has the routes, `batching` the queue and the one thread that owns the model."""
+"""An OpenAI-compatible endpoint: `app` holds the routes, `batching` the queue and the thread that runs the model."""

@@ -22,13 +22,13 @@ from minigpt4.serving.protocol import ChatRequest, read_request
 from minigpt4.serving.replies import Reply
 from minigpt4.serving.settings import Settings
 
-BODY_SECONDS = 60
-READ_SECONDS = 60  # for reading the end of an answer, once its time is over
+BODY_SECONDS = 60  # limit for receiving the body of a request
+READ_SECONDS = 60  # the client has this long to read the end of a stream after the deadline
 RETRY_SECONDS = 5
 
 
 def create_app(batcher: Batcher, settings: Settings) -> Starlette:
-    """The endpoint as an ASGI application, which starts and closes the batcher."""
+    """The endpoint as an ASGI application. Its lifespan starts and closes the batcher."""
 
     @asynccontextmanager
     async def lifespan(app: Starlette):
@@ -52,20 +52,19 @@ async def _api_error(request: Request, error: ApiError) -> Response:
 
 
 async def _http_error(request: Request, error: HTTPException) -> Response:
-    what = {404: f"There is no {request.url.path}.", 405: f"{request.method} is not allowed here."}
-    return JSONResponse(
-        ApiError(error.status_code, what.get(error.status_code, error.detail)).body(), error.status_code
-    )
+    messages = {404: f"There is no {request.url.path}.", 405: f"{request.method} is not allowed here."}
+    return await _api_error(request, ApiError(error.status_code, messages.get(error.status_code, error.detail)))
 
 
 async def _server_error(request: Request, error: Exception) -> Response:
-    return JSONResponse(ApiError(500, "The server failed on this request. Its log says why.").body(), 500)
+    return await _api_error(request, ApiError(500, "The server failed on this request. Its log says why."))
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events; `close` is called when the last was sent or the client is gone.
+    """Server-sent events. `close` is called after the last event, or when the client has disconnected.
 
-    A client that does not read what it is sent is gone at `deadline` (`time.monotonic()`): it would keep its place.
+    At `deadline` (`time.monotonic()`) the stream ends, so that a client that does not read it cannot keep its place in
+    the queue.
     """
 
     def __init__(self, events: AsyncIterator[str], close: Callable[[], None], deadline: float):
@@ -83,16 +82,18 @@ class EventStream(StreamingResponse):
 
 
 class Endpoint:
+    """The handlers of the routes."""
+
     def __init__(self, batcher: Batcher, settings: Settings):
         self._batcher, self._settings = batcher, settings
         self._images = Images(settings.allow_http_images, settings.allow_private_hosts, settings.max_bytes)
-        # Few at a time: a picture takes much memory while it is unpacked.
+        # Only two threads, because a picture takes much memory while it is decoded.
         self._pool = ThreadPoolExecutor(2, "prepare")
         self._started = time.time()
         self._requests = 0
 
     async def health(self, request: Request) -> Response:
-        """200 when the model is there, else 503; for load balancers, so without a key."""
+        """Status 200 if the model is loaded, else 503. No key is needed, because load balancers call this."""
         seconds = round(time.time() - self._started)
         if self._batcher.closed or self._batcher.chat is None:
             status = "stopping" if self._batcher.closed else "loading"
@@ -113,12 +114,12 @@ class Endpoint:
         self._check_key(request)
         deadline = time.monotonic() + self._settings.timeout
         with ExitStack() as stack:
-            stack.enter_context(self._place_in_line())
+            stack.enter_context(self._place_in_queue())
             try:
-                asked = await asyncio.to_thread(read_request, await self._body(request))
+                chat_request = await asyncio.to_thread(read_request, await self._body(request))
             except ClientDisconnect:
                 return Response(status_code=499)
-            work = asyncio.create_task(self._answer(asked, deadline, stack))
+            work = asyncio.create_task(self._answer(chat_request, deadline, stack))
             gone = asyncio.create_task(_disconnected(request))
             try:
                 await asyncio.wait([work, gone], return_when=asyncio.FIRST_COMPLETED)
@@ -135,7 +136,7 @@ class Endpoint:
             "owned_by": "minigpt4",
         }
 
-    # What is checked first
+    # Checks
 
     def _check_key(self, request: Request) -> None:
         if self._settings.api_key is None:
@@ -151,8 +152,8 @@ class Endpoint:
             raise ApiError(404, f"There is no model {name[:100]!a}; this is {known!r}.", "model_not_found", "model")
 
     @contextmanager
-    def _place_in_line(self) -> Iterator[None]:
-        """A place among the requests that are served at a time. Raises ApiError when there is none."""
+    def _place_in_queue(self) -> Iterator[None]:
+        """Hold one of the `max_queue` places for requests. Raises ApiError if all are taken or the model is missing."""
         if self._batcher.closed or self._batcher.chat is None:
             state = "stopping" if self._batcher.closed else "still loading the model"
             raise ApiError(503, f"The server is {state}.", "not_ready", retry_after=RETRY_SECONDS)
@@ -166,10 +167,11 @@ class Endpoint:
             self._requests -= 1
 
     async def _body(self, request: Request) -> bytes:
-        """The body of a request. Raises ApiError for one that is too large, too slow or not JSON."""
-        # A page in a browser can send other types to any server; for JSON the browser asks first, and gets no consent.
+        """The body of a request. Raises ApiError if it is too large, too slow or not JSON."""
+        # Any web page can make a browser send other types. For JSON the browser first asks the server, which refuses.
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise ApiError(415, "Send Content-Type: application/json.")
+        # A body that is up to four times too large is read to its end: most clients read the response only after that.
         limit, body, size = self._settings.max_bytes, bytearray(), 0
         try:
             async with asyncio.timeout(BODY_SECONDS):
@@ -177,7 +179,7 @@ class Endpoint:
                     size += len(chunk)
                     if size <= limit:
                         body += chunk
-                    elif size > 4 * limit:  # most clients listen only when all is sent, so not much less is read
+                    elif size > 4 * limit:
                         break
         except TimeoutError:
             raise ApiError(408, f"The request took longer than {BODY_SECONDS} s to arrive.") from None
@@ -188,39 +190,39 @@ class Endpoint:
             )  # fmt: skip
         return bytes(body)
 
-    # The answer
+    # Answers
 
-    async def _answer(self, asked: ChatRequest, deadline: float, stack: ExitStack) -> Response:
-        """Answer; of a stream, the response takes over what `stack` closes."""
-        self._check_model(asked.model)
-        if asked.new_tokens and asked.new_tokens > self._settings.max_tokens:
-            raise ApiError(
-                400, f"{asked.new_tokens} tokens are too many: at most {self._settings.max_tokens} for an answer.",
-                "invalid_value", "max_completion_tokens" if asked.max_completion_tokens else "max_tokens",
-            )  # fmt: skip
-        reply = await self._begin(asked, deadline)
+    async def _answer(self, chat_request: ChatRequest, deadline: float, stack: ExitStack) -> Response:
+        """Answer a request. A streaming response takes over the callbacks of `stack`."""
+        self._check_model(chat_request.model)
+        requested, limit = chat_request.new_tokens, self._settings.max_tokens
+        if requested and requested > limit:
+            key = "max_completion_tokens" if chat_request.max_completion_tokens else "max_tokens"
+            message = f"{requested} tokens are too many: at most {limit} for an answer."
+            raise ApiError(400, message, "invalid_value", key)
+        reply = await self._make_reply(chat_request, deadline)
         stack.callback(self._batcher.cancel, reply.answers)
         self._batcher.submit(reply.answers)
-        if not asked.stream:
-            return JSONResponse(await reply.whole())
-        await reply.begun()  # an error before the first word still has a status
+        if not chat_request.stream:
+            return JSONResponse(await reply.completion())
+        await reply.wait_for_first_token()  # an error before that can still set the HTTP status
         return EventStream(reply.events(), stack.pop_all().close, deadline + READ_SECONDS)
 
-    async def _begin(self, asked: ChatRequest, deadline: float) -> Reply:
-        """Read the pictures and the messages."""
-        urls = image_urls(asked.messages, self._settings.max_images)
+    async def _make_reply(self, chat_request: ChatRequest, deadline: float) -> Reply:
+        """Read the pictures and the messages of a request."""
+        urls = image_urls(chat_request.messages, self._settings.max_images)
         pictures = await self._images.read_all(urls)
         chat = self._batcher.chat
         prompt = await asyncio.get_running_loop().run_in_executor(
-            self._pool, read_prompt, chat, asked.messages, pictures, int(self._settings.max_megapixels * 1e6)
+            self._pool, read_prompt, chat, chat_request.messages, pictures, int(self._settings.max_megapixels * 1e6)
         )
-        asked.messages.clear()  # megabytes that nobody needs while the request waits
-        wanted = asked.new_tokens or Decoding.max_new_tokens
-        max_tokens = min(wanted, self._settings.max_tokens, chat.window() - prompt.num_tokens)
-        return Reply(asked, prompt, chat, max_tokens, deadline)
+        chat_request.messages.clear()  # frees megabytes while the request waits
+        requested = chat_request.new_tokens or Decoding.max_new_tokens
+        max_tokens = min(requested, self._settings.max_tokens, chat.window() - prompt.num_tokens)
+        return Reply(chat_request, prompt, chat, max_tokens, deadline)
 
 
 async def _disconnected(request: Request) -> None:
-    """Returns when the client is gone."""
+    """Wait until the client disconnects."""
     while (await request.receive())["type"] != "http.disconnect":
         pass

@@ -1,7 +1,7 @@
-"""The queue, and the one thread that owns the model: answers that wait together are generated together.
+"""The queue of answers, and the thread that owns the model and generates them in batches.
 
-The thread takes what waits, in order, up to the batch size, and generates it as one left-padded batch; what arrives
-meanwhile waits for the next one. Each answer has its own sampling, stop texts, length and deadline.
+The thread takes the waiting answers in order, up to the batch size, and generates them as one left-padded batch. Later
+answers wait for the next batch. Each answer has its own sampling, stop texts, length and deadline.
 
 Q query tokens per image, D width of the language model.
 """
@@ -21,11 +21,12 @@ from minigpt4.models.generation import StopOnText, answer_text, continue_embeds,
 from minigpt4.serving.sampling import RowSampler, RowSampling
 
 IMAGES_AT_ONCE = 16
+GATHER_SECONDS = 0.01  # a batch waits this long for further answers before it starts
 
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
-    """What the model reads: a text with image slots, its images [3,H,W] in order, and how many tokens that makes."""
+    """A text with image placeholders, its images [3,H,W] in order, and its length in tokens, images included."""
 
     text: str
     pixels: list[torch.Tensor]
@@ -33,15 +34,18 @@ class Prompt:
 
 
 class Answer:
-    """An answer that is waited for.
+    """An answer that is waiting, being generated, or complete.
 
-    `ids` are its tokens so far; `finish` is None until it has ended, then "stop", "length", "cancelled" or "error".
+    Attributes:
+        ids: the token ids so far.
+        started: True once a batch with this answer has started.
+        finish: None until the answer has ended, then "stop", "length", "cancelled" or "error".
 
     Args:
-        stops: texts that end it.
-        label: what the model may repeat in front of it ("Assistant:"), which is left out.
-        deadline: `time.monotonic()` at which it ends wherever it is.
-        changed: called by the model's thread when there is news.
+        stops: texts that end the answer.
+        label: a text that models repeat at the beginning of an answer ("Assistant:"), and which is removed.
+        deadline: time (`time.monotonic()`) at which the answer ends at its current length.
+        changed: called by the model's thread after each token and at the end.
     """
 
     def __init__(
@@ -57,13 +61,13 @@ class Answer:
     ):
         self.prompt, self.sampling, self.max_tokens, self.deadline = prompt, sampling, max_tokens, deadline
         self.ids: list[int] = []
-        self.begun = False
+        self.started = False
         self.finish: str | None = None
         self._tokenizer, self._stops, self._label, self._changed = tokenizer, stops, label, changed
         self._stop, self._ends = StopOnText(tokenizer, *stops), end_ids(tokenizer)
 
-    def take(self, token: int) -> None:
-        """Add a token, and end where it says so."""
+    def add_token(self, token: int) -> None:
+        """Append a token, and end the answer if the token, a stop text, the length or the deadline requires it."""
         if self.finish:
             return
         self.ids.append(token)
@@ -75,14 +79,15 @@ class Answer:
             self._changed()
 
     def end(self, finish: str) -> None:
+        """End the answer, unless it has already ended."""
         if not self.finish:
             self.finish = finish
             self._changed()
 
     def text(self) -> str:
-        """The answer so far. Each text begins with the one before: unlike on the page, what was sent stays sent.
+        """The text so far. Each text begins with the previous one, because text that was sent cannot be changed.
 
-        So a repeated label is left out in front only.
+        For this reason the label is removed only at the beginning, unlike in `Chat`.
         """
         complete = self.finish is not None
         text = answer_text(self._tokenizer, list(self.ids), self._stops, complete=complete)
@@ -92,33 +97,31 @@ class Answer:
 
 
 class Batcher:
-    """Owns the model: loads it in a thread of its own, then answers there.
+    """Loads the model in a thread, and generates answers there.
+
+    Attributes:
+        chat: None until the model is loaded.
+        failure: the exception that `load` raised.
+        closed: True after `close`.
+        running: the answers of the current batch.
+        fill_batches: fill up batches of several answers to `max_batch` rows. This is done on a GPU, where each batch
+            size needs CUDA graphs of its own, and a further row costs almost nothing.
 
     Args:
         load: makes the `Chat`.
-        max_batch: most answers at a time.
-        window: seconds to wait for company before a batch begins.
-        fixed_size: fill up batches of several answers to `max_batch` rows; None: on a GPU, where each size of a batch
-            needs graphs of its own (`fast/decoding/loop.py`), and a row more costs next to nothing.
-        failed: called when `load` raises; the exception is then in `failure`.
+        max_batch: maximum number of answers in a batch.
+        failed: called after `load` has raised an exception.
     """
 
-    def __init__(
-        self,
-        load: Callable[[], Chat],
-        max_batch: int,
-        window: float = 0.01,
-        fixed_size: bool | None = None,
-        failed: Callable[[], None] = lambda: None,
-    ):
+    def __init__(self, load: Callable[[], Chat], max_batch: int, failed: Callable[[], None] = lambda: None):
         self.chat: Chat | None = None
         self.failure: BaseException | None = None
         self.closed = False
         self.running: list[Answer] = []
-        self.max_batch = max_batch
-        self._load, self._window, self._fixed_size, self._failed = load, window, fixed_size, failed
+        self.fill_batches = False
+        self._load, self._max_batch, self._failed = load, max_batch, failed
         self._waiting: deque[Answer] = deque()
-        self._news = threading.Condition()
+        self._queue_changed = threading.Condition()
         self._thread = threading.Thread(target=self._work, name="model", daemon=True)
 
     @property
@@ -133,45 +136,47 @@ class Batcher:
         self._thread.start()
 
     def submit(self, answers: list[Answer]) -> None:
-        """Put answers into the queue; when this is closed, they end at once."""
-        with self._news:
+        """Put answers into the queue. If the batcher is closed, they end at once."""
+        with self._queue_changed:
             if self.closed:
                 for answer in answers:
                     answer.end("error")
                 return
             self._waiting.extend(answers)
-            self._news.notify()
+            self._queue_changed.notify()
 
     def cancel(self, answers: list[Answer]) -> None:
-        """Forget answers, waiting or running; those that have ended stay as they are."""
-        with self._news:
+        """End answers that are waiting or running; those that have ended stay unchanged."""
+        with self._queue_changed:
             for answer in answers:
                 answer.end("cancelled")
             self._waiting = deque(answer for answer in self._waiting if not answer.finish)
 
     def close(self, seconds: float = 5) -> None:
-        """End: what waits is given up, what is being written ends where it is. Waits `seconds` for that.
+        """End all answers: waiting ones with an error, running ones at their current length.
 
-        Loading cannot be ended: `is_alive` tells whether it goes on.
+        This waits up to `seconds` for the thread. Loading cannot be interrupted; meanwhile `is_alive` stays True.
         """
-        with self._news:
+        with self._queue_changed:
             self.closed = True
             for answer in self._waiting:
                 answer.end("error")
             for answer in self.running:
                 answer.end("length")
             self._waiting.clear()
-            self._news.notify()
+            self._queue_changed.notify()
         if self.is_alive and self.chat:
             self._thread.join(seconds)
 
     def _work(self) -> None:
         try:
-            self.chat = self._load()
-        except BaseException as error:  # whoever started this server says what happened
+            chat = self._load()
+        except BaseException as error:  # reported by the thread that made this batcher
             self.failure = error
             self._failed()
             return
+        self.fill_batches = chat.device.type == "cuda"
+        self.chat = chat
         while batch := self._next_batch():
             try:
                 self._generate(batch)
@@ -182,28 +187,29 @@ class Batcher:
                 answer.end("error")  # unless it has ended
 
     def _next_batch(self) -> list[Answer]:
-        """The answers to generate next; none: this batcher was closed."""
+        """The answers to generate next, or an empty list if the batcher is closed."""
         batch: list[Answer] = []
-        with self._news:
-            while not (batch or self.closed):  # what waited may have been cancelled while it waited for company
-                self._news.wait_for(lambda: self._waiting or self.closed)
-                self._news.wait_for(lambda: len(self._waiting) >= self.max_batch or self.closed, timeout=self._window)
-                while self._waiting and len(batch) < self.max_batch and self._fits([*batch, self._waiting[0]]):
+        with self._queue_changed:
+            while not (batch or self.closed):  # a second time if all answers were cancelled in the meantime
+                self._queue_changed.wait_for(lambda: self._waiting or self.closed)
+                self._queue_changed.wait_for(
+                    lambda: len(self._waiting) >= self._max_batch or self.closed, timeout=GATHER_SECONDS
+                )
+                while self._waiting and len(batch) < self._max_batch and self._fits([*batch, self._waiting[0]]):
                     batch.append(self._waiting.popleft())
-                    batch[-1].begun = True
+                    batch[-1].started = True
             self.running = batch
         return batch
 
     def _fits(self, batch: list[Answer]) -> bool:
-        """Does the longest prompt with the longest answer fit into the model's window? Rows end together."""
+        """True if the longest prompt and the longest answer of a batch fit into the context window together."""
         longest = max(answer.prompt.num_tokens for answer in batch) + max(answer.max_tokens for answer in batch)
         return len(batch) == 1 or longest <= self.chat.window()
 
     @torch.inference_mode()
     def _generate(self, batch: list[Answer]) -> None:
         model, device = self.chat.model, self.chat.device
-        fixed_size = device.type == "cuda" if self._fixed_size is None else self._fixed_size
-        fill = self.max_batch - len(batch) if fixed_size and len(batch) > 1 else 0
+        fill = self._max_batch - len(batch) if self.fill_batches and len(batch) > 1 else 0
         max_tokens = max(answer.max_tokens for answer in batch)
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             sampler = RowSampler(
@@ -218,7 +224,7 @@ class Batcher:
             )  # fmt: skip
 
     def _images(self, batch: list[Answer]) -> list[torch.Tensor]:
-        """The vectors [1,Q,D] of each answer's images, in order; answers to one prompt share the work."""
+        """The embeddings [1,Q,D] of each answer's images, in order. A prompt of several answers is encoded once."""
         prompts = list({id(answer.prompt): answer.prompt for answer in batch}.values())
         pixels = [image for prompt in prompts for image in prompt.pixels]
         starts = range(0, len(pixels), IMAGES_AT_ONCE)
@@ -229,9 +235,9 @@ class Batcher:
 
 
 class _Watch:
-    """Stopping criterion that hands each row's new token to its answer; a row is done when its answer has ended.
+    """Stopping criterion that adds each row's new token to its answer. A row is done when its answer has ended.
 
-    The `fill` rows after those of the batch are nobody's.
+    The last `fill` rows belong to no answer and are done from the start.
     """
 
     def __init__(self, batch: list[Answer], fill: int):
@@ -240,6 +246,6 @@ class _Watch:
     def __call__(self, input_ids: torch.Tensor, scores, **kwargs) -> torch.Tensor:
         tokens = input_ids[: len(self._batch), -1].tolist()
         for answer, token in zip(self._batch, tokens, strict=True):
-            answer.take(token)
+            answer.add_token(token)
         done = [answer.finish is not None for answer in self._batch]
         return torch.tensor(done + self._fill, device=input_ids.device)

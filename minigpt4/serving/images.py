@@ -1,4 +1,4 @@
-"""The pictures that a request names: in it, as data URLs, or elsewhere, fetched only from public addresses."""
+"""Reading the pictures of a request: from data URLs, or by HTTP from public addresses only."""
 
 import asyncio
 import base64
@@ -21,27 +21,25 @@ class Images:
 
     Args:
         allow_http: fetch http and https URLs.
-        allow_private: of hosts in private networks and of this machine too.
-        max_bytes: most that is fetched for a request, all its pictures together.
+        allow_private: also from private networks and from this machine.
+        max_bytes: limit of all fetched pictures of a request together.
     """
 
-    def __init__(self, allow_http: bool = False, allow_private: bool = False, max_bytes: int = 20 * 2**20):
+    def __init__(self, allow_http: bool, allow_private: bool, max_bytes: int):
         self._allow_http, self._max_bytes = allow_http, max_bytes
         self._network = PublicNetwork(allow_private)
 
     async def read_all(self, urls: dict[str, str]) -> dict[str, bytes]:
-        """The contents of the files of a request, by their places in it. Raises ApiError."""
+        """The contents of a request's picture files, by place, as in `urls`. Raises ApiError."""
         contents, left = {}, self._max_bytes
         for place, url in urls.items():
-            contents[place] = await self.read(url, place, left)
-            left -= 0 if _scheme(url) == "data" else len(contents[place])  # those came with the request
+            contents[place] = await self._read(url, place, left)
+            if _scheme(url) != "data":
+                left -= len(contents[place])
         return contents
 
-    async def read(self, url: str, place: str, most: int) -> bytes:
-        """The content of the file; one that is fetched has at most `most` bytes.
-
-        `place`, such as "messages[1].content[0]", is for messages. Raises ApiError.
-        """
+    async def _read(self, url: str, place: str, limit: int) -> bytes:
+        """The content of the file at `url`. At most `limit` bytes are fetched. Raises ApiError, which names `place`."""
         try:
             scheme = _scheme(url)
             if scheme == "data":
@@ -53,14 +51,14 @@ class Images:
                     "this server fetches no pictures; send a data: URL (or start it with --allow-http-images)"
                 )
             async with asyncio.timeout(FETCH_SECONDS):
-                return await self._fetch(url, most)
+                return await self._fetch(url, limit)
         except TimeoutError:
             reason = f"it took longer than {FETCH_SECONDS} s to fetch"
         except _Refused as error:
             reason = str(error)
         raise ApiError(400, f"The picture in {place} cannot be used: {reason}.", "invalid_image_url", place)
 
-    async def _fetch(self, url: str, most: int) -> bytes:
+    async def _fetch(self, url: str, limit: int) -> bytes:
         for _ in range(MAX_REDIRECTS + 1):
             target = _http_url(url)
             try:
@@ -68,7 +66,7 @@ class Images:
                     headers = {"User-Agent": "minigpt4", "Accept": "image/*", "Accept-Encoding": "identity"}
                     async with pool.stream("GET", target, headers=headers) as response:
                         if response.status == 200:
-                            return await self._body(response, most)
+                            return await self._body(response, limit)
                         location = {name.lower(): value for name, value in response.headers}.get(b"location")
                         if response.status not in (301, 302, 303, 307, 308) or not location:
                             raise _Refused(f"its server answered {response.status}")
@@ -77,13 +75,15 @@ class Images:
             url = urljoin(url, location.decode("latin-1"))
         raise _Refused(f"there were more than {MAX_REDIRECTS} redirects")
 
-    async def _body(self, response: httpcore.Response, most: int) -> bytes:
+    async def _body(self, response: httpcore.Response, limit: int) -> bytes:
         content = bytearray()
         async for chunk in response.aiter_stream():
             content += chunk
-            if len(content) > most:
-                limit = f"{self._max_bytes / 2**20:g} MB are fetched for a request"
-                raise _Refused(f"it is larger than {most / 2**20:.3g} MB, and at most {limit}")
+            if len(content) > limit:
+                raise _Refused(
+                    f"it is larger than {limit / 2**20:.3g} MB, and at most {self._max_bytes / 2**20:g} MB are fetched "
+                    "for a request"
+                )
         return bytes(content)
 
 
@@ -92,7 +92,7 @@ def _scheme(url: str) -> str:
 
 
 class _Refused(Exception):
-    """Why a picture is not read."""
+    """A picture is not read. The message is the reason."""
 
 
 def read_data_url(url: str) -> bytes:
@@ -107,7 +107,7 @@ def read_data_url(url: str) -> bytes:
 
 
 def _http_url(url: str) -> httpcore.URL:
-    """An http or https URL in parts, each in the form that a request needs."""
+    """An http or https URL in httpcore's form, with encoded host and path."""
     try:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https"):
@@ -125,9 +125,10 @@ def _http_url(url: str) -> httpcore.URL:
 
 
 class PublicNetwork(httpcore.AnyIOBackend):
-    """Connects to public addresses only: the one that was checked is the one that is connected to.
+    """Connects to public addresses only.
 
-    A name could point elsewhere the next time that it is looked up, so it is looked up once.
+    A host name is looked up once, and the connection goes to the address that was checked. A second lookup could return
+    another address (DNS rebinding).
     """
 
     def __init__(self, allow_private: bool):
@@ -138,7 +139,10 @@ class PublicNetwork(httpcore.AnyIOBackend):
         return await super().connect_tcp(address, port, timeout, local_address, socket_options)
 
     async def _look_up(self, host: str, port: int) -> str:
-        """An address of a host that has public ones only. The message does not tell whether a private name exists."""
+        """An address of the host. Raises _Refused unless all its addresses are public.
+
+        The message is the same for private and unknown hosts, so that clients learn nothing about the network.
+        """
         try:
             found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
         except (OSError, UnicodeError):
@@ -150,7 +154,7 @@ class PublicNetwork(httpcore.AnyIOBackend):
 
 
 def is_public(address: str) -> bool:
-    """Does an IP address belong to the public internet, also the IPv4 address that an IPv6 address may stand for?"""
+    """True if an IP address, and any IPv4 address that it embeds, belongs to the public internet."""
     ip = ipaddress.ip_address(address)
     if ip.version == 6:
         inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo and ip.teredo[1])

@@ -1,15 +1,13 @@
-"""From a request's messages to the prompt that the model reads.
+"""Turning a request's messages into a prompt.
 
-One message is one turn. A message whose pictures follow its text is read pictures first: so the model was trained, and
-OpenAI's examples put the text first.
+Each message is a turn. If all text of a message precedes its pictures, as in OpenAI's examples, the pictures are moved
+to the front, because the model was trained with pictures before text.
 """
 
 import io
-from dataclasses import replace
 
 from minigpt4.conversation import CONV_VISION, Chat, Conversation, PictureError, open_picture
 from minigpt4.conversation.conversation import IMAGE_TURN
-from minigpt4.models.prompt import encode_with_images
 from minigpt4.serving.batching import Prompt
 from minigpt4.serving.errors import ApiError
 from minigpt4.serving.protocol import Image, Message, Text
@@ -18,7 +16,7 @@ MAX_CHARACTERS = 100_000
 
 
 def image_urls(messages: list[Message], max_images: int) -> dict[str, str]:
-    """The URLs of all pictures, by the place that they have in the request. Raises ApiError."""
+    """The URLs of all pictures, by place in the request, such as "messages[1].content[0]". Raises ApiError."""
     urls = {}
     for m, message in enumerate(messages):
         for p, part in enumerate(message.content):
@@ -33,9 +31,9 @@ def image_urls(messages: list[Message], max_images: int) -> dict[str, str]:
 
 
 def read_prompt(chat: Chat, messages: list[Message], pictures: dict[str, bytes], max_pixels: int) -> Prompt:
-    """The prompt of a request, its `pictures` by their places. Raises ApiError."""
+    """The prompt of a request. `pictures` are the contents of its picture files, by place. Raises ApiError."""
     prompt = conversation(chat, messages).get_prompt()
-    tokens = len(encode_with_images(chat.model.tokenizer, prompt, chat.model.query_tokens.shape[1]))
+    tokens = chat.num_tokens(prompt)
     if tokens >= chat.window():
         raise ApiError(
             400,
@@ -54,45 +52,39 @@ def read_prompt(chat: Chat, messages: list[Message], pictures: dict[str, bytes],
 
 
 def conversation(chat: Chat, messages: list[Message]) -> Conversation:
-    """The messages as a conversation that waits for an answer. Raises ApiError."""
+    """The messages as a conversation whose next answer is open. Raises ApiError."""
     length = sum(len(part.text) for message in messages for part in message.content if isinstance(part, Text))
     if length > MAX_CHARACTERS:
         raise ApiError(
             400, f"The messages have {length:,} characters; at most {MAX_CHARACTERS:,} are read.",
             "context_length_exceeded", "messages",
         )  # fmt: skip
-    conv = CONV_VISION.copy()
-    told, said = _split_system(messages)
-    if told:
-        conv = replace(conv, system="\n".join(_turn(chat, conv, message) for message in told))
-    for message in said:
-        text = _turn(chat, conv, message)
+    conv, system = CONV_VISION.copy(), []
+    for n, message in enumerate(messages):
+        text = _turn_text(chat, conv, message)
         if message.role == "assistant":
             conv.append_message(conv.roles[1], text)
+        elif message.role != "user":  # system or developer
+            if conv.messages:
+                raise ApiError(400, "System messages must come before all others.", param=f"messages[{n}]")
+            system.append(text)
         elif text:
             conv.add_to_question(text)
         else:
             raise ApiError(400, "A user's message is empty.", param="messages")
-    if not said or said[-1].role != "user":
+    if messages[-1].role != "user":
         raise ApiError(400, "The last message must be a user's.", param="messages")
+    if system:
+        conv.system = "\n".join(system)
     conv.append_message(conv.roles[1], None)
     return conv
 
 
-def _split_system(messages: list[Message]) -> tuple[list[Message], list[Message]]:
-    """The system messages in front, and the others."""
-    first = next((n for n, message in enumerate(messages) if message.role in ("user", "assistant")), len(messages))
-    late = next((n for n in range(first, len(messages)) if messages[n].role in ("system", "developer")), None)
-    if late is not None:
-        raise ApiError(400, "System messages must come before all others.", param=f"messages[{late}]")
-    return messages[:first], messages[first:]
-
-
-def _turn(chat: Chat, conv: Conversation, message: Message) -> str:
-    """The text of a turn, with an image slot for each picture."""
+def _turn_text(chat: Chat, conv: Conversation, message: Message) -> str:
+    """The text of a turn, with a placeholder for each picture."""
     parts = message.content
     texts = [part for part in parts if isinstance(part, Text)]
     if parts[: len(texts)] == texts:
         parts = [*parts[len(texts) :], *texts]
-    texts = [chat.harmless(part.text, conv) if isinstance(part, Text) else IMAGE_TURN for part in parts]
+    texts = [chat.sanitize(part.text, conv) if isinstance(part, Text) else IMAGE_TURN for part in parts]
     return " ".join(text for text in texts if text)

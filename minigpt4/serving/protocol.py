@@ -1,4 +1,4 @@
-"""OpenAI's chat completions, as far as this model can serve them: what may be asked, and the shape of the answers."""
+"""The part of OpenAI's chat completions that this endpoint supports: the format of requests and of responses."""
 
 import json
 import time
@@ -16,12 +16,12 @@ MAX_STOPS = 4
 MAX_STOP_CHARACTERS = 100
 MAX_MESSAGES = 200
 
-# Accepted, and without effect: they change nothing that a user of the answer could see.
+# Accepted without effect, because they do not change the answer.
 IGNORED = (
     "metadata", "parallel_tool_calls", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention",
     "reasoning_effort", "safety_identifier", "service_tier", "store", "user", "verbosity",
 )  # fmt: skip
-# Refused, unless the value asks for nothing: an answer without them would not be what was asked for.
+# Refused, except for these values, which request nothing: the answer would differ from the one requested.
 REFUSED: dict[str, tuple] = {
     "audio": (),
     "function_call": ("none", "auto"),
@@ -58,7 +58,7 @@ class Image(_Strict):
 
 
 class Message(_Strict):
-    """A message; its content is always a list of parts here. Other fields, such as `name`, have no effect."""
+    """A message. Its content is converted to a list of parts. Other fields, such as `name`, have no effect."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: list[Annotated[Text | Image, Discriminator("type")]] = Field(default=[], validate_default=True)
@@ -78,7 +78,7 @@ class StreamOptions(_Strict):
 
 
 class ChatRequest(_Strict):
-    """The body of a request to /v1/chat/completions. null is the same as leaving a key out."""
+    """The body of a request to /v1/chat/completions. A key with the value null counts as absent."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -106,11 +106,11 @@ class ChatRequest(_Strict):
 
     @property
     def new_tokens(self) -> int | None:
-        """Most tokens that are asked for."""
+        """The requested maximum length of an answer in tokens."""
         return self.max_completion_tokens or self.max_tokens
 
     def sampling(self, choice: int) -> RowSampling:
-        """How choice number `choice` is drawn: each has random numbers of its own."""
+        """The sampling settings of choice number `choice`. Each choice has its own seed."""
         return RowSampling(
             temperature=self.temperature,
             top_p=self.top_p,
@@ -122,7 +122,7 @@ class ChatRequest(_Strict):
 
 
 def read_request(body: bytes) -> ChatRequest:
-    """The request in the body of a call. Raises ApiError."""
+    """Parse and check the body of a request. Raises ApiError."""
     try:
         fields = json.loads(body)
         json.dumps(fields, ensure_ascii=False).encode()
@@ -147,8 +147,9 @@ def read_request(body: bytes) -> ChatRequest:
 
 
 def _place(location: tuple[str | int, ...]) -> str:
-    """A place in words: ("messages", 1, "content", 0, "text", "text"), whose first "text" is the part's type, is
-    messages[1].content[0].text.
+    """A pydantic location as text: ("messages", 1, "content", 0, "text", "text") is messages[1].content[0].text.
+
+    The first "text" is the type of the part, which is omitted.
     """
     name = ""
     for before, step in zip((None, *location), location, strict=False):
@@ -161,14 +162,14 @@ def _place(location: tuple[str | int, ...]) -> str:
 
 @dataclass(frozen=True)
 class Envelope:
-    """What all that is sent back for one request has in common."""
+    """The fields that all responses to one request have in common."""
 
     model: str
     id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
     created: int = field(default_factory=lambda: int(time.time()))
 
     def completion(self, texts: list[str], reasons: list[str], usage: dict) -> dict:
-        """The whole answer, not streamed."""
+        """The body of a response that is not streamed."""
         choices = [
             {
                 "index": n,
@@ -181,7 +182,7 @@ class Envelope:
         return self._of("chat.completion", choices) | {"usage": usage}
 
     def chunk(self, choice: int, delta: dict, reason: str | None = None) -> dict:
-        """A piece of choice number `choice`."""
+        """A chunk of choice number `choice`."""
         choices = [{"index": choice, "delta": delta, "logprobs": None, "finish_reason": reason}]
         return self._of("chat.completion.chunk", choices)
 

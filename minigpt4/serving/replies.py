@@ -1,4 +1,4 @@
-"""From answers that a thread is writing to what is sent to the client, whole or piece by piece."""
+"""Sending answers to the client while the model's thread generates them: as a whole, or as a stream of events."""
 
 import asyncio
 import json
@@ -15,46 +15,46 @@ DONE = "data: [DONE]\n\n"
 
 
 class Reply:
-    """The answers to one request. Made in the event loop that sends them.
+    """The answers to one request. It must be made in the event loop that sends them.
 
     Args:
-        max_tokens: most tokens of an answer.
-        deadline: `time.monotonic()` at which it is given up if an answer still waits.
+        max_tokens: maximum length of an answer in tokens.
+        deadline: time (`time.monotonic()`) at which the request is refused if an answer has not started.
     """
 
-    def __init__(self, asked: ChatRequest, prompt: Prompt, chat: Chat, max_tokens: int, deadline: float):
+    def __init__(self, request: ChatRequest, prompt: Prompt, chat: Chat, max_tokens: int, deadline: float):
         self._loop, self._changed = asyncio.get_running_loop(), asyncio.Event()
-        self._asked, self._prompt, self._deadline = asked, prompt, deadline
-        self._envelope = Envelope(asked.model)
+        self._request, self._prompt, self._deadline = request, prompt, deadline
+        self._envelope = Envelope(request.model)
         self.answers = [
             Answer(
                 chat.model.tokenizer,
                 prompt,
-                asked.sampling(n),
+                request.sampling(n),
                 max_tokens=max_tokens,
-                stops=[CONV_VISION.sep2 or CONV_VISION.sep, *asked.stop],
+                stops=[CONV_VISION.sep2 or CONV_VISION.sep, *request.stop],
                 label=f"{CONV_VISION.roles[1]}:",
                 deadline=deadline,
-                changed=self._tell,
+                changed=self._signal_change,
             )
-            for n in range(asked.n)
+            for n in range(request.n)
         ]
 
-    async def begun(self) -> None:
-        """Wait for the first token. Raises ApiError."""
+    async def wait_for_first_token(self) -> None:
+        """Wait until an answer has a token. Raises ApiError."""
         while not any(answer.ids or answer.finish for answer in self.answers):
-            await self._news()
+            await self._wait_for_change()
 
-    async def whole(self) -> dict:
-        """Wait for all answers; the body of a response. Raises ApiError."""
+    async def completion(self) -> dict:
+        """Wait for all answers and return the body of the response. Raises ApiError."""
         while not all(answer.finish for answer in self.answers):
-            await self._news()
-        self._check()
+            await self._wait_for_change()
+        self._raise_failure()
         texts = [answer.text() for answer in self.answers]
         return self._envelope.completion(texts, [answer.finish for answer in self.answers], self._usage())
 
     async def events(self) -> AsyncIterator[str]:
-        """Server-sent events, until all answers have ended. An error is an event, too."""
+        """Server-sent events until all answers have ended. An error becomes an event, too."""
         try:
             async for chunk in self._chunks():
                 yield _event(chunk)
@@ -63,11 +63,11 @@ class Reply:
         yield DONE
 
     async def _chunks(self) -> AsyncIterator[dict]:
-        sent = {n: "" for n in range(len(self.answers))}  # of the answers that go on
+        sent = {n: "" for n in range(len(self.answers))}  # text sent so far, of the answers that have not ended
         for n in sent:
             yield self._envelope.chunk(n, {"role": "assistant", "content": ""})
         while True:
-            self._check()
+            self._raise_failure()
             for n, before in list(sent.items()):
                 finish, text = self.answers[n].finish, self.answers[n].text()
                 if text[len(before) :]:
@@ -78,32 +78,32 @@ class Reply:
                     del sent[n]
             if not sent:
                 break
-            await self._news()
-        if self._asked.stream_options.include_usage:
+            await self._wait_for_change()
+        if self._request.stream_options.include_usage:
             yield self._envelope.usage_chunk(self._usage())
 
-    def _tell(self) -> None:
-        """Called by the model's thread."""
-        with suppress(RuntimeError):  # the loop has ended: the server is stopping
+    def _signal_change(self) -> None:
+        """Wake the event loop. The model's thread calls this."""
+        with suppress(RuntimeError):  # the event loop is closed, because the server is stopping
             self._loop.call_soon_threadsafe(self._changed.set)
 
-    async def _news(self) -> None:
-        """Wait until an answer has changed. Raises ApiError for one that will never come."""
+    async def _wait_for_change(self) -> None:
+        """Wait until an answer has changed. Raises ApiError if one has failed or has waited too long."""
         try:
             async with asyncio.timeout(max(0, self._deadline - time.monotonic())):
                 await self._changed.wait()
         except TimeoutError:
-            if not all(answer.begun for answer in self.answers):
+            if not all(answer.started for answer in self.answers):
                 raise ApiError(
                     503, "The server is too busy: the request has waited too long.", "timeout", None, 5
                 ) from None
-            await self._changed.wait()  # its thread ends it at the next token
+            await self._changed.wait()  # the deadline ends each answer at its next token
         self._changed.clear()
-        self._check()
+        self._raise_failure()
 
-    def _check(self) -> None:
+    def _raise_failure(self) -> None:
         if any(answer.finish == "error" for answer in self.answers):
-            if all(answer.begun for answer in self.answers):
+            if all(answer.started for answer in self.answers):
                 raise ApiError(500, "The model failed on this request. The server's log says why.")
             raise ApiError(503, "The server is stopping.", "not_ready")
 

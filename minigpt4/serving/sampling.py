@@ -1,4 +1,4 @@
-"""The next token of each row of a batch by that row's own settings, so that any requests can share a batch.
+"""Sampling with settings for each row, so that any requests can share a batch.
 
 B batch, T new tokens so far, V vocabulary.
 """
@@ -15,15 +15,15 @@ GREEDY_BELOW = 0.01
 
 @dataclass(frozen=True)
 class RowSampling:
-    """How the tokens of an answer are drawn. A temperature below GREEDY_BELOW takes the likeliest token."""
+    """The sampling settings of an answer. A temperature below GREEDY_BELOW means the likeliest token."""
 
     temperature: float = Decoding.temperature
     top_p: float = Decoding.top_p
     top_k: int = Decoding.top_k
     frequency_penalty: float = 0.0
-    """Taken from a token's score for each time that it stands in the answer."""
+    """Subtracted from a token's score for each of its occurrences in the answer."""
     presence_penalty: float = 0.0
-    """Taken from a token's score if it stands in the answer."""
+    """Subtracted from a token's score if it occurs in the answer."""
     seed: int | None = None
 
     @property
@@ -32,10 +32,11 @@ class RowSampling:
 
 
 class RowSampler:
-    """Logits processor for greedy generation: all but the token drawn for a row become impossible.
+    """Logits processor that samples a token for each row and sets the scores of all other tokens to -inf.
 
-    Each row has random numbers of its own, one for each of `max_tokens`, so a seed gives the same answer whoever shares
-    the batch. They are drawn beforehand: a GPU need not wait for them.
+    Greedy generation then takes the sampled tokens. Each row has its own random numbers, one for each of `max_tokens`,
+    so that the answer for a seed does not depend on the rest of the batch. They are computed in advance, so that a GPU
+    does not wait for them.
     """
 
     def __init__(self, rows: list[RowSampling], max_tokens: int, device: torch.device):
@@ -43,9 +44,9 @@ class RowSampler:
             return torch.tensor(list(values), device=device).unsqueeze(1)  # [B,1]
 
         self._plain = all(row.greedy and not row.frequency_penalty and not row.presence_penalty for row in rows)
-        sources = [random.Random(row.seed) for row in rows]
-        drawn = [[source.random() for _ in range(max_tokens)] for source in sources]
-        self._random = torch.tensor(drawn, device=device)  # [B,max_tokens]
+        generators = [random.Random(row.seed) for row in rows]
+        numbers = [[generator.random() for _ in range(max_tokens)] for generator in generators]
+        self._random = torch.tensor(numbers, device=device)  # [B,max_tokens]
         self._temperature = column(1.0 if row.greedy else row.temperature for row in rows)
         self._top_p = column(row.top_p for row in rows)
         self._top_k = column(1 if row.greedy else row.top_k or 2**31 for row in rows)
@@ -53,7 +54,7 @@ class RowSampler:
         self._presence = column(row.presence_penalty for row in rows)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Args: input_ids [B,T], the new tokens so far; scores [B,V]. Returns [B,V]."""
+        """The new scores [B,V]. `input_ids` [B,T] are the new tokens so far."""
         if self._plain:
             return scores
         counts = torch.zeros_like(scores).scatter_add_(1, input_ids, torch.ones_like(input_ids, dtype=scores.dtype))
@@ -63,6 +64,7 @@ class RowSampler:
         keep = probs.cumsum(dim=1) - probs < self._top_p * probs.sum(dim=1, keepdim=True)
         keep[:, 0] = True
         mass = (probs * keep).cumsum(dim=1)
-        drawn = self._random[:, input_ids.shape[1], None] * mass[:, -1:]
-        place = (mass <= drawn).sum(dim=1, keepdim=True).minimum(keep.sum(dim=1, keepdim=True) - 1)  # rounding
+        target = self._random[:, input_ids.shape[1], None] * mass[:, -1:]
+        place = (mass <= target).sum(dim=1, keepdim=True)
+        place = place.minimum(keep.sum(dim=1, keepdim=True) - 1)  # rounding can lead past the last token
         return torch.full_like(scores, -torch.inf).scatter_(1, tokens.gather(1, place), 0.0)

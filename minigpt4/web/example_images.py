@@ -1,4 +1,4 @@
-"""Example pictures for the web page, drawn by this code."""
+"""Example pictures for the web page."""
 
 import tarfile
 from pathlib import Path
@@ -44,13 +44,16 @@ def _shapes(draw: ImageDraw.ImageDraw) -> None:
 DRAWINGS = {"house": _house, "boat": _boat, "tree": _tree, "shapes": _shapes}
 
 
-# Emoji by Microsoft's artists (Fluent, MIT), whom the tiny model has never seen; in a checkout of the repository.
+# Microsoft's Fluent emoji (MIT license), a style that is not in the tiny model's training data.
 EMOJI_TAR = Path(__file__).resolve().parents[2] / "dataset" / "tiny" / "fluent.tar.gz"
 EMOJI = ("1f431", "1f34e", "26f5", "1f697")
 
 
 def save_examples(folder: Path, emoji: bool = False) -> list[Path]:
-    """Put example pictures into `folder`, our drawings or, in a checkout that has them, emoji. Returns their paths."""
+    """Save example pictures in `folder` and return their paths.
+
+    They are emoji if `emoji` is set and this is a checkout of the repository, which has them, else our drawings.
+    """
     if emoji and EMOJI_TAR.is_file():
         with tarfile.open(EMOJI_TAR) as tar:
             names = [f"{code}.webp" for code in EMOJI]

@@ -1,4 +1,4 @@
-"""The web page (gradio 6): pictures on the left, the conversation on the right; below each other on a phone."""
+"""The web page (gradio 6): pictures on the left, the conversation on the right; on a phone they are stacked."""
 
 import logging
 import re
@@ -15,10 +15,12 @@ from minigpt4.web.session import MAX_PICTURES, ChatSession, ChatSessions
 
 TITLE = "MiniGPT-4"
 HIDDEN = {"show_progress": "hidden", "api_visibility": "private"}
-# Opening pictures and videos, so that a slow one keeps nobody else waiting.
-READING = {"concurrency_id": "reading", "concurrency_limit": 4, **HIDDEN}
+# Events that open pictures and videos: four at the same time, so that a slow file does not block other visitors.
+OPENS_FILES = {"concurrency_id": "reading", "concurrency_limit": 4, **HIDDEN}
 MEDIA = ["image", "video"]
 INVISIBLE = "\u2060"  # word joiner
+EMPTY_BOX = {"value": None, "placeholder": "Please upload your image first", "interactive": False}
+GalleryValue = list[tuple[str, str | None]] | None  # (path, caption) of each picture
 CSS = """
 .gradio-container {width: 100% !important; max-width: 1200px !important; margin: 0 auto !important}
 #picker .grid-wrap {padding-top: 32px}
@@ -42,7 +44,7 @@ CSS = """
 }
 """
 TOGGLE_DARK = "() => { document.body.classList.toggle('dark') }"
-# System fonts: the page loads nothing from elsewhere.
+# System fonts, because the page must load nothing from other servers.
 THEME = gr.themes.Soft(
     primary_hue="indigo",
     font=["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"],
@@ -51,33 +53,27 @@ THEME = gr.themes.Soft(
 
 
 class Page:
-    """The page, and the state of its visitors.
+    """The page and the sessions of its visitors.
 
-    It can be served before the model is there: `chat` is set when it is, and until then the page shows `progress`.
+    The page can be served before the model is loaded: until `chat` is set, the page shows `progress`.
 
     Args:
-        concurrency: how many visitors the model serves at the same time; the others wait in line.
-        emoji: offer emoji as examples, which is what the tiny model knows.
+        uploads: folder for the visitors' files.
+        concurrency: number of visitors that the model answers at the same time; the others wait in a queue.
+        emoji: offer emoji as example pictures, for the tiny model, which was trained on emoji.
     """
 
-    def __init__(self, concurrency: int = 1, emoji: bool = False):
+    def __init__(self, uploads: Path, concurrency: int, emoji: bool):
         self.chat: Chat | None = None
         self.progress = "Starting"
         self._started = time.monotonic()
         self._model = {"concurrency_id": "model", "concurrency_limit": concurrency, **HIDDEN}
         with tempfile.TemporaryDirectory() as folder:
             self.blocks = self._build(save_examples(Path(folder), emoji))
-        # gradio has made copies
-        self._examples = [entry["image"]["path"] for entry in self._example_gallery.value]
-        self._visits = ChatSessions(keep=self._examples)
+        self.examples = [entry["image"]["path"] for entry in self._example_gallery.value]  # gradio's copies
+        self.sessions = ChatSessions(uploads, keep=self.examples)
 
-    def sweep(self, folder: Path, every: float = 600, age: float = 3600) -> None:
-        """Keep deleting uploads in `folder` that belong to no visit; `every` and `age` in seconds. Never returns."""
-        while True:
-            time.sleep(every)
-            self._visits.sweep(folder, age)
-
-    # What the page looks like
+    # Layout
 
     def _build(self, examples: list[Path]) -> gr.Blocks:
         with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(600, 21600), fill_width=True) as blocks:
@@ -93,8 +89,8 @@ class Page:
             self._timer = gr.Timer(1)
             dark.click(None, js=TOGGLE_DARK, api_visibility="private")
             self._connect()
-            blocks.load(self._ready, None, [self._status, self._start, self._timer], queue=False, **HIDDEN)
-            blocks.unload(self._leave)
+            blocks.load(self._show_status, None, [self._status, self._start, self._timer], queue=False, **HIDDEN)
+            blocks.unload(self._close_session)
         return blocks
 
     def _build_left(self, examples: list[Path]) -> None:
@@ -137,103 +133,101 @@ class Page:
         )  # fmt: skip
         self._notice = gr.Markdown("", elem_id="notice")
         self._box = gr.MultimodalTextbox(
-            **self._waiting_box(), show_label=False, file_types=MEDIA, file_count="multiple", sources=["upload"],
-            max_plain_text_length=100_000, elem_id="box", interactive=False, autofocus=False,
+            **EMPTY_BOX, show_label=False, file_types=MEDIA, file_count="multiple", sources=["upload"],
+            max_plain_text_length=100_000, elem_id="box", autofocus=False,
         )  # fmt: skip
 
-    @staticmethod
-    def _waiting_box() -> dict:
-        return {"value": None, "placeholder": "Please upload your image first"}
-
-    # What happens when
+    # Events
 
     def _connect(self) -> None:
         view = [self._chatbot, self._notice]
-        begun = self._start.click(
-            self._begin, [self._picker, self._frames], [*view, self._picker, self._start, self._box], **READING
+        started = self._start.click(
+            self._start_chat, [self._picker, self._frames], [*view, self._picker, self._start, self._box], **OPENS_FILES
         )
-        self._picker.upload(self._note_chosen, self._picker, None, queue=False, **HIDDEN)
-        # It comes with what is typed as well (some 5 ms of the server each): gradio has none for attached files alone.
-        self._box.change(self._note_attached, self._box, None, queue=False, **HIDDEN)
+        self._picker.upload(self._register_picked, self._picker, None, queue=False, **HIDDEN)
+        # This event also runs at each key press (about 5 ms of server time): gradio has none for attached files alone.
+        self._box.change(self._register_attached, self._box, None, queue=False, **HIDDEN)
         self._example_gallery.select(self._add_example, self._picker, self._picker, queue=False, **HIDDEN)
-        said = self._box.submit(self._say, [self._box, self._frames], [*view, self._box], **READING)
+        submitted = self._box.submit(self._submit, [self._box, self._frames], [*view, self._box], **OPENS_FILES)
         retried = self._chatbot.retry(self._retry, None, [*view, self._box], **HIDDEN)
         edited = self._chatbot.edit(self._edit, None, [*view, self._box], **HIDDEN)
-        running = [begun, said, retried, edited]
-        for asked in (said, retried, edited):
+        running = [started, submitted, retried, edited]
+        for asked in (submitted, retried, edited):
             answered = asked.success(self._answer, self._settings, view, **self._model)
-            answered.then(self._open_box, None, [*view, self._box], queue=False, **HIDDEN)
+            answered.then(self._enable_box, None, [*view, self._box], queue=False, **HIDDEN)
             running.append(answered)
         self._box.stop(self._stop, None, None, queue=False, **HIDDEN)
         gr.on(
-            [self._restart.click, self._chatbot.clear], self._begin_again, None,
+            [self._restart.click, self._chatbot.clear], self._restart_chat, None,
             [*view, self._picker, self._start, self._box], cancels=running, queue=False, **HIDDEN,
         )  # fmt: skip
-        self._timer.tick(self._ready, None, [self._status, self._start, self._timer], queue=False, **HIDDEN)
+        self._timer.tick(self._show_status, None, [self._status, self._start, self._timer], queue=False, **HIDDEN)
 
-    def _ready(self, request: gr.Request):
-        visit = self._visit(request)  # which begins here, so that it can note uploads
+    def _show_status(self, request: gr.Request):
+        session = self._session(request)  # made when the page loads, so that uploads can be registered with it
         if self.chat is None:
             return self._status_text(), gr.skip(), gr.skip()
-        return "", gr.Button(interactive=not visit.started), gr.Timer(active=False)
+        return "", gr.Button(interactive=not session.started), gr.Timer(active=False)
 
     def _status_text(self) -> str:
         return "" if self.chat else f"⏳ {self.progress} … ({time.monotonic() - self._started:.0f} s)"
 
-    def _begin(self, pictures: list[tuple[str, str | None]] | None, frames: int, request: gr.Request):
-        """Upload & Start Chat."""
-        visit = self._idle_visit(request)
+    def _start_chat(self, pictures: GalleryValue, frames: int, request: gr.Request):
+        session = self._idle_session(request)
         if not pictures:
             raise gr.Error("Choose a picture first.", print_exception=False)
-        _warn(visit.show(self._loaded(), [path for path, _ in pictures], int(frames)))
-        opened = visit.started
-        box = gr.MultimodalTextbox(interactive=True, placeholder="Type and press Enter") if opened else gr.skip()
-        return *_view(visit), gr.Gallery(interactive=not opened), gr.Button(interactive=not opened), box
+        self._add_files(session, _paths(pictures), frames)
+        started = session.started
+        box = gr.MultimodalTextbox(interactive=True, placeholder="Type and press Enter") if started else gr.skip()
+        return *_view(session), gr.Gallery(interactive=not started), gr.Button(interactive=not started), box
 
-    def _note_chosen(self, pictures: list[tuple[str, str | None]] | None, request: gr.Request) -> None:
-        self._visits.note(request.session_hash, [path for path, _ in pictures or []])
+    def _register_picked(self, pictures: GalleryValue, request: gr.Request) -> None:
+        self.sessions.add_uploads(request.session_hash, _paths(pictures))
 
-    def _note_attached(self, message: dict | None, request: gr.Request) -> None:
-        self._visits.note(request.session_hash, message["files"] if message else [])
+    def _register_attached(self, message: dict | None, request: gr.Request) -> None:
+        self.sessions.add_uploads(request.session_hash, message["files"] if message else [])
 
-    def _add_example(self, pictures, selected: gr.SelectData):
-        chosen = [path for path, _ in pictures or []]
-        return [*chosen, self._examples[selected.index]]
+    def _add_example(self, pictures: GalleryValue, selected: gr.SelectData) -> list[str]:
+        return [*_paths(pictures), self.examples[selected.index]]
 
-    def _say(self, message: dict, frames: int, request: gr.Request):
-        """A question from the text box, perhaps with more pictures."""
-        visit = self._idle_visit(request)
-        if not visit.started:
+    def _submit(self, message: dict, frames: int, request: gr.Request):
+        """Ask the question in the text box, about the attached files, too."""
+        session = self._idle_session(request)
+        if not session.started:
             raise gr.Error("Please upload your image first.", print_exception=False)
-        _warn(visit.show(self._loaded(), message["files"], int(frames)))
-        return self._ask(visit, message["text"])
+        self._add_files(session, message["files"], frames)
+        return self._ask(session, message["text"])
 
     def _retry(self, request: gr.Request):
-        visit = self._idle_visit(request)
-        if visit.question is None:
+        session = self._idle_session(request)
+        if session.question is None:
             raise gr.Error("There is no question to answer again.", print_exception=False)
-        return self._ask(visit, visit.take_back())
+        return self._ask(session, session.undo_last_question())
 
     def _edit(self, edit: gr.EditData, request: gr.Request):
-        visit = self._idle_visit(request)
-        if edit.index != visit.question_index:
+        session = self._idle_session(request)
+        if edit.index != session.question_index:
             gr.Info("Only the last question can be edited.")
-            return *_view(visit), gr.skip()
-        visit.take_back()
-        return self._ask(visit, str(edit.value).replace(INVISIBLE, ""))
+            return *_view(session), gr.skip()
+        session.undo_last_question()
+        return self._ask(session, str(edit.value).replace(INVISIBLE, ""))
+
+    def _add_files(self, session: ChatSession, paths: list[str], frames: int) -> None:
+        for problem in session.add_files(self._loaded_chat(), paths, int(frames)):
+            gr.Warning(problem)
 
     @staticmethod
-    def _ask(visit: ChatSession, text: str):
+    def _ask(session: ChatSession, text: str):
         try:
-            visit.ask(text)
+            session.ask(text)
         except ValueError as error:
             gr.Warning(str(error))
-        busy = visit.busy
-        return *_view(visit), gr.MultimodalTextbox(value=None, submit_btn=not busy, stop_btn=busy)
+        busy = session.busy
+        return *_view(session), gr.MultimodalTextbox(value=None, submit_btn=not busy, stop_btn=busy)
 
     def _answer(self, beams, temperature, sample, top_p, new_tokens, repetition, length, seed, request: gr.Request):
-        visit, session = self._visit(request), request.session_hash
-        if not visit.pending:
+        session = self._session(request)
+        if not session.pending:
             return
         settings = {
             "num_beams": int(beams), "temperature": temperature, "do_sample": sample, "top_p": top_p,
@@ -241,68 +235,67 @@ class Page:
             "seed": None if seed is None else int(seed),
         }  # fmt: skip
         try:
-            for _ in visit.answer(self._loaded(), settings):
-                if not self._visits.is_current(session, visit):
+            for _ in session.answer(self._loaded_chat(), settings):
+                if self.sessions.by_id.get(request.session_hash) is not session:  # the visitor has restarted or left
                     return
-                yield _view(visit)
+                yield _view(session)
         except ValueError as error:
-            visit.take_back()
+            session.undo_last_question()
             gr.Warning(str(error))
         except Exception:
             logging.exception("An answer failed.")
-            visit.take_back()
+            session.undo_last_question()
             gr.Warning("The model failed on this question. The server's log says why.")
 
-    def _open_box(self, request: gr.Request):
-        visit = self._visit(request)
-        if visit.pending:  # the answer never began
-            visit.take_back()
+    def _enable_box(self, request: gr.Request):
+        session = self._session(request)
+        if session.pending:  # `_answer` has not run, because the queue was full
+            session.undo_last_question()
             gr.Warning("Too many visitors are waiting for an answer. Try again in a moment.")
-        return *_view(visit), gr.MultimodalTextbox(submit_btn=True, stop_btn=False)
+        return *_view(session), gr.MultimodalTextbox(submit_btn=True, stop_btn=False)
 
     def _stop(self, request: gr.Request) -> None:
-        self._visit(request).end()
+        self._session(request).stop()
 
-    def _begin_again(self, request: gr.Request):
-        """Restart."""
-        self._leave(request)
-        self._visit(request)  # the next one
-        box = gr.MultimodalTextbox(**self._waiting_box(), interactive=False, submit_btn=True, stop_btn=False)
+    def _restart_chat(self, request: gr.Request):
+        self._close_session(request)
+        self._session(request)  # makes the new one, so that uploads can be registered with it
+        box = gr.MultimodalTextbox(**EMPTY_BOX, submit_btn=True, stop_btn=False)
         picker, start = gr.Gallery(value=None, interactive=True), gr.Button(interactive=self.chat is not None)
         return [], "", picker, start, box
 
-    def _leave(self, request: gr.Request) -> None:
-        self._visits.close(request.session_hash)
+    def _close_session(self, request: gr.Request) -> None:
+        self.sessions.close(request.session_hash)
 
-    def _visit(self, request: gr.Request) -> ChatSession:
-        return self._visits.of(request.session_hash)
+    def _session(self, request: gr.Request) -> ChatSession:
+        return self.sessions.get(request.session_hash)
 
-    def _idle_visit(self, request: gr.Request) -> ChatSession:
-        """The visit, for something new."""
-        visit = self._visit(request)
-        if visit.busy:
+    def _idle_session(self, request: gr.Request) -> ChatSession:
+        """The visitor's session. Raises gr.Error while a question is being answered."""
+        session = self._session(request)
+        if session.busy:
             raise gr.Error("Wait for the answer, or stop it.", print_exception=False)
-        return visit
+        return session
 
-    def _loaded(self) -> Chat:
+    def _loaded_chat(self) -> Chat:
+        """The chat. Raises gr.Error while the model is being loaded."""
         if self.chat is None:
             raise gr.Error("The model is still being loaded.", print_exception=False)
         return self.chat
 
 
-def _view(visit: ChatSession) -> tuple[list[dict], str]:
-    """What the chatbot and the notice show."""
-    return [entry | {"content": _as_text(entry["content"])} for entry in visit.history], visit.notice
+def _paths(pictures: GalleryValue) -> list[str]:
+    return [path for path, _ in pictures or []]
 
 
-def _as_text(content):
-    """Text that the chatbot shows as it is: an invisible character keeps a tag from being one.
+def _view(session: ChatSession) -> tuple[list[dict], str]:
+    """The values of the chatbot and of the notice."""
+    return [entry | {"content": _escape(entry["content"])} for entry in session.history], session.notice
 
-    gradio takes text for HTML, and a picture in it would be fetched from elsewhere.
+
+def _escape(content: str | dict) -> str | dict:
+    """Text with an invisible character after each "<" and "&" that could begin a tag or an entity.
+
+    gradio renders text as HTML. Without this, a browser would load a picture that the text names from another server.
     """
     return re.sub(r"([<&])(?=[a-zA-Z/!?#])", f"\\1{INVISIBLE}", content) if isinstance(content, str) else content
-
-
-def _warn(problems: list[str]) -> None:
-    for problem in problems:
-        gr.Warning(problem)

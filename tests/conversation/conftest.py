@@ -1,4 +1,4 @@
-"""A `Chat` with the golden model, and the golden conversations."""
+"""A `Chat` with the golden model, and fixtures that play golden conversations."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def chat(model):
 
 @pytest.fixture
 def play(chat, golden):
-    """Apply golden steps to a fresh conversation: play(steps) gives (conversation, image vectors)."""
+    """play(steps) applies golden steps to a new conversation and returns it with its image embeddings."""
     _, tensors = golden("conversation")
 
     def apply(steps):
@@ -38,7 +38,7 @@ def play(chat, golden):
 
 @pytest.fixture
 def scripted(chat, monkeypatch):
-    """Let the language model write given ids, token after token, whatever it is asked: scripted(ids)."""
+    """scripted(ids) replaces the language model by one that always writes these ids."""
 
     def script(ids):
         def continue_embeds(llm, tokenizer, embeds, mask, stop, criteria, max_new_tokens=300, **options):

@@ -1,4 +1,4 @@
-"""Chat beyond the first release: streaming, stopping, safety of what users type, a full context, seeds."""
+"""Features of the chat that the first release lacks: streaming, stopping, sanitized input, a full context, seeds."""
 
 import logging
 from functools import partial
@@ -19,10 +19,12 @@ GREEDY = {"do_sample": False, "max_new_tokens": 20}
 
 
 def human(conv):
+    """The texts of the first role."""
     return [text for role, text in conv.messages if role == "Human"]
 
 
 def drain(answering):
+    """All texts that a stream yields, and the ids that it returns."""
     texts = []
     while True:
         try:
@@ -61,7 +63,7 @@ def test_streaming_never_shows_half_a_separator(chat, play, scripted, stop):
     texts, ids = drain(chat.stream_answer(conv, img_list))
     assert texts[-1] == "a dog # and ## a cat"
     assert ids.tolist() == [*words, *stop]
-    # a slow reader skips some; this is every text that a fast one sees
+    # `texts` can lack some of them, because a slow reader gets only the newest text
     read = partial(answer_text, chat.model.tokenizer, stop="###", label="Assistant:", complete=False)
     every = [read(script[:n]) for n in range(1, len(script) + 1)]
     assert set(texts) <= set(every)
@@ -78,7 +80,7 @@ def test_streaming_never_shows_half_a_label(chat):
     assert read(ids, complete=False) == "a dog"
 
 
-def test_closing_a_stream_ends_the_generation_and_keeps_what_was_said(chat, play, monkeypatch):
+def test_closing_a_stream_ends_the_generation_and_keeps_the_text_so_far(chat, play, monkeypatch):
     conv, img_list = play(QUESTION)
     steps = count_steps(chat, monkeypatch)
     answering = chat.stream_answer(conv, img_list, do_sample=False, max_new_tokens=300, min_length=300)
@@ -90,7 +92,7 @@ def test_closing_a_stream_ends_the_generation_and_keeps_what_was_said(chat, play
     assert chat.answer(conv, img_list, **GREEDY)[0]
 
 
-def test_told_to_end(chat, play, monkeypatch):
+def test_should_stop_ends_the_answer(chat, play, monkeypatch):
     conv, img_list = play(QUESTION)
     steps = count_steps(chat, monkeypatch)
     texts, ids = drain(
@@ -103,18 +105,18 @@ def test_told_to_end(chat, play, monkeypatch):
 
 
 def count_steps(chat, monkeypatch):
-    """Grows by one with each token that the language model computes."""
+    """A list that grows by one with each step of the language model."""
     steps, forward = [], chat.model.llama_model.forward
 
-    def pluralize(*args, **kwargs):
+    def counting(*args, **kwargs):
         steps.append(1)
         return forward(*args, **kwargs)
 
-    monkeypatch.setattr(chat.model.llama_model, "forward", pluralize)
+    monkeypatch.setattr(chat.model.llama_model, "forward", counting)
     return steps
 
 
-def test_an_error_reaches_the_reader_and_leaves_the_conversation_as_it_was(chat, play, monkeypatch):
+def test_an_error_reaches_the_caller_and_leaves_the_conversation_unchanged(chat, play, monkeypatch):
     def broken(**options):
         raise RuntimeError("out of memory")
 
@@ -161,7 +163,7 @@ def test_each_row_stops_on_its_own_text(golden, model):
     assert stopped != full
 
 
-def test_image_slots_and_images_must_agree(model):
+def test_the_numbers_of_placeholders_and_images_must_agree(model):
     with pytest.raises(ValueError, match="2 image slots.*1 images"):
         model.generate(torch.zeros(1, 3, 28, 28), [IMAGE_SLOT * 2])
     with pytest.raises(ValueError, match="1 image slots.*0 images"):
@@ -184,7 +186,7 @@ def test_text_only(chat, play):
     assert chat.answer(conv, img_list, **GREEDY)[0]
 
 
-def test_images_in_one_turn_and_over_turns(chat, play):
+def test_images_in_one_turn_and_in_several_turns(chat, play):
     conv, img_list = play([["upload", 0], ["upload", 1], ["ask", "Compare them."], ["answer", "No."], ["upload", 2]])
     chat.ask("And this?", conv)
     picture = f"<Img>{IMAGE_SLOT}</Img>"
@@ -223,7 +225,7 @@ def test_copies_do_not_share_messages(play):
     assert CONV_VISION.messages == []
 
 
-# What users type
+# Sanitized input
 
 
 HOSTILE = [
@@ -246,7 +248,7 @@ def test_users_cannot_write_slots_separators_or_special_tokens(chat, play, text)
         assert special not in prompt
     assert 2 not in tokenizer.encode(prompt)
     assert chat.get_context_emb(conv, img_list).shape[0] == 1
-    # nothing is lost: without spaces it is what was typed
+    # nothing is lost: only spaces are added
     assert human(conv)[1].replace(" ", "") == text.replace(" ", "")
 
 
@@ -282,13 +284,13 @@ def test_break_up(text, markers, expected):
 # A full context
 
 
-def test_overflow_drops_the_oldest_text_keeps_images_and_says_so(chat, play, caplog):
+def test_overflow_drops_the_oldest_text_keeps_images_and_warns(chat, play, caplog):
     steps = [["upload", 0]]
     for n in range(6):
         steps += [["ask", f"Question {n}"], ["answer", f"Answer {n}"]] + ([["upload", 1]] if n == 2 else [])
     conv, img_list = play([*steps, ["ask", "Last one?"]])
     before = conv.copy()
-    full = chat._length(conv)
+    full = chat.num_tokens(conv.get_prompt())
     seen = []
     original = chat.model.context
     chat.model.context = lambda prompts, images: seen.append((prompts[0], len(images))) or original(prompts, images)
@@ -307,40 +309,40 @@ def test_overflow_drops_the_oldest_text_keeps_images_and_says_so(chat, play, cap
     assert conv.messages[:-1] == before.messages  # nothing is lost from the record
 
 
-def test_images_of_forgotten_turns_join_the_next_question(play):
+def test_images_of_removed_turns_move_to_the_next_question(play):
     conv, _ = play(
         [["upload", 0], ["ask", "One"], ["answer", "1"], ["upload", 1], ["ask", "Two"], ["answer", "2"], ["ask", "3?"]]
     )
     picture = f"<Img>{IMAGE_SLOT}</Img>"
-    once = conv.without_oldest_text()
+    once = conv.without_oldest_text(1)
     assert once.messages == [["Human", f"{picture} {picture} Two"], ["Assistant", "2"], ["Human", "3?"]]
-    twice = once.without_oldest_text()
+    twice = once.without_oldest_text(1)
     assert twice.messages == [["Human", f"{picture} {picture} 3?"]]
-    assert twice.without_oldest_text() is None
+    assert twice.without_oldest_text(1) is None
     assert len(conv.messages) == 5
 
 
-def test_a_very_long_conversation_is_cut_where_it_has_to_be_and_at_once(chat, play, monkeypatch):
+def test_a_very_long_conversation_is_cut_at_the_right_place_in_a_few_steps(chat, play, monkeypatch):
     conv, _ = play([["upload", 0]] + [["ask", "Well?"], ["answer", "Hm."]] * 300 + [["ask", "Last?"]])
     conv.append_message("Assistant", None)
-    measured, length = [], chat._length
-    monkeypatch.setattr(chat, "_length", lambda conv: measured.append(1) or length(conv))
+    measured, num_tokens = [], chat.num_tokens
+    monkeypatch.setattr(chat, "num_tokens", lambda prompt: measured.append(1) or num_tokens(prompt))
     shorter, _ = chat._fit(conv, Decoding(), lambda notice: None)
     assert len(measured) < 20
-    forgotten = 301 - sum(role == "Human" for role, _ in shorter.messages)
+    removed = 301 - sum(role == "Human" for role, _ in shorter.messages)
     one_by_one = conv
-    for _ in range(forgotten - 1):
-        one_by_one = one_by_one.without_oldest_text()
-    assert length(one_by_one) > 2000 - 300  # one answer less would have been too long
-    assert one_by_one.without_oldest_text() == shorter
-    assert length(shorter) <= 2000 - 300
+    for _ in range(removed - 1):
+        one_by_one = one_by_one.without_oldest_text(1)
+    assert num_tokens(one_by_one.get_prompt()) > 2000 - 300  # one answer less would have been too long
+    assert one_by_one.without_oldest_text(1) == shorter
+    assert num_tokens(shorter.get_prompt()) <= 2000 - 300
 
 
-def test_a_context_that_fits_exactly_is_left_alone(chat, play):
+def test_a_context_that_fits_exactly_is_not_cut(chat, play):
     notices = []
     conv, img_list = play([["upload", 0], ["ask", "Hi"], ["answer", "Hello"], ["ask", "What is it?"]])
     conv.append_message("Assistant", None)
-    length = chat._length(conv)
+    length = chat.num_tokens(conv.get_prompt())
     drain(chat.stream_answer(conv, img_list, notify=notices.append, max_length=length + 20, **GREEDY))
     assert notices == []
     conv.messages[-1][1] = None
@@ -351,15 +353,15 @@ def test_a_context_that_fits_exactly_is_left_alone(chat, play):
 def test_a_question_longer_than_the_context_is_refused(chat, play):
     conv, img_list = play([["upload", 0], ["ask", "a dog " * 2000]])
     before = conv.copy()
-    with pytest.raises(ValueError, match="tokens; the model holds 2000, answer included"):
+    with pytest.raises(ValueError, match=" 2000"):
         chat.answer(conv, img_list)
     assert conv == before
 
 
-def test_an_answer_cut_by_the_window_says_so(chat, play):
+def test_an_answer_cut_by_the_window_comes_with_a_notice(chat, play):
     notices = []
     conv, img_list = play(QUESTION)
-    length = chat._length(conv) + 6
+    length = chat.num_tokens(conv.get_prompt()) + 6
     texts, ids = drain(
         chat.stream_answer(conv, img_list, notify=notices.append, max_length=length + 5, do_sample=False, min_length=5)
     )
@@ -368,21 +370,22 @@ def test_an_answer_cut_by_the_window_says_so(chat, play):
 
 
 def test_a_question_that_is_repeated(chat, play, monkeypatch):
-    """Its answer is the one from scratch, and costs one vector."""
+    """The answer equals that of an empty KV cache, and the prefill computes one position only."""
     conv, img_list = play(QUESTION)
     cached_decoding.clear_cache(chat.model.llama_model)
     counts, read = [], loop.KVCache.prefill
 
-    def pluralize(slots, llm, embeds, *arguments):
+    def counting(cache, llm, embeds, *arguments):
         counts.append(embeds.shape[1])
-        return read(slots, llm, embeds, *arguments)
+        return read(cache, llm, embeds, *arguments)
 
-    monkeypatch.setattr(loop.KVCache, "prefill", pluralize)
+    monkeypatch.setattr(loop.KVCache, "prefill", counting)
     answers = {chat.answer(conv.copy(), img_list, **GREEDY)[0] for _ in range(3)}
     cached_decoding.clear_cache(chat.model.llama_model)
     answers.add(chat.answer(conv.copy(), img_list, **GREEDY)[0])
     assert len(answers) == 1
-    assert counts == [counts[0], 1, 1, counts[0]] and counts[0] > 8
+    assert counts == [counts[0], 1, 1, counts[0]]
+    assert counts[0] > 8
 
 
 # Settings
@@ -397,7 +400,7 @@ def test_seeds_make_sampling_repeatable(chat, play):
     expected = torch.rand(1)
     torch.manual_seed(0)
     first = answer(seed=1)
-    assert torch.equal(torch.rand(1), expected)  # the caller's own random numbers are not disturbed
+    assert torch.equal(torch.rand(1), expected)  # the caller's random numbers stay the same
     assert answer(seed=1) == first
     assert len({answer(seed=n) for n in range(5)}) > 1
 

@@ -1,9 +1,9 @@
-"""Chat on a GPU: in 16 bit, in a thread of its own. Skipped, and said so, without one."""
+"""Chat on a GPU, in 16 bit and in float32."""
 
 import pytest
 import torch
 
-from minigpt4.conversation import Chat
+from minigpt4.conversation import CONV_VISION, Chat
 from minigpt4.models.prompt import IMAGE_SLOT
 
 DEVICE = "cuda"
@@ -13,7 +13,7 @@ STEPS = [["upload", 0], ["upload", 1], ["ask", "Compare them."], ["answer", "No.
 
 @pytest.fixture(scope="module", params=[torch.float16, torch.bfloat16, torch.float32], ids=str)
 def chat(request, build_golden_model):
-    """`play` uses it, too."""
+    """Replaces the fixture of the same name that `play` uses."""
     return Chat(build_golden_model(DEVICE, request.param, end_sym="###"), None, DEVICE)
 
 
@@ -49,7 +49,7 @@ def test_images_stand_where_they_were_shown(chat, play):
 
 
 def test_batches_of_mixed_lengths(chat, golden):
-    """Left-padded. In float32 they equal single runs; in 16 bit a near tie may go the other way."""
+    """In float32, left-padded batches equal single runs; in 16 bit they can differ where two tokens are nearly tied."""
     _, tensors = golden("conversation")
     images = tensors["images"].to(DEVICE)
     prompts = [f"{IMAGE_SLOT} What?", "Hello", f"###Human: {IMAGE_SLOT} and {IMAGE_SLOT} are? ###Assistant:"]
@@ -64,8 +64,6 @@ def test_batches_of_mixed_lengths(chat, golden):
 
 
 def test_a_device_with_its_number(build_golden_model, golden):
-    from minigpt4.conversation import CONV_VISION
-
     device = torch.device(DEVICE, 0)
     chat, conv, img_list = Chat(build_golden_model(str(device)), None, device), CONV_VISION.copy(), []
     chat.upload_img(golden("conversation")[1]["images"][0], conv, img_list)

@@ -1,4 +1,4 @@
-"""Chat against the first release (tests/golden/README.md, "conversation"), save where REFERENCE.md §9 differs."""
+"""Chat compared with the first release (tests/golden/README.md, "conversation"), except as in REFERENCE.md §9."""
 
 import json
 
@@ -32,7 +32,7 @@ WITH_EOS = [
 
 
 class StopOnIds:
-    """The first release's stop: ids of one tokenizer at the end of row 0 end all rows."""
+    """The first release's stopping criterion: certain ids at the end of row 0 end all rows."""
 
     def __init__(self, stop_ids):
         self.stop_ids = stop_ids
@@ -44,7 +44,7 @@ class StopOnIds:
 
 
 def stopped_by_id(name):
-    """Does the first release's answer end where ours does not, or the reverse?"""
+    """True if the first release's ids contain its stop or ours, so that the two can end at different places."""
     case = GENERATION[name]
     row = case["new_token_ids"]
     return any(row[-len(ids) :] == ids for ids in case["stop_ids"]) or "###" in case["decoded_all_new_tokens"]
@@ -95,7 +95,7 @@ def test_images(golden, chat, play):
 
 @pytest.mark.parametrize("name", [name for name in IDENTICAL if name not in CUT_CONTEXT])
 def test_token_ids(golden, chat, play, name):
-    """Contexts and decoding options, with the first release's stop in place of ours."""
+    """Contexts and decoding options, with the first release's stopping criterion instead of ours."""
     _, tensors = golden("conversation")
     case = GENERATION[name]
     conv, img_list = play(case["steps"])
@@ -121,7 +121,7 @@ OTHERWISE_ENDED = CUT_CONTEXT + WITH_EOS + BEAM_ENDED_EARLIER
 
 @pytest.mark.parametrize("name", [n for n in IDENTICAL if n not in OTHERWISE_ENDED and not stopped_by_id(n)])
 def test_answers(chat, play, name):
-    """The whole of `Chat.answer`, where neither id stop nor eos ended the answer."""
+    """All of `Chat.answer`, for the answers that neither the first release's stop nor eos ended."""
     case = GENERATION[name]
     conv, img_list = play(case["steps"])
     text, ids = chat.answer(conv, img_list, do_sample=False, **case["arguments"])
@@ -144,7 +144,7 @@ def test_postprocessing(chat, play, monkeypatch, name):
 
 
 def test_differs_on_purpose(chat, play):
-    """Every golden case that shows a fault of the first release (REFERENCE.md §9), by name, and what we do."""
+    """The golden cases that show faults of the first release (REFERENCE.md §9, by number), and our results."""
     system = CONV_VISION.get_prompt()
     ours = {
         # 12: two pictures in a row are one turn
@@ -176,8 +176,10 @@ def test_differs_on_purpose(chat, play):
 
 @pytest.mark.parametrize("name", [name for name in IDENTICAL if stopped_by_id(name) and "beam3" not in name])
 def test_row_0_id_stops_differ_on_purpose(chat, play, name):
-    """1: an answer ends where its text says "###", whichever ids spell that: sometimes the same place, if not, where
-    the first release read on past a separator or ended without one."""
+    """1: our answers end where the text contains "###", whichever ids spell it.
+
+    The first release ended at the same place, or it continued past a separator, or it ended without one.
+    """
     case = GENERATION[name]
     conv, img_list = play(case["steps"])
     settings = {key: value for key, value in case["arguments"].items() if key != "min_length"}
@@ -201,7 +203,7 @@ def test_row_0_id_stops_differ_on_purpose(chat, play, name):
 
 @pytest.mark.parametrize("name", BEAM_ENDED_EARLIER)
 def test_beams_differ_on_purpose(chat, play, name):
-    """1: a beam beside row 0 said "###" and went on in the first release; with us its answer is complete."""
+    """1: in the first release a beam other than row 0 continued after "###"; our beams end there."""
     case = GENERATION[name]
     conv, img_list = play(case["steps"])
     text, ids = chat.answer(conv, img_list, do_sample=False, **case["arguments"])

@@ -1,4 +1,4 @@
-"""Pictures from strangers."""
+"""Opening picture files, hostile ones included."""
 
 import io
 
@@ -28,13 +28,13 @@ def test_modes(tmp_path, mode):
     assert open_picture(tmp_path / "picture.png").mode == "RGB"
 
 
-def test_phones_hold_pictures_upright(tmp_path):
+def test_rotated_pictures_become_upright(tmp_path):
     exif = Image.Exif()
-    exif[0x0112] = 6  # turned by 90 degrees
+    exif[0x0112] = 6  # rotated by 90 degrees
     assert open_picture(save(tmp_path / "phone.jpg", exif=exif)).size == (20, 30)
 
 
-def test_of_an_animation_the_first_frame(tmp_path):
+def test_the_first_frame_of_an_animation_is_read(tmp_path):
     frames = [Image.new("RGB", (8, 8), color) for color in ("red", "green")]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
     assert open_picture(tmp_path / "a.gif").getpixel((3, 3)) == (255, 0, 0)
@@ -49,7 +49,7 @@ def test_open_files(tmp_path):
 
 def test_too_many_pixels(tmp_path):
     path = save(tmp_path / "large.png", size=(200, 100))
-    with pytest.raises(PictureError, match=r"large.png is 200 × 100 pixels; at most 0.01 million are accepted"):
+    with pytest.raises(PictureError, match="large.png .*200 × 100.* 0.01 million"):
         open_picture(path, max_pixels=10_000)
 
 

@@ -1,4 +1,4 @@
-"""Videos from strangers."""
+"""Opening video files, hostile ones included."""
 
 import subprocess
 import sys
@@ -13,12 +13,12 @@ from minigpt4.processors import Blip2ImageEvalProcessor
 
 
 def places(pictures):
-    """Which frames of `write_video` these are."""
+    """The numbers of these frames in a video of `write_video`."""
     return [round(picture.getpixel((5, 5))[1] / STEP) for picture in pictures]
 
 
 @pytest.mark.parametrize("suffix", videos.SUFFIXES)
-def test_frames_are_drawn_evenly(tmp_path, suffix):
+def test_frames_are_evenly_spaced(tmp_path, suffix):
     pictures = open_video(write_video(tmp_path / f"video{suffix}"), 5)
     assert places(pictures) == [3, 9, 15, 21, 27]
     assert {(picture.mode, picture.size) for picture in pictures} == {("RGB", (64, 48))}
@@ -33,7 +33,7 @@ def test_short_videos(tmp_path, frames, expected):
     assert places(open_video(write_video(tmp_path / "short.mp4", frames=5), frames)) == expected
 
 
-def test_large_frames_are_made_smaller(tmp_path):
+def test_large_frames_are_shrunk(tmp_path):
     (frame,) = open_video(write_video(tmp_path / "large.mp4", frames=3, size=(1600, 200)), 1)
     assert frame.size == (512, 64)
 

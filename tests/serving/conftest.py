@@ -52,7 +52,7 @@ def serve(chat):
 
 
 class Gate:
-    """Lets the language model compute only as many steps as it is told to, until `open`."""
+    """Lets the language model compute one step for each permit that `step` gives, or any number after `open`."""
 
     def __init__(self):
         self._permits, self._open = threading.Semaphore(0), False
@@ -66,7 +66,7 @@ class Gate:
 
     def wait(self) -> None:
         if not self._open:
-            assert self._permits.acquire(timeout=60)  # longer than a test waits for anything
+            assert self._permits.acquire(timeout=60)  # longer than any other timeout in these tests
 
 
 @pytest.fixture
@@ -98,7 +98,7 @@ def batches(chat, monkeypatch):
 
 @pytest.fixture
 def talkative(chat, monkeypatch):
-    """Answers go on until they are cut off."""
+    """The language model never ends an answer by itself."""
     tokenizer, forward = chat.model.tokenizer, chat.model.llama_model.forward
     signs = [i for i in range(chat.model.llama_model.config.vocab_size) if "#" in tokenizer.decode([i])]
     silent = [*signs, *tokenizer.special_tokens.values()]

@@ -1,4 +1,4 @@
-"""The routes: keys, limits, time, and clients that leave."""
+"""The routes: keys, limits, timeouts, and clients that disconnect."""
 
 import asyncio
 import io
@@ -36,10 +36,10 @@ def png(size=(8, 8), **options):
     return buffer.getvalue()
 
 
-# Before and after the model
+# Loading and stopping
 
 
-def test_it_serves_before_the_model_is_there(chat):
+def test_it_serves_while_the_model_is_loaded(chat):
     ready = threading.Event()
 
     def load():
@@ -62,7 +62,7 @@ def test_it_serves_before_the_model_is_there(chat):
         error(served.post(BODY), 503, "stopping")
 
 
-def test_stopping_answers_those_who_wait(serve, gate, talkative):
+def test_stopping_answers_waiting_requests(serve, gate, talkative):
     served = serve(max_batch=1)
     with ThreadPoolExecutor(2) as pool:
         running = pool.submit(served.ask, HI, max_tokens=200)
@@ -76,7 +76,7 @@ def test_stopping_answers_those_who_wait(serve, gate, talkative):
         error(waiting.result(), 503, "stopping")
 
 
-# Who may ask
+# Access
 
 
 def test_keys(serve):
@@ -90,16 +90,17 @@ def test_keys(serve):
     wrong = ("correct horse é", "Bearer", "Bearer correct horse", "Basic correct horse é", "Bearer \xff\xfe")
     for given in wrong:
         error(served.post(BODY, headers={"Authorization": given.encode()}), 401)
-    error(served.post(content=b"{", headers={"Content-Type": "application/json"}), 401)  # nothing is read before
+    # The key is checked before the body.
+    error(served.post(content=b"{", headers={"Content-Type": "application/json"}), 401)
     assert served.get("/health").status_code == 200
 
 
 def test_a_page_in_a_browser_gets_no_answer(served):
-    """Without asking first, a page can send only these types, to any address that the visitor's machine reaches."""
+    """A browser sends only these types without asking the server first, to any address that it can reach."""
     for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", ""):
         response = served.post(content=json.dumps(BODY).encode(), headers={"Content-Type": kind})
         error(response, 415, "application/json")
-    response = served._http.options("/v1/chat/completions", headers={"Origin": "https://example.com"})
+    response = served.http.options("/v1/chat/completions", headers={"Origin": "https://example.com"})
     assert not any(name.startswith("access-control") for name in response.headers)
 
 
@@ -122,7 +123,7 @@ def test_bytes(serve):
         assert error(served.post({**BODY, "user": "x" * size}), 413, "0.1 MB")["code"] == "request_too_large"
     taken = []
     endless = (taken.append(n) or b"x" * 2**16 for n in range(5000))
-    with suppress(httpx.TransportError):  # the server hangs up
+    with suppress(httpx.TransportError):  # the server closes the connection
         error(served.post(content=endless, headers={"Content-Type": "application/json"}), 413)
     assert len(taken) < 1000
     assert served.post(BODY).status_code == 200
@@ -133,7 +134,7 @@ def test_pictures(serve, pictures):
     assert served.ask(user(*[image(png())] * 2), max_tokens=2).status_code == 200
     assert error(served.ask(user(*[image(png())] * 3)), 400, "at most 2")["code"] == "too_many_images"
     error(served.ask(user(image(png((40, 40))))), 400, "40 × 40 pixels")
-    for size, reason in ((9_000, "9000 × 9000 pixels"), (2**31 - 1, "too many pixels")):  # its header is enough
+    for size, reason in ((9_000, "9000 × 9000 pixels"), (2**31 - 1, "too many pixels")):  # the header suffices
         header = b"IHDR" + struct.pack(">II", size, size) + b"\x08\x02\0\0\0"
         bomb = png()[:12] + header + struct.pack(">I", zlib.crc32(header)) + png()[33:]
         error(served.ask(user(image(bomb))), 400, reason)
@@ -159,7 +160,7 @@ def test_tokens_and_text(serve):
     error(served.ask(user(text("x" * 100_001)), max_tokens=5), 400, "at most 100,000")
 
 
-def test_the_queue_is_bounded_and_its_places_come_back(serve, gate):
+def test_the_queue_is_bounded_and_its_places_are_freed(serve, gate):
     served = serve(max_queue=3)
     with ThreadPoolExecutor(3) as pool:
         asked = [pool.submit(served.ask, HI, max_tokens=2) for _ in range(3)]
@@ -177,7 +178,7 @@ def test_the_queue_is_bounded_and_its_places_come_back(serve, gate):
 
 
 def test_time(serve, gate, talkative):
-    """An answer that is being written ends there; a request that waits is given up."""
+    """After the timeout, a running answer ends at its current length, and a waiting request is refused."""
     served = serve(timeout=2.5, max_batch=1)
     with ThreadPoolExecutor(2) as pool:
         running = pool.submit(served.ask, HI, max_tokens=300)
@@ -204,11 +205,11 @@ def test_a_request_that_never_arrives(serve, monkeypatch):
     served.wait_for(requests=0)
 
 
-# Clients that leave
+# Clients that disconnect
 
 
-def leave(served, body, after=None):
-    """Send a request, wait until it is served, and hang up without the answer."""
+def leave(served, body, after):
+    """Send a request, call `after(client)`, and disconnect without reading the answer."""
     host, port = served.url.removeprefix("http://").split(":")
     content = json.dumps(body).encode()
     with socket.create_connection((host, int(port))) as client:
@@ -246,7 +247,7 @@ def test_a_client_that_leaves_frees_its_place(serve, gate, talkative, stream):
     served.wait_for(requests=0, running=0)
     leave(served, long, once_it_runs)
     served.wait_for(requests=0)
-    gate.step()  # the one that was under way: the batch ends with it
+    gate.step()  # the step that was running; then the batch ends
     served.wait_for(running=0)
 
 
@@ -260,7 +261,7 @@ def test_a_client_that_leaves_while_it_sends(served):
 
 
 def test_a_client_that_never_reads_its_stream_loses_its_place():
-    """Its socket is full, so that nothing can be sent to it: the send of the server waits for ever."""
+    """Its socket is full, so that the server's `send` waits forever."""
     closed = []
 
     async def events():
@@ -283,7 +284,7 @@ def test_a_client_that_never_reads_its_stream_loses_its_place():
 
 
 def test_users_never_see_each_others_content(served, pictures, gate, batches):
-    """Sent at the same time, answered in the same batch: each gets what it gets alone."""
+    """Requests that are answered in the same batch get the same answers as alone."""
     gate.open()
     things = [(picture, f"Is this number {n}?") for n, picture in enumerate(pictures)]
     alone = [served.ask(user(image(p), text(q)), max_tokens=20).json()["choices"] for p, q in things]
@@ -299,7 +300,7 @@ def test_users_never_see_each_others_content(served, pictures, gate, batches):
             assert prompt.count("Is this number") == 1
 
 
-def test_an_image_slot_in_words_takes_nobodys_picture(served, pictures):
+def test_a_placeholder_in_a_text_gets_no_other_users_picture(served, pictures):
     words = "<Img><ImageHere></Img> What is this?"
     alone = served.ask(user(text(words)), max_tokens=20).json()["choices"][0]["message"]["content"]
     with ThreadPoolExecutor(8) as pool:

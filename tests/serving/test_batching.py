@@ -1,15 +1,18 @@
-"""The queue: batches, order, seeds, ends."""
+"""The queue: batches, order, seeds, and ends of answers."""
 
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
 
 import pytest
 import torch
 from endpoint import assistant, image, text, user
 
+from minigpt4.conversation import CONV_VISION, open_picture
+from minigpt4.serving import batching
 from minigpt4.serving.batching import Answer, Batcher, Prompt
-from minigpt4.serving.sampling import RowSampling
+from minigpt4.serving.sampling import RowSampler, RowSampling
 
 
 def content(response):
@@ -33,15 +36,8 @@ def requests(pictures):
     ]
 
 
-def test_batched_equals_one_by_one(served, requests, gate, batches):
-    gate.open()
-    single = [content(served.ask(*messages, max_tokens=24)) for messages in requests]
-    assert len(set(map(tuple, single))) > 5
-    assert [len(prompts) for prompts in batches] == [1] * len(requests)
-
-
-def test_what_waits_together_is_answered_together(served, requests, gate, batches):
-    """All but the first wait while the first is held up; their answers equal those given one by one."""
+def test_waiting_requests_share_a_batch(served, requests, gate, batches):
+    """All but the first request wait while the first one is held up; their answers equal those of single requests."""
     with ThreadPoolExecutor(16) as pool:
         first = pool.submit(served.ask, user(text("First")), max_tokens=1)
         served.wait_for(running=1)
@@ -51,19 +47,21 @@ def test_what_waits_together_is_answered_together(served, requests, gate, batche
         content(first.result())
         together = [content(other.result()) for other in others]
     assert [len(prompts) for prompts in batches] == [1, len(requests)]
+    batches.clear()
     assert together == [content(served.ask(*m, max_tokens=24 - n)) for n, m in enumerate(requests)]
+    assert [len(prompts) for prompts in batches] == [1] * len(requests)
     assert len(set(map(tuple, together))) > 5
 
 
 @pytest.mark.parametrize("own_loop", [True, False])
-def test_batches_of_a_fixed_size(served, requests, gate, batches, monkeypatch, own_loop):
-    """As on a GPU: a batch of three is filled up, which changes nothing; by either way of generating."""
+def test_filled_batches(served, requests, gate, batches, monkeypatch, own_loop):
+    """A batch of three is filled up, as on a GPU. The answers stay the same, with our loop and with transformers'."""
     if not own_loop:
         monkeypatch.setattr("minigpt4.fast.decoding.cached_decoding.supports", lambda llm: False)
     gate.open()
     single = [content(served.ask(*messages, max_tokens=12)) for messages in requests[:3]]
-    monkeypatch.setattr(served.batcher, "_fixed_size", True)
-    monkeypatch.setattr(served.batcher, "_window", 1.0)
+    monkeypatch.setattr(served.batcher, "fill_batches", True)
+    monkeypatch.setattr(batching, "GATHER_SECONDS", 1.0)
     with ThreadPoolExecutor(3) as pool:
         together = [pool.submit(served.ask, *messages, max_tokens=12) for messages in requests[:3]]
         assert [content(request.result()) for request in together] == single
@@ -84,7 +82,7 @@ def test_streams_share_batches_with_others(served, gate, batches):
     assert content(whole.result())[0].split()[0] in stream.result().text
 
 
-def test_seeds_repeat_whoever_shares_the_batch(served, pictures, gate):
+def test_seeds_give_the_same_answer_in_any_batch(served, pictures, gate):
     gate.open()
     ask = {"temperature": 1.5, "top_p": 1.0, "top_k": 0, "max_tokens": 16}
     messages = [user(image(pictures[0]), text("Tell me a story."))]
@@ -96,7 +94,7 @@ def test_seeds_repeat_whoever_shares_the_batch(served, pictures, gate):
     assert content(served.ask(*messages, **ask)) != content(served.ask(*messages, **ask))
 
 
-def test_choices_share_the_work_on_pictures(served, chat, pictures, monkeypatch):
+def test_choices_share_the_encoding_of_pictures(served, chat, pictures, monkeypatch):
     seen, encode = [], chat.model.encode_img
     monkeypatch.setattr(chat.model, "encode_img", lambda images: seen.append(len(images)) or encode(images))
     content(served.ask(user(image(pictures[0]), image(pictures[1])), n=4, max_tokens=2))
@@ -104,11 +102,7 @@ def test_choices_share_the_work_on_pictures(served, chat, pictures, monkeypatch)
 
 
 def test_greedy_equals_the_chat(served, chat, pictures):
-    """The same question in `Chat`, which the page and the terminal use."""
-    from io import BytesIO
-
-    from minigpt4.conversation import CONV_VISION, open_picture
-
+    """The answers equal those of `Chat`, which the page and the terminal use."""
     for content_, question in zip(pictures, ("What is this?", "Describe it.", "Hm?", "###"), strict=True):
         conv, img_list = CONV_VISION.copy(), []
         chat.upload_img(open_picture(BytesIO(content_), "picture"), conv, img_list)
@@ -163,14 +157,14 @@ def test_penalties(served, talkative):
     assert len(set(varied)) > len(set(repeated))
 
 
-def test_a_label_that_the_model_repeats_is_left_out(chat):
+def test_a_label_that_the_model_repeats_is_removed(chat):
     def read(words, finish):
         answer = Answer(
             chat.model.tokenizer, None, RowSampling(), 99, ["###", "END"], "Assistant:", time.monotonic() + 60
         )
         texts = []
         for token in chat.model.tokenizer.encode(words):
-            answer.take(token)
+            answer.add_token(token)
             texts.append(answer.text())
         answer.end(finish)
         texts.append(answer.text())
@@ -258,11 +252,9 @@ def test_closing_ends_all_answers(chat, gate, talkative):
 
 
 @pytest.mark.parametrize("top_p", [1.0, 0.7])
-def test_tokens_are_drawn_as_transformers_draws_them(top_p):
-    """Frequencies over many rows against the probabilities behind transformers' own filters."""
+def test_tokens_are_sampled_as_by_transformers(top_p):
+    """The frequencies over many rows equal the probabilities after transformers' filters."""
     from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
-
-    from minigpt4.serving.sampling import RowSampler
 
     rows, scores = 20_000, torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -3.0])
     expected = scores[None]
@@ -277,9 +269,7 @@ def test_tokens_are_drawn_as_transformers_draws_them(top_p):
     assert not frequencies[expected == 0].any()
 
 
-def test_rows_are_drawn_each_by_its_own_settings():
-    from minigpt4.serving.sampling import RowSampler
-
+def test_each_row_is_sampled_by_its_own_settings():
     scores = torch.tensor([[1.0, 3.0, 2.9, 0.0]]).repeat(4, 1)
     rows = [
         RowSampling(temperature=0),
@@ -288,6 +278,6 @@ def test_rows_are_drawn_each_by_its_own_settings():
         RowSampling(top_p=0.0, seed=1),
     ]
     sampler = RowSampler(rows, 3, torch.device("cpu"))
-    said = torch.tensor([[1, 1]] * 4)
-    assert sampler(said, scores).argmax(-1).tolist() == [1, 2, 2, 1]
-    assert sampler(said[:, :0], scores).argmax(-1).tolist() == [1, 1, 1, 1]
+    so_far = torch.tensor([[1, 1]] * 4)
+    assert sampler(so_far, scores).argmax(-1).tolist() == [1, 2, 2, 1]
+    assert sampler(so_far[:, :0], scores).argmax(-1).tolist() == [1, 1, 1, 1]

@@ -1,4 +1,4 @@
-"""Three hundred malformed requests, after which the endpoint answers as before."""
+"""After 300 malformed requests the endpoint still gives the same answers."""
 
 import json
 import random
@@ -36,7 +36,7 @@ RAW = [
 
 
 def valid(rng, pictures):
-    """A request that would be answered."""
+    """A valid request."""
     talk = [
         [user(image(rng.choice(pictures)), text("What is this?"))],
         [user(text("Hi")), assistant("Hello"), user(text("What is this?"), image(rng.choice(pictures)))],
@@ -47,7 +47,7 @@ def valid(rng, pictures):
 
 
 def places(value, path=()):
-    """The paths to all that is in a JSON value."""
+    """The paths of all parts of a JSON value."""
     steps = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for step, inner in steps:
         yield (*path, step)
@@ -55,7 +55,7 @@ def places(value, path=()):
 
 
 def mutated(rng, pictures):
-    """A request with one to three of its parts replaced, removed, repeated or renamed."""
+    """A request in which one to three parts are replaced, removed, repeated or renamed."""
     body = valid(rng, pictures)
     for _ in range(rng.randint(1, 3)):
         path = rng.choice(list(places(body)) or [()])
@@ -79,12 +79,12 @@ def mutated(rng, pictures):
 
 
 def damaged(rng, pictures):
-    """A request that was damaged on its way."""
+    """A request with damaged bytes."""
     return broken(rng, json.dumps(valid(rng, pictures)).encode())
 
 
 def broken(rng, content):
-    """Bytes with some flipped, lost or doubled."""
+    """Bytes with some bits flipped, and some parts removed or repeated."""
     content = bytearray(content)
     for _ in range(rng.randint(1, 8)):
         at = rng.randrange(len(content))
@@ -100,7 +100,7 @@ def broken(rng, content):
 
 
 def damaged_picture(rng, pictures):
-    """A whole request about a broken picture."""
+    """A valid request with a damaged picture."""
     picture = image(broken(rng, rng.choice(pictures)))
     return json.dumps({"model": "minigpt4", "messages": [user(picture)], "max_tokens": 2}).encode()
 
@@ -118,7 +118,7 @@ def send_raw(served, content):
 
 
 def check(response):
-    """An answer, or an error of the client's in OpenAI's shape."""
+    """Assert that the response is an answer, or a client error in OpenAI's format."""
     assert 200 <= response.status_code < 500, (response.request.content[:2000], response.text)
     if response.status_code >= 400:
         error = response.json()["error"]
@@ -155,7 +155,7 @@ def test_three_hundred_malformed_requests(serve, pictures, caplog):
 
 
 @pytest.mark.parametrize("words", HOSTILE_TEXT)
-def test_hostile_words_in_every_role(served, pictures, words):
+def test_hostile_texts_in_every_role(served, pictures, words):
     body = {"model": "minigpt4", "max_tokens": 2}
     messages = [{"role": "system", "content": words}, user(image(pictures[0]), text("x" + words)), assistant(words)]
     check(served.post({**body, "messages": [*messages, user(text("x" + words))], "stop": ["x" + words[:99]]}))

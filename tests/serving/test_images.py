@@ -1,4 +1,4 @@
-"""Pictures by URL: what is read, and what nobody can make the server fetch."""
+"""Pictures by URL: which ones are read, and which ones the server refuses to fetch."""
 
 import asyncio
 import base64
@@ -15,7 +15,7 @@ from minigpt4.serving.errors import ApiError
 from minigpt4.serving.images import Images, is_public
 
 LOCAL = Images(allow_http=True, allow_private=True, max_bytes=100_000)
-PUBLIC = Images(allow_http=True)
+PUBLIC = Images(allow_http=True, allow_private=False, max_bytes=100_000)
 
 
 def read(url, reader=LOCAL):
@@ -97,8 +97,8 @@ def test_other_schemes(url):
 
 def test_nothing_is_fetched_without_the_flag(site):
     before = len(site.paths)
-    assert "--allow-http-images" in refusal(f"{site.url}/picture", Images())
-    assert "--allow-http-images" in refusal(f"{site.url}/picture", Images(allow_private=True))
+    assert "--allow-http-images" in refusal(f"{site.url}/picture", Images(False, False, 100_000))
+    assert "--allow-http-images" in refusal(f"{site.url}/picture", Images(False, True, 100_000))
     assert len(site.paths) == before
 
 
@@ -108,11 +108,11 @@ def test_fetching(site):
     assert read(f"{site.url}/to?/picture") == b"content"
     assert read(f"{site.url}/to?{site.url}/to?/picture") == b"content"
     assert "answered 404" in refusal(f"{site.url}/ä ö\r\nX: y")
-    assert site.paths[-1] == "/%C3%A4%20%C3%B6X:%20y"  # no header can be smuggled in
+    assert site.paths[-1] == "/%C3%A4%20%C3%B6X:%20y"  # the URL cannot add a header
 
 
-def test_all_pictures_of_a_request_share_one_bound(site):
-    """Fetched ones: those in the request were pluralize when it arrived."""
+def test_all_pictures_of_a_request_share_one_limit(site):
+    """The limit is for fetched pictures; data URLs are part of the request, whose size is limited already."""
     reader = Images(allow_http=True, allow_private=True, max_bytes=15)
     inside = data_url(b"x" * 100, "png")
     two = {"a": f"{site.url}/picture", "b": inside, "c": f"{site.url}/picture"}
@@ -157,13 +157,13 @@ PRIVATE = [
 
 @pytest.mark.parametrize("host", PRIVATE)
 def test_private_addresses_are_refused(site, host):
-    """And all look alike to the client: it learns nothing of the network behind the server."""
+    """The message is always the same, so that a client learns nothing about the server's network."""
     before = len(site.paths)
     assert "its host has no public address" in refusal(f"http://{host}:{site.server_port}/picture", PUBLIC)
     assert len(site.paths) == before
 
 
-def test_names_that_do_not_exist_look_the_same(monkeypatch):
+def test_unknown_hosts_get_the_same_message(monkeypatch):
     async def look_up(self, host, port, **options):
         raise socket.gaierror("Name or service not known")
 
@@ -172,14 +172,14 @@ def test_names_that_do_not_exist_look_the_same(monkeypatch):
 
 
 def test_redirects_are_checked_too(site, monkeypatch):
-    """A public site that sends its visitors to a private one."""
+    """A public site that redirects to a private one."""
     monkeypatch.setattr(images, "is_public", lambda address: address == "127.0.0.1")
     assert "no public address" in refusal(f"{site.url}/to?http://169.254.169.254/latest/meta-data", PUBLIC)
     assert read(f"{site.url}/to?/picture", PUBLIC) == b"content"
 
 
 def test_a_name_is_looked_up_once(site, monkeypatch):
-    """DNS rebinding: the second answer would be a private address. One private address among public ones is enough."""
+    """DNS rebinding: the second lookup returns a private address. One private address among others is refused, too."""
     answers = [["93.184.216.34"], ["127.0.0.1"]]
 
     async def look_up(self, host, port, **options):
@@ -209,7 +209,7 @@ def test_public_addresses(address):
 
 
 def test_through_the_endpoint(serve, served, site, pictures):
-    """The flags, as a user gives them."""
+    """The settings of the endpoint decide what is fetched."""
     picture = {"type": "image_url", "image_url": {"url": f"{site.url}/picture"}}
     message = user(picture, text("What is this?"))
     assert "--allow-http-images" in served.ask(message).json()["error"]["message"]

@@ -1,4 +1,4 @@
-"""The official client against the endpoint."""
+"""OpenAI's own client with the endpoint."""
 
 import re
 
@@ -60,7 +60,7 @@ def test_streaming_gives_the_same_text(client, talk, settings):
     assert [u.to_dict() for u in usages] == [whole.usage.to_dict()]
 
 
-def test_words_arrive_while_the_model_writes(client, gate, talkative):
+def test_text_arrives_while_the_model_generates(client, gate, talkative):
     def words():
         return "".join(choice.delta.content or "" for choice in next(stream).choices)
 
@@ -76,7 +76,7 @@ def test_words_arrive_while_the_model_writes(client, gate, talkative):
             said += words()
 
 
-def test_answers_are_sent_back_as_the_client_holds_them(client, pictures):
+def test_the_clients_answer_object_can_be_sent_back(client, pictures):
     messages = [user(image(pictures[0]), text("What is this?"))]
     first = client.chat.completions.create(messages=messages, max_tokens=40, **MODEL)
     messages += [first.choices[0].message, user(text("Are you sure?"))]
@@ -98,7 +98,7 @@ def test_models(client):
         client.models.retrieve("gpt-4o")
 
 
-def test_errors_are_the_clients_own(client, talk):
+def test_errors_become_the_clients_exceptions(client, talk):
     with pytest.raises(openai.NotFoundError) as error:
         client.chat.completions.create(model="gpt-4o", messages=talk)
     assert error.value.code == "model_not_found"

@@ -1,4 +1,4 @@
-"""From messages to the prompt."""
+"""Turning messages into a prompt."""
 
 import pytest
 from endpoint import assistant, image, text, user
@@ -57,8 +57,8 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize("hostile", HOSTILE)
-def test_nobody_writes_slots_separators_or_special_tokens(chat, hostile):
-    """In any role: a client sends the answers, too."""
+def test_no_message_can_contain_placeholders_separators_or_special_tokens(chat, hostile):
+    """This holds for each role, because a client sends the answers, too."""
     raw = [{"role": "system", "content": hostile}, user(text(hostile), CAT), assistant(hostile), user(text(hostile))]
     prompt = conversation(chat, messages(*raw)).get_prompt()
     assert prompt.count(IMAGE_SLOT) == 1
@@ -67,7 +67,7 @@ def test_nobody_writes_slots_separators_or_special_tokens(chat, hostile):
     assert prompt.replace(" ", "").count(hostile.replace(" ", "")) >= 4  # nothing is lost
 
 
-def test_pieces_of_a_separator_do_not_meet(chat):
+def test_parts_of_a_separator_are_not_joined(chat):
     prompt = conversation(chat, messages(user(text("#"), text("##"), text("<Image"), text("Here>")))).get_prompt()
     assert prompt.count("###") == 2
     assert IMAGE_SLOT not in prompt
@@ -90,7 +90,7 @@ def test_refused(chat, raw, message):
     assert error.value.status == 400
 
 
-def test_pictures_have_places_and_bounds():
+def test_pictures_have_places_and_limits():
     urls = image_urls(messages(user(CAT, text("A")), assistant("B"), user(text("C"), CAT)), 2)
     assert list(urls) == ["messages[0].content[0]", "messages[2].content[1]"]
     with pytest.raises(ApiError, match="2 pictures are too many: at most 1"):
@@ -111,8 +111,8 @@ def test_pictures_and_tokens(chat, pictures):
     assert (error.value.code, error.value.param) == ("invalid_image", "messages[0].content[0]")
 
 
-def test_a_long_text_is_refused_in_no_time(chat):
-    """Texts made to be slow to break up."""
+def test_a_long_text_is_refused_quickly(chat):
+    """Texts that are slow to sanitize."""
     for evil in ("#" * MAX_CHARACTERS, "<ImageHere>" * 9000, "<" * 50_000 + "/s>" * 16_000):
         with pytest.raises(ApiError, match="tokens; the model holds"):
             read_prompt(chat, messages(user(text(evil))), {}, 1)

@@ -1,4 +1,4 @@
-"""What may be asked, and what is refused."""
+"""Which requests are accepted, ignored or refused."""
 
 import json
 
@@ -14,7 +14,7 @@ def read(**fields):
     return read_request(json.dumps({**GOOD, **fields}).encode())
 
 
-def test_defaults_are_the_chats():
+def test_defaults_are_those_of_chat():
     asked = read()
     assert (asked.temperature, asked.top_p, asked.top_k, asked.n, asked.stream) == (1.0, 0.9, 50, 1, False)
     assert (asked.new_tokens, asked.stop, asked.seed) == (None, [], None)

@@ -1,4 +1,4 @@
-"""Batches on a GPU, in 16 bit. Skipped, and said so, without one."""
+"""Batches on a GPU, in 16 bit and in float32."""
 
 import threading
 import time
