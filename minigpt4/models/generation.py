@@ -98,9 +98,9 @@ def continue_embeds(
                 **DEFAULTS | options,
             )
     sampling.processors += processors
-    rows = torch.full((len(inputs_embeds), sampling.max_new_tokens), tokenizer.eos_token_id)
     # Caches outlive this call, and inference tensors could not be written to outside of inference mode.
     with torch.inference_mode(False), torch.no_grad():
+        rows = torch.full((len(inputs_embeds), sampling.max_new_tokens), tokenizer.eos_token_id)
         steps = decoding_loop.decode(llm, inputs_embeds, attention_mask, sampling.max_new_tokens, sampling.choose)
         with closing(steps):
             return _until_done(steps, rows, sampling.eos_ids, criteria)
