@@ -1,9 +1,11 @@
 """Names and shapes of the tensors in the published files, written out by hand.
 
-`random_weights.py` writes files by these tables, and tests read them back with the loading code: a table that came from
-our own modules would share their mistakes. `tests/common/test_published.py` holds them against the golden list.
+`random_weights.py` writes files by these tables, and tests load them with the package's own code. Tables that were made
+from the package's modules would share their mistakes. `tests/benchmarks/test_published.py` compares the tables with the
+golden list.
 
-A row is a name and its dimensions. `{}` in a name counts the layers; a dimension is a number, or a letter of `Sizes`.
+A row is a name and its dimensions. `{}` in a name is the number of the layer. A name that ends with `.*` stands for a
+weight of these dimensions and a bias of the first one. A dimension is a number, or a letter that `Sizes.dims` explains.
 """
 
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ class Sizes:
     vit_width: int = 1408
     vit_ffn: int = 6144
     vit_blocks: int = 40
-    """The file holds one block more than is used."""
+    """One more than is used."""
     vit_tokens: int = 257
     patch: int = 14
     vit_head: int = 1024
@@ -34,7 +36,7 @@ class Sizes:
     vocabulary: int = 32000
 
     def dims(self) -> dict[str, int]:
-        """What the letters of the tables stand for."""
+        """The dimensions that the letters in the tables stand for."""
         return {
             "D": self.vit_width,
             "3D": 3 * self.vit_width,
@@ -53,6 +55,8 @@ class Sizes:
         }
 
 
+PARTS = ("vision", "qformer", "llm", "ckpt")
+VICUNA_VERSIONS = ("v0", "v1.1", "v1.5")
 SIZES = {
     "7b": Sizes(),
     "13b": Sizes(llm_width=5120, llm_ffn=13824, llm_layers=40, llm_heads=40),
@@ -75,96 +79,66 @@ SIZES = {
 EVA_STEM = """
 cls_token 1 1 D
 pos_embed 1 N D
-patch_embed.proj.weight D 3 P P
-patch_embed.proj.bias D
+patch_embed.proj.* D 3 P P
 """
 EVA_BLOCK = """
-blocks.{}.norm1.weight D
-blocks.{}.norm1.bias D
+blocks.{}.norm1.* D
 blocks.{}.attn.q_bias D
 blocks.{}.attn.v_bias D
 blocks.{}.attn.qkv.weight 3D D
-blocks.{}.attn.proj.weight D D
-blocks.{}.attn.proj.bias D
-blocks.{}.norm2.weight D
-blocks.{}.norm2.bias D
-blocks.{}.mlp.fc1.weight F D
-blocks.{}.mlp.fc1.bias F
-blocks.{}.mlp.fc2.weight D F
-blocks.{}.mlp.fc2.bias D
+blocks.{}.attn.proj.* D D
+blocks.{}.norm2.* D
+blocks.{}.mlp.fc1.* F D
+blocks.{}.mlp.fc2.* D F
 """
-# Surplus, with the last block: CLIP's final norm and head.
+# Not used, like the last block: CLIP's final norm and head.
 EVA_END = """
-norm.weight D
-norm.bias D
-head.weight E D
-head.bias E
+norm.* D
+head.* E D
 """
 
 QFORMER_STEM = """
 query_tokens 1 Q B
-ln_vision.weight D
-ln_vision.bias D
+ln_vision.* D
 Qformer.bert.embeddings.position_ids 1 512
-Qformer.bert.embeddings.LayerNorm.weight B
-Qformer.bert.embeddings.LayerNorm.bias B
+Qformer.bert.embeddings.LayerNorm.* B
 """
 QFORMER_ATTENTION = """
-Qformer.bert.encoder.layer.{}.attention.self.query.weight B B
-Qformer.bert.encoder.layer.{}.attention.self.query.bias B
-Qformer.bert.encoder.layer.{}.attention.self.key.weight B B
-Qformer.bert.encoder.layer.{}.attention.self.key.bias B
-Qformer.bert.encoder.layer.{}.attention.self.value.weight B B
-Qformer.bert.encoder.layer.{}.attention.self.value.bias B
-Qformer.bert.encoder.layer.{}.attention.output.dense.weight B B
-Qformer.bert.encoder.layer.{}.attention.output.dense.bias B
-Qformer.bert.encoder.layer.{}.attention.output.LayerNorm.weight B
-Qformer.bert.encoder.layer.{}.attention.output.LayerNorm.bias B
+Qformer.bert.encoder.layer.{}.attention.self.query.* B B
+Qformer.bert.encoder.layer.{}.attention.self.key.* B B
+Qformer.bert.encoder.layer.{}.attention.self.value.* B B
+Qformer.bert.encoder.layer.{}.attention.output.dense.* B B
+Qformer.bert.encoder.layer.{}.attention.output.LayerNorm.* B
 """
 QFORMER_CROSSATTENTION = """
-Qformer.bert.encoder.layer.{}.crossattention.self.query.weight B B
-Qformer.bert.encoder.layer.{}.crossattention.self.query.bias B
-Qformer.bert.encoder.layer.{}.crossattention.self.key.weight B D
-Qformer.bert.encoder.layer.{}.crossattention.self.key.bias B
-Qformer.bert.encoder.layer.{}.crossattention.self.value.weight B D
-Qformer.bert.encoder.layer.{}.crossattention.self.value.bias B
-Qformer.bert.encoder.layer.{}.crossattention.output.dense.weight B B
-Qformer.bert.encoder.layer.{}.crossattention.output.dense.bias B
-Qformer.bert.encoder.layer.{}.crossattention.output.LayerNorm.weight B
-Qformer.bert.encoder.layer.{}.crossattention.output.LayerNorm.bias B
+Qformer.bert.encoder.layer.{}.crossattention.self.query.* B B
+Qformer.bert.encoder.layer.{}.crossattention.self.key.* B D
+Qformer.bert.encoder.layer.{}.crossattention.self.value.* B D
+Qformer.bert.encoder.layer.{}.crossattention.output.dense.* B B
+Qformer.bert.encoder.layer.{}.crossattention.output.LayerNorm.* B
 """
 QFORMER_FFN = """
-Qformer.bert.encoder.layer.{}.intermediate_query.dense.weight G B
-Qformer.bert.encoder.layer.{}.intermediate_query.dense.bias G
-Qformer.bert.encoder.layer.{}.output_query.dense.weight B G
-Qformer.bert.encoder.layer.{}.output_query.dense.bias B
-Qformer.bert.encoder.layer.{}.output_query.LayerNorm.weight B
-Qformer.bert.encoder.layer.{}.output_query.LayerNorm.bias B
+Qformer.bert.encoder.layer.{}.intermediate_query.dense.* G B
+Qformer.bert.encoder.layer.{}.output_query.dense.* B G
+Qformer.bert.encoder.layer.{}.output_query.LayerNorm.* B
 """
-# Surplus: what else BLIP-2's second stage trained.
+# Not used: BLIP-2's projection into the T5 of its second stage.
 QFORMER_END = """
-t5_proj.weight T B
-t5_proj.bias T
+t5_proj.* T B
 """
-# Surplus of BLIP-2's first-stage files: BERT's words, feed-forward layers and language head.
+# Not used: the text branch in BLIP-2's first-stage files, which is BERT's words, feed-forward layers and language head.
 QFORMER_TEXT = """
 Qformer.bert.embeddings.word_embeddings.weight W B
 Qformer.bert.embeddings.position_embeddings.weight 512 B
 Qformer.cls.predictions.bias W
-Qformer.cls.predictions.transform.dense.weight B B
-Qformer.cls.predictions.transform.dense.bias B
-Qformer.cls.predictions.transform.LayerNorm.weight B
-Qformer.cls.predictions.transform.LayerNorm.bias B
-Qformer.cls.predictions.decoder.weight W B
-Qformer.cls.predictions.decoder.bias W
+Qformer.cls.predictions.transform.dense.* B B
+Qformer.cls.predictions.transform.LayerNorm.* B
+Qformer.cls.predictions.decoder.* W B
 """
 QFORMER_TEXT_FFN = """
-Qformer.bert.encoder.layer.{}.intermediate.dense.weight G B
-Qformer.bert.encoder.layer.{}.intermediate.dense.bias G
-Qformer.bert.encoder.layer.{}.output.dense.weight B G
-Qformer.bert.encoder.layer.{}.output.dense.bias B
-Qformer.bert.encoder.layer.{}.output.LayerNorm.weight B
-Qformer.bert.encoder.layer.{}.output.LayerNorm.bias B
+Qformer.bert.encoder.layer.{}.intermediate.dense.* G B
+Qformer.bert.encoder.layer.{}.output.dense.* B G
+Qformer.bert.encoder.layer.{}.output.LayerNorm.* B
 """
 
 LLAMA_STEM = """
@@ -187,8 +161,7 @@ lm_head.weight V H
 """
 
 PROJECTION = """
-llama_proj.weight H B
-llama_proj.bias H
+llama_proj.* H B
 """
 
 Table = dict[str, tuple[int, ...]]
@@ -196,15 +169,19 @@ Table = dict[str, tuple[int, ...]]
 
 def _rows(table: str, sizes: Sizes, layer: int | None = None) -> Table:
     dims, rows = sizes.dims(), {}
-    for line in table.split("\n"):
-        if line:
-            name, *shape = line.split()
-            rows[name.format(layer)] = tuple(dims[d] if d in dims else int(d) for d in shape)
+    for line in filter(None, table.split("\n")):
+        name, *shape = line.format(layer).split()
+        shape = tuple(dims[d] if d in dims else int(d) for d in shape)
+        if name.endswith(".*"):
+            module = name.removesuffix("*")
+            rows |= {f"{module}weight": shape, f"{module}bias": shape[:1]}
+        else:
+            rows[name] = shape
     return rows
 
 
 def eva_vit(sizes: Sizes) -> Table:
-    """eva_vit_g.pth: {name: shape}, all float16. The last block, `norm` and `head` are not used."""
+    """eva_vit_g.pth: {name: shape}, all float16. The model uses neither the last block nor `norm` and `head`."""
     rows = _rows(EVA_STEM, sizes)
     for i in range(sizes.vit_blocks):
         rows |= _rows(EVA_BLOCK, sizes, i)
@@ -214,7 +191,7 @@ def eva_vit(sizes: Sizes) -> Table:
 def blip2(sizes: Sizes, text_branch: bool = False) -> Table:
     """blip2_pretrained_flant5xxl.pth, under "model": {name: shape}, float32; `position_ids` is int64.
 
-    text_branch: with the text branch, which files of BLIP-2's first stage hold.
+    text_branch: include the text branch, as files of BLIP-2's first stage do.
     """
     rows = _rows(QFORMER_STEM, sizes)
     for i in range(sizes.qformer_layers):

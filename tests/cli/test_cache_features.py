@@ -236,7 +236,7 @@ def test_a_config_without_datasets(tmp_path):
 def test_bad_arguments(flag, capsys):
     with pytest.raises(SystemExit):
         cache_features.parse_args(["--cfg-path", "x.yaml", "--out", "y", flag, "0"])
-    assert f"{flag} 0 must be at least 1" in capsys.readouterr().err
+    assert f"{flag} 0 must be more than 0" in capsys.readouterr().err
 
 
 def test_features_that_float16_cannot_hold(configs, tmp_path, monkeypatch):
@@ -254,7 +254,7 @@ class OwnFeatures(MiniGPT4):
 def test_a_model_with_features_of_its_own(configs, tmp_path, monkeypatch):
     monkeypatch.setitem(registry._classes["model"], "mini_gpt4", OwnFeatures)
     answer = cache(configs["stage2"], tmp_path / "f")
-    assert "model.arch=mini_gpt4 makes its image features in its own way" in answer
+    assert "model.arch=mini_gpt4 computes its image features in its own way" in answer
 
 
 def test_vision_parts_in_a_checkpoint_count(configs, tmp_path):

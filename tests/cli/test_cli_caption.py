@@ -137,7 +137,7 @@ def test_what_the_model_cannot_hold_is_skipped_and_listed(run, tmp_path, caplog)
     status, lines = run(video, IMAGES[0], "--frames", 64, "--prompt", f"{'Hm? ' * 400} <ImageHere>")
     assert status == 1
     assert [line["image"] for line in lines] == [str(IMAGES[0])]
-    assert re.search(r"clip.mp4 takes \d+ tokens, .* up to 8; the model holds 2000. Lower --frames", caplog.text)
+    assert re.search(r"clip.mp4 takes \d+ tokens, .* up to 8; the model has room for 2000. Lower --frames", caplog.text)
 
 
 def test_bad_videos_are_skipped_and_listed(run, tmp_path, caplog):
@@ -215,7 +215,7 @@ def test_seeds_make_sampling_repeatable(run, tmp_path):
     ("arguments", "message"),
     [
         (["--dir", "/nowhere"], "--dir /nowhere is not a folder"),
-        (["--shards", "/nowhere/{0..1}.tar"], "there is no file /nowhere/0.tar"),
+        (["--shards", "/nowhere/{0..1}.tar"], "2 of 2 shards are missing, e.g. /nowhere/0.tar"),
         ([str(IMAGES[0]), "gone.png", "docs"], "There is no file gone.png, docs."),
         ([f"{n}.png" for n in range(9)], "There is no file 0.png, 1.png, 2.png (and 6 more)."),
         ([str(IMAGES[0]), "--out", "/"], "--out / is a folder"),
@@ -232,7 +232,7 @@ def test_wrong_arguments(run, golden_config, arguments, message):
     [
         (["a.png", "--temperature", "-1"], "temperature=-1.0 must be more than 0"),
         (["a.png", "--frames", "65"], "--frames 65 must be from 1 to 64"),
-        (["a.png", "--batch-size", "0"], "--batch-size 0 must be at least 1"),
+        (["a.png", "--batch-size", "0"], "--batch-size 0 must be more than 0"),
         ([], "give pictures, --dir or --shards"),
     ],
 )

@@ -124,9 +124,9 @@ def test_an_address_that_cannot_be_had():
 
 def test_wrong_arguments(capsys):
     for arguments, message in {
-        ("--max-queue", "0"): "--max-queue must be more than 0",
-        ("--timeout", "-1"): "--timeout must be more than 0",
-        ("--max-upload-mb", "nan"): "--max-upload-mb must be more than 0",
+        ("--max-queue", "0"): "--max-queue 0 must be more than 0",
+        ("--timeout", "-1"): "--timeout -1.0 must be more than 0",
+        ("--max-upload-mb", "nan"): "--max-upload-mb nan must be more than 0",
         ("--api-key", ""): "is empty",
         ("--port", "x"): "'x' is not a whole number from 0 to 65535",
         ("--port", "65536"): "'65536' is not a whole",
