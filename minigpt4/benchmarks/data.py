@@ -10,12 +10,11 @@ other work on the machine matters little. The ways take turns, and the median of
 """
 
 import argparse
-import functools
 import io
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from itertools import chain, islice
 
 from minigpt4.benchmarks.harness import bench_parser, report, time_in_turn
@@ -72,7 +71,7 @@ def time_ways(pictures: list[bytes], image_size: int, rounds: int) -> list[dict]
 
     processor = Blip2ImageTrainProcessor(image_size)
     by_name = ways(processor)
-    calls = {name: functools.partial(consume, way, pictures) for name, way in by_name.items()}
+    calls = {name: lambda way=way: consume(map(way, pictures)) for name, way in by_name.items()}
     rows = []
     for name, seconds in time_in_turn(calls, rounds).items():
         row = {"way": name, **rates(len(pictures), seconds)}
@@ -82,13 +81,9 @@ def time_ways(pictures: list[bytes], image_size: int, rounds: int) -> list[dict]
     return rows
 
 
-def consume(way: Callable, pictures: list[bytes]) -> None:
-    for picture in pictures:
-        way(picture)
-
-
-def skip(items: Iterator, count: int) -> None:
-    for _ in islice(items, count):
+def consume(items: Iterable) -> None:
+    """Iterate over the items, and keep none."""
+    for _ in items:
         pass
 
 
@@ -163,7 +158,7 @@ def time_stream(stream, count: int, rounds: int) -> dict:
     """Samples a second of CPU time, from reading a shard to the processed sample."""
     samples = iter(stream)
     next(samples)  # fills the shuffle buffer
-    seconds = time_in_turn({"stream": lambda: skip(samples, count)}, rounds)["stream"]
+    seconds = time_in_turn({"stream": lambda: consume(islice(samples, count))}, rounds)["stream"]
     return rates(count, seconds)
 
 
@@ -175,7 +170,7 @@ def time_loader(stream, args: argparse.Namespace) -> dict:
     ahead = 4 * args.workers  # batches that may be waiting when the clock starts
     timed = max(4 * ahead, args.rounds * args.count // args.batch_size)
     batches = loader.epoch(0, ahead + timed)
-    skip(batches, ahead)
+    consume(islice(batches, ahead))
     start = time.perf_counter()
     count = sum(len(batch["image"]) for batch in batches)
     return {"images_per_s": round(count / (time.perf_counter() - start))}

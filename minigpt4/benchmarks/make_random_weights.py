@@ -37,15 +37,9 @@ def main(argv: list[str]) -> int:
 
     setup_logger()
     logging.info("These weights are random: for rehearsals and benchmarks only.")
+    shard_bytes = int(args.shard_gb * 1e9)
     paths = random_weights.write(
-        args.out,
-        args.size,
-        args.seed,
-        args.parts,
-        args.vicuna,
-        args.bin,
-        args.text_branch,
-        int(args.shard_gb * 1e9),
+        args.out, args.size, args.seed, args.parts, args.vicuna, args.bin, args.text_branch, shard_bytes
     )
     print("--options", shlex.join(random_weights.yaml_options(args.size, paths)))
     return 0

@@ -90,27 +90,17 @@ def write(
     sizes = published.SIZES[size]
     if vicuna == "v0":  # its tokenizer has a pad token more
         sizes = dataclasses.replace(sizes, vocabulary=sizes.vocabulary + 1)
-    paths = {
-        "vision": folder / EVA_FILE,
-        "qformer": folder / BLIP2_FILE,
-        "llm": folder / f"vicuna-{size}-{vicuna}",
-        "ckpt": folder / CKPT_FILES[size],
+    files = {
+        "vision": (folder / EVA_FILE, published.eva_vit(sizes), torch.float16),
+        "qformer": (folder / BLIP2_FILE, published.blip2(sizes, text_branch), torch.float32),
+        "llm": (folder / f"vicuna-{size}-{vicuna}", published.llama(sizes), torch.float16),
+        "ckpt": (folder / CKPT_FILES[size], published.projection(sizes), torch.float32),
     }
-    paths = {part: path for part, path in paths.items() if part in parts}
-    tables = {
-        "vision": (published.eva_vit(sizes), torch.float16),
-        "qformer": (published.blip2(sizes, text_branch), torch.float32),
-        "llm": (published.llama(sizes), torch.float16),
-        "ckpt": (published.projection(sizes), torch.float32),
-    }
-    missing = [part for part, path in paths.items() if not _complete(path)]
+    files = {part: file for part, file in files.items() if part in parts}
+    missing = {part: file for part, file in files.items() if not _complete(file[0])}
     folder.mkdir(parents=True, exist_ok=True)
-    _check_room(folder, sum(_nbytes(*tables[part]) for part in missing))
-    for part, path in paths.items():
-        if part not in missing:
-            logging.info("%s exists and is left as it is.", path)
-            continue
-        table, dtype = tables[part]
+    _check_room(folder, sum(_nbytes(table, dtype) for _, table, dtype in missing.values()))
+    for part, (path, table, dtype) in missing.items():
         values = RandomValues(seed + PARTS.index(part))
         if part == "llm":
             _write_llm(path, table, values, sizes, vicuna, as_bin, shard_bytes)
@@ -118,7 +108,9 @@ def write(
             tensors = {name: values.tensor(name, shape, dtype) for name, shape in table.items()}
             checkpoint.save(tensors if part == "vision" else {"model": tensors}, path)
         logging.info("Wrote %s (%s bytes of tensors)", path, f"{_nbytes(table, dtype):,}")
-    return paths
+    for part in files.keys() - missing.keys():
+        logging.info("%s exists and is left as it is.", files[part][0])
+    return {part: path for part, (path, _, _) in files.items()}
 
 
 def yaml_options(size: str, paths: dict[str, Path]) -> list[str]:

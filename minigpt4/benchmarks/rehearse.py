@@ -17,13 +17,11 @@ With --jobs above 1 the runs share the machine. This does not change their memor
 """
 
 import argparse
-import io
 import json
 import logging
 import random
 import subprocess
 import sys
-import tarfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -163,6 +161,8 @@ def make_data(folder: Path, count: int = 64) -> None:
 
     count: pictures in each of the three.
     """
+    from webdataset import TarWriter
+
     if (folder / "cc_sbu_align/filter_cap.json").exists():
         return
     rng = random.Random(1)
@@ -170,13 +170,10 @@ def make_data(folder: Path, count: int = 64) -> None:
     (folder / "cc_sbu_align/image").mkdir(parents=True, exist_ok=True)
     pictures = [photograph(seed, 256, 256) for seed in range(count)]
     for shard in range(2):
-        with tarfile.open(folder / f"shards/{shard:05}.tar", "w") as tar:
+        with TarWriter(str(folder / f"shards/{shard:05}.tar")) as tar:
             for i, picture in enumerate(pictures):
-                about = json.dumps({"caption": caption(rng, stage=1)}).encode()
-                for suffix, content in (("jpg", picture), ("json", about)):
-                    member = tarfile.TarInfo(f"{shard:05}{i:04}.{suffix}")
-                    member.size = len(content)
-                    tar.addfile(member, io.BytesIO(content))
+                about = {"caption": caption(rng, stage=1)}
+                tar.write({"__key__": f"{shard:05}{i:04}", "jpg": picture, "json": about})
     records = [{"image_id": str(i), "caption": caption(rng, stage=2)} for i in range(count)]
     for i, picture in enumerate(pictures):
         (folder / f"cc_sbu_align/image/{i}.jpg").write_bytes(picture)

@@ -24,7 +24,7 @@ from minigpt4.cli.arguments import (
 from minigpt4.common.commands import command_parser
 from minigpt4.common.config import Config
 from minigpt4.common.errors import ConfigError
-from minigpt4.conversation.videos import FRAMES, is_video
+from minigpt4.conversation.videos import is_video
 
 COMMANDS = """\
   /image PATH …   show pictures; they belong to the next question
@@ -81,7 +81,7 @@ class Terminal:
         frames: how many pictures to take from a video.
     """
 
-    def __init__(self, chat, settings: dict, frames: int = FRAMES):
+    def __init__(self, chat, settings: dict, frames: int):
         self.chat, self.settings, self.frames = chat, settings, frames
         self.reset()
 
@@ -128,7 +128,7 @@ class Terminal:
             self.chat.ask(line, conv)
             self.answer(conv)
 
-    def show(self, paths: list[str], video: bool = False) -> None:
+    def show(self, paths: list[str], video: bool) -> None:
         """Show pictures and videos. video: they are all videos, whatever their suffix."""
         from minigpt4.conversation import PictureError
 

@@ -137,7 +137,7 @@ def test_what_the_model_cannot_hold_is_skipped_and_listed(run, tmp_path, caplog)
     status, lines = run(video, IMAGES[0], "--frames", 64, "--prompt", f"{'Hm? ' * 400} <ImageHere>")
     assert status == 1
     assert [line["image"] for line in lines] == [str(IMAGES[0])]
-    assert re.search(r"clip.mp4 takes \d+ tokens, .* up to 8; the model has room for 2000. Lower --frames", caplog.text)
+    assert re.search(r"clip.mp4 takes \d+ tokens with .* up to 8; the model has room for 2000. Lower --frames", caplog.text)
 
 
 def test_bad_videos_are_skipped_and_listed(run, tmp_path, caplog):

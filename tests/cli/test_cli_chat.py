@@ -18,7 +18,7 @@ PICTURE = str(GOLDEN / "images" / "rgb.png")
 @pytest.fixture
 def terminal(build_golden_model):
     chat = Chat(build_golden_model(), Blip2ImageEvalProcessor(28))
-    return Terminal(chat, {"do_sample": False, "max_new_tokens": 12})
+    return Terminal(chat, {"do_sample": False, "max_new_tokens": 12}, frames=8)
 
 
 def test_a_talk(terminal, capsys):
