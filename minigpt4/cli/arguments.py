@@ -39,12 +39,6 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpu-id", type=int, metavar="N", help="GPU to use (0); the CPU is used if there is none")
 
 
-def add_frames_argument(parser: argparse.ArgumentParser) -> None:
-    """`--frames`."""
-    help_text = "pictures to take from a video, at even distances (%(default)s)"
-    parser.add_argument("--frames", type=int, default=FRAMES, metavar="N", help=help_text)
-
-
 def parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
     """Parse the arguments. Frames or decoding settings that are out of bounds end the program with a message."""
     args = parser.parse_args(argv)
@@ -57,8 +51,10 @@ def parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespac
     return args
 
 
-def add_decoding_arguments(parser: argparse.ArgumentParser, sample: bool = Decoding.do_sample) -> None:
-    """`--sample`, and a flag for each other setting of `Decoding`. sample: the default of `--sample`."""
+def add_answer_arguments(parser: argparse.ArgumentParser, sample: bool = Decoding.do_sample) -> None:
+    """`--frames`, `--sample`, and a flag for each other setting of `Decoding`. sample: the default of `--sample`."""
+    frames = "pictures to take from a video, at even distances (%(default)s)"
+    parser.add_argument("--frames", type=int, default=FRAMES, metavar="N", help=frames)
     group = parser.add_argument_group("decoding")
     for name, text in DECODING_HELP.items():
         default = getattr(Decoding, name)

@@ -21,14 +21,7 @@ from glob import escape
 from itertools import islice
 from pathlib import Path
 
-from minigpt4.cli.arguments import (
-    add_decoding_arguments,
-    add_frames_argument,
-    add_model_arguments,
-    check_files,
-    decoding_settings,
-    parse,
-)
+from minigpt4.cli import arguments
 from minigpt4.cli.parallel import ahead, batches
 from minigpt4.common.commands import check_positive, command_parser
 from minigpt4.common.config import Config
@@ -49,10 +42,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         "--prompt", metavar="TEXT", help="a question for model.prompt_template, or a whole prompt with <ImageHere>"
     )
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="pictures at a time (%(default)s)")
-    add_frames_argument(parser)
-    add_model_arguments(parser)
-    add_decoding_arguments(parser, sample=False)
-    args = parse(parser, argv)
+    arguments.add_model_arguments(parser)
+    arguments.add_answer_arguments(parser, sample=False)
+    args = arguments.parse(parser, argv)
     if not (args.images or args.dir or args.shards):
         parser.error("give pictures, --dir or --shards")
     check_positive(parser, args, ("batch_size",))
@@ -91,7 +83,7 @@ class Items:
         from minigpt4.datasets.datasets.shards import shards_of_argument
 
         self._files = [Path(path) for path in args.images]
-        check_files(self._files)
+        arguments.check_files(self._files)
         if args.dir:
             if not Path(args.dir).is_dir():
                 raise ConfigError(f"--dir {args.dir} is not a folder.")
@@ -135,7 +127,7 @@ class Captioner:
         self._chat = chat
         self.batch_size = args.batch_size
         self._frames = args.frames
-        self._decoding = Decoding(**decoding_settings(args))
+        self._decoding = Decoding(**arguments.decoding_settings(args))
         prompts = chat.model.prompt_list or [IMAGE_SLOT]
         self._prompt = args.prompt or prompts[0]
         if IMAGE_SLOT not in self._prompt:

@@ -13,14 +13,7 @@ import shlex
 from contextlib import closing, suppress
 from pathlib import Path
 
-from minigpt4.cli.arguments import (
-    add_decoding_arguments,
-    add_frames_argument,
-    add_model_arguments,
-    check_files,
-    decoding_settings,
-    parse,
-)
+from minigpt4.cli import arguments
 from minigpt4.common.commands import command_parser
 from minigpt4.common.config import Config
 from minigpt4.common.errors import ConfigError
@@ -38,16 +31,15 @@ COMMANDS = """\
 def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = command_parser("chat", __doc__)
     parser.add_argument("images", nargs="*", metavar="IMAGE", help="pictures or videos to begin with")
-    add_frames_argument(parser)
-    add_model_arguments(parser)
-    add_decoding_arguments(parser)
-    return parse(parser, argv)
+    arguments.add_model_arguments(parser)
+    arguments.add_answer_arguments(parser)
+    return arguments.parse(parser, argv)
 
 
 def main(argv: list[str]) -> None:
     """Load the model and chat until the end of the input."""
     args = parse_args(argv)
-    check_files(Path(path).expanduser() for path in args.images)
+    arguments.check_files(Path(path).expanduser() for path in args.images)
     cfg = Config(args)
     cfg.check_paths()
     from minigpt4.conversation import PictureError
@@ -57,7 +49,7 @@ def main(argv: list[str]) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     print("Loading the model …", flush=True)
     chat = load_chat(cfg, select_gpu(cfg, args.gpu_id or 0))
-    terminal = Terminal(chat, decoding_settings(args), args.frames)
+    terminal = Terminal(chat, arguments.decoding_settings(args), args.frames)
     try:
         for path in args.images:
             terminal.add(path)
