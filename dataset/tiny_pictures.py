@@ -1,6 +1,6 @@
-"""The pictures of the `tiny` default: drawing an SVG at 64 px, and tars of pictures that come out the same every time.
+"""The pictures of the `tiny` default: draws SVGs at 64 px, and writes and reads reproducible tars of pictures.
 
-Shared by render_emoji.py (maintainers), prepare_tiny.py (users) and whatever wants the pictures of one artist:
+Used by render_emoji.py (for maintainers), prepare_tiny.py (for users), and to read the pictures of one artist:
 
     from tiny_pictures import read_pictures
     pictures = read_pictures("dataset/tiny/noto.tar.gz")      # {"1f34e": <PIL.Image 64x64 RGB>, ...}
@@ -28,7 +28,7 @@ def concept_id(code_points: str) -> str:
 
 
 def render_svg(svg: str, size: int = SIZE) -> Image.Image:
-    """Draw an SVG as a `size` x `size` RGB picture on white. Uses resvg, and no font of the machine."""
+    """Draw an SVG as a `size` x `size` RGB picture on white, with resvg and without the machine's fonts."""
     import resvg_py
 
     png = resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size, background="#ffffff", skip_system_fonts=True)
@@ -42,16 +42,16 @@ def render_svg(svg: str, size: int = SIZE) -> Image.Image:
 
 
 def encode_webp(picture: Image.Image) -> bytes:
-    """The picture as lossless WebP, which is half the size of an optimised PNG here."""
+    """The picture as lossless WebP, which takes half the space of an optimised PNG here."""
     buffer = io.BytesIO()
     picture.save(buffer, "WEBP", lossless=True, quality=75, method=4)
     return buffer.getvalue()
 
 
 def write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> None:
-    """Write (name, content) pairs in the order given, with no trace of when and by whom; appears whole or not at all.
+    """Write (name, content) pairs in the given order, without times and owners. The tar appears only when complete.
 
-    A path ending in .gz is compressed, which spares the half that a tar of small files spends on headers and padding.
+    If the path ends in .gz, the tar is compressed: half of a tar of small files is headers and padding.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -72,7 +72,7 @@ def write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> None:
 
 
 def read_pictures(path: str | Path) -> dict[str, Image.Image]:
-    """All pictures of one artist's tar: concept id -> 64x64 RGB picture, in the order of the ids."""
+    """The pictures in one artist's tar: concept id -> 64x64 RGB picture, sorted by id."""
     with tarfile.open(path) as tar:
         files = {member.name.rsplit(".", 1)[0]: tar.extractfile(member).read() for member in tar}
     return {key: Image.open(io.BytesIO(files[key])).convert("RGB") for key in sorted(files)}

@@ -1,9 +1,9 @@
-"""Measure the tiny default on the held-out artist, and show what it does: figures, a contact sheet, a loss curve.
+"""Evaluate the tiny default on the held-out artist: figures, a contact sheet and a loss curve.
 
     python dataset/tiny_report.py --stage1 output/minigpt4_tiny_stage1_pretrain/<job id> \
                                   --stage2 output/minigpt4_tiny_stage2_finetune/<job id>
 
-`make quickstart` runs it. Fluent's drawings, which nothing was trained on, are what is measured.
+`make quickstart` runs it. The evaluation uses Fluent's drawings, which nothing was trained on.
 """
 
 import argparse
@@ -42,7 +42,7 @@ TRAIN_LINE = re.compile(r"data epoch: \[(\d+)\]\s+\[\s*(\d+)/(\d+)\].* loss: ([\
 
 @dataclass
 class Answer:
-    """What the model says about one picture. stopped: it ended by itself."""
+    """The model's answer about one picture. stopped: the answer ended by itself."""
 
     text: str
     stopped: bool
@@ -54,7 +54,7 @@ def held_out() -> list[dict]:
 
 
 def showcase(records: list[dict], count: int = 12) -> list[int]:
-    """Indices of the pictures that are shown: drawn by a fixed seed, whatever a model makes of them."""
+    """Indices of the pictures on the contact sheet, drawn with a fixed seed."""
     return random.Random(SHOWCASE_SEED).sample(range(len(records)), count)
 
 
@@ -63,7 +63,7 @@ def load_model(ckpt: str | Path | None) -> MiniGPT4:
     options = [f"model.ckpt={ckpt or 'null'}"]
     cfg = Config(SimpleNamespace(cfg_path=EVAL_CONFIG, options=options))
     cfg.check_paths()
-    torch.manual_seed(3)  # of the projection before training
+    torch.manual_seed(3)  # for the untrained projection
     return MiniGPT4.from_config(cfg.model_cfg).eval()
 
 
@@ -86,12 +86,12 @@ def describe_all(model: MiniGPT4, records: list[dict], prompt: str, stop: str, m
 
 
 def stage1_answers(model: MiniGPT4, records: list[dict]) -> list[Answer]:
-    """Captions in the form of stage 1: the image alone, ended by a newline."""
+    """Answers in the form of stage 1: the prompt is the image alone, and a newline ends the answer."""
     return describe_all(model, records, IMAGE_SLOT, "\n", max_new_tokens=30)
 
 
 def stage2_answers(model: MiniGPT4, records: list[dict]) -> list[Answer]:
-    """Answers in the form of stage 2: the first prompt in the chat template, ended by ###."""
+    """Answers in the form of stage 2: the first prompt in the chat template, and ### ends the answer."""
     return describe_all(model, records, model.prompt_list[0], model.end_sym, max_new_tokens=100)
 
 
@@ -101,13 +101,13 @@ def percent(hits) -> float:
 
 
 def known_to_head(records: list[dict]) -> list[bool]:
-    """Whether the encoder's own pretraining head names each held-out picture right (dataset/tiny/recipe)."""
-    told = json.loads(HEAD_PREDICTIONS.read_text(encoding="utf-8"))
-    return [told[record["concept"]] == record["concept"] for record in records]
+    """For each held-out picture, whether the head that pretrained the encoder names it right (dataset/tiny/recipe)."""
+    predicted = json.loads(HEAD_PREDICTIONS.read_text(encoding="utf-8"))
+    return [predicted[record["concept"]] == record["concept"] for record in records]
 
 
 def measure(records: list[dict], untrained: list[Answer], stage1: list[Answer], stage2: list[Answer]) -> dict:
-    """The figures, in per cent of the held-out pictures."""
+    """The results, in per cent of the held-out pictures."""
     names = [record["caption"] for record in records]
     head = known_to_head(records)
     right = [exact(a.text, n) for a, n in zip(stage1, names, strict=True)]
@@ -129,7 +129,7 @@ def measure(records: list[dict], untrained: list[Answer], stage1: list[Answer], 
 
 
 def draw_sheet(path: Path, records: list[dict], columns: dict[str, list[Answer]]) -> None:
-    """A contact sheet: picture, its name, and what each model says."""
+    """Draw a contact sheet: pictures, their names, and the answers of each model."""
     figure, axes = plt.subplots(4, 3, figsize=(15, 11))
     for axis, index in zip(axes.flat, showcase(records), strict=True):
         record = records[index]
@@ -140,7 +140,7 @@ def draw_sheet(path: Path, records: list[dict], columns: dict[str, list[Answer]]
         for row, (title, text) in enumerate(lines):
             y = 1.0 - row * 0.33
             axis.text(1.08, y, title, fontsize=8, color="gray", va="top")
-            # The last one has room for three lines, the others for one.
+            # There is room for three lines of the last answer, and one of the others.
             most = 3 if row == len(lines) - 1 else 1
             wrapped = textwrap.wrap(text.replace("\n", "⏎"), 46, max_lines=most, placeholder=" …") or ["(nothing)"]
             axis.text(1.08, y - 0.1, "\n".join(wrapped), fontsize=9, va="top", wrap=False)
@@ -151,13 +151,13 @@ def draw_sheet(path: Path, records: list[dict], columns: dict[str, list[Answer]]
 
 
 def draw_curve(path: Path, logs: dict[str, Path]) -> None:
-    """Loss against step, from the progress lines of the runs' logs."""
+    """Draw loss against step, from the progress lines of the runs' logs."""
     figure, axes = plt.subplots(1, len(logs), figsize=(11, 4), squeeze=False)
     for axis, (title, log) in zip(axes.flat, logs.items(), strict=True):
         lines = TRAIN_LINE.findall(log.read_text(encoding="utf-8"))
         steps = [int(epoch) * int(length) + int(step) for epoch, step, length, _ in lines]
         losses = np.array([float(loss) for *_, loss in lines])
-        # A line is the loss of one batch, which differs more from batch to batch than a run's end from its middle.
+        # A line has the loss of one batch. Batches differ more than the end of a run differs from its middle.
         means = [losses[max(i - 2, 0) : i + 3].mean() for i in range(len(losses))]
         axis.plot(steps, losses, ".", alpha=0.35, label="of a batch")
         axis.plot(steps, means, label="mean of five around it")
@@ -171,7 +171,7 @@ def draw_curve(path: Path, logs: dict[str, Path]) -> None:
 
 
 def report(stage1: Path, stage2: Path, output: Path) -> dict:
-    """Measure untrained, stage 1 and stage 2; write the sheet and the figures; return the figures."""
+    """Evaluate the untrained model, stage 1 and stage 2. Writes the sheet and the figures, and returns the figures."""
     records = held_out()
     untrained = stage1_answers(load_model(None), records)
     first = stage1_answers(load_model(stage1), records)

@@ -5,7 +5,7 @@
     describe(concept, rng)          # "This picture shows a red apple. It has to do with fruit."
     named("It is a red apple.", "red apple")                            # True
 
-The source is Unicode's CLDR (English short names and keywords) in the wordings of tiny_wordings.py. Pure Python.
+Names and keywords are from Unicode's CLDR, in English; the wordings are in tiny_wordings.py. Pure Python.
 """
 
 import json
@@ -30,7 +30,7 @@ _HEAD_END = re.compile(
 
 @dataclass(frozen=True)
 class Concept:
-    """One thing that all artists have drawn. `name` is CLDR's short name and no two concepts share its caption."""
+    """A thing that all artists have drawn. `name` is CLDR's short name; no two concepts have the same caption."""
 
     id: str
     name: str
@@ -41,20 +41,20 @@ class Concept:
 
 @lru_cache(maxsize=1)
 def load_concepts() -> list[Concept]:
-    """All concepts, sorted by id (hex code points, e.g. "1f34e"). The list is shared: copy it before changing it."""
+    """All concepts, sorted by id (hex code points, e.g. "1f34e"). Callers share the list: copy it to change it."""
     entries = json.loads(CONCEPTS_FILE.read_text(encoding="utf-8"))
     return [Concept(**{**entry, "keywords": tuple(entry["keywords"])}) for entry in entries]
 
 
 @cache
 def caption_of(name: str) -> str:
-    """The name as stage 1 trains it: blip_caption's normal form, e.g. "keycap: 1" -> "keycap 1"."""
+    """The name as a caption of stage 1, normalised by blip_caption, e.g. "keycap: 1" -> "keycap 1"."""
     return _blip_caption()(name)
 
 
 @lru_cache(maxsize=1)
 def _blip_caption() -> Callable[[str], str]:
-    from minigpt4.processors.blip_processors import BlipCaptionProcessor  # here, because it brings torch along
+    from minigpt4.processors.blip_processors import BlipCaptionProcessor  # imported here because it imports torch
 
     return BlipCaptionProcessor(max_words=1000)
 
@@ -63,13 +63,13 @@ def _blip_caption() -> Callable[[str], str]:
 
 
 def short_caption(concept: Concept, rng: random.Random) -> str:
-    """The name alone in one of several spellings, all of which blip_caption turns into the same caption."""
+    """The name in one of several spellings. blip_caption makes the same caption of all of them."""
     name = concept.name
     return rng.choice([name, name, f"{name}.", _capitalised(name), f"{_capitalised(name)}.", f"{_capitalised(name)}!"])
 
 
 def describe(concept: Concept, rng: random.Random) -> str:
-    """One or two English sentences in which `caption_of(concept.name)` occurs, and no other concept's name does."""
+    """One or two English sentences that contain `caption_of(concept.name)` and no other concept's name."""
     np, words = noun_phrase(concept), _some_keywords(concept, rng)
     openings, namings, combined = wordings.LABEL_OPENINGS, wordings.LABEL_NAMINGS, wordings.LABEL_COMBINED
     if np is not None:
@@ -86,7 +86,7 @@ def describe(concept: Concept, rng: random.Random) -> str:
 
 
 def noun_phrase(concept: Concept) -> str | None:
-    """The name with the article it takes ("an ear of corn", "the sun", "jeans"), or None if it is only a label."""
+    """The name with its article ("an ear of corn", "the sun", "jeans"), or None if it is only a label."""
     name = _spoken(concept)
     if name in wordings.LABELS or ":" in name:
         return None
@@ -116,7 +116,7 @@ def _takes_no_article(concept: Concept) -> bool:
 
 
 def _spoken(concept: Concept) -> str:
-    """The name as it stands in a sentence: without "!" and, where it reads well without, the colon."""
+    """The name within a sentence: without "!", and without the colon if it reads well without."""
     name = concept.name.replace("!", "").replace(": facing", " facing")
     return name.replace(":", "") if concept.subgroup == "keycap" else name
 
@@ -127,7 +127,7 @@ def _capitalised(text: str) -> str:
 
 @cache
 def _usable_keywords(concept: Concept) -> tuple[str, ...]:
-    """CLDR's keywords without repeats of the name, names of other concepts, "hrs" and what UNUSED_KEYWORDS lists."""
+    """CLDR's keywords, except words of the name, names of other concepts, abbreviations, and UNUSED_KEYWORDS."""
     taken = {caption_of(other.name) for other in load_concepts()} | set(caption_of(concept.name).split())
     taken |= wordings.UNUSED_KEYWORDS
     return tuple(
@@ -137,7 +137,7 @@ def _usable_keywords(concept: Concept) -> tuple[str, ...]:
 
 
 def _some_keywords(concept: Concept, rng: random.Random) -> str:
-    """Two or three keywords as a list in words ("fruit, food and diet"), or "" if there are fewer than two."""
+    """Two or three keywords as a phrase ("fruit, food and diet"), or "" if there are fewer than two."""
     usable = _usable_keywords(concept)
     if len(usable) < 2:
         return ""
@@ -154,17 +154,17 @@ def exact(prediction: str, name: str) -> bool:
 
 
 def names_in(sentence: str) -> list[str]:
-    """The captions of all concepts that a text names; of "cat face" only that, not "cat"."""
+    """The captions of all concepts that a text names. "cat face" counts as itself only, not as "cat" too."""
     return _all_captions().findall(_blip_caption()(sentence))
 
 
 def named(sentence: str, name: str) -> bool:
-    """Whether a text names the concept as words of their own, and not as a part of another concept's longer name."""
+    """Whether a text names the concept, and not only another concept whose longer name contains its name."""
     return caption_of(name) in names_in(sentence)
 
 
 def full_sentence(text: str) -> bool:
-    """Whether a text is one or more whole sentences: a capital first, a full stop last, no separator, no line break."""
+    """Whether a text is whole sentences: it begins with a capital, ends with a full stop, has no line break or ###."""
     text = text.strip()
     whole = re.fullmatch(r"[A-Z][^\n]*[^\s.]\.", text) is not None
     return whole and "###" not in text and len(text.split()) >= 3
@@ -172,6 +172,6 @@ def full_sentence(text: str) -> bool:
 
 @lru_cache(maxsize=1)
 def _all_captions() -> re.Pattern:
-    """Matches any concept's caption between word boundaries, the longest first."""
+    """A pattern that matches any concept's caption between word boundaries, the longest first."""
     captions = sorted((caption_of(concept.name) for concept in load_concepts()), key=len, reverse=True)
     return re.compile(rf"(?<![\w’-])(?:{'|'.join(map(re.escape, captions))})(?![\w’-])")

@@ -1,10 +1,9 @@
 """Wordings and grammar behind `tiny_text.describe`: data only.
 
-KVCache: {np} the name with its article ("a red apple"), {name} the bare name, {topic} what its subgroup is about,
+Placeholders: {np} is the name with its article ("a red apple"), {name} the bare name, {topic} its subgroup's topic, and
 {words} a few CLDR keywords ("fruit, food and diet"). {This_is}, {this_is}, {Here_is}, {There_is}, {there_is}, {is},
 {has}, {It}, {it_object} and {s} agree in number with the name: "This is", "belong{s}" -> "These are", "belong".
-No wording contains the name of a concept as a word of its own, so that the only thing a description names is its own
-concept; a test holds this.
+No wording contains the name of a concept, so that a description names its own concept only. A test checks this.
 """
 
 # Openings that name the concept with its article.
@@ -99,7 +98,7 @@ GROUP_OPENINGS = {
     ],
 }
 
-# Sentences about the topic that may come first; one of NAMINGS follows.
+# Sentences about the topic that may come first, before one of NAMINGS.
 TOPIC_FIRST = [
     "The picture is about {topic}.",
     "The theme here is {topic}.",
@@ -126,7 +125,7 @@ LABEL_NAMINGS = [
     "It is listed as {name}.",
 ]
 
-# One sentence that says both.
+# Single sentences with both name and topic.
 COMBINED = [
     "The picture shows {np}, which {has} to do with {topic}.",
     "{This_is} {np}, drawn for the theme of {topic}.",
@@ -224,7 +223,7 @@ GROUP_FOLLOW_UPS = {
     ],
 }
 
-# What each of Unicode's subgroups is about.
+# The topics of Unicode's subgroups.
 TOPICS = {
     "face-smiling": "joy and laughter",
     "face-affection": "love and affection",
@@ -323,7 +322,7 @@ TOPICS = {
     "flag": "flags",
 }
 
-# Names told only as a label: adjectives, verbs and fragments that no article and no verb goes well with.
+# Names used only as labels: adjectives, verbs and fragments that suit no article and no verb.
 LABELS = {
     "ZZZ", "airplane arrival", "airplane departure", "chart decreasing", "chart increasing",
     "chart increasing with yen", "children crossing", "copyright", "dashing away", "divide", "dizzy", "foggy",
@@ -356,18 +355,18 @@ BARE = {
     "yin yang",
 }  # fmt: skip
 
-# Where the ending of the head noun does not tell the number.
+# Head nouns whose ending does not show whether they are plural.
 SINGULAR_IN_S = {
     "abacus", "biceps", "bus", "cactus", "crossbones", "fleur-de-lis", "hibiscus", "hippopotamus", "lotus", "minibus",
     "octopus", "rhinoceros", "trolleybus",
 }  # fmt: skip
 PLURAL_WITHOUT_S = {"people", "women", "men"}
 
-# "an" goes by sound, not by letter.
+# "a" or "an" depends on the sound, not on the letter.
 AN_BY_SOUND = {"NG", "SOS", "x-ray"}
 A_BY_SOUND = {"euro", "ewe", "one-piece", "unicorn"}
 
-# Keywords left out: leftovers of longer terms, slang, proper names in lower case, words not for everybody's ears.
+# Keywords left out: fragments of longer terms, slang, proper names in lower case, words that do not suit a caption.
 UNUSED_KEYWORDS = {
     "absolutely", "adorbs", "aesculapius", "again", "age", "annelid", "antarctica", "asia", "ass", "australia",
     "awk", "aww", "baa", "back", "bad", "bae", "bangbang", "barf", "bday", "bestest", "big", "bisexual", "bok",

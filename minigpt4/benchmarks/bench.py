@@ -1,6 +1,6 @@
 """python -m minigpt4 bench train | chat | data: measure training steps, answers, or the reading of pictures."""
 
-import importlib
+from minigpt4.common.commands import dispatch
 
 KINDS = {
     "train": "training steps, at full size with random weights or of a config",
@@ -9,13 +9,6 @@ KINDS = {
 }
 
 
-def main(argv: list[str] | None = None) -> int | str | None:
+def main(argv: list[str]) -> int | str | None:
     """Run a kind of benchmark. Returns the process's exit status, or a message for stderr."""
-    kind, *arguments = argv or ["--help"]
-    if kind in ("-h", "--help"):
-        from minigpt4.cli import print_help
-
-        return print_help(__doc__, KINDS)
-    if kind not in KINDS:
-        return f"Unknown benchmark {kind!r}. Known: {', '.join(KINDS)}."
-    return importlib.import_module(f"minigpt4.benchmarks.{kind}").main(arguments)
+    return dispatch(argv, __doc__, KINDS, lambda kind: f"minigpt4.benchmarks.{kind}", "benchmark")

@@ -4,24 +4,34 @@
     python -m minigpt4 bench chat --compare             # beside transformers' generate, in the same process
     python -m minigpt4 bench chat --size small --batch 1 4 --tokens 20    # to try it on a CPU
 
-An answer has 200 tokens, drawn greedily; its prompt has 80, of which 32 are an image. The picture of a single answer
-was shown before, as in a chat; a batch is captioned, its pictures are encoded in the time that is measured. Another
-question in the same conversation has 20 tokens more.
+An answer has 200 tokens, chosen greedily; its prompt has 80, of which 32 are an image. The image of a single answer was
+encoded before, as in a chat. The images of a batch are encoded within the time that is measured, as in captioning. The
+next question of the same conversation adds 20 tokens.
 """
 
 import argparse
-import json
+import contextlib
 import statistics
 import time
+from collections.abc import Iterator
+
+from minigpt4.benchmarks.harness import bench_parser, clock, free_memory, peak_memory, report, reset_peak_memory
 
 PROMPT = " w" * 24 + "<ImageHere>" + " w" * 23  # with <s> and 32 vectors: 80
 NEXT_QUESTION = 20
+WARMUP_ANSWERS = 2
+WEIGHTS = ("16bit", "8bit_weights", "4bit")
+# The layers of the project's own decoding loop: the library's, or compiled ones with kernels of our own.
+LAYERS = ("eager", "compiled")
+# Options that leave decoding to transformers' `generate`.
+THEIRS = {
+    "transformers": {"decoding_loop": None},
+    "transformers, static cache": {"decoding_loop": None, "cache_implementation": "static"},
+}
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="minigpt4 bench chat", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    parser = bench_parser("chat", __doc__)
     parser.add_argument("--size", choices=("7b", "small"), default="7b", help="size of the model (default: 7b)")
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 64], help="prompts side by side (default: 1 64)")
     parser.add_argument(
@@ -30,151 +40,133 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=200, help="tokens of an answer (default: 200)")
     parser.add_argument("--answers", type=int, default=5, help="timed answers, after two to warm up (default: 5)")
     parser.add_argument("--layers", nargs="+", choices=LAYERS, default=["compiled"], help="in the CUDA graph")
-    parser.add_argument("--compare", action="store_true", help="also by transformers' generate, with 16-bit weights")
-    parser.add_argument("--profile", action="store_true", help="show where the GPU's time goes")
-    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    parser.add_argument("--compare", action="store_true", help="also time transformers' generate, with 16-bit weights")
+    parser.add_argument("--profile", action="store_true", help="print the kernels that take the GPU's time")
     return parser.parse_args(argv)
 
 
-WEIGHTS = ("16bit", "8bit_weights", "4bit")
-# As they stand, or compiled with kernels of our own.
-LAYERS = ("eager", "compiled")
-# An option that the project's own loop does not know leaves the work to transformers.
-THEIRS = {"transformers": {"use_cache": True}, "transformers, static cache": {"cache_implementation": "static"}}
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Time what the arguments name, and print a line for each."""
+def main(argv: list[str]) -> int:
+    """Time the answers that the arguments ask for, and print a line for each way."""
     args = parse_args(argv)
     import torch
 
-    from minigpt4.benchmarks.synthetic import random_model
     from minigpt4.common import dist_utils
-    from minigpt4.fast.decoding.loop import Decoder, cached_decoding
-    from minigpt4.quantization.int8 import quantize_model
 
     device = dist_utils.select_device("cuda")
     dtype = dist_utils.select_dtype(device, True, "bf16")
-
-    def named(weights: str) -> str:
-        return "32bit" if weights == "16bit" and dtype == torch.float32 else weights
-
     for weights in args.weights:
-        model = random_model(device, dtype, args.size == "small", "4bit" if weights == "4bit" else "16bit").eval()
-        llm, on_gpu = model.llama_model, device.type == "cuda"
-        model.tokenizer.decode = lambda ids, skip_special_tokens=True: " w" * len(ids)
-        llm.generation_config.eos_token_id = None  # answers of equal length
-        if weights == "8bit_weights":
-            quantize_model(llm, device)
+        model = chat_model(device, dtype, weights, args.size == "small")
+        name = "32bit" if weights == "16bit" and dtype == torch.float32 else weights
         for batch in args.batch:
+            row = {"weights": name, "batch": batch}
             for layers in args.layers:
-                cached_decoding.decoders[llm] = Decoder(llm, compiled=layers == "compiled")
-                row = {"weights": named(weights), "batch": batch, "by": f"minigpt4, {layers if on_gpu else 'eager'}"}
-                report(row | time_answers(model, batch, args), args.json)
-                if args.profile:
-                    profile(model, batch, args)
-            cached_decoding.clear_cache(llm)
-            for name, options in THEIRS.items() if args.compare and weights == "16bit" else ():
-                row = {"weights": named(weights), "batch": batch, "by": name}
-                report(row | time_answers(model, batch, args, options), args.json)
-            torch.compiler.reset()
-        del model, llm  # makes room for the next
+                with own_decoding(model.llama_model, layers):
+                    row["by"] = f"minigpt4, {layers if device.type == 'cuda' else 'eager'}"
+                    report(row | time_answers(model, batch, args, {}), args.json)
+                    if args.profile:
+                        profile(model, batch, args)
+            for by, options in THEIRS.items() if args.compare and weights == "16bit" else ():
+                report(row | {"by": by} | time_answers(model, batch, args, options), args.json)
+        del model
+        free_memory()
     return 0
 
 
-def report(row: dict, as_json: bool = False) -> None:
-    print(json.dumps(row) if as_json else "  ".join(f"{key}: {value}" for key, value in row.items()), flush=True)
+def chat_model(device, dtype, weights: str, small: bool):
+    """A model with random weights whose answers never end early."""
+    from minigpt4.benchmarks.synthetic import random_model
+    from minigpt4.quantization.int8 import quantize_model
+
+    model = random_model(device, dtype, small, "4bit" if weights == "4bit" else "16bit").eval()
+    model.llama_model.generation_config.eos_token_id = None
+    if weights == "8bit_weights":
+        quantize_model(model.llama_model, device)
+    return model
 
 
-def time_answers(model, batch: int, args: argparse.Namespace, options: dict | None = None) -> dict:
-    """Tokens a second and milliseconds to the first token, medians over the answers; the peak of the GPU's memory."""
-    import torch
+@contextlib.contextmanager
+def own_decoding(llm, layers: str) -> Iterator[None]:
+    """While entered, the project's decoding loop runs `layers`, one of LAYERS; then its caches and graphs are freed."""
+    from minigpt4.fast.decoding.loop import Decoder, cached_decoding
 
-    on_gpu = model.device.type == "cuda"
-    if on_gpu:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+    cached_decoding.decoders[llm] = Decoder(llm, compiled=layers == "compiled")
+    try:
+        yield
+    finally:
+        cached_decoding.clear_cache(llm)
+
+
+def time_answers(model, batch: int, args: argparse.Namespace, options: dict) -> dict:
+    """Tokens a second, milliseconds to the first token, and the peak of the GPU's memory; medians over the answers.
+
+    options: for `continue_embeds`.
+    """
+    free_memory()
+    reset_peak_memory(model.device)
     start = time.perf_counter()
-    for _ in range(2):
-        answer(model, batch, args.tokens, options or {})
+    for _ in range(WARMUP_ANSWERS):
+        answer(model, batch, args.tokens, options)
     warm_up = time.perf_counter() - start
-    timed = [answer(model, batch, args.tokens, options or {}) for _ in range(args.answers)]
+    timed = [answer(model, batch, args.tokens, options) for _ in range(args.answers)]
     seconds, first, following = zip(*timed, strict=True)
-    row = {
+    return {
         "tokens_per_s": round(batch * args.tokens / statistics.median(seconds), 1),
         "slowest": round(batch * args.tokens / max(seconds), 1),
         "first_token_ms": round(1e3 * statistics.median(first), 1),
         "next_question_ms": round(1e3 * statistics.median(following), 1),
         "warm_up_s": round(warm_up, 1),
+        **peak_memory(model.device),
     }
-    if on_gpu:
-        row["max_mem_MB"] = torch.cuda.max_memory_allocated() // 2**20
-        row["reserved_MB"] = torch.cuda.max_memory_reserved() // 2**20
-    return row
 
 
 def answer(model, batch: int, tokens: int, options: dict) -> tuple[float, float, float]:
-    """Seconds of an answer to pictures never seen before, to its first token, and to the first of the next answer."""
+    """Answer about new images. Returns seconds to the end, to the first token, and to the first of the next answer."""
     import torch
 
     from minigpt4.fast.decoding.loop import cached_decoding
     from minigpt4.models.generation import continue_embeds
 
+    def run(embeds, mask, tokens):
+        how = {"decoding_loop": cached_decoding, "max_new_tokens": tokens} | options
+        return continue_embeds(model.llama_model, model.tokenizer, embeds, mask, "###", [watch], **how)
+
     images = torch.randn(batch, 3, 224, 224).to(model.device)
     with torch.inference_mode():
-        seen = model.encode_img(images)[0].unsqueeze(1) if batch == 1 else None
-        if model.device.type == "cuda":
-            torch.cuda.synchronize()
-        watch = Stopwatch()
-        seen = model.encode_img(images)[0].unsqueeze(1) if seen is None else seen
-        embeds, mask = model.context([PROMPT] * batch, seen)
-
-        def run(embeds, mask, tokens):
-            return continue_embeds(
-                model.llama_model,
-                model.tokenizer,
-                embeds,
-                mask,
-                "###",
-                [watch],
-                decoding_loop=cached_decoding,
-                max_new_tokens=tokens,
-                **options,
-            )
-
+        image_embeds = model.encode_img(images)[0].unsqueeze(1) if batch == 1 else None
+        watch = FirstToken(model.device)
+        if image_embeds is None:
+            image_embeds = model.encode_img(images)[0].unsqueeze(1)
+        embeds, mask = model.context([PROMPT] * batch, image_embeds)
         ids = run(embeds, mask, tokens)
-        seconds, first = watch.total(), watch.first
-        watch = Stopwatch()
-        said = model.llama_model.get_input_embeddings()(ids.to(model.device))
-        asked = torch.cat([embeds, said, embeds[:, :NEXT_QUESTION]], dim=1)
-        run(asked, mask.new_ones(asked.shape[:2]), 1)
+        seconds, first = watch.elapsed(), watch.first
+        watch = FirstToken(model.device)
+        answered = model.llama_model.get_input_embeddings()(ids.to(model.device))
+        longer = torch.cat([embeds, answered, embeds[:, :NEXT_QUESTION]], dim=1)
+        run(longer, mask.new_ones(longer.shape[:2]), 1)
         return seconds, first, watch.first
 
 
-class Stopwatch:
-    """A stopping criterion that stops nothing; it notes when the first token came."""
+class FirstToken:
+    """A stopping criterion that never stops, and records the seconds from its creation to the first token."""
 
-    def __init__(self):
-        self.start, self.first = time.perf_counter(), None
+    def __init__(self, device):
+        self.start, self.first = clock(device), None
 
     def __call__(self, input_ids, scores, **kwargs):
         if self.first is None:
-            self.first = self.total()
+            self.first = self.elapsed()
         return (input_ids[:, -1] < 0).to(input_ids.device)
 
-    def total(self) -> float:
+    def elapsed(self) -> float:
         return time.perf_counter() - self.start
 
 
 def profile(model, batch: int, args: argparse.Namespace) -> None:
-    """A table of the kernels of one answer."""
+    """Print a table of the kernels of one answer."""
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CUDA if model.device.type == "cuda" else ProfilerActivity.CPU]) as seen:
+    on_gpu = model.device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as seen:
         answer(model, batch, min(args.tokens, 40), {})
-    order = "self_cuda_time_total" if model.device.type == "cuda" else "self_cpu_time_total"
+    order = "self_cuda_time_total" if on_gpu else "self_cpu_time_total"
     print(seen.key_averages().table(sort_by=order, row_limit=30, max_name_column_width=90), flush=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -3,8 +3,8 @@
     python -m minigpt4 make-random-weights --out weights                  # with a Vicuna-7B: 16 GB
     python -m minigpt4 make-random-weights --out weights --size small     # the same formats, 20 MB
 
-For rehearsals and benchmarks where the real weights are not at hand: they load like the real ones, with the same memory
-and speed, and what the model says is noise. The last line printed is what to give to train.py, demo.py and chat.
+For rehearsals and benchmarks without the real weights. The files load like the real ones and take the same memory and
+time, but the model writes noise. The last line printed holds the options for train.py, demo.py and chat.
 """
 
 import argparse
@@ -12,25 +12,24 @@ import logging
 import shlex
 from pathlib import Path
 
+from minigpt4.benchmarks.published import PARTS, SIZES, VICUNA_VERSIONS
+from minigpt4.common.commands import command_parser
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="minigpt4 make-random-weights", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    parser = command_parser("make-random-weights", __doc__)
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for the files")
-    parser.add_argument("--size", default="7b", choices=("7b", "13b", "small"), help="Vicuna's size (%(default)s)")
+    parser.add_argument("--size", default="7b", choices=list(SIZES), help="Vicuna's size (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the random numbers (%(default)s)")
-    parts = ("vision", "qformer", "llm", "ckpt")
-    parser.add_argument("--parts", nargs="+", default=list(parts), choices=parts, help="what to write (all)")
-    versions = ("v0", "v1.1", "v1.5")
-    parser.add_argument("--vicuna", default="v1.1", choices=versions, help="version of its folder (%(default)s)")
-    parser.add_argument("--bin", action="store_true", help="Vicuna's shards as .bin instead of .safetensors")
-    parser.add_argument("--text-branch", action="store_true", help="a Q-Former file that holds a text branch too")
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS, help="files to write (all)")
+    parser.add_argument("--vicuna", default="v1.1", choices=VICUNA_VERSIONS, help="version of its folder (%(default)s)")
+    parser.add_argument("--bin", action="store_true", help="write Vicuna's shards as .bin instead of .safetensors")
+    parser.add_argument("--text-branch", action="store_true", help="write a Q-Former file that has a text branch too")
     parser.add_argument("--shard-gb", type=float, default=2, metavar="N", help="largest shard (%(default)s)")
     return parser.parse_args(argv)
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str]) -> int:
     """Write the files and print the options that use them."""
     args = parse_args(argv)
     from minigpt4.benchmarks import random_weights
@@ -38,15 +37,9 @@ def main(argv: list[str] | None = None) -> int:
 
     setup_logger()
     logging.info("These weights are random: for rehearsals and benchmarks only.")
+    shard_bytes = int(args.shard_gb * 1e9)
     paths = random_weights.write(
-        args.out,
-        args.size,
-        args.seed,
-        tuple(args.parts),
-        args.vicuna,
-        args.bin,
-        args.text_branch,
-        int(args.shard_gb * 1e9),
+        args.out, args.size, args.seed, args.parts, args.vicuna, args.bin, args.text_branch, shard_bytes
     )
     print("--options", shlex.join(random_weights.yaml_options(args.size, paths)))
     return 0

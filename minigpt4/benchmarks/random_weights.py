@@ -1,15 +1,16 @@
-"""Files of exactly the published formats, names, shapes and types, filled with random numbers.
+"""Files in exactly the published formats, with the published names, shapes and types, filled with random numbers.
 
-For rehearsals and benchmarks: loading, memory and speed are those of the real files, what the model says is noise.
-Files are written one at a time, and a language model shard by shard, so that memory stays at twice a shard.
+They load like the real files and take the same memory and time, for rehearsals and benchmarks; the model writes noise.
+Files are written one at a time, and a language model shard by shard, so that twice a shard's memory is enough.
 """
 
+import dataclasses
 import io
 import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import prod
 from pathlib import Path
 
@@ -18,13 +19,11 @@ from safetensors.torch import save_file
 
 from minigpt4 import PACKAGE_ROOT
 from minigpt4.benchmarks import published
-from minigpt4.benchmarks.published import Sizes, Table
+from minigpt4.benchmarks.published import PARTS, Sizes, Table
 from minigpt4.common.errors import ConfigError
 from minigpt4.weights import checkpoint
 from minigpt4.weights.sentencepiece import UNUSED, piece
 
-PARTS = ("vision", "qformer", "llm", "ckpt")
-VICUNA_VERSIONS = ("v0", "v1.1", "v1.5")
 EVA_FILE, BLIP2_FILE = "eva_vit_g.pth", "blip2_pretrained_flant5xxl.pth"
 CKPT_FILES = {
     "7b": "prerained_minigpt4_7b.pth",
@@ -35,10 +34,10 @@ PAD_TOKEN = "[PAD]"
 
 
 class RandomValues:
-    """Tensors of normal numbers, std 0.02, cut from one pool at random places.
+    """Tensors of normal numbers, std 0.02, copied from random places of one pool.
 
-    Drawing each of 6.7 billion numbers takes a CPU minutes; copying takes seconds. The pool's prime length keeps the
-    rows of a matrix from repeating each other.
+    Drawing 6.7 billion numbers takes a CPU minutes; copying them takes seconds. Because the pool's length is prime, the
+    rows of a matrix do not repeat each other.
     """
 
     POOL = 2**24 + 43
@@ -48,16 +47,16 @@ class RandomValues:
         self._pool = torch.empty(self.POOL).normal_(0, 0.02, generator=self._generator)
 
     def tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """A tensor for a parameter of this name: around 1 for the weights of norms, around 0 for all else."""
+        """A tensor for a parameter of this name. Weights of norms are around 1, all others around 0."""
         if name.endswith("position_ids"):
             return torch.arange(shape[-1]).expand(shape).clone()
         flat = torch.empty(prod(shape), dtype=dtype)
         start = int(torch.randint(self.POOL, (1,), generator=self._generator))
         filled = 0
         while filled < len(flat):
-            piece = self._pool[start : start + len(flat) - filled]
-            flat[filled : filled + len(piece)] = piece
-            filled, start = filled + len(piece), 0
+            part = self._pool[start : start + len(flat) - filled]
+            flat[filled : filled + len(part)] = part
+            filled, start = filled + len(part), 0
         is_norm = name.endswith("weight") and len(shape) == 1
         return (flat + 1 if is_norm else flat).view(shape)
 
@@ -66,52 +65,42 @@ def write(
     folder: Path,
     size: str = "7b",
     seed: int = 0,
-    parts: tuple[str, ...] = PARTS,
+    parts: Sequence[str] = PARTS,
     vicuna: str = "v1.1",
     as_bin: bool = False,
     text_branch: bool = False,
     shard_bytes: int = 2 * 10**9,
 ) -> dict[str, Path]:
-    """Write the files of `size` into `folder`; what is there already stays as it is.
+    """Write the files of `size` to `folder`. Files that exist are left as they are.
 
     Args:
-        size: "7b", "13b", or "small", the same formats with small dimensions.
-        parts: of `PARTS`, which to write.
-        vicuna: version of the language model's folder, of `VICUNA_VERSIONS`.
-        as_bin: its shards as torch pickles (.bin) instead of safetensors.
-        text_branch: the Q-Former's file with a text branch, as files of BLIP-2's first stage have.
-        shard_bytes: most bytes of tensors in a shard; memory needed is twice that, or the encoder's 2 GB.
+        size: "7b", "13b", or "small", which has the same formats with small dimensions.
+        parts: the files to write, of `PARTS`.
+        vicuna: version of the language model's folder, one of `VICUNA_VERSIONS`.
+        as_bin: write its shards as torch pickles (.bin) instead of safetensors.
+        text_branch: write the Q-Former's file with a text branch, as files of BLIP-2's first stage have.
+        shard_bytes: most bytes of tensors in a shard. Writing takes twice this memory, or 2 GB for the encoder.
 
     Returns:
-        {part: path}, existing ones included.
+        {part: path}, with the files that existed.
 
     Raises:
-        ConfigError: the disk has too little room.
+        ConfigError: the disk has too little free space.
     """
     sizes = published.SIZES[size]
-    if vicuna == "v0":  # its tokenizer got a pad token
-        sizes = Sizes(**{**sizes.__dict__, "vocabulary": sizes.vocabulary + 1})
-    paths = {
-        "vision": folder / EVA_FILE,
-        "qformer": folder / BLIP2_FILE,
-        "llm": folder / f"vicuna-{size}-{vicuna}",
-        "ckpt": folder / CKPT_FILES[size],
+    if vicuna == "v0":  # its tokenizer has a pad token more
+        sizes = dataclasses.replace(sizes, vocabulary=sizes.vocabulary + 1)
+    files = {
+        "vision": (folder / EVA_FILE, published.eva_vit(sizes), torch.float16),
+        "qformer": (folder / BLIP2_FILE, published.blip2(sizes, text_branch), torch.float32),
+        "llm": (folder / f"vicuna-{size}-{vicuna}", published.llama(sizes), torch.float16),
+        "ckpt": (folder / CKPT_FILES[size], published.projection(sizes), torch.float32),
     }
-    paths = {part: path for part, path in paths.items() if part in parts}
-    tables = {
-        "vision": (published.eva_vit(sizes), torch.float16),
-        "qformer": (published.blip2(sizes, text_branch), torch.float32),
-        "llm": (published.llama(sizes), torch.float16),
-        "ckpt": (published.projection(sizes), torch.float32),
-    }
-    missing = {part: path for part, path in paths.items() if not _complete(path)}
+    files = {part: file for part, file in files.items() if part in parts}
+    missing = {part: file for part, file in files.items() if not _complete(file[0])}
     folder.mkdir(parents=True, exist_ok=True)
-    _check_room(folder, sum(_nbytes(*tables[part]) for part in missing))
-    for part, path in paths.items():
-        if part not in missing:
-            logging.info("%s is there already and stays.", path)
-            continue
-        table, dtype = tables[part]
+    _check_room(folder, sum(_nbytes(table, dtype) for _, table, dtype in missing.values()))
+    for part, (path, table, dtype) in missing.items():
         values = RandomValues(seed + PARTS.index(part))
         if part == "llm":
             _write_llm(path, table, values, sizes, vicuna, as_bin, shard_bytes)
@@ -119,11 +108,13 @@ def write(
             tensors = {name: values.tensor(name, shape, dtype) for name, shape in table.items()}
             checkpoint.save(tensors if part == "vision" else {"model": tensors}, path)
         logging.info("Wrote %s (%s bytes of tensors)", path, f"{_nbytes(table, dtype):,}")
-    return paths
+    for part in files.keys() - missing.keys():
+        logging.info("%s exists and is left as it is.", files[part][0])
+    return {part: path for part, (path, _, _) in files.items()}
 
 
 def yaml_options(size: str, paths: dict[str, Path]) -> list[str]:
-    """`--options` that point a config to the files, and give the dimensions of small ones."""
+    """Values for `--options`: the paths of the files, and the dimensions of small ones."""
     keys = {
         "vision": "model.vit_weights",
         "qformer": "model.q_former_model",
@@ -143,7 +134,7 @@ def yaml_options(size: str, paths: dict[str, Path]) -> list[str]:
 
 
 def _write_llm(folder, table, values, sizes, vicuna, as_bin, shard_bytes) -> None:
-    """A language model's folder; config.json, which makes it one, comes last."""
+    """Write a language model's folder. config.json, by which a complete folder is recognised, is written last."""
     folder.mkdir(exist_ok=True)
     shards = list(_shards(table, shard_bytes))
     stem, suffix = ("pytorch_model", "bin") if as_bin else ("model", "safetensors")
@@ -160,10 +151,10 @@ def _write_llm(folder, table, values, sizes, vicuna, as_bin, shard_bytes) -> Non
             os.replace(part, file)
         weight_map |= dict.fromkeys(tensors, file.name)
     index = {"metadata": {"total_size": _nbytes(table, torch.float16)}, "weight_map": weight_map}
-    _write_json(folder / f"{stem}{'.safetensors' if not as_bin else '.bin'}.index.json", index)
+    _write_json(folder / f"{stem}.{suffix}.index.json", index)
     _write_tokenizer(folder, vicuna)
     _write_json(folder / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0})
-    _write_json(folder / "config.json", _llama_config(sizes, vicuna))
+    _write_json(folder / "config.json", llama_config(sizes, vicuna))
 
 
 def _shards(table: Table, shard_bytes: int) -> Iterator[list[str]]:
@@ -178,14 +169,15 @@ def _shards(table: Table, shard_bytes: int) -> Iterator[list[str]]:
 
 
 def _rotary_buffers(names: list[str], sizes: Sizes) -> dict[str, torch.Tensor]:
-    """The buffers that transformers 4.28 wrote beside each layer's weights."""
+    """The buffers that transformers 4.28 saved with the weights of each layer."""
     half = sizes.llm_width // sizes.llm_heads // 2
     inv_freq = 1.0 / 10000 ** (torch.arange(half).float() / half)
     layers = [name.removesuffix("q_proj.weight") for name in names if name.endswith("q_proj.weight")]
     return {f"{layer}rotary_emb.inv_freq": inv_freq.clone() for layer in layers}
 
 
-def _llama_config(sizes: Sizes, vicuna: str) -> dict:
+def llama_config(sizes: Sizes, vicuna: str) -> dict:
+    """The config.json of a Vicuna."""
     newer = vicuna == "v1.5"
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -209,18 +201,23 @@ def _llama_config(sizes: Sizes, vicuna: str) -> dict:
 
 
 def _write_tokenizer(folder: Path, vicuna: str) -> None:
-    """A SentencePiece model as LLaMA's is made, learnt from the text of this package, and the files around it."""
-    (folder / "tokenizer.model").write_bytes(_sentencepiece_model(32000))
+    """Write a SentencePiece model, trained like LLaMA's but on this package's source, and the files beside it."""
+    (folder / "tokenizer.model").write_bytes(_sentencepiece_model())
     special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    if vicuna == "v0":
+    if vicuna == "v0":  # as its conversion left it
         _write_json(folder / "added_tokens.json", {PAD_TOKEN: 32000})
-        special = {"bos_token": "", "eos_token": "", "unk_token": "", "pad_token": PAD_TOKEN}  # as it was converted
+        special = {
+            "bos_token": "",
+            "eos_token": "",
+            "unk_token": "",
+            "pad_token": PAD_TOKEN,
+        }
     _write_json(folder / "special_tokens_map.json", special)
     _write_json(folder / "tokenizer_config.json", special | {"tokenizer_class": "LlamaTokenizer"})
 
 
-def _sentencepiece_model(vocabulary: int) -> bytes:
-    """A model with LLaMA's settings and 2,000 learnt pieces, filled up to `vocabulary` with pieces that no text has."""
+def _sentencepiece_model() -> bytes:
+    """A model with LLaMA's settings and 2,000 learnt pieces, padded to 32,000 with pieces that occur in no text."""
     from sentencepiece import SentencePieceTrainer
 
     texts = sorted([*PACKAGE_ROOT.glob("**/*.py"), *PACKAGE_ROOT.glob("**/*.md"), *PACKAGE_ROOT.glob("**/*.yaml")])
@@ -239,7 +236,7 @@ def _sentencepiece_model(vocabulary: int) -> bytes:
         num_threads=1,
         minloglevel=2,
     )
-    unused = (f"\u27e8unused {i}\u27e9" for i in range(2000, vocabulary))
+    unused = (f"\u27e8unused {i}\u27e9" for i in range(2000, 32000))
     return written.getvalue() + b"".join(piece(text, kind=UNUSED) for text in unused)
 
 

@@ -1,36 +1,41 @@
 """python -m minigpt4 rehearse: run the real commands on random weights of full size, and measure them.
 
     python -m minigpt4 rehearse --out rehearsal --size 7b --jobs 2     # stage 1, stage 2, chat; 16, 8, 4 bit
-    python -m minigpt4 rehearse --out rehearsal --size small           # the same in small, also on a CPU
+    python -m minigpt4 rehearse --out rehearsal --size small           # the same with a small model, also on a CPU
 
-Run in the repository's folder. Writes the weights (`make-random-weights`) and a few random pictures under --out where
-they are missing, starts train.py and `python -m minigpt4 chat` with the shipped YAML files and --options for the paths,
-and prints a line for each run, kept in rehearsal.jsonl too:
+Run this in the repository's folder. It writes weights (`make-random-weights`) and a few synthetic pictures to --out,
+unless they exist. Then it runs train.py and `python -m minigpt4 chat` with the shipped YAML files, and sets the paths
+with --options. It prints a line for each run, and appends it to rehearsal.jsonl:
 
-ready_s     from the start of the process to the end of its first step, or to the chat's first prompt
-gpu_GB      peak of what the process's tensors took on the GPU, in 10^9 bytes; reserved_GB: with the allocator's reserve
-host_GB     peak of the process's own memory on the host; rss_GB: with the pages of files that it has mapped
+ready_s      seconds from the start of the process to the end of its first step, or to the chat's first prompt
+gpu_GB       peak of the GPU memory that the process's tensors took, in 10^9 bytes
+reserved_GB  peak of the GPU memory that its allocator reserved
+host_GB      peak of the process's own memory on the host
+rss_GB       the same with the pages of the files that it mapped
 
-With --jobs above 1 the runs share the machine: memory is what it is, but ready_s is longer.
+With --jobs above 1 the runs share the machine. This does not change their memory, but ready_s is longer.
 """
 
 import argparse
-import io
 import json
 import logging
 import random
 import subprocess
 import sys
-import tarfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from minigpt4.benchmarks.harness import report
+from minigpt4.benchmarks.published import SIZES
+from minigpt4.benchmarks.synthetic import ROOT, STAGE_CONFIGS, WORKLOADS, caption, photograph
+from minigpt4.common.commands import command_parser
+
 WORK = ("S1/16", "S2/12", "chat")
-# Runs a script as `python script …` would, and says at its end what memory it took.
+LOAD_IN = ("16bit", "8bit", "4bit", "8bit_weights")
+# Runs a script as `python script …` would, and writes the memory that it took to a file when it ends.
 WATCHED = """
 import atexit, json, resource, runpy, sys
 
@@ -48,23 +53,22 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="minigpt4 rehearse", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    parser = command_parser("rehearse", __doc__)
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for weights, data and results")
-    sizes, bits = ("7b", "13b", "small"), ("16bit", "8bit", "4bit", "8bit_weights")
-    parser.add_argument("--size", nargs="+", default=["7b"], choices=sizes, help="Vicuna's sizes (7b)")
+    parser.add_argument("--size", nargs="+", default=["7b"], choices=list(SIZES), help="Vicuna's sizes (7b)")
     parser.add_argument("--work", nargs="+", default=list(WORK), choices=WORK, help="what to run (all)")
-    parser.add_argument("--load-in", nargs="+", default=list(bits[:3]), choices=bits, help="precisions (16, 8, 4 bit)")
+    parser.add_argument(
+        "--load-in", nargs="+", default=list(LOAD_IN[:3]), choices=LOAD_IN, help="precisions (16, 8, 4 bit)"
+    )
     parser.add_argument("--steps", type=int, default=8, metavar="N", help="training steps of a run (%(default)s)")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at the same time (%(default)s)")
     parser.add_argument("--options", nargs="+", default=[], metavar="KEY=VALUE", help="more settings for all runs")
     return parser.parse_args(argv)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Prepare, run, and print what was measured. Returns the number of runs that failed."""
+def main(argv: list[str]) -> int:
+    """Write the files, run the commands, and print the results. Returns the number of runs that failed."""
     args = parse_args(argv)
     args.out = args.out.resolve()
     from minigpt4.benchmarks import random_weights
@@ -74,22 +78,24 @@ def main(argv: list[str] | None = None) -> int:
     make_data(args.out / "data")
     options = {}
     for size in args.size:
-        paths = random_weights.write(args.out / f"weights-{size}" if size == "small" else args.out / "weights", size)
+        # The encoder and the Q-Former are the same for 7b and 13b, and are written once.
+        folder = args.out / ("weights-small" if size == "small" else "weights")
+        paths = random_weights.write(folder, size)
         options[size] = random_weights.yaml_options(size, paths)
-    # Neighbours differ in precision: the large ones seldom run side by side.
+    # Neighbours differ in precision, so that the large ones seldom run side by side.
     runs = [(size, load_in, work) for size, work, load_in in product(args.size, args.work, args.load_in)]
     logging.info("%d runs", len(runs))
     failed = 0
     with ThreadPoolExecutor(args.jobs) as pool, open(args.out / "rehearsal.jsonl", "a", encoding="utf-8") as kept:
         for row in pool.map(lambda run: rehearse(args, *run, options[run[0]]), runs):
             failed += "failed" in row
-            print(json.dumps(row), flush=True)
+            report(row, as_json=True)
             kept.write(json.dumps(row) + "\n")
     return failed
 
 
 def rehearse(args: argparse.Namespace, size: str, load_in: str, work: str, paths: list[str]) -> dict:
-    """One run in a process of its own, and what it took."""
+    """Run one command in a process of its own. Returns what it took."""
     name = f"{size}-{load_in}-{work.replace('/', '_')}"
     log, result = args.out / f"{name}.log", args.out / f"{name}.json"
     result.unlink(missing_ok=True)
@@ -120,27 +126,25 @@ def rehearse(args: argparse.Namespace, size: str, load_in: str, work: str, paths
 
 
 def _command(args: argparse.Namespace, work: str, load_in: str, paths: list[str], name: str) -> list[str]:
-    """The script and its arguments, as the README gives them."""
+    """The script and its arguments."""
     options = [*paths, f"model.load_in={load_in}", *args.options]
     data = args.out / "data"
     if work == "chat":
         cfg = ["chat", str(data / "cc_sbu_align/image/0.jpg"), "--cfg-path", "eval_configs/minigpt4_eval.yaml"]
         return [str(ROOT / "minigpt4/__main__.py"), *cfg, "--max-new-tokens", "200", "--options", *options]
+    stage, _ = WORKLOADS[work]
     run = {"max_epoch": 1, "iters_per_epoch": args.steps, "log_freq": 1, "output_dir": args.out / "output" / name}
     options += [f"run.{key}={value}" for key, value in run.items()]
-    if work == "S1/16":
-        cfg = "train_configs/minigpt4_stage1_pretrain.yaml"
-        options += [
-            f"datasets.{name}.build_info.storage={data / 'shards/{00000..00001}.tar'}" for name in ("laion", "cc_sbu")
-        ]
+    if stage == 1:
+        storage = dict.fromkeys(("laion", "cc_sbu"), data / "shards/{00000..00001}.tar")
     else:
-        cfg = "train_configs/minigpt4_stage2_finetune.yaml"
-        options.append(f"datasets.cc_sbu_align.build_info.storage={data / 'cc_sbu_align'}")
-    return ["train.py", "--cfg-path", cfg, "--options", *options]
+        storage = {"cc_sbu_align": data / "cc_sbu_align"}
+    options += [f"datasets.{name}.build_info.storage={path}" for name, path in storage.items()]
+    return ["train.py", "--cfg-path", STAGE_CONFIGS[stage], "--options", *options]
 
 
 def _watch_host(process: subprocess.Popen, row: dict) -> None:
-    """Keep the peak of the process's own memory in `row`, where the system tells it."""
+    """Keep the peak of the process's own memory in `row`, on a system that has /proc."""
     status = Path(f"/proc/{process.pid}/status")
     while process.poll() is None and status.exists():
         try:
@@ -153,35 +157,24 @@ def _watch_host(process: subprocess.Popen, row: dict) -> None:
 
 
 def make_data(folder: Path, count: int = 64) -> None:
-    """Random pictures: two shards with captions of stage 1's lengths, and a cc_sbu_align folder with stage 2's."""
+    """Write synthetic pictures: two shards with captions of stage 1, and a cc_sbu_align folder with those of stage 2.
+
+    count: pictures in each of the three.
+    """
+    from webdataset import TarWriter
+
     if (folder / "cc_sbu_align/filter_cap.json").exists():
         return
     rng = random.Random(1)
     (folder / "shards").mkdir(parents=True, exist_ok=True)
     (folder / "cc_sbu_align/image").mkdir(parents=True, exist_ok=True)
+    pictures = [photograph(seed, 256, 256) for seed in range(count)]
     for shard in range(2):
-        with tarfile.open(folder / f"shards/{shard:05}.tar", "w") as tar:
-            for i in range(count):
-                caption = _caption(rng, 8, 24)
-                for suffix, content in (("jpg", _picture(rng)), ("json", json.dumps({"caption": caption}).encode())):
-                    member = tarfile.TarInfo(f"{shard:05}{i:04}.{suffix}")
-                    member.size = len(content)
-                    tar.addfile(member, io.BytesIO(content))
-    records = []
-    for i in range(count):
-        (folder / f"cc_sbu_align/image/{i}.jpg").write_bytes(_picture(rng))
-        records.append({"image_id": str(i), "caption": _caption(rng, 80, 160)})
+        with TarWriter(str(folder / f"shards/{shard:05}.tar")) as tar:
+            for i, picture in enumerate(pictures):
+                about = {"caption": caption(rng, stage=1)}
+                tar.write({"__key__": f"{shard:05}{i:04}", "jpg": picture, "json": about})
+    records = [{"image_id": str(i), "caption": caption(rng, stage=2)} for i in range(count)]
+    for i, picture in enumerate(pictures):
+        (folder / f"cc_sbu_align/image/{i}.jpg").write_bytes(picture)
     (folder / "cc_sbu_align/filter_cap.json").write_text(json.dumps({"annotations": records}))
-
-
-def _caption(rng: random.Random, low: int, high: int) -> str:
-    return " ".join(rng.choices(("the", "image", "of", "a", "in", "with", "and", "that"), k=rng.randint(low, high)))
-
-
-def _picture(rng: random.Random) -> bytes:
-    from PIL import Image
-
-    small = Image.frombytes("RGB", (16, 16), rng.randbytes(16 * 16 * 3))
-    written = io.BytesIO()
-    small.resize((256, 256), Image.Resampling.BICUBIC).save(written, "JPEG")
-    return written.getvalue()

@@ -1,42 +1,41 @@
-"""Times training steps on several ranks: what `bench train` reports under torchrun.
+"""Times training steps on several ranks, for `bench train` under torchrun.
 
-A step is taken in three ways, by the same runner and with the same code:
+The same runner takes steps in three ways, with the same code:
 
-- together, as it trains: the ranks exchange their label counts and gradients. `median_s` and all rates are of these.
-- without exchange: all ranks at once, each with its own labels and gradients only. In turn with the first way, step by
-  step, and on the fixed workloads with the same batches.
-- alone: one rank steps, the others wait, one after the other. In a row, after all other steps: a GPU that rests before
-  each step would be faster than one that trains.
+- together, as in training: the ranks exchange label counts and gradients. `median_s` and all rates are of these steps.
+- without exchange: all ranks step at once, each with its own labels and gradients only. These steps alternate with the
+  first kind, and on the fixed workloads they take the same batches.
+- alone: one rank steps while the others wait, rank after rank. These steps come last and in a row: a GPU that rests
+  before each step would be faster than one that trains.
 
-Steps of the first two ways begin at a barrier, which is not timed, and last until the slowest rank is through. A rank
-with a shorter batch waits for the others in both of them, so this is no communication; it does cost efficiency.
+Steps of the first two kinds begin at a barrier, which is not timed, and last until the slowest rank has finished. In
+both, a rank with a shorter batch waits for the others. So this wait counts in `efficiency`, but not in `communication`.
 """
 
 import contextlib
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from minigpt4.benchmarks.step_timer import StepTimer
 from minigpt4.common import dist_utils
 
 
 class ScalingTimer(StepTimer):
-    """A StepTimer to be used by all ranks alike."""
+    """A StepTimer for several ranks, all of which make the same calls."""
 
     def __init__(self, runner, batches: Iterator[dict]):
         super().__init__(runner, batches)
         self.ranks = dist_utils.get_world_size()
-        self.no_exchange, self.alone = (StepTimer(runner, batches) for _ in range(2))
+        self.no_exchange, self.alone = StepTimer(runner, batches), StepTimer(runner, batches)
 
     def step(self) -> None:
-        """A step with exchange and one without. They take turns in going first, since a new shape costs the first."""
-        ways = (self._step_together, self._step_without_exchange)
-        for step in reversed(ways) if len(self.seconds) % 2 else ways:
+        """A step with exchange and one without. They take turns in going first: the first one compiles a new shape."""
+        steps = [super().step, self._step_without_exchange]
+        if len(self.seconds) % 2:
+            steps.reverse()
+        for step in steps:
             dist_utils.barrier()
             step()
-
-    def _step_together(self) -> None:
-        super().step()
 
     def _step_without_exchange(self) -> None:
         with without_exchange(self.runner):
@@ -52,25 +51,26 @@ class ScalingTimer(StepTimer):
                         self.alone.step()
         dist_utils.barrier()
 
-    def row(self, warmup: int) -> dict:
-        """As of one rank, for all together: times of the slowest, rates of all, the largest memory, the mean loss,
-        rank 0's parts.
+    def summary(self, warmup: int) -> dict:
+        """The results of all ranks together: times of the slowest, rates of all, largest memory, mean loss, rank 0's
+        parts. Besides:
 
-        And `no_exchange_s`, the slowest rank's median; `alone_s`, the mean of the ranks' medians; `efficiency`, of N
-        ranks against N times one: alone_s / median_s; `communication`, the share of a step that goes when nothing is
-        exchanged, the median of pairs. It can be below 0 by noise.
+        - `no_exchange_s`: the slowest rank's median
+        - `alone_s`: the mean of the ranks' medians
+        - `efficiency`: alone_s / median_s
+        - `communication`: the share of a step that exchanging takes, the median of pairs. Noise can make it negative.
         """
-        steps = (self.seconds, self.no_exchange.seconds, self.alone.seconds, self.losses, self.images, self.tokens)
-        of_ranks = dist_utils.gather_objects((*steps, self.memory))
+        own = (self.seconds, self.no_exchange.seconds, self.alone.seconds, self.losses, self.images, self.tokens)
+        of_ranks = dist_utils.gather_objects((*own, self.memory))
         seconds, no_exchange, alone, losses, images, tokens, memory = zip(*of_ranks, strict=True)
         self.seconds, no_exchange = _each_step(max, seconds), _each_step(max, no_exchange)
         self.images, self.tokens = _each_step(sum, images), _each_step(sum, tokens)
         self.losses = _each_step(statistics.mean, losses)
         self.memory = {name: max(of_rank[name] for of_rank in memory) for name in self.memory}
-        row = super().row(warmup)
+        summary = super().summary(warmup)
         pairs = zip(self.seconds[warmup:], no_exchange[warmup:], strict=True)
         alone_s = statistics.mean(statistics.median(of_rank[warmup:]) for of_rank in alone)
-        return row | {
+        return summary | {
             "ranks": self.ranks,
             "no_exchange_s": round(statistics.median(no_exchange[warmup:]), 4),
             "alone_s": round(alone_s, 4),
@@ -79,17 +79,16 @@ class ScalingTimer(StepTimer):
         }
 
 
-def _each_step(function, of_ranks: tuple[list, ...]) -> list:
-    """`function` of what the ranks have of a step, for each step."""
-    return [function(values) for values in zip(*of_ranks, strict=True)]
+def _each_step(combine: Callable, of_ranks: tuple[list, ...]) -> list:
+    """For each step, the ranks' values combined."""
+    return [combine(values) for values in zip(*of_ranks, strict=True)]
 
 
 @contextlib.contextmanager
 def without_exchange(runner) -> Iterator[None]:
-    """While it is entered, the runner steps as if it were the only one. DDP leaves gradients alone that it has not seen
-    a forward pass of.
+    """While entered, the runner steps as if it were the only one. DDP, which is passed over, then exchanges nothing.
 
-    Weights of the ranks drift apart in such steps, which no time depends on.
+    The ranks' weights drift apart in such steps. No time depends on this.
     """
     model, ranks = runner.model, runner.world_size
     runner.model, runner.world_size = runner.module, 1

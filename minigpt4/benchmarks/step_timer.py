@@ -1,4 +1,4 @@
-"""Times training steps, and the parts of a step: what `bench train` reports."""
+"""Times training steps and their parts, for `bench train`."""
 
 import contextlib
 import functools
@@ -6,102 +6,88 @@ import statistics
 import time
 from collections.abc import Iterator
 
-# Steps that are taken apart, after the timed ones.
-APART = 5
-# Side of the square matrices whose product is the card's measured rate.
-MATRIX = 8192
+from minigpt4.benchmarks.harness import Stopwatch, Timed, clock, peak_memory, reset_peak_memory, time_in_turn
+
+# Steps that are timed part by part, after those that are timed as a whole.
+PROFILED_STEPS = 5
+# Side of the square matrices whose product measures the GPU's rate.
+MATRIX_SIDE = 8192
 
 
 class StepTimer:
-    """Takes steps and keeps their seconds, and where these went."""
+    """Takes a runner's steps on `batches`, and records their seconds, losses and sizes."""
 
-    ranks = 1  # that tokens and images are of
+    ranks = 1  # whose tokens and images are counted
 
     def __init__(self, runner, batches: Iterator[dict]):
-        self.runner, self.batches = runner, batches
+        self.runner, self.batches, self.device = runner, batches, runner.device
         self.seconds: list[float] = []
         self.losses: list[float] = []
         self.tokens: list[int] = []
         self.images: list[int] = []
         self.phases = {name: [] for name in ("data", "vision", "language", "backward", "optimizer")}
         self.memory: dict[str, int] = {}
-        self._wait()
-        if self._on_gpu:
-            import torch
-
-            torch.cuda.reset_peak_memory_stats()
-
-    @property
-    def _on_gpu(self) -> bool:
-        return self.runner.device.type == "cuda"
-
-    def _wait(self) -> float:
-        if self._on_gpu:
-            import torch
-
-            torch.cuda.synchronize()
-        return time.perf_counter()
+        reset_peak_memory(self.device)
 
     def step(self) -> None:
-        """One step as the runner takes it, its loss read."""
-        start = self._wait()
+        """One step as the runner takes it; its loss is read."""
+        start = clock(self.device)
         samples = next(self.batches)
-        arrived = time.perf_counter()
+        self.phases["data"].append(time.perf_counter() - start)
         self.losses.append(float(self.runner.train_step(samples, is_update=True)))
-        self.seconds.append(self._wait() - start)
-        self.phases["data"].append(arrived - start)
+        self.seconds.append(clock(self.device) - start)
         self.images.append(len(samples["image"]) if "image" in samples else 0)
         tokens = samples.get("tokens")
         self.tokens.append(int(tokens.num_tokens) if tokens is not None else 0)
 
     def profiled_step(self) -> None:
-        """One more step, with a wait for the GPU around each part of it."""
-        runner, spent = self.runner, dict.fromkeys(("vision", "forward", "optimizer"), 0.0)
+        """One more step, timed part by part: the host waits for the GPU before and after each part."""
         samples = next(self.batches)
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(self._clocked(runner.module, "query_outputs", spent, "vision"))
-            stack.enter_context(self._clocked(runner.task, "train_step", spent, "forward"))
-            stack.enter_context(self._clocked(runner, "optimizer_step", spent, "optimizer"))
-            start = self._wait()
-            runner.train_step(samples, is_update=True)
-            whole = self._wait() - start
-        self.phases["vision"].append(spent["vision"])
-        self.phases["language"].append(spent["forward"] - spent["vision"])
-        self.phases["backward"].append(whole - spent["forward"] - spent["optimizer"])
-        self.phases["optimizer"].append(spent["optimizer"])
+        whole, vision, forward, optimizer = (Stopwatch(self.device) for _ in range(4))
+        with self._timed_parts(vision, forward, optimizer):
+            whole.start()
+            self.runner.train_step(samples, is_update=True)
+            whole.stop()
+        self.phases["vision"].append(vision.seconds)
+        self.phases["language"].append(forward.seconds - vision.seconds)
+        self.phases["backward"].append(whole.seconds - forward.seconds - optimizer.seconds)
+        self.phases["optimizer"].append(optimizer.seconds)
 
     @contextlib.contextmanager
-    def _clocked(self, owner, method: str, spent: dict[str, float], part: str) -> Iterator[None]:
-        """While it is entered, seconds in `owner.method`, if there is one, are added to spent[part]."""
-        own, function = vars(owner).get(method), getattr(owner, method, None)
+    def _timed_parts(self, vision: Stopwatch, forward: Stopwatch, optimizer: Stopwatch) -> Iterator[None]:
+        """While entered, the stopwatches time the model's vision side, its whole forward pass and the optimizer.
 
-        def clocked(*args, **kwargs):
-            start = self._wait()
-            result = function(*args, **kwargs)
-            spent[part] += self._wait() - start
-            return result
+        A plug-in's model may have no step object; its vision side is then counted as language.
+        """
+        runner, model = self.runner, self.runner.module
+        task, step = runner.task, getattr(model, "step", None)
+        hooks = [
+            runner.optimizer.register_step_pre_hook(optimizer.start),
+            runner.optimizer.register_step_post_hook(optimizer.stop),
+        ]
+        runner.task = Timed(task, "train_step", forward)
+        if step is not None:
+            model.step = Timed(step, "vision", vision)
+        try:
+            yield
+        finally:
+            runner.task = task
+            if step is not None:
+                model.step = step
+            for hook in hooks:
+                hook.remove()
 
-        if function is not None:
-            setattr(owner, method, clocked)
-        yield
-        if function is not None:
-            delattr(owner, method) if own is None else setattr(owner, method, own)
+    def record_memory(self) -> None:
+        """Keep the peak of the GPU's memory since the timer was made."""
+        self.memory = peak_memory(self.device)
 
-    def note_memory(self) -> None:
-        """The peak of the GPU's memory up to here."""
-        if self._on_gpu:
-            import torch
-
-            self.memory["max_mem_MB"] = torch.cuda.max_memory_allocated() // 2**20
-            self.memory["reserved_MB"] = torch.cuda.max_memory_reserved() // 2**20
-
-    def row(self, warmup: int) -> dict:
-        """Median, least and most seconds of the steps after the warm-up, rates, parts, the peak of the GPU's memory."""
+    def summary(self, warmup: int) -> dict:
+        """The results of the steps after the first `warmup`: median, least and most seconds, rates, parts, memory."""
         seconds, tokens = self.seconds[warmup:], statistics.mean(self.tokens[warmup:])
         images = statistics.mean(self.images[warmup:])
         median = statistics.median(seconds)
-        self.phases["data"] = self.phases["data"][warmup:]
-        row = {
+        phases = self.phases | {"data": self.phases["data"][warmup:]}
+        summary = {
             "dtype": str(self.runner.dtype).removeprefix("torch."),
             "median_s": round(median, 4),
             "min_s": round(min(seconds), 4),
@@ -109,23 +95,23 @@ class StepTimer:
             "loss": round(statistics.mean(self.losses[warmup:]), 5),
             "images_per_s": round(images / median, 1),
             "tokens_per_s": round(tokens / median),
-            **{f"{name}_s": round(statistics.median(values), 4) for name, values in self.phases.items()},
+            **{f"{name}_s": round(statistics.median(values), 4) for name, values in phases.items()},
             "first_step_s": round(self.seconds[0], 1),
             **self.memory,
         }
         work = useful_operations(self.runner.module, tokens, images)
-        if self._on_gpu and work:
-            rate = matrix_rate()
-            row["matrix_TFLOP_per_s"] = round(rate / 1e12)
-            row["share_of_matrix_rate"] = round(work / median / (rate * self.ranks), 3)
-        return row
+        if self.device.type == "cuda" and work:
+            rate = matrix_rate(self.device)
+            summary["matrix_TFLOP_per_s"] = round(rate / 1e12)
+            summary["share_of_matrix_rate"] = round(work / median / (rate * self.ranks), 3)
+        return summary
 
 
 def useful_operations(model, tokens: float, images: float) -> float:
-    """Floating-point operations of a step that no way of computing it can do without; 0 for a model of another kind.
+    """Floating-point operations that every way of computing a step needs; 0 for a model that is no MiniGPT4.
 
-    Four a token for each weight in the language model's layers (forward, and the gradient of the input), two an image
-    token for each weight of a frozen encoder.
+    A token takes four for each weight of the language model's layers (forward, and the gradient of the input). An image
+    token takes two for each weight of the frozen encoder.
     """
     from minigpt4.models import MiniGPT4
     from minigpt4.models.loading import parameter_count
@@ -140,16 +126,10 @@ def useful_operations(model, tokens: float, images: float) -> float:
 
 
 @functools.cache
-def matrix_rate() -> float:
+def matrix_rate(device) -> float:
     """Operations a second of a bfloat16 product of two square matrices on the GPU, the median of ten."""
     import torch
 
-    a, b = (torch.randn(MATRIX, MATRIX, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    seconds = []
-    for _ in range(13):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        a @ b
-        torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return 2 * MATRIX**3 / statistics.median(seconds[3:])
+    a, b = (torch.randn(MATRIX_SIDE, MATRIX_SIDE, device=device, dtype=torch.bfloat16) for _ in range(2))
+    seconds = time_in_turn({"product": lambda: a @ b}, rounds=10, warmup=3, read=lambda: clock(device))["product"]
+    return 2 * MATRIX_SIDE**3 / statistics.median(seconds)

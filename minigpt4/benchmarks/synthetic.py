@@ -1,17 +1,36 @@
-"""Work for benchmarks: models of full size with random weights, and batches of random pictures and texts."""
+"""Synthetic work for benchmarks: models of full size with random weights, batches, captions and photographs."""
 
+import io
 import itertools
 import random
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
 
 from minigpt4.common.errors import ConfigError
 
+ROOT = Path(__file__).resolve().parents[2]
+STAGE_CONFIGS = {
+    1: "train_configs/minigpt4_stage1_pretrain.yaml",
+    2: "train_configs/minigpt4_stage2_finetune.yaml",
+}
+# {name: (stage, batch size)}
+WORKLOADS = {"S1/16": (1, 16), "S1/64": (1, 64), "S2/12": (2, 12)}
+# {stage: least and most tokens of a caption, with the one that ends it}
+CAPTION_TOKENS = {1: (8, 24), 2: (80, 160)}
 VOCABULARY = 32000
 
 
+def load_config(path: Path | str, options: list[str] | None):
+    """The `Config` of a YAML file and of options as on the command line."""
+    from minigpt4.common.config import Config
+
+    return Config(SimpleNamespace(cfg_path=path, options=options))
+
+
 def random_model(device, dtype, small: bool, load_in: str = "16bit", llm_grad_checkpoint: int = 0):
-    """MiniGPT-4 with a Llama-7B (or small parts), random weights, straight on the device."""
+    """MiniGPT-4 with a Llama-7B (or with small parts) and random weights, built on the device."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -43,7 +62,7 @@ def random_model(device, dtype, small: bool, load_in: str = "16bit", llm_grad_ch
 
 
 def quantize(module, load_in: str, dtype) -> None:
-    """Quantise the linear layers in place, as bitsandbytes does on loading. Raises ConfigError for other ways."""
+    """Quantise the linear layers in place, as bitsandbytes does. Raises ConfigError for another `load_in`."""
     import bitsandbytes as bnb
     from torch import nn
 
@@ -65,31 +84,24 @@ def quantize(module, load_in: str, dtype) -> None:
 
 
 class WordTokenizer:
-    """One token a word, so that lengths are as wanted."""
+    """Makes one token of each word, so that texts have exactly the lengths that are wanted."""
 
     bos_token_id, eos_token_id = 1, 2
 
     def encode(self, text: str) -> list[int]:
         return [3 + zlib.crc32(word.encode()) % (VOCABULARY - 3) for word in text.split()]
 
-
-class RandomPairs:
-    """A length is all that the runner's set-up asks of it: the batches are made beforehand."""
-
-    def __init__(self, length: int):
-        self.length = length
-
-    def __len__(self) -> int:
-        return self.length
+    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+        return " w" * len(ids)
 
 
 def random_batches(
     stage: int, batch_size: int, count: int, rank: int = 0, ranks: int = 1, repeat: int = 1
 ) -> Iterator[dict]:
-    """`count` batches on the host: random images (three sets in turn) and captions of the workload's lengths.
+    """`count` batches on the host: random images (three sets in turn), and captions of the stage's lengths.
 
-    Each rank has its own; among several, they are dealt out as a run's loader does it. `repeat`: how often each comes
-    in a row.
+    Each rank has its own. Several ranks balance the lengths of their batches as a run's loader does.
+    repeat: how often in a row the captions of a batch come.
     """
     import torch
 
@@ -103,15 +115,45 @@ def random_batches(
 
 
 def _texts(stage: int, batch_size: int, rank: int, ranks: int) -> Iterator[list[str]]:
-    """The texts of a rank's batches without end: of a stream in stage 1, its part of those of all ranks in stage 2."""
+    """The captions of a rank's batches, without end.
+
+    In stage 1 each rank has a stream of its own; in stage 2 all ranks share one, and each takes its part of it.
+    """
     from minigpt4.datasets.length_balancing import POOL, balanced_batches, rank_share, text_length
 
-    low, high = (80, 160) if stage == 2 else (8, 24)
     rng = random.Random(1 + (rank if stage == 1 else 0))
-    samples = ({"text_input": " ".join(["w"] * (rng.randint(low, high) - 1))} for _ in itertools.count())
+    samples = ({"text_input": caption(rng, stage)} for _ in itertools.count())
     if stage == 1:
         batches = balanced_batches(samples, batch_size, POOL if ranks > 1 else 0)
     else:
         joint = balanced_batches(samples, batch_size * ranks, pool=0)
         batches = (rank_share(batch, text_length, rank, ranks) for batch in joint)
     return ([sample["text_input"] for sample in batch] for batch in batches)
+
+
+def caption(rng: random.Random, stage: int) -> str:
+    """A caption of a length that the stage's captions have, without the token that ends it."""
+    return " ".join(["w"] * (rng.randint(*CAPTION_TOKENS[stage]) - 1))
+
+
+def photograph(seed: int, width: int, height: int) -> bytes:
+    """A JPEG that is as hard to decode as a photograph: structure at all scales, hard edges and a little noise."""
+    import numpy as np
+    from PIL import Image, ImageDraw
+
+    rng = np.random.default_rng(seed)
+    image = np.zeros((height, width, 3), dtype=np.float32)
+    for side in (4, 8, 16, 32, 64, 128, 256):
+        noise = rng.integers(0, 256, (side, side, 3), dtype=np.uint8)
+        resized = Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
+        image += np.asarray(resized, dtype=np.float32) / side**0.8
+    image += rng.normal(0, 0.01 * image.max(), image.shape)
+    image = 255 * (image - image.min()) / (image.max() - image.min())
+    picture = Image.fromarray(image.astype(np.uint8))
+    draw = ImageDraw.Draw(picture)
+    for _ in range(8):
+        x, y, w, h = rng.random(4) * (width, height, width / 3, height / 3)
+        draw.rectangle((x, y, x + w, y + h), fill=tuple(rng.integers(0, 256, 3).tolist()))
+    content = io.BytesIO()
+    picture.save(content, "JPEG", quality=95)
+    return content.getvalue()

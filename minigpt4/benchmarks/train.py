@@ -4,73 +4,74 @@
     python -m minigpt4 bench train --baseline FILE             # beside another script's `Baseline` and `measure`
     python -m minigpt4 bench train --compare run.compile=false # two settings in one process, step by step in turn
     python -m minigpt4 bench train --cfg-path train_configs/minigpt4_tiny_stage1_pretrain.yaml   # a config, its data
-    python -m minigpt4 bench train --compare run.fp8=True --warmup 0 --steps 100   # what a setting does to the loss
-    torchrun --nproc_per_node 4 -m minigpt4 bench train        # all of this on several GPUs, but for --baseline
+    python -m minigpt4 bench train --compare run.fp8=True --warmup 0 --steps 100   # how a setting changes the loss
+    torchrun --nproc_per_node 4 -m minigpt4 bench train        # any of these on several GPUs, except --baseline
 
-A step is: images on the host, forward, backward, optimiser step, loss read. Captions have 8 to 24 tokens in stage 1
-and 80 to 160 in stage 2, drawn with seed 1; stage 2 has a prompt of 22 tokens around the image. Where the time goes is
-seen in more steps after the timed ones, each part of which is waited for: their sum is more than a step's time.
-Two settings take the same batches and start from the same weights; the difference of their losses, warm-up included, is
-what they compute differently. (With several prompts, a config's steps draw them apart: model.prompt_path=null.)
+A step is: images on the host, forward, backward, optimizer step, loss read. Captions have 8 to 24 tokens in stage 1
+and 80 to 160 in stage 2, drawn with seed 1; in stage 2 a prompt of 22 tokens surrounds the image. After these steps,
+others are timed part by part. Because the host waits for each part, the parts add up to more than a step.
+With --compare, both settings take the same batches and start from the same weights, so their losses differ by what the
+settings change, warm-up included. (A config with several prompts draws them for each: set model.prompt_path=null.)
 
-Under torchrun each rank trains on its own batches, of the size named, as even in length as a run's are
-(`datasets/length_balancing.py`). The first prints: the time of the slowest rank, images and tokens a second of all
-ranks, the largest memory, and rank 0's parts, the exchange in backward_s. Also
+Under torchrun each rank trains on its own batches, of the size named and balanced in length as a run's batches are
+(`datasets/length_balancing.py`). The first rank prints the time of the slowest rank, images and tokens a second of all
+ranks, the largest memory, and rank 0's parts, with the exchange in backward_s. Also
     alone_s        one rank's step while the others wait, the mean over the ranks
-    efficiency     alone_s / median_s: the rate of N ranks against N times that of one
-    no_exchange_s  a step of all ranks at once that exchanges nothing, timed in turn with those that do
-    communication  the share of median_s that this saves
-What efficiency lacks beside communication, ranks with shorter batches wait for the others, or all share a machine.
+    efficiency     alone_s / median_s: the rate of N ranks against N times the rate of one
+    no_exchange_s  a step of all ranks at once without exchange; such steps alternate with the others
+    communication  the share of median_s that the exchange takes
+If efficiency is lower than communication explains, ranks with shorter batches wait for the others, or the ranks compete
+for the machine.
 """
 
 import argparse
 import contextlib
-import gc
 import importlib.util
 import itertools
-import json
 import os
 import statistics
 import tempfile
 from collections.abc import Iterator
-from pathlib import Path
-from types import SimpleNamespace
 
-from minigpt4.benchmarks.step_timer import APART, StepTimer
-from minigpt4.benchmarks.synthetic import RandomPairs, random_batches, random_model
+from minigpt4.benchmarks.harness import bench_parser, free_memory, report
+from minigpt4.benchmarks.step_timer import PROFILED_STEPS, StepTimer
+from minigpt4.benchmarks.synthetic import (
+    ROOT,
+    STAGE_CONFIGS,
+    WORKLOADS,
+    load_config,
+    random_batches,
+    random_model,
+)
 from minigpt4.common.errors import ConfigError
 
-WORK = {"S1/16": (1, 16), "S1/64": (1, 64), "S2/12": (2, 12)}
-TRAIN_CONFIGS = Path(__file__).resolve().parents[2] / "train_configs"
 
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="minigpt4 bench train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    parser = bench_parser("train", __doc__)
+    parser.add_argument(
+        "--work", nargs="+", default=list(WORKLOADS), choices=list(WORKLOADS), help="workloads of full size"
     )
-    parser.add_argument("--work", nargs="+", default=list(WORK), choices=list(WORK), help="workloads (full size)")
     parser.add_argument("--cfg-path", metavar="FILE", help="time this training config on its own data instead")
     parser.add_argument("--options", nargs="+", metavar="KEY=VALUE", help="settings, as for train.py")
     parser.add_argument("--compare", nargs="+", metavar="KEY=VALUE", help="time these settings too, in turn")
     parser.add_argument(
-        "--load-in", default="16bit", choices=("16bit", "8bit", "4bit"), help="language model's weights"
+        "--load-in", default="16bit", choices=("16bit", "8bit", "4bit"), help="precision of the language model"
     )
     parser.add_argument("--steps", type=int, default=20, help="timed steps (default: 20)")
-    parser.add_argument("--warmup", type=int, default=20, help="steps before them (default: 20)")
-    parser.add_argument("--small", action="store_true", help="small random model, to try the script on a CPU")
+    parser.add_argument("--warmup", type=int, default=20, help="steps before the timed ones (default: 20)")
+    parser.add_argument("--small", action="store_true", help="a small random model, to try the script on a CPU")
     parser.add_argument("--baseline", metavar="FILE", help="script with `Baseline` and `measure(model, work)`")
-    parser.add_argument("--json", action="store_true", help="one JSON object a line")
     args = parser.parse_args(argv)
     if args.steps < 1 or args.warmup < 0:
-        # torchrun starts several processes, and an error of the parser would be told by each
+        # Under torchrun, every process would print an error of the parser.
         raise ConfigError(f"--steps {args.steps} must be at least 1, --warmup {args.warmup} at least 0.")
     return args
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Time what the arguments name, and print a line for each workload.
+def main(argv: list[str]) -> int:
+    """Time the steps that the arguments ask for, and print a line for each workload.
 
-    Raises ConfigError for numbers of steps that cannot be, and for a baseline under torchrun.
+    Raises ConfigError for an impossible number of steps, and for a baseline under torchrun.
     """
     args = parse_args(argv)
     if args.baseline and int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -90,17 +91,12 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def report(row: dict, as_json: bool) -> None:
-    print(json.dumps(row) if as_json else "  ".join(f"{key}: {value}" for key, value in row.items()), flush=True)
-
-
 def time_config(args: argparse.Namespace) -> Iterator[dict]:
-    """Steps of a training config, with its own model and data, through its own runner."""
-    from minigpt4.common.config import Config
+    """Time a training config: its own model, data, task and runner."""
     from minigpt4.common.registry import registry
     from minigpt4.runners.state import seed_everything
 
-    cfgs = [Config(SimpleNamespace(cfg_path=args.cfg_path, options=options)) for options in settings(args)]
+    cfgs = [load_config(args.cfg_path, options) for options in settings(args)]
     for cfg in cfgs:
         cfg.check_paths(datasets=True)
     join_group(cfgs[0].run_cfg)
@@ -110,21 +106,17 @@ def time_config(args: argparse.Namespace) -> Iterator[dict]:
             cfg.run_cfg.output_dir = stack.enter_context(tempfile.TemporaryDirectory())
             task = registry.get_task_class(cfg.run_cfg.task).setup_task(cfg=cfg)
             runner_class = registry.get_runner_class(cfg.run_cfg.runner)
-            seed_everything(cfg.run_cfg.seed)  # two settings start from the same weights
+            seed_everything(cfg.run_cfg.seed)  # both settings start from the same weights
             runner = runner_class(cfg, task, task.build_model(cfg), task.build_datasets(cfg), "bench")
             runners.append((runner, runner.loader.epoch(0, batches_needed(args))))
-        yield from time_in_turn(args, args.cfg_path, runners)
+        yield from time_runners(args, args.cfg_path, runners)
 
 
 def time_full_size(args: argparse.Namespace) -> Iterator[dict]:
-    """The fixed workloads with random weights at full size (or small), through the runner."""
+    """Time the fixed workloads: random weights at full size (or small), through the runner."""
     from minigpt4.common import dist_utils
-    from minigpt4.common.config import Config
-    from minigpt4.runners import RunnerBase
-    from minigpt4.tasks import ImageTextPretrainTask
 
-    first = Config(SimpleNamespace(cfg_path=TRAIN_CONFIGS / "minigpt4_stage1_pretrain.yaml", options=args.options))
-    device = join_group(first.run_cfg)
+    device = join_group(load_config(ROOT / STAGE_CONFIGS[1], args.options).run_cfg)
     if device.type == "cpu" and not args.small:
         raise ConfigError(
             "The fixed workloads are of full size, 31 GB in float32, and there is no GPU. Add --small, or time a "
@@ -132,32 +124,39 @@ def time_full_size(args: argparse.Namespace) -> Iterator[dict]:
         )
     rank, ranks = dist_utils.get_rank(), dist_utils.get_world_size()
     for work in args.work:
-        stage, batch_size = WORK[work]
-        name = {1: "stage1_pretrain", 2: "stage2_finetune"}[stage]
+        free_memory()
+        stage, batch_size = WORKLOADS[work]
         with contextlib.ExitStack() as stack:
-            free_memory()
             runners = []
             for options in settings(args):
                 folder = stack.enter_context(tempfile.TemporaryDirectory())
-                options = [*options, f"run.output_dir={folder}", "run.num_workers=0"]
-                cfg = Config(SimpleNamespace(cfg_path=TRAIN_CONFIGS / f"minigpt4_{name}.yaml", options=options))
-                dtype = dist_utils.select_dtype(device, cfg.run_cfg.amp, cfg.run_cfg.amp_dtype)
-                load_in = cfg.model_cfg.load_in or args.load_in
-                model = random_model(device, dtype, args.small, load_in, cfg.model_cfg.llm_grad_checkpoint)
-                model.max_txt_len, model.end_sym = cfg.model_cfg.max_txt_len, " ."
-                model.prompt_list = [" w" * 11 + "<ImageHere>" + " w" * 11] if stage == 2 else []
-                datasets = {"random": {"train": RandomPairs(256)}}
-                runner = RunnerBase(cfg, ImageTextPretrainTask(), model.train(), datasets, "bench")
-                # with exchange and without, each batch is taken twice
+                runner = random_runner(args, stage, [*options, f"run.output_dir={folder}"], device)
+                # Several ranks take each batch twice: with exchange and without.
                 batches = random_batches(stage, batch_size, batches_needed(args), rank, ranks, repeat=min(ranks, 2))
                 runners.append((runner, batches))
-            del runner, model
-            yield from time_in_turn(args, work, runners)
+            del runner
+            yield from time_runners(args, work, runners)
             runners.clear()
 
 
+def random_runner(args: argparse.Namespace, stage: int, options: list[str], device):
+    """A runner with the stage's settings, and a model with random weights on `device`."""
+    from minigpt4.common import dist_utils
+    from minigpt4.runners import RunnerBase
+    from minigpt4.tasks import ImageTextPretrainTask
+
+    cfg = load_config(ROOT / STAGE_CONFIGS[stage], [*options, "run.num_workers=0"])
+    dtype = dist_utils.select_dtype(device, cfg.run_cfg.amp, cfg.run_cfg.amp_dtype)
+    load_in = cfg.model_cfg.load_in or args.load_in
+    model = random_model(device, dtype, args.small, load_in, cfg.model_cfg.llm_grad_checkpoint)
+    model.max_txt_len, model.end_sym = cfg.model_cfg.max_txt_len, " ."
+    model.prompt_list = [" w" * 11 + "<ImageHere>" + " w" * 11] if stage == 2 else []
+    datasets = {"random": {"train": [None] * 256}}  # the runner needs their length only
+    return RunnerBase(cfg, ImageTextPretrainTask(), model.train(), datasets, "bench")
+
+
 def join_group(run):
-    """The device of this process, after it has joined the others that torchrun started, if there are any."""
+    """The device of this process, after it has joined the process group of torchrun, if there is one."""
     from minigpt4.common import dist_utils
 
     device = dist_utils.select_device(run.device)
@@ -166,68 +165,65 @@ def join_group(run):
 
 
 def settings(args: argparse.Namespace) -> list[list[str]]:
-    """The options of each setting that is timed: one, or with --compare two."""
+    """The options of each setting that is timed: one, or two with --compare."""
     first = args.options or []
     return [first, [*first, *args.compare]] if args.compare else [first]
 
 
 def batches_needed(args: argparse.Namespace) -> int:
-    """How many batches the steps of a runner take: on several ranks with exchange, without, and alone."""
+    """How many batches a runner's steps take. Several ranks step in three ways."""
     from minigpt4.common import dist_utils
 
-    return (args.warmup + args.steps) * (3 if dist_utils.get_world_size() > 1 else 1) + APART
+    return (args.warmup + args.steps) * (3 if dist_utils.get_world_size() > 1 else 1) + PROFILED_STEPS
 
 
-def time_in_turn(args: argparse.Namespace, work: str, runners: list) -> Iterator[dict]:
-    """Rows for the runners' steps on their batches, one step of each in turn."""
+def time_runners(args: argparse.Namespace, work: str, runners: list[tuple]) -> Iterator[dict]:
+    """A row for each runner, and one that compares them if there are two. They take their steps in turn.
+
+    runners: pairs of a runner and its batches.
+    """
     from minigpt4.benchmarks.scaling import ScalingTimer
     from minigpt4.common import dist_utils
     from minigpt4.runners.prefetch import prefetch
 
-    several = dist_utils.get_world_size() > 1
+    several, count = dist_utils.get_world_size() > 1, args.warmup + args.steps
+    timer_class = ScalingTimer if several else StepTimer
     with contextlib.ExitStack() as stack:
         timers = []
         for runner, batches in runners:
             runner.module.train()
             ready = stack.enter_context(contextlib.closing(prefetch(batches, runner.module, runner.device)))
-            timers.append((ScalingTimer if several else StepTimer)(runner, ready))
-        for _ in range(args.warmup + args.steps):
+            timers.append(timer_class(runner, ready))
+        for _ in range(count):
             for timer in timers:
                 timer.step()
         for timer in timers:
-            timer.note_memory()
-            for _ in range(APART):
+            timer.record_memory()
+            for _ in range(PROFILED_STEPS):
                 timer.profiled_step()
             if several:
-                timer.step_alone(args.warmup + args.steps)
+                timer.step_alone(count)
     for timer, options in zip(timers, settings(args), strict=True):
-        yield {"work": work, "options": " ".join(options), **timer.row(args.warmup)}
+        yield {"work": work, "options": " ".join(options), **timer.summary(args.warmup)}
     if len(timers) == 2:
-        first, second = (timer.seconds[args.warmup :] for timer in timers)
-        ratios = [b / a for a, b in zip(first, second, strict=True)]
-        gaps = [abs(b - a) for a, b in zip(*(timer.losses for timer in timers), strict=True)]
-        yield {
-            "work": work,
-            "second / first, median of pairs": round(statistics.median(ratios), 3),
-            "loss difference, mean of pairs": round(statistics.mean(gaps), 5),
-        }
+        yield {"work": work, **compare(*timers, args.warmup)}
+
+
+def compare(first: StepTimer, second: StepTimer, warmup: int) -> dict:
+    """How two timers differ in seconds (after the warm-up) and in losses (of all steps)."""
+    pairs = zip(first.seconds[warmup:], second.seconds[warmup:], strict=True)
+    losses = zip(first.losses, second.losses, strict=True)
+    return {
+        "second / first, median of pairs": round(statistics.median(b / a for a, b in pairs), 3),
+        "loss difference, mean of pairs": round(statistics.mean(abs(b - a) for a, b in losses), 5),
+    }
 
 
 def time_baseline(path: str, work: list[str]) -> Iterator[dict]:
-    """The workloads in the way of another script, whose memory is free again afterwards."""
+    """Time the workloads with another script's `Baseline`, whose memory is freed afterwards."""
     spec = importlib.util.spec_from_file_location("baseline", path)
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     model = script.Baseline()
     for name in work:
         yield {"baseline": True, **script.measure(model, name)}
-
-
-def free_memory() -> None:
-    """Give back what earlier models held, compiled code included."""
-    import torch
-
-    torch.compiler.reset()
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

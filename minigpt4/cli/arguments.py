@@ -5,7 +5,6 @@ import errno
 import os
 import socket
 from collections.abc import Iterable
-from glob import glob
 from pathlib import Path
 
 from minigpt4.common.errors import ConfigError
@@ -14,10 +13,10 @@ from minigpt4.conversation.videos import FRAMES, MAX_FRAMES
 
 DECODING_HELP = {
     "max_new_tokens": "most tokens of an answer",
-    "num_beams": "answers pursued side by side",
+    "num_beams": "beams of the beam search; 1: no beam search",
     "min_length": "fewest tokens of an answer",
     "top_p": "sample from the likeliest tokens that together have this probability",
-    "top_k": "sample from at most so many tokens; 0: from all",
+    "top_k": "sample from this many of the likeliest tokens; 0: from all",
     "temperature": "below 1: likelier tokens are favoured",
     "repetition_penalty": "above 1: fewer repetitions",
     "length_penalty": "with beams: above 0 favours long answers",
@@ -25,24 +24,23 @@ DECODING_HELP = {
 }
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """`--cfg-path`, `--options`, `--import`, `--offline` and `--gpu-id`."""
-    parser.add_argument("--cfg-path", required=True, metavar="FILE", help="YAML file of the model")
+def add_config_arguments(parser: argparse.ArgumentParser, file: str) -> None:
+    """`--cfg-path`, `--options` and `--import`. file: describes the YAML file in the help."""
+    parser.add_argument("--cfg-path", required=True, metavar="FILE", help=file)
     several = {"nargs": "+", "action": "extend"}
     parser.add_argument("--options", **several, metavar="KEY=VALUE", help="settings that override the file's")
     parser.add_argument("--import", **several, dest="imports", metavar="MODULE", help="plug-ins to import first")
-    parser.add_argument("--offline", action="store_true", help="fetch nothing: what is not cached is an error")
-    parser.add_argument("--gpu-id", type=int, metavar="N", help="GPU to use (0); without one, the CPU is")
 
 
-def add_frames_argument(parser: argparse.ArgumentParser) -> None:
-    """`--frames`."""
-    help_text = "pictures taken from a video, evenly (%(default)s)"
-    parser.add_argument("--frames", type=int, default=FRAMES, metavar="N", help=help_text)
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """`--cfg-path`, `--options`, `--import`, `--offline` and `--gpu-id`."""
+    add_config_arguments(parser, "YAML file of the model")
+    parser.add_argument("--offline", action="store_true", help="download nothing: an uncached file is an error")
+    parser.add_argument("--gpu-id", type=int, metavar="N", help="GPU to use (0); the CPU is used if there is none")
 
 
-def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
-    """Parse; decoding settings and a number of frames that are out of bounds end the program with a message."""
+def parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
+    """Parse the arguments. Frames or decoding settings that are out of bounds end the program with a message."""
     args = parser.parse_args(argv)
     if not 1 <= args.frames <= MAX_FRAMES:
         parser.error(f"--frames {args.frames} must be from 1 to {MAX_FRAMES}")
@@ -53,22 +51,23 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.N
     return args
 
 
-def add_decoding_arguments(parser: argparse.ArgumentParser, **defaults) -> None:
-    """A flag for each setting of `Decoding`, with its default or the one given here, and `--sample`."""
+def add_answer_arguments(parser: argparse.ArgumentParser, sample: bool = Decoding.do_sample) -> None:
+    """`--frames`, `--sample`, and a flag for each other setting of `Decoding`. sample: the default of `--sample`."""
+    frames = "pictures to take from a video, at even distances (%(default)s)"
+    parser.add_argument("--frames", type=int, default=FRAMES, metavar="N", help=frames)
     group = parser.add_argument_group("decoding")
     for name, text in DECODING_HELP.items():
-        default = defaults.get(name, getattr(Decoding, name))
+        default = getattr(Decoding, name)
+        if default is not None:
+            text = f"{text} (%(default)s)"
         kind = int if name == "seed" else type(default)
-        flag = f"--{name.replace('_', '-')}"
-        group.add_argument(flag, type=kind, default=default, metavar="N", help=_help(text, default))
-    sample = defaults.get("do_sample", Decoding.do_sample)
+        group.add_argument(f"--{name.replace('_', '-')}", type=kind, default=default, metavar="N", help=text)
     group.add_argument(
-        "--sample", action=argparse.BooleanOptionalAction, default=sample, help="sample, or take the likeliest answer"
+        "--sample",
+        action=argparse.BooleanOptionalAction,
+        default=sample,
+        help="sample the tokens, or take the likeliest ones",
     )
-
-
-def _help(text: str, default) -> str:
-    return text if default is None else f"{text} (%(default)s)"
 
 
 def decoding_settings(args: argparse.Namespace) -> dict:
@@ -77,7 +76,7 @@ def decoding_settings(args: argparse.Namespace) -> dict:
 
 
 def check_files(paths: Iterable[Path]) -> None:
-    """Raise a ConfigError that names those of the pictures and videos that are not there, or are folders."""
+    """Raise a ConfigError that names the pictures and videos that do not exist or are folders."""
     wrong = [str(path) for path in paths if os.path.isdir(path) or not os.path.exists(path)]
     if wrong:
         more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
@@ -86,18 +85,18 @@ def check_files(paths: Iterable[Path]) -> None:
 
 
 def port(text: str) -> int:
-    """Type of `--port`."""
+    """The type of `--port`."""
     if not text.isdecimal() or int(text) > 65535:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to 65535")
     return int(text)
 
 
 def check_address(host: str, port: int) -> None:
-    """Raise ConfigError where no server can listen, before anything slow begins."""
+    """Raise ConfigError if no server can listen there. Called before anything slow begins."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, socket.SOCK_STREAM) as sock:
-            # As servers do: connections of an earlier one that are still closing do not count.
+            # Servers set this too, so that connections of an earlier server that are still closing do not count.
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             sock.bind(address)
     except socket.gaierror as error:
@@ -108,17 +107,3 @@ def check_address(host: str, port: int) -> None:
         else:
             reason = f"cannot listen on port {port} of {host}: {error.strerror}"
         raise ConfigError(f"{reason}; use --port (or --host) for another.") from None
-
-
-def expand_shards(patterns: list[str]) -> list[str]:
-    """The tars that patterns with {00..09} or * name. Raises ConfigError for one that names none."""
-    from braceexpand import braceexpand
-
-    shards = []
-    for pattern in patterns:
-        found = sorted(file for name in braceexpand(pattern) for file in glob(name) or [name])
-        missing = [file for file in found if not Path(file).is_file()]
-        if missing or not found:
-            raise ConfigError(f"--shards {pattern}: there is no file {missing[0] if missing else pattern}.")
-        shards += found
-    return shards

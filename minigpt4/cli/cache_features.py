@@ -1,11 +1,11 @@
-"""Compute what encoder and Q-Former make of each picture once, so that training need not.
+"""Compute the image features of each picture once, so that training needs neither encoder nor Q-Former.
 
     python -m minigpt4 cache-features --cfg-path train_configs/minigpt4_stage2_finetune.yaml --out features
     torchrun --nproc_per_node 4 -m minigpt4 cache-features --cfg-path … --out features
 
-For each dataset of the config a folder in --out, to be named as datasets.<name>.build_info.features in training; see
-docs/data.md. The pictures pass vis_processor.eval: no random crops. A run that was interrupted goes on where it stopped
-when it is given the same command. The language model is not needed.
+Each dataset of the config gets a folder in --out. To train from it, set datasets.<name>.build_info.features to it; see
+docs/data.md. The pictures pass vis_processor.eval, so there are no random crops. The language model is not loaded. If a
+run is interrupted, the same command continues where it stopped.
 """
 
 import argparse
@@ -14,32 +14,27 @@ from collections.abc import Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 
+from minigpt4.cli.arguments import add_config_arguments
 from minigpt4.cli.parallel import ahead, batches
+from minigpt4.common.commands import check_positive, command_parser
 from minigpt4.common.config import Config
 from minigpt4.common.errors import ConfigError
 from minigpt4.common.text import pluralize
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="minigpt4 cache-features", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--cfg-path", required=True, metavar="FILE", help="the training run's YAML file")
-    parser.add_argument("--out", required=True, metavar="FOLDER", help="where the features go")
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    parser = command_parser("cache-features", __doc__)
+    add_config_arguments(parser, "the training run's YAML file")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="folder for the features")
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="pictures at a time (%(default)s)")
-    parser.add_argument("--threads", type=int, default=8, metavar="N", help="that decode pictures (%(default)s)")
-    several = {"nargs": "+", "action": "extend"}
-    parser.add_argument("--options", **several, metavar="KEY=VALUE", help="settings that override the file's")
-    parser.add_argument("--import", **several, dest="imports", metavar="MODULE", help="plug-ins to import first")
+    parser.add_argument("--threads", type=int, default=8, metavar="N", help="decoding threads (%(default)s)")
     args = parser.parse_args(argv)
-    for name in ("batch_size", "threads"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
+    check_positive(parser, args, ("batch_size", "threads"))
     return args
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Cache the features of every dataset of the config; each rank takes its share of the shards."""
+def main(argv: list[str]) -> int:
+    """Cache the features of every dataset of the config. Each rank takes its share of the shards."""
     args = parse_args(argv)
     cfg = Config(args)
     if not cfg.datasets_cfg:
@@ -67,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def source_dataset(cfg, name: str):
-    """The pictures of a dataset's section, seen by its eval processor. Raises ConfigError if they cannot be walked."""
+    """The dataset of a section, with its eval processor. Raises ConfigError for one that cannot be read in parts."""
     from omegaconf import OmegaConf
 
     from minigpt4.common.registry import registry
@@ -81,14 +76,14 @@ def source_dataset(cfg, name: str):
     dataset = builder.build_datasets()["train"]
     if not all(hasattr(dataset, method) for method in ("num_parts", "part", "load")):
         raise ConfigError(
-            f"datasets.{name}: {type(dataset).__name__} has no `num_parts`, `part` and `load`, by which its pictures "
-            "are read once each (minigpt4/datasets/datasets/cc_sbu_dataset.py shows them)."
+            f"datasets.{name}: {type(dataset).__name__} lacks `num_parts`, `part` and `load`, which are needed to read "
+            "each picture once. See minigpt4/datasets/datasets/cc_sbu_dataset.py."
         )
     return dataset
 
 
 def manifest_of(cfg, name: str) -> dict:
-    """What is recorded of a cache: what makes it, and of which data."""
+    """The record that is kept with a cache: the vision side that computes it, and the data that it is computed from."""
     from omegaconf import OmegaConf
 
     from minigpt4.tasks.cached_features import made_by
@@ -99,7 +94,7 @@ def manifest_of(cfg, name: str) -> dict:
 
 
 def load_vision(cfg, device):
-    """The vision side of the config's model. Raises ConfigError for a model that has another one than MiniGPT4."""
+    """The vision side of the config's model. Raises ConfigError if it is not MiniGPT4's."""
     from minigpt4.common import dist_utils
     from minigpt4.common.registry import registry
     from minigpt4.models.vision import Vision
@@ -107,7 +102,8 @@ def load_vision(cfg, device):
     model_class = registry.get_model_class(cfg.model_cfg.arch)
     if getattr(model_class, "query_outputs", None) is not Vision.query_outputs:
         raise ConfigError(
-            f"model.arch={cfg.model_cfg.arch} makes its image features in its own way; this caches mini_gpt4's."
+            f"model.arch={cfg.model_cfg.arch} computes its image features in its own way; only those of mini_gpt4 can "
+            "be cached."
         )
     dtype = dist_utils.select_dtype(device, cfg.run_cfg.amp, cfg.run_cfg.amp_dtype)
     return Vision.from_config(cfg.model_cfg, device, dtype)
@@ -118,14 +114,14 @@ class Writer:
 
     Args:
         model: a `Vision` on `device`.
-        pool: decodes pictures.
+        pool: the threads that decode pictures.
     """
 
     def __init__(self, model, device, pool: Executor, batch_size: int):
         self.model, self.device, self.pool, self.batch_size = model, device, pool, batch_size
 
     def write(self, name: str, dataset, manifest: dict, folder: Path) -> None:
-        """Write this rank's shards of a dataset that are not there yet."""
+        """Write this rank's shards of a dataset, except those that exist."""
         from tqdm import tqdm
 
         from minigpt4.common import dist_utils
@@ -153,7 +149,7 @@ class Writer:
         )  # fmt: skip
 
     def _samples(self, dataset, number: int, skipped: list[str]) -> Iterator[tuple]:
-        """(key, features, caption and id) of the pictures of a part; the ids of broken ones are added to `skipped`."""
+        """Yield (key, features, record) of a part's pictures, and add the ids of broken ones to `skipped`."""
         loaded = ahead(self.pool, lambda s: (s, dataset.load(s)), dataset.part(number), 2 * self.batch_size)
         for batch in batches(loaded, self.batch_size):
             skipped += [sample.image_id for sample, fields in batch if fields is None]
@@ -164,7 +160,7 @@ class Writer:
                     yield sample.key, row, {"caption": sample.caption, "image_id": sample.image_id}
 
     def _features(self, fields: list[dict]):
-        """float16 [B,Q,W] of loaded pictures. Raises FloatingPointError if they do not fit into it."""
+        """The features of loaded pictures, float16 [B,Q,W]. Raises FloatingPointError if float16 cannot hold them."""
         import torch
         from torch.utils.data import default_collate
 

@@ -5,8 +5,8 @@
     python -m minigpt4 caption --shards "cc_sbu/{00000..00009}.tar" --out captions.jsonl --cfg-path …
     torchrun --nproc_per_node 4 -m minigpt4 caption --dir photos --out captions.jsonl --cfg-path …
 
-Of a video, the model sees --frames pictures, drawn evenly; its line says so: {…, "frames": 8}. An interrupted run goes
-on where it stopped, when it is given the same --out. Unreadable files are skipped and listed at the end.
+Of a video, the model sees --frames pictures at even distances, and its line has their number: {…, "frames": 8}. An
+interrupted run continues where it stopped if it gets the same --out. Unreadable files are skipped, and listed last.
 """
 
 import argparse
@@ -21,16 +21,9 @@ from glob import escape
 from itertools import islice
 from pathlib import Path
 
-from minigpt4.cli.arguments import (
-    add_decoding_arguments,
-    add_frames_argument,
-    add_model_arguments,
-    check_files,
-    decoding_settings,
-    expand_shards,
-    parse,
-)
+from minigpt4.cli import arguments
 from minigpt4.cli.parallel import ahead, batches
+from minigpt4.common.commands import check_positive, command_parser
 from minigpt4.common.config import Config
 from minigpt4.common.errors import ConfigError
 from minigpt4.common.text import pluralize
@@ -39,31 +32,27 @@ from minigpt4.conversation import PictureError, open_media, open_picture, videos
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"}
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="minigpt4 caption", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    parser = command_parser("caption", __doc__)
     parser.add_argument("images", nargs="*", metavar="IMAGE", help="pictures and videos")
-    parser.add_argument("--dir", metavar="FOLDER", help="all pictures and videos in a folder and the folders in it")
+    parser.add_argument("--dir", metavar="FOLDER", help="all pictures and videos in a folder and its subfolders")
     parser.add_argument("--shards", nargs="+", metavar="TAR", help="webdataset tars; globs and {00..09} are expanded")
-    parser.add_argument("--out", metavar="FILE", help="JSONL file to add to; left out: the screen")
+    parser.add_argument("--out", metavar="FILE", help="JSONL file to append to (the screen)")
     parser.add_argument(
-        "--prompt", metavar="TEXT", help="question, put into model.prompt_template, or a whole prompt with <ImageHere>"
+        "--prompt", metavar="TEXT", help="a question for model.prompt_template, or a whole prompt with <ImageHere>"
     )
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="pictures at a time (%(default)s)")
-    add_frames_argument(parser)
-    add_model_arguments(parser)
-    add_decoding_arguments(parser, do_sample=False)
-    args = parse(parser, argv)
+    arguments.add_model_arguments(parser)
+    arguments.add_answer_arguments(parser, sample=False)
+    args = arguments.parse(parser, argv)
     if not (args.images or args.dir or args.shards):
         parser.error("give pictures, --dir or --shards")
-    if args.batch_size < 1:
-        parser.error(f"--batch-size {args.batch_size} must be at least 1")
+    check_positive(parser, args, ("batch_size",))
     return args
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Describe what the arguments name. Returns 1 if some pictures could not be read."""
+def main(argv: list[str]) -> int:
+    """Describe the pictures and videos that the arguments name. Returns 1 if some could not be read."""
     args = parse_args(argv)
     cfg = Config(args)
     cfg.check_paths()
@@ -84,22 +73,24 @@ def main(argv: list[str] | None = None) -> int:
 
 
 class Items:
-    """The pictures and videos to describe: iterating gives (name, path or bytes), or (tar, why it is damaged).
+    """The pictures and videos to describe. Yields (name, path or bytes), or (tar, PictureError) for a damaged tar.
 
-    `total` is their number, or None where shards make it unknown. Raises ConfigError when there are none, and for named
-    files that are not there.
+    `total` is their number, or None with shards, which would have to be read first. Raises ConfigError if there are
+    none, and for named files that do not exist.
     """
 
     def __init__(self, args: argparse.Namespace):
+        from minigpt4.datasets.datasets.shards import shards_of_argument
+
         self._files = [Path(path) for path in args.images]
-        check_files(self._files)
+        arguments.check_files(self._files)
         if args.dir:
             if not Path(args.dir).is_dir():
                 raise ConfigError(f"--dir {args.dir} is not a folder.")
             kinds = SUFFIXES | {*videos.SUFFIXES}
             self._files += sorted(path for path in Path(args.dir).rglob("*") if path.suffix.lower() in kinds)
-        self._files = list(dict.fromkeys(self._files))  # a file may be named and lie in the folder
-        self._shards = expand_shards(args.shards or [])
+        self._files = list(dict.fromkeys(self._files))  # a file may be named, and be in the folder too
+        self._shards = shards_of_argument(args.shards or [])
         if not self._files and not self._shards:
             raise ConfigError(f"--dir {args.dir} holds no pictures or videos ({', '.join(sorted(kinds))}).")
         self.total = None if self._shards else len(self._files)
@@ -122,8 +113,8 @@ class Captioner:
 
     Args:
         chat: the model and its image processor.
-        args: has `prompt`, `batch_size`, `frames` and the decoding settings.
-        template: how a question is wrapped, `{}` standing for it.
+        args: with `prompt`, `batch_size`, `frames` and the decoding settings.
+        template: the text around a question, which replaces `{}`.
 
     Raises ConfigError for a prompt with more than one image slot.
     """
@@ -136,7 +127,7 @@ class Captioner:
         self._chat = chat
         self.batch_size = args.batch_size
         self._frames = args.frames
-        self._decoding = Decoding(**decoding_settings(args))
+        self._decoding = Decoding(**arguments.decoding_settings(args))
         prompts = chat.model.prompt_list or [IMAGE_SLOT]
         self._prompt = args.prompt or prompts[0]
         if IMAGE_SLOT not in self._prompt:
@@ -146,7 +137,7 @@ class Captioner:
         self._slot = IMAGE_TURN if IMAGE_TURN in self._prompt else IMAGE_SLOT
 
     def load(self, item: tuple[str, Path | bytes | PictureError]):
-        """Read an item: (name, processed pictures [3,H,W], or the PictureError that tells why there are none)."""
+        """Read an item. Returns (name, processed pictures [3,H,W]), or (name, PictureError) if there are none."""
         name, source = item
         try:
             if isinstance(source, PictureError):
@@ -161,7 +152,7 @@ class Captioner:
             return name, error
 
     def describe(self, items: list[list]) -> list[str]:
-        """The captions of items, each of which is one or more processed pictures."""
+        """The captions of the items, each of which is a list of processed pictures."""
         import torch
 
         if self._decoding.seed is not None:
@@ -175,20 +166,20 @@ class Captioner:
         return self._prompt.replace(self._slot, " ".join([self._slot] * pictures))
 
     def _check_length(self, name: str, pictures: int) -> None:
-        """Raises PictureError where the model cannot hold so many pictures: it would write nonsense, and not say so."""
+        """Raise PictureError if the model's context cannot hold so many pictures: it would silently write nonsense."""
         from minigpt4.models.prompt import encode_with_images
 
         model, new, window = self._chat.model, self._decoding.max_new_tokens, self._chat.window()
         length = len(encode_with_images(model.tokenizer, self._prompt_for(pictures), model.query_tokens.shape[1]))
         if length + new > window:
             raise PictureError(
-                f"{name} takes {length} tokens, prompt included, and its caption up to {new}; the model holds {window}."
-                " Lower --frames or --max-new-tokens."
+                f"{name} takes {length} tokens with its prompt, and its caption up to {new}; the model has room for "
+                f"{window}. Lower --frames or --max-new-tokens."
             )
 
 
 class Output:
-    """The JSONL file, or the screen. With several ranks each adds to a part of its own until `finish`."""
+    """The JSONL file, or the screen. Of several ranks, each writes to a file of its own until `finish`."""
 
     def __init__(self, path: str | None):
         from minigpt4.common import dist_utils
@@ -203,15 +194,15 @@ class Output:
             raise ConfigError(f"--out {path} is a folder; name a file in it.")
         if self._ranks > 1:
             self._own = self._path.with_name(f"{self._path.name}.part{self._rank}")
-        self.finish()  # of an earlier run
+        self.finish()  # an earlier run
         if self._path.is_file():
             self.done = {_image(line, self._path) for line in _whole_lines(self._path)}
-        dist_utils.gather_objects(None)  # all have read before any writes
+        dist_utils.barrier()  # all ranks have read before any writes
 
     def write(self, entries: list[dict]) -> None:
-        """Add lines; they are on disk when this returns, so that an interrupted run can go on."""
+        """Append lines. They are on disk when this returns, so that an interrupted run can be continued."""
         lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
-        # A file name that is no text holds lone surrogates; JSON's way to write one is Python's, too.
+        # A file name that is not UTF-8 has lone surrogates. JSON escapes them just like Python's backslashreplace.
         content = lines.encode("utf-8", "backslashreplace")
         if self._path is None:
             print(content.decode(), end="", flush=True)
@@ -220,40 +211,40 @@ class Output:
             file.write(content)
 
     def finish(self) -> None:
-        """Rank 0 puts the parts of all ranks together."""
+        """Rank 0 appends the files of all ranks to the JSONL file."""
         from minigpt4.common import dist_utils
 
-        dist_utils.gather_objects(None)  # all have written
+        dist_utils.barrier()  # all ranks have written
         if self._rank == 0 and self._path:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             for part in sorted(self._path.parent.glob(f"{escape(self._path.name)}.part[0-9]*")):
                 with self._path.open("ab") as file:
                     file.writelines(_whole_lines(part))
                 part.unlink()
-        dist_utils.gather_objects(None)
+        dist_utils.barrier()
 
 
 def _whole_lines(path: Path) -> list[bytes]:
-    """The lines of a file; the last one is cut from it if a run was interrupted while writing it."""
+    """The complete lines of a file. One that a run was interrupted in is cut off the file."""
     content = path.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
     if whole != content:
         path.write_bytes(whole)
-    return whole.splitlines(keepends=True)  # of bytes: U+2028 in a caption ends no line
+    return whole.splitlines(keepends=True)  # of bytes, since U+2028 in a caption would end a line of text
 
 
 def _image(line: bytes, path: Path) -> str:
-    """The image that a line is about. Raises ConfigError if it is not one of ours."""
+    """The image that a line describes. Raises ConfigError for a line that this command did not write."""
     try:
         return json.loads(line)["image"]
     except (ValueError, KeyError, TypeError):
         raise ConfigError(
-            f"--out {path} exists, and its line {line[:60]!r} is no caption. Name another file."
+            f"--out {path} exists, and its line {line[:60]!r} is not a caption. Name another file."
         ) from None
 
 
 def caption(items: Items, captioner: Captioner, output: Output) -> list[str]:
-    """Describe this rank's share of what is not done. Returns why pictures were skipped, of all ranks."""
+    """Describe this rank's share of the pictures that `output` lacks. Returns why all ranks skipped pictures."""
     from tqdm import tqdm
 
     from minigpt4.common import dist_utils
@@ -281,5 +272,5 @@ def caption(items: Items, captioner: Captioner, output: Output) -> list[str]:
 
 
 def _entry(name: str, pictures: list, text: str) -> dict:
-    """What stands in the line of an item."""
+    """The line of an item."""
     return {"image": name, "caption": text} | ({"frames": len(pictures)} if videos.is_video(name) else {})

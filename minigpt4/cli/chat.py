@@ -1,9 +1,9 @@
-"""Talk with MiniGPT-4 about pictures, in the terminal.
+"""Chat with MiniGPT-4 about pictures, in the terminal.
 
     python -m minigpt4 chat cat.jpg --cfg-path eval_configs/minigpt4_tiny_eval.yaml
 
 Type a question, or a command: /image PATH, /video PATH, /reset, /retry, /help, /quit. Ctrl-C stops an answer or
-the reading of a file, Ctrl-D leaves. The arrow keys bring back earlier questions.
+the reading of a file; Ctrl-D quits. The arrow keys bring back earlier questions.
 """
 
 import argparse
@@ -13,42 +13,33 @@ import shlex
 from contextlib import closing, suppress
 from pathlib import Path
 
-from minigpt4.cli.arguments import (
-    add_decoding_arguments,
-    add_frames_argument,
-    add_model_arguments,
-    check_files,
-    decoding_settings,
-    parse,
-)
+from minigpt4.cli import arguments
+from minigpt4.common.commands import command_parser
 from minigpt4.common.config import Config
 from minigpt4.common.errors import ConfigError
-from minigpt4.conversation.videos import FRAMES, is_video
+from minigpt4.conversation.videos import is_video
 
 COMMANDS = """\
   /image PATH …   show pictures; they belong to the next question
-  /video PATH …   show videos: some pictures of each, drawn evenly
-  /reset          start anew, without pictures
+  /video PATH …   show videos: --frames pictures of each, at even distances
+  /reset          start a new conversation, without pictures
   /retry          answer the last question again
-  /help           show this
-  /quit           leave"""
+  /help           show this list
+  /quit           quit"""
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="minigpt4 chat", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    parser = command_parser("chat", __doc__)
     parser.add_argument("images", nargs="*", metavar="IMAGE", help="pictures or videos to begin with")
-    add_frames_argument(parser)
-    add_model_arguments(parser)
-    add_decoding_arguments(parser)
-    return parse(parser, argv)
+    arguments.add_model_arguments(parser)
+    arguments.add_answer_arguments(parser)
+    return arguments.parse(parser, argv)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Load the model and talk until the end of the input."""
+def main(argv: list[str]) -> None:
+    """Load the model and chat until the end of the input."""
     args = parse_args(argv)
-    check_files(Path(path).expanduser() for path in args.images)
+    arguments.check_files(Path(path).expanduser() for path in args.images)
     cfg = Config(args)
     cfg.check_paths()
     from minigpt4.conversation import PictureError
@@ -58,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     print("Loading the model …", flush=True)
     chat = load_chat(cfg, select_gpu(cfg, args.gpu_id or 0))
-    terminal = Terminal(chat, decoding_settings(args), args.frames)
+    terminal = Terminal(chat, arguments.decoding_settings(args), args.frames)
     try:
         for path in args.images:
             terminal.add(path)
@@ -66,23 +57,23 @@ def main(argv: list[str] | None = None) -> None:
         raise ConfigError(str(error)) from error
     cached_decoding.warm_up(chat.model.llama_model)
     print("Ask something, or /help.")
-    history = _history()
+    save_history = _history()
     try:
         terminal.run()
     finally:
-        history()
+        save_history()
 
 
 class Terminal:
     """A conversation in the terminal.
 
     Args:
-        chat: the model.
+        chat: a `Chat`, which holds the model.
         settings: of `Decoding`.
-        frames: pictures taken from a video.
+        frames: how many pictures to take from a video.
     """
 
-    def __init__(self, chat, settings: dict, frames: int = FRAMES):
+    def __init__(self, chat, settings: dict, frames: int):
         self.chat, self.settings, self.frames = chat, settings, frames
         self.reset()
 
@@ -92,7 +83,7 @@ class Terminal:
         self.conv, self.img_list = CONV_VISION.copy(), []
 
     def run(self) -> None:
-        """Read lines and obey them, until /quit or the end of the input."""
+        """Carry out the lines of the input, until /quit or its end."""
         while True:
             try:
                 line = input("> ").strip()
@@ -100,14 +91,14 @@ class Terminal:
                 print()
                 return
             except KeyboardInterrupt:
-                print("\nCtrl-D or /quit leaves.")
+                print("\nUse Ctrl-D or /quit to quit.")
                 continue
             if line == "/quit":
                 return
             if line:
                 try:
                     self.obey(line)
-                except KeyboardInterrupt:  # while pictures were read; that of an answer is caught there
+                except KeyboardInterrupt:  # while a file was read; `answer` catches one of its own
                     print("\n[stopped]")
 
     def obey(self, line: str) -> None:
@@ -129,8 +120,8 @@ class Terminal:
             self.chat.ask(line, conv)
             self.answer(conv)
 
-    def show(self, paths: list[str], video: bool = False) -> None:
-        """Show pictures and videos; `video`: whatever they are called, they are videos."""
+    def show(self, paths: list[str], video: bool) -> None:
+        """Show pictures and videos. video: they are all videos, whatever their suffix."""
         from minigpt4.conversation import PictureError
 
         for path in paths:
@@ -140,7 +131,7 @@ class Terminal:
                 print(error)
 
     def add(self, path: str, video: bool = False) -> None:
-        """Show one picture or video. Raises PictureError for what is none."""
+        """Show one picture or video. Raises PictureError if the file cannot be read as one."""
         file, first = Path(path).expanduser(), len(self.img_list) + 1
         if video or is_video(file):
             self.chat.upload_video(file, self.conv, self.img_list, self.frames)
@@ -158,9 +149,9 @@ class Terminal:
             print("There is no answer yet.")
 
     def answer(self, conv) -> None:
-        """Print the answer to what `conv` ends with while it is being written; Ctrl-C ends it.
+        """Print the answer to the last message of `conv` as it is written. Ctrl-C ends it.
 
-        A question that does not fit is as if it had never been asked.
+        A question that is too long is dropped from the conversation.
         """
         before, self.conv = self.conv, conv
         printed = ""
@@ -181,7 +172,7 @@ class Terminal:
 
 
 def _paths(argument: str) -> list[str]:
-    """The paths after /image: one with spaces as it is, if there is such a file, otherwise as a shell reads them."""
+    """The paths after /image. If no file has the whole text as its name, it is split as a shell would split it."""
     if Path(argument).expanduser().is_file():
         return [argument]
     try:
@@ -191,14 +182,14 @@ def _paths(argument: str) -> list[str]:
 
 
 def _history():
-    """Let the arrow keys bring back questions, of earlier talks too. Returns the function that saves them."""
+    """Let the arrow keys bring back questions, those of earlier chats too. Returns the function that saves them."""
     try:
         import readline
     except ImportError:  # Windows
         return lambda: None
     folder = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "minigpt4"
     file = folder / "chat_history"
-    with suppress(OSError):  # there is none yet, or not one that can be read
+    with suppress(OSError):  # there is no such file yet, or it cannot be read
         readline.read_history_file(file)
     readline.set_history_length(1000)
 

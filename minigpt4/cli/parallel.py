@@ -1,4 +1,4 @@
-"""Work on a sequence of items, ahead of need and in batches."""
+"""Iterators that process items ahead of time and group them into batches."""
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor
@@ -6,7 +6,7 @@ from itertools import islice
 
 
 def ahead(pool: Executor, function: Callable, items: Iterable, depth: int) -> Iterator:
-    """`map(function, items)`, computed by the pool up to `depth` items before they are needed."""
+    """`map(function, items)`. The pool computes up to `depth` results before they are asked for."""
     items = iter(items)
     running = [pool.submit(function, item) for item in islice(items, depth)]
     while running:

@@ -1,10 +1,10 @@
-"""Serve MiniGPT-4 to programs that speak OpenAI's chat completions.
+"""Serve MiniGPT-4 over HTTP, in the format of OpenAI's chat completions.
 
     python -m minigpt4 serve --cfg-path eval_configs/minigpt4_tiny_eval.yaml
     curl http://127.0.0.1:8000/health
 
-docs/serving.md has requests to copy, and says what is supported. Ctrl-C ends the answers that are being written, then
-the server.
+docs/serving.md has example requests and the list of supported fields. Ctrl-C ends the answers that are being written,
+then the server.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import os
 from dataclasses import fields
 
 from minigpt4.cli.arguments import add_model_arguments, check_address, port
+from minigpt4.common.commands import check_positive, command_parser
 from minigpt4.common.config import Config
 from minigpt4.serving.settings import Settings
 
@@ -21,9 +22,9 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 MAX_CONNECTIONS = 500
 GRACE_SECONDS = 10
 LIMITS = {
-    "max_batch": "answers computed together",
-    "max_queue": "requests at a time, being answered or waiting",
-    "max_upload_mb": "size of a request, pictures included",
+    "max_batch": "answers that are computed together",
+    "max_queue": "requests that are answered or wait at a time",
+    "max_upload_mb": "size of a request, with its pictures",
     "max_images": "pictures in a request",
     "max_megapixels": "size of a picture",
     "max_tokens": "tokens of an answer",
@@ -31,37 +32,33 @@ LIMITS = {
 }
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="minigpt4 serve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    parser = command_parser("serve", __doc__)
     add_model_arguments(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s: this machine only)")
     parser.add_argument("--port", type=port, default=8000, metavar="N", help="port to listen on (%(default)s)")
     parser.add_argument(
         "--api-key", default=os.environ.get(KEY_VARIABLE), metavar="KEY",
-        help=f"what clients must send; safer as the variable {KEY_VARIABLE}, since command lines can be seen",
+        help=f"key that clients must send; the variable {KEY_VARIABLE} is safer, since other users see command lines",
     )  # fmt: skip
     parser.add_argument(
         "--model-name", default=Settings.model_name, metavar="NAME", help="its name in requests (%(default)s)"
     )
     parser.add_argument("--allow-http-images", action="store_true", help="fetch pictures by URL, from public addresses")
     parser.add_argument("--allow-private-hosts", action="store_true", help="… and from private networks, for tests")
-    limits = parser.add_argument_group("limits, each the most")
+    limits = parser.add_argument_group("upper limits")
     for name, text in LIMITS.items():
         flag, default = f"--{name.replace('_', '-')}", getattr(Settings, name)
         limits.add_argument(flag, type=type(default), default=default, metavar="N", help=f"{text} (%(default)s)")
     args = parser.parse_args(argv)
-    for name in LIMITS:
-        if not getattr(args, name) > 0:
-            parser.error(f"--{name.replace('_', '-')} must be more than 0, not {getattr(args, name)}.")
+    check_positive(parser, args, LIMITS)
     if args.api_key == "":
         parser.error(f"--api-key or {KEY_VARIABLE} is empty; leave it out to serve without a key.")
     return args
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Serve, load the model meanwhile, and go on until Ctrl-C. Raises what loading raises."""
+def main(argv: list[str]) -> None:
+    """Serve until Ctrl-C, and load the model meanwhile. Raises the error with which loading fails."""
     args = parse_args(argv)
     cfg = Config(args)
     cfg.check_paths()
@@ -76,12 +73,12 @@ def main(argv: list[str] | None = None) -> None:
 
     class Server(uvicorn.Server):
         def handle_exit(self, sig, frame) -> None:
-            batcher.close(seconds=0)  # uvicorn waits for answers, so they have to end
+            batcher.close(seconds=0)  # uvicorn waits for open answers, so end them
             super().handle_exit(sig, frame)
 
     setup_logger()
     if args.api_key is None and args.host not in LOOPBACK:
-        logging.warning("Everyone who reaches %s can use this server: set %s.", args.host, KEY_VARIABLE)
+        logging.warning("Everyone who can reach %s can use this server. Set %s.", args.host, KEY_VARIABLE)
     settings = Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})
 
     def load():
@@ -106,6 +103,6 @@ def main(argv: list[str] | None = None) -> None:
         logging.info("Stopped.")
     if batcher.failure:
         raise batcher.failure
-    if batcher.is_alive:  # still loading: torch would abort the process when its thread is cut off at a normal exit
+    if batcher.is_alive:  # still loading: at a normal exit, torch would abort because its thread is cut off
         logging.shutdown()
         os._exit(0)

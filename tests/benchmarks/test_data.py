@@ -8,7 +8,8 @@ from dataset_files import write_shards
 from PIL import Image
 
 from minigpt4.__main__ import main
-from minigpt4.benchmarks.data import FIRST_RELEASE, OURS, photograph
+from minigpt4.benchmarks.data import FIRST_RELEASE, OURS
+from minigpt4.benchmarks.synthetic import photograph
 
 
 def rows(capsys, *arguments) -> list[dict]:
@@ -16,7 +17,7 @@ def rows(capsys, *arguments) -> list[dict]:
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
 
-def test_made_up_photographs(capsys):
+def test_synthetic_photographs(capsys):
     found = rows(capsys)
     by_way = {row["way"]: row for row in found if row["work"] == "256 px"}
     assert {row["work"] for row in found} == {"256 px", "400-1000 px"}
@@ -42,7 +43,7 @@ def test_lines_for_people(capsys):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--count", "0"], "--count 0 must be at least 1"), (["--workers", "2"], "--workers needs --shards")],
+    [(["--count", "0"], "--count 0 must be more than 0"), (["--workers", "2"], "--workers needs --shards")],
 )
 def test_bad_arguments(arguments, message, capsys):
     with pytest.raises(SystemExit):
@@ -52,7 +53,13 @@ def test_bad_arguments(arguments, message, capsys):
 
 def test_missing_shards(tmp_path):
     pattern = f"{tmp_path}/{{0..1}}.tar"
-    assert main(["bench", "data", "--shards", pattern]).startswith(f"Error: --shards {pattern}: there is no file ")
+    message = main(["bench", "data", "--shards", pattern])
+    assert message.startswith(f"Error: --shards {pattern}: ") and f"{tmp_path}/0.tar" in message
+
+
+def test_shards_on_another_machine():
+    url = "https://host/0.tar"
+    assert f"--shards {url}: only files on this machine" in main(["bench", "data", "--shards", url])
 
 
 def test_photographs_repeat_and_differ():

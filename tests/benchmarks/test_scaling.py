@@ -1,4 +1,4 @@
-"""bench train under torchrun: what is timed, and what is made of the times."""
+"""bench train under torchrun: its steps, and the summary of their times."""
 
 import json
 import os
@@ -40,14 +40,14 @@ def test_two_ranks_make_one_report():
         (("--steps", "0"), "--steps 0 must be at least 1, --warmup 20 at least 0."),
     ],
 )
-def test_a_mistake_is_told_once(arguments, message):
+def test_an_error_is_printed_once(arguments, message):
     done = torchrun(*arguments)
     assert done.returncode != 0
     assert done.stderr.count(f"Error: {message}") == 1
 
 
 def test_batches_of_the_ranks():
-    """Every rank has its own, and each comes as often as wanted."""
+    """Every rank has its own batches, and the captions of each come `repeat` times."""
     batches = list(random_batches(1, 2, 5, rank=0, repeat=2))
     texts = [batch["text_input"] for batch in batches]
     assert texts[0] == texts[1] != texts[2] == texts[3] != texts[4]
@@ -57,7 +57,7 @@ def test_batches_of_the_ranks():
 
 
 def make_timer(monkeypatch, ranks: list[tuple]) -> ScalingTimer:
-    """A timer with the first rank's numbers, in the group of all of them."""
+    """The first rank's timer. A rank has: seconds, without exchange, alone, losses, images, tokens, memory."""
     runner = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32, module=torch.nn.Linear(1, 1))
     monkeypatch.setattr(dist_utils, "get_world_size", lambda: len(ranks))
     monkeypatch.setattr(dist_utils, "gather_objects", lambda own: ranks)
@@ -75,32 +75,14 @@ def make_timer(monkeypatch, ranks: list[tuple]) -> ScalingTimer:
     return timer
 
 
-def test_what_is_made_of_the_times(monkeypatch):
-    """The first step is warm-up; then the slowest rank, the sum of the work, the largest memory."""
-    timer = make_timer(
-        monkeypatch,
-        [
-            (
-                [9.0, 2.0, 4.0, 4.0],
-                [9.0, 1.0, 3.0, 3.0],
-                [9.0, 2.0, 2.0, 2.0],
-                [1.0] * 4,
-                [16] * 4,
-                [100] * 4,
-                {"max_mem_MB": 7},
-            ),
-            (
-                [8.0, 3.0, 2.0, 5.0],
-                [9.0, 2.7, 2.0, 4.0],
-                [9.0, 3.0, 3.0, 3.0],
-                [2.0] * 4,
-                [16] * 4,
-                [200] * 4,
-                {"max_mem_MB": 8},
-            ),
-        ],
-    )
-    row = timer.row(warmup=1)
+def test_summary(monkeypatch):
+    """After one step of warm-up: the slowest rank, the sum of the work, the largest memory."""
+    seconds, no_exchange, alone = [9.0, 2.0, 4.0, 4.0], [9.0, 1.0, 3.0, 3.0], [9.0, 2.0, 2.0, 2.0]
+    first = (seconds, no_exchange, alone, [1.0] * 4, [16] * 4, [100] * 4, {"max_mem_MB": 7})
+    seconds, no_exchange, alone = [8.0, 3.0, 2.0, 5.0], [9.0, 2.7, 2.0, 4.0], [9.0, 3.0, 3.0, 3.0]
+    second = (seconds, no_exchange, alone, [2.0] * 4, [16] * 4, [200] * 4, {"max_mem_MB": 8})
+    timer = make_timer(monkeypatch, [first, second])
+    row = timer.summary(warmup=1)
     expected = {"median_s": 4.0, "min_s": 3.0, "max_s": 5.0, "images_per_s": 8.0, "tokens_per_s": 75, "max_mem_MB": 8}
     expected |= {"no_exchange_s": 3.0, "alone_s": 2.5, "efficiency": 0.625, "communication": 0.2}  # of 0.1, 0.25, 0.2
     assert row.items() >= expected.items()

@@ -1,4 +1,4 @@
-"""python -m minigpt4 cache-features, and train.py from what it wrote: the same numbers as from the pictures."""
+"""python -m minigpt4 cache-features, and training from its features: the same numbers as from the pictures."""
 
 import json
 import tarfile
@@ -28,7 +28,7 @@ TOLERANCE = {"atol": 1e-3, "rtol": 1e-3}
 
 
 def cache(config, out, *options) -> str | int:
-    """Run the command; no language model is there, nor is one needed."""
+    """Run the command without a language model."""
     absent = ["model.llama_model=/nowhere", "model.ckpt=null", EVAL, *options]
     return main(
         ["cache-features", "--cfg-path", str(config), "--out", str(out), "--batch-size", "8", "--options", *absent]
@@ -57,10 +57,10 @@ def align_cache(tmp_path_factory, parts):
 
 
 def test_cached_features_are_the_computed_ones(configs, align_cache):
-    """And the losses of a batch are equal, all within what float16 rounds."""
+    """The losses of a batch are equal too, within the rounding of float16."""
     folder = align_cache(configs)
     cfg = config_of(configs["stage2"])
-    torch.manual_seed(0)  # of the projection
+    torch.manual_seed(0)  # for the projection
     model = MiniGPT4.from_config(cfg.model_cfg).eval()
     pictures = cache_features.source_dataset(cfg, "cc_sbu_align")
     cached = FeatureSet(str(folder))
@@ -82,7 +82,7 @@ def test_cached_features_are_the_computed_ones(configs, align_cache):
 
 
 def test_training_from_the_cache_equals_training_from_pictures(configs, align_cache, tmp_path, caplog):
-    """Stage 2, two epochs: the same order, captions and prompts, so the same losses; and no encoder is built."""
+    """Two epochs of stage 2 have the same order, captions, prompts and losses, and no encoder is built."""
     folder = align_cache(configs)
     projection = MiniGPT4.from_config(config_of(configs["stage2"]).model_cfg).llama_proj.state_dict()
     torch.save({f"llama_proj.{name}": tensor for name, tensor in projection.items()}, tmp_path / "ckpt.pth")
@@ -103,7 +103,7 @@ def test_training_from_the_cache_equals_training_from_pictures(configs, align_ca
 
 
 def test_streams_become_streams(configs, tmp_path, parts):
-    """Stage 1: a cache of each dataset, shard by shard; training mixes it with pictures, or not."""
+    """Stage 1 has a cache for each dataset, shard by shard. Training can mix it with pictures."""
     out = tmp_path / "features"
     assert cache(configs["stage1"], out) == 0
     for name in ("laion", "cc_sbu"):
@@ -119,7 +119,7 @@ def test_streams_become_streams(configs, tmp_path, parts):
         train(["--cfg-path", str(configs["stage1"]), "--options", *options, *run])
 
 
-def test_it_goes_on_where_it_stopped(configs, tmp_path, monkeypatch, caplog):
+def test_it_continues_where_it_stopped(configs, tmp_path, monkeypatch, caplog):
     whole, out = tmp_path / "whole", tmp_path / "out"
     assert cache(configs["stage1"], whole) == 0
     assert cache(configs["stage1"], out) == 0
@@ -154,7 +154,7 @@ def test_broken_pictures_are_left_out_and_counted(configs, tmp_path, caplog):
     assert [cached[i]["image_id"] for i in range(3)] == ["0", "2", "3"]
 
 
-def test_a_stream_with_hardly_any_picture_is_an_error(configs, tmp_path):
+def test_a_stream_with_hardly_any_pictures_is_an_error(configs, tmp_path):
     for shard in range(4):
         members = [(f"{i}.{suffix}", b"x") for i in range(60) for suffix in ("jpg", "txt")]
         write_tar(tmp_path / f"{shard}.tar", members)
@@ -196,7 +196,7 @@ def test_a_cache_of_something_else_is_refused(configs, align_cache, tmp_path, pa
 
 
 def test_another_cache_is_not_added_to(configs, align_cache, tmp_path, parts):
-    """The same folder, given to a run on other data or with other weights."""
+    """A folder with a cache of other data, or of other weights, is refused."""
     align_cache(configs)
     out = tmp_path / "f"
     assert cache(configs["stage2"], out) == 0
@@ -236,7 +236,7 @@ def test_a_config_without_datasets(tmp_path):
 def test_bad_arguments(flag, capsys):
     with pytest.raises(SystemExit):
         cache_features.parse_args(["--cfg-path", "x.yaml", "--out", "y", flag, "0"])
-    assert f"{flag} 0 must be at least 1" in capsys.readouterr().err
+    assert f"{flag} 0 must be more than 0" in capsys.readouterr().err
 
 
 def test_features_that_float16_cannot_hold(configs, tmp_path, monkeypatch):
@@ -254,11 +254,11 @@ class OwnFeatures(MiniGPT4):
 def test_a_model_with_features_of_its_own(configs, tmp_path, monkeypatch):
     monkeypatch.setitem(registry._classes["model"], "mini_gpt4", OwnFeatures)
     answer = cache(configs["stage2"], tmp_path / "f")
-    assert "model.arch=mini_gpt4 makes its image features in its own way" in answer
+    assert "model.arch=mini_gpt4 computes its image features in its own way" in answer
 
 
 def test_vision_parts_in_a_checkpoint_count(configs, tmp_path):
-    """A Q-Former that was trained is in model.ckpt: the cache is made with it; a model without vision ignores it."""
+    """A trained Q-Former is in model.ckpt. The cache is computed with it; a model without vision ignores it."""
     model = MiniGPT4.from_config(config_of(configs["stage2"]).model_cfg)
     trained = {f"llama_proj.{name}": tensor for name, tensor in model.llama_proj.state_dict().items()}
     torch.save({"model": trained | {"query_tokens": model.query_tokens.flip(1)}}, tmp_path / "ckpt.pth")

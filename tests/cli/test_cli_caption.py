@@ -20,7 +20,7 @@ IMAGES = sorted((GOLDEN / "images").glob("*.png"))
 
 @pytest.fixture
 def run(golden_config, tmp_path):
-    """run(*arguments) describes pictures into a file; gives (status, lines)."""
+    """run(*arguments) runs the command with an output file. Returns (status, lines)."""
 
     def command(*arguments):
         out = tmp_path / "out.jsonl"
@@ -64,7 +64,7 @@ def test_pictures_folders_and_shards(run, folder, tmp_path):
     ]
 
 
-def test_goes_on_where_it_stopped(run, folder, tmp_path, caplog):
+def test_continues_where_it_stopped(run, folder, tmp_path, caplog):
     _, lines = run("--dir", folder)
     out = tmp_path / "out.jsonl"
     text = out.read_text()
@@ -96,16 +96,16 @@ def test_captions_with_any_character_in_them_do_not_break_resuming(run, monkeypa
     assert [line["image"] for line in lines] == [str(path) for path in IMAGES[:3]]
 
 
-def test_file_names_that_are_no_text(run, tmp_path):
+def test_file_names_that_are_not_utf_8(run, tmp_path):
     strange = os.fsdecode(os.fsencode(tmp_path) + b"/\xe9.png")
     shutil.copy(IMAGES[0], strange)
-    for _ in range(2):  # the second time it is done already
+    for _ in range(2):  # the second time, the file has its line
         status, (line,) = run(strange)
         assert (status, line["image"]) == (0, strange)
 
 
 def test_videos(run, folder, tmp_path):
-    """They stand among pictures, in a folder or by name, and are described in the same batches."""
+    """Videos may be named or be in a folder, and are described in the same batches as pictures."""
     videos = [write_video(folder / name) for name in ("clip.mp4", "deep/clip.webm")]
     status, lines = run("--dir", folder, "--frames", 3)
     assert status == 0
@@ -137,7 +137,9 @@ def test_what_the_model_cannot_hold_is_skipped_and_listed(run, tmp_path, caplog)
     status, lines = run(video, IMAGES[0], "--frames", 64, "--prompt", f"{'Hm? ' * 400} <ImageHere>")
     assert status == 1
     assert [line["image"] for line in lines] == [str(IMAGES[0])]
-    assert re.search(r"clip.mp4 takes \d+ tokens, .* up to 8; the model holds 2000. Lower --frames", caplog.text)
+    assert re.search(
+        r"clip.mp4 takes \d+ tokens with .* up to 8; the model has room for 2000. Lower --frames", caplog.text
+    )
 
 
 def test_bad_videos_are_skipped_and_listed(run, tmp_path, caplog):
@@ -215,7 +217,7 @@ def test_seeds_make_sampling_repeatable(run, tmp_path):
     ("arguments", "message"),
     [
         (["--dir", "/nowhere"], "--dir /nowhere is not a folder"),
-        (["--shards", "/nowhere/{0..1}.tar"], "there is no file /nowhere/0.tar"),
+        (["--shards", "/nowhere/{0..1}.tar"], "2 of 2 shards are missing, e.g. /nowhere/0.tar"),
         ([str(IMAGES[0]), "gone.png", "docs"], "There is no file gone.png, docs."),
         ([f"{n}.png" for n in range(9)], "There is no file 0.png, 1.png, 2.png (and 6 more)."),
         ([str(IMAGES[0]), "--out", "/"], "--out / is a folder"),
@@ -232,7 +234,7 @@ def test_wrong_arguments(run, golden_config, arguments, message):
     [
         (["a.png", "--temperature", "-1"], "temperature=-1.0 must be more than 0"),
         (["a.png", "--frames", "65"], "--frames 65 must be from 1 to 64"),
-        (["a.png", "--batch-size", "0"], "--batch-size 0 must be at least 1"),
+        (["a.png", "--batch-size", "0"], "--batch-size 0 must be more than 0"),
         ([], "give pictures, --dir or --shards"),
     ],
 )
@@ -243,7 +245,7 @@ def test_wrong_numbers(arguments, message, capsys):
 
 
 def test_several_ranks(golden_config, tmp_path):
-    """Each describes files of its own; what an interrupted run of several ranks left is kept and not done again."""
+    """Each rank describes files of its own. The lines of an interrupted run of several ranks are kept."""
     out, kept = tmp_path / "out.jsonl", ["of an earlier run", "of its first rank", "of its second rank"]
     left = [json.dumps({"image": str(path), "caption": text}) + "\n" for path, text in zip(IMAGES, kept, strict=False)]
     out.write_text(left[0])

@@ -18,10 +18,10 @@ PICTURE = str(GOLDEN / "images" / "rgb.png")
 @pytest.fixture
 def terminal(build_golden_model):
     chat = Chat(build_golden_model(), Blip2ImageEvalProcessor(28))
-    return Terminal(chat, {"do_sample": False, "max_new_tokens": 12})
+    return Terminal(chat, {"do_sample": False, "max_new_tokens": 12}, frames=8)
 
 
-def test_a_talk(terminal, capsys):
+def test_a_conversation(terminal, capsys):
     terminal.obey(f"/image {PICTURE}")
     terminal.obey("What is it?")
     out = capsys.readouterr().out
@@ -40,7 +40,7 @@ def test_a_talk(terminal, capsys):
     assert "no command /what" in told and "/image PATH" in told
 
 
-def test_problems_are_told_and_the_talk_goes_on(terminal, capsys):
+def test_errors_are_printed_and_the_conversation_continues(terminal, capsys):
     terminal.obey("/image /nowhere.png")
     assert "nowhere.png cannot be read" in capsys.readouterr().out
     terminal.obey("a dog " * 3000)
@@ -49,8 +49,8 @@ def test_problems_are_told_and_the_talk_goes_on(terminal, capsys):
     assert len(terminal.conv.messages) == 2
 
 
-def test_a_question_that_does_not_fit_takes_nothing_with_it(terminal, capsys):
-    """It shares a turn with the picture before it, and that stays."""
+def test_a_question_that_is_too_long_is_dropped_alone(terminal, capsys):
+    """The picture before it is in the same message, and stays."""
     terminal.obey(f"/image {PICTURE}")
     before = terminal.conv.copy()
     terminal.obey("a dog " * 3000)
@@ -66,14 +66,14 @@ def test_a_question_that_does_not_fit_takes_nothing_with_it(terminal, capsys):
     assert terminal.conv == before
 
 
-def test_a_picture_that_is_not_there_is_told_before_the_model_is_loaded(monkeypatch):
+def test_a_missing_picture_is_reported_before_the_model_is_loaded(monkeypatch):
     monkeypatch.setattr("minigpt4.conversation.loading.load_chat", lambda *_: pytest.fail("loads"))
     config = ["--cfg-path", str(ROOT / "eval_configs/minigpt4_tiny_eval.yaml")]
     for command in ("chat", "caption"):
         assert minigpt4([command, PICTURE, "gone.png", *config]) == "Error: There is no file gone.png."
 
 
-def test_a_named_file_that_is_no_picture_ends_the_command(golden_config, tmp_path, monkeypatch):
+def test_a_named_file_that_is_not_a_picture_ends_the_command(golden_config, tmp_path, monkeypatch):
     (tmp_path / "note.jpg").write_text("no picture")
     monkeypatch.setattr("builtins.input", lambda prompt: pytest.fail("it went on without the picture"))
     config = ("--cfg-path", str(golden_config))
@@ -85,7 +85,7 @@ def test_videos(terminal, capsys, tmp_path):
     path = write_video(tmp_path / "my clip.mp4")
     terminal.obey(f"/image {PICTURE}")
     terminal.obey(f"/video {path}")
-    terminal.obey(f"/image {path}")  # its name says what it is
+    terminal.obey(f"/image {path}")  # recognised by its suffix
     assert capsys.readouterr().out.splitlines()[1:] == [f"[images 2 to 4: {path}]", f"[images 5 to 7: {path}]"]
     terminal.obey("What happens?")
     assert terminal.conv.messages[0][1].count("<ImageHere>") == len(terminal.img_list) == 7
@@ -101,7 +101,7 @@ def test_videos(terminal, capsys, tmp_path):
     assert "/video PATH" in capsys.readouterr().out
 
 
-def test_what_is_typed_is_no_markup(terminal, capsys):
+def test_typed_text_is_not_markup(terminal, capsys):
     terminal.obey(f"/image {PICTURE}")
     terminal.obey("<ImageHere> ### <Img>")
     assert terminal.conv.get_prompt().count("<ImageHere>") == 1
@@ -124,7 +124,7 @@ def test_ctrl_c_stops_an_answer(terminal, capsys, monkeypatch):
     terminal.obey("And now?")
 
 
-def test_ctrl_c_while_a_picture_is_read_leaves_the_talk_alone(terminal, capsys, monkeypatch):
+def test_ctrl_c_while_a_picture_is_read_leaves_the_conversation_as_it_was(terminal, capsys, monkeypatch):
     def interrupted(*args):
         raise KeyboardInterrupt
 
@@ -136,7 +136,7 @@ def test_ctrl_c_while_a_picture_is_read_leaves_the_talk_alone(terminal, capsys, 
     assert capsys.readouterr().out == "\n[stopped]\n[a new conversation, without pictures]\n"
 
 
-def test_a_history_that_cannot_be_read_is_no_obstacle(monkeypatch, tmp_path):
+def test_an_unreadable_history_is_ignored(monkeypatch, tmp_path):
     readline = pytest.importorskip("readline")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
@@ -180,7 +180,7 @@ def test_settings():
         (["--frames", "0"], "--frames 0 must be from 1 to 64"),
     ],
 )
-def test_settings_out_of_bounds_are_told_before_anything_is_loaded(arguments, message, capsys):
+def test_settings_out_of_bounds_are_reported_before_anything_is_loaded(arguments, message, capsys):
     with pytest.raises(SystemExit):
         parse_args(["--cfg-path", "x", *arguments])
     assert message in capsys.readouterr().err

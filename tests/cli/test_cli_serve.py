@@ -30,7 +30,7 @@ def start(*arguments, **variables):
 
 
 def wait_for(process, port, *expected):
-    """Wait until /health reports one of these; all reports so far."""
+    """Wait until /health reports one of these. Returns all reports so far."""
     statuses = []
     for _ in range(600):
         time.sleep(0.1)
@@ -48,7 +48,7 @@ def wait_for(process, port, *expected):
 
 
 def end(process):
-    """Press Ctrl-C; what was printed."""
+    """Press Ctrl-C. Returns the output."""
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0, output
@@ -109,7 +109,7 @@ def test_weights_that_do_not_fit_end_it(tmp_path):
         main([*arguments, "--options", f"model.ckpt={tmp_path / 'other.safetensors'}"])
 
 
-def test_an_address_that_cannot_be_had():
+def test_an_address_that_cannot_be_used():
     arguments = ["--cfg-path", str(ROOT / TINY)]
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -118,15 +118,15 @@ def test_an_address_that_cannot_be_had():
                 command([*arguments, "--port", str(port)])
     with pytest.raises(ConfigError, match="--host no.such.host.invalid: "):
         main([*arguments, "--host", "no.such.host.invalid"])
-    with pytest.raises(ConfigError, match="cannot listen on port 8000 of 192.0.2.1: "):  # an address of nobody's
+    with pytest.raises(ConfigError, match="cannot listen on port 8000 of 192.0.2.1: "):  # no machine has it
         main([*arguments, "--host", "192.0.2.1"])
 
 
 def test_wrong_arguments(capsys):
     for arguments, message in {
-        ("--max-queue", "0"): "--max-queue must be more than 0",
-        ("--timeout", "-1"): "--timeout must be more than 0",
-        ("--max-upload-mb", "nan"): "--max-upload-mb must be more than 0",
+        ("--max-queue", "0"): "--max-queue 0 must be more than 0",
+        ("--timeout", "-1"): "--timeout -1.0 must be more than 0",
+        ("--max-upload-mb", "nan"): "--max-upload-mb nan must be more than 0",
         ("--api-key", ""): "is empty",
         ("--port", "x"): "'x' is not a whole number from 0 to 65535",
         ("--port", "65536"): "'65536' is not a whole",

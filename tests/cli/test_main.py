@@ -24,8 +24,8 @@ def test_unknown_command():
     assert main(["chatt"]) == f"Unknown command 'chatt'. Known: {', '.join(COMMANDS)}."
 
 
-def test_a_mistake_of_one_rank_is_told_after_a_while(monkeypatch):
-    """Of one that all ranks make, torchrun gives the others no time to tell it."""
+def test_an_error_of_one_rank_is_printed_after_a_while(monkeypatch):
+    """If all ranks fail alike, torchrun ends the others before they print it."""
     waited = []
     monkeypatch.setattr("time.sleep", waited.append)
     mistake = ["bench", "train", "--cfg-path", "missing.yaml"]

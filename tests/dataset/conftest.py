@@ -1,4 +1,4 @@
-"""The scripts under dataset/ are no package: make them importable."""
+"""Make the scripts in dataset/ importable, which are not a package."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Stands for img2dataset in tests: takes the flags of dataset/download.sh, writes shards in img2dataset's format."""
+"""Replaces img2dataset in tests: takes the flags of dataset/download.sh and writes shards in img2dataset's format."""
 
 import argparse
 import csv
@@ -36,7 +36,7 @@ def main() -> None:
 
 
 def download(url: str, timeout: int, size: int) -> tuple[bytes | None, str | None]:
-    """A picture's JPEG, or the reason why there is none."""
+    """(JPEG, None), or (None, the reason why there is no picture)."""
     try:
         with urllib.request.urlopen(url, timeout=timeout) as answer:
             image = Image.open(io.BytesIO(answer.read())).convert("RGB").resize((size, size))

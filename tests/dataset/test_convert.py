@@ -1,4 +1,4 @@
-"""BLIP's JSON lists to TSV: nothing is lost on the way, whatever the captions hold, in little memory."""
+"""Conversion of BLIP's JSON lists to TSV: it keeps every caption, whatever its characters, and needs little memory."""
 
 import csv
 import json
@@ -54,7 +54,7 @@ def test_awkward_captions_survive(tmp_path):
 
 
 def test_line_breaks_in_captions_survive_readers_that_cut_at_them(tmp_path):
-    """pyarrow, img2dataset's reader, takes the file in blocks and ends each at its last line break, quoted or not."""
+    """pyarrow, which img2dataset reads with, reads blocks and ends each at its last line break, quoted or not."""
     pairs = write_list(tmp_path / "list.json", [f"line {i}\nand\r\n{'x' * (i % 300)}\n" for i in range(9000)])
     convert(tmp_path / "list.json", tmp_path / "list.tsv")
     content = (tmp_path / "list.tsv").read_bytes()
@@ -131,7 +131,7 @@ def test_objects_without_caption_or_url_are_counted(tmp_path):
         ('[{"text": "a", "link": "u"}]', "holds no pairs"),
     ],
 )
-def test_files_that_are_no_list_of_pairs(tmp_path, content, message):
+def test_files_that_are_not_a_list_of_pairs(tmp_path, content, message):
     (tmp_path / "list.json").write_text(content)
     done = run("convert_laion", "--input", "list.json", folder=tmp_path)
     assert done.returncode == 1

@@ -25,7 +25,7 @@ BY_ID = {concept.id: concept for concept in CONCEPTS}
 
 @pytest.fixture(scope="module")
 def small():
-    """A twentieth of the concepts in small shards, so that a test takes no more than a moment."""
+    """A twentieth of the concepts in small shards, to make the tests quick."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prepare_tiny, "load_concepts", lambda: CONCEPTS)
         patch.setattr(prepare_tiny, "SHARD_SIZE", 50)
@@ -35,7 +35,7 @@ def small():
 
 @cache
 def stand_in() -> list[tuple[str, bytes]]:
-    """Mirrored pictures of Noto's in place of OpenMoji's, which a test machine need not have."""
+    """Mirrored pictures of Noto's instead of OpenMoji's, which may not be installed."""
     noto = read_pictures(TINY_DIR / "noto.tar.gz")
     return [(f"{c.id}.webp", encode_webp(noto[c.id].transpose(Image.Transpose.FLIP_LEFT_RIGHT))) for c in CONCEPTS]
 
@@ -88,7 +88,7 @@ def test_committed_pictures_are_small_and_have_their_licences():
 
 
 @pytest.mark.parametrize(("part", "artists"), [("laion", {"openmoji", "noto"}), ("cc_sbu", {"twemoji"})])
-def test_shards_are_as_img2dataset_writes_them(prepared, part, artists):
+def test_shards_have_the_format_of_img2dataset(prepared, part, artists):
     found = samples(prepared / part)
     assert len(found) == len(artists) * len(CONCEPTS)
     assert {(s["json"]["artist"], s["json"]["concept"]) for s in found} == {(a, c) for a in artists for c in BY_ID}
@@ -133,7 +133,7 @@ def test_stage_2_has_full_sentences_that_name_the_picture(prepared):
     assert dataset[3] == {"image": (64, 64), "text_input": records[3]["caption"], "image_id": "3"}
 
 
-def test_held_out_pictures_are_fluents_and_called_by_name(prepared):
+def test_held_out_pictures_are_fluents_with_names_as_captions(prepared):
     records = annotations(prepared / "heldout")
     assert [(r["concept"], r["caption"], r["artist"]) for r in records] == [(c.id, c.name, "fluent") for c in CONCEPTS]
     source = read_pictures(TINY_DIR / "fluent.tar.gz")

@@ -1,7 +1,7 @@
-"""Stage 1's data the whole way: JSON → TSV → pictures from a web server on this machine → shards → training steps.
+"""All steps of stage 1's data: JSON → TSV → pictures from a web server on this machine → shards → training steps.
 
-With img2dataset itself where `IMG2DATASET` names it (`make rehearsal`), and always with a stand-in that takes the same
-flags and writes the same format.
+They run with a stand-in that takes the flags of img2dataset and writes its format; and with img2dataset itself, if
+`IMG2DATASET` names it (`make rehearsal`).
 """
 
 import json
@@ -47,7 +47,7 @@ class Pictures(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def web():
-    """Address of the server."""
+    """The address of the server."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Pictures)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
@@ -59,7 +59,7 @@ def web():
     params=["stand-in", pytest.param("img2dataset", marks=[pytest.mark.slow, pytest.mark.timeout(600)])],
 )
 def downloader(request, tmp_path):
-    """Path of the program that download_*.sh run."""
+    """The path of the program that download_*.sh run."""
     if request.param == "img2dataset":
         program = shutil.which(os.environ.get("IMG2DATASET", "img2dataset"))
         if not program:
@@ -80,7 +80,7 @@ def command(*arguments, folder, **environment):
 
 
 def write_list(folder, web) -> dict[str, str]:
-    """BLIP's list with a quarter of the links dead; returns the caption of each good link."""
+    """Write a list like BLIP's in which four of ten links are dead. Returns {good link: caption}."""
     kinds = ["good"] * 5 + ["slow"] + list(BROKEN)
     pairs = []
     for i in range(COUNT):
@@ -91,7 +91,7 @@ def write_list(folder, web) -> dict[str, str]:
 
 
 def read_shards(folder) -> dict[str, str]:
-    """The caption of each link in the shards."""
+    """{link: caption} of the shards."""
     found = {}
     for path in sorted(folder.glob("*.tar")):
         with tarfile.open(path) as tar:
@@ -108,7 +108,7 @@ def break_a_picture(path):
     """Overwrite the head of a shard's first picture."""
     with tarfile.open(path) as tar:
         start = next((member.offset_data for member in tar if member.name.endswith(".jpg")), None)
-    if start is not None:  # of a shard's few links all may be dead
+    if start is not None:  # all links of a shard may be dead
         content = bytearray(path.read_bytes())
         content[start : start + 100] = bytes(100)
         path.write_bytes(content)
@@ -147,22 +147,15 @@ def test_from_the_list_to_training(tmp_path, web, downloader, caplog):
         assert any(f"{shard} (" in report for shard in shards)
 
 
-def test_without_img2dataset_the_script_says_how_to_get_it(tmp_path):
-    script = ROOT / "dataset/download_laion.sh"
-    done = subprocess.run(
-        ["bash", script], cwd=tmp_path, env=os.environ | {"IMG2DATASET": "/no/such"}, capture_output=True, text=True
-    )
+@pytest.mark.parametrize(
+    ("program", "message"),
+    [("/no/such", "pipx install img2dataset"), ("true", "there is no laion_synthetic_filtered_large.tsv")],
+)
+def test_without_img2dataset_or_without_a_list(tmp_path, program, message):
+    script, env = ROOT / "dataset/download_laion.sh", os.environ | {"IMG2DATASET": program}
+    done = subprocess.run(["bash", script], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 1
-    assert "pipx install img2dataset" in done.stderr
-
-
-def test_without_a_list_the_script_says_what_makes_one(tmp_path):
-    script = ROOT / "dataset/download_laion.sh"
-    done = subprocess.run(
-        ["bash", script], cwd=tmp_path, env=os.environ | {"IMG2DATASET": "true"}, capture_output=True, text=True
-    )
-    assert done.returncode == 1
-    assert "there is no laion_synthetic_filtered_large.tsv" in done.stderr
+    assert message in done.stderr
 
 
 @pytest.mark.parametrize("name", ["cc_sbu", "laion"])

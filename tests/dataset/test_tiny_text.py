@@ -75,7 +75,7 @@ def test_no_wording_and_no_topic_names_a_concept():
     assert not names_in(". ".join(wordings.TOPICS.values()))
 
 
-def test_descriptions_are_worded_in_very_many_ways():
+def test_descriptions_have_very_many_wordings():
     rng = random.Random(1)
     skeletons = Counter()
     for concept in CONCEPTS:
@@ -154,7 +154,7 @@ def test_keywords_left_out_stay_out():
         assert not {word.lower() for word in words} & wordings.UNUSED_KEYWORDS
 
 
-def test_the_seed_decides():
+def test_the_seed_decides_the_wording():
     concept = BY_NAME["red apple"]
     assert describe(concept, random.Random(7)) == describe(concept, random.Random(7))
     assert len({describe(concept, random.Random(seed)) for seed in range(40)}) > 30

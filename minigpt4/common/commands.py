@@ -1,0 +1,48 @@
+"""Commands: `python -m minigpt4 <command>`, and `bench <kind>` within it. Importing this needs no torch."""
+
+import argparse
+import importlib
+from collections.abc import Callable, Iterable
+
+
+def dispatch(
+    arguments: list[str], usage: str, commands: dict[str, str], module_of: Callable[[str], str], noun: str = "command"
+) -> int | str | None:
+    """Call `main` of the module that the first argument names, with the other arguments; or print the help.
+
+    Args:
+        commands: {name: one line about it}.
+        module_of: maps a name to its module, which is imported only when it is called.
+        noun: the word for a command in messages.
+
+    Returns:
+        The process's exit status, or a message for stderr.
+    """
+    name, *rest = arguments or ["--help"]
+    if name in ("-h", "--help"):
+        print(_help(usage, commands))  # noqa: T201
+        return None
+    if name not in commands:
+        return f"Unknown {noun} {name!r}. Known: {', '.join(commands)}."
+    return importlib.import_module(module_of(name)).main(rest)
+
+
+def _help(usage: str, commands: dict[str, str]) -> str:
+    width = max(map(len, commands))
+    lines = [f"  {name:{width}}  {text}" for name, text in commands.items()]
+    return "\n".join([usage.strip(), "\ncommands (each has its own --help):", *lines])
+
+
+def command_parser(command: str, usage: str) -> argparse.ArgumentParser:
+    """A parser whose help shows `usage`, the docstring of the command's module, with its line breaks."""
+    return argparse.ArgumentParser(
+        prog=f"minigpt4 {command}", description=usage, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
+def check_positive(parser: argparse.ArgumentParser, args: argparse.Namespace, names: Iterable[str]) -> None:
+    """End the program with a message unless each of these arguments is more than 0."""
+    for name in names:
+        value = getattr(args, name)
+        if not value > 0:
+            parser.error(f"--{name.replace('_', '-')} {value} must be more than 0")
