@@ -2,7 +2,9 @@
 
 import json
 import logging
+import os
 import shutil
+from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +14,47 @@ from dataset_files import write_align, write_shards
 from helpers import GOLDEN, QFORMER, ROOT, VIT
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
+
+# What a user may have set, and what would change the results of tests. They set it themselves where they need it.
+for name in ("HF_HUB_OFFLINE", "MINIGPT4_API_KEY", "TRITON_INTERPRET", "WORLD_SIZE", "RANK", "LOCAL_RANK"):
+    os.environ.pop(name, None)
+
+SLOW_SECONDS = 5
+# Slow as a whole (browsers, several processes, interpreted kernels) or in one test. Others have the mark themselves.
+SLOW_TESTS = (
+    "tests/benchmarks/test_train.py::test_small",
+    "tests/cli/test_cli_caption.py::test_several_ranks",
+    "tests/kernels/test_decoding.py",
+    "tests/kernels/test_fp8.py",
+    "tests/kernels/test_packed_attention.py",
+    "tests/kernels/test_vit.py",
+    "tests/runners/test_distributed.py",
+    "tests/serving/test_fuzz.py",
+    "tests/web/test_page.py",
+)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Rules about the code run first and slow tests last, so that most failures show early."""
+    for item in items:
+        if item.nodeid.startswith(SLOW_TESTS):
+            item.add_marker("slow")
+    items.sort(key=lambda item: (not item.nodeid.startswith("tests/test_layout.py"), "slow" in item.keywords))
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Name the tests that should be marked as slow."""
+    seconds = defaultdict(float)
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport) and "slow" not in report.keywords:
+                seconds[report.nodeid] += report.duration
+    slow = {name: taken for name, taken in seconds.items() if taken > SLOW_SECONDS}
+    if slow:
+        terminalreporter.section(f"more than {SLOW_SECONDS} seconds, and not marked as slow")
+        for name, taken in slow.items():
+            terminalreporter.line(f"{taken:.1f} s {name}")
 
 
 @pytest.fixture(scope="session")

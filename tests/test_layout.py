@@ -545,6 +545,19 @@ def test_private_names_of_ours_are_found(code, name):
     assert [name for name, _ in private_imports(ast.parse(code))] == [name]
 
 
+# The tests
+
+
+def test_slow_tests_are_there():
+    """`conftest.SLOW_TESTS`: a file or test that has another name now would be taken for quick."""
+    tree = ast.parse((ROOT / "tests/conftest.py").read_text(encoding="utf-8"))
+    (value,) = [x.value for x in tree.body if isinstance(x, ast.Assign) and ast.unparse(x.targets[0]) == "SLOW_TESTS"]
+    for name in ast.literal_eval(value):
+        path, _, function = name.partition("::")
+        assert (ROOT / path).is_file(), name
+        assert f"def {function}" in (ROOT / path).read_text(encoding="utf-8"), name
+
+
 # The docs
 
 

@@ -1,5 +1,6 @@
 """Apple's GPUs (`run.device: mps`), of which a stand-in shows the way that is taken: see `pretended_mps.py`."""
 
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,7 @@ from minigpt4.cli import cache_features
 from minigpt4.common import dist_utils
 from minigpt4.common.config import Config
 from minigpt4.common.errors import ConfigError
-from minigpt4.conversation import CONV_VISION, Chat
+from minigpt4.conversation import CONV_VISION
 from minigpt4.conversation.loading import load_chat, select_gpu
 from minigpt4.doctor import environment
 from minigpt4.models import llm
@@ -47,18 +48,21 @@ def a_mac(monkeypatch):
 
 @pytest.fixture
 def pretended(a_mac, monkeypatch):
-    """The stand-in, in this thread and those that generate; transformers reads weights in threads of its own."""
-    read, generate = llm._read, Chat._generate
+    """The stand-in, in this thread and those that it starts. Weights are read to the host, and moved."""
+    from transformers import AutoModelForCausalLM
 
-    def read_and_move(*args, device_map, **how):
-        return read(*args, device_map={"": "cpu"}, **how).to(device_map[""])
+    read, run = AutoModelForCausalLM.from_pretrained, threading.Thread.run
 
-    def generate_there(self, *args):
+    def read_and_move(*args, device_map, **options):
+        llm, info = read(*args, device_map={"": "cpu"}, **options)
+        return llm.to(device_map[""]), info
+
+    def run_there(thread):
         with PretendedMps():
-            return generate(self, *args)
+            run(thread)
 
-    monkeypatch.setattr(llm, "_read", read_and_move)
-    monkeypatch.setattr(Chat, "_generate", generate_there)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", read_and_move)
+    monkeypatch.setattr(threading.Thread, "run", run_there)
     with PretendedMps():
         yield
 
@@ -109,6 +113,7 @@ def test_bitsandbytes_is_refused(pretended, golden_llm_folder, load_in):
 # What it computes, beside the CPU
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frozen", [True, False])
 def test_training_and_going_on(pretended, configs, tmp_path, frozen):
     """Both stages' data, resumed after an epoch: the checkpoints are those of a run on the CPU."""

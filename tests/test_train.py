@@ -221,11 +221,12 @@ def test_the_command_line_prints_an_error_without_a_traceback(configs):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_ctrl_c_says_how_to_go_on(configs, tmp_path):
     """In the second epoch, as a shell sends it: to the data-loading process too."""
     log = tmp_path / "log"
     command = [sys.executable, str(ROOT / "train.py"), "--cfg-path", str(configs["stage1"])]
-    options = ["--options", "run.iters_per_epoch=200", "run.max_epoch=2000", "run.num_workers=1", "run.log_freq=1"]
+    options = ["--options", "run.iters_per_epoch=20", "run.max_epoch=2000", "run.num_workers=1", "run.log_freq=1"]
     with open(log, "w") as file:
         process = subprocess.Popen(
             [*command, *options],

@@ -206,7 +206,7 @@ def test_a_hub_id_is_found_in_the_cache(llm_folder, tmp_path):
     shutil.copytree(llm_folder, cached / "snapshots" / ("0" * 40))
     code = """
 import torch
-from minigpt4.weights.locate import go_offline
+from minigpt4.common.facts import go_offline
 go_offline()
 from minigpt4.models.llm import embedding_dim, load_llm
 assert embedding_dim("owner/llama") == 128
