@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 for name in ("HF_HUB_OFFLINE", "MINIGPT4_API_KEY", "TRITON_INTERPRET", "WORLD_SIZE", "RANK", "LOCAL_RANK"):
     os.environ.pop(name, None)
 
-SLOW_SECONDS = 5
+LONGEST_SECONDS = 10
 # Slow as a whole (browsers, several processes, interpreted kernels) or in one test. Others have the mark themselves.
 SLOW_TESTS = (
     "tests/benchmarks/test_train.py::test_small",
@@ -50,9 +50,9 @@ def pytest_terminal_summary(terminalreporter):
         for report in reports:
             if isinstance(report, pytest.TestReport) and "slow" not in report.keywords:
                 seconds[report.nodeid] += report.duration
-    slow = {name: taken for name, taken in seconds.items() if taken > SLOW_SECONDS}
+    slow = {name: taken for name, taken in seconds.items() if taken > LONGEST_SECONDS}
     if slow:
-        terminalreporter.section(f"more than {SLOW_SECONDS} seconds, and not marked as slow")
+        terminalreporter.section(f"more than {LONGEST_SECONDS} seconds, and not marked as slow")
         for name, taken in slow.items():
             terminalreporter.line(f"{taken:.1f} s {name}")
 
