@@ -2,7 +2,6 @@
 
 import inspect
 import json
-import math
 import os
 import re
 import shutil
@@ -13,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import ROOT
+from helpers import ROOT, loss_and_gradient
 from safetensors.torch import load_file, save_file
 
 from minigpt4.benchmarks import random_weights
@@ -299,15 +298,19 @@ def test_a_gguf_file_is_the_same_model(gguf_file, llm_folder):
     assert tokenizer.decode(tokenizer.encode("an apple")) == "an apple"
 
 
-def test_a_gguf_file_goes_into_the_whole_model(gguf_file):
+def test_a_gguf_file_goes_into_the_whole_model(gguf_file, llm_folder):
     from helpers import QFORMER, VIT
 
     from minigpt4.models import MiniGPT4
 
     cfg = {"image_size": 28, "vit_model": VIT, "qformer": QFORMER, "vit_weights": None, "q_former_model": None}
     model = MiniGPT4.from_config({**cfg, "llama_model": gguf_file})
-    loss = model({"image": torch.randn(1, 3, 28, 28), "text_input": ["an apple"]})["loss"]
-    assert loss.item() == pytest.approx(math.log(256), abs=0.5)  # random weights guess among the vocabulary
+    samples = {"image": torch.randn(1, 3, 28, 28), "text_input": ["an apple"]}
+    loss, gradient = loss_and_gradient(model, samples)
+    model.llama_model = load_llm(llm_folder, torch.device("cpu"), torch.float32)
+    expected_loss, expected_gradient = loss_and_gradient(model, samples)
+    torch.testing.assert_close(loss["loss"], expected_loss["loss"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(gradient, expected_gradient, atol=1e-6, rtol=1e-3)
 
 
 def test_a_gguf_file_is_not_quantized_again(gguf_file):
