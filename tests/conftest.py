@@ -1,4 +1,4 @@
-"""Shared fixtures: the golden data, and the tiny random model it was made with as a Hugging Face folder."""
+"""The order of the tests, and shared fixtures: golden data, the small models, configs and data sets."""
 
 import json
 import logging
@@ -15,7 +15,7 @@ from helpers import GOLDEN, QFORMER, ROOT, VIT
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-# What a user may have set, and what would change the results of tests. They set it themselves where they need it.
+# These variables, which a user may have set, change the results of tests. Tests that need one set it.
 for name in ("HF_HUB_OFFLINE", "MINIGPT4_API_KEY", "TRITON_INTERPRET", "WORLD_SIZE", "RANK", "LOCAL_RANK"):
     os.environ.pop(name, None)
 
@@ -59,7 +59,7 @@ def pytest_terminal_summary(terminalreporter):
 
 @pytest.fixture(scope="session")
 def golden():
-    """Reader of the golden files: golden("vision") gives (json content, tensors)."""
+    """Function that reads golden files: golden("vision") returns (JSON content, tensors)."""
 
     def read(name: str):
         described, tensors = GOLDEN / f"{name}.json", GOLDEN / f"{name}.safetensors"
@@ -93,7 +93,7 @@ def golden_llm_folder(tmp_path_factory, golden_weights) -> Path:
 
 @pytest.fixture(scope="session")
 def golden_model_keys(golden_llm_folder) -> dict:
-    """The YAML keys of `model:` that give a model of the golden sizes, its vision side random."""
+    """The YAML keys of `model:` for a model of the golden sizes, with a random vision side."""
     return {
         "image_size": 28,
         "vit_model": VIT,
@@ -107,7 +107,7 @@ def golden_model_keys(golden_llm_folder) -> dict:
 
 @pytest.fixture(scope="session")
 def build_golden_model(golden_model_keys, golden_weights):
-    """Builder of the golden model: keyword arguments are YAML keys of `model:`, or its `device` and `dtype`."""
+    """Function that builds the golden model from YAML keys of `model:`, `device` and `dtype`."""
     from minigpt4.models import MiniGPT4
 
     def build(device: str = "cpu", dtype: torch.dtype = torch.float32, **cfg) -> MiniGPT4:
@@ -123,8 +123,8 @@ def build_golden_model(golden_model_keys, golden_weights):
 
 
 @pytest.fixture(autouse=True)
-def _alone():
-    """One thread, as the golden numbers were made on; and what train.py does to logging ends with the test."""
+def _isolate():
+    """One thread, as for the golden numbers. Changes that train.py makes to logging are undone."""
     torch.set_num_threads(1)
     level = logging.getLogger().level
     yield
@@ -134,7 +134,7 @@ def _alone():
 
 @pytest.fixture
 def golden_config(golden_model_keys, tmp_path) -> Path:
-    """A YAML file for a model of the golden sizes, its vision side random."""
+    """A YAML file for a model of the golden sizes, with a random vision side."""
     model = {"arch": "mini_gpt4", **golden_model_keys}
     eval_processor = {"vis_processor": {"eval": {"name": "blip2_image_eval", "image_size": 28}}}
     path = tmp_path / "golden.yaml"
@@ -144,7 +144,7 @@ def golden_config(golden_model_keys, tmp_path) -> Path:
 
 @pytest.fixture(scope="session")
 def parts(tmp_path_factory, golden_weights, golden_llm_folder):
-    """Weights of the frozen parts in files of the published form, shards, and a cc_sbu_align folder."""
+    """Weights of the frozen parts in the published formats, shards, and a cc_sbu_align folder."""
     folder = tmp_path_factory.mktemp("parts")
     vit = {k.removeprefix("visual_encoder."): v for k, v in golden_weights.items() if k.startswith("visual_encoder.")}
     torch.save(vit, folder / "vit.pth")
@@ -159,7 +159,7 @@ def parts(tmp_path_factory, golden_weights, golden_llm_folder):
 
 @pytest.fixture
 def configs(parts, golden_model_keys, tmp_path):
-    """The shipped stage-1 and stage-2 files, with the paths and sizes of the small model."""
+    """The shipped configs of stages 1 and 2, with the paths and sizes of the small model."""
     folder = parts["folder"]
     model = golden_model_keys | {
         "vit_weights": str(folder / "vit.pth"),
@@ -195,7 +195,7 @@ def configs(parts, golden_model_keys, tmp_path):
 
 @pytest.fixture
 def poisoned_memory():
-    """New memory holds NaN: what the kernels leave out would show."""
+    """New memory is filled with NaN, so that elements which a kernel does not write show."""
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
@@ -204,7 +204,7 @@ def poisoned_memory():
 
 @pytest.fixture
 def load_tiny():
-    """Builder of the tiny default, in bfloat16 and after stage 1 unless told otherwise."""
+    """Function that loads the tiny default in bfloat16, by default after stage 1."""
 
     def load(device="cpu", ckpt="${package:assets/tiny/stage1.safetensors}"):
         from minigpt4.common.config import Config
@@ -222,7 +222,7 @@ def load_tiny():
 
 @pytest.fixture(scope="session")
 def drawings(tmp_path_factory):
-    """A batch of four drawings with their names."""
+    """A batch of four emoji [4,3,64,64] with their names."""
     from PIL import Image
 
     from minigpt4.processors import Blip2ImageEvalProcessor

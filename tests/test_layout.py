@@ -1,6 +1,6 @@
 """Rules about the code as a whole: imports point down, nothing is replaced by name, functions are short.
 
-The files are read, never imported, so this takes a second. `docs/` and CONTRIBUTING say why the rules are there.
+The files are parsed, never imported, so this takes seconds.
 """
 
 import ast
