@@ -22,8 +22,14 @@ for name in ("HF_HUB_OFFLINE", "MINIGPT4_API_KEY", "TRITON_INTERPRET", "WORLD_SI
 LONGEST_SECONDS = 10
 # Slow as a whole (browsers, several processes, interpreted kernels) or in one test. Others have the mark themselves.
 SLOW_TESTS = (
-    "tests/benchmarks/test_train.py::test_small",
+    "tests/benchmarks/test_rehearse.py",
+    "tests/benchmarks/test_scaling.py",
+    "tests/benchmarks/test_train.py",
     "tests/cli/test_cli_caption.py::test_several_ranks",
+    "tests/cli/test_cli_chat.py::test_the_whole_command",
+    "tests/cli/test_cli_serve.py",
+    "tests/conversation/test_videos.py::test_decord_is_imported_only_for_a_video",
+    "tests/fast/test_decoding.py::test_a_cache_that_grows_records_its_readings_anew",
     "tests/kernels/test_decoding.py",
     "tests/kernels/test_fp8.py",
     "tests/kernels/test_packed_attention.py",

@@ -60,6 +60,7 @@ def test_stage1_then_stage2_then_captions(configs, tmp_path, caplog):
     assert [type(a) for a in answers] == [str, str]
 
 
+@pytest.mark.slow
 def test_a_run_is_repeatable_and_its_seed_matters(configs, tmp_path):
     losses = []
     for i, seed in enumerate((1, 1, 2)):
@@ -84,6 +85,7 @@ def test_torchrun_with_two_ranks(configs, tmp_path):
     assert done.stderr.count("Start training epoch 0") == 1  # rank 0 alone logs
 
 
+@pytest.mark.slow
 def test_resume_through_the_command_line(configs, tmp_path, caplog):
     caplog.set_level("INFO")
     path = str(configs["stage1"])

@@ -161,7 +161,7 @@ def test_tokenizer_cases(golden_llm_folder):
         assert [tokenizer.bos_token_id, *tokenizer.encode(case["text"])] == case["ids_with_bos"]
 
 
-def test_a_prompt_is_drawn_uniformly_in_training(build_golden_model):
+def test_prompt_is_drawn_uniformly(build_golden_model):
     model = build_golden_model().train()
     model.prompt_list = [f"{i} {prompt.IMAGE_SLOT}" for i in range(4)]
     random.seed(0)
@@ -269,7 +269,7 @@ def test_a_7b_trains_3149824_parameters():
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 3_149_824
 
 
-def test_dropout_acts_only_in_an_unfrozen_qformer():
+def test_dropout_acts_in_an_unfrozen_qformer_only():
     image = torch.randn(2, 3, 28, 28)
     for frozen in (True, False):
         qformer = QFormer(32, **(QFORMER | {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}))

@@ -73,7 +73,7 @@ def test_qformer():
     torch.testing.assert_close(ours(queries, image), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_loss_equals_that_of_llama_over_all_tokens(build_golden_model, golden, golden_llm_folder):
+def test_loss_equals_llama_over_all_rows(build_golden_model, golden, golden_llm_folder):
     """Ours is over tokens with labels, without a mask; LlamaForCausalLM's is over padded sequences with a mask."""
     cases, tensors = golden("train_forward")
     case = cases["forward_cases"]["stage2"]

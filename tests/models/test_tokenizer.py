@@ -40,7 +40,7 @@ def test_a_tokenizer_model_is_read_by_sentencepiece(tokenizer):
 
 
 @pytest.mark.parametrize("text", [" ###", "###Assistant: ", "</Img> Describe", "é 日本", "\n", "", " "])
-def test_each_segment_equals_sentencepieces(folder, tokenizer, text):
+def test_each_segment_is_sentencepieces_own(folder, tokenizer, text):
     oracle = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     assert tokenizer.encode(text) == oracle.encode(text)
 
