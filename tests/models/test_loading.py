@@ -132,9 +132,9 @@ def test_broken_files_are_found_before_the_language_model_is_loaded(files, tmp_p
         MiniGPT4.from_config(config(files, vit_weights=str(path)))
 
 
-def projection(path, config=None, width=768):
+def projection(path, config=None):
     """Write a checkpoint whose projection has the published input width. Returns its path."""
-    tensors = {"llama_proj.weight": torch.zeros(128, width), "llama_proj.bias": torch.zeros(128)}
+    tensors = {"llama_proj.weight": torch.zeros(128, 768), "llama_proj.bias": torch.zeros(128)}
     torch.save({"model": tensors} | ({"config": config} if config else {}), path)
     return str(path)
 
