@@ -1,8 +1,9 @@
-# Two commands do all the set-up:
-#   make quickstart    install, prepare the pictures, train the tiny default on the CPU, caption pictures it never saw
-#   make test          install what the tests need, run them
-# And one tries out how stage 1's data is made, with img2dataset in an environment of its own:
-#   make rehearsal     about two minutes
+# Each command installs what it needs first:
+#   make quickstart    prepare the pictures, train the tiny default on the CPU, caption pictures it never saw
+#   make check         the linters and the quick tests, for every commit: about three minutes
+#   make test          the linters and all tests: about ten minutes
+#   make lint          let ruff correct and format the code
+#   make rehearsal     try out how the data of stage 1 is made, with img2dataset in its own environment: two minutes
 # PYTHON=python3.12 picks the interpreter; VENV=DIR the environment; TORCH_INDEX=URL another index for torch's wheels
 # (PyTorch's own CPU index saves some 3 GB on a machine without a GPU; docs/installation.md has its address).
 
@@ -12,16 +13,28 @@ PIP = $(VENV)/bin/pip install --quiet
 BIN = $(VENV)/bin
 IMG2DATASET_VENV = .venv-img2dataset
 
-.PHONY: quickstart test rehearsal lint format lock clean
+.PHONY: quickstart check check-a-to-d check-e-to-z test style rehearsal lint lock clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python dataset/quickstart.py
 
-test: $(VENV)/.installed-test
+# Two processes, for two cores: the folders from a to d, and the others.
+check: style
+	$(MAKE) --jobs 2 check-a-to-d check-e-to-z
+
+check-a-to-d: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -q -m "not slow" tests/[a-d]*/
+
+check-e-to-z: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -q -m "not slow" tests/test_*.py tests/[e-z]*/
+
+test: style
+	$(BIN)/python -m pytest
+
+style: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell
-	$(BIN)/python -m pytest
 
 rehearsal: $(VENV)/.installed-test $(IMG2DATASET_VENV)/.installed
 	IMG2DATASET=$(IMG2DATASET_VENV)/bin/img2dataset $(BIN)/python -m pytest tests/dataset/test_rehearsal.py
@@ -53,7 +66,7 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	$(PIP) --constraint requirements.lock --editable '.[tiny,test]'
 	touch $@
 
-# It pins older webdataset, pandas and opencv than ours.
+# img2dataset pins older versions of webdataset, pandas and opencv than ours.
 $(IMG2DATASET_VENV)/.installed:
 	$(PYTHON) -m venv $(IMG2DATASET_VENV)
 	$(IMG2DATASET_VENV)/bin/pip install --quiet img2dataset==1.47.0

@@ -1,8 +1,10 @@
-"""Shared fixtures: the golden data, and the tiny random model it was made with as a Hugging Face folder."""
+"""The order of the tests, and shared fixtures: golden data, the small models, configs and data sets."""
 
 import json
 import logging
+import os
 import shutil
+from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,10 +15,57 @@ from helpers import GOLDEN, QFORMER, ROOT, VIT
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
+# These variables, which a user may have set, change the results of tests. Tests that need one set it.
+for name in ("HF_HUB_OFFLINE", "MINIGPT4_API_KEY", "TRITON_INTERPRET", "WORLD_SIZE", "RANK", "LOCAL_RANK"):
+    os.environ.pop(name, None)
+
+LONGEST_SECONDS = 10
+# Slow as a whole (browsers, several processes, interpreted kernels) or in one test. Others have the mark themselves.
+SLOW_TESTS = (
+    "tests/benchmarks/test_rehearse.py",
+    "tests/benchmarks/test_scaling.py",
+    "tests/benchmarks/test_train.py",
+    "tests/cli/test_cli_caption.py::test_several_ranks",
+    "tests/cli/test_cli_chat.py::test_the_whole_command",
+    "tests/cli/test_cli_serve.py",
+    "tests/conversation/test_videos.py::test_decord_is_imported_only_for_a_video",
+    "tests/fast/test_decoding.py::test_a_cache_that_grows_records_its_readings_anew",
+    "tests/kernels/test_decoding.py",
+    "tests/kernels/test_fp8.py",
+    "tests/kernels/test_packed_attention.py",
+    "tests/kernels/test_vit.py",
+    "tests/runners/test_distributed.py",
+    "tests/serving/test_fuzz.py",
+    "tests/web/test_page.py",
+)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Rules about the code run first and slow tests last, so that most failures show early."""
+    for item in items:
+        if item.nodeid.startswith(SLOW_TESTS):
+            item.add_marker("slow")
+    items.sort(key=lambda item: (not item.nodeid.startswith("tests/test_layout.py"), "slow" in item.keywords))
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Name the tests that should be marked as slow."""
+    seconds = defaultdict(float)
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport) and "slow" not in report.keywords:
+                seconds[report.nodeid] += report.duration
+    slow = {name: taken for name, taken in seconds.items() if taken > LONGEST_SECONDS}
+    if slow:
+        terminalreporter.section(f"more than {LONGEST_SECONDS} seconds, and not marked as slow")
+        for name, taken in slow.items():
+            terminalreporter.line(f"{taken:.1f} s {name}")
+
 
 @pytest.fixture(scope="session")
 def golden():
-    """Reader of the golden files: golden("vision") gives (json content, tensors)."""
+    """Function that reads golden files: golden("vision") returns (JSON content, tensors)."""
 
     def read(name: str):
         described, tensors = GOLDEN / f"{name}.json", GOLDEN / f"{name}.safetensors"
@@ -50,7 +99,7 @@ def golden_llm_folder(tmp_path_factory, golden_weights) -> Path:
 
 @pytest.fixture(scope="session")
 def golden_model_keys(golden_llm_folder) -> dict:
-    """The YAML keys of `model:` that give a model of the golden sizes, its vision side random."""
+    """The YAML keys of `model:` for a model of the golden sizes, with a random vision side."""
     return {
         "image_size": 28,
         "vit_model": VIT,
@@ -64,7 +113,7 @@ def golden_model_keys(golden_llm_folder) -> dict:
 
 @pytest.fixture(scope="session")
 def build_golden_model(golden_model_keys, golden_weights):
-    """Builder of the golden model: keyword arguments are YAML keys of `model:`, or its `device` and `dtype`."""
+    """Function that builds the golden model from YAML keys of `model:`, `device` and `dtype`."""
     from minigpt4.models import MiniGPT4
 
     def build(device: str = "cpu", dtype: torch.dtype = torch.float32, **cfg) -> MiniGPT4:
@@ -80,8 +129,8 @@ def build_golden_model(golden_model_keys, golden_weights):
 
 
 @pytest.fixture(autouse=True)
-def _alone():
-    """One thread, as the golden numbers were made on; and what train.py does to logging ends with the test."""
+def _isolate():
+    """One thread, as for the golden numbers. Changes that train.py makes to logging are undone."""
     torch.set_num_threads(1)
     level = logging.getLogger().level
     yield
@@ -100,7 +149,7 @@ def open_registry(monkeypatch):
 
 @pytest.fixture
 def golden_config(golden_model_keys, tmp_path) -> Path:
-    """A YAML file for a model of the golden sizes, its vision side random."""
+    """A YAML file for a model of the golden sizes, with a random vision side."""
     model = {"arch": "mini_gpt4", **golden_model_keys}
     eval_processor = {"vis_processor": {"eval": {"name": "blip2_image_eval", "image_size": 28}}}
     path = tmp_path / "golden.yaml"
@@ -110,7 +159,7 @@ def golden_config(golden_model_keys, tmp_path) -> Path:
 
 @pytest.fixture(scope="session")
 def parts(tmp_path_factory, golden_weights, golden_llm_folder):
-    """Weights of the frozen parts in files of the published form, shards, and a cc_sbu_align folder."""
+    """Weights of the frozen parts in the published formats, shards, and a cc_sbu_align folder."""
     folder = tmp_path_factory.mktemp("parts")
     vit = {k.removeprefix("visual_encoder."): v for k, v in golden_weights.items() if k.startswith("visual_encoder.")}
     torch.save(vit, folder / "vit.pth")
@@ -125,7 +174,7 @@ def parts(tmp_path_factory, golden_weights, golden_llm_folder):
 
 @pytest.fixture
 def configs(parts, golden_model_keys, tmp_path):
-    """The shipped stage-1 and stage-2 files, with the paths and sizes of the small model."""
+    """The shipped configs of stages 1 and 2, with the paths and sizes of the small model."""
     folder = parts["folder"]
     model = golden_model_keys | {
         "vit_weights": str(folder / "vit.pth"),
@@ -161,7 +210,7 @@ def configs(parts, golden_model_keys, tmp_path):
 
 @pytest.fixture
 def poisoned_memory():
-    """New memory holds NaN: what the kernels leave out would show."""
+    """New memory is filled with NaN, so that elements which a kernel does not write show."""
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
@@ -170,7 +219,7 @@ def poisoned_memory():
 
 @pytest.fixture
 def load_tiny():
-    """Builder of the tiny default, in bfloat16 and after stage 1 unless told otherwise."""
+    """Function that loads the tiny default in bfloat16, by default after stage 1."""
 
     def load(device="cpu", ckpt="${package:assets/tiny/stage1.safetensors}"):
         from minigpt4.common.config import Config
@@ -188,7 +237,7 @@ def load_tiny():
 
 @pytest.fixture(scope="session")
 def drawings(tmp_path_factory):
-    """A batch of four drawings with their names."""
+    """A batch of four emoji [4,3,64,64] with their names."""
     from PIL import Image
 
     from minigpt4.processors import Blip2ImageEvalProcessor

@@ -1,4 +1,4 @@
-"""What several test modules share."""
+"""Paths, sizes and helpers that several test files use."""
 
 import functools
 import json
@@ -13,7 +13,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-# For processes of their own: this checkout first, then what was there.
+# PYTHONPATH of subprocesses: this checkout first, then the present value.
 PYTHONPATH = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
 GOLDEN = ROOT / "tests" / "golden"
 VIT = {"patch_size": 14, "embed_dim": 32, "depth": 3, "num_heads": 4, "mlp_ratio": 4.3637}
@@ -25,7 +25,7 @@ QFORMER = {
     "hidden_dropout_prob": 0.0,
     "attention_probs_dropout_prob": 0.0,
 }
-# Of the files that `make-random-weights --size small` writes, as keys of `model:`.
+# Sizes of the files that `make-random-weights --size small` writes, as keys of `model:`.
 SMALL_SIZES = {
     "vit_model": {"embed_dim": 64, "depth": 2, "num_heads": 4, "patch_size": 14, "mlp_ratio": 4.0},
     "qformer": {
@@ -47,19 +47,22 @@ def free_port() -> int:
 
 @functools.cache
 def interpret(script: str) -> dict:
-    """What a script of Triton kernels prints when they are interpreted: an import decides that, so in a new process."""
+    """Run a script with Triton's interpreter and return the JSON that it prints.
+
+    Triton reads TRITON_INTERPRET when it is imported, so the script runs in a new process.
+    """
     env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, f"tests/{script}"], cwd=ROOT, env=env, capture_output=True, text=True, timeout=240
     )
     if "only 0-dimensional arrays can be converted to Python scalars" in done.stderr:
-        pytest.skip("this Triton's interpreter does not go with this NumPy (3.6 and 2.4 do not)")
+        pytest.skip("Triton's interpreter does not work with this NumPy (for example, 3.6 with 2.4)")
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def loss_and_gradient(model, samples: dict) -> tuple[dict, torch.Tensor]:
-    """A batch's output, computed as a run does in the model's type, and the gradient of the projection's weight."""
+    """The output for a batch, in the model's computing type, and the gradient of the projection's weight."""
     model.zero_grad()
     with model.autocast(model.device):
         output = model(samples)
@@ -81,7 +84,7 @@ class Pictures(torch.utils.data.Dataset):
 
 
 class FixedBatches:
-    """Stands for the loader: the same samples in the same order as the golden run."""
+    """A stand-in for the loader: the samples of the golden run, in its order."""
 
     def __init__(self, images, captions, indices):
         self.images, self.captions, self.indices = images, captions, indices

@@ -1,5 +1,6 @@
-"""Apple's GPUs (`run.device: mps`), of which a stand-in shows the way that is taken: see `pretended_mps.py`."""
+"""Apple's GPUs (`run.device: mps`), with the stand-in of `pretended_mps.py`."""
 
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,7 @@ from minigpt4.cli import cache_features
 from minigpt4.common import dist_utils
 from minigpt4.common.config import Config
 from minigpt4.common.errors import ConfigError
-from minigpt4.conversation import CONV_VISION, Chat
+from minigpt4.conversation import CONV_VISION
 from minigpt4.conversation.loading import load_chat, select_gpu
 from minigpt4.doctor import environment
 from minigpt4.models import llm
@@ -18,7 +19,7 @@ from minigpt4.runners.state import restore_rng_states, rng_states
 from minigpt4.serving.sampling import RowSampler, RowSampling
 from train import main as train
 
-CUDA_ALONE = (
+CUDA_ONLY = (
     "current_stream", "device", "empty_cache", "get_device_capability", "get_device_properties", "get_rng_state",
     "is_bf16_supported", "max_memory_allocated", "max_memory_reserved", "reset_peak_memory_stats", "set_device",
     "set_rng_state", "stream", "synchronize", "CUDAGraph", "MemPool", "Stream",
@@ -26,14 +27,14 @@ CUDA_ALONE = (
 
 
 @pytest.fixture
-def a_mac(monkeypatch):
-    """A machine with an Apple GPU, where nothing of torch.cuda is to be touched."""
+def mac(monkeypatch):
+    """A machine with an Apple GPU, on which every call of torch.cuda is an error."""
 
     def refuse(*args, **kwargs):
         raise AssertionError("there is no CUDA on a Mac")
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for name in CUDA_ALONE:
+    for name in CUDA_ONLY:
         monkeypatch.setattr(torch.cuda, name, refuse)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     state = torch.zeros(4, dtype=torch.uint8)
@@ -46,19 +47,22 @@ def a_mac(monkeypatch):
 
 
 @pytest.fixture
-def pretended(a_mac, monkeypatch):
-    """The stand-in, in this thread and those that generate; transformers reads weights in threads of its own."""
-    read, generate = llm._read, Chat._generate
+def pretended(mac, monkeypatch):
+    """The stand-in, in this thread and in those that it starts. Weights are read to the host and then moved."""
+    from transformers import AutoModelForCausalLM
 
-    def read_and_move(*args, device_map, **how):
-        return read(*args, device_map={"": "cpu"}, **how).to(device_map[""])
+    read, run = AutoModelForCausalLM.from_pretrained, threading.Thread.run
 
-    def generate_there(self, *args):
+    def read_and_move(*args, device_map, **options):
+        llm, info = read(*args, device_map={"": "cpu"}, **options)
+        return llm.to(device_map[""]), info
+
+    def run_there(thread):
         with PretendedMps():
-            return generate(self, *args)
+            run(thread)
 
-    monkeypatch.setattr(llm, "_read", read_and_move)
-    monkeypatch.setattr(Chat, "_generate", generate_there)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", read_and_move)
+    monkeypatch.setattr(threading.Thread, "run", run_there)
     with PretendedMps():
         yield
 
@@ -67,51 +71,52 @@ def config(path, *options) -> Config:
     return Config(SimpleNamespace(cfg_path=str(path), options=list(options)))
 
 
-# What is chosen
+# The choice of the device
 
 
 @pytest.mark.parametrize("name", ["mps", "mps:0"])
-def test_an_apple_gpu_is_taken_where_it_is_named(a_mac, golden_config, name):
+def test_an_apple_gpu_is_used_when_asked_for(mac, golden_config, name):
     device = dist_utils.select_device(name)
     assert device.type == select_gpu(config(golden_config, f"run.device={name}"), 0).type == "mps"
     for amp_dtype in ("auto", "bf16", "fp16"):
         assert dist_utils.select_dtype(device, True, amp_dtype) == torch.float32
 
 
-def test_cuda_on_a_mac_is_the_cpu_and_mps_is_named(a_mac, caplog):
+def test_cuda_on_a_mac_is_the_cpu_with_a_hint_at_mps(mac, caplog):
     assert dist_utils.select_device("cuda").type == "cpu"
-    assert "running on the CPU. run.device=mps takes this machine's Apple GPU" in caplog.text
+    assert "run.device=cuda" in caplog.text and "run.device=mps" in caplog.text
 
 
 def test_no_apple_gpu(monkeypatch, caplog):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    with pytest.raises(ConfigError, match="run.device=mps, but this machine has no Apple GPU. Use cpu or cuda"):
+    with pytest.raises(ConfigError, match="run.device=mps.*no Apple GPU.*cpu or cuda"):
         dist_utils.select_device("mps")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     dist_utils._warn_of_the_cpu.cache_clear()
     dist_utils.select_device("cuda")
-    assert "there is no GPU" in caplog.text and "mps" not in caplog.text
+    assert "run.device=cuda" in caplog.text and "mps" not in caplog.text
 
 
-def test_several_processes(a_mac, monkeypatch):
+def test_several_processes(mac, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="torchrun started 2 processes, and run.device=mps takes one"):
+    with pytest.raises(ConfigError, match="2 processes.*run.device=mps"):
         dist_utils.select_device("mps")
     assert dist_utils.select_device("cuda").type == dist_utils.select_device("cpu").type == "cpu"
 
 
 @pytest.mark.parametrize("load_in", ["8bit", "4bit"])
 def test_bitsandbytes_is_refused(pretended, golden_llm_folder, load_in):
-    with pytest.raises(ConfigError, match=f"model.load_in={load_in} .*16bit, or 8bit_weights; or run.device=cpu"):
+    with pytest.raises(ConfigError, match=rf"model\.load_in={load_in} .*8bit_weights.*run\.device=cpu"):
         llm.load_llm(str(golden_llm_folder), torch.device("mps"), torch.float32, load_in)
 
 
-# What it computes, beside the CPU
+# Results, compared with the CPU
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frozen", [True, False])
-def test_training_and_going_on(pretended, configs, tmp_path, frozen):
-    """Both stages' data, resumed after an epoch: the checkpoints are those of a run on the CPU."""
+def test_training_and_resuming(pretended, configs, tmp_path, frozen):
+    """Both stages, resumed after an epoch: the checkpoints equal those of a run on the CPU."""
     checkpoints = {}
     for device in ("cpu", "mps"):
         for stage in ("stage1", "stage2"):
@@ -126,21 +131,21 @@ def test_training_and_going_on(pretended, configs, tmp_path, frozen):
             train([*command, f"run.output_dir={out}/second", f"run.resume_ckpt_path={saved}"])
             (checkpoints[device, stage],) = out.glob("second/*/checkpoint_1.pth")
     for stage in ("stage1", "stage2"):
-        there, here = (torch.load(checkpoints[device, stage], weights_only=True) for device in ("mps", "cpu"))
-        assert there["model"].keys() == here["model"].keys()
-        assert all(torch.equal(weight, here["model"][name]) for name, weight in there["model"].items())
-        assert there["rng"][0]["mps"] is not None
+        on_mps, on_cpu = (torch.load(checkpoints[device, stage], weights_only=True) for device in ("mps", "cpu"))
+        assert on_mps["model"].keys() == on_cpu["model"].keys()
+        assert all(torch.equal(weight, on_cpu["model"][name]) for name, weight in on_mps["model"].items())
+        assert on_mps["rng"][0]["mps"] is not None
 
 
 @pytest.mark.parametrize("load_in", ["16bit", "8bit_weights"])
 @pytest.mark.parametrize("settings", [{}, {"do_sample": True, "seed": 5}, {"num_beams": 3}])
 def test_chat(pretended, golden, golden_config, load_in, settings):
-    """The second answer from the cache; a seed leaves the random states as they were."""
+    """The second answer uses the KV cache; a seed leaves the random states unchanged."""
     images = golden("conversation")[1]["images"]
     answers = {}
     for device in ("cpu", "mps"):
         cfg = config(golden_config, f"run.device={device}", f"model.load_in={load_in}")
-        torch.manual_seed(0)  # its vision side is random
+        torch.manual_seed(0)  # for the random vision side
         chat = load_chat(cfg, select_gpu(cfg, 0))
         assert chat.model.device.type == device
         conv, img_list = CONV_VISION.copy(), []
@@ -180,8 +185,8 @@ def test_features_are_cached(pretended, configs, tmp_path):
     assert written["mps"] == written["cpu"] != {}
 
 
-def test_random_states_are_restored(a_mac):
-    """Of a checkpoint that was written on a Mac, and of one that was not."""
+def test_random_states_are_restored(mac):
+    """From a checkpoint that was written on a Mac, and from one that was not."""
     torch.manual_seed(3)
     states = rng_states()
     torch.mps.manual_seed(4)
@@ -206,7 +211,7 @@ def test_random_states_are_restored(a_mac):
         (lambda x: torch.cuda.synchronize(), AssertionError),
     ],
 )
-def test_the_stand_in_refuses_what_torch_refuses(pretended, work, error):
+def test_the_stand_in_raises_the_errors_of_torch(pretended, work, error):
     with pytest.raises(error):
         work(torch.ones(2))
 
@@ -214,7 +219,7 @@ def test_the_stand_in_refuses_what_torch_refuses(pretended, work, error):
 def test_the_stand_in_keeps_devices_apart(pretended):
     layer, x = torch.nn.Linear(2, 2), torch.ones(2)
     layer.to("mps")
-    there = layer(x.to("mps"))
-    there.sum().backward()
-    assert {t.device for t in (there, there + 1, layer.weight.grad, layer.bias.data)} == {MPS}
-    assert {t.device.type for t in (x, there.cpu(), there.to("cpu"), torch.zeros(1))} == {"cpu"}
+    y = layer(x.to("mps"))
+    y.sum().backward()
+    assert {t.device for t in (y, y + 1, layer.weight.grad, layer.bias.data)} == {MPS}
+    assert {t.device.type for t in (x, y.cpu(), y.to("cpu"), torch.zeros(1))} == {"cpu"}

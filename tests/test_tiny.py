@@ -1,4 +1,4 @@
-"""The tiny default as it ships: it fits, it loads from its YAML files, and it names drawings that it never saw."""
+"""The shipped tiny default: its size, loading from its YAML files, and captions of unseen emoji."""
 
 import random
 import sys
@@ -25,7 +25,7 @@ def load(*options) -> MiniGPT4:
 
 @pytest.fixture(scope="module")
 def held_out():
-    """A hundred names and processed pictures [100,3,64,64] by Fluent, drawn by a fixed seed."""
+    """A hundred captions and images [100,3,64,64] of Fluent emoji, drawn with a fixed seed."""
     sys.path.insert(0, str(ROOT / "dataset"))
     from tiny_pictures import read_pictures
     from tiny_text import caption_of, load_concepts
@@ -36,7 +36,7 @@ def held_out():
     return [caption_of(c.name) for c in concepts], torch.stack([processor(pictures[c.id]) for c in concepts])
 
 
-def test_everything_together_is_small():
+def test_the_assets_are_small():
     assert sum(path.stat().st_size for path in ASSETS.rglob("*") if path.is_file()) <= 20_000_000
 
 
@@ -52,8 +52,8 @@ def test_tokenizer_knows_the_chat_template():
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 2)
 
 
-def test_stage1_names_unseen_drawings(held_out):
-    """56 % of all 1,594 when it was shipped."""
+def test_stage1_names_unseen_emoji(held_out):
+    """The shipped weights name 56 % of all 1,594."""
     names, images = held_out
     captions = load("model.ckpt=${package:assets/tiny/stage1.safetensors}").generate(
         images, [IMAGE_SLOT] * 100, stop="\n", max_new_tokens=30

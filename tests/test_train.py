@@ -60,6 +60,7 @@ def test_stage1_then_stage2_then_captions(configs, tmp_path, caplog):
     assert [type(a) for a in answers] == [str, str]
 
 
+@pytest.mark.slow
 def test_a_run_is_repeatable_and_its_seed_matters(configs, tmp_path):
     losses = []
     for i, seed in enumerate((1, 1, 2)):
@@ -84,6 +85,7 @@ def test_torchrun_with_two_ranks(configs, tmp_path):
     assert done.stderr.count("Start training epoch 0") == 1  # rank 0 alone logs
 
 
+@pytest.mark.slow
 def test_resume_through_the_command_line(configs, tmp_path, caplog):
     caplog.set_level("INFO")
     path = str(configs["stage1"])
@@ -211,11 +213,12 @@ def test_the_command_line_prints_an_error_without_a_traceback(configs):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_ctrl_c_says_how_to_go_on(configs, tmp_path):
     """In the second epoch, as a shell sends it: to the data-loading process too."""
     log = tmp_path / "log"
     command = [sys.executable, str(ROOT / "train.py"), "--cfg-path", str(configs["stage1"])]
-    options = ["--options", "run.iters_per_epoch=200", "run.max_epoch=2000", "run.num_workers=1", "run.log_freq=1"]
+    options = ["--options", "run.iters_per_epoch=20", "run.max_epoch=2000", "run.num_workers=1", "run.log_freq=1"]
     with open(log, "w") as file:
         process = subprocess.Popen(
             [*command, *options],

@@ -1,4 +1,4 @@
-"""Loading straight to a GPU: where the weights lie, in which type, and what the host keeps. Skipped without one."""
+"""Loading straight to a GPU: devices, types and memory. Skipped without a GPU."""
 
 from types import SimpleNamespace
 
@@ -23,7 +23,7 @@ def cfg(tmp_path_factory):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("load_in", ["16bit", "8bit", "4bit"])
-def test_all_lies_on_the_gpu_and_trains(cfg, load_in, dtype):
+def test_everything_is_on_the_gpu_and_trains(cfg, load_in, dtype):
     if load_in != "16bit":
         pytest.importorskip("bitsandbytes")
     model = MiniGPT4.from_config({**cfg, "load_in": load_in}, "cuda", dtype).train()
@@ -39,7 +39,7 @@ def test_all_lies_on_the_gpu_and_trains(cfg, load_in, dtype):
 
 
 def test_the_gpu_holds_no_second_copy(cfg):
-    """The peak while loading is what stays, and at most the largest tensor more."""
+    """While loading, the peak is above the final size by less than two of the largest tensor."""
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -50,7 +50,7 @@ def test_the_gpu_holds_no_second_copy(cfg):
 
 
 def test_device_map_gives_the_same_answers(cfg):
-    """On one GPU, or on two, where "auto" would put a model as small as this on the second."""
+    """On one GPU, and on two, where "auto" alone would put so small a model on the second."""
     prompt = ["###Human: <Img><ImageHere></Img> What is it? ###Assistant:"]
     image = torch.randn(1, 3, 224, 224, device="cuda")
     answers = []

@@ -1,4 +1,4 @@
-"""Our parts against transformers' own, with the same weights under its names."""
+"""Encoder, Q-Former and loss against those of transformers, with the same weights."""
 
 import re
 
@@ -12,7 +12,7 @@ from minigpt4.models.qformer import QFormer
 VIT = {"patch_size": 14, "embed_dim": 48, "depth": 2, "num_heads": 3, "mlp_ratio": 4.0}
 
 
-def randomise(module):
+def randomize(module):
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     return module.eval()
@@ -20,7 +20,7 @@ def randomise(module):
 
 def test_vision_encoder():
     torch.manual_seed(0)
-    vit = randomise(create_vit(VIT, 42))
+    vit = randomize(create_vit(VIT, 42))
     oracle = Blip2VisionModel(
         Blip2VisionConfig(
             hidden_size=48,
@@ -52,7 +52,7 @@ def test_vision_encoder():
 
 def test_qformer():
     torch.manual_seed(0)
-    ours = randomise(QFormer(32, **QFORMER))
+    ours = randomize(QFormer(32, **QFORMER))
     oracle = Blip2QFormerModel(
         Blip2QFormerConfig(
             hidden_size=24,
@@ -74,7 +74,7 @@ def test_qformer():
 
 
 def test_loss_equals_llama_over_all_rows(build_golden_model, golden, golden_llm_folder):
-    """Label rows alone, without a mask, against LlamaForCausalLM's own loss over padded rows with one."""
+    """Ours is over tokens with labels, without a mask; LlamaForCausalLM's is over padded sequences with a mask."""
     cases, tensors = golden("train_forward")
     case = cases["forward_cases"]["stage2"]
     model = build_golden_model(max_txt_len=160, end_sym="###")

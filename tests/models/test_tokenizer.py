@@ -1,9 +1,9 @@
-"""SentencePiece's own segmentation, as the slow tokenizer of transformers 4.28 had it."""
+"""The tokenizer segments like SentencePiece, as the slow tokenizer of transformers 4.28 did."""
 
 import json
 
 import pytest
-from sentencepiece import SentencePieceProcessor
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
 from minigpt4.benchmarks import random_weights
 from minigpt4.models.prompt import IMAGE_ID, encode_with_images
@@ -14,10 +14,8 @@ TEXTS = ["describe this image in detail", "a red bus on the street", "###Human: 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    import sentencepiece
-
     folder = tmp_path_factory.mktemp("spm")
-    sentencepiece.SentencePieceTrainer.train(
+    SentencePieceTrainer.train(
         sentence_iterator=iter(TEXTS),
         model_prefix=str(folder / "tokenizer"),
         vocab_size=300,
@@ -36,21 +34,20 @@ def tokenizer(folder):
     return load_tokenizer(str(folder))
 
 
-def test_sentencepiece_is_used_where_there_is_a_tokenizer_model(tokenizer):
+def test_a_tokenizer_model_is_read_by_sentencepiece(tokenizer):
     assert isinstance(tokenizer, SentencePieceTokenizer)
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 2)
 
 
 @pytest.mark.parametrize("text", [" ###", "###Assistant: ", "</Img> Describe", "é 日本", "\n", "", " "])
 def test_each_segment_is_sentencepieces_own(folder, tokenizer, text):
-    import sentencepiece
-
-    oracle = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    oracle = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     assert tokenizer.encode(text) == oracle.encode(text)
 
 
-def test_every_segment_starts_with_the_dummy_prefix(tokenizer):
-    assert [tokenizer._model.IdToPiece(i) for i in tokenizer.encode(" ###")] == ["▁", "▁###"]
+def test_every_segment_starts_with_the_dummy_prefix(folder, tokenizer):
+    model = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    assert [model.IdToPiece(i) for i in tokenizer.encode(" ###")] == ["▁", "▁###"]
     assert tokenizer.decode(tokenizer.encode(" ###")) == " ###"
 
 
@@ -59,7 +56,7 @@ def test_special_texts_become_their_ids(tokenizer):
     assert ids.count(2) == 1
     assert ids.count(0) == 1
     after = ids[ids.index(2) + 1 :]
-    assert after[:-1] == tokenizer.encode("a bus")  # the piece after it gets its own dummy prefix
+    assert after[:-1] == tokenizer.encode("a bus")  # the text after it gets a dummy prefix of its own
     assert tokenizer.decode(ids) == "a bus a bus"
 
 
@@ -80,7 +77,7 @@ def test_image_slots(tokenizer):
 
 
 def test_a_gguf_file_has_the_same_tokenizer(tmp_path):
-    """The pieces in a .gguf file make the same SentencePiece model as the tokenizer.model that they are from."""
+    """The token list of a .gguf file gives the same SentencePiece model as its tokenizer.model."""
     gguf = pytest.importorskip("gguf")
     folder = random_weights.write(tmp_path, "small", parts=("llm",))["llm"]
     model = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
