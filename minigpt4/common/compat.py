@@ -163,6 +163,18 @@ def is_from_bitsandbytes(layer: Any) -> bool:
     return type(layer).__module__.partition(".")[0] == "bitsandbytes"
 
 
+def silence_bitsandbytes() -> None:
+    """Hide two warnings that do not concern this project's use.
+
+    On import it misses a CPU kernel that is not used here. Its 8-bit layers, where they are kept, warn in every step of
+    a run that does not compute in float16. If the loggers are renamed, the warnings are shown again.
+    """
+    import logging
+
+    for name in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
 def int8_weights(layer: Any) -> tuple[Any, Any] | None:
     """Of a Linear8bitLt: the weights [N,K] int8, and the largest magnitude of each row [N]; None: not quantised yet.
 

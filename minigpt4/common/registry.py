@@ -16,6 +16,8 @@ import importlib
 from collections.abc import Callable
 from functools import partialmethod
 
+from minigpt4 import PACKAGE_ROOT
+
 # kind -> the package or module whose import registers the classes of that kind
 HOMES = {
     "builder": "minigpt4.datasets.builders",
@@ -122,3 +124,5 @@ class Registry:
 
 
 registry = Registry()
+registry.register_path("library_root", str(PACKAGE_ROOT))
+registry.register_path("repo_root", str(PACKAGE_ROOT.parent))

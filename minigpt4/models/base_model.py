@@ -1,6 +1,7 @@
 """What every model of the registry shares."""
 
 import inspect
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -39,7 +40,7 @@ class BaseModel(nn.Module):
         return Path(registry.get_path("library_root")) / known[model_type]
 
     @classmethod
-    def from_config(cls, cfg) -> "BaseModel":
+    def from_config(cls, cfg: Mapping) -> "BaseModel":
         """Build the model from the `model:` section.
 
         A model that cares where its frozen parts lie, and in which type, takes `device` and `dtype` beside `cfg`.
@@ -47,7 +48,7 @@ class BaseModel(nn.Module):
         raise NotImplementedError
 
     @classmethod
-    def build(cls, cfg, device: torch.device, dtype: torch.dtype) -> "BaseModel":
+    def build(cls, cfg: Mapping, device: torch.device, dtype: torch.dtype) -> "BaseModel":
         """The model on `device`, by `from_config` in either form."""
         if "dtype" in inspect.signature(cls.from_config).parameters:
             return cls.from_config(cfg, device=device, dtype=dtype)

@@ -10,23 +10,28 @@ import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from minigpt4.models.sampling import DEFAULTS, Sampling
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from minigpt4.models.tokenizer import Tokenizer
+
 
 class StopOnText:
     """Stopping criterion for transformers' `generate`: a row is done once one of `stops` stands in its new text."""
 
-    def __init__(self, tokenizer, *stops: str):
+    def __init__(self, tokenizer: "Tokenizer", *stops: str):
         self._tokenizer = tokenizer
         self._stops = stops
         # A token is at least one byte of text.
         self._tail = max(len(stop.encode()) for stop in stops) + 8
 
-    def __call__(self, input_ids: torch.Tensor, scores, **kwargs) -> torch.Tensor:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor | None, **kwargs: Any) -> torch.Tensor:
         done = [self.reached(row) for row in input_ids[:, -self._tail :].tolist()]
         return torch.tensor(done, device=input_ids.device)
 
@@ -43,7 +48,7 @@ class StreamingCriterion:
         self._show = show
         self._should_stop = should_stop
 
-    def __call__(self, input_ids: torch.Tensor, scores, **kwargs) -> torch.Tensor:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor | None, **kwargs: Any) -> torch.Tensor:
         self._show(input_ids[0].tolist())
         return torch.full((len(input_ids),), self._should_stop(), device=input_ids.device)
 
@@ -51,25 +56,25 @@ class StreamingCriterion:
 class DecodingLoop(Protocol):
     """A faster way to decode than transformers' `generate`: `fast.decoding.loop.cached_decoding`."""
 
-    def supports(self, llm: torch.nn.Module) -> bool:
+    def supports(self, llm: "PreTrainedModel") -> bool:
         """Whether it can run this model."""
 
     def decode(
-        self, llm: torch.nn.Module, embeds: torch.Tensor, attention_mask: torch.Tensor, steps: int, choose: Callable
+        self, llm: "PreTrainedModel", embeds: torch.Tensor, attention_mask: torch.Tensor, steps: int, choose: Callable
     ) -> Iterator[torch.Tensor]:
         """Yield the next ids [B] of every row, on the CPU, `steps` times or until closed."""
 
 
 def continue_embeds(
-    llm,
-    tokenizer,
+    llm: "PreTrainedModel",
+    tokenizer: "Tokenizer",
     inputs_embeds: torch.Tensor,
     attention_mask: torch.Tensor,
     stop: str,
     criteria: Iterable = (),
     processors: Iterable = (),
     decoding_loop: DecodingLoop | None = None,
-    **options,
+    **options: Any,
 ) -> torch.Tensor:
     """Continue the sequences [B,S,D], padded on the left; greedily by default.
 
@@ -157,7 +162,7 @@ def stream(
         thread.join()
 
 
-def strip_leading(tokenizer, ids: list[int]) -> list[int]:
+def strip_leading(tokenizer: "Tokenizer", ids: list[int]) -> list[int]:
     """The ids without one unk and then one bos in front, which some models put there."""
     for special in (tokenizer.unk_token_id, tokenizer.bos_token_id):
         if ids and special is not None and ids[0] == special:
@@ -166,7 +171,7 @@ def strip_leading(tokenizer, ids: list[int]) -> list[int]:
 
 
 def answer_text(
-    tokenizer, ids: list[int], stop: str | Iterable[str], label: str | None = None, complete: bool = True
+    tokenizer: "Tokenizer", ids: list[int], stop: str | Iterable[str], label: str | None = None, complete: bool = True
 ) -> str:
     """The answer that stands in new token ids, stripped.
 
@@ -186,7 +191,7 @@ def answer_text(
     return (text.split(label)[-1] if label else text).strip()
 
 
-def end_ids(tokenizer) -> set[int]:
+def end_ids(tokenizer: "Tokenizer") -> set[int]:
     """The control tokens that end an answer: all but unk and bos."""
     return set(tokenizer.special_tokens.values()) - {tokenizer.unk_token_id, tokenizer.bos_token_id}
 

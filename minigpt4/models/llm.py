@@ -5,16 +5,22 @@ import math
 from importlib.util import find_spec
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 
-from minigpt4.common import compat, dist_utils, facts
+from minigpt4.common import dist_utils, facts
 from minigpt4.common.errors import ConfigError
 from minigpt4.common.text import pluralize
 from minigpt4.weights import locate as weight_files
 from minigpt4.weights.checkpoint import CheckpointError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from minigpt4.models.tokenizer import Tokenizer
 
 # A sentence that a model of English, also of the tiny default's, finds easy.
 SENTENCE = "The image shows a red apple."
@@ -26,7 +32,7 @@ def load_llm(
     dtype: torch.dtype,
     load_in: str = "16bit",
     device_map: str | None = None,
-):
+) -> "PreTrainedModel":
     """Load any decoder that transformers' Auto classes know, frozen and in eval mode.
 
     Args:
@@ -56,7 +62,7 @@ def load_llm(
     mapped = load_in == "8bit_weights"
     how = {"dtype": "auto" if mapped else dtype, **_quantization(load_in, dtype)}
 
-    def read(device_map):
+    def read(device_map: str | dict) -> "PreTrainedModel":
         return convert_layers(_read(llama_model, load_in, device_map=device_map, **how), load_in, device, dtype)
 
     on_one = {"": "cpu" if mapped else device}
@@ -86,7 +92,7 @@ def _check_map(device_map: str, load_in: str) -> None:
         )
 
 
-def _read(llama_model: str, load_in: str, **how):
+def _read(llama_model: str, load_in: str, **how: Any) -> "PreTrainedModel":
     """transformers' `from_pretrained`, with errors that name what is to be mended, and nothing missing in silence."""
     from transformers import AutoModelForCausalLM
 
@@ -152,7 +158,7 @@ def _check_path(llama_model: str) -> None:
 
 
 @torch.inference_mode()
-def check_answers(llm, tokenizer, llama_model: str) -> None:
+def check_answers(llm: "PreTrainedModel", tokenizer: "Tokenizer", llama_model: str) -> None:
     """One forward pass over a plain sentence [1,T], to notice broken weights.
 
     A loss near ln V, which is guessing among the V tokens of the vocabulary, is logged as a warning.
@@ -179,8 +185,10 @@ def check_answers(llm, tokenizer, llama_model: str) -> None:
         )
 
 
-def recompute_layers(llm, count: int) -> None:
+def recompute_layers(llm: "PreTrainedModel", count: int) -> None:
     """Let the first `count` layers recompute their activations in the backward pass instead of keeping them."""
+    from minigpt4.common import compat
+
     layers = llm.get_decoder().layers if count else []
     for index in range(min(count, len(layers))):
         layers[index] = compat.recomputed(layers[index])
@@ -226,11 +234,10 @@ def _quantization(load_in: str, dtype: torch.dtype) -> dict:
         return {}
     from transformers import BitsAndBytesConfig
 
-    # It misses a kernel for CPUs as it is imported, one that is not used here.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    from minigpt4.common import compat
+
+    compat.silence_bitsandbytes()
     if load_in == "4bit":
         config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
         return {"quantization_config": config}
-    # Its layers, where they stay, warn in every step where the run computes in another type than float16.
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}

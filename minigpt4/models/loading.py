@@ -3,6 +3,7 @@
 import json
 import logging
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,7 +76,7 @@ def vision_parts(cfg: MiniGPT4Config, sources: Sources, device: torch.device, dt
     return {"visual_encoder": vit, "Qformer": q_former, "num_query_token": cfg.num_query_token, "dtype": dtype}
 
 
-def load_encoder(cfg: MiniGPT4Config, state: State | None, device: torch.device, dtype: torch.dtype):
+def load_encoder(cfg: MiniGPT4Config, state: State | None, device: torch.device, dtype: torch.dtype) -> eva_vit.EvaViT:
     """The vision encoder on `device`, its weights from `state`; linear and convolution layers in `dtype` if frozen."""
     with torch.device("meta" if state else device):
         vit = eva_vit.create_vit(cfg.vit_model, cfg.image_size, cfg.drop_path_rate, cfg.use_grad_checkpoint)
@@ -143,7 +144,7 @@ def parameter_count(parameter: nn.Parameter) -> int:
     return parameter.numel() * (2 if parameter.dtype == torch.uint8 else 1)
 
 
-def _joined(values) -> str:
+def _joined(values: Iterable) -> str:
     return "+".join(str(value) for value, _ in Counter(values).most_common())
 
 

@@ -4,6 +4,8 @@ B batch, Q query tokens, N image tokens, D width of the language model, S sequen
 """
 
 import random
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +16,8 @@ from minigpt4.common.registry import registry
 from minigpt4.common.schema import MiniGPT4Config
 from minigpt4.models import llm, loading, prompt, qformer, vision
 from minigpt4.models.eva_vit import EvaViT
-from minigpt4.models.generation import answer_text, continue_embeds
-from minigpt4.models.tokenizer import load_tokenizer
+from minigpt4.models.generation import DecodingLoop, answer_text, continue_embeds
+from minigpt4.models.tokenizer import Tokenizer, load_tokenizer
 
 
 class PlainStep:
@@ -69,7 +71,7 @@ class MiniGPT4(vision.Vision):
         visual_encoder: EvaViT,
         Qformer: qformer.QFormer,
         llama_model: nn.Module,
-        tokenizer,
+        tokenizer: Tokenizer,
         num_query_token: int = 32,
         prompt_list: list[str] | None = None,
         max_txt_len: int = 32,
@@ -122,16 +124,16 @@ class MiniGPT4(vision.Vision):
         with self.autocast(features.device):
             return self.llama_proj(features.float())
 
-    def predict(self, embeds: torch.Tensor, tokens) -> torch.Tensor:
+    def predict(self, embeds: torch.Tensor, tokens: prompt.Batch) -> torch.Tensor:
         """Logits [B,K,V] for embeddings [B,S,D], of the K positions whose next token has a label in some row."""
         return self.llama_model(inputs_embeds=embeds, use_cache=False, **tokens.llm_inputs()).logits
 
-    def embed(self, tokens, image_embeds: torch.Tensor) -> torch.Tensor:
+    def embed(self, tokens: prompt.Batch, image_embeds: torch.Tensor) -> torch.Tensor:
         """Embeddings [B,S,D] of a batch's tokens, with `image_embeds` [images,Q,D] in its image slots."""
         embeds = self.llama_model.get_input_embeddings()(tokens.input_ids)
         return tokens.insert(embeds, image_embeds.reshape(-1, embeds.shape[-1]).to(embeds.dtype))
 
-    def _check_images(self, image_embeds: torch.Tensor, tokens) -> None:
+    def _check_images(self, image_embeds: torch.Tensor, tokens: prompt.Batch) -> None:
         """Raises ValueError unless the images [images,Q,D] have as many vectors as the texts have places for."""
         given = image_embeds.shape[:-1].numel()
         if given != tokens.num_image_vectors:
@@ -171,7 +173,12 @@ class MiniGPT4(vision.Vision):
 
     @torch.inference_mode()
     def generate(
-        self, images: torch.Tensor | None, prompts: list[str], stop: str | None = None, decoding_loop=None, **options
+        self,
+        images: torch.Tensor | None,
+        prompts: list[str],
+        stop: str | None = None,
+        decoding_loop: DecodingLoop | None = None,
+        **options: Any,
     ) -> list[str]:
         """Continue each prompt, greedily unless `options` say otherwise.
 
@@ -218,7 +225,9 @@ class MiniGPT4(vision.Vision):
         return self
 
     @classmethod
-    def from_config(cls, cfg, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> "MiniGPT4":
+    def from_config(
+        cls, cfg: Mapping, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    ) -> "MiniGPT4":
         """Build the model from the `model:` section, its frozen parts straight on `device`.
 
         Args:

@@ -1,25 +1,42 @@
 """Texts with image slots become token ids and labels: the one place for training and for chat.
 
-Training batches come in two forms with the same interface, `PaddedBatch` here and `PackedBatch` in packing.py.
+A text is cut at each `<ImageHere>`. Every segment between is tokenised by itself, and a slot becomes as many positions
+as an image has vectors. `<s>` stands once, in front.
 
-A text is cut at each `<ImageHere>`; every segment between is tokenised by itself, and a slot becomes as many
-positions as an image has vectors. `<s>` stands once, in front.
-
-B batch, S sequence, Q query tokens per image.
+B batch, S sequence, Q query tokens per image, D width of the language model.
 """
 
 import copy
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from minigpt4.common.errors import ConfigError
+from minigpt4.common.facts import IMAGE_SLOT
 
-IMAGE_SLOT = "<ImageHere>"
+if TYPE_CHECKING:
+    from minigpt4.models.tokenizer import Tokenizer
+
 # Stands at the positions of image vectors until those replace it.
 IMAGE_ID = -1
 # Label of positions that are not learnt.
 IGNORE_INDEX = -100
+
+
+class Batch(Protocol):
+    """Token ids that the language model reads at once: a `PaddedBatch`, or a micro-batch of `fast/packing/batch.py`."""
+
+    input_ids: torch.Tensor
+    """[B,S] int64, 0 where an image vector belongs."""
+    targets: torch.Tensor
+    """[B,K] int64: the token after each of the K positions whose logits are computed, or IGNORE_INDEX."""
+
+    def insert(self, embeds: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
+        """Put image vectors [images * Q,D] into their places in the embeddings [B,S,D]."""
+
+    def llm_inputs(self) -> dict:
+        """Arguments of the language model beside the embeddings."""
 
 
 @dataclass
@@ -27,7 +44,7 @@ class PaddedBatch:
     """Sequences of token ids, padded to one length.
 
     input_ids [B,S] int64, with 0 where an image vector belongs; image_positions [images * Q] int64: those positions,
-    pluralize through all rows; attention_mask [B,S] int64: 0 on padding; labels [B,S] int64, not shifted: IGNORE_INDEX
+    counted through all rows; attention_mask [B,S] int64: 0 on padding; labels [B,S] int64, not shifted: IGNORE_INDEX
     where nothing is learnt.
     """
 
@@ -36,7 +53,7 @@ class PaddedBatch:
     attention_mask: torch.Tensor
     labels: torch.Tensor
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         labels = self.labels[:, 1:]
         # Positions [K] whose logits some row needs: a prompt and an image carry no label.
         self.logits_to_keep = (labels != IGNORE_INDEX).any(dim=0).nonzero().flatten()
@@ -45,19 +62,14 @@ class PaddedBatch:
         self.num_labels = int((labels != IGNORE_INDEX).sum())
         self.num_tokens, self.num_image_vectors = int(self.attention_mask.sum()), len(self.image_positions)
 
-    @property
-    def pieces(self) -> list["PaddedBatch"]:
-        """What the language model takes at a time: all of it."""
-        return [self]
-
     def insert(self, embeds: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
         """The embeddings [B,S,D], with the image vectors [images * Q,D] in their places."""
         return embeds.flatten(0, 1).index_copy(0, self.image_positions, vectors).view_as(embeds)
 
     def llm_inputs(self) -> dict:
-        """What the language model is called with in training, beside the embeddings [B,S,D].
+        """Arguments of the language model in training, beside the embeddings [B,S,D].
 
-        Padding stands on the right, after every label, so causal attention needs no mask.
+        Padding is on the right, after every label, so causal attention needs no mask.
         """
         return {"logits_to_keep": self.logits_to_keep}
 
@@ -75,7 +87,7 @@ class PaddedBatch:
         return [(name, value) for name, value in vars(self).items() if isinstance(value, torch.Tensor)]
 
 
-def encode_with_images(tokenizer, text: str, num_query_tokens: int) -> list[int]:
+def encode_with_images(tokenizer: "Tokenizer", text: str, num_query_tokens: int) -> list[int]:
     """Token ids of `text`, after `<s>`, with `num_query_tokens` times IMAGE_ID for each image slot."""
     ids = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     first, *others = text.split(IMAGE_SLOT)
@@ -86,7 +98,7 @@ def encode_with_images(tokenizer, text: str, num_query_tokens: int) -> list[int]
 
 
 def training_sequences(
-    tokenizer, prompt: str, texts: list[str], num_query_tokens: int, max_txt_len: int, end_sym: str
+    tokenizer: "Tokenizer", prompt: str, texts: list[str], num_query_tokens: int, max_txt_len: int, end_sym: str
 ) -> tuple[list[list[int]], list[list[int]]]:
     """`<s>`, the prompt with its image, then each text with `end_sym`, of which at most `max_txt_len` tokens are kept.
 
@@ -103,7 +115,7 @@ def training_sequences(
     return sequences, labels
 
 
-def generation_batch(tokenizer, prompts: list[str], num_query_tokens: int) -> PaddedBatch:
+def generation_batch(tokenizer: "Tokenizer", prompts: list[str], num_query_tokens: int) -> PaddedBatch:
     """Prompts to be continued, padded on the left so that all end at the same position."""
     sequences = [encode_with_images(tokenizer, prompt, num_query_tokens) for prompt in prompts]
     labels = [[IGNORE_INDEX] * len(sequence) for sequence in sequences]
@@ -114,7 +126,7 @@ def pad(sequences: list[list[int]], labels: list[list[int]], pad_id: int, side: 
     """Sequences (IMAGE_ID where image vectors belong) and their labels, padded to the longest."""
     length = max(map(len, sequences))
 
-    def padded(rows, value):
+    def padded(rows: list[list[int]], value: int) -> torch.Tensor:
         fill = [[value] * (length - len(row)) for row in rows]
         return torch.tensor([r + f if side == "right" else f + r for r, f in zip(rows, fill, strict=True)])
 

@@ -32,7 +32,7 @@ class SelfOutput(nn.Module):
         self.LayerNorm = nn.LayerNorm(dim, eps=1e-12)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x, residual):
+    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         return self.LayerNorm(self.dropout(self.dense(x)) + residual)
 
 
@@ -46,8 +46,8 @@ class MultiHeadAttention(nn.Module):
         self.key = nn.Linear(context_dim, dim)
         self.value = nn.Linear(context_dim, dim)
 
-    def forward(self, x, context):
-        def heads(t):  # [B,L,D] -> [B,H,L,D/H]
+    def forward(self, x: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        def heads(t: torch.Tensor) -> torch.Tensor:  # [B,L,D] -> [B,H,L,D/H]
             return t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
         x = F.scaled_dot_product_attention(
@@ -62,12 +62,12 @@ class MultiHeadAttention(nn.Module):
 class Attention(nn.Module):
     """Attention, then its output projection."""
 
-    def __init__(self, dim, context_dim, num_heads, attention_dropout, hidden_dropout):
+    def __init__(self, dim: int, context_dim: int, num_heads: int, attention_dropout: float, hidden_dropout: float):
         super().__init__()
         self.self = MultiHeadAttention(dim, context_dim, num_heads, attention_dropout)
         self.output = SelfOutput(dim, dim, hidden_dropout)
 
-    def forward(self, x, context):
+    def forward(self, x: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
         return self.output(self.self(x, context), x)
 
 
@@ -78,14 +78,23 @@ class Intermediate(nn.Module):
         super().__init__()
         self.dense = nn.Linear(dim, intermediate_size)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.gelu(self.dense(x))
 
 
 class Layer(nn.Module):
     """Self-attention among the queries, cross-attention to the image (in every second layer), feed-forward."""
 
-    def __init__(self, dim, num_heads, intermediate_size, image_dim, attention_dropout, hidden_dropout):
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        intermediate_size: int,
+        image_dim: int | None,
+        attention_dropout: float,
+        hidden_dropout: float,
+    ):
+        """image_dim: width of the image tokens; None: without cross-attention."""
         super().__init__()
         self.attention = Attention(dim, dim, num_heads, attention_dropout, hidden_dropout)
         self.crossattention = (
@@ -94,7 +103,7 @@ class Layer(nn.Module):
         self.intermediate_query = Intermediate(dim, intermediate_size)
         self.output_query = SelfOutput(intermediate_size, dim, hidden_dropout)
 
-    def forward(self, x, image_embeds):
+    def forward(self, x: torch.Tensor, image_embeds: torch.Tensor) -> torch.Tensor:
         x = self.attention(x, x)
         if self.crossattention is not None:
             x = self.crossattention(x, image_embeds)
@@ -109,23 +118,23 @@ class Embeddings(nn.Module):
         self.LayerNorm = nn.LayerNorm(dim, eps=1e-12)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.dropout(self.LayerNorm(x))
 
 
 class Encoder(nn.Module):
-    def __init__(self, layers):
+    def __init__(self, layers: list[Layer]):
         super().__init__()
         self.layer = nn.ModuleList(layers)
 
-    def forward(self, x, image_embeds):
+    def forward(self, x: torch.Tensor, image_embeds: torch.Tensor) -> torch.Tensor:
         for layer in self.layer:
             x = layer(x, image_embeds)
         return x
 
 
 class Bert(nn.Module):
-    def __init__(self, embeddings, encoder):
+    def __init__(self, embeddings: Embeddings, encoder: Encoder):
         super().__init__()
         self.embeddings = embeddings
         self.encoder = encoder

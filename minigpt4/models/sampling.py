@@ -1,11 +1,15 @@
-"""How the next token is drawn: the options of transformers' `generate` that the project's own loop knows.
+"""How the next token is chosen: the options of transformers' `generate` that a decoding loop can take.
 
 B batch, T new tokens, V vocabulary.
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Of `continue_embeds`.
 DEFAULTS = {"do_sample": False, "max_new_tokens": 300}
@@ -40,7 +44,7 @@ class Sampling:
     processors: list
 
     @classmethod
-    def of(cls, llm, options: dict) -> "Sampling | None":
+    def of(cls, llm: "PreTrainedModel", options: dict) -> "Sampling | None":
         """From options as for `generate`; None where one asks for what only `generate` can do, such as beams."""
         config = llm.generation_config
         known = NEUTRAL | DEFAULTS
@@ -61,7 +65,7 @@ class Sampling:
         return logits.argmax(dim=-1)
 
 
-def _processors(settings: dict, eos_ids: list[int], llm) -> list:
+def _processors(settings: dict, eos_ids: list[int], llm: "PreTrainedModel") -> list:
     from transformers import (
         MinNewTokensLengthLogitsProcessor,
         RepetitionPenaltyLogitsProcessor,

@@ -10,12 +10,26 @@ import itertools
 import json
 import re
 from pathlib import Path
+from typing import Protocol
 
 from minigpt4.models import llm
-from minigpt4.weights.sentencepiece import bpe_model
 
 
-def load_tokenizer(llama_model: str):
+class Tokenizer(Protocol):
+    """Token ids of a text and back. Nothing is added of its own accord."""
+
+    bos_token_id: int | None
+    eos_token_id: int
+    unk_token_id: int | None
+    special_tokens: dict[str, int]
+    """Texts that the tokenizer reads as one special token each, such as `</s>`."""
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str: ...
+
+
+def load_tokenizer(llama_model: str) -> Tokenizer:
     """The tokenizer of a language model's folder, hub id or .gguf file."""
     from transformers.utils import cached_file
 
@@ -33,6 +47,8 @@ def load_tokenizer(llama_model: str):
 def _model_in_gguf(path: str) -> bytes | None:
     """The SentencePiece model that a .gguf file of a LLaMA holds, piece by piece; None for other tokenizers."""
     from gguf import GGUFReader
+
+    from minigpt4.weights.sentencepiece import bpe_model
 
     fields = {
         key.removeprefix("tokenizer.ggml."): field

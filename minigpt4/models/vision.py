@@ -4,7 +4,7 @@ B batch, Q query tokens, N image tokens, W width of the Q-Former. What it gives,
 `datasets/feature_cache.py`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
@@ -61,7 +61,9 @@ class Vision(BaseModel):
         return torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32, cache_enabled=False)
 
     @classmethod
-    def from_config(cls, cfg, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> "Vision":
+    def from_config(
+        cls, cfg: Mapping, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    ) -> "Vision":
         """The vision side alone, frozen, from the `model:` section; arguments and errors as of `MiniGPT4.from_config`.
 
         Where `ckpt` holds parts of it, which were trained then, they are loaded from there.
