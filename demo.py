@@ -19,7 +19,7 @@ from minigpt4.cli.arguments import check_address, port
 from minigpt4.common.config import Config
 from minigpt4.common.errors import ConfigError
 from minigpt4.common.registry import UnknownNameError
-from minigpt4.doctor.checks import log_warnings, preflight
+from minigpt4.doctor.checks import log_warnings, preflight, preflight_weights
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -111,6 +111,7 @@ def load(cfg: Config, gpu_id: int, page) -> None:
         from minigpt4.conversation.loading import load_chat, select_gpu
         from minigpt4.fast.decoding.loop import warm_up
 
+        log_warnings(preflight_weights(cfg, training=False, gpu=gpu_id))
         page.progress = "Loading the model"
         page.chat = load_chat(cfg, select_gpu(cfg, gpu_id))
         warm_up(page.chat.model.llama_model)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from minigpt4.common.facts import tokens_per_micro_batch
+from minigpt4.common import facts
 from minigpt4.common.registry import registry
 from minigpt4.common.schema import MiniGPT4Config
 from minigpt4.fast.packing import batch as packing
@@ -61,7 +61,7 @@ class MiniGPT4(vision.Vision):
         self.tokenizer = tokenizer
         self.prompt_list = prompt_list or []
         self.max_txt_len, self.end_sym = max_txt_len, end_sym
-        self.packed, self.tokens_per_micro_batch = False, tokens_per_micro_batch()
+        self.packed, self.tokens_per_micro_batch = False, facts.tokens_per_micro_batch()
         if llm_grad_checkpoint:
             recompute_layers(llama_model, llm_grad_checkpoint)
 
@@ -228,7 +228,7 @@ class MiniGPT4(vision.Vision):
         sources = loading.open_sources(cfg)
         loading.check_width(sources.trained, cfg)
         parts = loading.vision_parts(cfg, sources, device, dtype)
-        load_in = cfg.load_in or ("8bit" if cfg.low_resource else "16bit")
+        load_in = facts.load_in(cfg.load_in, cfg.low_resource)
         llama_model = llm.load_llm(cfg.llama_model, device, dtype, load_in, cfg.llm_device_map)
         tokenizer = load_tokenizer(cfg.llama_model)
         llm.check_answers(llama_model, tokenizer, cfg.llama_model)

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 
 from minigpt4.common.errors import ConfigError
+from minigpt4.common.facts import IMAGE_SLOT
 
-IMAGE_SLOT = "<ImageHere>"
 # Stands at the positions of image vectors until those replace it.
 IMAGE_ID = -1
 # Label of positions that are not learnt.

@@ -5,7 +5,7 @@ import logging
 import torch
 from omegaconf import OmegaConf
 
-from minigpt4.common import dist_utils
+from minigpt4.common import dist_utils, facts
 from minigpt4.common.errors import ConfigError
 from minigpt4.common.registry import registry
 from minigpt4.models.base_model import BaseModel
@@ -45,7 +45,7 @@ class BaseTask:
         dtype = dist_utils.select_dtype(device, cfg.run_cfg.amp, cfg.run_cfg.amp_dtype)
         model_cfg = cfg.model_cfg
         cached = [registry.get_builder_class(name).from_features(cfg.datasets_cfg[name]) for name in cfg.datasets_cfg]
-        if cached and all(cached) and "load_vision" in model_cfg:
+        if model_cfg.get("load_vision") and not facts.loads_vision(model_cfg, cached):
             logging.info("Every dataset is cached features: encoder and Q-Former are not loaded.")
             model_cfg = OmegaConf.merge(model_cfg, {"load_vision": False})
         return registry.get_model_class(cfg.model_cfg.arch).build(model_cfg, device, dtype)

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from minigpt4.common.errors import ConfigError
+from minigpt4.common.facts import newest_checkpoint
 from minigpt4.common.text import pluralize
 from minigpt4.weights.locate import fetch, shards, why_unreadable
 
@@ -137,10 +138,10 @@ def resolve(path: str) -> Path:
     resolved = fetch(path)
     if resolved.is_file():
         return resolved
-    numbered = {int(m[1]): p for p in resolved.iterdir() if (m := re.fullmatch(r"checkpoint_(\d+)\.pth", p.name))}
-    if not numbered:
+    newest = newest_checkpoint(resolved)
+    if newest is None:
         raise FileNotFoundError(f"{path} is a folder without a checkpoint_N.pth. Give a file, or a run's own folder.")
-    return numbered[max(numbered)]
+    return newest
 
 
 def save(content: dict, path: Path) -> None:

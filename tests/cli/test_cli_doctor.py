@@ -13,7 +13,7 @@ from helpers import ROOT
 from minigpt4.benchmarks import probe as probing
 from minigpt4.cli.doctor import is_training, main
 from minigpt4.common.config import Config
-from minigpt4.doctor.estimate import WORKSPACE, Memory
+from minigpt4.doctor.check_memory import WORKSPACE, Memory
 from minigpt4.runners.runner_base import RunnerBase
 
 TINY = {stage: ROOT / f"train_configs/minigpt4_tiny_{name}.yaml" for stage, name in
@@ -77,14 +77,16 @@ def test_hours(arguments, capsys):
     assert "4 × a GPU of 24 GB" in out
 
 
-def test_nothing_heavy_is_imported(arguments):
+def test_quick_errors_need_no_torch(arguments):
+    given = arguments("stage1", "model.llama_model=/no/such")
     code = (
-        f"import sys\nfrom minigpt4.cli.doctor import main\nstatus = main({arguments('stage1')!r})\n"
+        f"import sys\nfrom minigpt4.cli.doctor import main\nstatus = main({given!r})\n"
         "heavy = {'torch', 'transformers', 'timm', 'webdataset', 'gradio'} & set(sys.modules)\n"
         "sys.exit(str(heavy or status))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stderr.strip() == "0", done.stderr
+    assert done.stderr.strip() == "1", done.stderr
+    assert "deeper checks" in done.stdout
 
 
 def test_what_counts_as_training():
@@ -127,7 +129,7 @@ def test_probe_times_a_step_that_neither_compiles_nor_records(arguments, capsys,
     ],
 )
 def test_probe_warns_of_an_estimate_that_was_far_off(monkeypatch, estimated, reserved, warned):
-    monkeypatch.setattr(probing, "estimate", lambda case: Memory(estimated - WORKSPACE, 0, 0))
+    monkeypatch.setattr(probing, "estimate", lambda context: Memory(estimated - WORKSPACE, 0, 0))
     gpu = SimpleNamespace(cuda=SimpleNamespace(max_memory_reserved=lambda: reserved))
     found = list(probing._compare(None, on_gpu=True, torch=gpu))
     assert [f.what for f in found] == ([warned] if warned else [])
@@ -141,7 +143,7 @@ def test_probe_from_cached_features(arguments, capsys, tmp_path):
 
 
 def test_probe_waits_for_the_errors(arguments, capsys, monkeypatch):
-    monkeypatch.setattr(probing, "probe", lambda case: 1 / 0)
+    monkeypatch.setattr(probing, "probe", lambda context: 1 / 0)
     assert main([*arguments("chat", "model.ckpt=/no/such"), "--probe"]) == 1
     assert "No step was taken: the errors come first." in capsys.readouterr().out
 
@@ -154,7 +156,7 @@ def test_probe_waits_for_the_errors(arguments, capsys, monkeypatch):
     ],
 )
 def test_probe_that_fails(arguments, capsys, monkeypatch, problem, what, fix):
-    def fail(case):
+    def fail(context):
         raise problem
 
     monkeypatch.setattr(probing, "_train", fail)

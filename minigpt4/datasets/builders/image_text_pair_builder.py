@@ -5,6 +5,7 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
+from minigpt4.common import facts
 from minigpt4.common.errors import ConfigError
 from minigpt4.common.registry import registry
 from minigpt4.datasets.builders.base_dataset_builder import BaseDatasetBuilder
@@ -29,7 +30,7 @@ class ImageTextPairBuilder(BaseDatasetBuilder):
 
     @classmethod
     def from_features(cls, config: Mapping[str, Any]) -> bool:
-        return bool((config.get("build_info") or {}).get("features"))
+        return bool(facts.cached_features(config))
 
     def processors(self) -> dict:
         """The processors that the dataset takes."""
