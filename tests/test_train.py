@@ -99,13 +99,14 @@ def test_resume_through_the_command_line(configs, tmp_path, caplog):
 
 
 def fails(configs, stage, *options, error=ConfigError, match, early=None):
-    """early: how the checks before anything heavy put it; `match` is what loading and training say without them."""
+    """early: part of the error of preflight; `match`: part of the error of loading and training without it."""
     arguments = ["--cfg-path", str(configs[stage]), "--options", *options]
     with pytest.MonkeyPatch.context() as patch:
         if early:
             with pytest.raises(ConfigError, match=f"(?s)This cannot work.*{early}"):
                 main(arguments)
             patch.setattr("train.preflight", lambda *_, **__: [])
+            patch.setattr("train.preflight_weights", lambda *_, **__: [])
         with pytest.raises(error, match=match):
             main(arguments)
 

@@ -12,13 +12,12 @@ from minigpt4.common.errors import ConfigError
 from minigpt4.common.text import pluralize
 from minigpt4.doctor.diagnostic import Diagnostic, error, ok, warning
 from minigpt4.doctor.machine import free_disk, readable
-from minigpt4.doctor.run_context import CHECKPOINT_KEYS, RunContext
+from minigpt4.doctor.run_context import CHECKPOINT_KEYS, TOKENIZER_FILES, RunContext
 from minigpt4.weights import locate
 
 LLM = "model.llama_model"
 # The first byte of a pickle, which torch.save wrote before 2020. Today it writes zip files.
 PICKLE = b"\x80"
-TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "vocab.json")
 
 
 def check_paths(context: RunContext) -> Iterator[Diagnostic]:

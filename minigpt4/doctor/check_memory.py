@@ -112,9 +112,9 @@ def longest_sequence(context: RunContext) -> int:
 
 
 def estimate(context: RunContext) -> Memory | None:
-    """Memory of the device with the longest batch. None: the language model's weights are not in a local folder."""
+    """Memory of the device with the longest batch. None: the language model is not, or not whole, in a local folder."""
     llm = context.llm
-    if not llm or not llm.tensors:
+    if not llm or not llm.tensors or context.tokenizer is None:
         return None
     sizes, trained = vision_parameters(context), trainable_parameters(context)
     quantizable, others = llm.parameter_counts()
@@ -174,7 +174,7 @@ def check_gpu_memory(context: RunContext) -> Iterator[Diagnostic]:
     """The longest batch fits on the GPU."""
     memory = estimate(context)
     if memory is None:
-        yield ok("memory", "not estimated: the language model's weights are not in a local folder")
+        yield ok("memory", "not estimated: the language model is not in a local folder")
         return
     parts = f"about {readable(memory.total)} (weights {readable(memory.weights)}"
     parts += f", training {readable(memory.training)}" if context.training else ""

@@ -60,17 +60,20 @@ def check_vision(context: RunContext) -> Iterator[Diagnostic]:
     """The weights of encoder and Q-Former fit the config."""
     import torch
 
-    from minigpt4.models import loading
+    from minigpt4.models import eva_vit, loading
+    from minigpt4.weights import checkpoint
 
-    cfg, meta = context.local_model_cfg, torch.device("meta")
+    cfg, model, meta = context.local_model_cfg, context.meta_model, torch.device("meta")
     try:
         sources = loading.open_sources(cfg)
     except ConfigError as mistake:  # each file by itself can be read
         yield error("model.q_former_model", str(mistake))
         return
     if sources.vision:
+        encoder = model.visual_encoder
         try:
-            loading.load_encoder(cfg, sources.vision, meta, torch.float32)
+            used = eva_vit.checkpoint_filter_fn(sources.vision, encoder)
+            checkpoint.load_weights(encoder, used, cfg.vit_weights, set(encoder.state_dict()), meta)
         except ConfigError as mistake:
             fix = "Change model.vit_model, or model.vit_weights to the file of that encoder."
             yield error("model.vit_model", str(mistake), fix)
@@ -78,7 +81,7 @@ def check_vision(context: RunContext) -> Iterator[Diagnostic]:
             yield ok("model.vit_model", f"{cfg.vit_weights} fits{_interpolated(context, sources.vision)}")
     if sources.qformer:
         try:
-            loading.load_rest(context.meta_model, cfg, replace(sources, trained=None), meta)
+            loading.load_rest(model, cfg, replace(sources, trained=None), meta)
         except ConfigError as mistake:
             key, fix = _qformer_fix(context, sources.qformer)
             yield error(key, str(mistake), fix)

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 # Keys of MiniGPT-4's own checkpoints: a file, or a run's folder.
 CHECKPOINT_KEYS = ("model.ckpt", "run.resume_ckpt_path")
+# One of these is in the folder of a language model.
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "vocab.json")
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
 # The ends of the names of matrices that stay in 16 bit when the language model is loaded in 8 or 4 bit.
 NOT_QUANTIZED = (*EMBEDDINGS, "lm_head.weight", "embed_positions.weight")
@@ -203,8 +205,8 @@ class RunContext:
 
     @cached_property
     def tokenizer(self):
-        """The language model's tokenizer. None: the language model is not in a local folder."""
-        if self.llm_folder is None:
+        """The language model's tokenizer. None: it is not in a local folder."""
+        if self.llm_folder is None or not any((self.llm_folder / name).is_file() for name in TOKENIZER_FILES):
             return None
         from minigpt4.models.tokenizer import load_tokenizer
 

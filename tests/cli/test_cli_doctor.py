@@ -1,6 +1,7 @@
 """python -m minigpt4 doctor, as people and scripts call it."""
 
 import json
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -77,16 +78,30 @@ def test_hours(arguments, capsys):
     assert "4 × a GPU of 24 GB" in out
 
 
-def test_quick_errors_need_no_torch(arguments):
-    given = arguments("stage1", "model.llama_model=/no/such")
+@pytest.mark.parametrize(
+    ("module", "stage", "option"),
+    [
+        ("minigpt4.cli.doctor", "stage1", "model.llama_model=/no/such"),
+        ("train", "stage2", "run.device=tpu"),
+        ("demo", "chat", "run.device=tpu"),
+    ],
+)
+def test_quick_errors_need_no_torch(arguments, module, stage, option):
     code = (
-        f"import sys\nfrom minigpt4.cli.doctor import main\nstatus = main({given!r})\n"
+        f"import sys\nfrom {module} import main\n"
+        f"try:\n    print(main({arguments(stage, option)!r}))\nexcept ValueError as error:\n    print(error)\n"
         "heavy = {'torch', 'transformers', 'timm', 'webdataset', 'gradio'} & set(sys.modules)\n"
-        "sys.exit(str(heavy or status))"
+        "sys.exit(str(heavy or 'nothing heavy'))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stderr.strip() == "1", done.stderr
-    assert "deeper checks" in done.stdout
+    assert done.stderr.strip() == "nothing heavy", done.stderr
+    assert re.search(f"ERROR +{option.split('=')[0]}: ", done.stdout)
+
+
+def test_skipped_checks_are_announced(arguments, capsys):
+    assert main([*arguments("stage1", "model.llama_model=/no/such"), "--json"]) == 1
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (last["check"], last["status"]) == ("deeper checks", "warning")
 
 
 def test_what_counts_as_training():

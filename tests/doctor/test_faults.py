@@ -15,6 +15,7 @@ from minigpt4.common.registry import registry
 from minigpt4.doctor import check_environment, check_files, check_memory, check_run, checks, machine
 from minigpt4.doctor.diagnostic import ERROR, WARNING
 from minigpt4.doctor.machine import Gpu
+from minigpt4.weights import hf_names
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 5\n"
 
@@ -124,6 +125,16 @@ def more_queries(p):
     torch.save(content, p.qformer)
 
 
+def vision_in_a_folder(p):
+    """The encoder as a BLIP-2's folder in Hugging Face format."""
+    weights = torch.load(p.vision, weights_only=True)
+    p.vision = p.folder / "blip2"
+    p.vision.mkdir()
+    save_file(
+        {name: t.contiguous() for name, t in hf_names.vision_to_hf(weights).items()}, p.vision / "model.safetensors"
+    )
+
+
 def records(change):
     def plant(p):
         path = p.align / "filter_cap.json"
@@ -171,6 +182,7 @@ FAULTS = {
     # weights
     "vision is a pointer": ("stage1", lambda p: p.write(p.vision, LFS), ERROR, "model.vit_weights", "Git-LFS"),
     "ckpt is empty": ("stage2", lambda p: p.write(p.ckpt, b""), ERROR, "model.ckpt", "is empty"),
+    "ckpt is cut off": ("stage2", lambda p: p.cut(p.ckpt, 0.7), ERROR, "model.ckpt", "cannot be read"),
     "ckpt is a page": ("stage2", lambda p: p.write(p.ckpt, "<html>"), ERROR, "model.ckpt", "web page"),
     "vision is cut off": ("stage1", lambda p: p.cut(p.vision, 0.7), ERROR, "model.vit_weights", "truncated"),
     "llm is cut off": ("chat", lambda p: p.cut(p.llm / "model.safetensors", 0.7), ERROR, LLM, "cut"),
@@ -179,6 +191,13 @@ FAULTS = {
     "missing shard": ("chat", missing_shard, ERROR, LLM, "1 of 2 shards: b.safet"),
     "pointer among shards": ("chat", pointer_among_shards, ERROR, LLM, "b.safetensors.*Git-LFS"),
     "no weights": ("chat", no_weights, ERROR, LLM, "has no weights"),
+    "unknown architecture": (
+        "chat",
+        lambda p: p.edit(p.llm / "config.json", model_type="nobody's"),
+        ERROR,
+        LLM,
+        "nobody's",
+    ),
     "broken index": ("chat", lambda p: p.write(p.llm / "model.safetensors.index.json", "{"), ERROR, LLM, "index.json"),
     # shapes
     "13B projection": ("stage2", checkpoint(linear(SIZES.qformer_width, 5120)), ERROR, "model.ckpt", "5120 .* 128"),
@@ -189,6 +208,13 @@ FAULTS = {
     "two bundles": ("stage1", another_bundle, ERROR, "model.q_former_model", r"ln_vision.weight.*\(72,\)"),
     "encoder's width": ("stage1", options("model.vit_model.embed_dim=32"), ERROR, "model.vit_model", r"\(64,\)|, 64"),
     "encoder's depth": ("stage1", options("model.vit_model.depth=9"), ERROR, "model.vit_model", "blocks.[3-8]"),
+    "folder of another encoder": (
+        "stage1",
+        also(vision_in_a_folder, options("model.vit_model.depth=9")),
+        ERROR,
+        "model.vit_model",
+        "blocks.[3-8]",
+    ),
     "encoder's name": ("chat", options("model.vit_model=eva_h"), ERROR, "model.vit_model", "eva_h"),
     "no encoder": ("chat", options("model.vit_weights=published"), ERROR, "model.vit_weights", ""),
     "image size": ("stage1", options("model.image_size=230"), ERROR, "model.image_size", "230"),
@@ -309,6 +335,29 @@ def test_a_fault_is_named(patient, fault):
     plant(patient)
     found = patient.diagnostics(ERROR, WARNING)
     assert any((d.check, d.status) == (key, status) and re.search(evidence, d.what, re.DOTALL) for d in found), found
+
+
+@pytest.mark.parametrize("form", ["a folder", "the format before 2020"])
+def test_other_forms_of_weights(patient, form):
+    if form == "a folder":
+        vision_in_a_folder(patient)
+    else:
+        content = torch.load(patient.ckpt, weights_only=True)
+        torch.save(content, replace(patient.ckpt), _use_new_zipfile_serialization=False)
+    assert patient.diagnostics(ERROR, WARNING) == []
+
+
+def test_checks_at_the_start_of_a_run(patient, monkeypatch):
+    """Errors end the run, estimates only warn, and ranks other than 0 leave it to rank 0."""
+    monkeypatch.setattr(checks, "list_gpus", lambda: [Gpu("a GPU", (9, 0), total=10**9, free=10**9)])
+    cfg = patient.context().cfg
+    assert checks.preflight(cfg, training=True) == []
+    assert [d.check for d in checks.preflight_weights(cfg, training=True)] == ["GPU memory"]
+    checkpoint(linear(99, 128))(patient)
+    with pytest.raises(ConfigError, match="model.ckpt"):
+        checks.preflight_weights(cfg, training=True)
+    monkeypatch.setenv("RANK", "1")
+    assert checks.preflight_weights(cfg, training=True) == []
 
 
 def not_installed(name):
