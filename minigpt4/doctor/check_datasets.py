@@ -1,6 +1,5 @@
 """Checks of the datasets: shards, the folder of stage 2, caches of image features."""
 
-import json
 import os
 import random
 import tarfile
@@ -57,18 +56,26 @@ def why_no_shard(path: Path) -> str | None:
     return "it is cut off" if path.suffix == ".tar" and end.strip(b"\0") else None
 
 
-def check_folder_dataset(context: RunContext) -> Iterator[Diagnostic]:
-    """cc_sbu_align has its list, its pictures, and enough records for a batch."""
+def check_folder(context: RunContext) -> Iterator[Diagnostic]:
+    """The folder of cc_sbu_align exists."""
     for name, storage in _storages(context, "cc_sbu_align"):
-        key = f"datasets.{name}.build_info.storage"
-        folder = Path(str(storage)).expanduser()
+        key, folder = f"datasets.{name}.build_info.storage", Path(str(storage)).expanduser()
         if not folder.is_dir():
             what = f"{storage} {'is a file' if folder.exists() else 'does not exist'}"
             yield error(key, what, f"Name the folder of filter_cap.json and image/: --options {key}=/where/it/is")
-            continue
-        records, problem = read_records(folder)
-        if problem:
-            yield error(key, problem, "The folder holds filter_cap.json and image/: dataset/README_2_STAGE.md")
+
+
+def check_records(context: RunContext) -> Iterator[Diagnostic]:
+    """cc_sbu_align has its list, its pictures, and enough records for a batch."""
+    from minigpt4.datasets.datasets.cc_sbu_dataset import CCSBUAlignDataset
+
+    for name, storage in _storages(context, "cc_sbu_align"):
+        key = f"datasets.{name}.build_info.storage"
+        try:
+            records = len(CCSBUAlignDataset(storage, vis_processor=None, name=name))
+        except (ConfigError, FileNotFoundError) as mistake:
+            what = _why_no_list(Path(str(storage)).expanduser()) or str(mistake).removeprefix(f"{key}=")
+            yield error(key, what, "The folder holds filter_cap.json and image/: dataset/README_2_STAGE.md")
             continue
         per_rank = records // context.world_size
         if per_rank < context.run.batch_size_train:
@@ -79,26 +86,10 @@ def check_folder_dataset(context: RunContext) -> Iterator[Diagnostic]:
             yield ok(key, pluralize(records, "record"))
 
 
-def read_records(folder: Path) -> tuple[int, str | None]:
-    """The number of records in a cc_sbu_align folder, and the first thing that is wrong with the folder."""
-    listing, pictures = folder / "filter_cap.json", folder / "image"
-    if not listing.is_file():
-        return 0, f"{listing} is not there"
-    reason = locate.why_unreadable(listing)
-    if reason:
-        return 0, f"{listing}: {reason}"
-    if not pictures.is_dir():
-        return 0, f"{pictures} is not there"
-    try:
-        records = json.loads(listing.read_text(encoding="utf-8"))["annotations"]
-        ids = {str(record["image_id"]) for record in records}
-    except (ValueError, KeyError, TypeError) as problem:
-        return 0, f'{listing} is not of the form {{"annotations": [{{"image_id": …, "caption": …}}, …]}} ({problem!r})'
-    missing = ids - {path.stem for path in pictures.iterdir()}
-    if missing:
-        some = f"{len(missing)} of {pluralize(len(records), 'record')}"
-        return len(records), f"{some} without a picture in {pictures}, e.g. {min(missing)}"
-    return len(records), None
+def _why_no_list(folder: Path) -> str | None:
+    listing = folder / "filter_cap.json"
+    reason = locate.why_unreadable(listing) if listing.is_file() else None
+    return reason and f"{listing}: {reason}"
 
 
 def check_features(context: RunContext) -> Iterator[Diagnostic]:

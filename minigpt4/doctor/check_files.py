@@ -1,6 +1,5 @@
 """Checks of the model's files: they exist, are of the right kind, and are whole."""
 
-import json
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -106,10 +105,8 @@ def _check_folder(folder: Path) -> Iterator[Diagnostic]:
         fix = f"Give the folder that holds config.json and the weights: --options {LLM}=/where/it/is"
         yield error(LLM, f"{folder} has no config.json, so it is no language model in Hugging Face format", fix)
         return
-    try:
-        json.loads(config.read_text(encoding="utf-8"))
-    except ValueError as problem:
-        reason = locate.why_unreadable(config) or f"it is not JSON ({problem})"
+    reason = locate.why_unreadable(config)
+    if reason:
         yield error(LLM, f"{config}: {reason}", "Fetch it again.")
         return
     try:

@@ -29,7 +29,7 @@ Stage = tuple[Check, ...]
 QUICK: Stage = (
     check_files.check_paths,
     check_datasets.check_shards,
-    check_datasets.check_folder_dataset,
+    check_datasets.check_folder,
     check_datasets.check_features,
     check_run.check_output_folder,
     check_environment.check_versions,
@@ -48,7 +48,7 @@ QUICK_OF_MODEL: Stage = (
     check_environment.check_shared_memory,
 )
 # With torch, for any model.
-RUN: Stage = (check_run.check_registry, check_run.check_length)
+RUN: Stage = (check_datasets.check_records, check_run.check_registry, check_run.check_length)
 # With the loaders, for MiniGPT4: what can be read, then whether it fits together, then what it takes.
 READ: Stage = (
     check_files.check_contents,
@@ -67,7 +67,7 @@ ESTIMATE: Stage = (check_run.check_output_room, check_memory.check_gpu_memory)
 NOT_AT_START = (
     check_files.check_paths,
     check_datasets.check_shards,
-    check_datasets.check_folder_dataset,
+    check_datasets.check_folder,
     check_datasets.check_features,
     *RUN,
 )
