@@ -78,7 +78,7 @@ def vision_parameters(context: RunContext) -> dict[str, int]:
     """Parameters of encoder (ln_vision included) and Q-Former (queries included). 0 where they are not loaded."""
     if not context.with_vision:
         return {"vit": 0, "qformer": 0}
-    model = context.meta_model
+    model = context.vision
     return {
         "vit": _numel(model.visual_encoder) + _numel(model.ln_vision),
         "qformer": _numel(model.Qformer) + model.query_tokens.numel(),

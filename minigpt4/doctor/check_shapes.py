@@ -51,7 +51,7 @@ def check_image_settings(context: RunContext) -> Iterator[Diagnostic]:
 def check_model_sizes(context: RunContext) -> Iterator[Diagnostic]:
     """Encoder and Q-Former can be built from the sizes in the config."""
     try:
-        context.meta_model  # noqa: B018
+        context.vision  # noqa: B018
     except ConfigError as mistake:
         yield error("model.qformer", str(mistake))
 
@@ -63,7 +63,7 @@ def check_vision(context: RunContext) -> Iterator[Diagnostic]:
     from minigpt4.models import eva_vit, loading
     from minigpt4.weights import checkpoint
 
-    cfg, model, meta = context.local_model_cfg, context.meta_model, torch.device("meta")
+    cfg, model, meta = context.local_model_cfg, context.vision, torch.device("meta")
     try:
         sources = loading.open_sources(cfg)
     except ConfigError as mistake:  # each file by itself can be read
@@ -91,7 +91,7 @@ def check_vision(context: RunContext) -> Iterator[Diagnostic]:
 
 def _interpolated(context: RunContext, weights: dict) -> str:
     positions = weights.get("pos_embed")
-    if positions is None or positions.shape == context.meta_model.visual_encoder.pos_embed.shape:
+    if positions is None or positions.shape == context.vision.visual_encoder.pos_embed.shape:
         return ""
     return f"; its positions will be interpolated for {context.model.image_size} px"
 
@@ -102,7 +102,7 @@ def _qformer_fix(context: RunContext, weights: dict) -> tuple[str, str]:
         _, count, width = weights["query_tokens"].shape
         if count != context.model.num_query_token:
             return "model.num_query_token", f"--options model.num_query_token={count}"
-        if width != context.meta_model.Qformer.hidden_size:
+        if width != context.vision.Qformer.hidden_size:
             return "model.qformer", "Set model.qformer to the sizes of the file."
     return "model.q_former_model", "Encoder and Q-Former must come from one BLIP-2."
 

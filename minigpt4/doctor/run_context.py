@@ -1,6 +1,6 @@
 """A config on a machine: the checks read it, and the files it names, through this. Each file is read once.
 
-torch and the loaders are imported only where tensors are read: in `content`, `tokenizer`, `llm` and `meta_model`.
+torch and the loaders are imported only by the members after `llm_folder`, which read tensors.
 """
 
 from dataclasses import dataclass, field, replace
@@ -94,6 +94,7 @@ class RunContext:
     """Processes of the run on this machine. None: all of them."""
     step_time: float | None = None
     """Seconds that a batch takes."""
+    _contents: dict[str, dict] = field(default_factory=dict, init=False)
 
     @property
     def model(self):
@@ -174,12 +175,6 @@ class RunContext:
             return Path(config).parent if isinstance(config, str) else None
         return None
 
-    # What follows imports torch.
-
-    @cached_property
-    def _contents(self) -> dict[str, dict]:
-        return {}
-
     def content(self, key: str) -> dict | None:
         """Everything in the file of a source, its tensors mapped from the disk. None: it is a folder or not there.
 
@@ -229,11 +224,8 @@ class RunContext:
         return LanguageModel(config, embedding_dim(str(folder)), tensors)
 
     @cached_property
-    def meta_model(self):
-        """Vision side and projection on the meta device: shapes without memory. No projection if `llm` is None.
-
-        Raises ConfigError for sizes that do not go together.
-        """
+    def vision(self):
+        """The vision side on the meta device: shapes without memory. Raises ConfigError for sizes that do not fit."""
         import torch
 
         from minigpt4.models import loading
@@ -242,7 +234,13 @@ class RunContext:
         meta, no_weights = torch.device("meta"), loading.Sources(None, None, None, None)
         parts = loading.vision_parts(self.local_model_cfg, no_weights, meta, torch.float32)
         with meta:
-            model = Vision(**parts)
-            if self.llm:
-                model.llama_proj = torch.nn.Linear(model.Qformer.hidden_size, self.llm.width)
-        return model
+            return Vision(**parts)
+
+    @cached_property
+    def meta_model(self):
+        """`vision` with its projection to the language model. No projection if `llm` is None."""
+        from torch import nn
+
+        if self.llm:
+            self.vision.llama_proj = nn.Linear(self.vision.Qformer.hidden_size, self.llm.width, device="meta")
+        return self.vision
