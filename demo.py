@@ -13,7 +13,7 @@ from minigpt4.cli.arguments import add_model_arguments, check_address, port
 from minigpt4.common.config import Config
 from minigpt4.common.errors import ConfigError
 from minigpt4.common.registry import UnknownNameError
-from minigpt4.doctor.checks import log_warnings, preflight
+from minigpt4.doctor.checks import log_warnings, preflight, preflight_weights
 from minigpt4.web.server import load_model, serve
 
 
@@ -52,7 +52,11 @@ def main(argv: list[str] | None = None) -> None:
     options = {name: getattr(args, name) for name in ("host", "port", "share", "auth", "concurrency", "max_upload_mb")}
     with serve(**options, emoji=cfg.model_cfg.get("model_type") == "tiny") as page:
         log_warnings(warnings)
-        load_model(page, cfg, args.gpu_id)
+
+        def check_weights() -> None:
+            log_warnings(preflight_weights(cfg, training=False, gpu=args.gpu_id))
+
+        load_model(page, cfg, args.gpu_id, check_weights)
         page.blocks.block_thread()
 
 

@@ -17,7 +17,7 @@ from datetime import datetime
 from minigpt4.common.config import Config
 from minigpt4.common.errors import ConfigError, format_error
 from minigpt4.common.registry import UnknownNameError
-from minigpt4.doctor.checks import log_warnings, preflight
+from minigpt4.doctor.checks import log_warnings, preflight, preflight_weights
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
     from minigpt4.runners.state import seed_everything
 
     setup_logger()
-    log_warnings(warnings)
+    log_warnings(warnings + preflight_weights(cfg, training=True))
     device = dist_utils.select_device(cfg.run_cfg.device)
     dist_utils.init_process_group(device, cfg.run_cfg.dist_backend, cfg.run_cfg.distributed)
     try:

@@ -13,7 +13,7 @@ from minigpt4.common.config import Config
 from minigpt4.common.errors import ConfigError
 from minigpt4.conversation import CONV_VISION
 from minigpt4.conversation.loading import load_chat, select_gpu
-from minigpt4.doctor import environment
+from minigpt4.doctor import check_environment as environment
 from minigpt4.models import llm
 from minigpt4.runners.state import restore_rng_states, rng_states
 from minigpt4.serving.sampling import RowSampler, RowSampling

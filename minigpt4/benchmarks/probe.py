@@ -5,34 +5,36 @@ import tempfile
 import time
 from collections.abc import Iterable
 
-from minigpt4.doctor.case import RunContext
-from minigpt4.doctor.estimate import estimate, longest_sequence
-from minigpt4.doctor.findings import Diagnostic, error, ok, warning
+from minigpt4.common.facts import IMAGE_SLOT
+from minigpt4.doctor.check_memory import advice, estimate, longest_sequence
+from minigpt4.doctor.diagnostic import Diagnostic, error, ok, warning
 from minigpt4.doctor.machine import readable
+from minigpt4.doctor.run_context import RunContext
 
 
-def probe(case: RunContext) -> list[Diagnostic]:
-    """Load the model, take three steps (or answer once, for a chat) and say what the last took."""
+def probe(context: RunContext) -> list[Diagnostic]:
+    """Load the model, take three steps (or answer once, for a chat) and report the last one's time and memory."""
     import torch
 
-    if not case.is_ours:
-        return [warning("probe", f"knows no longest batch of model.arch={case.model.get('arch')}: no step was taken")]
+    if not context.is_ours:
+        what = f"no step was taken: the longest batch of model.arch={context.model.get('arch')} is unknown"
+        return [warning("probe", what)]
     try:
-        return list(_train(case) if case.training else _chat(case))
+        return list(_train(context) if context.training else _chat(context))
     except torch.OutOfMemoryError as problem:
         what = f"out of memory with the longest batch: {str(problem).splitlines()[0]}"
-        return [error("probe", what, _advice(case))]
-    except Exception as problem:  # whatever it is, it is what the run would have died of
+        return [error("probe", what, _advice(context))]
+    except Exception as problem:  # whatever it is, it would have ended the run
         return [error("probe", f"{type(problem).__name__}: {problem}")]
 
 
-def _train(case: RunContext) -> Iterable[Diagnostic]:
+def _train(context: RunContext) -> Iterable[Diagnostic]:
     import torch
 
     from minigpt4.common.registry import registry
     from minigpt4.runners.prefetch import prefetch
 
-    cfg, run = case.cfg, case.run
+    cfg, run = context.cfg, context.run
     with tempfile.TemporaryDirectory() as folder:
         run.output_dir, run.resume_ckpt_path, run.num_workers = folder, None, 0
         run.valid_splits, run.test_splits = [], []
@@ -43,7 +45,7 @@ def _train(case: RunContext) -> Iterable[Diagnostic]:
         runner = registry.get_runner_class(run.runner)(cfg, task, model, datasets, "probe")
         runner.module.train()
         seconds = []
-        # The first step compiles, the second records CUDA graphs; the third, which replays them, shows the time.
+        # The first step compiles, the second captures CUDA graphs. The third replays them, so its time is reported.
         with contextlib.closing(prefetch([samples] * 3, runner.module, runner.device)) as batches:
             for batch in batches:
                 start = time.perf_counter()
@@ -52,10 +54,10 @@ def _train(case: RunContext) -> Iterable[Diagnostic]:
     if loss != loss or abs(loss) == float("inf"):
         yield error("probe", f"the loss is {loss}", "Check the weights; with fp16, try run.amp_dtype=bf16.")
         return
-    tokens = longest_sequence(case)
+    tokens = longest_sequence(context)
     what = f"a step of {run.batch_size_train} × {tokens} tokens took {seconds[-1]:.2f} s, loss {loss:.2f}"
     yield ok("probe", what + (f", {_peak(torch)}" if runner.device.type == "cuda" else ""))
-    yield from _compare(case, runner.device.type == "cuda", torch)
+    yield from _compare(context, runner.device.type == "cuda", torch)
 
 
 def longest_batch(model, batch_size: int) -> dict:
@@ -70,46 +72,44 @@ def longest_batch(model, batch_size: int) -> dict:
     return {"image": torch.randn(batch_size, 3, size, size), "text_input": texts}
 
 
-def _chat(case: RunContext) -> Iterable[Diagnostic]:
+def _chat(context: RunContext) -> Iterable[Diagnostic]:
     import torch
 
     from minigpt4.conversation.loading import load_chat, select_gpu
 
-    device = select_gpu(case.cfg, 0)
-    chat = load_chat(case.cfg, device)
+    device = select_gpu(context.cfg, 0)
+    chat = load_chat(context.cfg, device)
     model = chat.model
     size = model.visual_encoder.image_size
     start = time.perf_counter()
-    prompt = (model.prompt_list or ["<ImageHere>"])[0]
+    prompt = (model.prompt_list or [IMAGE_SLOT])[0]
     image, options = torch.randn(1, 3, size, size, device=device), {"max_new_tokens": 32, "min_new_tokens": 32}
     model.generate(image, [prompt], decoding_loop=chat.decoding_loop, **options)
     what = f"an answer of 32 tokens took {time.perf_counter() - start:.2f} s"
     yield ok("probe", what + (f", {_peak(torch)}" if device.type == "cuda" else ""))
-    yield from _compare(case, device.type == "cuda", torch)
+    yield from _compare(context, device.type == "cuda", torch)
 
 
 def _peak(torch) -> str:
     return f"{readable(torch.cuda.max_memory_reserved())} of GPU memory reserved at most"
 
 
-# Bytes by which estimate and probe may differ without a word: small models are all overhead.
+# Bytes by which the estimate may be wrong without a warning: small models are mostly overhead.
 SMALL = 5e8
 
 
-def _compare(case: RunContext, on_gpu: bool, torch) -> Iterable[Diagnostic]:
-    """An estimate that was far off is said to have been."""
-    reckoned = estimate(case)
-    if not on_gpu or reckoned is None:
+def _compare(context: RunContext, on_gpu: bool, torch) -> Iterable[Diagnostic]:
+    """A warning where the estimate of memory was far off."""
+    memory = estimate(context)
+    if not on_gpu or memory is None:
         return
     reserved = torch.cuda.max_memory_reserved()
-    share = reserved / reckoned.total
-    if not 0.8 < share < 1.25 and abs(reserved - reckoned.total) > SMALL:
-        what = f"the estimate was {readable(reckoned.total)}, {share:.2f} times that was reserved"
-        yield warning("probe", what, "Trust the probe; minigpt4/doctor/estimate.py has the constants.")
+    ratio = reserved / memory.total
+    if not 0.8 < ratio < 1.25 and abs(reserved - memory.total) > SMALL:
+        what = f"the estimate was {readable(memory.total)}, {ratio:.2f} times that was reserved"
+        yield warning("probe", what, "Trust the probe; minigpt4/doctor/check_memory.py has the constants.")
 
 
-def _advice(case: RunContext) -> str:
-    from minigpt4.doctor.estimate import advice
-
-    reckoned = estimate(case)
-    return advice(case, reckoned) if reckoned else "Lower run.batch_size_train."
+def _advice(context: RunContext) -> str:
+    memory = estimate(context)
+    return advice(context, memory) if memory else "Lower run.batch_size_train."

@@ -5,8 +5,9 @@
     python -m minigpt4 doctor --cfg-path eval_configs/minigpt4_eval.yaml --json
     python -m minigpt4 doctor --cfg-path train_configs/minigpt4_stage2_finetune.yaml --probe     # real steps
 
-Looks at every file that the config names, at shapes, tokenizer and template, at the machine, and estimates memory and
-time. Exit status: 0 if nothing is wrong (warnings are nothing), 1 if something is, 2 for a config that cannot be read.
+Checks every file that the config names, shapes, tokenizer and template, and the machine, and estimates memory and time.
+Paths, keys and headers come first, within a second; the loaders check the rest if those have no errors.
+Exit status: 0 for no errors (warnings are allowed), 1 for errors, 2 for a config that cannot be read.
 """
 
 import argparse
@@ -29,23 +30,23 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--import", **several, dest="imports", metavar="MODULE", help="plug-ins to import first")
     parser.add_argument("--gpus", type=int, default=1, metavar="N", help="processes of the run (%(default)s)")
     parser.add_argument(
-        "--gpu-memory", type=float, metavar="GB", help="reckon with a GPU of this size, not this machine's"
+        "--gpu-memory", type=float, metavar="GB", help="estimate for a GPU of this size instead of this machine's"
     )
-    parser.add_argument("--step-time", type=float, metavar="S", help="seconds a batch takes, to reckon hours with")
+    parser.add_argument("--step-time", type=float, metavar="S", help="seconds a batch takes, to estimate hours")
     parser.add_argument(
         "--probe", action="store_true", help="then load everything and take three steps with the longest batch"
     )
-    parser.add_argument("--json", action="store_true", help="one JSON object a finding")
+    parser.add_argument("--json", action="store_true", help="print one JSON object for each diagnostic")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print what the checks find. Returns the exit status."""
+    """Print the diagnostics. Returns the exit status."""
     args = parse_args(argv)
-    from minigpt4.doctor.case import RunContext
-    from minigpt4.doctor.checks import examine
-    from minigpt4.doctor.findings import ERROR, WARNING, as_text
+    from minigpt4.doctor.checks import examine, has_errors
+    from minigpt4.doctor.diagnostic import ERROR, WARNING, as_text
     from minigpt4.doctor.machine import imagined_gpu, list_gpus
+    from minigpt4.doctor.run_context import RunContext
 
     try:
         cfg = Config(args)
@@ -55,25 +56,25 @@ def main(argv: list[str] | None = None) -> int:
         )
         return 2
     gpus = [imagined_gpu(args.gpu_memory)] * args.gpus if args.gpu_memory else list_gpus()
-    case = RunContext(cfg, is_training(cfg), gpus, args.gpus, step_time=args.step_time)
-    findings = examine(case)
-    broken = any(finding.status == ERROR for finding in findings)
+    context = RunContext(cfg, is_training(cfg), gpus, args.gpus, step_time=args.step_time)
+    diagnostics = examine(context)
+    broken = has_errors(diagnostics)
     if args.probe and not broken:
         from minigpt4.benchmarks.probe import probe
 
-        findings += probe(case)
+        diagnostics += probe(context)
     if args.json:
-        for finding in findings:
-            print(json.dumps(asdict(finding), ensure_ascii=False))
+        for diagnostic in diagnostics:
+            print(json.dumps(asdict(diagnostic), ensure_ascii=False))
     else:
-        print(as_text(findings))
-        counts = [sum(finding.status == status for finding in findings) for status in (ERROR, WARNING)]
+        print(as_text(diagnostics))
+        counts = [sum(diagnostic.status == status for diagnostic in diagnostics) for status in (ERROR, WARNING)]
         print(f"\n{pluralize(counts[0], 'error')}, {pluralize(counts[1], 'warning')}.")
         if args.probe and broken:
             print("No step was taken: the errors come first.")
-    return int(any(finding.status == ERROR for finding in findings))
+    return int(has_errors(diagnostics))
 
 
 def is_training(cfg: Config) -> bool:
-    """Whether the file describes a run of train.py: a chat's sets none of what only training needs."""
+    """Whether the file describes a run of train.py. A chat's file sets none of the keys that only training needs."""
     return any(cfg.origin(f"run.{key}") != "the defaults" for key in ("max_epoch", "init_lr", "output_dir"))

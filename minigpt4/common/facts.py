@@ -6,7 +6,7 @@ whether the vision side is loaded, and the size of a micro-batch.
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from minigpt4 import PACKAGE_ROOT
@@ -35,9 +35,9 @@ def tokens_per_micro_batch(fp8: bool = False, gpu_bytes: float = 0) -> int:
     return LARGE_MICRO_BATCH_TOKENS if fp8 and gpu_bytes >= LARGE_GPU_BYTES else MICRO_BATCH_TOKENS
 
 
-def load_in(model_cfg: Mapping) -> str:
-    """How the language model is loaded: `load_in` if it is set, otherwise 8 or 16 bit by `low_resource`."""
-    return model_cfg.get("load_in") or ("8bit" if model_cfg.get("low_resource") else "16bit")
+def load_in(load_in: str | None, low_resource: bool) -> str:
+    """How the language model is loaded: `model.load_in`, or if that is not set, what `model.low_resource` implies."""
+    return load_in or ("8bit" if low_resource else "16bit")
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -53,10 +53,12 @@ def cached_features(dataset_cfg: Mapping) -> str | None:
     return (dataset_cfg.get("build_info") or {}).get("features") or None
 
 
-def loads_vision(model_cfg: Mapping, datasets_cfg: Mapping) -> bool:
-    """Whether encoder and Q-Former are loaded. Training from cached features alone does not need them."""
-    from_features = bool(datasets_cfg) and all(map(cached_features, datasets_cfg.values()))
-    return model_cfg.get("load_vision", True) and not from_features
+def loads_vision(model_cfg: Mapping, from_features: Collection[bool]) -> bool:
+    """Whether encoder and Q-Former are loaded. Training from cached features alone does without them.
+
+    from_features: for each dataset of the run, whether it is read from cached features.
+    """
+    return model_cfg.get("load_vision", True) and not (from_features and all(from_features))
 
 
 def vit_weights(vit_model, weights: str | None) -> str | None:

@@ -1,5 +1,5 @@
-"""What can be wrong with a run, found in seconds: files, shapes, texts, the machine, memory and time.
+"""Finds what is wrong with a run before its weights are loaded.
 
-Nothing here imports torch, transformers or timm. A check is a small function that
-takes a `RunContext` and yields `Diagnostic`s.
+A check is a small function: it takes a `RunContext` and yields `Diagnostic`s. Quick checks (paths, headers, the
+machine) do not import torch. The deeper ones run only if those find no error; they use the loaders themselves.
 """

@@ -1,102 +1,157 @@
-"""All checks in order, and their cheap part, which train.py and demo.py run before anything heavy."""
+"""All checks in stages. `doctor` runs them all; train.py and demo.py run most of them before weights are loaded.
+
+A stage runs only if the stages before it found no error. The first stage does not import torch.
+"""
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from minigpt4.common.config import Config
 from minigpt4.common.errors import ConfigError
-from minigpt4.doctor import environment, estimate, files, names, shapes, texts
-from minigpt4.doctor.case import RunContext
-from minigpt4.doctor.findings import ERROR, OK, Diagnostic, as_text, warning
+from minigpt4.doctor import (
+    check_datasets,
+    check_environment,
+    check_files,
+    check_memory,
+    check_run,
+    check_shapes,
+    check_tokenizer,
+)
+from minigpt4.doctor.diagnostic import ERROR, OK, Diagnostic, as_text, warning
 from minigpt4.doctor.machine import list_gpus
+from minigpt4.doctor.run_context import RunContext
 
 Check = Callable[[RunContext], Iterator[Diagnostic]]
+Stage = tuple[Check, ...]
 
-# The model's files are looked into first: the other checks need them.
-OF_MODEL: tuple[Check, ...] = (
-    files.check_weights_files,
-    files.check_language_model,
-    files.check_downloads,
-    shapes.check_image_size,
-    shapes.check_encoder,
-    shapes.check_qformer,
-    shapes.check_projection,
-    shapes.check_fingerprint,
-    texts.check_template,
-    texts.check_tokenizer,
-    environment.check_optional_libraries,
-    environment.check_shared_memory,
-    estimate.check_gpu_memory,
+# Without torch, for any model.
+QUICK: Stage = (
+    check_files.check_paths,
+    check_datasets.check_shards,
+    check_datasets.check_folder,
+    check_datasets.check_features,
+    check_run.check_output_folder,
+    check_environment.check_versions,
+    check_environment.check_device,
+    check_environment.check_gpu,
+    check_environment.check_fp8,
+    check_memory.check_host_memory,
 )
-OF_RUN: tuple[Check, ...] = (
-    names.check_names,
-    files.check_paths,
-    files.check_shards,
-    files.check_folder_dataset,
-    files.check_features,
-    files.check_output,
-    environment.check_versions,
-    environment.check_device,
-    environment.check_gpu,
-    environment.check_fp8,
-    estimate.check_host_memory,
-    estimate.check_length,
+# Without torch, for MiniGPT4.
+QUICK_OF_MODEL: Stage = (
+    check_files.check_weights_files,
+    check_files.check_language_model,
+    check_files.check_downloads,
+    check_shapes.check_image_settings,
+    check_environment.check_optional_libraries,
+    check_environment.check_shared_memory,
 )
-# An estimate must not keep a run from being tried.
-ONLY_TOLD = (estimate.check_gpu_memory, estimate.check_host_memory)
-# What train.py and demo.py do themselves before the model is loaded, and, without a GPU, say themselves.
+# With torch, for any model.
+RUN: Stage = (check_datasets.check_records, check_run.check_registry, check_run.check_length)
+# With the loaders, for MiniGPT4: what can be read, then whether it fits together, then what it takes.
+READ: Stage = (
+    check_files.check_contents,
+    check_files.check_language_model_contents,
+    check_shapes.check_model_sizes,
+    check_tokenizer.check_prompts,
+)
+FIT: Stage = (
+    check_shapes.check_vision,
+    check_shapes.check_checkpoints,
+    check_shapes.check_fingerprint,
+    check_tokenizer.check_tokenizer,
+)
+ESTIMATE: Stage = (check_run.check_output_room, check_memory.check_gpu_memory)
+# train.py and demo.py do these themselves before the model is loaded.
 NOT_AT_START = (
-    names.check_names,
-    files.check_paths,
-    files.check_shards,
-    files.check_folder_dataset,
-    files.check_features,
-    estimate.check_length,
+    check_files.check_paths,
+    check_datasets.check_shards,
+    check_datasets.check_folder,
+    check_datasets.check_features,
+    *RUN,
 )
+# Estimates must not keep a run from being tried.
+ESTIMATED = ("GPU memory", "host memory")
 
 
-def examine(case: RunContext) -> list[Diagnostic]:
-    """What all checks find."""
-    checks = (*OF_RUN, *OF_MODEL) if case.is_ours else OF_RUN
-    return [finding for check in checks for finding in results(check, case)]
+def stages(context: RunContext) -> list[Stage]:
+    """The stages for a run, in order."""
+    if context.is_ours:
+        return [QUICK + QUICK_OF_MODEL, RUN + READ, FIT, ESTIMATE]
+    return [QUICK, RUN]
 
 
-def results(check: Check, case: RunContext) -> Iterator[Diagnostic]:
-    """What a check finds. One that fails itself says so, and keeps no run from being tried."""
+def examine(context: RunContext) -> list[Diagnostic]:
+    """The diagnostics of all checks, up to the first stage with an error."""
+    *earlier, last = stages(context)
+    found = run_stages(context, earlier)
+    if not has_errors(found):
+        return found + run_stages(context, [last])
+    what = "the remaining checks (weights, shapes, tokenizer, memory) were skipped: the errors come first"
+    return [*found, warning("deeper checks", what, "Correct the errors and run doctor again.")]
+
+
+def run_stages(context: RunContext, to_run: Iterable[Stage]) -> list[Diagnostic]:
+    found: list[Diagnostic] = []
+    for stage in to_run:
+        if has_errors(found):
+            break
+        for check in stage:
+            found += results(check, context)
+    return found
+
+
+def has_errors(diagnostics: Iterable[Diagnostic]) -> bool:
+    return any(diagnostic.status == ERROR for diagnostic in diagnostics)
+
+
+def results(check: Check, context: RunContext) -> list[Diagnostic]:
+    """The diagnostics of one check. A check that fails itself gives a warning, so that the run can be tried."""
+    found = []
+    logging.disable(logging.WARNING)  # the loaders would log what they "load"
     try:
-        yield from check(case)
-    except Exception as mistake:
-        what = f"could not be made: {type(mistake).__name__}: {mistake}"
-        yield warning(check.__name__.replace("_", " "), what, "This is a mistake of doctor's; please report it.")
+        for diagnostic in check(context):
+            found.append(diagnostic)
+    except Exception as problem:
+        what = f"could not be made: {type(problem).__name__}: {problem}"
+        found.append(warning(check.__name__.replace("_", " "), what, "This is a bug of doctor; please report it."))
+    finally:
+        logging.disable(logging.NOTSET)
+    return found
 
 
 def preflight(cfg: Config, training: bool, gpu: int | None = None) -> list[Diagnostic]:
-    """The cheap part, on rank 0 alone; under a second. gpu: the only one that is used.
+    """The quick checks, which do not import torch, on rank 0 alone. gpu: the only one that is used.
 
     Returns the warnings. Raises ConfigError that lists the errors.
     """
+    return _preflight(cfg, training, gpu, first=0, last=1)
+
+
+def preflight_weights(cfg: Config, training: bool, gpu: int | None = None) -> list[Diagnostic]:
+    """The checks that use the loaders, to be run before weights are loaded. Otherwise like `preflight`."""
+    return _preflight(cfg, training, gpu, first=1, last=None)
+
+
+def _preflight(cfg: Config, training: bool, gpu: int | None, first: int, last: int | None) -> list[Diagnostic]:
     if int(os.environ.get("RANK", 0)):
         return []
     gpus = list_gpus()
+    if gpu is not None:
+        gpus = gpus[gpu : gpu + 1]
     processes, here = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
-    case = RunContext(cfg, training, gpus if gpu is None else gpus[gpu : gpu + 1], processes, here)
-    left_out = NOT_AT_START if case.gpus else (*NOT_AT_START, environment.check_gpu)
-    errors, warnings = [], []
-    for check in (*OF_RUN, *(OF_MODEL if case.is_ours else ())):
-        if check in left_out:
-            continue
-        for finding in results(check, case):
-            if finding.status == ERROR and check not in ONLY_TOLD:
-                errors.append(finding)
-            elif finding.status != OK:
-                warnings.append(finding)
+    context = RunContext(cfg, training, gpus, processes, here)
+    left_out = NOT_AT_START if gpus else (*NOT_AT_START, check_environment.check_gpu)  # the run reports a lack of GPUs
+    to_run = [tuple(check for check in stage if check not in left_out) for stage in stages(context)]
+    found = run_stages(context, to_run[first:last])
+    errors = [each for each in found if each.status == ERROR and each.check not in ESTIMATED]
     if errors:
         raise ConfigError("This cannot work; python -m minigpt4 doctor tells more.\n" + as_text(errors))
-    return warnings
+    return [each for each in found if each.status != OK]
 
 
 def log_warnings(warnings: list[Diagnostic]) -> None:
-    """Log what `preflight` returned, once logging is set up."""
-    for finding in warnings:
-        logging.warning("%s: %s. %s", finding.check, finding.what, finding.fix)
+    """Log the warnings of a preflight, once logging is set up."""
+    for each in warnings:
+        logging.warning("%s: %s. %s", each.check, each.what, each.fix)

@@ -1,4 +1,4 @@
-"""The machine: GPUs, memory, disks. GPUs are asked through NVIDIA's own library, so that torch is not needed."""
+"""The machine: GPUs, memory, disks. NVIDIA's own library describes the GPUs, so that torch is not needed."""
 
 import ctypes
 import os
@@ -11,7 +11,7 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Gpu:
-    """Memory in bytes; capability as (8, 0)."""
+    """A GPU. Memory in bytes; capability as (8, 0)."""
 
     name: str
     capability: tuple[int, int]
@@ -20,7 +20,7 @@ class Gpu:
 
 
 def list_gpus() -> list[Gpu]:
-    """The NVIDIA GPUs that CUDA_VISIBLE_DEVICES leaves; none where there is no driver."""
+    """The NVIDIA GPUs that CUDA_VISIBLE_DEVICES allows. Empty if there is no driver."""
     try:
         nvml = ctypes.CDLL("libnvidia-ml.so.1")
     except OSError:
@@ -35,12 +35,12 @@ def list_gpus() -> list[Gpu]:
         nvml.nvmlShutdown()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None or not all(part.strip().isdigit() for part in visible.split(",") if part):
-        return gpus  # UUIDs, and slices of a GPU, are not told apart here
+        return gpus  # UUIDs and slices of GPUs are not supported here
     return [gpus[int(part)] for part in visible.split(",") if part and int(part) < len(gpus)]
 
 
 def imagined_gpu(gigabytes: float) -> Gpu:
-    """An empty GPU of today that is sold as one of so many GB, which are GiB."""
+    """An unused, recent GPU that is sold with this many GB, which are GiB."""
     size = int(gigabytes * 2**30)
     return Gpu(f"a GPU of {gigabytes:g} GB", (8, 0), size, size)
 
@@ -67,7 +67,7 @@ def readable(size: float) -> str:
 
 
 def available_memory() -> int | None:
-    """Bytes of host memory that programs can still have; None where the system does not say (not Linux)."""
+    """Bytes of host memory that programs can still have. None: the system does not say (not Linux)."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:

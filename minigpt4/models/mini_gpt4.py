@@ -245,7 +245,8 @@ class MiniGPT4(vision.Vision):
         sources = loading.open_sources(cfg)
         loading.check_width(sources.trained, cfg)
         parts = loading.vision_parts(cfg, sources, device, dtype)
-        llama_model = llm.load_llm(cfg.llama_model, device, dtype, facts.load_in(vars(cfg)), cfg.llm_device_map)
+        load_in = facts.load_in(cfg.load_in, cfg.low_resource)
+        llama_model = llm.load_llm(cfg.llama_model, device, dtype, load_in, cfg.llm_device_map)
         tokenizer = load_tokenizer(cfg.llama_model)
         llm.check_answers(llama_model, tokenizer, cfg.llama_model)
         with torch.device(device):

@@ -78,6 +78,10 @@ class HuggingFaceTokenizer:
         if self.eos_token_id is None:
             raise ValueError(f"The tokenizer of {llama_model} has no end-of-sequence token, which pads batches.")
 
+    def __len__(self) -> int:
+        """Number of token ids, added ones included."""
+        return len(self._tokenizer)
+
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False)
 
@@ -103,6 +107,10 @@ class SentencePieceTokenizer:
         self._special_text = {i: text for text, i in self.special_tokens.items()}
         longest_first = sorted(self.special_tokens, key=len, reverse=True)
         self._split = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+
+    def __len__(self) -> int:
+        """Number of token ids, added ones included."""
+        return len(self._model) + sum(i >= len(self._model) for i in self.special_tokens.values())
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = []

@@ -48,10 +48,10 @@ class BaseTask:
         """The model of `model:` on the run's device, its frozen parts computing in the run's type."""
         device = dist_utils.select_device(cfg.run_cfg.device)
         dtype = dist_utils.select_dtype(device, cfg.run_cfg.amp, cfg.run_cfg.amp_dtype)
-        model_cfg, sections = cfg.model_cfg, cfg.datasets_cfg
+        model_cfg = cfg.model_cfg
         # The builder decides: one of a plug-in may give the key `features` another meaning.
-        cached = all(registry.get_builder_class(name).from_features(sections[name]) for name in sections)
-        if cached and "load_vision" in model_cfg and not facts.loads_vision(model_cfg, sections):
+        cached = [registry.get_builder_class(name).from_features(cfg.datasets_cfg[name]) for name in cfg.datasets_cfg]
+        if model_cfg.get("load_vision") and not facts.loads_vision(model_cfg, cached):
             logging.info("Every dataset is cached features: encoder and Q-Former are not loaded.")
             model_cfg = OmegaConf.merge(model_cfg, {"load_vision": False})
         return registry.get_model_class(model_cfg.arch).build(model_cfg, device, dtype)

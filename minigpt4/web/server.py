@@ -11,7 +11,7 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -82,8 +82,11 @@ def serve(
             page.blocks.close()
 
 
-def load_model(page: Page, cfg: Config, gpu_id: int) -> None:
-    """Load the model of `cfg` into `page.chat`. Meanwhile the page shows each log message as the progress."""
+def load_model(page: Page, cfg: Config, gpu_id: int, check_weights: Callable[[], None] = lambda: None) -> None:
+    """Load the model of `cfg` into `page.chat`. Meanwhile the page shows each log message as the progress.
+
+    check_weights: called once the libraries are loaded, before the model is.
+    """
     start = time.monotonic()
     handler = _ProgressHandler(page)
     logging.getLogger().addHandler(handler)
@@ -92,6 +95,7 @@ def load_model(page: Page, cfg: Config, gpu_id: int) -> None:
         from minigpt4.conversation.loading import load_chat, select_gpu
         from minigpt4.fast.decoding.loop import cached_decoding
 
+        check_weights()
         page.progress = "Loading the model"
         page.chat = load_chat(cfg, select_gpu(cfg, gpu_id))
         cached_decoding.warm_up(page.chat.model.llama_model)

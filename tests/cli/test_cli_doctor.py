@@ -1,6 +1,7 @@
 """python -m minigpt4 doctor, as people and scripts call it."""
 
 import json
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ from helpers import ROOT
 from minigpt4.benchmarks import probe as probing
 from minigpt4.cli.doctor import is_training, main
 from minigpt4.common.config import Config
-from minigpt4.doctor.estimate import WORKSPACE, Memory
+from minigpt4.doctor.check_memory import WORKSPACE, Memory
 from minigpt4.runners.runner_base import RunnerBase
 
 TINY = {stage: ROOT / f"train_configs/minigpt4_tiny_{name}.yaml" for stage, name in
@@ -77,14 +78,30 @@ def test_hours(arguments, capsys):
     assert "4 × a GPU of 24 GB" in out
 
 
-def test_nothing_heavy_is_imported(arguments):
+@pytest.mark.parametrize(
+    ("module", "stage", "option"),
+    [
+        ("minigpt4.cli.doctor", "stage1", "model.llama_model=/no/such"),
+        ("train", "stage2", "run.device=tpu"),
+        ("demo", "chat", "run.device=tpu"),
+    ],
+)
+def test_quick_errors_need_no_torch(arguments, module, stage, option):
     code = (
-        f"import sys\nfrom minigpt4.cli.doctor import main\nstatus = main({arguments('stage1')!r})\n"
+        f"import sys\nfrom {module} import main\n"
+        f"try:\n    print(main({arguments(stage, option)!r}))\nexcept ValueError as error:\n    print(error)\n"
         "heavy = {'torch', 'transformers', 'timm', 'webdataset', 'gradio'} & set(sys.modules)\n"
-        "sys.exit(str(heavy or status))"
+        "sys.exit(str(heavy or 'nothing heavy'))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stderr.strip() == "0", done.stderr
+    assert done.stderr.strip() == "nothing heavy", done.stderr
+    assert re.search(f"ERROR +{option.split('=')[0]}: ", done.stdout)
+
+
+def test_skipped_checks_are_announced(arguments, capsys):
+    assert main([*arguments("stage1", "model.llama_model=/no/such"), "--json"]) == 1
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (last["check"], last["status"]) == ("deeper checks", "warning")
 
 
 def test_what_counts_as_training():
@@ -127,7 +144,7 @@ def test_probe_times_a_step_that_neither_compiles_nor_records(arguments, capsys,
     ],
 )
 def test_probe_warns_of_an_estimate_that_was_far_off(monkeypatch, estimated, reserved, warned):
-    monkeypatch.setattr(probing, "estimate", lambda case: Memory(estimated - WORKSPACE, 0, 0))
+    monkeypatch.setattr(probing, "estimate", lambda context: Memory(estimated - WORKSPACE, 0, 0))
     gpu = SimpleNamespace(cuda=SimpleNamespace(max_memory_reserved=lambda: reserved))
     found = list(probing._compare(None, on_gpu=True, torch=gpu))
     assert [f.what for f in found] == ([warned] if warned else [])
@@ -141,7 +158,7 @@ def test_probe_from_cached_features(arguments, capsys, tmp_path):
 
 
 def test_probe_waits_for_the_errors(arguments, capsys, monkeypatch):
-    monkeypatch.setattr(probing, "probe", lambda case: 1 / 0)
+    monkeypatch.setattr(probing, "probe", lambda context: 1 / 0)
     assert main([*arguments("chat", "model.ckpt=/no/such"), "--probe"]) == 1
     assert "No step was taken: the errors come first." in capsys.readouterr().out
 
@@ -154,7 +171,7 @@ def test_probe_waits_for_the_errors(arguments, capsys, monkeypatch):
     ],
 )
 def test_probe_that_fails(arguments, capsys, monkeypatch, problem, what, fix):
-    def fail(case):
+    def fail(context):
         raise problem
 
     monkeypatch.setattr(probing, "_train", fail)

@@ -1,4 +1,4 @@
-"""What a check says."""
+"""The result of a check."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -32,12 +32,12 @@ def error(check: str, what: str, fix: str = "") -> Diagnostic:
     return Diagnostic(check, ERROR, what, fix)
 
 
-def as_text(findings: Iterable[Diagnostic]) -> str:
-    """Findings for people, a paragraph each."""
+def as_text(diagnostics: Iterable[Diagnostic]) -> str:
+    """Diagnostics for people, a paragraph each."""
     marks = {OK: "ok     ", WARNING: "WARNING", ERROR: "ERROR  "}
     lines = []
-    for finding in findings:
-        lines.append(f"{marks[finding.status]} {finding.check}: {finding.what}")
-        if finding.fix:
-            lines.append(f"        -> {finding.fix}")
+    for diagnostic in diagnostics:
+        lines.append(f"{marks[diagnostic.status]} {diagnostic.check}: {diagnostic.what}")
+        if diagnostic.fix:
+            lines.append(f"        -> {diagnostic.fix}")
     return "\n".join(lines)

@@ -1,0 +1,81 @@
+"""Checks of the `run:` section: registered names, how long the run is, the output folder."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from minigpt4.common.config_files import shipped_datasets
+from minigpt4.common.registry import UnknownNameError, registry
+from minigpt4.common.text import pluralize
+from minigpt4.doctor.diagnostic import Diagnostic, error, ok, warning
+from minigpt4.doctor.machine import free_disk, is_writable, readable
+from minigpt4.doctor.run_context import RunContext
+
+OUTPUT = "run.output_dir"
+OTHER_OUTPUT = f"--options {OUTPUT}=/where/there/is/room"
+# A checkpoint holds trained weights and AdamW's two averages, all in float32.
+CHECKPOINT_BYTES_PER_PARAMETER = 12
+
+
+def check_registry(context: RunContext) -> Iterator[Diagnostic]:
+    """Schedule, runner and the processors of shipped datasets are registered. Imports what registers them."""
+    if not context.training:
+        return
+    run = context.run
+    named = [("run.lr_sched", "lr_scheduler", run.lr_sched), ("run.runner", "runner", run.runner)]
+    shipped = context.cfg.datasets_cfg.keys() & shipped_datasets().keys()  # a plug-in may read the keys otherwise
+    for dataset in sorted(shipped):
+        for section in ("text_processor", *(() if context.features(dataset) else ("vis_processor",))):
+            for split, settings in (context.cfg.datasets_cfg[dataset][section] or {}).items():
+                if isinstance(settings, Mapping) and settings.get("name"):  # the builder reports a missing name
+                    named.append((f"datasets.{dataset}.{section}.{split}.name", "processor", settings.name))
+    for key, kind, name in named:
+        try:
+            registry.get(kind, name)
+        except UnknownNameError as mistake:
+            yield error(key, str(mistake), "Change the name, or import the plug-in that registers it.")
+
+
+def check_length(context: RunContext) -> Iterator[Diagnostic]:
+    """The run's length in steps, samples and time; the warm-up fits into an epoch."""
+    run = context.run
+    if not context.training or run.iters_per_epoch is None:
+        return
+    from minigpt4.runners.schedule import TrainingSchedule
+
+    length = TrainingSchedule(
+        run.batch_size_train,
+        context.world_size,
+        run.iters_per_epoch,
+        run.max_epoch,
+        run.accum_grad_iters,
+        context.on_gpu,
+    )
+    duration = f"; {length.duration(context.step_time)} at {context.step_time} s a step" if context.step_time else ""
+    yield ok("length", f"{length}{duration}")
+    if run.warmup_steps > run.iters_per_epoch and run.max_epoch > 1:
+        what = f"{run.warmup_steps} is longer than an epoch, {run.iters_per_epoch}: the next one warms up again"
+        yield warning("run.warmup_steps", what, f"--options run.warmup_steps={run.iters_per_epoch}")
+
+
+def check_output_folder(context: RunContext) -> Iterator[Diagnostic]:
+    """The output folder can be written to."""
+    folder = Path(context.run.output_dir).expanduser()
+    if context.training and not is_writable(folder):
+        yield error(OUTPUT, f"{folder.absolute()} cannot be written to", OTHER_OUTPUT)
+
+
+def check_output_room(context: RunContext) -> Iterator[Diagnostic]:
+    """The output folder has room for the checkpoints."""
+    from minigpt4.doctor.check_memory import trainable_parameters
+
+    if not context.training:
+        return
+    folder = Path(context.run.output_dir).expanduser()
+    each, free = CHECKPOINT_BYTES_PER_PARAMETER * trainable_parameters(context), free_disk(folder)
+    what = f"{readable(free)} are free"
+    if each:
+        what = f"{pluralize(context.run.max_epoch, 'checkpoint')} of {readable(each)}, and {what}"
+    if free < each * context.run.max_epoch:
+        yield error(OUTPUT, what, f"Make room, or {OTHER_OUTPUT}")
+    else:
+        yield ok(OUTPUT, what)

@@ -1,0 +1,161 @@
+"""Checks of shapes: the weights fit the config and each other, and checkpoints their language model.
+
+The loaders' own checks are used. The vision side is built on the meta device, where "loading" compares names and
+shapes and reads no weights.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from minigpt4.common import facts
+from minigpt4.common.errors import ConfigError
+from minigpt4.common.schema import VIT_KEYS
+from minigpt4.doctor.diagnostic import Diagnostic, error, ok, warning
+from minigpt4.doctor.run_context import CHECKPOINT_KEYS, RunContext
+from minigpt4.weights import fingerprint
+
+# Processors of ours make images of this size, unless told otherwise.
+PROCESSOR_IMAGE_SIZE = 224
+
+
+def check_image_settings(context: RunContext) -> Iterator[Diagnostic]:
+    """The encoder is known, its patches tile the image, and the processors make images of that size."""
+    size, vit = context.model.image_size, context.vit
+    if vit is None:
+        fix = f"Use {', '.join(facts.VIT_WEIGHTS)}, or a mapping of exactly {', '.join(VIT_KEYS)}."
+        yield error("model.vit_model", f"{context.model.vit_model!r} is not known", fix)
+        return
+    try:
+        facts.vit_weights(context.model.vit_model, context.model.vit_weights)
+    except ConfigError as mistake:
+        yield error("model.vit_weights", str(mistake))
+    if size % vit["patch_size"]:
+        lower = size - size % vit["patch_size"]
+        what = f"{size} is not a multiple of the encoder's patch size {vit['patch_size']}"
+        yield error("model.image_size", what, f"--options model.image_size={lower}")
+        return
+    sizes = {}
+    for name, dataset in context.cfg.datasets_cfg.items():
+        processor = (dataset.get("vis_processor") or {}).get("train") or {}
+        if str(processor.get("name")).startswith("blip2_image_"):
+            key = f"datasets.{name}.vis_processor.train.image_size"
+            sizes[key] = processor.get("image_size", PROCESSOR_IMAGE_SIZE)
+    wrong = {key: value for key, value in sizes.items() if value != size}
+    for key, value in wrong.items():
+        what = f"{value}, but model.image_size={size}"
+        yield error(key, what, f"--options {key}={size}, or model.image_size={value}")
+    if not wrong:
+        yield ok("model.image_size", f"{size} px")
+
+
+def check_model_sizes(context: RunContext) -> Iterator[Diagnostic]:
+    """Encoder and Q-Former can be built from the sizes in the config."""
+    try:
+        context.vision  # noqa: B018
+    except ConfigError as mistake:
+        yield error("model.qformer", str(mistake))
+
+
+def check_vision(context: RunContext) -> Iterator[Diagnostic]:
+    """The weights of encoder and Q-Former fit the config."""
+    import torch
+
+    from minigpt4.models import eva_vit, loading
+    from minigpt4.weights import checkpoint
+
+    cfg, model, meta = context.local_model_cfg, context.vision, torch.device("meta")
+    try:
+        sources = loading.open_sources(cfg)
+    except ConfigError as mistake:  # each file by itself can be read
+        yield error("model.q_former_model", str(mistake))
+        return
+    if sources.vision:
+        encoder = model.visual_encoder
+        try:
+            used = eva_vit.checkpoint_filter_fn(sources.vision, encoder)
+            checkpoint.load_weights(encoder, used, cfg.vit_weights, set(encoder.state_dict()), meta)
+        except ConfigError as mistake:
+            fix = "Change model.vit_model, or model.vit_weights to the file of that encoder."
+            yield error("model.vit_model", str(mistake), fix)
+        else:
+            yield ok("model.vit_model", f"{cfg.vit_weights} fits{_interpolated(context, sources.vision)}")
+    if sources.qformer:
+        try:
+            loading.load_rest(model, cfg, replace(sources, trained=None), meta)
+        except ConfigError as mistake:
+            key, fix = _qformer_fix(context, sources.qformer)
+            yield error(key, str(mistake), fix)
+        else:
+            yield ok("model.q_former_model", f"{cfg.q_former_model} fits")
+
+
+def _interpolated(context: RunContext, weights: dict) -> str:
+    positions = weights.get("pos_embed")
+    if positions is None or positions.shape == context.vision.visual_encoder.pos_embed.shape:
+        return ""
+    return f"; its positions will be interpolated for {context.model.image_size} px"
+
+
+def _qformer_fix(context: RunContext, weights: dict) -> tuple[str, str]:
+    """The key to change, and how, where a Q-Former's weights do not fit."""
+    if "query_tokens" in weights:
+        _, count, width = weights["query_tokens"].shape
+        if count != context.model.num_query_token:
+            return "model.num_query_token", f"--options model.num_query_token={count}"
+        if width != context.vision.Qformer.hidden_size:
+            return "model.qformer", "Set model.qformer to the sizes of the file."
+    return "model.q_former_model", "Encoder and Q-Former must come from one BLIP-2."
+
+
+def check_checkpoints(context: RunContext) -> Iterator[Diagnostic]:
+    """Checkpoints fit the model: their projection goes from the Q-Former's width to the language model's."""
+    import torch
+
+    from minigpt4.models import loading
+    from minigpt4.weights import checkpoint
+
+    for key in CHECKPOINT_KEYS:
+        content = context.content(key)
+        if content is None:
+            continue
+        trained = checkpoint.weights_of(content)
+        cfg = replace(context.local_model_cfg, ckpt=str(context.local_path(key)))
+        try:
+            if context.llm:
+                loading.check_width(trained, replace(cfg, llama_model=str(context.llm_folder)))
+            sources = loading.Sources(vision=None, qformer=None, trained=trained, recorded=None)
+            loading.load_rest(context.meta_model, cfg, sources, torch.device("meta"))
+        except ConfigError as mistake:
+            fix = f"Change {key}, or model.llama_model and model.qformer to those that it was trained with."
+            yield error(key, str(mistake), fix)
+        else:
+            yield ok(key, f"{cfg.ckpt} fits")
+
+
+def check_fingerprint(context: RunContext) -> Iterator[Diagnostic]:
+    """Checkpoints were trained with this language model."""
+    for key in CHECKPOINT_KEYS:
+        content = context.content(key)
+        if content is None:
+            continue
+        recorded = content.get(fingerprint.KEY)
+        if recorded is None:
+            yield ok(key, "records no language model, as published checkpoints do: only the shape could be checked")
+        elif context.llm:
+            own = _own_fingerprint(context)
+            difference = fingerprint.difference_of(recorded, own)
+            if difference is None:
+                yield ok(key, "was trained with this language model")
+                continue
+            what = f"trained with {fingerprint.describe(recorded)}; yours is {fingerprint.describe(own)}: {difference}"
+            fix = "Change model.llama_model or the checkpoint; to try it all the same: model.allow_llm_mismatch=true"
+            yield (warning if context.model.allow_llm_mismatch else error)(key, what, fix)
+
+
+def _own_fingerprint(context: RunContext) -> dict:
+    """The fingerprint of the language model in the config, as `fingerprint.take` would record it."""
+    llm, rows = context.llm, None
+    if llm.embedding is not None:
+        rows = llm.embedding[fingerprint.row_ids(llm.vocabulary)].half()
+    sizes = {"width": llm.width, "layers": llm.layers, "vocabulary": llm.vocabulary}
+    return {"name": context.model.llama_model, "embedding_rows": rows, **sizes}

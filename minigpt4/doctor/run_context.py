@@ -1,0 +1,246 @@
+"""A config on a machine: the checks read it, and the files it names, through this. Each file is read once.
+
+torch and the loaders are imported only by the members after `llm_folder`, which read tensors.
+"""
+
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from minigpt4.common import facts
+from minigpt4.common.config import Config
+from minigpt4.common.errors import ConfigError
+from minigpt4.common.schema import VIT_KEYS, VIT_MODELS, MiniGPT4Config
+from minigpt4.doctor.machine import Gpu
+from minigpt4.weights import locate
+
+if TYPE_CHECKING:
+    import torch
+
+# Keys of MiniGPT-4's own checkpoints: a file, or a run's folder.
+CHECKPOINT_KEYS = ("model.ckpt", "run.resume_ckpt_path")
+# One of these is in the folder of a language model.
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "vocab.json")
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
+# The ends of the names of matrices that stay in 16 bit when the language model is loaded in 8 or 4 bit.
+NOT_QUANTIZED = (*EMBEDDINGS, "lm_head.weight", "embed_positions.weight")
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """Sizes of a language model."""
+
+    config: Any
+    """transformers' config of the decoder."""
+    width: int
+    """Width of the token embeddings."""
+    tensors: dict[str, "torch.Tensor"]
+    """All weights, mapped from the disk. Empty: the hub's cache holds the config alone."""
+
+    @property
+    def layers(self) -> int:
+        return self.config.num_hidden_layers
+
+    @property
+    def ffn(self) -> int:
+        """Width of the feed-forward layers."""
+        names = ("intermediate_size", "ffn_dim", "n_inner")
+        sizes = [getattr(self.config, name, None) for name in names]
+        return next((size for size in sizes if size), 4 * self.width)
+
+    @property
+    def kv_width(self) -> int:
+        """Numbers per token and layer in the cache of keys. The cache of values has as many."""
+        heads = self.config.num_attention_heads
+        head_dim = getattr(self.config, "head_dim", None) or self.width // heads
+        return head_dim * (getattr(self.config, "num_key_value_heads", None) or heads)
+
+    @property
+    def embedding(self) -> "torch.Tensor | None":
+        """The token embeddings [V,D]."""
+        return next((tensor for name, tensor in self.tensors.items() if name.endswith(EMBEDDINGS)), None)
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the token embeddings."""
+        return self.config.vocab_size if self.embedding is None else len(self.embedding)
+
+    def parameter_counts(self) -> tuple[int, int]:
+        """Parameters in matrices that 8 and 4 bit shrink, and all others."""
+        quantizable = others = 0
+        for name, tensor in self.tensors.items():
+            count = prod(tensor.shape)
+            if name.endswith("inv_freq"):
+                continue
+            if len(tensor.shape) < 2 or name.endswith(NOT_QUANTIZED):
+                others += count
+            else:
+                quantizable += count
+        return quantizable, others
+
+
+@dataclass
+class RunContext:
+    """A config on a machine."""
+
+    cfg: Config
+    training: bool = True
+    gpus: list[Gpu] = field(default_factory=list)
+    world_size: int = 1
+    """Processes of the run."""
+    processes_here: int | None = None
+    """Processes of the run on this machine. None: all of them."""
+    step_time: float | None = None
+    """Seconds that a batch takes."""
+    _contents: dict[str, dict] = field(default_factory=dict, init=False)
+
+    @property
+    def model(self):
+        return self.cfg.model_cfg
+
+    @property
+    def run(self):
+        return self.cfg.run_cfg
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether the model is MiniGPT4, whose keys the checks know."""
+        return self.model.get("arch") == MiniGPT4Config.arch
+
+    @property
+    def local_size(self) -> int:
+        return self.processes_here or self.world_size
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.run.device.startswith("cuda") and bool(self.gpus)
+
+    def features(self, name: str) -> str | None:
+        """The folder of a dataset's cached image features. None: the dataset has pictures."""
+        return facts.cached_features(self.cfg.datasets_cfg[name])
+
+    @property
+    def with_vision(self) -> bool:
+        """Whether encoder and Q-Former are loaded."""
+        names = self.cfg.datasets_cfg if self.training else []
+        return facts.loads_vision(self.model, [bool(self.features(name)) for name in names])
+
+    @property
+    def load_in(self) -> str:
+        return facts.load_in(self.model.load_in, self.model.low_resource) if self.is_ours else "16bit"
+
+    @cached_property
+    def vit(self) -> dict[str, float] | None:
+        """Sizes of the encoder. None: the name is unknown, or the mapping has other keys."""
+        kind = self.model.vit_model
+        if isinstance(kind, str):
+            return VIT_MODELS.get(kind)
+        return dict(kind) if set(kind) == set(VIT_KEYS) else None
+
+    @cached_property
+    def sources(self) -> dict[str, str]:
+        """{key: path or URL} of the weights of the vision side and of checkpoints."""
+        found = {"model.ckpt": self.model.ckpt, "run.resume_ckpt_path": self.run.resume_ckpt_path}
+        if self.with_vision and self.vit:
+            try:
+                found["model.vit_weights"] = facts.vit_weights(self.model.vit_model, self.model.vit_weights)
+            except ConfigError:
+                pass  # reported by check_image_settings
+            found["model.q_former_model"] = self.model.q_former_model
+        return {key: value for key, value in found.items() if value}
+
+    def local_path(self, key: str) -> Path | None:
+        """The file or folder of a source. Of a run's folder, the newest checkpoint. None: nothing is there."""
+        if key not in self.sources:
+            return None
+        value = self.sources[key]
+        path = locate.cached_file(value) if facts.is_url(value) else Path(value).expanduser()
+        if path.is_dir() and key in CHECKPOINT_KEYS:
+            return facts.newest_checkpoint(path)
+        return path if path.exists() else None
+
+    @cached_property
+    def llm_folder(self) -> Path | None:
+        """The folder of the language model: a local one, or that of a hub id in the cache."""
+        value = self.model.llama_model
+        path = Path(value).expanduser()
+        if path.is_dir():
+            return path
+        if facts.is_hub_id(value):
+            from huggingface_hub import try_to_load_from_cache
+
+            config = try_to_load_from_cache(value, "config.json")
+            return Path(config).parent if isinstance(config, str) else None
+        return None
+
+    def content(self, key: str) -> dict | None:
+        """Everything in the file of a source, its tensors mapped from the disk. None: it is a folder or not there.
+
+        Raises CheckpointError for a file that holds no weights.
+        """
+        from minigpt4.weights import checkpoint
+
+        path = self.local_path(key)
+        if path is None or path.is_dir():
+            return None
+        if key not in self._contents:
+            self._contents[key] = checkpoint.read_file(path)
+        return self._contents[key]
+
+    @cached_property
+    def local_model_cfg(self) -> MiniGPT4Config:
+        """The `model:` section for the loaders, with local paths only. Sources that would be fetched are None."""
+        from minigpt4.models.vision import typed
+
+        paths = {key: self.local_path(f"model.{key}") for key in ("vit_weights", "q_former_model", "ckpt")}
+        paths = {key: str(path) if path else None for key, path in paths.items()}
+        return replace(typed(self.model), load_vision=self.with_vision, **paths)
+
+    @cached_property
+    def tokenizer(self):
+        """The language model's tokenizer. None: it is not in a local folder."""
+        if self.llm_folder is None or not any((self.llm_folder / name).is_file() for name in TOKENIZER_FILES):
+            return None
+        from minigpt4.models.tokenizer import load_tokenizer
+
+        return load_tokenizer(str(self.llm_folder))
+
+    @cached_property
+    def llm(self) -> LanguageModel | None:
+        """The language model's sizes. None: it is not in a local folder. Raises what the loaders raise."""
+        if self.llm_folder is None:
+            return None
+        from transformers import AutoConfig
+
+        from minigpt4.models.llm import embedding_dim
+        from minigpt4.weights import checkpoint
+
+        folder = self.llm_folder
+        config = AutoConfig.from_pretrained(folder).get_text_config()
+        complete = locate.shards(folder) and not locate.missing_shards(folder)
+        tensors = checkpoint.read_weights(folder) if complete else {}
+        return LanguageModel(config, embedding_dim(str(folder)), tensors)
+
+    @cached_property
+    def vision(self):
+        """The vision side on the meta device: shapes without memory. Raises ConfigError for sizes that do not fit."""
+        import torch
+
+        from minigpt4.models import loading
+        from minigpt4.models.vision import Vision
+
+        meta, no_weights = torch.device("meta"), loading.Sources(None, None, None, None)
+        parts = loading.vision_parts(self.local_model_cfg, no_weights, meta, torch.float32)
+        with meta:
+            return Vision(**parts)
+
+    @cached_property
+    def meta_model(self):
+        """`vision` with its projection to the language model. No projection if `llm` is None."""
+        from torch import nn
+
+        if self.llm:
+            self.vision.llama_proj = nn.Linear(self.vision.Qformer.hidden_size, self.llm.width, device="meta")
+        return self.vision
