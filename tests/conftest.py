@@ -1,5 +1,6 @@
 """The order of the tests, and shared fixtures: golden data, the small models, configs and data sets."""
 
+import copy
 import json
 import logging
 import os
@@ -139,12 +140,15 @@ def _isolate():
 
 
 @pytest.fixture
-def open_registry(monkeypatch):
+def open_registry():
     """Names that the test registers are removed from the registry afterwards."""
     from minigpt4.common.registry import HOMES, registry
 
-    tables = {kind: {name: registry.get(kind, name) for name in registry.names(kind)} for kind in HOMES}
-    monkeypatch.setattr(registry, "_classes", tables)
+    for kind in HOMES:
+        registry.names(kind)  # which imports the classes of that kind
+    before = copy.deepcopy(vars(registry))
+    yield
+    vars(registry).update(before)
 
 
 @pytest.fixture

@@ -43,7 +43,7 @@ def mac(monkeypatch):
     monkeypatch.setattr(torch.mps, "set_rng_state", lambda new, device="mps": state.copy_(new))
     versions = {"version": environment.sys.version, "version_info": environment.sys.version_info}
     monkeypatch.setattr(environment, "sys", SimpleNamespace(platform="darwin", **versions))
-    dist_utils._warn_of_the_cpu.cache_clear()
+    dist_utils.warn_of_the_cpu.cache_clear()
 
 
 @pytest.fixture
@@ -92,7 +92,7 @@ def test_no_apple_gpu(monkeypatch, caplog):
     with pytest.raises(ConfigError, match="run.device=mps.*no Apple GPU.*cpu or cuda"):
         dist_utils.select_device("mps")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    dist_utils._warn_of_the_cpu.cache_clear()
+    dist_utils.warn_of_the_cpu.cache_clear()
     dist_utils.select_device("cuda")
     assert "run.device=cuda" in caplog.text and "mps" not in caplog.text
 

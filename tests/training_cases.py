@@ -198,15 +198,15 @@ def check_ops() -> None:
     opcheck(packed_attention.packed_attention_with_lse, (qkv, 1, starts, *sizes))
     qkv, angles = qkv.detach(), torch.rand(2, 76, 8)
     factors = [qkv.flatten(1), torch.eye(64)]
-    opcheck(rope_attention._rope_product, (factors, *angles, 16, 1), test_utils=no_gradient)
+    opcheck(rope_attention.rope_product, (factors, *angles, 16, 1), test_utils=no_gradient)
     # Not every torch has this product for the CPU.
     rope_attention.fp8_matmul = lambda rounded, weight, scale: rounded[0].bfloat16() @ weight.bfloat16().t()
     factors = [*fp8_rounding.quantize_rows(qkv.flatten(1)), *fp8_rounding.quantize_rows(torch.eye(64))]
-    opcheck(rope_attention._rope_product, (factors, *angles, 16, 1), test_utils="test_faketensor")
+    opcheck(rope_attention.rope_product, (factors, *angles, 16, 1), test_utils="test_faketensor")
     out, lse = packed_attention.packed_attention_with_lse(qkv, 1, starts, *sizes)
     backward = torch.randn_like(out), qkv, 1, out, lse, starts, *sizes, *angles
-    opcheck(rope_attention._rope_attention_backward, (*backward, False), test_utils=no_gradient)
-    opcheck(rope_attention._rope_attention_backward, (*backward, True), test_utils="test_faketensor")
+    opcheck(rope_attention.rope_attention_backward, (*backward, False), test_utils=no_gradient)
+    opcheck(rope_attention.rope_attention_backward, (*backward, True), test_utils="test_faketensor")
     opcheck(llama_kernels.silu_product, (torch.randn(3, 8, requires_grad=True),))
 
 

@@ -39,7 +39,7 @@ def select_device(name: str) -> torch.device:
     """
     kind = name.split(":")[0]
     if kind == "cuda" and not torch.cuda.is_available():
-        _warn_of_the_cpu(name)
+        warn_of_the_cpu(name)
         name = "cpu"
     if kind not in DEVICES:
         raise ConfigError(f"run.device={name!r} is not one of {', '.join(DEVICES)}.")
@@ -67,7 +67,7 @@ def select_device(name: str) -> torch.device:
 
 
 @cache  # task, model and runner all ask for the device
-def _warn_of_the_cpu(name: str) -> None:
+def warn_of_the_cpu(name: str) -> None:
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # one warning per machine
         apple = " run.device=mps takes this machine's Apple GPU." if torch.backends.mps.is_available() else ""
         logging.warning("run.device=%s, but there is no GPU for it: running on the CPU.%s", name, apple)

@@ -192,11 +192,9 @@ class RunContext:
     @cached_property
     def local_model_cfg(self) -> MiniGPT4Config:
         """The `model:` section for the loaders, with local paths only. Sources that would be fetched are None."""
-        from minigpt4.models.vision import typed
-
         paths = {key: self.local_path(f"model.{key}") for key in ("vit_weights", "q_former_model", "ckpt")}
         paths = {key: str(path) if path else None for key, path in paths.items()}
-        return replace(typed(self.model), load_vision=self.with_vision, **paths)
+        return replace(MiniGPT4Config.from_section(self.model), load_vision=self.with_vision, **paths)
 
     @cached_property
     def tokenizer(self):

@@ -52,7 +52,7 @@ class _RopeAttention(torch.autograd.Function):
     ):
         weights = [weight] if scale is None else [weight, scale]
         factors = [x, *weights] if columns is None else [*quantize_rows(x), *weights]
-        qkv = _rope_product(factors, cos, sin, d, num_kv_heads)
+        qkv = rope_product(factors, cos, sin, d, num_kv_heads)
         out, lse = packed_attention_with_lse(qkv, num_kv_heads, starts, prefix_len, max_kv_len, scaling)
         backward_weights = weights if columns is None else [columns, column_scale]
         ctx.save_for_backward(qkv, out, lse, starts, cos, sin, *backward_weights)
@@ -63,7 +63,7 @@ class _RopeAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         qkv, out, lse, starts, cos, sin, *weights = ctx.saved_tensors
-        gradient = _rope_attention_backward(
+        gradient = rope_attention_backward(
             grad, qkv, ctx.num_kv_heads, out, lse, starts, *ctx.sizes, cos, sin, ctx.in_fp8
         )
         if ctx.in_fp8:
@@ -76,7 +76,7 @@ class _RopeAttention(torch.autograd.Function):
 
 
 @torch.library.custom_op("minigpt4::rotated_product", mutates_args=())
-def _rope_product(
+def rope_product(
     factors: list[torch.Tensor], cos: torch.Tensor, sin: torch.Tensor, d: int, num_kv_heads: int
 ) -> torch.Tensor:
     """The heads [T,H+2G,d] of queries, keys and values, the first two kinds rotated.
@@ -97,7 +97,7 @@ def _rope_product(
 
 
 @torch.library.custom_op("minigpt4::rotated_attention_backward", mutates_args=())
-def _rope_attention_backward(
+def rope_attention_backward(
     grad: torch.Tensor, qkv: torch.Tensor, num_kv_heads: int, out: torch.Tensor, lse: torch.Tensor,
     starts: torch.Tensor, prefix_len: int, max_kv_len: int, scaling: float,
     cos: torch.Tensor, sin: torch.Tensor, in_fp8: bool,
@@ -113,7 +113,7 @@ def _rope_attention_backward(
     return [gradient]
 
 
-@_rope_product.register_fake
+@rope_product.register_fake
 def _(factors, cos, sin, d, num_kv_heads):
     in_fp8 = len(factors) == 4
     rows, weight = factors[0], factors[2 if in_fp8 else 1]
@@ -121,7 +121,7 @@ def _(factors, cos, sin, d, num_kv_heads):
     return rows.new_empty(rows.shape[0], outputs // d, d, dtype=torch.bfloat16 if in_fp8 else rows.dtype)
 
 
-@_rope_attention_backward.register_fake
+@rope_attention_backward.register_fake
 def _(grad, qkv, *others):
     in_fp8 = others[-1]
     if in_fp8:

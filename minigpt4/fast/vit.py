@@ -49,7 +49,7 @@ class FusedViT:
     def run_blocks(self, image: torch.Tensor, blocks) -> torch.Tensor:
         """Images [B,3,S,S] to the output [B,N,D] of some of the encoder's blocks."""
         vit = self.vit
-        x = vit.norm_pre(compat.add_positions(vit, _embed_patches(vit.patch_embed, image)))
+        x = vit.norm_pre(compat.add_positions(vit, embed_patches(vit.patch_embed, image)))
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         if isinstance(vit.blocks[0].attn.qkv, Fp8Linear):
@@ -60,7 +60,7 @@ class FusedViT:
         return x + delta
 
 
-def _embed_patches(patch_embed: PatchEmbed, image: torch.Tensor) -> torch.Tensor:
+def embed_patches(patch_embed: PatchEmbed, image: torch.Tensor) -> torch.Tensor:
     """Images [B,3,S,S] to the embeddings [B,G*G,D] of their patches: the convolution, as a matrix product."""
     conv = patch_embed.proj
     weight, (p, _) = conv.weight.flatten(1), conv.kernel_size  # [D,3*p*p]

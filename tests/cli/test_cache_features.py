@@ -251,10 +251,10 @@ class OwnFeatures(MiniGPT4):
         return super().query_outputs(image) * 2
 
 
-def test_a_model_with_features_of_its_own(configs, tmp_path, monkeypatch):
-    monkeypatch.setitem(registry._classes["model"], "mini_gpt4", OwnFeatures)
-    answer = cache(configs["stage2"], tmp_path / "f")
-    assert "model.arch=mini_gpt4 computes its image features in its own way" in answer
+def test_a_model_with_features_of_its_own(configs, tmp_path, open_registry):
+    registry.register_model("own_features")(OwnFeatures)
+    answer = cache(configs["stage2"], tmp_path / "f", "model.arch=own_features")
+    assert "model.arch=own_features computes its image features in its own way" in answer
 
 
 def test_vision_parts_in_a_checkpoint_count(configs, tmp_path):

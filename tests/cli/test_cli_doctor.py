@@ -7,14 +7,12 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-import torch
 from dataset_files import write_align, write_shards
 from helpers import ROOT
 
 from minigpt4.benchmarks import probe as probing
 from minigpt4.cli.doctor import is_training, main
 from minigpt4.common.config import Config
-from minigpt4.doctor.check_memory import WORKSPACE, Memory
 from minigpt4.runners.runner_base import RunnerBase
 
 TINY = {stage: ROOT / f"train_configs/minigpt4_tiny_{name}.yaml" for stage, name in
@@ -131,26 +129,6 @@ def test_probe_times_a_step_that_neither_compiles_nor_records(arguments, capsys,
     assert " tokens took 0.25 s, loss " in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("estimated", "reserved", "warned"),
-    [
-        (20e9, 24e9, None),
-        (20e9, 26e9, "the estimate was 20.0 GB, 1.30 times that was reserved"),
-        (20e9, 15e9, "the estimate was 20.0 GB, 0.75 times that was reserved"),
-        # a small model, where a large share is little memory
-        (0.3e9, 0.7e9, None),
-        (0.3e9, 0.9e9, "the estimate was 0.3 GB, 3.00 times that was reserved"),
-        (0.6e9, 0.2e9, None),
-    ],
-)
-def test_probe_warns_of_an_estimate_that_was_far_off(monkeypatch, estimated, reserved, warned):
-    monkeypatch.setattr(probing, "estimate", lambda context: Memory(estimated - WORKSPACE, 0, 0))
-    gpu = SimpleNamespace(cuda=SimpleNamespace(max_memory_reserved=lambda: reserved))
-    found = list(probing._compare(None, on_gpu=True, torch=gpu))
-    assert [f.what for f in found] == ([warned] if warned else [])
-    assert list(probing._compare(None, on_gpu=False, torch=gpu)) == []
-
-
 def test_probe_from_cached_features(arguments, capsys, tmp_path):
     options = ["run.batch_size_train=4", f"datasets.cc_sbu_align.build_info.features={tmp_path}"]
     assert main([*arguments("stage2", *options), "--probe"]) == 0
@@ -161,20 +139,3 @@ def test_probe_waits_for_the_errors(arguments, capsys, monkeypatch):
     monkeypatch.setattr(probing, "probe", lambda context: 1 / 0)
     assert main([*arguments("chat", "model.ckpt=/no/such"), "--probe"]) == 1
     assert "No step was taken: the errors come first." in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("problem", "what", "fix"),
-    [
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "out of memory", "batch_size_train=6"),
-        (RuntimeError("no kernel image"), "RuntimeError: no kernel image", ""),
-    ],
-)
-def test_probe_that_fails(arguments, capsys, monkeypatch, problem, what, fix):
-    def fail(context):
-        raise problem
-
-    monkeypatch.setattr(probing, "_train", fail)
-    assert main([*arguments("stage2"), "--probe", "--json"]) == 1
-    found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert found["status"] == "error" and what in found["what"] and fix in found["fix"]

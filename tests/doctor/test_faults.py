@@ -125,14 +125,29 @@ def more_queries(p):
     torch.save(content, p.qformer)
 
 
+def vision_to_hf(state: dict) -> dict:
+    """An encoder's weights under the names of a Hugging Face folder: the inverse of `hf_names.vision_from_hf`."""
+    state = dict(state)
+    for name in [name for name in state if name.endswith("attn.q_bias")]:
+        q, v = state.pop(name), state.pop(name.replace("q_bias", "v_bias"))
+        state[name.replace("q_bias", "qkv.bias")] = torch.cat([q, torch.zeros_like(q), v])
+    rules = [
+        (re.escape(ours).replace(r"\#", r"(\d+)"), theirs.replace("#", r"\1")) for theirs, ours in hf_names.VISION_NAMES
+    ]
+    renamed = {}
+    for name, value in state.items():
+        rule = next((rule for rule in rules if re.match(rule[0], name)), None)
+        if rule:
+            renamed[re.sub(*rule, name, count=1)] = value
+    return renamed
+
+
 def vision_in_a_folder(p):
     """The encoder as a BLIP-2's folder in Hugging Face format."""
     weights = torch.load(p.vision, weights_only=True)
     p.vision = p.folder / "blip2"
     p.vision.mkdir()
-    save_file(
-        {name: t.contiguous() for name, t in hf_names.vision_to_hf(weights).items()}, p.vision / "model.safetensors"
-    )
+    save_file({name: t.contiguous() for name, t in vision_to_hf(weights).items()}, p.vision / "model.safetensors")
 
 
 def records(change):
@@ -467,11 +482,11 @@ def test_names_that_are_not_used(patient, monkeypatch):
     assert [f for f in check_run.check_registry(patient.context())] == []
 
 
-def test_what_is_no_fault(patient, monkeypatch):
+def test_what_is_no_fault(patient, open_registry):
     """A pad token without an embedding; a processor of one's own; a template that nothing uses; several machines."""
     patient.edit(patient.llm / "tokenizer_config.json", pad_token="[PAD]")
     patient.write(patient.llm / "added_tokens.json", json.dumps({"[PAD]": 32000}))
-    monkeypatch.setitem(registry._classes["processor"], "mine", type("Mine", (), {}))  # as a plug-in's, once imported
+    registry.register_processor("mine")(type("Mine", (), {}))  # as a plug-in does, once imported
     patient.options = ["datasets.cc_sbu_align.vis_processor.train={name: mine}", "model.prompt_template=Hi"]
     patient.options += ["model.prompt_path=null"]
     patient.world_size = 2

@@ -298,7 +298,7 @@ def test_projections_are_joined_before(load_tiny):
 def test_an_encoder_that_hands_on_its_sums(load_tiny, drawings, products, monkeypatch):
     """All four layers of a block keep their product in fp8; what GELU gives is rounded once, not to 16 bit before."""
     # Patches that were rounded otherwise would be other numbers in fp8.
-    monkeypatch.setattr(fast_vit, "_embed_patches", lambda patch_embed, image: patch_embed(image))
+    monkeypatch.setattr(fast_vit, "embed_patches", lambda patch_embed, image: patch_embed(image))
     model = load_tiny()
     with model.autocast(model.device):
         exact = model.visual_encoder(drawings["image"])
