@@ -1,4 +1,4 @@
-"""python -m minigpt4 doctor: find what is wrong with a run before anything heavy is loaded.
+"""python -m minigpt4 doctor: find what is wrong with a run before its weights are loaded.
 
     python -m minigpt4 doctor --cfg-path train_configs/minigpt4_stage1_pretrain.yaml
     python -m minigpt4 doctor --cfg-path train_configs/minigpt4_stage1_pretrain.yaml --gpus 4 --step-time 0.34

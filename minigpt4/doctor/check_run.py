@@ -6,6 +6,7 @@ from pathlib import Path
 from minigpt4.common.config_files import shipped_datasets
 from minigpt4.common.registry import UnknownNameError, registry
 from minigpt4.common.text import pluralize
+from minigpt4.doctor.check_memory import trainable_parameters
 from minigpt4.doctor.diagnostic import Diagnostic, error, ok, warning
 from minigpt4.doctor.machine import free_disk, is_writable, readable
 from minigpt4.doctor.run_context import RunContext
@@ -66,8 +67,6 @@ def check_output_folder(context: RunContext) -> Iterator[Diagnostic]:
 
 def check_output_room(context: RunContext) -> Iterator[Diagnostic]:
     """The output folder has room for the checkpoints."""
-    from minigpt4.doctor.check_memory import trainable_parameters
-
     if not context.training:
         return
     folder = Path(context.run.output_dir).expanduser()
