@@ -14,6 +14,7 @@ from minigpt4.common.errors import ConfigError
 from minigpt4.conversation import CONV_VISION
 from minigpt4.conversation.loading import load_chat, select_gpu
 from minigpt4.doctor import check_environment as environment
+from minigpt4.fast.decoding.loop import cached_decoding
 from minigpt4.models import llm
 from minigpt4.runners.state import restore_rng_states, rng_states
 from minigpt4.serving.sampling import RowSampler, RowSampling
@@ -164,13 +165,28 @@ def test_chat(pretended, golden, golden_config, load_in, settings):
 def test_batches_of_answers(pretended, build_golden_model):
     images, prompts = torch.randn(2, 3, 28, 28), ["<ImageHere> a", "b <ImageHere> c d"]
     model = build_golden_model()
-    expected = model.generate(images, prompts, max_new_tokens=8)
+    expected = model.generate(images, prompts, decoding_loop=cached_decoding, max_new_tokens=8)
     rows = [RowSampling(temperature=0.7, top_p=0.9, top_k=5, seed=3), RowSampling(temperature=0)]
-    sampled = model.generate(images, prompts, max_new_tokens=8, processors=[RowSampler(rows, 8, torch.device("cpu"))])
+    sampled = model.generate(
+        images,
+        prompts,
+        decoding_loop=cached_decoding,
+        max_new_tokens=8,
+        processors=[RowSampler(rows, 8, torch.device("cpu"))],
+    )
     model.to("mps")
     assert model.device == MPS
-    assert model.generate(images.to("mps"), prompts, max_new_tokens=8) == expected
-    assert model.generate(images.to("mps"), prompts, max_new_tokens=8, processors=[RowSampler(rows, 8, MPS)]) == sampled
+    assert model.generate(images.to("mps"), prompts, decoding_loop=cached_decoding, max_new_tokens=8) == expected
+    assert (
+        model.generate(
+            images.to("mps"),
+            prompts,
+            decoding_loop=cached_decoding,
+            max_new_tokens=8,
+            processors=[RowSampler(rows, 8, MPS)],
+        )
+        == sampled
+    )
 
 
 def test_features_are_cached(pretended, configs, tmp_path):
