@@ -199,9 +199,7 @@ def test_sequences_of_next_to_nothing(build_golden_model, sequences):
 def test_attention_with_fewer_heads_of_keys_and_another_scaling():
     """Against attention in one piece, under a mask."""
     torch.manual_seed(0)
-    (piece,) = pack(
-        [[1, 1, IMAGE_ID, 5, 6, 7], [1, 1, IMAGE_ID, 5, 6]], [[IGN] * 6, [IGN] * 5], MICRO_BATCH_TOKENS
-    ).pieces
+    (piece,) = pack([[1, 1, IMAGE_ID, 5, 6, 7], [1, 1, IMAGE_ID, 5, 6]], [[IGN] * 6, [IGN] * 5], MICRO_BATCH_TOKENS).pieces
     segments = piece.llm_inputs()["segments"]
     rows = int(segments.starts[-1])
     query, key, value = (torch.randn(1, heads, rows, 8, dtype=torch.float64) for heads in (6, 2, 2))
