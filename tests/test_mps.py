@@ -164,29 +164,16 @@ def test_chat(pretended, golden, golden_config, load_in, settings):
 
 def test_batches_of_answers(pretended, build_golden_model):
     images, prompts = torch.randn(2, 3, 28, 28), ["<ImageHere> a", "b <ImageHere> c d"]
+    how = {"decoding_loop": cached_decoding, "max_new_tokens": 8}
     model = build_golden_model()
-    expected = model.generate(images, prompts, decoding_loop=cached_decoding, max_new_tokens=8)
+    expected = model.generate(images, prompts, **how)
     rows = [RowSampling(temperature=0.7, top_p=0.9, top_k=5, seed=3), RowSampling(temperature=0)]
-    sampled = model.generate(
-        images,
-        prompts,
-        decoding_loop=cached_decoding,
-        max_new_tokens=8,
-        processors=[RowSampler(rows, 8, torch.device("cpu"))],
-    )
+    sampled = model.generate(images, prompts, processors=[RowSampler(rows, 8, torch.device("cpu"))], **how)
     model.to("mps")
     assert model.device == MPS
-    assert model.generate(images.to("mps"), prompts, decoding_loop=cached_decoding, max_new_tokens=8) == expected
-    assert (
-        model.generate(
-            images.to("mps"),
-            prompts,
-            decoding_loop=cached_decoding,
-            max_new_tokens=8,
-            processors=[RowSampler(rows, 8, MPS)],
-        )
-        == sampled
-    )
+    images = images.to("mps")
+    assert model.generate(images, prompts, **how) == expected
+    assert model.generate(images, prompts, processors=[RowSampler(rows, 8, MPS)], **how) == sampled
 
 
 def test_features_are_cached(pretended, configs, tmp_path):
