@@ -47,7 +47,7 @@ def test_readme_is_short():
 
 def test_readme_names_the_places():
     for path, names in {
-        "minigpt4/models/mini_gpt4.py": ["forward", "encode_img", "language_loss", "micro_batch_loss"],
+        "minigpt4/models/mini_gpt4.py": ["forward", "encode_img", "loss"],
         "minigpt4/runners/runner_base.py": ["train", "train_epoch", "train_step", "optimizer_step", "save_checkpoint"],
         "minigpt4/conversation/conversation.py": ["Conversation", "Chat", "get_prompt"],
     }.items():
