@@ -75,9 +75,8 @@ def test_low_bit_layers_accelerated(build_golden_model, caplog, load_in, recompu
     for name, part in model.llama_model.named_modules():
         if isinstance(part, low_bit.LowBitLinear):  # the weights that it stands for
             one = torch.eye(part.in_features, device="cuda")
-            exact.llama_model.get_submodule(
-                name.replace("_checkpoint_wrapped_module.", "")
-            ).weight.data = low_bit.low_bit_matmul(one, part.weight, part.scale, False).t()
+            layer = exact.llama_model.get_submodule(name.replace("_checkpoint_wrapped_module.", ""))
+            layer.weight.data = low_bit.low_bit_matmul(one, part.weight, part.scale, False).t()
     model.accelerate(packed=True, compiled=True)
     assert bool(model.step.fused_llama) == (not recomputed)
     truth, usual, ours = steps(exact, order), steps(plain, order), steps(model, order)
