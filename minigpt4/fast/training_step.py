@@ -19,7 +19,7 @@ from minigpt4.fast.cuda_graphs import GraphedFunction
 from minigpt4.fast.fused_linear import fuse_projections, fused_layers
 from minigpt4.fast.llama import FusedLlama, supports_fused_llama
 from minigpt4.fast.packing.batch import MicroBatch, pack
-from minigpt4.fast.self_check import FP8_TOLERANCE, TOLERANCE, PackedCheck, sees_like_the_library
+from minigpt4.fast.self_check import PackedCheck, sees_like_the_library
 from minigpt4.fast.vit import FusedViT, supports_fused_vit
 from minigpt4.models.mini_gpt4 import PlainStep, summed_cross_entropy
 from minigpt4.models.vision import PREFIXES
@@ -62,7 +62,7 @@ class FastStep(PlainStep):
         self.fused_llama, self.fused_vit = None, None
         self.summed_cross_entropy = summed_cross_entropy
         if compiled:
-            self._compile(model, check, FP8_TOLERANCE if fp8 else TOLERANCE)
+            self._compile(model, check, fp8)
         self._capture(model, compiled)
 
     def collate(self, model, sequences: list[list[int]], labels: list[list[int]]):
@@ -94,19 +94,19 @@ class FastStep(PlainStep):
         logits = self.fused_llama(embeds, part) if self.fused_llama and is_micro_batch else model.predict(embeds, part)
         return self.summed_cross_entropy(logits, part.targets)
 
-    def _compile(self, model, check: PackedCheck | None, tolerance: float) -> None:
+    def _compile(self, model, check: PackedCheck | None, in_fp8: bool) -> None:
         """Set up torch.compile for the layers; each is compiled when the first step calls it."""
         compat.raise_recompile_limit(MAX_COMPILATIONS)
         layers, llm, vit = [], model.llama_model, model.visual_encoder
         fused = functools.partial(FusedLlama, compiled=False)
-        if self.packed and supports_fused_llama(llm) and check.passes("fused Llama", llm, fused, tolerance):
+        if self.packed and supports_fused_llama(llm) and check.passes("fused Llama", llm, fused, in_fp8):
             self.fused_llama = FusedLlama(llm, compiled=True)
         elif not self.quantized:  # bitsandbytes' layers cannot be compiled
             layers += map(compat.without_recomputation, llm.get_decoder().layers)
         if vit is not None:
             layers += model.Qformer.bert.encoder.layer
             plain_vit, autocast = FusedViT(vit, compiled=False), model.autocast(vit.pos_embed.device)
-            if supports_fused_vit(vit) and sees_like_the_library(vit, plain_vit, autocast, tolerance):
+            if supports_fused_vit(vit) and sees_like_the_library(vit, plain_vit, autocast):
                 self.fused_vit = FusedViT(vit, compiled=True)
             else:
                 layers += vit.blocks

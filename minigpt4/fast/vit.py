@@ -13,8 +13,8 @@ import functools
 
 import torch
 import torch.nn.functional as F
-from timm.layers import LayerNorm, Mlp, PatchEmbed
-from timm.models.eva import EvaAttention, EvaBlock
+from timm.layers import Mlp, PatchEmbed
+from timm.models.eva import EvaBlock
 from torch import nn
 
 from minigpt4.common import compat
@@ -25,10 +25,12 @@ from minigpt4.quantization.fp8_rounding import quantize_gelu, quantize_rows
 
 
 def supports_fused_vit(vit: nn.Module) -> bool:
-    """Whether `FusedViT` computes what an encoder does: an `EvaViT`, frozen, its blocks without rarer parts."""
+    """Whether `FusedViT` may compute an encoder: an `EvaViT`, frozen, that keeps no activations.
+
+    Whether its blocks compute what they do in timm's plain form is left to `self_check.sees_like_the_library`.
+    """
     frozen = not any(p.requires_grad for p in vit.parameters())
-    ours = type(vit) is EvaViT and type(vit.patch_embed) is PatchEmbed and not vit.grad_checkpointing
-    return frozen and ours and all(_is_plain(block) for block in vit.blocks)
+    return frozen and type(vit) is EvaViT and not vit.grad_checkpointing
 
 
 class FusedViT:
@@ -44,20 +46,15 @@ class FusedViT:
         """Images [B,3,S,S] to image tokens [B,N,D], as `EvaViT.forward`."""
         vit = self.vit
         vit.check_image(image)
-        return vit.norm(self.run_blocks(image, vit.blocks))
-
-    def run_blocks(self, image: torch.Tensor, blocks) -> torch.Tensor:
-        """Images [B,3,S,S] to the output [B,N,D] of some of the encoder's blocks."""
-        vit = self.vit
         x = vit.norm_pre(compat.add_positions(vit, embed_patches(vit.patch_embed, image)))
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         if isinstance(vit.blocks[0].attn.qkv, Fp8Linear):
             x = x.to(dtype)  # sums in 16 bit: fp8 rounds more than that
         delta = torch.zeros_like(x, dtype=dtype)  # the first block gets two terms as all others do: one compilation
-        for block in blocks:
+        for block in vit.blocks:
             x, delta = self.block_fn(block, x, delta)
-        return x + delta
+        return vit.norm(x + delta)
 
 
 def embed_patches(patch_embed: PatchEmbed, image: torch.Tensor) -> torch.Tensor:
@@ -146,33 +143,6 @@ def linear_gelu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> to
 @linear_gelu.register_fake
 def _(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
-
-
-def _is_plain(block: nn.Module) -> bool:
-    """Whether the block adds its attention and its MLP, unscaled, each to the sum before it."""
-    unscaled = type(block) is EvaBlock and block.gamma_1 is None and block.gamma_2 is None
-    nothing_dropped = all(type(path) is nn.Identity for path in (block.drop_path1, block.drop_path2))
-    norms = all(_is_plain_norm(norm) for norm in (block.norm1, block.norm2))
-    return unscaled and nothing_dropped and norms and _is_plain_attention(block.attn) and _is_plain_mlp(block.mlp)
-
-
-def _is_plain_norm(norm: nn.Module) -> bool:
-    """Whether it is a layer norm with weight and bias."""
-    return type(norm) in (nn.LayerNorm, LayerNorm) and norm.weight is not None and norm.bias is not None
-
-
-def _is_plain_attention(attn: nn.Module) -> bool:
-    """Whether it is a joint product with biases, attention and another product, and nothing between."""
-    joint = type(attn) is EvaAttention and attn.qkv is not None and attn.q_bias is not None and attn.gate is None
-    parts = (attn.q_norm, attn.k_norm, attn.norm) if joint else ()
-    return joint and all(type(part) is nn.Identity for part in parts) and not attn.attn_drop.p and not attn.proj_drop.p
-
-
-def _is_plain_mlp(mlp: nn.Module) -> bool:
-    """Whether it is two layers with exact GELU between."""
-    if type(mlp) is not Mlp or type(mlp.act) is not nn.GELU or mlp.act.approximate != "none":
-        return False
-    return type(mlp.norm) is nn.Identity and not mlp.drop1.p and not mlp.drop2.p
 
 
 def _takes_linear_gelu(layer: nn.Linear) -> bool:
