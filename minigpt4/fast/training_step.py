@@ -21,7 +21,7 @@ from minigpt4.fast.llama import FusedLlama, supports_fused_llama
 from minigpt4.fast.packing.batch import MicroBatch, pack
 from minigpt4.fast.self_check import PackedCheck, sees_like_the_library
 from minigpt4.fast.vit import FusedViT, supports_fused_vit
-from minigpt4.models.mini_gpt4 import PlainStep, summed_cross_entropy
+from minigpt4.models.mini_gpt4 import MiniGPT4, PlainStep, summed_cross_entropy
 from minigpt4.models.vision import PREFIXES
 from minigpt4.quantization.bitsandbytes import has_bitsandbytes_layers
 from minigpt4.quantization.fp8 import MULTIPLE, Fp8Linear, convert_linear_layers, supports_fp8
@@ -37,8 +37,7 @@ class FastStep(PlainStep):
     Args:
         model: a `MiniGPT4` on its device. Layers of its language model and encoder are exchanged.
         packed: batches without padding. Where the language model is frozen, the gradient of each micro-batch is
-        computed
-            with its loss, so that one micro-batch at a time needs memory.
+            computed with its loss, so that one micro-batch at a time needs memory.
         compiled: joint projections in the language model, torch.compile for the layers of the three networks, and CUDA
             graphs for the vision side and the micro-batches, as far as they are frozen.
         fp8: products with the frozen weights of language model and encoder in fp8, from now on.
@@ -73,7 +72,10 @@ class FastStep(PlainStep):
         """Images [B,3,H,W] to the Q-Former's output [B,Q,W]."""
         if self.graphed_vision:
             return self.graphed_vision(image)[0]
-        return model.query_outputs(image, self.fused_vit)
+        return self._query_outputs(model, image)
+
+    def _query_outputs(self, model, image: torch.Tensor) -> torch.Tensor:
+        return model.query_outputs(image, self.fused_vit) if self.fused_vit else model.query_outputs(image)
 
     def loss(self, model, image_embeds: torch.Tensor, batch) -> torch.Tensor:
         """Mean cross-entropy over the labels of a batch, given its images [B,Q,D]."""
@@ -99,14 +101,19 @@ class FastStep(PlainStep):
         compat.raise_recompile_limit(MAX_COMPILATIONS)
         layers, llm, vit = [], model.llama_model, model.visual_encoder
         fused = functools.partial(FusedLlama, compiled=False)
-        if self.packed and supports_fused_llama(llm) and check.passes("fused Llama", llm, fused, in_fp8):
+        # A plug-in may compute logits or image features in its own way: its methods are called then.
+        own_logits = type(model).predict is not MiniGPT4.predict
+        own_features = type(model).query_outputs is not MiniGPT4.query_outputs
+        fusible = self.packed and not own_logits and supports_fused_llama(llm)
+        if fusible and check.passes("fused Llama", llm, fused, in_fp8):
             self.fused_llama = FusedLlama(llm, compiled=True)
         elif not self.quantized:  # bitsandbytes' layers cannot be compiled
             layers += map(compat.without_recomputation, llm.get_decoder().layers)
         if vit is not None:
             layers += model.Qformer.bert.encoder.layer
             plain_vit, autocast = FusedViT(vit, compiled=False), model.autocast(vit.pos_embed.device)
-            if supports_fused_vit(vit) and sees_like_the_library(vit, plain_vit, autocast):
+            fusible = not own_features and supports_fused_vit(vit)
+            if fusible and sees_like_the_library(vit, plain_vit, autocast):
                 self.fused_vit = FusedViT(vit, compiled=True)
             else:
                 layers += vit.blocks
@@ -121,8 +128,7 @@ class FastStep(PlainStep):
         trained = [name for name, p in model.named_parameters() if p.requires_grad]
         trained = [name for name in trained if not name.startswith("llama_proj.")]
         if compiled and model.visual_encoder is not None and not trained:
-            vision = functools.partial(model.query_outputs, encoder=self.fused_vit)
-            self.graphed_vision = GraphedFunction(lambda image: (vision(image),), "vision side")
+            self.graphed_vision = GraphedFunction(lambda image: (self._query_outputs(model, image),), "vision side")
         # In float16 the loss has to be scaled before its gradient is computed.
         in_float16 = model.llama_model.get_input_embeddings().weight.dtype == torch.float16
         if self.packed and not in_float16 and all(name.startswith(PREFIXES) for name in trained):
