@@ -30,7 +30,7 @@ SLOW_TESTS = (
     "tests/cli/test_cli_chat.py::test_the_whole_command",
     "tests/cli/test_cli_serve.py",
     "tests/conversation/test_videos.py::test_decord_is_imported_only_for_a_video",
-    "tests/fast/test_decoding.py::test_a_cache_that_grows_records_its_readings_anew",
+    "tests/fast/test_decoding.py::test_a_cache_that_grows_captures_its_prefills_anew",
     "tests/kernels/test_decoding.py",
     "tests/kernels/test_fp8.py",
     "tests/kernels/test_packed_attention.py",

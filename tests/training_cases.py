@@ -139,16 +139,16 @@ def fused_llama_errors(int8: bool = False) -> list[float]:
         quantize_model(llm, torch.device("cpu"))
     assert fuse_projections(llm) == 4
     sequences = [[1, 2, IMAGE_ID, *range(3, 9)], [1, 2, IMAGE_ID, *range(3, 5)]]
-    (piece,) = pack(sequences, [[IGNORE_INDEX] * 3 + ids[3:] for ids in sequences], 1024).micro_batches
-    embeds = torch.randn(1, piece.sizes.tokens, 32, requires_grad=True)
-    labelled, prefix_len = piece.targets[0] != IGNORE_INDEX, piece.sizes.prefix_len
+    (micro_batch,) = pack(sequences, [[IGNORE_INDEX] * 3 + ids[3:] for ids in sequences], 1024).micro_batches
+    embeds = torch.randn(1, micro_batch.sizes.tokens, 32, requires_grad=True)
+    labelled, prefix_len = micro_batch.targets[0] != IGNORE_INDEX, micro_batch.sizes.prefix_len
     assert prefix_len == 2
 
     def results(predict):
-        logits = predict(embeds, piece)[0, labelled]
+        logits = predict(embeds, micro_batch)[0, labelled]
         return logits, torch.autograd.grad(logits.square().sum(), embeds)[0][:, prefix_len:]
 
-    expected = results(lambda embeds, piece: llm(inputs_embeds=embeds, **piece.llm_inputs()).logits)
+    expected = results(lambda embeds, micro_batch: llm(inputs_embeds=embeds, **micro_batch.llm_inputs()).logits)
     usual, fast_llama.use_triton = fast_llama.use_triton, lambda x: True
     own = results(fast_llama.FusedLlama(llm, compiled=False))
     fast_llama.use_triton = usual

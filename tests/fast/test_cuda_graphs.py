@@ -1,6 +1,6 @@
-"""When a function is recorded, replayed or run as it stands, and in which memory.
+"""When a function runs eagerly, is captured or replayed, and in which memory.
 
-Stand-ins for CUDA's graphs and memory let it run without a GPU; test_acceleration_gpu.py has the real ones.
+Stand-ins for CUDA's graphs and memory let it run without a GPU; test_training_step_gpu.py has the real ones.
 """
 
 import contextlib
@@ -15,14 +15,14 @@ from minigpt4.fast.cuda_graphs import CapturedGraph, GraphedFunction
 
 
 class Graph:
-    """Computes again what was recorded, into the same memory. What that is, the recording below says."""
+    """Computes again what was captured, into the same memory. What that is, the graph below says."""
 
     def replay(self):
         self.compute()
 
 
 class Doubling(CapturedGraph):
-    """The recording of a function that doubles."""
+    """The graph of a function that doubles."""
 
     made = None
 
@@ -52,8 +52,8 @@ class Memory(cuda_graphs.GraphMemory):
 
 
 @pytest.fixture
-def recordings(monkeypatch):
-    """The recordings that were made."""
+def graphs(monkeypatch):
+    """The graphs that were made."""
     monkeypatch.setattr(Doubling, "made", [])
     monkeypatch.setattr(Memory, "made", [])
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
@@ -69,7 +69,7 @@ def plain():
 
 
 @pytest.fixture
-def doubled(recordings, plain):
+def doubled(graphs, plain):
     """Doubles; its results share memory, as those in a pool may."""
     pool = {}
 
@@ -80,70 +80,70 @@ def doubled(recordings, plain):
     return GraphedFunction(double, "test")
 
 
-def test_what_is_met_again_is_recorded_for_each_shape_type_and_other_argument(doubled, recordings, plain):
+def test_the_second_call_with_a_key_captures_a_graph(doubled, graphs, plain):
     x = torch.ones(3)
     kinds = ((x,), (x, 1), (x, 2), (torch.ones(4),), (x.double(),))
     for times in range(3):
         for arguments in kinds:
             assert torch.equal(doubled(*arguments)[0], arguments[0] * 2)
-        assert len(recordings) == (5 if times else 0)
-    assert len(plain) == 5 + 5  # each once as it stands, once while it is recorded
+        assert len(graphs) == (5 if times else 0)
+    assert len(plain) == 5 + 5  # each once eagerly, once while it is captured
     assert [memory.uses for memory in Memory.made] == [5]
 
 
-def test_recordings_read_and_write_the_same_tensors(doubled, recordings):
+def test_graphs_share_their_inputs_and_outputs(doubled, graphs):
     for _ in range(2):
         for number in (1, 2):
             doubled(torch.ones(3), number)
-    first, second = recordings
+    first, second = graphs
     assert first.inputs[0] is second.inputs[0] and first.outputs[0] is second.outputs[0]
 
 
-def test_no_gradients_come_of_it(doubled, recordings):
+def test_results_have_no_gradient(doubled, graphs):
     x = torch.ones(3, requires_grad=True)
     assert not any(doubled(x)[0].requires_grad for _ in range(3))
-    assert len(recordings) == 1
+    assert len(graphs) == 1
 
 
-def test_autocast_is_recorded_apart(doubled, recordings):
+def test_autocast_is_part_of_the_key(doubled, graphs):
     for _ in range(2):
         doubled(torch.ones(3))
     with torch.autocast("cpu", torch.bfloat16):
         doubled(torch.ones(3))
-    assert len(recordings) == 1
+    assert len(graphs) == 1
 
 
-def test_what_has_not_gone_through_is_not_recorded(doubled, recordings):
-    """It would be compiled while it is recorded, which CUDA forbids."""
+def test_a_call_that_failed_is_not_captured(doubled, graphs):
+    """It would be compiled while it is captured, which CUDA forbids."""
     usual, doubled.fn = doubled.fn, None
     for _ in range(2):
         with pytest.raises(TypeError):
             doubled(torch.ones(5))
     doubled.fn = usual
     doubled(torch.ones(5))
-    assert not recordings
+    assert not graphs
 
 
-def test_beyond_the_limit_calls_run_as_they_stand(doubled, recordings, plain, monkeypatch):
+def test_beyond_the_limit_calls_run_eagerly(doubled, graphs, plain, monkeypatch):
     monkeypatch.setattr(cuda_graphs, "MAX_GRAPHS", 2)
     for _ in range(3):
         for n in (1, 2, 3):
             assert torch.equal(doubled(torch.ones(n))[0], torch.full((n,), 2.0))
-    assert len(recordings) == 2 and len(plain) == 3 + 2 + 2
+    assert len(graphs) == 2 and len(plain) == 3 + 2 + 2
 
 
-def test_a_result_outlives_the_next_call(doubled, recordings):
+def test_a_result_outlives_the_next_call(doubled, graphs):
     results = [doubled(torch.tensor([float(n)]))[0] for n in range(4)]
-    assert len(recordings) == 1
+    assert len(graphs) == 1
     assert [result.item() for result in results] == [0, 2, 4, 6]
 
 
-def test_answers_record_nothing(doubled, recordings, plain):
+def test_inference_mode_captures_nothing(doubled, graphs, plain):
     """Memory that was made in inference mode could not be written to in the training steps after it."""
     with torch.inference_mode():
         for _ in range(3):
             doubled(torch.ones(3))
-    assert not recordings and len(plain) == 3
+    assert not graphs and len(plain) == 3
 
 
 @pytest.mark.parametrize(
@@ -190,7 +190,7 @@ def garbage() -> tuple[list[GraphedFunction], int]:
 
 
 @pytest.mark.parametrize("calls", [1, 2])
-def test_memory_that_is_garbage_stays_while_other_is_in_use_or_a_graph_is_recorded(recordings, calls):
+def test_garbage_pools_are_kept_while_another_is_in_use_or_captured(graphs, calls):
     """torch 2.11 would abort the process."""
     old, pool = garbage()
     there = []
@@ -209,7 +209,7 @@ def test_memory_that_is_garbage_stays_while_other_is_in_use_or_a_graph_is_record
     assert cuda_graphs._kept_pools == []
 
 
-def test_memory_that_is_garbage_goes_at_once_where_nothing_is_in_use(recordings):
+def test_garbage_pools_are_freed_at_once_otherwise(graphs):
     old, _ = garbage()
     old.clear()
     gc.collect()

@@ -286,7 +286,7 @@ def test_a_prompt_that_is_repeated(load_in, device, reads):
     first, second, third = (logits_of(llm, embeds) for _ in range(3))
     cached_decoding.clear_cache(llm)
     again = logits_of(llm, embeds)
-    # on a GPU the second reading is filled up, and recorded; the third is replayed
+    # on a GPU the second prefill is padded and captured; the third is replayed
     assert counts == ([40, 1, 1, 40] if device == "cpu" else [40, 64, 64, 40])
     assert torch.equal(first, again) and torch.equal(second, third)
     if device == "cpu":
@@ -367,7 +367,7 @@ def test_models_are_not_kept_alive():
     assert gone() is None
 
 
-# Graphs and compiled layers, as far as a CPU can show (test_generation_gpu.py has the rest)
+# Graphs and compiled layers, as far as a CPU can show (test_decoding_gpu.py has the rest)
 
 
 class Replayed:
@@ -509,7 +509,7 @@ def test_replayed_steps_give_the_same_ids(llm, lengths, compiles):
 
 
 def test_prompts_are_read_by_the_graph_of_their_length(llm, compiles, monkeypatch):
-    """Filled up to 64, 128, 256 or 512 vectors, behind what is known; longer ones as they stand."""
+    """Prompts are padded to 64, 128, 256 or 512 vectors after the prefix in the cache; longer ones run eagerly."""
     captured = []
     monkeypatch.setattr(loop, "_capture", lambda run, cache: captured.append(cache) or capture(run, cache))
     known, found = prompts(520, seed=1)[0], {}
@@ -536,7 +536,7 @@ def test_without_memory_for_a_graph_prompts_are_read_as_before(llm, compiles, mo
     assert caplog.text.count("No memory for a CUDA graph of a prompt's reading") == 1
 
 
-def test_no_pool_of_memory_goes_while_a_graph_is_recorded(monkeypatch):
+def test_no_memory_pool_is_freed_while_a_graph_is_captured(monkeypatch):
     """torch 2.11 would abort the process; test_cuda_graphs.py has more."""
     for name in ("graph_pool_handle", "CUDAGraph"):
         monkeypatch.setattr(torch.cuda, name, object)
@@ -546,7 +546,7 @@ def test_no_pool_of_memory_goes_while_a_graph_is_recorded(monkeypatch):
     assert entered == 1 and cuda_graphs._keepers == 0
 
 
-def test_an_answer_does_not_wait_for_what_another_thread_records(llm, compiles):
+def test_an_answer_does_not_wait_for_another_thread_that_captures(llm, compiles):
     embeds, mask = prompts(30)
     expected = run(llm, embeds, mask)
     with loop._capturing:
@@ -557,7 +557,7 @@ def test_an_answer_does_not_wait_for_what_another_thread_records(llm, compiles):
     assert cache.prefill_graphs[64]
 
 
-def test_a_cache_that_grows_records_its_readings_anew(llm, compiles):
+def test_a_cache_that_grows_captures_its_prefills_anew(llm, compiles):
     embeds = prompts(100)[0]
     expected = theirs(llm, embeds, max_new_tokens=100)
     for steps in (20, 20, 20, 100, 100, 100):

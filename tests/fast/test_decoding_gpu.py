@@ -106,7 +106,7 @@ def test_prompts_and_answers_of_several_lengths_use_one_graph_a_cache(llm, monke
 
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16, torch.float16, torch.int8])
 @pytest.mark.parametrize("lengths", [[70], [9, 70, 33]])
-def test_logits_of_compiled_layers_are_those_of_layers_as_they_stand(lengths, weights):
+def test_logits_of_compiled_layers_equal_eager_ones(lengths, weights):
     """In 16 bit both are within rounding of float32."""
     dtype = torch.bfloat16 if weights == torch.int8 else weights
     llm = random_llm(dtype, num_key_value_heads=2)

@@ -29,13 +29,13 @@ def llama(packed=True, fused=True, dtype=torch.float64, **sizes):
 
 
 def batch():
-    """A piece of three sequences that share two tokens."""
+    """A micro-batch of three sequences that share two tokens."""
     generator = torch.Generator().manual_seed(0)
     texts = [torch.randint(3, 50, (n,), generator=generator).tolist() for n in (9, 3, 20)]
     sequences = [[1, 2, IMAGE_ID, IMAGE_ID, *text] for text in texts]
     labels = [[IGNORE_INDEX] * 4 + ids[4:] for ids in sequences]
-    (piece,) = pack(sequences, labels, 1024).micro_batches
-    return piece
+    (micro_batch,) = pack(sequences, labels, 1024).micro_batches
+    return micro_batch
 
 
 @pytest.mark.parametrize(
@@ -48,18 +48,18 @@ def batch():
 )
 def test_equals_transformers(sizes):
     """Logits and the gradient of the embeddings, of whole layers and the last one's rows with labels."""
-    llm, piece = llama(**sizes), batch()
+    llm, micro_batch = llama(**sizes), batch()
     assert supports_fused_llama(llm)
     results = []
 
-    def transformers(embeds, piece):
-        return llm(inputs_embeds=embeds, **piece.llm_inputs()).logits
+    def transformers(embeds, micro_batch):
+        return llm(inputs_embeds=embeds, **micro_batch.llm_inputs()).logits
 
     for predict in (FusedLlama(llm, compiled=False), transformers):
         torch.manual_seed(0)
-        embeds = torch.randn(1, piece.sizes.tokens, 32, dtype=torch.float64, requires_grad=True)
-        logits = predict(embeds, piece)
-        labelled = piece.targets[0] != IGNORE_INDEX
+        embeds = torch.randn(1, micro_batch.sizes.tokens, 32, dtype=torch.float64, requires_grad=True)
+        logits = predict(embeds, micro_batch)
+        labelled = micro_batch.targets[0] != IGNORE_INDEX
         loss = (logits[0, labelled] * torch.randn(int(labelled.sum()), 50)).sum()
         results.append((logits[0, labelled], torch.autograd.grad(loss, embeds)[0]))
     for fused, usual in zip(*results, strict=True):
@@ -106,5 +106,5 @@ def mistral():
         training,
     ],
 )
-def test_others_do_not_fit(build):
+def test_other_models_are_not_supported(build):
     assert not supports_fused_llama(build())

@@ -1,4 +1,4 @@
-"""Packed batches compute what padded ones do, and fused layers what separate ones do."""
+"""Packed batches give the results of padded ones, and fused layers those of separate ones."""
 
 import sys
 import weakref
@@ -62,15 +62,15 @@ IGN = IGNORE_INDEX
 
 
 def test_layout_of_a_packed_batch():
-    """Two sequences begin alike; the last token of each stands for nothing but itself."""
+    """Two sequences share a prefix; the last token of each is left out, since nothing is predicted from it."""
     sequences = [[1, 9, IMAGE_ID, IMAGE_ID, 5, 6], [1, 9, IMAGE_ID, IMAGE_ID, 7]]
     batch = pack(sequences, [[IGN] * 4 + [5, 6], [IGN] * 4 + [7]], MICRO_BATCH_TOKENS)
     assert (batch.num_labels, batch.num_tokens, batch.num_image_vectors) == (3, 11, 4)
-    (piece,) = batch.micro_batches
-    assert piece.sizes == (TOKEN_MULTIPLE, IMAGE_MULTIPLE, SEQUENCE_MULTIPLE, 2, LABEL_MULTIPLE, KV_LEN_MULTIPLE)
-    assert piece.input_ids[0, :8].tolist() == [1, 9, 0, 0, 5, 0, 0, 0]
-    assert piece.targets[0, :4].tolist() == [5, 6, 7, IGN]
-    inputs = piece.llm_inputs()
+    (micro_batch,) = batch.micro_batches
+    assert micro_batch.sizes == (TOKEN_MULTIPLE, IMAGE_MULTIPLE, SEQUENCE_MULTIPLE, 2, LABEL_MULTIPLE, KV_LEN_MULTIPLE)
+    assert micro_batch.input_ids[0, :8].tolist() == [1, 9, 0, 0, 5, 0, 0, 0]
+    assert micro_batch.targets[0, :4].tolist() == [5, 6, 7, IGN]
+    inputs = micro_batch.llm_inputs()
     assert inputs["position_ids"][0, :9].tolist() == [0, 1, 2, 3, 4, 2, 3, 2, 3]
     assert inputs["logits_to_keep"][:4].tolist() == [3, 4, 6, 0]
     starts, shared, longest = inputs["segments"]
@@ -78,31 +78,41 @@ def test_layout_of_a_packed_batch():
     assert starts.tolist() == [0, 2, 5, *[7] * 7, 37, 67, 97, TOKEN_MULTIPLE]  # six empty sequences, then the fill
     assert (shared, longest) == (2, KV_LEN_MULTIPLE)
     vectors = torch.arange(1.0, 5).unsqueeze(1)
-    assert piece.insert(torch.zeros(1, TOKEN_MULTIPLE, 1), vectors)[0, :9, 0].tolist() == [0, 0, 1, 2, 0, 3, 4, 0, 0]
+    assert micro_batch.insert(torch.zeros(1, TOKEN_MULTIPLE, 1), vectors)[0, :9, 0].tolist() == [
+        0,
+        0,
+        1,
+        2,
+        0,
+        3,
+        4,
+        0,
+        0,
+    ]
 
 
-def test_a_row_is_always_left_for_vectors_that_fill_up_the_places():
+def test_a_token_of_padding_is_always_left_for_surplus_image_vectors():
     batch = pack([[1] * (TOKEN_MULTIPLE + 1)], [[IGN] * TOKEN_MULTIPLE + [1]], MICRO_BATCH_TOKENS)
-    assert [piece.sizes.tokens for piece in batch.micro_batches] == [2 * TOKEN_MULTIPLE]
+    assert [micro_batch.sizes.tokens for micro_batch in batch.micro_batches] == [2 * TOKEN_MULTIPLE]
 
 
-def test_the_longest_has_the_shared_beginning_too():
+def test_the_longest_sequence_sees_the_prefix_too():
     length = KV_LEN_MULTIPLE - 28
     sequences = [[1] * length + [IMAGE_ID] + [number] * length for number in (5, 6)]
-    (piece,) = pack(sequences, [[IGN] * len(sequences[0])] * 2, MICRO_BATCH_TOKENS).micro_batches
-    assert piece.sizes.prefix_len == length
-    assert piece.sizes.max_kv_len == 2 * KV_LEN_MULTIPLE
+    (micro_batch,) = pack(sequences, [[IGN] * len(sequences[0])] * 2, MICRO_BATCH_TOKENS).micro_batches
+    assert micro_batch.sizes.prefix_len == length
+    assert micro_batch.sizes.max_kv_len == 2 * KV_LEN_MULTIPLE
 
 
-def test_the_fill_has_the_shared_beginning_too():
-    """Its attention is computed, though nobody looks at it."""
+def test_the_padding_sees_the_prefix_too():
+    """Its attention is computed, although it is never used."""
     sequences = [[1] * 50 + [IMAGE_ID, number] for number in (5, 6)]
-    (piece,) = pack(sequences, [[IGN] * 52] * 2, MICRO_BATCH_TOKENS).micro_batches
-    assert max(piece.llm_inputs()["segments"].starts.diff()[1:]) + 50 > 64
-    assert piece.sizes.max_kv_len == 2 * KV_LEN_MULTIPLE
+    (micro_batch,) = pack(sequences, [[IGN] * 52] * 2, MICRO_BATCH_TOKENS).micro_batches
+    assert max(micro_batch.llm_inputs()["segments"].starts.diff()[1:]) + 50 > 64
+    assert micro_batch.sizes.max_kv_len == 2 * KV_LEN_MULTIPLE
 
 
-def test_pieces_are_alike_and_leave_as_little_room_as_one():
+def test_micro_batches_are_alike_and_waste_as_little_as_one():
     torch.manual_seed(0)
     for count, low, high in ((64, 40, 57), (12, 115, 195), (16, 40, 57), (1, 5000, 5001), (3, 900, 1200), (200, 1, 9)):
         lengths = torch.randint(low, high, (count,)).tolist()
@@ -120,8 +130,8 @@ def test_pieces_are_alike_and_leave_as_little_room_as_one():
 @pytest.mark.parametrize(
     "lengths", [[800] * 10, [900] * 10, [700] * 9, [5000] + [100] * 20, [0] * 5, [0, 3000, 0, 9], [1000] * 10]
 )
-def test_sequences_that_fill_no_piece_well(lengths):
-    """None is above the bound for it, but for a sequence alone."""
+def test_sequences_that_fill_no_micro_batch_well(lengths):
+    """No micro-batch exceeds the bound, unless it is a single sequence."""
     groups = divide(lengths, 3, MICRO_BATCH_TOKENS)
     assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
     assert all(groups)
@@ -154,8 +164,8 @@ def test_no_other_choice_is_fuller():
 
 @pytest.mark.parametrize("prompt", [None, "###Human: <Img><ImageHere></Img> Say what it is. ###Assistant: "])
 @pytest.mark.parametrize("at_once", [False, True])
-def test_pieces_equal_one_row(build_golden_model, monkeypatch, at_once, prompt):
-    """Loss and gradient, also where the gradient of each piece is taken before the next one's turn."""
+def test_micro_batches_equal_a_single_one(build_golden_model, monkeypatch, at_once, prompt):
+    """Loss and gradient, also where the gradient of each micro-batch is computed with its loss."""
     model = build_golden_model()
     model.prompt_list = [prompt] if prompt else []
     model.max_txt_len = 200
@@ -170,10 +180,10 @@ def test_pieces_equal_one_row(build_golden_model, monkeypatch, at_once, prompt):
         monkeypatch.setattr(packing.MicroBatch, "llm_inputs", _held(packing.MicroBatch.llm_inputs, held))
     model.step.max_tokens = 128
     assert len(model.prepare(samples)["tokens"].micro_batches) > 3
-    output, pieces_gradient = loss_and_gradient(model, samples)
+    output, micro_batches_gradient = loss_and_gradient(model, samples)
     assert output["num_labels"] == expected["num_labels"]
     torch.testing.assert_close(output["loss"], expected["loss"], atol=1e-6, rtol=1e-6)
-    torch.testing.assert_close(pieces_gradient, gradient, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(micro_batches_gradient, gradient, atol=1e-6, rtol=1e-4)
     if at_once:
         assert len(held) > 3 and all(alive() is None for alive in held)
         with torch.no_grad():
@@ -181,11 +191,11 @@ def test_pieces_equal_one_row(build_golden_model, monkeypatch, at_once, prompt):
 
 
 def _held(llm_inputs, held):
-    """`llm_inputs`, which checks that what earlier pieces computed with is no longer kept for a backward pass."""
+    """`llm_inputs`, with a check that no earlier micro-batch keeps tensors for a backward pass."""
 
-    def checked(piece):
+    def checked(micro_batch):
         assert all(alive() is None for alive in held)
-        inputs = llm_inputs(piece)
+        inputs = llm_inputs(micro_batch)
         held.append(weakref.ref(inputs["position_ids"]))
         return inputs
 
@@ -193,22 +203,22 @@ def _held(llm_inputs, held):
 
 
 @pytest.mark.parametrize("sequences", [[[], [1, 2]], [[]], [[1]], [[1], [1]]])
-def test_sequences_of_next_to_nothing(build_golden_model, sequences):
+def test_sequences_of_no_or_one_token(build_golden_model, sequences):
     model = build_golden_model()
     assert allow_packing(model.llama_model)
     batch = pack(sequences, [[IGN] * len(ids) for ids in sequences], MICRO_BATCH_TOKENS)
-    assert [piece.sizes.tokens for piece in batch.micro_batches] == [TOKEN_MULTIPLE]
+    assert [micro_batch.sizes.tokens for micro_batch in batch.micro_batches] == [TOKEN_MULTIPLE]
     pack_batches(model)
     assert model.step.loss(model, torch.zeros(0, 8, model.llama_proj.out_features), batch).item() == 0
 
 
 def test_attention_with_fewer_heads_of_keys_and_another_scaling():
-    """Against attention in one piece, under a mask."""
+    """Compared with attention over the whole row, with a mask."""
     torch.manual_seed(0)
-    (piece,) = pack(
+    (micro_batch,) = pack(
         [[1, 1, IMAGE_ID, 5, 6, 7], [1, 1, IMAGE_ID, 5, 6]], [[IGN] * 6, [IGN] * 5], MICRO_BATCH_TOKENS
     ).micro_batches
-    segments = piece.llm_inputs()["segments"]
+    segments = micro_batch.llm_inputs()["segments"]
     rows = int(segments.starts[-1])
     query, key, value = (torch.randn(1, heads, rows, 8, dtype=torch.float64) for heads in (6, 2, 2))
     output = packed_attention(query, key, value, 0.7, segments)
@@ -233,7 +243,7 @@ def test_attention_with_fewer_heads_of_keys_and_another_scaling():
         ([[1], [1]], [[IGN]] * 2, 0),
     ],
 )
-def test_what_sequences_share(sequences, labels, shared):
+def test_the_shared_prefix(sequences, labels, shared):
     assert pack(sequences, labels, MICRO_BATCH_TOKENS).micro_batches[0].sizes.prefix_len == shared
 
 
@@ -246,8 +256,8 @@ def test_a_first_token_is_no_label():
 
 
 def test_image_vectors_at_the_end_are_not_left_out():
-    (piece,) = pack([[1, IMAGE_ID], [1, IMAGE_ID]], [[IGN] * 2] * 2, MICRO_BATCH_TOKENS).micro_batches
-    assert piece.insert(torch.zeros(1, TOKEN_MULTIPLE, 1), torch.ones(2, 1))[0, :4, 0].tolist() == [0, 1, 1, 0]
+    (micro_batch,) = pack([[1, IMAGE_ID], [1, IMAGE_ID]], [[IGN] * 2] * 2, MICRO_BATCH_TOKENS).micro_batches
+    assert micro_batch.insert(torch.zeros(1, TOKEN_MULTIPLE, 1), torch.ones(2, 1))[0, :4, 0].tolist() == [0, 1, 1, 0]
 
 
 @pytest.mark.parametrize("texts", [["a dog", "two cats on a mat", "x"], ["a dog"], ["same", "same"]])

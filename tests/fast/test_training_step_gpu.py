@@ -40,7 +40,7 @@ def steps(model, order):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_accelerated_equals_plain(build_golden_model, caplog, dtype, recomputed):
     caplog.set_level("INFO")
-    order = (0, 1, 2, 0, 1, 2, 0, 0, 1)  # as it stands, recorded, replayed
+    order = (0, 1, 2, 0, 1, 2, 0, 0, 1)  # eager, captured, replayed
     exact = steps(build_golden_model("cuda"), order)
     plain = steps(build_golden_model("cuda", dtype), order)
     model = build_golden_model("cuda", dtype, llm_grad_checkpoint=recomputed)
@@ -60,7 +60,7 @@ def test_accelerated_equals_plain(build_golden_model, caplog, dtype, recomputed)
 @pytest.mark.parametrize("recomputed", [0, 1])
 @pytest.mark.parametrize("load_in", ["4bit", "8bit"])
 def test_low_bit_layers_accelerated(build_golden_model, caplog, load_in, recomputed):
-    """Compiled, recorded and replayed, they are no further from float32 than bitsandbytes' layers as they stand."""
+    """Compiled, captured and replayed, they are no further from float32 than bitsandbytes' own layers."""
     pytest.importorskip("bitsandbytes")
     caplog.set_level("INFO")
 
@@ -88,7 +88,7 @@ def test_low_bit_layers_accelerated(build_golden_model, caplog, load_in, recompu
     assert torch.equal(ours[6][1], ours[7][1])
 
 
-def test_memory_that_is_garbage_while_other_is_in_use():
+def test_garbage_pools_while_another_is_in_use():
     """In a process of its own, which torch 2.11 would abort."""
     program = """
 import gc, torch
@@ -127,8 +127,8 @@ def test_without_gradients_while_training(build_golden_model):
         assert torch.equal(again[1], expected[1])
 
 
-def test_recordings_share_memory_with_the_calls_before_them():
-    """Each pass keeps 16 tensors of 64 MiB; the recording's own would be 1 GiB more."""
+def test_graphs_share_memory_with_the_eager_calls():
+    """Each pass keeps 16 tensors of 64 MiB; the graph's own would be 1 GiB more."""
 
     def waves(x):
         x = x.detach().requires_grad_()
@@ -151,21 +151,21 @@ def test_recordings_share_memory_with_the_calls_before_them():
     assert max(peaks) < peaks[0] + 500
 
 
-def test_pieces_hold_one_at_a_time(build_golden_model):
-    """Losses and gradients of batches cut into pieces, recorded and replayed, are those of whole ones, to rounding."""
+def test_several_micro_batches_equal_one(build_golden_model):
+    """Several micro-batches give the loss and gradient of a single one, to rounding; eager, captured and replayed."""
     order, results = (0, 1, 2, 0, 1, 2, 0, 1, 2), []
     for rows in (1024, 128):
         model = build_golden_model("cuda", torch.bfloat16)
         model.accelerate(packed=True, compiled=True)
         model.step.max_tokens = rows
         results.append(steps(model, order))
-    for (loss, gradient), (in_pieces, gradient_in_pieces) in zip(*results, strict=True):
-        assert in_pieces == pytest.approx(loss, rel=2e-3)
+    for (loss, gradient), (in_micro_batches, gradient_in_pieces) in zip(*results, strict=True):
+        assert in_micro_batches == pytest.approx(loss, rel=2e-3)
         assert (gradient_in_pieces - gradient).norm() < 0.01 * gradient.norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_frozen_encoder_that_hands_on_its_sums(dtype):
+def test_a_fused_encoder(dtype):
     """Compiled once for all blocks, it is no further from float32 than timm's own forward pass in 16 bit is."""
     torch.manual_seed(0)
     vit = create_vit("eva_tiny", 64).cuda().requires_grad_(False).eval()

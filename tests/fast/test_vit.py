@@ -1,4 +1,4 @@
-"""The encoder that hands on its sums against timm's own forward pass, and when it is used at all."""
+"""The fused vision encoder compared with timm's own forward pass, and when it is used."""
 
 import pytest
 import torch

@@ -104,7 +104,7 @@ def logits_and_gradient(llm, embeds) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("load_in", ["4bit", "8bit"])
 def test_a_converted_llama_computes_what_bitsandbytes_does(load_in, monkeypatch):
-    """In 4 bit the same, in 8 bit what lies nearer to full precision: activations are not rounded."""
+    """In 4 bit the same results; in 8 bit results closer to full precision, since activations are not rounded."""
     full, usual, ours = (
         logits_and_gradient(llm, torch.randn(1, 40, llm.config.hidden_size, generator=torch.Generator().manual_seed(1)))
         for llm in llms(load_in, monkeypatch)

@@ -183,15 +183,15 @@ def test_a_compiled_llama_of_any_length(monkeypatch):
     fuse_projections(llm)
     assert allow_packing(llm)
     convert_to_fp8(llm)
-    (piece,) = pack([[1, 2, 3, 4, 5], [1, 6, 7]], [[-100, 2, 3, 4, 5], [-100, 6, 7]], 1024).micro_batches
-    embeds = torch.randn(1, piece.sizes.tokens, 32, dtype=torch.bfloat16, requires_grad=True)
+    (micro_batch,) = pack([[1, 2, 3, 4, 5], [1, 6, 7]], [[-100, 2, 3, 4, 5], [-100, 6, 7]], 1024).micro_batches
+    embeds = torch.randn(1, micro_batch.sizes.tokens, 32, dtype=torch.bfloat16, requires_grad=True)
     results = []
     for compiled in (False, True):
         fused = fast_llama.FusedLlama(llm, compiled=False)
         if compiled:
             compile = functools.partial(torch.compile, dynamic=True, backend="aot_eager")
             fused.pre_attention, fused.post_attention = compile(fused.pre_attention), compile(fused.post_attention)
-        logits = fused(embeds, piece)
+        logits = fused(embeds, micro_batch)
         results.append((logits, torch.autograd.grad(logits.float().square().sum(), embeds)[0]))
     for eager, own in zip(*results, strict=True):
         assert (own - eager).norm() < 0.02 * eager.norm()

@@ -60,13 +60,13 @@ def test_close_to_bfloat16(load_tiny, samples, compiled):
     (expected, gradient), (output, own) = (loss_and_gradient(model, samples) for model in (plain, rounded))
     assert output["loss"].item() == pytest.approx(expected["loss"].item(), rel=0.03)
     assert cosine(own, gradient) > 0.92
-    for _ in range(3):  # the same as it stands, recorded, replayed
+    for _ in range(3):  # eager, captured, replayed
         again, gradient = loss_and_gradient(rounded, samples)
         assert again["loss"].item() == pytest.approx(output["loss"].item(), rel=1e-3)
         assert cosine(gradient, own) > 0.99
 
 
-def test_a_large_gpu_takes_larger_pieces(load_tiny):
+def test_a_large_gpu_takes_larger_micro_batches(load_tiny):
     """In fp8, and not when it is set up anew without."""
     model = load_tiny("cuda")
     model.accelerate(packed=True, compiled=False, fp8=True)
