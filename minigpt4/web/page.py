@@ -2,15 +2,14 @@
 
 import logging
 import re
-import tempfile
 import time
 from pathlib import Path
 
 import gradio as gr
+from PIL import Image
 
 from minigpt4.conversation import Chat
 from minigpt4.conversation.videos import FRAMES
-from minigpt4.web.example_images import save_examples
 from minigpt4.web.session import MAX_PICTURES, ChatSession, ChatSessions
 
 TITLE = "MiniGPT-4"
@@ -21,28 +20,8 @@ MEDIA = ["image", "video"]
 INVISIBLE = "\u2060"  # word joiner
 EMPTY_BOX = {"value": None, "placeholder": "Please upload your image first", "interactive": False}
 GalleryValue = list[tuple[str, str | None]] | None  # (path, caption) of each picture
-CSS = """
-.gradio-container {width: 100% !important; max-width: 1200px !important; margin: 0 auto !important}
-#picker .grid-wrap {padding-top: 32px}
-#header {align-items: center}
-#header h1 {margin: 0}
-#notice {min-height: 1.5em; font-size: 0.9em; opacity: 0.8}
-#chatbot .message-content span {white-space: pre-wrap; overflow-wrap: anywhere}
-#chatbot .placeholder {padding: 0 1em; text-align: center}
-#chatbot img, #chatbot video {max-height: 160px; width: auto}
-#chatbot button[aria-label="Share"] {display: none}
-#examples .grid-container {grid-template-columns: repeat(4, minmax(0, 1fr)) !important}
-#examples .thumbnail-item {min-width: 0; width: 100%}
-@media (max-width: 700px) {
-  .gradio-container main {padding: 8px !important}
-  #chatbot {height: 60vh !important}
-  /* pictures, then the conversation, then the settings */
-  #left {display: contents}
-  #left > * {width: 100%}
-  #right {order: 1}
-  #settings {order: 2}
-}
-"""
+CSS_FILE = Path(__file__).with_name("page.css")
+EXAMPLES = Path(__file__).parents[1] / "assets" / "examples"
 TOGGLE_DARK = "() => { document.body.classList.toggle('dark') }"
 # System fonts, because the page must load nothing from other servers.
 THEME = gr.themes.Soft(
@@ -68,14 +47,14 @@ class Page:
         self.progress = "Starting"
         self._started = time.monotonic()
         self._model = {"concurrency_id": "model", "concurrency_limit": concurrency, **HIDDEN}
-        with tempfile.TemporaryDirectory() as folder:
-            self.blocks = self._build(save_examples(Path(folder), emoji))
+        pictures = (EXAMPLES / ("emoji" if emoji else "drawings")).iterdir()
+        self.blocks = self._build([Image.open(path) for path in sorted(pictures)])
         self.examples = [entry["image"]["path"] for entry in self._example_gallery.value]  # gradio's copies
         self.sessions = ChatSessions(uploads, keep=self.examples)
 
     # Layout
 
-    def _build(self, examples: list[Path]) -> gr.Blocks:
+    def _build(self, examples: list[Image.Image]) -> gr.Blocks:
         with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(600, 21600), fill_width=True) as blocks:
             with gr.Row(elem_id="header"):
                 gr.Markdown(f"# {TITLE}", container=False)
@@ -88,12 +67,10 @@ class Page:
                     self._build_right()
             self._timer = gr.Timer(1)
             dark.click(None, js=TOGGLE_DARK, api_visibility="private")
-            self._connect()
-            blocks.load(self._show_status, None, [self._status, self._start, self._timer], queue=False, **HIDDEN)
-            blocks.unload(self._close_session)
+            self._connect(blocks)
         return blocks
 
-    def _build_left(self, examples: list[Path]) -> None:
+    def _build_left(self, examples: list[Image.Image]) -> None:
         self._picker = gr.Gallery(
             label="Pictures and videos", type="filepath", file_types=MEDIA, columns=2, height=250, object_fit="contain",
             fit_columns=False, interactive=True, elem_id="picker", buttons=[],
@@ -103,7 +80,7 @@ class Page:
         gr.Markdown("Or take an example:", container=False)
         self._example_gallery = gr.Gallery(
             examples, label="Examples", show_label=False, columns=4, height=120, object_fit="contain",
-            interactive=False, allow_preview=False, elem_id="examples", buttons=[],
+            format="png", interactive=False, allow_preview=False, elem_id="examples", buttons=[],
         )  # fmt: skip
         with gr.Column(elem_id="settings"):
             self._build_settings()
@@ -139,7 +116,7 @@ class Page:
 
     # Events
 
-    def _connect(self) -> None:
+    def _connect(self, blocks: gr.Blocks) -> None:
         view = [self._chatbot, self._notice]
         started = self._start.click(
             self._start_chat, [self._picker, self._frames], [*view, self._picker, self._start, self._box], **OPENS_FILES
@@ -161,7 +138,9 @@ class Page:
             [self._restart.click, self._chatbot.clear], self._restart_chat, None,
             [*view, self._picker, self._start, self._box], cancels=running, queue=False, **HIDDEN,
         )  # fmt: skip
-        self._timer.tick(self._show_status, None, [self._status, self._start, self._timer], queue=False, **HIDDEN)
+        status = [self._status, self._start, self._timer]
+        gr.on([blocks.load, self._timer.tick], self._show_status, None, status, queue=False, **HIDDEN)
+        blocks.unload(self._close_session)
 
     def _show_status(self, request: gr.Request):
         session = self._session(request)  # made when the page loads, so that uploads can be registered with it
@@ -213,7 +192,9 @@ class Page:
         return self._ask(session, str(edit.value).replace(INVISIBLE, ""))
 
     def _add_files(self, session: ChatSession, paths: list[str], frames: int) -> None:
-        for problem in session.add_files(self._loaded_chat(), paths, int(frames)):
+        if self.chat is None:
+            raise gr.Error("The model is still being loaded.", print_exception=False)
+        for problem in session.add_files(self.chat, paths, int(frames)):
             gr.Warning(problem)
 
     @staticmethod
@@ -235,7 +216,7 @@ class Page:
             "seed": None if seed is None else int(seed),
         }  # fmt: skip
         try:
-            for _ in session.answer(self._loaded_chat(), settings):
+            for _ in session.answer(self.chat, settings):
                 if self.sessions.by_id.get(request.session_hash) is not session:  # the visitor has restarted or left
                     return
                 yield _view(session)
@@ -276,12 +257,6 @@ class Page:
         if session.busy:
             raise gr.Error("Wait for the answer, or stop it.", print_exception=False)
         return session
-
-    def _loaded_chat(self) -> Chat:
-        """The chat. Raises gr.Error while the model is being loaded."""
-        if self.chat is None:
-            raise gr.Error("The model is still being loaded.", print_exception=False)
-        return self.chat
 
 
 def _paths(pictures: GalleryValue) -> list[str]:
