@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -127,7 +128,7 @@ class Batcher(threading.Thread):
 
     @property
     def status(self) -> str:
-        """"loading", "ready" or "stopping"."""
+        """ "loading", "ready" or "stopping"."""
         if self.closed:
             return "stopping"
         return "loading" if self.chat is None else "ready"
@@ -216,7 +217,7 @@ class Batcher(threading.Thread):
             context, mask = model.context([answer.prompt.text for answer in batch], self._images(batch))
             context, mask = (torch.cat([rows, *[rows[-1:]] * fill]) for rows in (context, mask))
             continue_embeds(
-                model.llama_model, model.tokenizer, context, mask, stop="", criteria=[_Watch(batch, fill)],
+                model.llama_model, model.tokenizer, context, mask, stop="", criteria=[partial(_add_tokens, batch, fill)],
                 processors=[sampler], decoding_loop=self.chat.decoding_loop,
                 max_new_tokens=max_tokens, min_new_tokens=1,
             )  # fmt: skip
@@ -232,18 +233,12 @@ class Batcher(threading.Thread):
         return [image for answer in batch for image in images[id(answer.prompt)]]
 
 
-class _Watch:
+def _add_tokens(batch: list[Answer], fill: int, input_ids: torch.Tensor, scores, **kwargs) -> torch.Tensor:
     """Stopping criterion that adds each row's new token to its answer. A row is done when its answer has ended.
 
     The last `fill` rows belong to no answer and are done from the start.
     """
-
-    def __init__(self, batch: list[Answer], fill: int):
-        self._batch, self._fill = batch, [True] * fill
-
-    def __call__(self, input_ids: torch.Tensor, scores, **kwargs) -> torch.Tensor:
-        tokens = input_ids[: len(self._batch), -1].tolist()
-        for answer, token in zip(self._batch, tokens, strict=True):
-            answer.add_token(token)
-        done = [answer.finish is not None for answer in self._batch]
-        return torch.tensor(done + self._fill, device=input_ids.device)
+    for answer, token in zip(batch, input_ids[: len(batch), -1].tolist(), strict=True):
+        answer.add_token(token)
+    done = [answer.finish is not None for answer in batch] + [True] * fill
+    return torch.tensor(done, device=input_ids.device)

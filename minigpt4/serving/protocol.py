@@ -74,7 +74,7 @@ class StreamOptions(_Strict):
     include_usage: bool | None = None
 
 
-class ChatRequest(RowSampling):
+class ChatRequest(_Strict, RowSampling):
     """The body of a request to /v1/chat/completions. A key with the value null counts as absent."""
 
     model_config = ConfigDict(extra="forbid")

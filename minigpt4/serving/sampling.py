@@ -6,7 +6,7 @@ B batch, T new tokens so far, V vocabulary.
 import random
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from minigpt4.conversation.decoding import Decoding
 
@@ -15,8 +15,6 @@ GREEDY_BELOW = 0.01
 
 class RowSampling(BaseModel):
     """The sampling settings of an answer. A temperature below GREEDY_BELOW means the likeliest token."""
-
-    model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
     temperature: float = Field(default=Decoding.temperature, ge=0, le=2)
     top_p: float = Field(default=Decoding.top_p, ge=0, le=1)

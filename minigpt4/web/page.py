@@ -86,20 +86,22 @@ class Page:
             self._build_settings()
 
     def _build_settings(self) -> None:
-        beams = gr.Slider(1, 10, value=1, step=1, label="Beam search numbers", elem_id="beams")
-        temperature = gr.Slider(0.1, 2.0, value=1.0, step=0.1, label="Temperature", elem_id="temperature")
+        settings = self._settings = {}  # by field of `Decoding`
+        settings["num_beams"] = gr.Slider(1, 10, 1, step=1, precision=0, label="Beam search numbers", elem_id="beams")
+        settings["temperature"] = gr.Slider(0.1, 2.0, 1.0, step=0.1, label="Temperature", elem_id="temperature")
         with gr.Accordion("More settings", open=False):
-            sample = gr.Checkbox(True, label="Sample", info="Off: always the likeliest answer")
-            top_p = gr.Slider(0.05, 1.0, value=0.9, step=0.05, label="Top p")
-            new_tokens = gr.Slider(1, 1000, value=300, step=1, label="Longest answer, in tokens")
-            repetition = gr.Slider(1.0, 2.0, value=1.0, step=0.05, label="Repetition penalty")
-            length = gr.Slider(-2.0, 2.0, value=1.0, step=0.1, label="Length penalty", info="With beam search")
-            seed = gr.Number(None, label="Seed", info="Makes an answer repeatable", precision=0)
+            settings["do_sample"] = gr.Checkbox(True, label="Sample", info="Off: always the likeliest answer")
+            settings["top_p"] = gr.Slider(0.05, 1.0, 0.9, step=0.05, label="Top p")
+            settings["max_new_tokens"] = gr.Slider(1, 1000, 300, step=1, precision=0, label="Longest answer, in tokens")
+            settings["repetition_penalty"] = gr.Slider(1.0, 2.0, 1.0, step=0.05, label="Repetition penalty")
+            settings["length_penalty"] = gr.Slider(
+                -2.0, 2.0, 1.0, step=0.1, label="Length penalty", info="With beam search"
+            )
+            settings["seed"] = gr.Number(None, label="Seed", info="Makes an answer repeatable", precision=0)
             self._frames = gr.Slider(
-                1, MAX_PICTURES, value=FRAMES, step=1, label="Pictures from a video", info="Drawn evenly",
+                1, MAX_PICTURES, FRAMES, step=1, precision=0, label="Pictures from a video", info="Drawn evenly",
                 elem_id="frames",
             )  # fmt: skip
-        self._settings = [beams, temperature, sample, top_p, new_tokens, repetition, length, seed]
 
     def _build_right(self) -> None:
         self._chatbot = gr.Chatbot(
@@ -121,16 +123,16 @@ class Page:
         started = self._start.click(
             self._start_chat, [self._picker, self._frames], [*view, self._picker, self._start, self._box], **OPENS_FILES
         )
-        self._picker.upload(self._register_picked, self._picker, None, queue=False, **HIDDEN)
+        self._picker.upload(self._register_uploads, self._picker, None, queue=False, **HIDDEN)
         # This event also runs at each key press (about 5 ms of server time): gradio has none for attached files alone.
-        self._box.change(self._register_attached, self._box, None, queue=False, **HIDDEN)
+        self._box.change(self._register_uploads, self._box, None, queue=False, **HIDDEN)
         self._example_gallery.select(self._add_example, self._picker, self._picker, queue=False, **HIDDEN)
         submitted = self._box.submit(self._submit, [self._box, self._frames], [*view, self._box], **OPENS_FILES)
         retried = self._chatbot.retry(self._retry, None, [*view, self._box], **HIDDEN)
         edited = self._chatbot.edit(self._edit, None, [*view, self._box], **HIDDEN)
         running = [started, submitted, retried, edited]
         for asked in (submitted, retried, edited):
-            answered = asked.success(self._answer, self._settings, view, **self._model)
+            answered = asked.success(self._answer, set(self._settings.values()), view, **self._model)
             answered.then(self._enable_box, None, [*view, self._box], queue=False, **HIDDEN)
             running.append(answered)
         self._box.stop(self._stop, None, None, queue=False, **HIDDEN)
@@ -160,11 +162,10 @@ class Page:
         box = gr.MultimodalTextbox(interactive=True, placeholder="Type and press Enter") if started else gr.skip()
         return *_view(session), gr.Gallery(interactive=not started), gr.Button(interactive=not started), box
 
-    def _register_picked(self, pictures: GalleryValue, request: gr.Request) -> None:
-        self.sessions.add_uploads(request.session_hash, _paths(pictures))
-
-    def _register_attached(self, message: dict | None, request: gr.Request) -> None:
-        self.sessions.add_uploads(request.session_hash, message["files"] if message else [])
+    def _register_uploads(self, value: GalleryValue | dict, request: gr.Request) -> None:
+        """Register the files of the gallery, or of the message in the text box."""
+        paths = value["files"] if isinstance(value, dict) else _paths(value)
+        self.sessions.add_uploads(request.session_hash, paths)
 
     def _add_example(self, pictures: GalleryValue, selected: gr.SelectData) -> list[str]:
         return [*_paths(pictures), self.examples[selected.index]]
@@ -194,7 +195,7 @@ class Page:
     def _add_files(self, session: ChatSession, paths: list[str], frames: int) -> None:
         if self.chat is None:
             raise gr.Error("The model is still being loaded.", print_exception=False)
-        for problem in session.add_files(self.chat, paths, int(frames)):
+        for problem in session.add_files(self.chat, paths, frames):
             gr.Warning(problem)
 
     @staticmethod
@@ -206,15 +207,11 @@ class Page:
         busy = session.busy
         return *_view(session), gr.MultimodalTextbox(value=None, submit_btn=not busy, stop_btn=busy)
 
-    def _answer(self, beams, temperature, sample, top_p, new_tokens, repetition, length, seed, request: gr.Request):
+    def _answer(self, values: dict, request: gr.Request):
         session = self._session(request)
         if not session.pending:
             return
-        settings = {
-            "num_beams": int(beams), "temperature": temperature, "do_sample": sample, "top_p": top_p,
-            "max_new_tokens": int(new_tokens), "repetition_penalty": repetition, "length_penalty": length,
-            "seed": None if seed is None else int(seed),
-        }  # fmt: skip
+        settings = {name: values[component] for name, component in self._settings.items()}
         try:
             for _ in session.answer(self.chat, settings):
                 if self.sessions.by_id.get(request.session_hash) is not session:  # the visitor has restarted or left

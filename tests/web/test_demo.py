@@ -81,7 +81,9 @@ def test_all_options_reach_the_page(golden_config, monkeypatch):
         yield SimpleNamespace(blocks=SimpleNamespace(block_thread=lambda: None))
 
     monkeypatch.setattr(demo, "serve", serve)
-    monkeypatch.setattr(demo, "load_model", lambda page, cfg, gpu_id, check_weights: seen.update(cfg=cfg, gpu_id=gpu_id))
+    monkeypatch.setattr(
+        demo, "load_model", lambda page, cfg, gpu_id, check_weights: seen.update(cfg=cfg, gpu_id=gpu_id)
+    )
     port = free_port()
     options = ["--host", "0.0.0.0", "--port", str(port), "--share", "--auth", "a:b", "--concurrency", "3"]
     demo.main(["--cfg-path", str(golden_config), "--gpu-id", "1", "--max-upload-mb", "0.5", *options])
