@@ -217,9 +217,9 @@ class Batcher(threading.Thread):
             context, mask = model.context([answer.prompt.text for answer in batch], self._images(batch))
             context, mask = (torch.cat([rows, *[rows[-1:]] * fill]) for rows in (context, mask))
             continue_embeds(
-                model.llama_model, model.tokenizer, context, mask, stop="", criteria=[partial(_add_tokens, batch, fill)],
-                processors=[sampler], decoding_loop=self.chat.decoding_loop,
-                max_new_tokens=max_tokens, min_new_tokens=1,
+                model.llama_model, model.tokenizer, context, mask, stop="",
+                criteria=[partial(_add_tokens, batch, fill)], processors=[sampler],
+                decoding_loop=self.chat.decoding_loop, max_new_tokens=max_tokens, min_new_tokens=1,
             )  # fmt: skip
 
     def _images(self, batch: list[Answer]) -> list[torch.Tensor]:
