@@ -10,6 +10,7 @@ import argparse
 import sys
 
 from minigpt4.cli.arguments import add_model_arguments, check_address, port
+from minigpt4.common.commands import check_positive
 from minigpt4.common.config import Config
 from minigpt4.common.errors import ConfigError
 from minigpt4.common.registry import UnknownNameError
@@ -28,9 +29,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--concurrency", type=int, default=1, metavar="N", help="answers computed at the same time")
     parser.add_argument("--max-upload-mb", type=float, default=20, metavar="N", help="largest file")
     args = parser.parse_args(argv)
-    for name in ("concurrency", "max_upload_mb"):
-        if getattr(args, name) <= 0:
-            parser.error(f"--{name.replace('_', '-')} must be more than 0, not {getattr(args, name)}.")
+    check_positive(parser, args, ("concurrency", "max_upload_mb"))
     return args
 
 

@@ -240,14 +240,13 @@ def load_tiny():
 
 
 @pytest.fixture(scope="session")
-def drawings(tmp_path_factory):
+def drawings():
     """A batch of four emoji [4,3,64,64] with their names."""
     from PIL import Image
 
     from minigpt4.processors import Blip2ImageEvalProcessor
-    from minigpt4.web.example_images import save_examples
 
     processor = Blip2ImageEvalProcessor(64)
-    files = save_examples(tmp_path_factory.mktemp("drawings"), emoji=True)
+    files = sorted((ROOT / "minigpt4/assets/examples/emoji").iterdir())
     images = torch.stack([processor(Image.open(file).convert("RGB")) for file in files])
     return {"image": images, "text_input": ["cat face", "red apple", "sailboat", "automobile"]}

@@ -103,6 +103,6 @@ def main(argv: list[str]) -> None:
         logging.info("Stopped.")
     if batcher.failure:
         raise batcher.failure
-    if batcher.is_alive:  # still loading: at a normal exit, torch would abort because its thread is cut off
+    if batcher.is_alive():  # still loading: at a normal exit, torch would abort because its thread is cut off
         logging.shutdown()
         os._exit(0)

@@ -36,7 +36,6 @@ class Decoding:
             "num_beams": (1, None),
             "min_length": (0, self.max_new_tokens),
             "top_p": (0, 1),
-            "repetition_penalty": (0, None),
             "max_length": (2, None),
             "top_k": (0, None),
         }

@@ -15,7 +15,7 @@ from starlette.routing import Route
 
 from minigpt4.conversation.decoding import Decoding
 from minigpt4.serving.batching import Batcher
-from minigpt4.serving.errors import ApiError
+from minigpt4.serving.errors import RETRY, ApiError
 from minigpt4.serving.images import Images
 from minigpt4.serving.prepare import image_urls, read_prompt
 from minigpt4.serving.protocol import ChatRequest, read_request
@@ -24,7 +24,6 @@ from minigpt4.serving.settings import Settings
 
 BODY_SECONDS = 60  # limit for receiving the body of a request
 READ_SECONDS = 60  # the client has this long to read the end of a stream after the deadline
-RETRY_SECONDS = 5
 
 
 def create_app(batcher: Batcher, settings: Settings) -> Starlette:
@@ -94,12 +93,11 @@ class Endpoint:
 
     async def health(self, request: Request) -> Response:
         """Status 200 if the model is loaded, else 503. No key is needed, because load balancers call this."""
-        seconds = round(time.time() - self._started)
-        if self._batcher.closed or self._batcher.chat is None:
-            status = "stopping" if self._batcher.closed else "loading"
-            return JSONResponse({"status": status, "seconds": seconds}, 503, {"Retry-After": str(RETRY_SECONDS)})
-        counts = {"requests": self._requests, "waiting": self._batcher.num_waiting}
-        return JSONResponse({"status": "ready", "seconds": seconds, **counts, "running": len(self._batcher.running)})
+        state = {"status": self._batcher.status, "seconds": round(time.time() - self._started)}
+        if state["status"] != "ready":
+            return JSONResponse(state, 503, RETRY)
+        counts = {"requests": self._requests, "waiting": len(self._batcher.waiting)}
+        return JSONResponse(state | counts | {"running": len(self._batcher.running)})
 
     async def models(self, request: Request) -> Response:
         self._check_key(request)
@@ -154,12 +152,11 @@ class Endpoint:
     @contextmanager
     def _place_in_queue(self) -> Iterator[None]:
         """Hold one of the `max_queue` places for requests. Raises ApiError if all are taken or the model is missing."""
-        if self._batcher.closed or self._batcher.chat is None:
-            state = "stopping" if self._batcher.closed else "still loading the model"
-            raise ApiError(503, f"The server is {state}.", "not_ready", retry_after=RETRY_SECONDS)
+        if self._batcher.status != "ready":
+            raise ApiError(503, f"The server is {self._batcher.status}; it takes no requests.", "not_ready")
         if self._requests >= self._settings.max_queue:
             message = f"{self._requests} requests are being served or wait; try again later."
-            raise ApiError(429, message, "queue_full", retry_after=RETRY_SECONDS)
+            raise ApiError(429, message, "queue_full")
         self._requests += 1
         try:
             yield

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -96,13 +97,14 @@ class Answer:
         return text.removeprefix(self._label).lstrip()
 
 
-class Batcher:
-    """Loads the model in a thread, and generates answers there.
+class Batcher(threading.Thread):
+    """The thread that loads the model and generates answers.
 
     Attributes:
         chat: None until the model is loaded.
         failure: the exception that `load` raised.
         closed: True after `close`.
+        waiting: the answers in the queue.
         running: the answers of the current batch.
         fill_batches: fill up batches of several answers to `max_batch` rows. This is done on a GPU, where each batch
             size needs CUDA graphs of its own, and a further row costs almost nothing.
@@ -114,26 +116,22 @@ class Batcher:
     """
 
     def __init__(self, load: Callable[[], Chat], max_batch: int, failed: Callable[[], None] = lambda: None):
+        super().__init__(name="model", daemon=True)
         self.chat: Chat | None = None
         self.failure: BaseException | None = None
         self.closed = False
+        self.waiting: deque[Answer] = deque()
         self.running: list[Answer] = []
         self.fill_batches = False
         self._load, self._max_batch, self._failed = load, max_batch, failed
-        self._waiting: deque[Answer] = deque()
         self._queue_changed = threading.Condition()
-        self._thread = threading.Thread(target=self._work, name="model", daemon=True)
 
     @property
-    def num_waiting(self) -> int:
-        return len(self._waiting)
-
-    @property
-    def is_alive(self) -> bool:
-        return self._thread.is_alive()
-
-    def start(self) -> None:
-        self._thread.start()
+    def status(self) -> str:
+        """ "loading", "ready" or "stopping"."""
+        if self.closed:
+            return "stopping"
+        return "loading" if self.chat is None else "ready"
 
     def submit(self, answers: list[Answer]) -> None:
         """Put answers into the queue. If the batcher is closed, they end at once."""
@@ -142,7 +140,7 @@ class Batcher:
                 for answer in answers:
                     answer.end("error")
                 return
-            self._waiting.extend(answers)
+            self.waiting.extend(answers)
             self._queue_changed.notify()
 
     def cancel(self, answers: list[Answer]) -> None:
@@ -150,25 +148,26 @@ class Batcher:
         with self._queue_changed:
             for answer in answers:
                 answer.end("cancelled")
-            self._waiting = deque(answer for answer in self._waiting if not answer.finish)
+            self.waiting = deque(answer for answer in self.waiting if not answer.finish)
 
     def close(self, seconds: float = 5) -> None:
         """End all answers: waiting ones with an error, running ones at their current length.
 
-        This waits up to `seconds` for the thread. Loading cannot be interrupted; meanwhile `is_alive` stays True.
+        This waits up to `seconds` for the thread. Loading cannot be interrupted; meanwhile `is_alive()` stays True.
         """
         with self._queue_changed:
             self.closed = True
-            for answer in self._waiting:
+            for answer in self.waiting:
                 answer.end("error")
             for answer in self.running:
                 answer.end("length")
-            self._waiting.clear()
+            self.waiting.clear()
             self._queue_changed.notify()
-        if self.is_alive and self.chat:
-            self._thread.join(seconds)
+        if self.is_alive() and self.chat:
+            self.join(seconds)
 
-    def _work(self) -> None:
+    def run(self) -> None:
+        """Load the model, then generate batches until the batcher is closed."""
         try:
             chat = self._load()
         except BaseException as error:  # reported by the thread that made this batcher
@@ -191,12 +190,12 @@ class Batcher:
         batch: list[Answer] = []
         with self._queue_changed:
             while not (batch or self.closed):  # a second time if all answers were cancelled in the meantime
-                self._queue_changed.wait_for(lambda: self._waiting or self.closed)
+                self._queue_changed.wait_for(lambda: self.waiting or self.closed)
                 self._queue_changed.wait_for(
-                    lambda: len(self._waiting) >= self._max_batch or self.closed, timeout=GATHER_SECONDS
+                    lambda: len(self.waiting) >= self._max_batch or self.closed, timeout=GATHER_SECONDS
                 )
-                while self._waiting and len(batch) < self._max_batch and self._fits([*batch, self._waiting[0]]):
-                    batch.append(self._waiting.popleft())
+                while self.waiting and len(batch) < self._max_batch and self._fits([*batch, self.waiting[0]]):
+                    batch.append(self.waiting.popleft())
                     batch[-1].started = True
             self.running = batch
         return batch
@@ -218,9 +217,9 @@ class Batcher:
             context, mask = model.context([answer.prompt.text for answer in batch], self._images(batch))
             context, mask = (torch.cat([rows, *[rows[-1:]] * fill]) for rows in (context, mask))
             continue_embeds(
-                model.llama_model, model.tokenizer, context, mask, stop="", criteria=[_Watch(batch, fill)],
-                processors=[sampler], decoding_loop=self.chat.decoding_loop,
-                max_new_tokens=max_tokens, min_new_tokens=1,
+                model.llama_model, model.tokenizer, context, mask, stop="",
+                criteria=[partial(_add_tokens, batch, fill)], processors=[sampler],
+                decoding_loop=self.chat.decoding_loop, max_new_tokens=max_tokens, min_new_tokens=1,
             )  # fmt: skip
 
     def _images(self, batch: list[Answer]) -> list[torch.Tensor]:
@@ -234,18 +233,12 @@ class Batcher:
         return [image for answer in batch for image in images[id(answer.prompt)]]
 
 
-class _Watch:
+def _add_tokens(batch: list[Answer], fill: int, input_ids: torch.Tensor, scores, **kwargs) -> torch.Tensor:
     """Stopping criterion that adds each row's new token to its answer. A row is done when its answer has ended.
 
     The last `fill` rows belong to no answer and are done from the start.
     """
-
-    def __init__(self, batch: list[Answer], fill: int):
-        self._batch, self._fill = batch, [True] * fill
-
-    def __call__(self, input_ids: torch.Tensor, scores, **kwargs) -> torch.Tensor:
-        tokens = input_ids[: len(self._batch), -1].tolist()
-        for answer, token in zip(self._batch, tokens, strict=True):
-            answer.add_token(token)
-        done = [answer.finish is not None for answer in self._batch]
-        return torch.tensor(done + self._fill, device=input_ids.device)
+    for answer, token in zip(batch, input_ids[: len(batch), -1].tolist(), strict=True):
+        answer.add_token(token)
+    done = [answer.finish is not None for answer in batch] + [True] * fill
+    return torch.tensor(done, device=input_ids.device)

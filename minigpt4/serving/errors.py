@@ -1,5 +1,9 @@
 """Errors that are sent to the client."""
 
+RETRY = {"Retry-After": "5"}  # seconds
+CLOSE = {"Connection": "close"}  # the rest of the request is not read
+HEADERS = {408: CLOSE, 413: CLOSE, 429: RETRY, 503: RETRY}
+
 
 class ApiError(Exception):
     """A request cannot be answered. The client receives this error in OpenAI's format.
@@ -9,22 +13,12 @@ class ApiError(Exception):
         message: text for the client's user.
         code: identifier for programs.
         param: the invalid part of the request, such as "messages[1].content[0]".
-        retry_after: seconds after which the client should try again.
     """
 
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        code: str | None = None,
-        param: str | None = None,
-        retry_after: int | None = None,
-    ):
+    def __init__(self, status: int, message: str, code: str | None = None, param: str | None = None):
         super().__init__(message)
         self.status, self.code, self.param = status, code, param
-        self.headers = {} if retry_after is None else {"Retry-After": str(retry_after)}
-        if status in (408, 413):  # the rest of the request is not read
-            self.headers["Connection"] = "close"
+        self.headers = HEADERS.get(status)
 
     def body(self) -> dict:
         """The JSON body of the response."""

@@ -1,9 +1,6 @@
-"""The part of OpenAI's chat completions that this endpoint supports: the format of requests and of responses."""
+"""The format of requests: the part of OpenAI's chat completions that this endpoint supports."""
 
 import json
-import time
-import uuid
-from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, ValidationError, field_validator
@@ -77,7 +74,7 @@ class StreamOptions(_Strict):
     include_usage: bool | None = None
 
 
-class ChatRequest(_Strict):
+class ChatRequest(_Strict, RowSampling):
     """The body of a request to /v1/chat/completions. A key with the value null counts as absent."""
 
     model_config = ConfigDict(extra="forbid")
@@ -92,12 +89,6 @@ class ChatRequest(_Strict):
     stop: list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]] = Field(
         default=[], max_length=MAX_STOPS
     )
-    temperature: float = Field(default=RowSampling.temperature, ge=0, le=2)
-    top_p: float = Field(default=RowSampling.top_p, ge=0, le=1)
-    top_k: int = Field(default=RowSampling.top_k, ge=0, le=2**31)
-    frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
-    presence_penalty: float = Field(default=0.0, ge=-2, le=2)
-    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -111,14 +102,7 @@ class ChatRequest(_Strict):
 
     def sampling(self, choice: int) -> RowSampling:
         """The sampling settings of choice number `choice`. Each choice has its own seed."""
-        return RowSampling(
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=self.top_k,
-            frequency_penalty=self.frequency_penalty,
-            presence_penalty=self.presence_penalty,
-            seed=None if self.seed is None else self.seed + choice,
-        )
+        return self.model_copy(update={"seed": None if self.seed is None else self.seed + choice})
 
 
 def read_request(body: bytes) -> ChatRequest:
@@ -158,41 +142,3 @@ def _place(location: tuple[str | int, ...]) -> str:
         elif not (isinstance(before, int) and step in ("text", "image_url")):
             name += f".{step[:100]}" if name else step[:100]
     return name
-
-
-@dataclass(frozen=True)
-class Envelope:
-    """The fields that all responses to one request have in common."""
-
-    model: str
-    id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
-    created: int = field(default_factory=lambda: int(time.time()))
-
-    def completion(self, texts: list[str], reasons: list[str], usage: dict) -> dict:
-        """The body of a response that is not streamed."""
-        choices = [
-            {
-                "index": n,
-                "message": {"role": "assistant", "content": text, "refusal": None},
-                "logprobs": None,
-                "finish_reason": reason,
-            }
-            for n, (text, reason) in enumerate(zip(texts, reasons, strict=True))
-        ]
-        return self._of("chat.completion", choices) | {"usage": usage}
-
-    def chunk(self, choice: int, delta: dict, reason: str | None = None) -> dict:
-        """A chunk of choice number `choice`."""
-        choices = [{"index": choice, "delta": delta, "logprobs": None, "finish_reason": reason}]
-        return self._of("chat.completion.chunk", choices)
-
-    def usage_chunk(self, usage: dict) -> dict:
-        return self._of("chat.completion.chunk", []) | {"usage": usage}
-
-    def _of(self, kind: str, choices: list[dict]) -> dict:
-        return {"id": self.id, "object": kind, "created": self.created, "model": self.model, "choices": choices}
-
-
-def usage(prompt_tokens: int, completion_tokens: int) -> dict:
-    total = prompt_tokens + completion_tokens
-    return {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens, "total_tokens": total}

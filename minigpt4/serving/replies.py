@@ -3,13 +3,14 @@
 import asyncio
 import json
 import time
+import uuid
 from collections.abc import AsyncIterator
 from contextlib import suppress
 
 from minigpt4.conversation import CONV_VISION, Chat
 from minigpt4.serving.batching import Answer, Prompt
 from minigpt4.serving.errors import ApiError
-from minigpt4.serving.protocol import ChatRequest, Envelope, usage
+from minigpt4.serving.protocol import ChatRequest
 
 DONE = "data: [DONE]\n\n"
 
@@ -25,7 +26,7 @@ class Reply:
     def __init__(self, request: ChatRequest, prompt: Prompt, chat: Chat, max_tokens: int, deadline: float):
         self._loop, self._changed = asyncio.get_running_loop(), asyncio.Event()
         self._request, self._prompt, self._deadline = request, prompt, deadline
-        self._envelope = Envelope(request.model)
+        self._id, self._created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
         self.answers = [
             Answer(
                 chat.model.tokenizer,
@@ -50,8 +51,16 @@ class Reply:
         while not all(answer.finish for answer in self.answers):
             await self._wait_for_change()
         self._raise_failure()
-        texts = [answer.text() for answer in self.answers]
-        return self._envelope.completion(texts, [answer.finish for answer in self.answers], self._usage())
+        choices = [
+            {
+                "index": n,
+                "message": {"role": "assistant", "content": answer.text(), "refusal": None},
+                "logprobs": None,
+                "finish_reason": answer.finish,
+            }
+            for n, answer in enumerate(self.answers)
+        ]
+        return self._body("chat.completion", choices) | self._usage()
 
     async def events(self) -> AsyncIterator[str]:
         """Server-sent events until all answers have ended. An error becomes an event, too."""
@@ -65,22 +74,22 @@ class Reply:
     async def _chunks(self) -> AsyncIterator[dict]:
         sent = {n: "" for n in range(len(self.answers))}  # text sent so far, of the answers that have not ended
         for n in sent:
-            yield self._envelope.chunk(n, {"role": "assistant", "content": ""})
+            yield self._chunk(n, {"role": "assistant", "content": ""})
         while True:
             self._raise_failure()
             for n, before in list(sent.items()):
                 finish, text = self.answers[n].finish, self.answers[n].text()
                 if text[len(before) :]:
-                    yield self._envelope.chunk(n, {"content": text[len(before) :]})
+                    yield self._chunk(n, {"content": text[len(before) :]})
                     sent[n] = text
                 if finish:
-                    yield self._envelope.chunk(n, {}, finish)
+                    yield self._chunk(n, {}, finish)
                     del sent[n]
             if not sent:
                 break
             await self._wait_for_change()
         if self._request.stream_options.include_usage:
-            yield self._envelope.usage_chunk(self._usage())
+            yield self._body("chat.completion.chunk", []) | self._usage()
 
     def _signal_change(self) -> None:
         """Wake the event loop. The model's thread calls this."""
@@ -94,9 +103,8 @@ class Reply:
                 await self._changed.wait()
         except TimeoutError:
             if not all(answer.started for answer in self.answers):
-                raise ApiError(
-                    503, "The server is too busy: the request has waited too long.", "timeout", None, 5
-                ) from None
+                message = "The server is too busy: the request has waited too long."
+                raise ApiError(503, message, "timeout") from None
             await self._changed.wait()  # the deadline ends each answer at its next token
         self._changed.clear()
         self._raise_failure()
@@ -108,7 +116,19 @@ class Reply:
             raise ApiError(503, "The server is stopping.", "not_ready")
 
     def _usage(self) -> dict:
-        return usage(self._prompt.num_tokens, sum(len(answer.ids) for answer in self.answers))
+        prompt, completion = self._prompt.num_tokens, sum(len(answer.ids) for answer in self.answers)
+        counts = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+        return {"usage": counts}
+
+    def _chunk(self, choice: int, delta: dict, reason: str | None = None) -> dict:
+        """A chunk of choice number `choice`."""
+        choices = [{"index": choice, "delta": delta, "logprobs": None, "finish_reason": reason}]
+        return self._body("chat.completion.chunk", choices)
+
+    def _body(self, kind: str, choices: list[dict]) -> dict:
+        """The fields that all responses to one request have in common, with `choices`."""
+        common = {"id": self._id, "object": kind, "created": self._created, "model": self._request.model}
+        return common | {"choices": choices}
 
 
 def _event(content: dict) -> str:

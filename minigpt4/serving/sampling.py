@@ -4,27 +4,26 @@ B batch, T new tokens so far, V vocabulary.
 """
 
 import random
-from dataclasses import dataclass
 
 import torch
+from pydantic import BaseModel, Field
 
 from minigpt4.conversation.decoding import Decoding
 
 GREEDY_BELOW = 0.01
 
 
-@dataclass(frozen=True)
-class RowSampling:
+class RowSampling(BaseModel):
     """The sampling settings of an answer. A temperature below GREEDY_BELOW means the likeliest token."""
 
-    temperature: float = Decoding.temperature
-    top_p: float = Decoding.top_p
-    top_k: int = Decoding.top_k
-    frequency_penalty: float = 0.0
+    temperature: float = Field(default=Decoding.temperature, ge=0, le=2)
+    top_p: float = Field(default=Decoding.top_p, ge=0, le=1)
+    top_k: int = Field(default=Decoding.top_k, ge=0, le=2**31)
+    frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
     """Subtracted from a token's score for each of its occurrences in the answer."""
-    presence_penalty: float = 0.0
+    presence_penalty: float = Field(default=0.0, ge=-2, le=2)
     """Subtracted from a token's score if it occurs in the answer."""
-    seed: int | None = None
+    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
 
     @property
     def greedy(self) -> bool:

@@ -2,15 +2,14 @@
 
 import logging
 import re
-import tempfile
 import time
 from pathlib import Path
 
 import gradio as gr
+from PIL import Image
 
 from minigpt4.conversation import Chat
 from minigpt4.conversation.videos import FRAMES
-from minigpt4.web.example_images import save_examples
 from minigpt4.web.session import MAX_PICTURES, ChatSession, ChatSessions
 
 TITLE = "MiniGPT-4"
@@ -21,28 +20,8 @@ MEDIA = ["image", "video"]
 INVISIBLE = "\u2060"  # word joiner
 EMPTY_BOX = {"value": None, "placeholder": "Please upload your image first", "interactive": False}
 GalleryValue = list[tuple[str, str | None]] | None  # (path, caption) of each picture
-CSS = """
-.gradio-container {width: 100% !important; max-width: 1200px !important; margin: 0 auto !important}
-#picker .grid-wrap {padding-top: 32px}
-#header {align-items: center}
-#header h1 {margin: 0}
-#notice {min-height: 1.5em; font-size: 0.9em; opacity: 0.8}
-#chatbot .message-content span {white-space: pre-wrap; overflow-wrap: anywhere}
-#chatbot .placeholder {padding: 0 1em; text-align: center}
-#chatbot img, #chatbot video {max-height: 160px; width: auto}
-#chatbot button[aria-label="Share"] {display: none}
-#examples .grid-container {grid-template-columns: repeat(4, minmax(0, 1fr)) !important}
-#examples .thumbnail-item {min-width: 0; width: 100%}
-@media (max-width: 700px) {
-  .gradio-container main {padding: 8px !important}
-  #chatbot {height: 60vh !important}
-  /* pictures, then the conversation, then the settings */
-  #left {display: contents}
-  #left > * {width: 100%}
-  #right {order: 1}
-  #settings {order: 2}
-}
-"""
+CSS_FILE = Path(__file__).with_name("page.css")
+EXAMPLES = Path(__file__).parents[1] / "assets" / "examples"
 TOGGLE_DARK = "() => { document.body.classList.toggle('dark') }"
 # System fonts, because the page must load nothing from other servers.
 THEME = gr.themes.Soft(
@@ -68,14 +47,14 @@ class Page:
         self.progress = "Starting"
         self._started = time.monotonic()
         self._model = {"concurrency_id": "model", "concurrency_limit": concurrency, **HIDDEN}
-        with tempfile.TemporaryDirectory() as folder:
-            self.blocks = self._build(save_examples(Path(folder), emoji))
+        pictures = (EXAMPLES / ("emoji" if emoji else "drawings")).iterdir()
+        self.blocks = self._build([Image.open(path) for path in sorted(pictures)])
         self.examples = [entry["image"]["path"] for entry in self._example_gallery.value]  # gradio's copies
         self.sessions = ChatSessions(uploads, keep=self.examples)
 
     # Layout
 
-    def _build(self, examples: list[Path]) -> gr.Blocks:
+    def _build(self, examples: list[Image.Image]) -> gr.Blocks:
         with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(600, 21600), fill_width=True) as blocks:
             with gr.Row(elem_id="header"):
                 gr.Markdown(f"# {TITLE}", container=False)
@@ -88,12 +67,10 @@ class Page:
                     self._build_right()
             self._timer = gr.Timer(1)
             dark.click(None, js=TOGGLE_DARK, api_visibility="private")
-            self._connect()
-            blocks.load(self._show_status, None, [self._status, self._start, self._timer], queue=False, **HIDDEN)
-            blocks.unload(self._close_session)
+            self._connect(blocks)
         return blocks
 
-    def _build_left(self, examples: list[Path]) -> None:
+    def _build_left(self, examples: list[Image.Image]) -> None:
         self._picker = gr.Gallery(
             label="Pictures and videos", type="filepath", file_types=MEDIA, columns=2, height=250, object_fit="contain",
             fit_columns=False, interactive=True, elem_id="picker", buttons=[],
@@ -103,26 +80,28 @@ class Page:
         gr.Markdown("Or take an example:", container=False)
         self._example_gallery = gr.Gallery(
             examples, label="Examples", show_label=False, columns=4, height=120, object_fit="contain",
-            interactive=False, allow_preview=False, elem_id="examples", buttons=[],
+            format="png", interactive=False, allow_preview=False, elem_id="examples", buttons=[],
         )  # fmt: skip
         with gr.Column(elem_id="settings"):
             self._build_settings()
 
     def _build_settings(self) -> None:
-        beams = gr.Slider(1, 10, value=1, step=1, label="Beam search numbers", elem_id="beams")
-        temperature = gr.Slider(0.1, 2.0, value=1.0, step=0.1, label="Temperature", elem_id="temperature")
+        settings = self._settings = {}  # by field of `Decoding`
+        settings["num_beams"] = gr.Slider(1, 10, 1, step=1, precision=0, label="Beam search numbers", elem_id="beams")
+        settings["temperature"] = gr.Slider(0.1, 2.0, 1.0, step=0.1, label="Temperature", elem_id="temperature")
         with gr.Accordion("More settings", open=False):
-            sample = gr.Checkbox(True, label="Sample", info="Off: always the likeliest answer")
-            top_p = gr.Slider(0.05, 1.0, value=0.9, step=0.05, label="Top p")
-            new_tokens = gr.Slider(1, 1000, value=300, step=1, label="Longest answer, in tokens")
-            repetition = gr.Slider(1.0, 2.0, value=1.0, step=0.05, label="Repetition penalty")
-            length = gr.Slider(-2.0, 2.0, value=1.0, step=0.1, label="Length penalty", info="With beam search")
-            seed = gr.Number(None, label="Seed", info="Makes an answer repeatable", precision=0)
+            settings["do_sample"] = gr.Checkbox(True, label="Sample", info="Off: always the likeliest answer")
+            settings["top_p"] = gr.Slider(0.05, 1.0, 0.9, step=0.05, label="Top p")
+            settings["max_new_tokens"] = gr.Slider(1, 1000, 300, step=1, precision=0, label="Longest answer, in tokens")
+            settings["repetition_penalty"] = gr.Slider(1.0, 2.0, 1.0, step=0.05, label="Repetition penalty")
+            settings["length_penalty"] = gr.Slider(
+                -2.0, 2.0, 1.0, step=0.1, label="Length penalty", info="With beam search"
+            )
+            settings["seed"] = gr.Number(None, label="Seed", info="Makes an answer repeatable", precision=0)
             self._frames = gr.Slider(
-                1, MAX_PICTURES, value=FRAMES, step=1, label="Pictures from a video", info="Drawn evenly",
+                1, MAX_PICTURES, FRAMES, step=1, precision=0, label="Pictures from a video", info="Drawn evenly",
                 elem_id="frames",
             )  # fmt: skip
-        self._settings = [beams, temperature, sample, top_p, new_tokens, repetition, length, seed]
 
     def _build_right(self) -> None:
         self._chatbot = gr.Chatbot(
@@ -139,21 +118,21 @@ class Page:
 
     # Events
 
-    def _connect(self) -> None:
+    def _connect(self, blocks: gr.Blocks) -> None:
         view = [self._chatbot, self._notice]
         started = self._start.click(
             self._start_chat, [self._picker, self._frames], [*view, self._picker, self._start, self._box], **OPENS_FILES
         )
-        self._picker.upload(self._register_picked, self._picker, None, queue=False, **HIDDEN)
+        self._picker.upload(self._register_uploads, self._picker, None, queue=False, **HIDDEN)
         # This event also runs at each key press (about 5 ms of server time): gradio has none for attached files alone.
-        self._box.change(self._register_attached, self._box, None, queue=False, **HIDDEN)
+        self._box.change(self._register_uploads, self._box, None, queue=False, **HIDDEN)
         self._example_gallery.select(self._add_example, self._picker, self._picker, queue=False, **HIDDEN)
         submitted = self._box.submit(self._submit, [self._box, self._frames], [*view, self._box], **OPENS_FILES)
         retried = self._chatbot.retry(self._retry, None, [*view, self._box], **HIDDEN)
         edited = self._chatbot.edit(self._edit, None, [*view, self._box], **HIDDEN)
         running = [started, submitted, retried, edited]
         for asked in (submitted, retried, edited):
-            answered = asked.success(self._answer, self._settings, view, **self._model)
+            answered = asked.success(self._answer, set(self._settings.values()), view, **self._model)
             answered.then(self._enable_box, None, [*view, self._box], queue=False, **HIDDEN)
             running.append(answered)
         self._box.stop(self._stop, None, None, queue=False, **HIDDEN)
@@ -161,7 +140,9 @@ class Page:
             [self._restart.click, self._chatbot.clear], self._restart_chat, None,
             [*view, self._picker, self._start, self._box], cancels=running, queue=False, **HIDDEN,
         )  # fmt: skip
-        self._timer.tick(self._show_status, None, [self._status, self._start, self._timer], queue=False, **HIDDEN)
+        status = [self._status, self._start, self._timer]
+        gr.on([blocks.load, self._timer.tick], self._show_status, None, status, queue=False, **HIDDEN)
+        blocks.unload(self._close_session)
 
     def _show_status(self, request: gr.Request):
         session = self._session(request)  # made when the page loads, so that uploads can be registered with it
@@ -181,11 +162,10 @@ class Page:
         box = gr.MultimodalTextbox(interactive=True, placeholder="Type and press Enter") if started else gr.skip()
         return *_view(session), gr.Gallery(interactive=not started), gr.Button(interactive=not started), box
 
-    def _register_picked(self, pictures: GalleryValue, request: gr.Request) -> None:
-        self.sessions.add_uploads(request.session_hash, _paths(pictures))
-
-    def _register_attached(self, message: dict | None, request: gr.Request) -> None:
-        self.sessions.add_uploads(request.session_hash, message["files"] if message else [])
+    def _register_uploads(self, value: GalleryValue | dict, request: gr.Request) -> None:
+        """Register the files of the gallery, or of the message in the text box."""
+        paths = value["files"] if isinstance(value, dict) else _paths(value)
+        self.sessions.add_uploads(request.session_hash, paths)
 
     def _add_example(self, pictures: GalleryValue, selected: gr.SelectData) -> list[str]:
         return [*_paths(pictures), self.examples[selected.index]]
@@ -213,7 +193,9 @@ class Page:
         return self._ask(session, str(edit.value).replace(INVISIBLE, ""))
 
     def _add_files(self, session: ChatSession, paths: list[str], frames: int) -> None:
-        for problem in session.add_files(self._loaded_chat(), paths, int(frames)):
+        if self.chat is None:
+            raise gr.Error("The model is still being loaded.", print_exception=False)
+        for problem in session.add_files(self.chat, paths, frames):
             gr.Warning(problem)
 
     @staticmethod
@@ -225,17 +207,13 @@ class Page:
         busy = session.busy
         return *_view(session), gr.MultimodalTextbox(value=None, submit_btn=not busy, stop_btn=busy)
 
-    def _answer(self, beams, temperature, sample, top_p, new_tokens, repetition, length, seed, request: gr.Request):
+    def _answer(self, values: dict, request: gr.Request):
         session = self._session(request)
         if not session.pending:
             return
-        settings = {
-            "num_beams": int(beams), "temperature": temperature, "do_sample": sample, "top_p": top_p,
-            "max_new_tokens": int(new_tokens), "repetition_penalty": repetition, "length_penalty": length,
-            "seed": None if seed is None else int(seed),
-        }  # fmt: skip
+        settings = {name: values[component] for name, component in self._settings.items()}
         try:
-            for _ in session.answer(self._loaded_chat(), settings):
+            for _ in session.answer(self.chat, settings):
                 if self.sessions.by_id.get(request.session_hash) is not session:  # the visitor has restarted or left
                     return
                 yield _view(session)
@@ -276,12 +254,6 @@ class Page:
         if session.busy:
             raise gr.Error("Wait for the answer, or stop it.", print_exception=False)
         return session
-
-    def _loaded_chat(self) -> Chat:
-        """The chat. Raises gr.Error while the model is being loaded."""
-        if self.chat is None:
-            raise gr.Error("The model is still being loaded.", print_exception=False)
-        return self.chat
 
 
 def _paths(pictures: GalleryValue) -> list[str]:

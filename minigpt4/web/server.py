@@ -50,7 +50,7 @@ def serve(
     with tempfile.TemporaryDirectory(prefix="minigpt4-uploads-") as uploads:
         os.environ |= {"GRADIO_TEMP_DIR": uploads, "GRADIO_ANALYTICS_ENABLED": "False"}
         from minigpt4.common.logger import setup_logger
-        from minigpt4.web.page import CSS, THEME, Page
+        from minigpt4.web.page import CSS_FILE, THEME, Page
 
         setup_logger()
         logging.getLogger("httpx").setLevel(logging.WARNING)
@@ -64,7 +64,7 @@ def serve(
             max_file_size=int(max_upload_mb * 2**20),
             prevent_thread_lock=True,
             theme=THEME,
-            css=CSS,
+            css_paths=CSS_FILE,
             footer_links=[],
             run_history=False,
             enable_monitoring=False,

@@ -50,7 +50,7 @@ def test_it_serves_while_the_model_is_loaded(chat):
         response = served.get("/health")
         assert (response.status_code, response.json()["status"]) == (503, "loading")
         response = served.post(BODY)
-        assert error(response, 503, "still loading")["code"] == "not_ready"
+        assert error(response, 503, "is loading")["code"] == "not_ready"
         assert int(response.headers["retry-after"]) > 0
         assert served.get("/v1/models").status_code == 200
         ready.set()

@@ -57,7 +57,7 @@ def test_waiting_requests_share_a_batch(served, requests, gate, batches):
 def test_filled_batches(served, requests, gate, batches, monkeypatch, own_loop):
     """A batch of three is filled up, as on a GPU. The answers stay the same, with our loop and with transformers'."""
     if not own_loop:
-        monkeypatch.setattr("minigpt4.fast.decoding.cached_decoding.supports", lambda llm: False)
+        monkeypatch.setattr("minigpt4.fast.decoding.loop.cached_decoding.supports", lambda llm: False)
     gate.open()
     single = [content(served.ask(*messages, max_tokens=12)) for messages in requests[:3]]
     monkeypatch.setattr(served.batcher, "fill_batches", True)
@@ -245,7 +245,7 @@ def test_closing_ends_all_answers(chat, gate, talkative):
     batcher.close()
     assert (running.finish, waiting.finish) == ("length", "error")
     assert 3 <= len(running.ids) < 99
-    assert not batcher.is_alive
+    assert not batcher.is_alive()
     late = answer()
     batcher.submit([late])
     assert late.finish == "error"

@@ -48,15 +48,17 @@ def test_streaming_gives_the_same_text(client, talk, settings):
     settings = {**MODEL, "messages": talk, "max_tokens": 40, **settings}
     whole = client.chat.completions.create(**settings)
     texts = dict.fromkeys(range(len(whole.choices)), "")
-    reasons, usages = {}, []
+    reasons, usages, ids = {}, [], set()
     for chunk in client.chat.completions.create(**settings, stream=True, stream_options={"include_usage": True}):
         usages += [chunk.usage] if chunk.usage else []
+        ids.add(chunk.id)
         for choice in chunk.choices:
             texts[choice.index] += choice.delta.content or ""
             if choice.finish_reason:
                 reasons[choice.index] = choice.finish_reason
     assert texts == {choice.index: choice.message.content for choice in whole.choices}
     assert reasons == {choice.index: choice.finish_reason for choice in whole.choices}
+    assert len(ids) == 1 and whole.id not in ids
     assert [u.to_dict() for u in usages] == [whole.usage.to_dict()]
 
 

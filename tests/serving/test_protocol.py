@@ -5,7 +5,7 @@ import json
 import pytest
 
 from minigpt4.serving.errors import ApiError
-from minigpt4.serving.protocol import IGNORED, REFUSED, Envelope, read_request
+from minigpt4.serving.protocol import IGNORED, REFUSED, read_request
 
 GOOD = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}
 
@@ -117,7 +117,3 @@ def test_missing_fields():
         body = {key: value for key, value in GOOD.items() if key != name}
         with pytest.raises(ApiError, match=f"{name}: Field required"):
             read_request(json.dumps(body).encode())
-
-
-def test_ids_differ():
-    assert Envelope("m").id != Envelope("m").id

@@ -50,8 +50,8 @@ def test_a_wrong_path_is_reported_before_anything_is_served(tmp_path):
     ("arguments", "message"),
     [
         (["--auth", "alice"], "not of the form USER:PASSWORD"),
-        (["--concurrency", "0"], "--concurrency must be more than 0"),
-        (["--max-upload-mb", "-1"], "--max-upload-mb must be more than 0"),
+        (["--concurrency", "0"], "--concurrency 0 must be more than 0"),
+        (["--max-upload-mb", "-1"], "--max-upload-mb -1.0 must be more than 0"),
     ],
 )
 def test_wrong_arguments(arguments, message, capsys):
@@ -81,7 +81,9 @@ def test_all_options_reach_the_page(golden_config, monkeypatch):
         yield SimpleNamespace(blocks=SimpleNamespace(block_thread=lambda: None))
 
     monkeypatch.setattr(demo, "serve", serve)
-    monkeypatch.setattr(demo, "load_model", lambda page, cfg, gpu_id: seen.update(cfg=cfg, gpu_id=gpu_id))
+    monkeypatch.setattr(
+        demo, "load_model", lambda page, cfg, gpu_id, check_weights: seen.update(cfg=cfg, gpu_id=gpu_id)
+    )
     port = free_port()
     options = ["--host", "0.0.0.0", "--port", str(port), "--share", "--auth", "a:b", "--concurrency", "3"]
     demo.main(["--cfg-path", str(golden_config), "--gpu-id", "1", "--max-upload-mb", "0.5", *options])
