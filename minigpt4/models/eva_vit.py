@@ -66,17 +66,15 @@ def create_vit(
 
     Raises ConfigError for an unknown name, and for a mapping with missing or unknown sizes.
     """
-    if isinstance(vit_model, str):
-        if vit_model not in VIT_MODELS:
-            raise ConfigError(
-                f"vit_model={vit_model!r} is not known. Use one of {sorted(VIT_MODELS)}, or a mapping of "
-                f"{sorted(VIT_KEYS)}."
-            )
-        sizes = VIT_MODELS[vit_model]
-    else:
-        sizes = dict(vit_model)
-        if set(sizes) != set(VIT_KEYS):
-            raise ConfigError(f"vit_model needs exactly the sizes {sorted(VIT_KEYS)}; it has {sorted(sizes)}.")
+    named = isinstance(vit_model, str)
+    if named and vit_model not in VIT_MODELS:
+        raise ConfigError(
+            f"vit_model={vit_model!r} is not known. Use one of {sorted(VIT_MODELS)}, or a mapping of "
+            f"{sorted(VIT_KEYS)}."
+        )
+    sizes = VIT_MODELS[vit_model] if named else vit_model
+    if set(sizes) != set(VIT_KEYS):
+        raise ConfigError(f"vit_model needs exactly the sizes {sorted(VIT_KEYS)}; it has {sorted(sizes)}.")
     vit = EvaViT(image_size, drop_path_rate=drop_path_rate, **sizes)
     vit.set_grad_checkpointing(use_grad_checkpoint)
     return vit

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
-from minigpt4.common import dist_utils, facts
+from minigpt4.common import compat, dist_utils, facts
 from minigpt4.common.errors import ConfigError
 from minigpt4.common.text import pluralize
 from minigpt4.weights import locate as weight_files
@@ -187,8 +187,6 @@ def check_answers(llm: "PreTrainedModel", tokenizer: "Tokenizer", llama_model: s
 
 def recompute_layers(llm: "PreTrainedModel", count: int) -> None:
     """Make the first `count` layers recompute their activations in the backward pass instead of keeping them."""
-    from minigpt4.common import compat
-
     layers = compat.decoder_layers(llm) if count else []
     for index, layer in enumerate(layers[:count]):
         layers[index] = compat.recomputed(layer)
@@ -232,10 +230,8 @@ def _quantization(load_in: str, dtype: torch.dtype) -> dict:
         return {}
     from transformers import BitsAndBytesConfig
 
-    from minigpt4.common import compat
-
     compat.silence_bitsandbytes()
-    if load_in == "4bit":
-        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
-        return {"quantization_config": config}
-    return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
+    if load_in == "8bit":
+        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    return {"quantization_config": config}

@@ -161,12 +161,12 @@ def check_width(trained: State | None, cfg: MiniGPT4Config) -> None:
 
     Raises CheckpointError if they differ.
     """
-    if not trained:
+    projection = (trained or {}).get("llama_proj.weight")
+    if projection is None:
         return
-    projection, width = trained.get("llama_proj.weight"), llm.embedding_dim(cfg.llama_model)
-    if projection is not None and projection.shape[0] != width:
+    theirs, width = len(projection), llm.embedding_dim(cfg.llama_model)
+    if theirs != width:
         known = {4096: " (as in Vicuna-7B)", 5120: " (as in Vicuna-13B)"}
-        theirs = projection.shape[0]
         raise CheckpointError(
             f"{cfg.ckpt} was trained with a language model {theirs}{known.get(theirs, '')} wide; {cfg.llama_model} is "
             f"{width}{known.get(width, '')} wide. Change model.ckpt or model.llama_model so that they match."
