@@ -1,4 +1,4 @@
-"""The models; importing this package registers them."""
+"""The models. Importing this package registers them."""
 
 from minigpt4.models.base_model import BaseModel
 from minigpt4.models.mini_gpt4 import MiniGPT4

@@ -1,4 +1,4 @@
-"""What every model of the registry shares."""
+"""The base class of the models in the registry."""
 
 import inspect
 from collections.abc import Mapping
@@ -14,23 +14,23 @@ from minigpt4.common.registry import did_you_mean, registry
 class BaseModel(nn.Module):
     """A model that is built from YAML.
 
-    A subclass registers itself, implements `from_config`, and takes `samples`, a batch of its datasets, to
-    `{"loss": …}`. With `"num_labels"` beside it, the loss counts as the mean over so many labels, and micro-batches and
-    ranks are weighted by it.
+    A subclass registers itself and implements `from_config`. Its `forward` takes `samples`, a batch of its datasets,
+    and returns `{"loss": …}`. With a second entry `"num_labels"`, the loss is the mean over so many labels, and
+    micro-batches and ranks are weighted by this number.
     """
 
     PRETRAINED_MODEL_CONFIG_DICT: dict[str, str] = {}
-    """model_type -> default YAML, relative to the package (or absolute)."""
+    """{model_type: default YAML}; paths are absolute or relative to the package."""
 
     config_class: type | None = None
-    """Dataclass of the model's YAML keys; None: any key is accepted."""
+    """Dataclass of the model's YAML keys. None: any key is accepted."""
 
     fingerprint: dict | None = None
-    """What tells its frozen language model from others (`common.fingerprint`); checkpoints record it."""
+    """Identifies the frozen language model (`weights.fingerprint`). Checkpoints record it."""
 
     @classmethod
     def default_config_path(cls, model_type: str) -> Path:
-        """The default YAML of a model type. Raises KeyError that lists the known types."""
+        """The default YAML of a model type. For an unknown type, raises a KeyError that lists the known ones."""
         known = cls.PRETRAINED_MODEL_CONFIG_DICT
         if model_type not in known:
             raise KeyError(
@@ -43,27 +43,28 @@ class BaseModel(nn.Module):
     def from_config(cls, cfg: Mapping) -> "BaseModel":
         """Build the model from the `model:` section.
 
-        A model that cares where its frozen parts lie, and in which type, takes `device` and `dtype` beside `cfg`.
+        A model that chooses the device and dtype of its frozen parts itself has the parameters `device` and `dtype`,
+        too.
         """
         raise NotImplementedError
 
     @classmethod
     def build(cls, cfg: Mapping, device: torch.device, dtype: torch.dtype) -> "BaseModel":
-        """The model on `device`, by `from_config` in either form."""
+        """Build the model on `device` with `from_config` in either form."""
         if "dtype" in inspect.signature(cls.from_config).parameters:
             return cls.from_config(cfg, device=device, dtype=dtype)
         return cls.from_config(cfg).to(device)
 
     def accelerate(self, packed: bool, compiled: bool, fp8: bool = False) -> None:
-        """Set up faster training steps in 16 bit that compute the same to rounding. This class has none.
+        """Use faster training steps in 16 bit, equal up to rounding. This class has none.
 
-        Raises ConfigError for fp8, which would be ignored otherwise.
+        Raises ConfigError for fp8, instead of ignoring it.
         """
         if fp8:
             raise ConfigError(f"run.fp8=True: {type(self).__name__} has no layers in fp8. Set run.fp8=False.")
 
     def prepare(self, samples: dict) -> dict:
-        """What can be done with a batch on the host before its turn comes, on another thread."""
+        """Do host work on a batch, such as tokenisation. A thread calls this while the batch before is computed."""
         return samples
 
     @property

@@ -1,43 +1,35 @@
 """The EVA-CLIP vision encoder on timm's `Eva` (EVA, Fang et al. 2022; LAVIS's `eva_clip_g`).
 
-timm's parameter names are the published ones. What differs from timm's own EVA models: absolute positions only, no
-final norm, no head, and position embeddings resized by plain bicubic interpolation (timm's own is antialiased).
+timm's parameter names are the published ones. Unlike timm's own EVA models, this encoder has absolute positions only,
+no final norm and no head. Its position embeddings are resized by plain bicubic interpolation; timm's is antialiased.
 """
 
 from collections.abc import Mapping
 
 import torch
-import torch.nn.functional as F
+from timm.layers import resample_abs_pos_embed
 from timm.models.eva import Eva
 
 from minigpt4.common.errors import ConfigError
-from minigpt4.common.schema import VIT_MODELS
+from minigpt4.common.schema import VIT_KEYS, VIT_MODELS
 from minigpt4.weights import hf_names
 
 
 class EvaViT(Eva):
-    """Images [B,3,S,S] to image tokens [B,1+(S/patch)^2,D], the class token first."""
+    """Images [B,3,S,S] to image tokens [B,1+(S/patch)^2,D], the class token first.
 
-    def __init__(
-        self,
-        image_size: int,
-        patch_size: int,
-        embed_dim: int,
-        depth: int,
-        num_heads: int,
-        mlp_ratio: float,
-        drop_path_rate: float = 0.0,
-    ):
-        if image_size % patch_size:
-            raise ConfigError(f"image_size={image_size} is not a multiple of the encoder's patch_size={patch_size}.")
+    sizes: the keys VIT_KEYS.
+    """
+
+    def __init__(self, image_size: int, drop_path_rate: float = 0.0, **sizes: float):
+        if image_size % sizes["patch_size"]:
+            raise ConfigError(
+                f"image_size={image_size} is not a multiple of the encoder's patch_size={sizes['patch_size']}."
+            )
         super().__init__(
             img_size=image_size,
-            patch_size=patch_size,
-            embed_dim=embed_dim,
-            depth=depth,
-            num_heads=num_heads,
-            mlp_ratio=mlp_ratio,
             drop_path_rate=drop_path_rate,
+            **sizes,
             qkv_bias=True,
             use_abs_pos_emb=True,
             use_rot_pos_emb=False,
@@ -49,12 +41,12 @@ class EvaViT(Eva):
         self.image_size = image_size
 
     def give_buffers_memory(self, device: torch.device) -> None:
-        """Make up for what an encoder built on the meta device gets from no file: the keys' bias, which is zero."""
+        """Fill the buffers of an encoder built on the meta device: the keys' bias, which is zero and in no file."""
         for block in self.blocks:
             block.attn.k_bias = torch.zeros_like(block.attn.k_bias, device=device)
 
     def check_image(self, image: torch.Tensor) -> None:
-        """Raises ConfigError for images of another size than the encoder's."""
+        """Raise ConfigError for images of another size than the encoder's."""
         if image.shape[-2:] != (self.image_size, self.image_size):
             height, width = image.shape[-2:]
             raise ConfigError(
@@ -70,43 +62,28 @@ class EvaViT(Eva):
 def create_vit(
     vit_model: str | Mapping, image_size: int, drop_path_rate: float = 0.0, use_grad_checkpoint: bool = False
 ) -> EvaViT:
-    """Build the encoder from a name in `VIT_MODELS` or from a mapping of its sizes. Weights are random.
+    """Build the encoder, with random weights, from a name in `VIT_MODELS` or from a mapping of its sizes.
 
     Raises ConfigError for an unknown name, and for a mapping with missing or unknown sizes.
     """
-    if isinstance(vit_model, str):
-        if vit_model not in VIT_MODELS:
-            raise ConfigError(
-                f"vit_model={vit_model!r} is not known. Use one of {sorted(VIT_MODELS)}, or a mapping of "
-                f"{sorted(VIT_MODELS['eva_clip_g'])}."
-            )
-        sizes = VIT_MODELS[vit_model]
-    else:
-        sizes = dict(vit_model)
-        if set(sizes) != set(VIT_MODELS["eva_clip_g"]):
-            raise ConfigError(
-                f"vit_model needs exactly the sizes {sorted(VIT_MODELS['eva_clip_g'])}; it has {sorted(sizes)}."
-            )
+    named = isinstance(vit_model, str)
+    if named and vit_model not in VIT_MODELS:
+        raise ConfigError(
+            f"vit_model={vit_model!r} is not known. Use one of {sorted(VIT_MODELS)}, or a mapping of "
+            f"{sorted(VIT_KEYS)}."
+        )
+    sizes = VIT_MODELS[vit_model] if named else vit_model
+    if set(sizes) != set(VIT_KEYS):
+        raise ConfigError(f"vit_model needs exactly the sizes {sorted(VIT_KEYS)}; it has {sorted(sizes)}.")
     vit = EvaViT(image_size, drop_path_rate=drop_path_rate, **sizes)
     vit.set_grad_checkpointing(use_grad_checkpoint)
     return vit
 
 
-def resize_pos_embed(pos_embed: torch.Tensor, num_tokens: int) -> torch.Tensor:
-    """Resize a position table [1,1+G*G,D] to [1,num_tokens,D] by bicubic interpolation; the class position stays."""
-    if pos_embed.shape[1] == num_tokens:
-        return pos_embed
-    old, new = (int((n - 1) ** 0.5) for n in (pos_embed.shape[1], num_tokens))
-    grid = pos_embed[:, 1:].float().unflatten(1, (old, old)).permute(0, 3, 1, 2)  # [1,D,G,G]
-    grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
-    grid = grid.permute(0, 2, 3, 1).flatten(1, 2)
-    return torch.cat([pos_embed[:, :1], grid.to(pos_embed.dtype)], dim=1)
-
-
 def checkpoint_filter_fn(state_dict: dict, vit: EvaViT) -> dict:
-    """Adapt published encoder weights to `vit`: drop surplus blocks, final norm and head, resize positions.
+    """Adapt published weights to `vit`: drop surplus blocks, final norm and head, and resize position embeddings.
 
-    Weights of a Hugging Face folder get their published names first.
+    Weights of a Hugging Face folder are first given their published names.
     """
     if any(key.startswith(hf_names.VISION) for key in state_dict):
         state_dict = hf_names.vision_from_hf(state_dict)
@@ -119,5 +96,6 @@ def checkpoint_filter_fn(state_dict: dict, vit: EvaViT) -> dict:
 
     state_dict = {key: value for key, value in state_dict.items() if used(key)}
     if "pos_embed" in state_dict:
-        state_dict["pos_embed"] = resize_pos_embed(state_dict["pos_embed"], vit.pos_embed.shape[1])
+        pos_embed, grid = state_dict["pos_embed"], list(vit.patch_embed.grid_size)
+        state_dict["pos_embed"] = resample_abs_pos_embed(pos_embed, grid, antialias=False)
     return state_dict

@@ -1,7 +1,7 @@
-"""From a prompt's embeddings to an answer's text: captioning and chat take this one way.
+"""From a prompt's embeddings to an answer's text, for captioning and chat.
 
-Where an answer ends is decided on its text, row by row, whatever the tokenizer makes of that text. The first release
-compared token ids of one tokenizer, on row 0 only.
+The end of an answer is found in its decoded text, row by row, with any tokenizer. The first release compared token ids
+of one tokenizer, on row 0 only.
 
 B batch, S sequence, T new tokens, D width of the language model.
 """
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class StopOnText:
-    """Stopping criterion for transformers' `generate`: a row is done once one of `stops` stands in its new text."""
+    """Stopping criterion for transformers' `generate`: a row ends when its new text contains one of `stops`."""
 
     def __init__(self, tokenizer: "Tokenizer", *stops: str):
         self._tokenizer = tokenizer
@@ -36,33 +36,21 @@ class StopOnText:
         return torch.tensor(done, device=input_ids.device)
 
     def reached(self, ids: list[int]) -> bool:
-        """Does the text of these new ids, of which the last one is news, hold one of the stops?"""
+        """Whether the text of these new ids contains one of the stops, given that it did not before the last id."""
         text = self._tokenizer.decode(ids[-self._tail :], skip_special_tokens=False)
         return any(stop in text for stop in self._stops)
 
 
-class StreamingCriterion:
-    """Stopping criterion that passes on the ids of row 0 after each token, and ends the generation when asked to."""
-
-    def __init__(self, show: Callable[[list[int]], None], should_stop: Callable[[], bool]):
-        self._show = show
-        self._should_stop = should_stop
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor | None, **kwargs: Any) -> torch.Tensor:
-        self._show(input_ids[0].tolist())
-        return torch.full((len(input_ids),), self._should_stop(), device=input_ids.device)
-
-
 class DecodingLoop(Protocol):
-    """A faster way to decode than transformers' `generate`: `fast.decoding.loop.cached_decoding`."""
+    """Decodes faster than transformers' `generate`; `fast.decoding.loop.cached_decoding` is one."""
 
     def supports(self, llm: "PreTrainedModel") -> bool:
-        """Whether it can run this model."""
+        """Whether the loop can run this model."""
 
     def decode(
         self, llm: "PreTrainedModel", embeds: torch.Tensor, attention_mask: torch.Tensor, steps: int, choose: Callable
     ) -> Iterator[torch.Tensor]:
-        """Yield the next ids [B] of every row, on the CPU, `steps` times or until closed."""
+        """Yield the next ids [B] of all rows, on the CPU, `steps` times or until closed."""
 
 
 def continue_embeds(
@@ -80,11 +68,11 @@ def continue_embeds(
 
     Args:
         attention_mask: [B,S], 0 on padding.
-        stop: text that ends a row; it is part of what is returned. Empty: only the eos token ends it.
+        stop: text that ends a row; the returned ids include it. Empty: only the eos token ends a row.
         criteria: further stopping criteria.
         processors: further logits processors, applied last.
-        decoding_loop: decodes with the ids that transformers' `generate` would give. Where it is None, does not support
-            the model, or the options ask for beams and the like, `generate` itself decodes.
+        decoding_loop: decodes with the ids that transformers' `generate` would give. `generate` itself decodes if the
+            loop is None, if it does not support the model, or if an option needs `generate`, such as beams.
         options: as for transformers' `generate`, for example max_new_tokens=60, num_beams=5, do_sample=True.
 
     Returns:
@@ -103,7 +91,7 @@ def continue_embeds(
                 **DEFAULTS | options,
             )
     sampling.processors += processors
-    # Caches outlive this call, and inference tensors could not be written to outside of inference mode.
+    # KV caches outlive this call, and inference tensors cannot be written to outside of inference mode.
     with torch.inference_mode(False), torch.no_grad():
         rows = torch.full((len(inputs_embeds), sampling.max_new_tokens), tokenizer.eos_token_id)
         steps = decoding_loop.decode(llm, inputs_embeds, attention_mask, sampling.max_new_tokens, sampling.choose)
@@ -112,7 +100,7 @@ def continue_embeds(
 
 
 def _until_done(steps: Iterator[torch.Tensor], rows: torch.Tensor, eos_ids: list[int], criteria: list) -> torch.Tensor:
-    """Write each step's ids [B] into rows [B,T], until all rows have ended. Returns the part that was reached."""
+    """Write each step's ids [B] into rows [B,T] until all rows have ended, and return the columns that were written."""
     done, eos = torch.zeros(len(rows), dtype=torch.bool), torch.tensor(eos_ids, dtype=torch.long)
     for n, ids in enumerate(steps):
         rows[~done, n] = ids[~done]
@@ -126,26 +114,28 @@ def _until_done(steps: Iterator[torch.Tensor], rows: torch.Tensor, eos_ids: list
 
 
 def stream(
-    run: Callable[[StreamingCriterion], torch.Tensor],
-    should_stop: Callable[[], bool] = lambda: False,
-    show: bool = True,
+    run: Callable[[Callable], torch.Tensor], should_stop: Callable[[], bool] = lambda: False, show: bool = True
 ) -> Iterator[tuple[list[int], bool]]:
-    """Call `run(criterion)`, which generates for one prompt with that stopping criterion, in a thread.
+    """Call `run(criterion)` in a thread. It generates for one prompt with that further stopping criterion.
 
-    Yields the new ids so far and False, and last of all those of the result of `run`, [1,T], and True. The generation
-    ends early when `should_stop()` is true or this iterator is closed. Raises what `run` raises.
+    Yields (the new ids so far, False) after each token, then (the ids of the result of `run`, [1,T], True). The
+    generation ends early if `should_stop()` is true or this iterator is closed. Raises what `run` raises.
 
     Args:
-        show: False: only the result; beams have no "so far".
+        show: False: yield only the result. Beams have no "ids so far".
     """
     feed: queue.SimpleQueue = queue.SimpleQueue()
     closed = threading.Event()
-    criterion = StreamingCriterion(lambda ids: show and feed.put(ids), lambda: closed.is_set() or should_stop())
+
+    def criterion(input_ids: torch.Tensor, scores: torch.Tensor | None, **kwargs: Any) -> torch.Tensor:
+        if show:
+            feed.put(input_ids[0].tolist())
+        return torch.full((len(input_ids),), closed.is_set() or should_stop(), device=input_ids.device)
 
     def work() -> None:
         try:
             feed.put(run(criterion))
-        except BaseException as error:  # handed to the reader, who would wait for ever otherwise
+        except BaseException as error:  # passed to the reader, who would wait forever otherwise
             feed.put(error)
 
     thread = threading.Thread(target=work, name="generate", daemon=True)
@@ -163,7 +153,7 @@ def stream(
 
 
 def strip_leading(tokenizer: "Tokenizer", ids: list[int]) -> list[int]:
-    """The ids without one unk and then one bos in front, which some models put there."""
+    """The ids without one leading unk and then one leading bos, which some models write."""
     for special in (tokenizer.unk_token_id, tokenizer.bos_token_id):
         if ids and special is not None and ids[0] == special:
             ids = ids[1:]
@@ -173,11 +163,11 @@ def strip_leading(tokenizer: "Tokenizer", ids: list[int]) -> list[int]:
 def answer_text(
     tokenizer: "Tokenizer", ids: list[int], stop: str | Iterable[str], label: str | None = None, complete: bool = True
 ) -> str:
-    """The answer that stands in new token ids, stripped.
+    """The answer in new token ids, stripped.
 
-    It ends before `stop`, or the first of several, or before a control token other than unk and bos, such as eos. What
-    precedes the last `label` ("Assistant:") goes too: models repeat it. Of an answer that is not `complete`, a tail
-    that may become `stop` or `label`, or half a character, is held back.
+    It ends before the first occurrence of `stop` (one text or several), or before a control token other than unk and
+    bos, such as eos. Models repeat `label` ("Assistant:"): the text up to the last one is left out. If the answer is
+    not `complete`, its end is left out as long as it can become `stop`, `label` or a whole character.
     """
     stops = [text for text in ([stop] if isinstance(stop, str) else stop) if text]
     ids, ends = strip_leading(tokenizer, ids), end_ids(tokenizer)
@@ -197,5 +187,5 @@ def end_ids(tokenizer: "Tokenizer") -> set[int]:
 
 
 def _overlap(text: str, marker: str) -> int:
-    """Length of the longest end of `text` that `marker` begins with, short of the whole."""
+    """Length of the longest end of `text` that is a beginning of `marker`, but not all of it."""
     return next((n for n in range(len(marker) - 1, 0, -1) if text.endswith(marker[:n])), 0)

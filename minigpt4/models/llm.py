@@ -1,4 +1,4 @@
-"""Load the frozen language model, in 16, 8 or 4 bit. transformers is imported only here and only when asked for."""
+"""Loading the frozen language model in 16, 8 or 4 bit. transformers is imported inside the functions."""
 
 import logging
 import math
@@ -8,10 +8,9 @@ from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError
 
-from minigpt4.common import dist_utils, facts
+from minigpt4.common import compat, dist_utils, facts
 from minigpt4.common.errors import ConfigError
 from minigpt4.common.text import pluralize
 from minigpt4.weights import locate as weight_files
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 
     from minigpt4.models.tokenizer import Tokenizer
 
-# A sentence that a model of English, also of the tiny default's, finds easy.
+# A sentence with a low loss in any model of English, the tiny default's included.
 SENTENCE = "The image shows a red apple."
 
 
@@ -36,16 +35,17 @@ def load_llm(
     """Load any decoder that transformers' Auto classes know, frozen and in eval mode.
 
     Args:
-        llama_model: folder in Hugging Face format, a hub id, or a .gguf file, which is unpacked to `dtype`.
-        device: where it lies; its weights go there straight from the mapped files.
-        dtype: type of the weights that are not quantised.
-        load_in: "16bit" (meaning `dtype`), "8bit" or "4bit" (nf4), which bitsandbytes quantises, or "8bit_weights",
-            which is 8 bit without it (`quantization/int8.py`).
-        device_map: "auto" spreads the layers over the GPUs, from `device` on, and then the host; None: all on `device`.
+        llama_model: a folder in Hugging Face format, a hub id, or a .gguf file, which is converted to `dtype`.
+        device: device of the weights, which are copied to it directly from the mapped files.
+        dtype: dtype of the weights that are not quantised.
+        load_in: "16bit" (meaning `dtype`); "8bit" or "4bit" (nf4), quantised by bitsandbytes; or "8bit_weights", 8 bit
+            without bitsandbytes (`quantization/int8.py`).
+        device_map: "auto" spreads the layers over the GPUs, from `device` on, and then the host. None: all are on
+            `device`.
 
     Raises:
-        ConfigError: there is no language model at `llama_model`, or it cannot be loaded so.
-        CheckpointError: its files lack tensors, or have some of other shapes.
+        ConfigError: there is no language model at `llama_model`, or it cannot be loaded with these settings.
+        CheckpointError: tensors are missing from its files or have other shapes.
     """
     if device_map:
         _check_map(device_map, load_in)
@@ -58,7 +58,7 @@ def load_llm(
     logging.info("Loading the language model from %s in %s", llama_model, load_in if load_in != "16bit" else dtype)
     from minigpt4.quantization import convert_layers
 
-    # In their own type on the host, weights are mapped, not read: each layer is read when it is rounded.
+    # On the host, weights of unchanged dtype are mapped from disk. Each layer is read when it is rounded.
     mapped = load_in == "8bit_weights"
     how = {"dtype": "auto" if mapped else dtype, **_quantization(load_in, dtype)}
 
@@ -69,12 +69,12 @@ def load_llm(
     llm = read(device_map or on_one)
     first, wanted = llm.get_input_embeddings().weight.device, torch.empty(0, device=device).device
     if first != wanted and first.type == wanted.type and len({p.device for p in llm.parameters()}) == 1:
-        del llm
-        logging.info("It is small enough for one GPU, and lies on %s as a whole.", wanted)  # "auto" took the last one
+        del llm  # "auto" puts a small model on the last GPU
+        logging.info("It is small enough for one GPU and is loaded on %s as a whole.", wanted)
         llm, first = read(on_one), wanted
     if first != wanted:
         raise ConfigError(
-            f"model.llm_device_map={device_map} puts the first layer on {first}, but the vision side lies on {device}. "
+            f"model.llm_device_map={device_map} puts the first layer on {first}, but the vision side is on {device}. "
             "Use the first GPU (--gpu-id 0)."
         )
     return llm.requires_grad_(False).eval()
@@ -93,7 +93,7 @@ def _check_map(device_map: str, load_in: str) -> None:
 
 
 def _read(llama_model: str, load_in: str, **how: Any) -> "PreTrainedModel":
-    """transformers' `from_pretrained`, with errors that name what is to be mended, and nothing missing in silence."""
+    """Call transformers' `from_pretrained`. Its errors are turned into ours, and missing tensors are errors, too."""
     from transformers import AutoModelForCausalLM
 
     _check_path(llama_model)
@@ -104,13 +104,13 @@ def _read(llama_model: str, load_in: str, **how: Any) -> "PreTrainedModel":
         llm, info = AutoModelForCausalLM.from_pretrained(
             name,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # `_check_loaded` says which
+            ignore_mismatched_sizes=True,  # `_check_loaded` reports them
             **how,
             **options,
         )
     except (SafetensorError, UnpicklingError, EOFError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "PytorchStreamReader" not in str(error):
-            raise  # a GPU that is full, for example
+            raise  # for example, the GPU is out of memory
         raise _unreadable(llama_model, error) from error
     except OSError as error:
         raise _unreachable(llama_model, error) from error
@@ -119,7 +119,7 @@ def _read(llama_model: str, load_in: str, **how: Any) -> "PreTrainedModel":
 
 
 def embedding_dim(llama_model: str) -> int:
-    """Width of the language model's token embeddings, read from its config alone. Raises like `load_llm`."""
+    """Width of the language model's token embeddings, from its config alone. Raises the errors of `load_llm`."""
     from transformers import AutoConfig
 
     _check_path(llama_model)
@@ -132,7 +132,7 @@ def embedding_dim(llama_model: str) -> int:
 
 
 def pretrained_source(llama_model: str) -> tuple[str, dict]:
-    """What transformers' `from_pretrained` takes for `llama_model`: a folder or hub id, and keyword arguments."""
+    """Arguments of transformers' `from_pretrained` for `llama_model`: a folder or hub id, and keyword arguments."""
     options = {"local_files_only": True} if facts.offline() else {}
     path = Path(llama_model)
     if path.suffix == ".gguf":
@@ -141,7 +141,7 @@ def pretrained_source(llama_model: str) -> tuple[str, dict]:
 
 
 def _check_path(llama_model: str) -> None:
-    """Raise ConfigError for a folder or file that holds no language model, or not all of its shards."""
+    """Raise ConfigError for a folder or file without a language model, or without all of its shards."""
     path = Path(llama_model)
     if path.is_file() and path.suffix == ".gguf":
         if find_spec("gguf") is None:
@@ -159,21 +159,21 @@ def _check_path(llama_model: str) -> None:
 
 @torch.inference_mode()
 def check_answers(llm: "PreTrainedModel", tokenizer: "Tokenizer", llama_model: str) -> None:
-    """One forward pass over a plain sentence [1,T], to notice broken weights.
+    """Look for broken weights with one forward pass over a plain sentence [1,T].
 
-    A loss near ln V, which is guessing among the V tokens of the vocabulary, is logged as a warning.
+    A loss near ln V, the loss of guessing among the V tokens of the vocabulary, is logged as a warning.
 
-    Raises CheckpointError for logits that are not finite.
+    Raises CheckpointError if the logits are not finite.
     """
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     ids = torch.tensor([bos + tokenizer.encode(SENTENCE)], device=llm.get_input_embeddings().weight.device)
-    logits = llm(input_ids=ids, use_cache=False).logits[0].float()  # [T,V]
-    if not torch.isfinite(logits).all():
+    output = llm(input_ids=ids, labels=ids, use_cache=False)
+    if not torch.isfinite(output.logits).all():
         raise CheckpointError(
             f"The language model {llama_model} is broken: its logits for {SENTENCE!r} are not finite. Likely causes: a "
             "damaged file (compare its hash), or numbers that float16 cannot hold (run.amp_dtype=bf16)."
         )
-    loss, guessing = F.cross_entropy(logits[:-1], ids[0, 1:].to(logits.device)).item(), math.log(logits.shape[-1])
+    loss, guessing = output.loss.item(), math.log(output.logits.shape[-1])
     if loss > 0.95 * guessing:
         logging.warning(
             "The language model %s knows no language: its loss on %r is %.2f, and guessing gives ln V = %.2f. Likely "
@@ -186,16 +186,14 @@ def check_answers(llm: "PreTrainedModel", tokenizer: "Tokenizer", llama_model: s
 
 
 def recompute_layers(llm: "PreTrainedModel", count: int) -> None:
-    """Let the first `count` layers recompute their activations in the backward pass instead of keeping them."""
-    from minigpt4.common import compat
-
-    layers = llm.get_decoder().layers if count else []
-    for index in range(min(count, len(layers))):
-        layers[index] = compat.recomputed(layers[index])
+    """Make the first `count` layers recompute their activations in the backward pass instead of keeping them."""
+    layers = compat.decoder_layers(llm) if count else []
+    for index, layer in enumerate(layers[:count]):
+        layers[index] = compat.recomputed(layer)
 
 
 def _check_loaded(llama_model: str, info: dict) -> None:
-    """Nothing missing or surplus passes in silence."""
+    """Raise CheckpointError for missing and reshaped tensors; log a warning for surplus ones."""
     missing = sorted(info["missing_keys"])
     reshaped = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info["mismatched_keys"])
     if missing or reshaped:
@@ -211,11 +209,9 @@ def _check_loaded(llama_model: str, info: dict) -> None:
 
 
 def _unreadable(llama_model: str, error: Exception) -> CheckpointError:
-    """Which of the files is broken, and why, as far as it shows."""
+    """An error that names the broken files and the reasons, if they can be found."""
     folder = Path(llama_model)
-    reasons = {
-        name: weight_files.why_unreadable(folder / name) for name in weight_files.shards(folder) if folder.is_dir()
-    }
+    reasons = {name: weight_files.why_unreadable(folder / name) for name in weight_files.shards(folder)}
     broken = [f"{name}: {reason}" for name, reason in reasons.items() if reason] or [str(error).splitlines()[0]]
     return CheckpointError(f"The weights in {llama_model} cannot be read. " + "; ".join(broken))
 
@@ -229,15 +225,13 @@ def _unreachable(llama_model: str, error: OSError) -> ConfigError:
 
 
 def _quantization(load_in: str, dtype: torch.dtype) -> dict:
-    """What `from_pretrained` is told; nothing in 16 bit, so that a folder that is quantised already loads as it is."""
+    """Arguments of `from_pretrained` for `load_in`: none in 16 bit, so that quantised folders load unchanged."""
     if load_in in ("16bit", "8bit_weights"):
         return {}
     from transformers import BitsAndBytesConfig
 
-    from minigpt4.common import compat
-
     compat.silence_bitsandbytes()
-    if load_in == "4bit":
-        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
-        return {"quantization_config": config}
-    return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
+    if load_in == "8bit":
+        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    return {"quantization_config": config}

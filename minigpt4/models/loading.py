@@ -1,4 +1,4 @@
-"""From the paths of a config to weights in place: found and checked first, then read once, straight to the device."""
+"""From the paths of a config to loaded weights. They are found and checked, then read once, directly to the device."""
 
 import json
 import logging
@@ -17,32 +17,32 @@ from minigpt4.models import eva_vit, llm, qformer
 from minigpt4.weights import checkpoint, fingerprint, hf_names, locate
 from minigpt4.weights.checkpoint import CheckpointError
 
-# Width of the T5 whose BLIP-2 has the Q-Former that the published projections were trained on.
+# Width of the T5 in the BLIP-2 whose Q-Former the published projections were trained with.
 FLAN_T5_XXL_WIDTH = 4096
 PUBLISHED_QFORMER_WIDTH = 768
 PUBLISHED_QFORMER = "the Q-Former of blip2-flan-t5-xxl"
-# The parts of MiniGPT4; the vision side alone has only the first ones, a model for cached features only the last.
+# The parts of MiniGPT4. The vision side alone has only the first four, a model for cached features only the last two.
 PARTS = ("visual_encoder", "ln_vision", "query_tokens", "Qformer", "llama_proj", "llama_model")
 State = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Sources:
-    """The weights that a config names, mapped from the disk, so that none has taken memory yet. None: random ones."""
+    """The weights that a config names, mapped from disk, so that they take no memory yet. None: random weights."""
 
     vision: State | None
     qformer: State | None
     trained: State | None
     recorded: dict | None
-    """The fingerprint of the language model that `trained` belongs to."""
+    """The fingerprint of the language model that `trained` was trained with."""
 
 
 def open_sources(cfg: MiniGPT4Config) -> Sources:
-    """Find the weights of the vision side, fetch what is missing, and check what can be without a model.
+    """Find the weights of the vision side, download missing files, and make the checks that need no model.
 
     Raises:
-        CheckpointError: a file holds no weights, or the checkpoint was trained with another Q-Former.
-        DownloadError: see `weights.fetch`.
+        CheckpointError: a file contains no weights, or the checkpoint was trained with another Q-Former.
+        DownloadError: see `weights.locate.fetch`.
     """
     content = checkpoint.read_file(checkpoint.resolve(cfg.ckpt)) if cfg.ckpt else None
     trained, recorded = (checkpoint.weights_of(content), content.get(fingerprint.KEY)) if content else (None, None)
@@ -62,9 +62,9 @@ def open_sources(cfg: MiniGPT4Config) -> Sources:
 
 
 def vision_parts(cfg: MiniGPT4Config, sources: Sources, device: torch.device, dtype: torch.dtype) -> dict:
-    """The arguments of `Vision`: encoder and Q-Former, computing in `dtype`; what `load_rest` fills has no memory yet.
+    """The arguments of `Vision`: encoder and Q-Former, which compute in `dtype`.
 
-    With `load_vision: False` they are but sizes.
+    Parts that `load_rest` fills are on the meta device. With `load_vision: False`, all parts are.
     """
     device = device if cfg.load_vision else torch.device("meta")
     dtype = dtype if cfg.vit_precision == "fp16" else torch.float32
@@ -77,7 +77,7 @@ def vision_parts(cfg: MiniGPT4Config, sources: Sources, device: torch.device, dt
 
 
 def load_encoder(cfg: MiniGPT4Config, state: State | None, device: torch.device, dtype: torch.dtype) -> eva_vit.EvaViT:
-    """The vision encoder on `device`, its weights from `state`; linear and convolution layers in `dtype` if frozen."""
+    """The vision encoder on `device`, with the weights of `state`. If frozen, its matrices are in `dtype`."""
     with torch.device("meta" if state else device):
         vit = eva_vit.create_vit(cfg.vit_model, cfg.image_size, cfg.drop_path_rate, cfg.use_grad_checkpoint)
     if cfg.freeze_vit:
@@ -92,7 +92,7 @@ def load_encoder(cfg: MiniGPT4Config, state: State | None, device: torch.device,
 
 
 def cast_matrices(module: nn.Module, dtype: torch.dtype) -> None:
-    """Cast linear and convolution layers, weights and biases; norms, positions and the q and v biases stay."""
+    """Cast weights and biases of linear and convolution layers. Norms, positions, q and v biases keep their dtype."""
     for part in module.modules():
         if isinstance(part, (nn.Linear, nn.Conv2d)):
             part.to(dtype)
@@ -101,7 +101,7 @@ def cast_matrices(module: nn.Module, dtype: torch.dtype) -> None:
 def attach_llm_fingerprint(model: nn.Module, cfg: MiniGPT4Config, sources: Sources) -> None:
     """Give the model the fingerprint of its language model, which its checkpoints record.
 
-    Raises MismatchError where `model.ckpt` records another one.
+    Raises MismatchError if `model.ckpt` records another one.
     """
     model.fingerprint = fingerprint.take(model.llama_model, cfg.llama_model, cfg.prompt_template, cfg.end_sym)
     if cfg.ckpt:
@@ -109,7 +109,7 @@ def attach_llm_fingerprint(model: nn.Module, cfg: MiniGPT4Config, sources: Sourc
 
 
 def load_rest(model: nn.Module, cfg: MiniGPT4Config, sources: Sources, device: torch.device) -> None:
-    """Fill the Q-Former, ln_vision and the queries of a model, then what the checkpoint has trained of its parts."""
+    """Load the Q-Former, ln_vision and the queries of a model, then the trained tensors of its checkpoint."""
     if sources.qformer:
         used = qformer.checkpoint_filter_fn(sources.qformer)
         _say_unused(sources.qformer, used, cfg.q_former_model)
@@ -123,7 +123,7 @@ def load_rest(model: nn.Module, cfg: MiniGPT4Config, sources: Sources, device: t
 
 
 def report(model: nn.Module) -> None:
-    """Log, for each part of the model: tensors, parameters, types, devices, and whether it trains."""
+    """Log for each part of the model: tensors, parameters, dtypes, devices, and whether it trains."""
     parts: dict[str, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         parts.setdefault(name.split(".")[0], []).append(parameter)
@@ -137,8 +137,8 @@ def report(model: nn.Module) -> None:
 
 
 def parameter_count(parameter: nn.Parameter) -> int:
-    """Numbers in a parameter; 4-bit ones are packed two to a byte."""
-    state = getattr(parameter, "quant_state", None)  # of bitsandbytes' own layers
+    """How many numbers a parameter has. 4-bit parameters have two in a byte."""
+    state = getattr(parameter, "quant_state", None)  # bitsandbytes' own layers have it
     if state is not None:
         return state.shape.numel()
     return parameter.numel() * (2 if parameter.dtype == torch.uint8 else 1)
@@ -149,7 +149,7 @@ def _joined(values: Iterable) -> str:
 
 
 def _say_unused(state: State, used: State, source: str) -> None:
-    """Log which tensors of a file are left out, by the beginnings of their names."""
+    """Log the tensors of a file that are left out, grouped by the beginnings of their names."""
     if len(used) < len(state) and not any(name.startswith((hf_names.VISION, hf_names.QFORMER)) for name in state):
         names = Counter(".".join(name.split(".")[:2][: name.count(".")]) for name in state.keys() - used.keys())
         listed = ", ".join(f"{name} ({count})" for name, count in sorted(names.items()))
@@ -157,16 +157,16 @@ def _say_unused(state: State, used: State, source: str) -> None:
 
 
 def check_width(trained: State | None, cfg: MiniGPT4Config) -> None:
-    """The projection must fit the language model, whose width its config gives before its weights are read.
+    """Compare the width of the projection with that in the language model's config, before weights are read.
 
-    Raises CheckpointError if it does not.
+    Raises CheckpointError if they differ.
     """
-    if not trained:
+    projection = (trained or {}).get("llama_proj.weight")
+    if projection is None:
         return
-    projection, width = trained.get("llama_proj.weight"), llm.embedding_dim(cfg.llama_model)
-    if projection is not None and projection.shape[0] != width:
+    theirs, width = len(projection), llm.embedding_dim(cfg.llama_model)
+    if theirs != width:
         known = {4096: " (as in Vicuna-7B)", 5120: " (as in Vicuna-13B)"}
-        theirs = projection.shape[0]
         raise CheckpointError(
             f"{cfg.ckpt} was trained with a language model {theirs}{known.get(theirs, '')} wide; {cfg.llama_model} is "
             f"{width}{known.get(width, '')} wide. Change model.ckpt or model.llama_model so that they match."
@@ -174,9 +174,9 @@ def check_width(trained: State | None, cfg: MiniGPT4Config) -> None:
 
 
 def _check_qformer(path: Path, state: State, content: dict, cfg: MiniGPT4Config) -> None:
-    """A projection reads what its own Q-Former writes; one trained on the published Q-Former takes no other.
+    """Raise CheckpointError if the checkpoint was trained with the published Q-Former, and `path` is another one.
 
-    A checkpoint with a projection of the published width, whose config names no other file, was trained on that one.
+    It was trained with the published one if its config names no other file and its projection has the published width.
     """
     settings = (content.get("config") or {}).get("model") or {}
     trained_on = str(settings.get("q_former_model", BLIP2_URL))
@@ -200,10 +200,10 @@ def _check_qformer(path: Path, state: State, content: dict, cfg: MiniGPT4Config)
 
 
 def qformer_origin(path: Path, state: State) -> str | None:
-    """Which BLIP-2 a Q-Former is of; None: it cannot be told.
+    """The BLIP-2 that a Q-Former belongs to, as a text for messages. None: unknown.
 
-    A Hugging Face folder says in its config.json which language model it was trained with, LAVIS's files have a
-    projection into that model.
+    The config.json of a Hugging Face folder names the language model of the BLIP-2. A LAVIS file has a projection into
+    that model.
     """
     config = path / "config.json"
     if config.is_file():

@@ -21,43 +21,43 @@ from minigpt4.models.tokenizer import Tokenizer, load_tokenizer
 
 
 class PlainStep:
-    """How a training step is computed: one padded batch, by the modules as they are.
+    """Computes a training step: one padded batch, with the plain modules.
 
-    `MiniGPT4.accelerate` installs another step, which gives the same numbers faster.
+    `MiniGPT4.accelerate` installs another step object, which computes the same numbers faster.
     """
 
     def collate(self, model: "MiniGPT4", sequences: list[list[int]], labels: list[list[int]]) -> prompt.PaddedBatch:
-        """Token ids (IMAGE_ID where image vectors belong) and their labels, not shifted, to a batch."""
+        """Make a batch of token ids, with IMAGE_ID where image vectors belong, and their labels, not shifted."""
         return prompt.pad(sequences, labels, model.tokenizer.eos_token_id)
 
     def vision(self, model: "MiniGPT4", image: torch.Tensor) -> torch.Tensor:
-        """Images [B,3,H,W] to the Q-Former's output [B,Q,W]."""
+        """The Q-Former's output [B,Q,W] for images [B,3,H,W]."""
         return model.query_outputs(image)
 
     def loss(self, model: "MiniGPT4", image_embeds: torch.Tensor, batch: prompt.PaddedBatch) -> torch.Tensor:
-        """Mean cross-entropy over the labels of a batch, given its images [B,Q,D]."""
+        """The mean cross-entropy over the labels of a batch, given its images [B,Q,D]."""
         logits = model.predict(model.embed(batch, image_embeds), batch)  # [B,K,V]
         return summed_cross_entropy(logits, batch.targets) / max(batch.num_labels, 1)
 
 
 def summed_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of logits [B,K,V] against targets [B,K], summed in float32."""
+    """The sum of the cross-entropies of logits [B,K,V] and targets [B,K], in float32."""
     logits, targets = logits.float().flatten(0, 1), targets.flatten()
     return F.cross_entropy(logits, targets, ignore_index=prompt.IGNORE_INDEX, reduction="sum")
 
 
 @registry.register_model("mini_gpt4")
 class MiniGPT4(vision.Vision):
-    """The whole model; only `llama_proj` trains, unless `freeze_vit` or `freeze_qformer` is False.
+    """The whole model. Only `llama_proj` trains, unless `freeze_vit` or `freeze_qformer` is False.
 
     Args:
         visual_encoder, Qformer, llama_model, tokenizer: the parts.
         num_query_token: vectors per image (Q).
-        prompt_list: prompts with an image slot; one, drawn at random, serves a training batch. Empty: the image alone.
-        max_txt_len: most tokens of a training text, `end_sym` included.
-        end_sym: text that ends every training text.
-        llm_grad_checkpoint: how many of the language model's layers recompute their activations.
-        dtype: computing type of the vision side.
+        prompt_list: prompts with an image slot; a training batch uses one, drawn at random. Empty: the image alone.
+        max_txt_len: maximum number of tokens of a training text, `end_sym` included.
+        end_sym: the end of every training text.
+        llm_grad_checkpoint: number of the language model's layers that recompute their activations.
+        dtype: dtype of the vision side's computation.
     """
 
     PRETRAINED_MODEL_CONFIG_DICT = {
@@ -101,10 +101,10 @@ class MiniGPT4(vision.Vision):
     def forward(self, samples: dict) -> dict:
         """The loss of a batch {"image": [B,3,H,W], "text_input": [str] * B}.
 
-        "image_features" [B,Q,W] may take the image's place. A batch that `prepare` has tokenised is not tokenised
-        again. Returns {"loss": mean cross-entropy over the tokens with labels, "num_labels": how many these are}.
+        "image_features" [B,Q,W] can replace "image". A batch from `prepare` is not tokenised again.
+        Returns {"loss": mean cross-entropy over the tokens with labels, "num_labels": the number of these tokens}.
         """
-        if samples.get("tokens_of") != [*samples["text_input"]]:  # not prepared, or a task has changed the texts since
+        if samples.get("tokens_of") != [*samples["text_input"]]:  # not prepared, or a task changed the texts afterwards
             samples = self.prepare(samples)
         tokens = samples["tokens"].to(self.device)
         if "image_features" in samples:
@@ -115,26 +115,26 @@ class MiniGPT4(vision.Vision):
         return {"loss": self.step.loss(self, image_embeds, tokens), "num_labels": tokens.num_labels}
 
     def encode_img(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Images [B,3,H,W] to vectors [B,Q,D] in the language model's space, and their attention mask [B,Q] of ones."""
+        """Vectors [B,Q,D] in the language model's space for images [B,3,H,W], and an attention mask [B,Q] of ones."""
         image_embeds = self.project(self.step.vision(self, image))
         return image_embeds, torch.ones(image_embeds.shape[:2], dtype=torch.long, device=image.device)
 
     def project(self, features: torch.Tensor) -> torch.Tensor:
-        """The Q-Former's output [B,Q,W], computed or from a cache, to vectors [B,Q,D]."""
+        """Vectors [B,Q,D] for the Q-Former's output [B,Q,W], which may come from a cache."""
         with self.autocast(features.device):
             return self.llama_proj(features.float())
 
     def predict(self, embeds: torch.Tensor, tokens: prompt.Batch) -> torch.Tensor:
-        """Logits [B,K,V] for embeddings [B,S,D], of the K positions whose next token has a label in some row."""
+        """Logits [B,K,V] for embeddings [B,S,D], at the K positions whose next token has a label in any row."""
         return self.llama_model(inputs_embeds=embeds, use_cache=False, **tokens.llm_inputs()).logits
 
     def embed(self, tokens: prompt.Batch, image_embeds: torch.Tensor) -> torch.Tensor:
-        """Embeddings [B,S,D] of a batch's tokens, with `image_embeds` [images,Q,D] in its image slots."""
+        """Embeddings [B,S,D] of a batch's tokens, with `image_embeds` [images,Q,D] in the image slots."""
         embeds = self.llama_model.get_input_embeddings()(tokens.input_ids)
         return tokens.insert(embeds, image_embeds.reshape(-1, embeds.shape[-1]).to(embeds.dtype))
 
     def _check_images(self, image_embeds: torch.Tensor, tokens: prompt.Batch) -> None:
-        """Raises ValueError unless the images [images,Q,D] have as many vectors as the texts have places for."""
+        """Raise ValueError unless the images [images,Q,D] have as many vectors as the texts have places for them."""
         given = image_embeds.shape[:-1].numel()
         if given != tokens.num_image_vectors:
             raise ValueError(
@@ -144,10 +144,9 @@ class MiniGPT4(vision.Vision):
             )
 
     def prepare(self, samples: dict) -> dict:
-        """The batch with its texts tokenised and collated. It runs on the host, while the GPU computes the batch
-        before.
+        """Tokenise and collate the texts of a batch. The runner does this on the host, during the step before.
 
-        Adds "tokens", the texts they were made of ("tokens_of"), and "drawn_prompt", which is kept when it is there.
+        Adds "tokens", "tokens_of" (their texts) and "drawn_prompt" (unless the batch has one).
         """
         drawn = samples.get("drawn_prompt") or self._draw_prompt()
         ids, labels = prompt.training_sequences(
@@ -162,13 +161,13 @@ class MiniGPT4(vision.Vision):
         return {**samples, "tokens": tokens, "tokens_of": [*samples["text_input"]], "drawn_prompt": drawn}
 
     def _draw_prompt(self) -> str:
-        """One of the prompts in training, the first in evaluation, the image alone where there is none."""
+        """A random prompt in training, the first one in evaluation, the image alone if there are no prompts."""
         if not self.prompt_list:
             return prompt.IMAGE_SLOT
         return random.choice(self.prompt_list) if self.training else self.prompt_list[0]
 
     def accelerate(self, packed: bool, compiled: bool, fp8: bool = False) -> None:
-        """Compute training steps by `fast/training_step.py` from now on. Only fp8 changes the numbers."""
+        """Compute training steps with `fast/training_step.py` from now on. Only fp8 changes results beyond rounding."""
         self.step = registry.get_step_class("fast")(self, packed, compiled, fp8)
 
     @torch.inference_mode()
@@ -180,20 +179,20 @@ class MiniGPT4(vision.Vision):
         decoding_loop: DecodingLoop | None = None,
         **options: Any,
     ) -> list[str]:
-        """Continue each prompt, greedily unless `options` say otherwise.
+        """Continue each prompt; greedily by default.
 
         Args:
-            images: [images,3,H,W], one for each image slot of the prompts, in order; None: the prompts have no slots.
-            prompts: texts with `<ImageHere>` where an image goes, of any lengths.
-            stop: text that ends an answer; None: `end_sym`.
-            decoding_loop: see `continue_embeds`.
+            images: [images,3,H,W], one for each image slot of the prompts, in order. None: the prompts have no slots.
+            prompts: texts of any lengths, with `<ImageHere>` at the place of an image.
+            stop: text that ends an answer. None: `end_sym`.
+            decoding_loop: None: transformers' `generate` decodes. `fast.decoding.loop.cached_decoding` decodes faster.
             options: as for transformers' `generate`, for example max_new_tokens=60, num_beams=5, do_sample=True.
 
         Returns:
-            The answers, without `stop` and what follows it, stripped.
+            The answers up to `stop`, stripped.
 
         Raises:
-            ValueError: not as many images as slots.
+            ValueError: the numbers of images and slots differ.
         """
         stop = self.end_sym if stop is None else stop
         image_embeds = [] if images is None else self.encode_img(images)[0].unsqueeze(1)
@@ -203,9 +202,9 @@ class MiniGPT4(vision.Vision):
         return [answer_text(tokenizer, row, stop) for row in rows.tolist()]
 
     def context(self, prompts: list[str], image_embeds: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Prompts to be continued, as embeddings [B,S,D] padded on the left, and their attention mask [B,S].
+        """Embeddings [B,S,D] of prompts to be continued, padded on the left, and their attention mask [B,S].
 
-        `image_embeds` holds one [1,Q,D] for each image slot of the prompts, in order. Raises ValueError if it does not.
+        `image_embeds` has one [1,Q,D] for each image slot of the prompts, in order. Otherwise raises ValueError.
         """
         slots = sum(text.count(prompt.IMAGE_SLOT) for text in prompts)
         if slots != len(image_embeds):
@@ -218,7 +217,7 @@ class MiniGPT4(vision.Vision):
         return self.embed(tokens, images.to(self.device)), tokens.attention_mask
 
     def train(self, mode: bool = True) -> "MiniGPT4":
-        """Frozen parts stay in eval mode whatever `mode` says."""
+        """Set the mode of the parts that train. Frozen parts stay in eval mode."""
         super().train(mode)
         for part in self._frozen:
             part.eval()
@@ -228,17 +227,17 @@ class MiniGPT4(vision.Vision):
     def from_config(
         cls, cfg: Mapping, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
     ) -> "MiniGPT4":
-        """Build the model from the `model:` section, its frozen parts straight on `device`.
+        """Build the model from the `model:` section. Frozen parts are loaded directly to `device`.
 
         Args:
-            cfg: a mapping with the keys of `MiniGPT4Config`; absent ones have its defaults.
-            device: where the model lies.
-            dtype: computing type of the frozen parts (float16 or bfloat16 on a GPU). `vit_precision: fp32` exempts the
-                encoder.
+            cfg: a mapping with the keys of `MiniGPT4Config`; absent keys have its defaults.
+            device: device of the model.
+            dtype: dtype of the frozen parts' computation (float16 or bfloat16 on a GPU). `vit_precision: fp32` exempts
+                the encoder.
 
         Raises:
-            CheckpointError: weights that do not fit, or a language model that is broken.
-            ConfigError: weights that cannot be had.
+            CheckpointError: weights do not fit, or the language model is broken.
+            ConfigError: weights cannot be found or downloaded.
         """
         cfg, device = cls.config_class(**cfg), torch.device(device)
         prompts = prompt.read_prompts(cfg.prompt_path, cfg.prompt_template) if cfg.prompt_path else []
@@ -269,6 +268,6 @@ class MiniGPT4(vision.Vision):
         return model
 
     def drop_vision(self) -> None:
-        """Let go of encoder and Q-Former: training from cached features needs neither."""
+        """Remove encoder and Q-Former. Training from cached features needs neither."""
         self._frozen = [self.llama_model]
         self.visual_encoder = self.ln_vision = self.Qformer = None

@@ -1,16 +1,18 @@
-"""Texts with image slots become token ids and labels: the one place for training and for chat.
+"""Texts with image slots become token ids and labels, for training and for chat.
 
-A text is cut at each `<ImageHere>`. Every segment between is tokenised by itself, and a slot becomes as many positions
-as an image has vectors. `<s>` stands once, in front.
+A text is split at each `<ImageHere>`, an image slot. Each segment is tokenised by itself. A slot becomes as many
+positions as an image has vectors. `<s>` comes first, once.
 
 B batch, S sequence, Q query tokens per image, D width of the language model.
 """
 
 import copy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from minigpt4.common.errors import ConfigError
 from minigpt4.common.facts import IMAGE_SLOT
@@ -18,14 +20,14 @@ from minigpt4.common.facts import IMAGE_SLOT
 if TYPE_CHECKING:
     from minigpt4.models.tokenizer import Tokenizer
 
-# Stands at the positions of image vectors until those replace it.
+# The id at the positions of image vectors, until the vectors replace it.
 IMAGE_ID = -1
-# Label of positions that are not learnt.
+# The label of positions without a loss.
 IGNORE_INDEX = -100
 
 
 class Batch(Protocol):
-    """Token ids that the language model reads at once: a `PaddedBatch`, or a micro-batch of `fast/packing/batch.py`."""
+    """Token ids for one pass of the language model: a `PaddedBatch`, or a micro-batch of `fast/packing/batch.py`."""
 
     input_ids: torch.Tensor
     """[B,S] int64, 0 where an image vector belongs."""
@@ -33,43 +35,42 @@ class Batch(Protocol):
     """[B,K] int64: the token after each of the K positions whose logits are computed, or IGNORE_INDEX."""
 
     def insert(self, embeds: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
-        """Put image vectors [images * Q,D] into their places in the embeddings [B,S,D]."""
+        """The embeddings [B,S,D] with the image vectors [images * Q,D] at their positions."""
 
     def llm_inputs(self) -> dict:
-        """Arguments of the language model beside the embeddings."""
+        """The language model's other arguments, in addition to the embeddings."""
 
 
 @dataclass
 class PaddedBatch:
-    """Sequences of token ids, padded to one length.
-
-    input_ids [B,S] int64, with 0 where an image vector belongs; image_positions [images * Q] int64: those positions,
-    counted through all rows; attention_mask [B,S] int64: 0 on padding; labels [B,S] int64, not shifted: IGNORE_INDEX
-    where nothing is learnt.
-    """
+    """Sequences of token ids, padded to one length. All tensors are int64."""
 
     input_ids: torch.Tensor
+    """[B,S], 0 where an image vector belongs."""
     image_positions: torch.Tensor
+    """[images * Q] these positions, counted through all rows."""
     attention_mask: torch.Tensor
+    """[B,S], 0 on padding."""
     labels: torch.Tensor
+    """[B,S], not shifted: IGNORE_INDEX at positions without a loss."""
 
     def __post_init__(self) -> None:
         labels = self.labels[:, 1:]
-        # Positions [K] whose logits some row needs: a prompt and an image carry no label.
+        # [K] the positions whose logits a row needs. Prompts and images have no labels.
         self.logits_to_keep = (labels != IGNORE_INDEX).any(dim=0).nonzero().flatten()
-        # [B,K] the tokens that those predict, IGNORE_INDEX where a row has no label there.
+        # [B,K] the tokens after these positions, IGNORE_INDEX if a row has no label there.
         self.targets = labels[:, self.logits_to_keep]
         self.num_labels = int((labels != IGNORE_INDEX).sum())
         self.num_tokens, self.num_image_vectors = int(self.attention_mask.sum()), len(self.image_positions)
 
     def insert(self, embeds: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
-        """The embeddings [B,S,D], with the image vectors [images * Q,D] in their places."""
+        """The embeddings [B,S,D] with the image vectors [images * Q,D] at their positions."""
         return embeds.flatten(0, 1).index_copy(0, self.image_positions, vectors).view_as(embeds)
 
     def llm_inputs(self) -> dict:
-        """Arguments of the language model in training, beside the embeddings [B,S,D].
+        """The language model's other arguments in training, in addition to the embeddings [B,S,D].
 
-        Padding is on the right, after every label, so causal attention needs no mask.
+        Padding is on the right, after all labels, so causal attention needs no mask.
         """
         return {"logits_to_keep": self.logits_to_keep}
 
@@ -88,7 +89,7 @@ class PaddedBatch:
 
 
 def encode_with_images(tokenizer: "Tokenizer", text: str, num_query_tokens: int) -> list[int]:
-    """Token ids of `text`, after `<s>`, with `num_query_tokens` times IMAGE_ID for each image slot."""
+    """`<s>` and the token ids of `text`, in which IMAGE_ID replaces each image slot `num_query_tokens` times."""
     ids = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     first, *others = text.split(IMAGE_SLOT)
     ids += tokenizer.encode(first)
@@ -100,10 +101,12 @@ def encode_with_images(tokenizer: "Tokenizer", text: str, num_query_tokens: int)
 def training_sequences(
     tokenizer: "Tokenizer", prompt: str, texts: list[str], num_query_tokens: int, max_txt_len: int, end_sym: str
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """`<s>`, the prompt with its image, then each text with `end_sym`, of which at most `max_txt_len` tokens are kept.
+    """For each text a sequence: `<s>`, the prompt with its image, the text with `end_sym`.
 
-    Returns the sequences, IMAGE_ID where image vectors belong, and their labels, not shifted. Only the text carries
-    labels, save where its tokens equal the padding (eos) token.
+    At most `max_txt_len` tokens of a text are kept, `end_sym` included.
+
+    Returns the sequences, with IMAGE_ID where image vectors belong, and their labels, not shifted. Only tokens of the
+    text have labels. The eos token has none, because it is also the padding.
     """
     prefix = encode_with_images(tokenizer, prompt, num_query_tokens)
     sequences, labels = [], []
@@ -116,19 +119,18 @@ def training_sequences(
 
 
 def generation_batch(tokenizer: "Tokenizer", prompts: list[str], num_query_tokens: int) -> PaddedBatch:
-    """Prompts to be continued, padded on the left so that all end at the same position."""
+    """Prompts to be continued, padded on the left, so that all of them end at the same position."""
     sequences = [encode_with_images(tokenizer, prompt, num_query_tokens) for prompt in prompts]
     labels = [[IGNORE_INDEX] * len(sequence) for sequence in sequences]
     return pad(sequences, labels, tokenizer.eos_token_id, side="left")
 
 
 def pad(sequences: list[list[int]], labels: list[list[int]], pad_id: int, side: str = "right") -> PaddedBatch:
-    """Sequences (IMAGE_ID where image vectors belong) and their labels, padded to the longest."""
-    length = max(map(len, sequences))
+    """A batch of sequences, with IMAGE_ID where image vectors belong, and their labels, padded to the longest."""
 
     def padded(rows: list[list[int]], value: int) -> torch.Tensor:
-        fill = [[value] * (length - len(row)) for row in rows]
-        return torch.tensor([r + f if side == "right" else f + r for r, f in zip(rows, fill, strict=True)])
+        tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
+        return pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=side)
 
     ids = padded(sequences, pad_id)
     return PaddedBatch(
@@ -140,14 +142,13 @@ def pad(sequences: list[list[int]], labels: list[list[int]], pad_id: int, side: 
 
 
 def read_prompts(path: str, template: str) -> list[str]:
-    """The prompts of a text file, one a line, each wrapped in `template`; lines without an image slot are left out.
+    """The prompts of a text file, one per line, each put into `template`. Lines without an image slot are left out.
 
-    Raises ConfigError when no line has one, when a prompt has several, or when the template has no `{}`.
+    Raises ConfigError if no line has a slot, if a prompt has several, or if the template has no `{}`.
     """
     if "{}" not in template:
         raise ConfigError(f"model.prompt_template={template!r} has no {{}} where the prompt goes.")
-    with open(path, encoding="utf-8") as file:
-        lines = file.read().splitlines()
+    lines = Path(path).read_text(encoding="utf-8").splitlines()
     prompts = [template.replace("{}", line) for line in lines if IMAGE_SLOT in line]
     if not prompts:
         raise ConfigError(

@@ -1,13 +1,14 @@
 """The Q-Former: learned queries that read an image through cross-attention (BLIP-2, Li et al. 2023, section 3.1).
 
-Only the path of the queries is built: the published file's text branch (word embeddings, text feed-forward, language
-head) plays no part once BLIP-2's first stage is over. Module names are those of the published checkpoint, hence
-``Qformer.bert.encoder.layer.N.attention.self.query`` and the like.
+Only the path of the queries is built. The published file also has a text branch (word embeddings, text feed-forward,
+language head), which is used in BLIP-2's first stage only. Modules have the names of the published checkpoint, such as
+``Qformer.bert.encoder.layer.N.attention.self.query``.
 
 B batch, Q queries, N image tokens, D width, H heads.
 """
 
 import re
+from collections import OrderedDict
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from torch import nn
 from minigpt4.common.errors import ConfigError
 from minigpt4.weights import hf_names
 
-# What else BLIP-2's files hold: the text branch, the language head, the projection for T5 or OPT.
+# Tensors of BLIP-2's files that are not used: the text branch, the language head, the projection for T5 or OPT.
 SURPLUS = re.compile(
     r"Qformer\.cls\.|Qformer\.bert\.embeddings\.(word|position)_embeddings\.|"
     r"Qformer\.bert\.encoder\.layer\.\d+\.(intermediate|output)\.|(t5|opt)_proj\."
@@ -24,7 +25,7 @@ SURPLUS = re.compile(
 
 
 class SelfOutput(nn.Module):
-    """Project, drop out, add the residual, normalise: how every sub-layer of BERT ends."""
+    """The end of every sub-layer of BERT: projection, dropout, sum with the residual, norm."""
 
     def __init__(self, in_dim: int, dim: int, dropout: float):
         super().__init__()
@@ -71,19 +72,8 @@ class Attention(nn.Module):
         return self.output(self.self(x, context), x)
 
 
-class Intermediate(nn.Module):
-    """First half of the feed-forward network."""
-
-    def __init__(self, dim: int, intermediate_size: int):
-        super().__init__()
-        self.dense = nn.Linear(dim, intermediate_size)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.gelu(self.dense(x))
-
-
 class Layer(nn.Module):
-    """Self-attention among the queries, cross-attention to the image (in every second layer), feed-forward."""
+    """Self-attention among the queries, cross-attention to the image (in some of the layers), feed-forward."""
 
     def __init__(
         self,
@@ -94,13 +84,13 @@ class Layer(nn.Module):
         attention_dropout: float,
         hidden_dropout: float,
     ):
-        """image_dim: width of the image tokens; None: without cross-attention."""
+        """image_dim: width of the image tokens; None: the layer has no cross-attention."""
         super().__init__()
         self.attention = Attention(dim, dim, num_heads, attention_dropout, hidden_dropout)
         self.crossattention = (
             Attention(dim, image_dim, num_heads, attention_dropout, hidden_dropout) if image_dim else None
         )
-        self.intermediate_query = Intermediate(dim, intermediate_size)
+        self.intermediate_query = nn.Sequential(OrderedDict(dense=nn.Linear(dim, intermediate_size), gelu=nn.GELU()))
         self.output_query = SelfOutput(intermediate_size, dim, hidden_dropout)
 
     def forward(self, x: torch.Tensor, image_embeds: torch.Tensor) -> torch.Tensor:
@@ -108,18 +98,6 @@ class Layer(nn.Module):
         if self.crossattention is not None:
             x = self.crossattention(x, image_embeds)
         return self.output_query(self.intermediate_query(x), x)
-
-
-class Embeddings(nn.Module):
-    """The queries are given, so all that is left of BERT's embeddings is their normalisation."""
-
-    def __init__(self, dim: int, dropout: float):
-        super().__init__()
-        self.LayerNorm = nn.LayerNorm(dim, eps=1e-12)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.dropout(self.LayerNorm(x))
 
 
 class Encoder(nn.Module):
@@ -133,17 +111,10 @@ class Encoder(nn.Module):
         return x
 
 
-class Bert(nn.Module):
-    def __init__(self, embeddings: Embeddings, encoder: Encoder):
-        super().__init__()
-        self.embeddings = embeddings
-        self.encoder = encoder
-
-
 class QFormer(nn.Module):
     """Queries [B,Q,D] and image tokens [B,N,vision_width] to query outputs [B,Q,D].
 
-    The defaults are bert-base, which the published weights have. Dropout acts only when the module trains.
+    The defaults are the sizes of bert-base and of the published weights. Dropout acts in train mode only.
     """
 
     def __init__(
@@ -175,16 +146,19 @@ class QFormer(nn.Module):
             )
             for i in range(num_hidden_layers)
         ]
-        self.bert = Bert(Embeddings(hidden_size, hidden_dropout_prob), Encoder(layers))
+        # BERT's embeddings without the embedding: the queries are given.
+        norm, dropout = nn.LayerNorm(hidden_size, eps=1e-12), nn.Dropout(hidden_dropout_prob)
+        embeddings = nn.Sequential(OrderedDict(LayerNorm=norm, dropout=dropout))
+        self.bert = nn.ModuleDict({"embeddings": embeddings, "encoder": Encoder(layers)})
 
     def forward(self, query_tokens: torch.Tensor, image_embeds: torch.Tensor) -> torch.Tensor:
         return self.bert.encoder(self.bert.embeddings(query_tokens), image_embeds)
 
 
 def checkpoint_filter_fn(state_dict: dict) -> dict:
-    """The queries, ln_vision and the Q-Former's query path out of a BLIP-2 file; its known surplus is dropped.
+    """Keep the queries, ln_vision and the Q-Former's query path of a BLIP-2 file. Unknown tensors are kept, too.
 
-    Weights of a Hugging Face folder get their published names first.
+    Weights of a Hugging Face folder are first given their published names.
     """
     if any(key.startswith(hf_names.QFORMER) for key in state_dict):
         state_dict = hf_names.qformer_from_hf(state_dict)

@@ -1,4 +1,4 @@
-"""How the next token is chosen: the options of transformers' `generate` that a decoding loop can take.
+"""Choosing the next token, with the options of transformers' `generate` that a decoding loop supports.
 
 B batch, T new tokens, V vocabulary.
 """
@@ -11,9 +11,9 @@ import torch
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Of `continue_embeds`.
+# The defaults of `continue_embeds`.
 DEFAULTS = {"do_sample": False, "max_new_tokens": 300}
-# Of transformers' `generate`, for options that neither the caller nor the model's folder sets.
+# The defaults of transformers' `generate`, for options that neither the caller nor the model's folder sets.
 NEUTRAL = {
     "min_new_tokens": 0,
     "num_beams": 1,
@@ -22,7 +22,7 @@ NEUTRAL = {
     "top_k": 50,
     "top_p": 1.0,
 }
-# Entries of a model's generation_config.json that say nothing about drawing, or that DEFAULTS overrules.
+# Entries of a model's generation_config.json that do not concern the choice of a token, or that DEFAULTS overrides.
 IGNORED = {
     "_from_model_config",
     "bos_token_id",
@@ -36,7 +36,7 @@ IGNORED = {
 
 @dataclass
 class Sampling:
-    """Draws with transformers' own logits processors, in its order, so that the same seed gives the same ids."""
+    """Chooses with transformers' own logits processors, in its order, so that the same seed gives the same ids."""
 
     max_new_tokens: int
     do_sample: bool
@@ -45,7 +45,7 @@ class Sampling:
 
     @classmethod
     def of(cls, llm: "PreTrainedModel", options: dict) -> "Sampling | None":
-        """From options as for `generate`; None where one asks for what only `generate` can do, such as beams."""
+        """Read options as for `generate`. Returns None if one of them needs `generate` itself, such as beams."""
         config = llm.generation_config
         known = NEUTRAL | DEFAULTS
         own = {name: value for name, value in config.to_diff_dict().items() if name in known or value}
@@ -57,7 +57,7 @@ class Sampling:
         return cls(settings["max_new_tokens"], settings["do_sample"], eos_ids, _processors(settings, eos_ids, llm))
 
     def choose(self, ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """The next ids [B], after the new ids so far [B,T] and the logits [B,V] float32."""
+        """The next ids [B], from the new ids so far [B,T] and the logits [B,V] float32."""
         for processor in self.processors:
             logits = processor(ids, logits)
         if self.do_sample:
@@ -66,26 +66,20 @@ class Sampling:
 
 
 def _processors(settings: dict, eos_ids: list[int], llm: "PreTrainedModel") -> list:
-    from transformers import (
-        MinNewTokensLengthLogitsProcessor,
-        RepetitionPenaltyLogitsProcessor,
-        TemperatureLogitsWarper,
-        TopKLogitsWarper,
-        TopPLogitsWarper,
-    )
+    import transformers
 
     processors = []
     if settings["repetition_penalty"] != 1:
-        processors.append(RepetitionPenaltyLogitsProcessor(float(settings["repetition_penalty"])))
+        processors.append(transformers.RepetitionPenaltyLogitsProcessor(float(settings["repetition_penalty"])))
     if settings["min_new_tokens"] and eos_ids:
         least = settings["min_new_tokens"]
         device = llm.get_input_embeddings().weight.device
-        processors.append(MinNewTokensLengthLogitsProcessor(0, least, eos_ids, device=device))
+        processors.append(transformers.MinNewTokensLengthLogitsProcessor(0, least, eos_ids, device=device))
     if settings["do_sample"]:
         if settings["temperature"] != 1:
-            processors.append(TemperatureLogitsWarper(float(settings["temperature"])))
+            processors.append(transformers.TemperatureLogitsWarper(float(settings["temperature"])))
         if settings["top_k"]:
-            processors.append(TopKLogitsWarper(settings["top_k"]))
+            processors.append(transformers.TopKLogitsWarper(settings["top_k"]))
         if settings["top_p"] < 1:
-            processors.append(TopPLogitsWarper(settings["top_p"]))
+            processors.append(transformers.TopPLogitsWarper(settings["top_p"]))
     return processors

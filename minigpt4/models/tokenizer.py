@@ -1,28 +1,27 @@
 """Text to token ids, a segment at a time, and back.
 
-The published weights were trained with SentencePiece's own segmentation, where each segment starts with its dummy
-prefix "▁". Where a model's folder holds `tokenizer.model`, or a .gguf file its pieces, SentencePiece itself does the
-work; transformers 5's tokenizer of the same file gives other ids for segments such as " ###". Elsewhere transformers'
-tokenizer is used.
+The published weights were trained with SentencePiece's own segmentation, in which each segment starts with the dummy
+prefix "▁". SentencePiece itself is used if a model's folder has `tokenizer.model` or a .gguf file has its vocabulary.
+transformers 5's tokenizer of the same file gives other ids for segments such as " ###". It is used for other models.
 """
 
 import itertools
 import json
 import re
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from minigpt4.models import llm
 
 
 class Tokenizer(Protocol):
-    """Token ids of a text and back. Nothing is added of its own accord."""
+    """Converts a text to token ids and back. `encode` adds no special tokens."""
 
     bos_token_id: int | None
     eos_token_id: int
     unk_token_id: int | None
     special_tokens: dict[str, int]
-    """Texts that the tokenizer reads as one special token each, such as `</s>`."""
+    """{text: id} of the texts that are read as one special token each, such as `</s>`."""
 
     def encode(self, text: str) -> list[int]: ...
 
@@ -45,25 +44,25 @@ def load_tokenizer(llama_model: str) -> Tokenizer:
 
 
 def _model_in_gguf(path: str) -> bytes | None:
-    """The SentencePiece model that a .gguf file of a LLaMA holds, piece by piece; None for other tokenizers."""
+    """The SentencePiece model in the .gguf file of a LLaMA; None for other tokenizers."""
     from gguf import GGUFReader
 
     from minigpt4.weights.sentencepiece import bpe_model
 
-    fields = {
-        key.removeprefix("tokenizer.ggml."): field
-        for key, field in GGUFReader(path).fields.items()
-        if key.startswith("tokenizer.ggml.")
-    }
-    if "model" not in fields or fields["model"].contents() != "llama":
+    fields = GGUFReader(path).fields
+
+    def read(key: str) -> Any:
+        field = fields.get(f"tokenizer.ggml.{key}")
+        return field.contents() if field else None
+
+    if read("model") != "llama":
         return None
-    pieces = zip(*(fields[key].contents() for key in ("tokens", "scores", "token_type")), strict=True)
-    prefix = fields["add_space_prefix"].contents() if "add_space_prefix" in fields else True
-    return bpe_model(pieces, bool(prefix))
+    pieces, prefix = zip(read("tokens"), read("scores"), read("token_type"), strict=True), read("add_space_prefix")
+    return bpe_model(pieces, prefix is None or bool(prefix))
 
 
 class HuggingFaceTokenizer:
-    """transformers' tokenizer, without special tokens of its own accord."""
+    """transformers' tokenizer, which adds no special tokens here."""
 
     def __init__(self, llama_model: str):
         from transformers import AutoTokenizer
@@ -79,7 +78,7 @@ class HuggingFaceTokenizer:
             raise ValueError(f"The tokenizer of {llama_model} has no end-of-sequence token, which pads batches.")
 
     def __len__(self) -> int:
-        """Number of token ids, added ones included."""
+        """The number of token ids, added ones included."""
         return len(self._tokenizer)
 
     def encode(self, text: str) -> list[int]:
@@ -90,10 +89,10 @@ class HuggingFaceTokenizer:
 
 
 class SentencePieceTokenizer:
-    """`tokenizer.model` through SentencePiece, split first at the texts of special tokens (`</s>` is id 2)."""
+    """SentencePiece with `tokenizer.model`. A text is first split at special tokens (`</s>` is id 2)."""
 
     def __init__(self, model_file: str | None = None, added_file: str | None = None, model_proto: bytes | None = None):
-        """added_file: added_tokens.json, where Vicuna v0 has a pad token; model_proto: a model file's content."""
+        """added_file: added_tokens.json, in which Vicuna v0 has a pad token; model_proto: a model file's content."""
         from sentencepiece import SentencePieceProcessor
 
         self._model = SentencePieceProcessor(model_file=model_file, model_proto=model_proto)
@@ -109,16 +108,16 @@ class SentencePieceTokenizer:
         self._split = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
 
     def __len__(self) -> int:
-        """Number of token ids, added ones included."""
+        """The number of token ids, added ones included."""
         return len(self._model) + sum(i >= len(self._model) for i in self.special_tokens.values())
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = []
-        for piece in self._split.split(text):
-            if piece in self.special_tokens:
-                ids.append(self.special_tokens[piece])
-            elif piece:
-                ids.extend(self._model.encode(piece))
+        for segment in self._split.split(text):
+            if segment in self.special_tokens:
+                ids.append(self.special_tokens[segment])
+            elif segment:
+                ids.extend(self._model.encode(segment))
         return ids
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:

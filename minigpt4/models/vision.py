@@ -1,7 +1,8 @@
-"""The vision side: image -> EVA-ViT -> ln_vision -> Q-Former, as the base of MiniGPT-4 and by itself.
+"""The vision side: image -> EVA-ViT -> ln_vision -> Q-Former. It is the base class of MiniGPT-4 and usable by itself.
 
-B batch, Q query tokens, N image tokens, W width of the Q-Former. What it gives, [B,Q,W], can be cached: see
-`datasets/feature_cache.py`.
+Its output [B,Q,W] can be cached (`datasets/feature_cache.py`).
+
+B batch, Q query tokens, N image tokens, W width of the Q-Former.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,16 +16,16 @@ from minigpt4.models import eva_vit, loading, qformer
 from minigpt4.models.base_model import BaseModel
 
 PREFIXES = ("visual_encoder.", "ln_vision.", "query_tokens", "Qformer.")
-"""What the names of its parameters begin with."""
+"""The beginnings of its parameters' names."""
 
 
 class Vision(BaseModel):
-    """Takes images to Q vectors each.
+    """Maps each image to Q vectors.
 
     Args:
         visual_encoder, Qformer: the parts.
         num_query_token: vectors per image (Q).
-        dtype: computing type.
+        dtype: dtype of the computation.
     """
 
     def __init__(
@@ -44,7 +45,7 @@ class Vision(BaseModel):
     def query_outputs(self, image: torch.Tensor, encoder: Callable | None = None) -> torch.Tensor:
         """Normalised images [B,3,H,W] to the Q-Former's output [B,Q,W].
 
-        encoder: computes the image tokens instead of `visual_encoder`, with the same results.
+        encoder: used instead of `visual_encoder`; computes the same image tokens.
         """
         if self.visual_encoder is None:
             raise ConfigError("The model was built for cached features (model.load_vision=False): it sees no images.")
@@ -52,21 +53,22 @@ class Vision(BaseModel):
             raise ConfigError(f"Images must be normalised, floating-point numbers; these are {image.dtype}.")
         with self.autocast(image.device):
             image_tokens = self.ln_vision((encoder or self.visual_encoder)(image))  # [B,N,encoder's width]
-            if not image_tokens.requires_grad:  # gradients of the layers that read them add up in float32
-                image_tokens = image_tokens.to(self.dtype)  # once, not in each of those layers
+            # Cast once, not in each layer that reads them. If they need gradients, these are summed in float32.
+            if not image_tokens.requires_grad:
+                image_tokens = image_tokens.to(self.dtype)
             return self.Qformer(self.query_tokens.expand(len(image), -1, -1), image_tokens)
 
     def autocast(self, device: torch.device) -> torch.autocast:
-        """Computing in `dtype`. CUDA graphs could not take a cache of casts."""
+        """Compute in `dtype`. Casts are not cached, because a CUDA graph cannot contain such a cache."""
         return torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32, cache_enabled=False)
 
     @classmethod
     def from_config(
         cls, cfg: Mapping, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
     ) -> "Vision":
-        """The vision side alone, frozen, from the `model:` section; arguments and errors as of `MiniGPT4.from_config`.
+        """Build the vision side alone, frozen, from the `model:` section.
 
-        Where `ckpt` holds parts of it, which were trained then, they are loaded from there.
+        Arguments and errors are those of `MiniGPT4.from_config`. Parts that were trained are loaded from `ckpt`.
         """
         cfg, device = MiniGPT4Config.from_section(cfg), torch.device(device)
         sources = loading.open_sources(cfg)

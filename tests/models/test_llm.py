@@ -396,7 +396,7 @@ def test_auto_keeps_a_small_model_beside_the_vision_side(llm_folder, monkeypatch
     cpu, asked, read = torch.device("cpu"), [], llm_module._read
     weight = SimpleNamespace(device=torch.device("cpu", 1))
     elsewhere = SimpleNamespace(
-        get_input_embeddings=lambda: SimpleNamespace(weight=weight), parameters=lambda: iter([weight])
+        get_input_embeddings=lambda: SimpleNamespace(weight=weight), parameters=lambda: iter([weight]), modules=list
     )
 
     def balancing(*args, device_map, **how):
