@@ -215,7 +215,7 @@ FAULTS = {
     ),
     "broken index": ("chat", lambda p: p.write(p.llm / "model.safetensors.index.json", "{"), ERROR, LLM, "index.json"),
     # shapes
-    "13B projection": ("stage2", checkpoint(linear(SIZES.qformer_width, 5120)), ERROR, "model.ckpt", "5120 .* 128"),
+    "13B projection": ("stage2", checkpoint(linear(SIZES["qformer_width"], 5120)), ERROR, "model.ckpt", "5120 .* 128"),
     "another Q-Former's": ("stage2", checkpoint(linear(99, 128)), ERROR, "model.ckpt", r"\(128, 99\)"),
     "no projection": ("chat", checkpoint({"x": torch.zeros(2)}), ERROR, "model.ckpt", "llama_proj.weight"),
     "queries": ("stage1", more_queries, ERROR, "model.num_query_token", r"\(1, 40, 48\)"),
@@ -442,7 +442,7 @@ def test_another_language_model(patient):
     rows = load_file(patient.llm / "model.safetensors")["model.embed_tokens.weight"]
     ids = [len(rows) >> shift for shift in range(1, 9)]
     own = {"name": "mine", "width": 128, "layers": 2, "vocabulary": len(rows), "prompt_template": "{}", "end_sym": "\n"}
-    projection = linear(SIZES.qformer_width, 128)
+    projection = linear(SIZES["qformer_width"], 128)
     checkpoint(projection, llm_fingerprint=own | {"embedding_rows": rows[ids].half()})(patient)
     assert patient.diagnostics(ERROR, WARNING) == []
     assert "was trained with this language model" in {f.what for f in patient.diagnostics()}
