@@ -27,7 +27,6 @@ for the machine.
 import argparse
 import contextlib
 import importlib.util
-import itertools
 import os
 import statistics
 import tempfile
@@ -78,28 +77,24 @@ def main(argv: list[str]) -> int:
         raise ConfigError("--baseline times a script that knows one process. Run it without torchrun.")
     from minigpt4.common import dist_utils
 
-    if args.cfg_path:
-        rows = time_config(args)
-    else:
-        rows = itertools.chain(time_baseline(args.baseline, args.work) if args.baseline else [], time_full_size(args))
-    try:
-        for row in rows:
+    if args.baseline and not args.cfg_path:
+        for row in time_baseline(args.baseline, args.work):
+            report(row, args.json)
+    cfgs = [load_config(args.cfg_path or ROOT / STAGE_CONFIGS[1], options) for options in settings(args)]
+    with dist_utils.process_group(cfgs[0].run_cfg) as device:
+        for row in time_config(args, cfgs) if args.cfg_path else time_full_size(args, device):
             if dist_utils.is_main_process():
                 report(row, args.json)
-    finally:
-        dist_utils.destroy_process_group()
     return 0
 
 
-def time_config(args: argparse.Namespace) -> Iterator[dict]:
-    """Time a training config: its own model, data, task and runner."""
+def time_config(args: argparse.Namespace, cfgs: list) -> Iterator[dict]:
+    """Time a training config: its own model, data, task and runner. cfgs: one for each setting."""
     from minigpt4.common.registry import registry
     from minigpt4.runners.state import seed_everything
 
-    cfgs = [load_config(args.cfg_path, options) for options in settings(args)]
     for cfg in cfgs:
         cfg.check_paths(datasets=True)
-    join_group(cfgs[0].run_cfg)
     with contextlib.ExitStack() as stack:
         runners = []
         for cfg in cfgs:
@@ -112,11 +107,10 @@ def time_config(args: argparse.Namespace) -> Iterator[dict]:
         yield from time_runners(args, args.cfg_path, runners)
 
 
-def time_full_size(args: argparse.Namespace) -> Iterator[dict]:
+def time_full_size(args: argparse.Namespace, device) -> Iterator[dict]:
     """Time the fixed workloads: random weights at full size (or small), through the runner."""
     from minigpt4.common import dist_utils
 
-    device = join_group(load_config(ROOT / STAGE_CONFIGS[1], args.options).run_cfg)
     if device.type == "cpu" and not args.small:
         raise ConfigError(
             "The fixed workloads are of full size, 31 GB in float32, and there is no GPU. Add --small, or time a "
@@ -153,15 +147,6 @@ def random_runner(args: argparse.Namespace, stage: int, options: list[str], devi
     model.prompt_list = [" w" * 11 + "<ImageHere>" + " w" * 11] if stage == 2 else []
     datasets = {"random": {"train": [None] * 256}}  # the runner needs their length only
     return RunnerBase(cfg, ImageTextPretrainTask(), model.train(), datasets, "bench")
-
-
-def join_group(run):
-    """The device of this process, after it has joined the process group of torchrun, if there is one."""
-    from minigpt4.common import dist_utils
-
-    device = dist_utils.select_device(run.device)
-    dist_utils.init_process_group(device, run.dist_backend, run.distributed)
-    return device
 
 
 def settings(args: argparse.Namespace) -> list[list[str]]:

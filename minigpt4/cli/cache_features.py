@@ -14,11 +14,15 @@ from collections.abc import Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 
+from omegaconf import OmegaConf
+from tqdm import tqdm
+
 from minigpt4.cli.arguments import add_config_arguments
 from minigpt4.cli.parallel import ahead, batches
 from minigpt4.common.commands import check_positive, command_parser
 from minigpt4.common.config import Config
 from minigpt4.common.errors import ConfigError
+from minigpt4.common.registry import registry
 from minigpt4.common.text import pluralize
 
 
@@ -45,9 +49,7 @@ def main(argv: list[str]) -> int:
     from minigpt4.common.logger import setup_logger
 
     setup_logger()
-    device = dist_utils.select_device(cfg.run_cfg.device)
-    dist_utils.init_process_group(device, cfg.run_cfg.dist_backend, cfg.run_cfg.distributed)
-    try:
+    with dist_utils.process_group(cfg.run_cfg) as device:
         sources = {name: (source_dataset(cfg, name), manifest_of(cfg, name)) for name in cfg.datasets_cfg}
         model = load_vision(cfg, device)
         with ThreadPoolExecutor(args.threads) as pool:
@@ -56,16 +58,11 @@ def main(argv: list[str]) -> int:
                 folder = Path(args.out) / name
                 writer.write(name, dataset, manifest, folder)
                 logging.info("To train from them: --options datasets.%s.build_info.features=%s", name, folder)
-    finally:
-        dist_utils.destroy_process_group()
     return 0
 
 
 def source_dataset(cfg, name: str):
     """The dataset of a section, with its eval processor. Raises ConfigError for one that cannot be read in parts."""
-    from omegaconf import OmegaConf
-
-    from minigpt4.common.registry import registry
 
     section = cfg.datasets_cfg[name]
     eval_processor = section.vis_processor.get("eval")
@@ -84,8 +81,6 @@ def source_dataset(cfg, name: str):
 
 def manifest_of(cfg, name: str) -> dict:
     """The record that is kept with a cache: the vision side that computes it, and the data that it is computed from."""
-    from omegaconf import OmegaConf
-
     from minigpt4.tasks.cached_features import made_by
 
     data = OmegaConf.to_container(cfg.datasets_cfg[name].build_info)
@@ -96,7 +91,6 @@ def manifest_of(cfg, name: str) -> dict:
 def load_vision(cfg, device):
     """The vision side of the config's model. Raises ConfigError if it is not MiniGPT4's."""
     from minigpt4.common import dist_utils
-    from minigpt4.common.registry import registry
     from minigpt4.models.vision import Vision
 
     model_class = registry.get_model_class(cfg.model_cfg.arch)
@@ -122,8 +116,6 @@ class Writer:
 
     def write(self, name: str, dataset, manifest: dict, folder: Path) -> None:
         """Write this rank's shards of a dataset, except those that exist."""
-        from tqdm import tqdm
-
         from minigpt4.common import dist_utils
         from minigpt4.datasets import feature_cache
 

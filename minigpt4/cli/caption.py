@@ -21,6 +21,8 @@ from glob import escape
 from itertools import islice
 from pathlib import Path
 
+from tqdm import tqdm
+
 from minigpt4.cli import arguments
 from minigpt4.cli.parallel import ahead, batches
 from minigpt4.common.commands import check_positive, command_parser
@@ -62,13 +64,10 @@ def main(argv: list[str]) -> int:
     from minigpt4.conversation.loading import load_chat, select_gpu
 
     setup_logger()
-    device = dist_utils.select_device(cfg.run_cfg.device) if args.gpu_id is None else select_gpu(cfg, args.gpu_id)
-    dist_utils.init_process_group(device, cfg.run_cfg.dist_backend, cfg.run_cfg.distributed)
-    try:
+    gpu = None if args.gpu_id is None else select_gpu(cfg, args.gpu_id)
+    with dist_utils.process_group(cfg.run_cfg, gpu) as device:
         chat = load_chat(cfg, device)
         unreadable = caption(items, Captioner(chat, args, cfg.model_cfg.prompt_template), Output(args.out))
-    finally:
-        dist_utils.destroy_process_group()
     return 1 if unreadable else 0
 
 
@@ -245,8 +244,6 @@ def _image(line: bytes, path: Path) -> str:
 
 def caption(items: Items, captioner: Captioner, output: Output) -> list[str]:
     """Describe this rank's share of the pictures that `output` lacks. Returns why all ranks skipped pictures."""
-    from tqdm import tqdm
-
     from minigpt4.common import dist_utils
 
     rank, ranks = dist_utils.get_rank(), dist_utils.get_world_size()

@@ -6,6 +6,8 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 MIB = 2**20
 
 
@@ -66,24 +68,24 @@ def readable(size: float) -> str:
     return f"{size / 1e6:.0f} MB" if size >= 1e7 else f"{size / 1e6:.1f} MB"
 
 
-def available_memory() -> int | None:
-    """Bytes of host memory that programs can still have. None: the system does not say (not Linux)."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)
+def available_memory() -> int:
+    """Bytes of host memory that programs can still have."""
+    return psutil.virtual_memory().available
 
 
 def free_disk(path: Path) -> int:
     """Free bytes where `path` is, or will be."""
-    while not path.exists():
-        path = path.absolute().parent
-    return shutil.disk_usage(path).free
+    return shutil.disk_usage(_existing(path)).free
 
 
 def is_writable(path: Path) -> bool:
     """Whether the folder `path` can be made, or written to."""
+    path = _existing(path)
+    return path.is_dir() and os.access(path, os.W_OK)
+
+
+def _existing(path: Path) -> Path:
+    """`path`, or if it does not exist, the lowest of its parents that does."""
     while not path.exists():
         path = path.absolute().parent
-    return path.is_dir() and os.access(path, os.W_OK)
+    return path
