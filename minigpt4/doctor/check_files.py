@@ -22,11 +22,13 @@ PICKLE = b"\x80"
 def check_paths(context: RunContext) -> Iterator[Diagnostic]:
     """Every path of the config exists."""
     try:
-        context.cfg.check_paths()
+        context.cfg.check_paths(datasets=context.training)
     except ConfigError as mistake:
         for line in str(mistake).splitlines()[1:]:
             what, _, fix = line.strip().partition(". ")
             key, _, what = what.partition(" = ")
+            if key.endswith(".features"):
+                fix = f"Make it: python -m minigpt4 cache-features. {fix}"
             yield error(key, what, fix)
     else:
         yield ok("paths", "all that the config names are there")

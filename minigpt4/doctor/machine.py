@@ -1,8 +1,8 @@
-"""The machine: GPUs, memory, disks. NVIDIA's own library describes the GPUs, so that torch is not needed."""
+"""The machine: GPUs, memory, disks. nvidia-smi describes the GPUs, so that torch is not needed."""
 
-import ctypes
 import os
 import shutil
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,18 +23,19 @@ class Gpu:
 
 def list_gpus() -> list[Gpu]:
     """The NVIDIA GPUs that CUDA_VISIBLE_DEVICES allows. Empty if there is no driver."""
+    fields = "name,compute_cap,memory.total,memory.free"
+    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
     try:
-        nvml = ctypes.CDLL("libnvidia-ml.so.1")
-    except OSError:
+        lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    except (OSError, subprocess.CalledProcessError):
         return []
-    if nvml.nvmlInit_v2():
-        return []
-    try:
-        count = ctypes.c_uint()
-        nvml.nvmlDeviceGetCount_v2(ctypes.byref(count))
-        gpus = [_ask(nvml, index) for index in range(count.value)]
-    finally:
-        nvml.nvmlShutdown()
+    gpus = []
+    for line in lines:
+        name, capability, total, free = line.rsplit(", ", 3)
+        major, minor = map(int, capability.split("."))
+        # A GPU that shares the host's memory has none of its own: "[N/A]".
+        sizes = [int(size) * MIB if size.isdigit() else available_memory() for size in (total, free)]
+        gpus.append(Gpu(name, (major, minor), *sizes))
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None or not all(part.strip().isdigit() for part in visible.split(",") if part):
         return gpus  # UUIDs and slices of GPUs are not supported here
@@ -45,20 +46,6 @@ def imagined_gpu(gigabytes: float) -> Gpu:
     """An unused, recent GPU that is sold with this many GB, which are GiB."""
     size = int(gigabytes * 2**30)
     return Gpu(f"a GPU of {gigabytes:g} GB", (8, 0), size, size)
-
-
-class _Memory(ctypes.Structure):
-    _fields_ = [("total", ctypes.c_ulonglong), ("free", ctypes.c_ulonglong), ("used", ctypes.c_ulonglong)]
-
-
-def _ask(nvml, index: int) -> Gpu:
-    device, name, memory = ctypes.c_void_p(), ctypes.create_string_buffer(96), _Memory()
-    major, minor = ctypes.c_int(), ctypes.c_int()
-    nvml.nvmlDeviceGetHandleByIndex_v2(index, ctypes.byref(device))
-    nvml.nvmlDeviceGetName(device, name, len(name))
-    nvml.nvmlDeviceGetMemoryInfo(device, ctypes.byref(memory))
-    nvml.nvmlDeviceGetCudaComputeCapability(device, ctypes.byref(major), ctypes.byref(minor))
-    return Gpu(name.value.decode(), (major.value, minor.value), memory.total, memory.free)
 
 
 def readable(size: float) -> str:

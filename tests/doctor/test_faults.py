@@ -251,7 +251,8 @@ FAULTS = {
     "two slots": ("stage2", prompts("<ImageHere><ImageHere>"), ERROR, "model.prompt_path", "2 times"),
     "end_sym": ("stage2", options("model.end_sym=x"), WARNING, "model.end_sym", "'x'"),
     # data
-    "no shards": ("stage1", lambda p: rename(p.shards), ERROR, LAION, "no file matches"),
+    "no folder of shards": ("stage1", lambda p: rename(p.shards), ERROR, LAION, "does not exist"),
+    "no shards": ("stage1", lambda p: [s.unlink() for s in p.shards.iterdir()], ERROR, LAION, "no file matches"),
     "a shard is missing": (
         "stage1",
         lambda p: p.options.append(f"{LAION}={p.shards}/{{00000..00009}}.tar"),
