@@ -7,13 +7,14 @@ from omegaconf import OmegaConf
 
 from minigpt4 import PACKAGE_ROOT
 
-PARTS = ("vision", "qformer", "llm", "ckpt")
 VICUNA_VERSIONS = ("v0", "v1.1", "v1.5")
 
 Sizes = dict[str, int]
 Table = dict[str, tuple[int, ...]]
 
 PUBLISHED = OmegaConf.to_container(OmegaConf.load(PACKAGE_ROOT / "assets/published/tensors.yaml"))
+KEYS: dict[str, str] = PUBLISHED["keys"]
+PARTS = tuple(KEYS)
 SIZES: dict[str, Sizes] = {name: PUBLISHED["sizes"]["7b"] | sizes for name, sizes in PUBLISHED["sizes"].items()}
 
 

@@ -114,13 +114,7 @@ def write(
 
 def yaml_options(size: str, paths: dict[str, Path]) -> list[str]:
     """Values for `--options`: the paths of the files, and the dimensions of small ones."""
-    keys = {
-        "vision": "model.vit_weights",
-        "qformer": "model.q_former_model",
-        "llm": "model.llama_model",
-        "ckpt": "model.ckpt",
-    }
-    options = [f"{keys[part]}={path}" for part, path in paths.items()]
+    options = [f"{published.KEYS[part]}={path}" for part, path in paths.items()]
     return options + (published.small_options() if size == "small" else [])
 
 
