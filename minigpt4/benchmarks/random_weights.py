@@ -179,20 +179,9 @@ def _sentencepiece_model() -> bytes:
     texts = sorted([*PACKAGE_ROOT.glob("**/*.py"), *PACKAGE_ROOT.glob("**/*.md"), *PACKAGE_ROOT.glob("**/*.yaml")])
     lines = (line for path in texts for line in path.read_text(encoding="utf-8").splitlines() if line)
     written = io.BytesIO()
-    SentencePieceTrainer.train(
-        sentence_iterator=lines,
-        model_writer=written,
-        model_type="bpe",
-        vocab_size=2000,
-        byte_fallback=True,
-        split_digits=True,
-        allow_whitespace_only_pieces=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        num_threads=1,
-        minloglevel=2,
-    )
-    unused = (f"\u27e8unused {i}\u27e9" for i in range(2000, 32000))
+    settings = published.PUBLISHED["sentencepiece"]
+    SentencePieceTrainer.train(sentence_iterator=lines, model_writer=written, **settings)
+    unused = (f"\u27e8unused {i}\u27e9" for i in range(settings["vocab_size"], 32000))
     return written.getvalue() + b"".join(piece(text, kind=UNUSED) for text in unused)
 
 

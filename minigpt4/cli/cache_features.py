@@ -123,21 +123,15 @@ class Writer:
         size = {"shape": [num_query_token, width], "parts": dataset.num_parts}
         feature_cache.open_cache(folder, manifest | size)
         rank, ranks = dist_utils.get_rank(), dist_utils.get_world_size()
-        numbers = [
-            number
-            for number in range(rank, dataset.num_parts, ranks)
-            if not feature_cache.shard_path(folder, number).exists()
-        ]
-        written = left_out = 0
-        for number in tqdm(numbers, unit="shard", desc=name, disable=rank > 0):
-            skipped: list[str] = []
-            samples = self._samples(dataset, number, skipped)
-            written += feature_cache.write_shard(feature_cache.shard_path(folder, number), samples)
-            left_out += len(skipped)
+        own = {number: feature_cache.shard_path(folder, number) for number in range(rank, dataset.num_parts, ranks)}
+        missing = {number: path for number, path in own.items() if not path.exists()}
+        written, skipped = 0, []
+        for number, path in tqdm(missing.items(), unit="shard", desc=name, disable=rank > 0):
+            written += feature_cache.write_shard(path, self._samples(dataset, number, skipped))
         logging.info(
             "%s: %s in %s, %s left out; already there: %s (rank %d).",
-            name, pluralize(written, "feature"), pluralize(len(numbers), "shard"), pluralize(left_out, "picture"),
-            pluralize(len(range(rank, dataset.num_parts, ranks)) - len(numbers), "shard"), rank,
+            name, pluralize(written, "feature"), pluralize(len(missing), "shard"), pluralize(len(skipped), "picture"),
+            pluralize(len(own) - len(missing), "shard"), rank,
         )  # fmt: skip
 
     def _samples(self, dataset, number: int, skipped: list[str]) -> Iterator[tuple]:

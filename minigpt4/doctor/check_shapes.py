@@ -14,7 +14,7 @@ from minigpt4.doctor.diagnostic import Diagnostic, error, ok, warning
 from minigpt4.doctor.run_context import CHECKPOINT_KEYS, RunContext
 from minigpt4.weights import fingerprint
 
-# Processors of ours make images of this size, unless told otherwise.
+# The package's processors make images of this size by default.
 PROCESSOR_IMAGE_SIZE = 224
 
 

@@ -551,6 +551,19 @@ def test_gpus_are_those_of_torch(monkeypatch):
         assert gpu.free <= gpu.total
 
 
+def test_gpus_as_nvidia_smi_prints_them(monkeypatch):
+    """A GPU that shares the host's memory prints none of its own."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    printed = SimpleNamespace(stdout="NVIDIA H200, 9.0, 143771, 143156\nNVIDIA GB10, 12.1, [N/A], [N/A]\n")
+    monkeypatch.setattr(machine.subprocess, "run", lambda *args, **kwargs: printed)
+    monkeypatch.setattr(machine, "available_memory", lambda: 7)
+    first, second = machine.list_gpus()
+    assert first == Gpu("NVIDIA H200", (9, 0), total=143771 * 2**20, free=143156 * 2**20)
+    assert second == Gpu("NVIDIA GB10", (12, 1), total=7, free=7)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert machine.list_gpus() == [second]
+
+
 def test_gpus_are_listed_without_torch(monkeypatch):
     """Whatever this machine has, the answer is a list; CUDA_VISIBLE_DEVICES hides all."""
     everything = machine.list_gpus()
