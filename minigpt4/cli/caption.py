@@ -29,7 +29,7 @@ from minigpt4.common.commands import check_positive, command_parser
 from minigpt4.common.config import Config
 from minigpt4.common.errors import ConfigError
 from minigpt4.common.text import pluralize
-from minigpt4.conversation import PictureError, open_media, open_picture, videos
+from minigpt4.conversation import Decoding, PictureError, open_media, open_picture, videos
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"}
 
@@ -119,7 +119,6 @@ class Captioner:
     """
 
     def __init__(self, chat, args: argparse.Namespace, template: str | None):
-        from minigpt4.conversation import Decoding
         from minigpt4.conversation.conversation import IMAGE_TURN
         from minigpt4.models.prompt import IMAGE_SLOT
 
@@ -166,10 +165,8 @@ class Captioner:
 
     def _check_length(self, name: str, pictures: int) -> None:
         """Raise PictureError if the model's context cannot hold so many pictures: it would silently write nonsense."""
-        from minigpt4.models.prompt import encode_with_images
-
-        model, new, window = self._chat.model, self._decoding.max_new_tokens, self._chat.window()
-        length = len(encode_with_images(model.tokenizer, self._prompt_for(pictures), model.query_tokens.shape[1]))
+        new, window = self._decoding.max_new_tokens, self._chat.window()
+        length = self._chat.num_tokens(self._prompt_for(pictures))
         if length + new > window:
             raise PictureError(
                 f"{name} takes {length} tokens with its prompt, and its caption up to {new}; the model has room for "
