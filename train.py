@@ -14,6 +14,7 @@ import logging
 import sys
 from datetime import datetime
 
+from minigpt4.cli.arguments import add_config_arguments
 from minigpt4.common.config import Config
 from minigpt4.common.errors import ConfigError, format_error
 from minigpt4.common.registry import UnknownNameError
@@ -22,10 +23,7 @@ from minigpt4.doctor.checks import log_warnings, preflight, preflight_weights
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cfg-path", required=True, metavar="FILE", help="the run's YAML file")
-    several = {"nargs": "+", "action": "extend"}
-    parser.add_argument("--options", **several, metavar="KEY=VALUE", help="settings that override the file's")
-    parser.add_argument("--import", **several, dest="imports", metavar="MODULE", help="plug-ins to import first")
+    add_config_arguments(parser, "the run's YAML file")
     parser.add_argument("--offline", action="store_true", help="fetch nothing; a file that is not cached is an error")
     return parser.parse_args(argv)
 
@@ -44,9 +42,7 @@ def main(argv: list[str] | None = None) -> None:
 
     setup_logger()
     log_warnings(warnings + preflight_weights(cfg, training=True))
-    device = dist_utils.select_device(cfg.run_cfg.device)
-    dist_utils.init_process_group(device, cfg.run_cfg.dist_backend, cfg.run_cfg.distributed)
-    try:
+    with dist_utils.process_group(cfg.run_cfg):
         seed_everything(cfg.run_cfg.seed)  # the same on all ranks, so that random weights are equal
         cfg.pretty_print()
         job_id = dist_utils.broadcast_object(datetime.now().strftime("%Y%m%d%H%M%S"))
@@ -64,8 +60,6 @@ def main(argv: list[str] | None = None) -> None:
         except KeyboardInterrupt:
             logging.info("Stopped by Ctrl-C. %s", how_to_go_on(runner))
             raise
-    finally:
-        dist_utils.destroy_process_group()
 
 
 def how_to_go_on(runner) -> str:

@@ -132,10 +132,10 @@ def answer(model, batch: int, tokens: int, options: dict) -> tuple[float, float,
 
     images = torch.randn(batch, 3, 224, 224).to(model.device)
     with torch.inference_mode():
-        image_embeds = model.encode_img(images)[0].unsqueeze(1) if batch == 1 else None
         watch = FirstToken(model.device)
-        if image_embeds is None:
-            image_embeds = model.encode_img(images)[0].unsqueeze(1)
+        image_embeds = model.encode_img(images)[0].unsqueeze(1)
+        if batch == 1:  # encoded before the question
+            watch = FirstToken(model.device)
         embeds, mask = model.context([PROMPT] * batch, image_embeds)
         ids = run(embeds, mask, tokens)
         seconds, first = watch.elapsed(), watch.first

@@ -17,6 +17,8 @@ import time
 from collections.abc import Callable, Iterable
 from itertools import chain, islice
 
+from PIL import Image
+
 from minigpt4.benchmarks.harness import bench_parser, report, time_in_turn
 from minigpt4.benchmarks.synthetic import photograph
 from minigpt4.common.commands import check_positive
@@ -45,18 +47,21 @@ def main(argv: list[str]) -> int:
     args = parse_args(argv)
     import torch
 
+    from minigpt4.datasets.datasets.image_text_stream import ImageTextStream
     from minigpt4.datasets.datasets.shards import shards_of_argument
+    from minigpt4.processors import Blip2ImageTrainProcessor, BlipCaptionProcessor
 
     torch.set_num_threads(1)
+    processor = Blip2ImageTrainProcessor(args.image_size)
     if args.shards:
-        stream = _stream(shards_of_argument(args.shards), args.image_size)
+        stream = ImageTextStream(shards_of_argument(args.shards), processor, BlipCaptionProcessor(), name="bench")
         samples = chain.from_iterable(map(stream.part, range(stream.num_parts)))
         works = {"pictures of the shards": [sample.image for sample in islice(samples, args.count)]}
     else:
         works = {work: _photographs(args.count, *sides) for work, sides in SIZES.items()}
     for work, pictures in works.items():
         mean_kb = round(sum(map(len, pictures)) / len(pictures) / 1e3, 1)
-        for row in time_ways(pictures, args.image_size, args.rounds):
+        for row in time_ways(pictures, processor, args.rounds):
             report({"work": work, "mean_kB": mean_kb, **row}, args.json)
     if args.shards:
         report({"work": "stream of the shards", **time_stream(stream, args.count, args.rounds)}, args.json)
@@ -65,11 +70,8 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def time_ways(pictures: list[bytes], image_size: int, rounds: int) -> list[dict]:
+def time_ways(pictures: list[bytes], processor, rounds: int) -> list[dict]:
     """For each way, pictures a second of CPU time, and the distance of its pixels from Pillow's."""
-    from minigpt4.processors import Blip2ImageTrainProcessor
-
-    processor = Blip2ImageTrainProcessor(image_size)
     by_name = ways(processor)
     calls = {name: lambda way=way: consume(map(way, pictures)) for name, way in by_name.items()}
     rows = []
@@ -103,15 +105,12 @@ DECODE_ONLY = "the same, decoding alone"
 
 
 def ways(processor) -> dict[str, Callable]:
-    """{name: function from a file's content to the pixels of a random crop}; with OpenCV if it is installed."""
-    import torch
-    from PIL import Image
+    """{name: function from a file's content to the pixels of a random crop}."""
     from torchvision.transforms.functional import pil_to_tensor
 
     from minigpt4.processors import read_picture, to_rgb, to_sample
 
-    crop = processor.transform.transforms[0]
-    found = {
+    return {
         FIRST_RELEASE: lambda content: processor(Image.open(io.BytesIO(content))),
         "Pillow, torch's resize, uint8": lambda content: processor.pixels(
             pil_to_tensor(to_rgb(Image.open(io.BytesIO(content))))
@@ -119,26 +118,11 @@ def ways(processor) -> dict[str, Callable]:
         OURS: lambda content: to_sample(processor, read_picture(content, processor))["image"],
         DECODE_ONLY: lambda content: read_picture(content, processor),
     }
-    try:
-        import cv2
-        import numpy as np
-    except ImportError:
-        return found
-    cv2.setNumThreads(0)
-
-    def opencv(content: bytes) -> torch.Tensor:
-        image = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR_RGB)
-        top, left, height, width = crop.get_params(torch.from_numpy(image).permute(2, 0, 1), crop.scale, crop.ratio)
-        image = cv2.resize(image[top : top + height, left : left + width], crop.size, interpolation=cv2.INTER_CUBIC)
-        return torch.from_numpy(image).permute(2, 0, 1).contiguous()
-
-    return found | {"OpenCV, cubic without antialiasing, uint8": opencv}
 
 
 def levels(way: Callable, pictures: list[bytes], processor) -> dict:
     """The largest and the mean difference of a way's pixels from the processor's own, of the same crops."""
     import torch
-    from PIL import Image
 
     differences = []
     for seed, picture in enumerate(pictures):
@@ -174,13 +158,6 @@ def time_loader(stream, args: argparse.Namespace) -> dict:
     start = time.perf_counter()
     count = sum(len(batch["image"]) for batch in batches)
     return {"images_per_s": round(count / (time.perf_counter() - start))}
-
-
-def _stream(shards: list[str], image_size: int):
-    from minigpt4.datasets.datasets.image_text_stream import ImageTextStream
-    from minigpt4.processors import Blip2ImageTrainProcessor, BlipCaptionProcessor
-
-    return ImageTextStream(shards, Blip2ImageTrainProcessor(image_size), BlipCaptionProcessor(), name="bench")
 
 
 def _photographs(count: int, least: int, most: int) -> list[bytes]:

@@ -56,12 +56,12 @@ class Timed:
 
     def __getattr__(self, name: str):
         attribute = getattr(self._wrapped, name)
-        return self._timed(attribute) if name == self._method else attribute
+        if name != self._method:
+            return attribute
 
-    def _timed(self, function: Callable) -> Callable:
         def timed(*args, **kwargs):
             self._watch.start()
-            result = function(*args, **kwargs)
+            result = attribute(*args, **kwargs)
             self._watch.stop()
             return result
 

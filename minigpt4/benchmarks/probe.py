@@ -5,17 +5,20 @@ import tempfile
 import time
 from collections.abc import Iterable
 
+import torch
+
 from minigpt4.common.facts import IMAGE_SLOT
+from minigpt4.common.registry import registry
+from minigpt4.conversation.loading import load_chat, select_gpu
 from minigpt4.doctor.check_memory import advice, estimate, longest_sequence
 from minigpt4.doctor.diagnostic import Diagnostic, error, ok, warning
 from minigpt4.doctor.machine import readable
 from minigpt4.doctor.run_context import RunContext
+from minigpt4.runners.prefetch import prefetch
 
 
 def probe(context: RunContext) -> list[Diagnostic]:
     """Load the model, take three steps (or answer once, for a chat) and report the last one's time and memory."""
-    import torch
-
     if not context.is_ours:
         what = f"no step was taken: the longest batch of model.arch={context.model.get('arch')} is unknown"
         return [warning("probe", what)]
@@ -29,11 +32,6 @@ def probe(context: RunContext) -> list[Diagnostic]:
 
 
 def _train(context: RunContext) -> Iterable[Diagnostic]:
-    import torch
-
-    from minigpt4.common.registry import registry
-    from minigpt4.runners.prefetch import prefetch
-
     cfg, run = context.cfg, context.run
     with tempfile.TemporaryDirectory() as folder:
         run.output_dir, run.resume_ckpt_path, run.num_workers = folder, None, 0
@@ -56,14 +54,11 @@ def _train(context: RunContext) -> Iterable[Diagnostic]:
         return
     tokens = longest_sequence(context)
     what = f"a step of {run.batch_size_train} × {tokens} tokens took {seconds[-1]:.2f} s, loss {loss:.2f}"
-    yield ok("probe", what + (f", {_peak(torch)}" if runner.device.type == "cuda" else ""))
-    yield from _compare(context, runner.device.type == "cuda", torch)
+    yield from _measured(context, what, runner.device)
 
 
 def longest_batch(model, batch_size: int) -> dict:
     """Random images (or features, for a model without vision) and texts that fill `max_txt_len` tokens."""
-    import torch
-
     texts = ["word " * model.max_txt_len] * batch_size
     if model.visual_encoder is None:
         queries, width = model.query_tokens.shape[1], model.llama_proj.in_features
@@ -73,10 +68,6 @@ def longest_batch(model, batch_size: int) -> dict:
 
 
 def _chat(context: RunContext) -> Iterable[Diagnostic]:
-    import torch
-
-    from minigpt4.conversation.loading import load_chat, select_gpu
-
     device = select_gpu(context.cfg, 0)
     chat = load_chat(context.cfg, device)
     model = chat.model
@@ -85,25 +76,22 @@ def _chat(context: RunContext) -> Iterable[Diagnostic]:
     prompt = (model.prompt_list or [IMAGE_SLOT])[0]
     image, options = torch.randn(1, 3, size, size, device=device), {"max_new_tokens": 32, "min_new_tokens": 32}
     model.generate(image, [prompt], decoding_loop=chat.decoding_loop, **options)
-    what = f"an answer of 32 tokens took {time.perf_counter() - start:.2f} s"
-    yield ok("probe", what + (f", {_peak(torch)}" if device.type == "cuda" else ""))
-    yield from _compare(context, device.type == "cuda", torch)
-
-
-def _peak(torch) -> str:
-    return f"{readable(torch.cuda.max_memory_reserved())} of GPU memory reserved at most"
+    yield from _measured(context, f"an answer of 32 tokens took {time.perf_counter() - start:.2f} s", device)
 
 
 # Bytes by which the estimate may be wrong without a warning: small models are mostly overhead.
 SMALL = 5e8
 
 
-def _compare(context: RunContext, on_gpu: bool, torch) -> Iterable[Diagnostic]:
-    """A warning where the estimate of memory was far off."""
-    memory = estimate(context)
-    if not on_gpu or memory is None:
+def _measured(context: RunContext, what: str, device: torch.device) -> Iterable[Diagnostic]:
+    """What was measured, with the peak of a GPU's memory, and a warning if the estimate of it was far off."""
+    if device.type != "cuda":
+        yield ok("probe", what)
         return
-    reserved = torch.cuda.max_memory_reserved()
+    reserved, memory = torch.cuda.max_memory_reserved(), estimate(context)
+    yield ok("probe", f"{what}, {readable(reserved)} of GPU memory reserved at most")
+    if memory is None:
+        return
     ratio = reserved / memory.total
     if not 0.8 < ratio < 1.25 and abs(reserved - memory.total) > SMALL:
         what = f"the estimate was {readable(memory.total)}, {ratio:.2f} times that was reserved"

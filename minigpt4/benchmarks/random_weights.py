@@ -4,7 +4,6 @@ They load like the real files and take the same memory and time, for rehearsals 
 Files are written one at a time, and a language model shard by shard, so that twice a shard's memory is enough.
 """
 
-import dataclasses
 import io
 import json
 import logging
@@ -89,7 +88,7 @@ def write(
     """
     sizes = published.SIZES[size]
     if vicuna == "v0":  # its tokenizer has a pad token more
-        sizes = dataclasses.replace(sizes, vocabulary=sizes.vocabulary + 1)
+        sizes = sizes | {"vocabulary": sizes["vocabulary"] + 1}
     files = {
         "vision": (folder / EVA_FILE, published.eva_vit(sizes), torch.float16),
         "qformer": (folder / BLIP2_FILE, published.blip2(sizes, text_branch), torch.float32),
@@ -115,22 +114,8 @@ def write(
 
 def yaml_options(size: str, paths: dict[str, Path]) -> list[str]:
     """Values for `--options`: the paths of the files, and the dimensions of small ones."""
-    keys = {
-        "vision": "model.vit_weights",
-        "qformer": "model.q_former_model",
-        "llm": "model.llama_model",
-        "ckpt": "model.ckpt",
-    }
-    options = [f"{keys[part]}={path}" for part, path in paths.items()]
-    if size == "small":
-        s = published.SIZES[size]
-        vit = {"embed_dim": s.vit_width, "depth": s.vit_blocks - 1, "num_heads": 4, "patch_size": s.patch}
-        vit["mlp_ratio"] = s.vit_ffn / s.vit_width
-        qformer = {"hidden_size": s.qformer_width, "num_hidden_layers": s.qformer_layers, "num_attention_heads": 4}
-        qformer |= {"intermediate_size": s.qformer_ffn, "cross_attention_freq": s.cross_attention_freq}
-        options += [f"model.vit_model.{key}={value}" for key, value in vit.items()]
-        options += [f"model.qformer.{key}={value}" for key, value in qformer.items()]
-    return options
+    options = [f"{published.KEYS[part]}={path}" for part, path in paths.items()]
+    return options + (published.small_options() if size == "small" else [])
 
 
 def _write_llm(folder, table, values, sizes, vicuna, as_bin, shard_bytes) -> None:
@@ -154,7 +139,7 @@ def _write_llm(folder, table, values, sizes, vicuna, as_bin, shard_bytes) -> Non
     _write_json(folder / f"{stem}.{suffix}.index.json", index)
     _write_tokenizer(folder, vicuna)
     _write_json(folder / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0})
-    _write_json(folder / "config.json", llama_config(sizes, vicuna))
+    _write_json(folder / "config.json", published.llama_config(sizes, vicuna))
 
 
 def _shards(table: Table, shard_bytes: int) -> Iterator[list[str]]:
@@ -170,34 +155,10 @@ def _shards(table: Table, shard_bytes: int) -> Iterator[list[str]]:
 
 def _rotary_buffers(names: list[str], sizes: Sizes) -> dict[str, torch.Tensor]:
     """The buffers that transformers 4.28 saved with the weights of each layer."""
-    half = sizes.llm_width // sizes.llm_heads // 2
+    half = sizes["llm_width"] // sizes["llm_heads"] // 2
     inv_freq = 1.0 / 10000 ** (torch.arange(half).float() / half)
     layers = [name.removesuffix("q_proj.weight") for name in names if name.endswith("q_proj.weight")]
     return {f"{layer}rotary_emb.inv_freq": inv_freq.clone() for layer in layers}
-
-
-def llama_config(sizes: Sizes, vicuna: str) -> dict:
-    """The config.json of a Vicuna."""
-    newer = vicuna == "v1.5"
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "hidden_act": "silu",
-        "hidden_size": sizes.llm_width,
-        "initializer_range": 0.02,
-        "intermediate_size": sizes.llm_ffn,
-        "max_position_embeddings": 4096 if newer else 2048,
-        "model_type": "llama",
-        "num_attention_heads": sizes.llm_heads,
-        "num_hidden_layers": sizes.llm_layers,
-        "pad_token_id": 0,
-        "rms_norm_eps": 1e-5 if newer else 1e-6,
-        "tie_word_embeddings": False,
-        "torch_dtype": "float16",
-        "use_cache": True,
-        "vocab_size": sizes.vocabulary,
-    }
 
 
 def _write_tokenizer(folder: Path, vicuna: str) -> None:
@@ -206,12 +167,7 @@ def _write_tokenizer(folder: Path, vicuna: str) -> None:
     special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     if vicuna == "v0":  # as its conversion left it
         _write_json(folder / "added_tokens.json", {PAD_TOKEN: 32000})
-        special = {
-            "bos_token": "",
-            "eos_token": "",
-            "unk_token": "",
-            "pad_token": PAD_TOKEN,
-        }
+        special = dict.fromkeys(special, "") | {"pad_token": PAD_TOKEN}
     _write_json(folder / "special_tokens_map.json", special)
     _write_json(folder / "tokenizer_config.json", special | {"tokenizer_class": "LlamaTokenizer"})
 
@@ -223,20 +179,9 @@ def _sentencepiece_model() -> bytes:
     texts = sorted([*PACKAGE_ROOT.glob("**/*.py"), *PACKAGE_ROOT.glob("**/*.md"), *PACKAGE_ROOT.glob("**/*.yaml")])
     lines = (line for path in texts for line in path.read_text(encoding="utf-8").splitlines() if line)
     written = io.BytesIO()
-    SentencePieceTrainer.train(
-        sentence_iterator=lines,
-        model_writer=written,
-        model_type="bpe",
-        vocab_size=2000,
-        byte_fallback=True,
-        split_digits=True,
-        allow_whitespace_only_pieces=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        num_threads=1,
-        minloglevel=2,
-    )
-    unused = (f"\u27e8unused {i}\u27e9" for i in range(2000, 32000))
+    settings = published.PUBLISHED["sentencepiece"]
+    SentencePieceTrainer.train(sentence_iterator=lines, model_writer=written, **settings)
+    unused = (f"\u27e8unused {i}\u27e9" for i in range(settings["vocab_size"], 32000))
     return written.getvalue() + b"".join(piece(text, kind=UNUSED) for text in unused)
 
 

@@ -17,6 +17,7 @@ With --jobs above 1 the runs share the machine. This does not change their memor
 """
 
 import argparse
+import contextlib
 import json
 import logging
 import random
@@ -27,6 +28,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
+
+import psutil
 
 from minigpt4.benchmarks.harness import report
 from minigpt4.benchmarks.published import SIZES
@@ -144,16 +147,13 @@ def _command(args: argparse.Namespace, work: str, load_in: str, paths: list[str]
 
 
 def _watch_host(process: subprocess.Popen, row: dict) -> None:
-    """Keep the peak of the process's own memory in `row`, on a system that has /proc."""
-    status = Path(f"/proc/{process.pid}/status")
-    while process.poll() is None and status.exists():
-        try:
-            own = next((line for line in status.read_text().splitlines() if line.startswith("RssAnon")), None)
-        except OSError:
-            return
-        if own:
-            row["host_GB"] = max(row.get("host_GB", 0.0), int(own.split()[1]) * 1024 / 1e9)
-        time.sleep(0.02)
+    """Keep the peak of the process's own memory in `row`, where the system tells it from shared memory."""
+    with contextlib.suppress(psutil.Error, AttributeError):
+        watched = psutil.Process(process.pid)
+        while process.poll() is None:
+            memory = watched.memory_info()
+            row["host_GB"] = max(row.get("host_GB", 0.0), (memory.rss - memory.shared) / 1e9)
+            time.sleep(0.02)
 
 
 def make_data(folder: Path, count: int = 64) -> None:

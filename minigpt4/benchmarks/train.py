@@ -27,7 +27,6 @@ for the machine.
 import argparse
 import contextlib
 import importlib.util
-import itertools
 import os
 import statistics
 import tempfile
@@ -78,45 +77,39 @@ def main(argv: list[str]) -> int:
         raise ConfigError("--baseline times a script that knows one process. Run it without torchrun.")
     from minigpt4.common import dist_utils
 
-    if args.cfg_path:
-        rows = time_config(args)
-    else:
-        rows = itertools.chain(time_baseline(args.baseline, args.work) if args.baseline else [], time_full_size(args))
-    try:
-        for row in rows:
+    if args.baseline and not args.cfg_path:
+        for row in time_baseline(args.baseline, args.work):
+            report(row, args.json)
+    run = load_config(args.cfg_path or ROOT / STAGE_CONFIGS[1], args.options).run_cfg
+    with dist_utils.process_group(run) as device, tempfile.TemporaryDirectory() as folder:
+        for row in time_config(args, folder) if args.cfg_path else time_full_size(args, folder, device):
             if dist_utils.is_main_process():
                 report(row, args.json)
-    finally:
-        dist_utils.destroy_process_group()
     return 0
 
 
-def time_config(args: argparse.Namespace) -> Iterator[dict]:
-    """Time a training config: its own model, data, task and runner."""
+def time_config(args: argparse.Namespace, folder: str) -> Iterator[dict]:
+    """Time a training config: its own model, data, task and runner. folder: for the runners' files."""
     from minigpt4.common.registry import registry
     from minigpt4.runners.state import seed_everything
 
-    cfgs = [load_config(args.cfg_path, options) for options in settings(args)]
+    cfgs = [load_config(args.cfg_path, [*options, output_option(folder)]) for options in settings(args)]
     for cfg in cfgs:
         cfg.check_paths(datasets=True)
-    join_group(cfgs[0].run_cfg)
-    with contextlib.ExitStack() as stack:
-        runners = []
-        for cfg in cfgs:
-            cfg.run_cfg.output_dir = stack.enter_context(tempfile.TemporaryDirectory())
-            task = registry.get_task_class(cfg.run_cfg.task).setup_task(cfg=cfg)
-            runner_class = registry.get_runner_class(cfg.run_cfg.runner)
-            seed_everything(cfg.run_cfg.seed)  # both settings start from the same weights
-            runner = runner_class(cfg, task, task.build_model(cfg), task.build_datasets(cfg), "bench")
-            runners.append((runner, runner.loader.epoch(0, batches_needed(args))))
-        yield from time_runners(args, args.cfg_path, runners)
+    runners = []
+    for cfg in cfgs:
+        task = registry.get_task_class(cfg.run_cfg.task).setup_task(cfg=cfg)
+        runner_class = registry.get_runner_class(cfg.run_cfg.runner)
+        seed_everything(cfg.run_cfg.seed)  # both settings start from the same weights
+        runner = runner_class(cfg, task, task.build_model(cfg), task.build_datasets(cfg), "bench")
+        runners.append((runner, runner.loader.epoch(0, batches_needed(args))))
+    yield from time_runners(args, args.cfg_path, runners)
 
 
-def time_full_size(args: argparse.Namespace) -> Iterator[dict]:
+def time_full_size(args: argparse.Namespace, folder: str, device) -> Iterator[dict]:
     """Time the fixed workloads: random weights at full size (or small), through the runner."""
     from minigpt4.common import dist_utils
 
-    device = join_group(load_config(ROOT / STAGE_CONFIGS[1], args.options).run_cfg)
     if device.type == "cpu" and not args.small:
         raise ConfigError(
             "The fixed workloads are of full size, 31 GB in float32, and there is no GPU. Add --small, or time a "
@@ -126,17 +119,15 @@ def time_full_size(args: argparse.Namespace) -> Iterator[dict]:
     for work in args.work:
         free_memory()
         stage, batch_size = WORKLOADS[work]
-        with contextlib.ExitStack() as stack:
-            runners = []
-            for options in settings(args):
-                folder = stack.enter_context(tempfile.TemporaryDirectory())
-                runner = random_runner(args, stage, [*options, f"run.output_dir={folder}"], device)
-                # Several ranks take each batch twice: with exchange and without.
-                batches = random_batches(stage, batch_size, batches_needed(args), rank, ranks, repeat=min(ranks, 2))
-                runners.append((runner, batches))
-            del runner
-            yield from time_runners(args, work, runners)
-            runners.clear()
+        runners = []
+        for options in settings(args):
+            runner = random_runner(args, stage, [*options, output_option(folder)], device)
+            # Several ranks take each batch twice: with exchange and without.
+            batches = random_batches(stage, batch_size, batches_needed(args), rank, ranks, repeat=min(ranks, 2))
+            runners.append((runner, batches))
+        del runner
+        yield from time_runners(args, work, runners)
+        runners.clear()
 
 
 def random_runner(args: argparse.Namespace, stage: int, options: list[str], device):
@@ -155,19 +146,15 @@ def random_runner(args: argparse.Namespace, stage: int, options: list[str], devi
     return RunnerBase(cfg, ImageTextPretrainTask(), model.train(), datasets, "bench")
 
 
-def join_group(run):
-    """The device of this process, after it has joined the process group of torchrun, if there is one."""
-    from minigpt4.common import dist_utils
-
-    device = dist_utils.select_device(run.device)
-    dist_utils.init_process_group(device, run.dist_backend, run.distributed)
-    return device
-
-
 def settings(args: argparse.Namespace) -> list[list[str]]:
     """The options of each setting that is timed: one, or two with --compare."""
     first = args.options or []
     return [first, [*first, *args.compare]] if args.compare else [first]
+
+
+def output_option(folder: str) -> str:
+    """The option by which a runner gets a folder of its own in `folder`."""
+    return f"run.output_dir={tempfile.mkdtemp(dir=folder)}"
 
 
 def batches_needed(args: argparse.Namespace) -> int:

@@ -14,11 +14,15 @@ from collections.abc import Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 
+from omegaconf import OmegaConf
+from tqdm import tqdm
+
 from minigpt4.cli.arguments import add_config_arguments
 from minigpt4.cli.parallel import ahead, batches
 from minigpt4.common.commands import check_positive, command_parser
 from minigpt4.common.config import Config
 from minigpt4.common.errors import ConfigError
+from minigpt4.common.registry import registry
 from minigpt4.common.text import pluralize
 
 
@@ -45,9 +49,7 @@ def main(argv: list[str]) -> int:
     from minigpt4.common.logger import setup_logger
 
     setup_logger()
-    device = dist_utils.select_device(cfg.run_cfg.device)
-    dist_utils.init_process_group(device, cfg.run_cfg.dist_backend, cfg.run_cfg.distributed)
-    try:
+    with dist_utils.process_group(cfg.run_cfg) as device:
         sources = {name: (source_dataset(cfg, name), manifest_of(cfg, name)) for name in cfg.datasets_cfg}
         model = load_vision(cfg, device)
         with ThreadPoolExecutor(args.threads) as pool:
@@ -56,16 +58,11 @@ def main(argv: list[str]) -> int:
                 folder = Path(args.out) / name
                 writer.write(name, dataset, manifest, folder)
                 logging.info("To train from them: --options datasets.%s.build_info.features=%s", name, folder)
-    finally:
-        dist_utils.destroy_process_group()
     return 0
 
 
 def source_dataset(cfg, name: str):
     """The dataset of a section, with its eval processor. Raises ConfigError for one that cannot be read in parts."""
-    from omegaconf import OmegaConf
-
-    from minigpt4.common.registry import registry
 
     section = cfg.datasets_cfg[name]
     eval_processor = section.vis_processor.get("eval")
@@ -84,8 +81,6 @@ def source_dataset(cfg, name: str):
 
 def manifest_of(cfg, name: str) -> dict:
     """The record that is kept with a cache: the vision side that computes it, and the data that it is computed from."""
-    from omegaconf import OmegaConf
-
     from minigpt4.tasks.cached_features import made_by
 
     data = OmegaConf.to_container(cfg.datasets_cfg[name].build_info)
@@ -96,7 +91,6 @@ def manifest_of(cfg, name: str) -> dict:
 def load_vision(cfg, device):
     """The vision side of the config's model. Raises ConfigError if it is not MiniGPT4's."""
     from minigpt4.common import dist_utils
-    from minigpt4.common.registry import registry
     from minigpt4.models.vision import Vision
 
     model_class = registry.get_model_class(cfg.model_cfg.arch)
@@ -122,8 +116,6 @@ class Writer:
 
     def write(self, name: str, dataset, manifest: dict, folder: Path) -> None:
         """Write this rank's shards of a dataset, except those that exist."""
-        from tqdm import tqdm
-
         from minigpt4.common import dist_utils
         from minigpt4.datasets import feature_cache
 
@@ -131,21 +123,15 @@ class Writer:
         size = {"shape": [num_query_token, width], "parts": dataset.num_parts}
         feature_cache.open_cache(folder, manifest | size)
         rank, ranks = dist_utils.get_rank(), dist_utils.get_world_size()
-        numbers = [
-            number
-            for number in range(rank, dataset.num_parts, ranks)
-            if not feature_cache.shard_path(folder, number).exists()
-        ]
-        written = left_out = 0
-        for number in tqdm(numbers, unit="shard", desc=name, disable=rank > 0):
-            skipped: list[str] = []
-            samples = self._samples(dataset, number, skipped)
-            written += feature_cache.write_shard(feature_cache.shard_path(folder, number), samples)
-            left_out += len(skipped)
+        own = {number: feature_cache.shard_path(folder, number) for number in range(rank, dataset.num_parts, ranks)}
+        missing = {number: path for number, path in own.items() if not path.exists()}
+        written, skipped = 0, []
+        for number, path in tqdm(missing.items(), unit="shard", desc=name, disable=rank > 0):
+            written += feature_cache.write_shard(path, self._samples(dataset, number, skipped))
         logging.info(
             "%s: %s in %s, %s left out; already there: %s (rank %d).",
-            name, pluralize(written, "feature"), pluralize(len(numbers), "shard"), pluralize(left_out, "picture"),
-            pluralize(len(range(rank, dataset.num_parts, ranks)) - len(numbers), "shard"), rank,
+            name, pluralize(written, "feature"), pluralize(len(missing), "shard"), pluralize(len(skipped), "picture"),
+            pluralize(len(own) - len(missing), "shard"), rank,
         )  # fmt: skip
 
     def _samples(self, dataset, number: int, skipped: list[str]) -> Iterator[tuple]:

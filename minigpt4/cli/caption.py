@@ -21,13 +21,15 @@ from glob import escape
 from itertools import islice
 from pathlib import Path
 
+from tqdm import tqdm
+
 from minigpt4.cli import arguments
 from minigpt4.cli.parallel import ahead, batches
 from minigpt4.common.commands import check_positive, command_parser
 from minigpt4.common.config import Config
 from minigpt4.common.errors import ConfigError
 from minigpt4.common.text import pluralize
-from minigpt4.conversation import PictureError, open_media, open_picture, videos
+from minigpt4.conversation import Decoding, PictureError, open_media, open_picture, videos
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"}
 
@@ -62,13 +64,10 @@ def main(argv: list[str]) -> int:
     from minigpt4.conversation.loading import load_chat, select_gpu
 
     setup_logger()
-    device = dist_utils.select_device(cfg.run_cfg.device) if args.gpu_id is None else select_gpu(cfg, args.gpu_id)
-    dist_utils.init_process_group(device, cfg.run_cfg.dist_backend, cfg.run_cfg.distributed)
-    try:
+    gpu = None if args.gpu_id is None else select_gpu(cfg, args.gpu_id)
+    with dist_utils.process_group(cfg.run_cfg, gpu) as device:
         chat = load_chat(cfg, device)
         unreadable = caption(items, Captioner(chat, args, cfg.model_cfg.prompt_template), Output(args.out))
-    finally:
-        dist_utils.destroy_process_group()
     return 1 if unreadable else 0
 
 
@@ -120,7 +119,6 @@ class Captioner:
     """
 
     def __init__(self, chat, args: argparse.Namespace, template: str | None):
-        from minigpt4.conversation import Decoding
         from minigpt4.conversation.conversation import IMAGE_TURN
         from minigpt4.models.prompt import IMAGE_SLOT
 
@@ -167,10 +165,8 @@ class Captioner:
 
     def _check_length(self, name: str, pictures: int) -> None:
         """Raise PictureError if the model's context cannot hold so many pictures: it would silently write nonsense."""
-        from minigpt4.models.prompt import encode_with_images
-
-        model, new, window = self._chat.model, self._decoding.max_new_tokens, self._chat.window()
-        length = len(encode_with_images(model.tokenizer, self._prompt_for(pictures), model.query_tokens.shape[1]))
+        new, window = self._decoding.max_new_tokens, self._chat.window()
+        length = self._chat.num_tokens(self._prompt_for(pictures))
         if length + new > window:
             raise PictureError(
                 f"{name} takes {length} tokens with its prompt, and its caption up to {new}; the model has room for "
@@ -245,8 +241,6 @@ def _image(line: bytes, path: Path) -> str:
 
 def caption(items: Items, captioner: Captioner, output: Output) -> list[str]:
     """Describe this rank's share of the pictures that `output` lacks. Returns why all ranks skipped pictures."""
-    from tqdm import tqdm
-
     from minigpt4.common import dist_utils
 
     rank, ranks = dist_utils.get_rank(), dist_utils.get_world_size()

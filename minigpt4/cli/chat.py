@@ -17,6 +17,7 @@ from minigpt4.cli import arguments
 from minigpt4.common.commands import command_parser
 from minigpt4.common.config import Config
 from minigpt4.common.errors import ConfigError
+from minigpt4.conversation import PictureError
 from minigpt4.conversation.videos import is_video
 
 COMMANDS = """\
@@ -42,7 +43,6 @@ def main(argv: list[str]) -> None:
     arguments.check_files(Path(path).expanduser() for path in args.images)
     cfg = Config(args)
     cfg.check_paths()
-    from minigpt4.conversation import PictureError
     from minigpt4.conversation.loading import load_chat, select_gpu
     from minigpt4.fast.decoding.loop import cached_decoding
 
@@ -122,8 +122,6 @@ class Terminal:
 
     def show(self, paths: list[str], video: bool) -> None:
         """Show pictures and videos. video: they are all videos, whatever their suffix."""
-        from minigpt4.conversation import PictureError
-
         for path in paths:
             try:
                 self.add(path, video)

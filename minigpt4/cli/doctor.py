@@ -14,6 +14,8 @@ import argparse
 import json
 from dataclasses import asdict
 
+from minigpt4.cli.arguments import add_config_arguments
+from minigpt4.common.commands import command_parser
 from minigpt4.common.config import Config
 from minigpt4.common.errors import ConfigError
 from minigpt4.common.registry import UnknownNameError
@@ -21,13 +23,8 @@ from minigpt4.common.text import pluralize
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="minigpt4 doctor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--cfg-path", required=True, metavar="FILE", help="YAML file of a training run or of a chat")
-    several = {"nargs": "+", "action": "extend"}
-    parser.add_argument("--options", **several, metavar="KEY=VALUE", help="settings that override the file's")
-    parser.add_argument("--import", **several, dest="imports", metavar="MODULE", help="plug-ins to import first")
+    parser = command_parser("doctor", __doc__)
+    add_config_arguments(parser, "YAML file of a training run or of a chat")
     parser.add_argument("--gpus", type=int, default=1, metavar="N", help="processes of the run (%(default)s)")
     parser.add_argument(
         "--gpu-memory", type=float, metavar="GB", help="estimate for a GPU of this size instead of this machine's"

@@ -1,7 +1,9 @@
 """Processes and devices: one process per GPU, started by torchrun, or a single one."""
 
+import contextlib
 import logging
 import os
+from collections.abc import Iterator
 from datetime import timedelta
 from functools import cache
 
@@ -98,6 +100,20 @@ def init_process_group(device: torch.device, backend: str | None = None, distrib
 def destroy_process_group() -> None:
     if is_distributed():
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def process_group(run, device: torch.device | None = None) -> Iterator[torch.device]:
+    """While entered, this process belongs to the group of torchrun, if there is one. Yields this rank's device.
+
+    run: the `run:` section of a config. device: in place of `run.device`.
+    """
+    device = device or select_device(run.device)
+    init_process_group(device, run.dist_backend, run.distributed)
+    try:
+        yield device
+    finally:
+        destroy_process_group()
 
 
 def barrier() -> None:

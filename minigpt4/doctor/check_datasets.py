@@ -1,4 +1,4 @@
-"""Checks of the datasets: shards, the folder of stage 2, caches of image features."""
+"""Checks of the datasets: shards and the folder of stage 2."""
 
 import os
 import random
@@ -56,15 +56,6 @@ def why_no_shard(path: Path) -> str | None:
     return "it is cut off" if path.suffix == ".tar" and end.strip(b"\0") else None
 
 
-def check_folder(context: RunContext) -> Iterator[Diagnostic]:
-    """The folder of cc_sbu_align exists."""
-    for name, storage in _storages(context, "cc_sbu_align"):
-        key, folder = f"datasets.{name}.build_info.storage", Path(str(storage)).expanduser()
-        if not folder.is_dir():
-            what = f"{storage} {'is a file' if folder.exists() else 'does not exist'}"
-            yield error(key, what, f"Name the folder of filter_cap.json and image/: --options {key}=/where/it/is")
-
-
 def check_records(context: RunContext) -> Iterator[Diagnostic]:
     """cc_sbu_align has its list, its pictures, and enough records for a batch."""
     from minigpt4.datasets.datasets.cc_sbu_dataset import CCSBUAlignDataset
@@ -87,24 +78,11 @@ def check_records(context: RunContext) -> Iterator[Diagnostic]:
 
 
 def _why_no_list(folder: Path) -> str | None:
+    if folder.is_file():
+        return f"{folder} is a file"
     listing = folder / "filter_cap.json"
     reason = locate.why_unreadable(listing) if listing.is_file() else None
     return reason and f"{listing}: {reason}"
-
-
-def check_features(context: RunContext) -> Iterator[Diagnostic]:
-    """The caches of image features exist."""
-    if not context.training:
-        return
-    for name in context.cfg.datasets_cfg:
-        key, folder = f"datasets.{name}.build_info.features", context.features(name)
-        if folder is None:
-            continue
-        if Path(str(folder)).expanduser().exists():
-            yield ok(key, f"{folder} is there")
-        else:
-            what = f"{folder} does not exist"
-            yield error(key, what, f"Make it: python -m minigpt4 cache-features, or --options {key}=/where/it/is")
 
 
 def _storages(context: RunContext, *names: str) -> Iterator[tuple[str, str | list[str]]]:

@@ -11,7 +11,7 @@ from packaging.requirements import Requirement
 
 from minigpt4.common.schema import DEVICES
 from minigpt4.common.text import pluralize
-from minigpt4.doctor.diagnostic import Diagnostic, error, ok, warning
+from minigpt4.doctor.diagnostic import WARNING, Diagnostic, error, ok, verdict, warning
 from minigpt4.doctor.machine import Gpu, readable
 from minigpt4.doctor.run_context import RunContext
 
@@ -152,7 +152,5 @@ def check_shared_memory(context: RunContext) -> Iterator[Diagnostic]:
     needed = 2 * context.run.num_workers * batch * context.local_size
     free = shutil.disk_usage(shm).free
     what = f"batches of the workers take up to {readable(needed)}; /dev/shm has {readable(free)} free"
-    if needed > free:
-        yield warning("shared memory", what, "docker run --shm-size=8g (or --ipc=host), or lower run.num_workers.")
-    else:
-        yield ok("shared memory", what)
+    fix = "docker run --shm-size=8g (or --ipc=host), or lower run.num_workers."
+    yield verdict(needed > free, "shared memory", what, fix, WARNING)

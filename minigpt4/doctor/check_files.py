@@ -22,11 +22,13 @@ PICKLE = b"\x80"
 def check_paths(context: RunContext) -> Iterator[Diagnostic]:
     """Every path of the config exists."""
     try:
-        context.cfg.check_paths()
+        context.cfg.check_paths(datasets=context.training)
     except ConfigError as mistake:
         for line in str(mistake).splitlines()[1:]:
             what, _, fix = line.strip().partition(". ")
             key, _, what = what.partition(" = ")
+            if key.endswith(".features"):
+                fix = f"Make it: python -m minigpt4 cache-features. {fix}"
             yield error(key, what, fix)
     else:
         yield ok("paths", "all that the config names are there")
@@ -105,10 +107,6 @@ def _check_folder(folder: Path) -> Iterator[Diagnostic]:
         fix = f"Give the folder that holds config.json and the weights: --options {LLM}=/where/it/is"
         yield error(LLM, f"{folder} has no config.json, so it is no language model in Hugging Face format", fix)
         return
-    reason = locate.why_unreadable(config)
-    if reason:
-        yield error(LLM, f"{config}: {reason}", "Fetch it again.")
-        return
     try:
         names = locate.shards(folder)
     except ConfigError as mistake:
@@ -121,7 +119,7 @@ def _check_folder(folder: Path) -> Iterator[Diagnostic]:
     if missing:
         listed = ", ".join(missing[:3]) + (" …" if len(missing) > 3 else "")
         yield error(LLM, f"{folder} lacks {len(missing)} of {len(names)} shards: {listed}", "Fetch them into it.")
-    present = [folder / name for name in names if name not in missing]
+    present = [config, *(folder / name for name in names if name not in missing)]
     broken = {path: reason for path in present if (reason := why_no_weights(path))}
     for path, reason in broken.items():
         yield error(LLM, f"{path}: {reason}", "Fetch it again.")

@@ -28,25 +28,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from minigpt4.common.facts import tokens_per_micro_batch
-from minigpt4.doctor.diagnostic import Diagnostic, error, ok, warning
+from minigpt4.doctor.diagnostic import WARNING, Diagnostic, error, ok, verdict, warning
 from minigpt4.doctor.machine import MIB, Gpu, available_memory, readable
 from minigpt4.doctor.run_context import RunContext
 
-
-@dataclass(frozen=True)
-class Activations:
-    """16-bit numbers that are kept for the backward pass, for each token and layer."""
-
-    widths: float
-    """times the width of the model"""
-    ffn_widths: float
-    """times the width of its feed-forward layer"""
-
-
-ACTIVATIONS = {
-    "eager": Activations(8.2, 3),
-    "compiled": Activations(6.1, 2),
-}
+# 16-bit numbers that are kept for the backward pass, for each token and layer: multiples of the width of the model, and
+# of that of its feed-forward layer.
+ACTIVATIONS = {"eager": (8.2, 3), "compiled": (6.1, 2)}
 LOGITS_BYTES = 10
 """For each labelled token and entry of the vocabulary: logits in 16 bit and float32, and their gradient."""
 BYTES_PER_PARAMETER = {"16bit": 2.0, "8bit": 1.0, "8bit_weights": 1.0, "4bit": 0.5 + 4 / 64}
@@ -155,8 +143,7 @@ def _activations(context: RunContext) -> float:
     tokens = longest_sequence(context)
     at_once = _tokens_at_once(context)
     labels = context.model.max_txt_len * at_once / tokens
-    kind = ACTIVATIONS["compiled" if compiles(context) else "eager"]
-    values = kind.widths * llm.width + kind.ffn_widths * llm.ffn
+    values = _values_of_layer("compiled" if compiles(context) else "eager", llm.width, llm.ffn)
     # A layer that recomputes its activations keeps only its input.
     recomputed = min(context.model.llm_grad_checkpoint, llm.layers)
     numbers = (llm.layers - recomputed) * values + recomputed * llm.width
@@ -164,10 +151,15 @@ def _activations(context: RunContext) -> float:
     if not context.model.freeze_vit and context.with_vision:
         vit, kept_layers = context.vit, 1 if context.model.use_grad_checkpoint else context.vit["depth"]
         image_tokens = (context.model.image_size // vit["patch_size"]) ** 2 + 1
-        eager = ACTIVATIONS["eager"]
-        width = eager.widths * vit["embed_dim"] + eager.ffn_widths * int(vit["embed_dim"] * vit["mlp_ratio"])
-        total += batch * image_tokens * kept_layers * width * 2
+        values = _values_of_layer("eager", vit["embed_dim"], int(vit["embed_dim"] * vit["mlp_ratio"]))
+        total += batch * image_tokens * kept_layers * values * 2
     return total
+
+
+def _values_of_layer(kind: str, width: int, ffn_width: int) -> float:
+    """Numbers that a layer keeps of a token for the backward pass. kind: a key of ACTIVATIONS."""
+    widths, ffn_widths = ACTIVATIONS[kind]
+    return widths * width + ffn_widths * ffn_width
 
 
 def check_gpu_memory(context: RunContext) -> Iterator[Diagnostic]:
@@ -182,7 +174,9 @@ def check_gpu_memory(context: RunContext) -> Iterator[Diagnostic]:
     parts += f", CUDA graphs {readable(memory.graphs)}" if memory.graphs else ""
     parts += f", the rest {readable(WORKSPACE)})"
     if not context.on_gpu:
-        yield from _on_the_host(memory, parts)
+        available = available_memory()
+        what = f"{parts}; {readable(available)} are free"
+        yield verdict(memory.total > available, "host memory", what, "Use a smaller model, or a GPU.")
         return
     gpu = _joint(context.gpus) if context.model.llm_device_map else min(context.gpus, key=lambda gpu: gpu.total)
     needed, fix = memory.total + CONTEXT, advice(context, memory)
@@ -227,25 +221,12 @@ def advice(context: RunContext, memory: Memory) -> str:
     return f"--options {possible}" if possible else otherwise
 
 
-def _on_the_host(memory: Memory, parts: str) -> Iterator[Diagnostic]:
-    available = available_memory()
-    if available is None:
-        yield ok("host memory", parts)
-    elif memory.total > available:
-        yield error("host memory", f"{parts}; {readable(available)} are free", "Use a smaller model, or a GPU.")
-    else:
-        yield ok("host memory", f"{parts}; {readable(available)} are free")
-
-
 def check_host_memory(context: RunContext) -> Iterator[Diagnostic]:
     """Ranks and data workers fit into the memory of the host."""
-    available = available_memory()
-    if not context.on_gpu or available is None:
+    if not context.on_gpu:
         return
     workers = context.run.num_workers if context.training else 0
     needed = context.local_size * (HOST_BASE + workers * HOST_WORKER)
+    available = available_memory()
     what = f"about {readable(needed)}; {readable(available)} are free"
-    if needed > available:
-        yield warning("host memory", what, "Lower run.num_workers.")
-    else:
-        yield ok("host memory", what)
+    yield verdict(needed > available, "host memory", what, "Lower run.num_workers.", WARNING)

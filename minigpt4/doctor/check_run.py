@@ -7,7 +7,7 @@ from minigpt4.common.config_files import shipped_datasets
 from minigpt4.common.registry import UnknownNameError, registry
 from minigpt4.common.text import pluralize
 from minigpt4.doctor.check_memory import trainable_parameters
-from minigpt4.doctor.diagnostic import Diagnostic, error, ok, warning
+from minigpt4.doctor.diagnostic import Diagnostic, error, ok, verdict, warning
 from minigpt4.doctor.machine import free_disk, is_writable, readable
 from minigpt4.doctor.run_context import RunContext
 
@@ -74,7 +74,4 @@ def check_output_room(context: RunContext) -> Iterator[Diagnostic]:
     what = f"{readable(free)} are free"
     if each:
         what = f"{pluralize(context.run.max_epoch, 'checkpoint')} of {readable(each)}, and {what}"
-    if free < each * context.run.max_epoch:
-        yield error(OUTPUT, what, f"Make room, or {OTHER_OUTPUT}")
-    else:
-        yield ok(OUTPUT, what)
+    yield verdict(free < each * context.run.max_epoch, OUTPUT, what, f"Make room, or {OTHER_OUTPUT}")

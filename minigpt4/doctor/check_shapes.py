@@ -14,7 +14,7 @@ from minigpt4.doctor.diagnostic import Diagnostic, error, ok, warning
 from minigpt4.doctor.run_context import CHECKPOINT_KEYS, RunContext
 from minigpt4.weights import fingerprint
 
-# Processors of ours make images of this size, unless told otherwise.
+# The package's processors make images of this size by default.
 PROCESSOR_IMAGE_SIZE = 224
 
 
@@ -34,18 +34,14 @@ def check_image_settings(context: RunContext) -> Iterator[Diagnostic]:
         what = f"{size} is not a multiple of the encoder's patch size {vit['patch_size']}"
         yield error("model.image_size", what, f"--options model.image_size={lower}")
         return
-    sizes = {}
     for name, dataset in context.cfg.datasets_cfg.items():
         processor = (dataset.get("vis_processor") or {}).get("train") or {}
-        if str(processor.get("name")).startswith("blip2_image_"):
+        own = processor.get("image_size", PROCESSOR_IMAGE_SIZE)
+        if str(processor.get("name")).startswith("blip2_image_") and own != size:
             key = f"datasets.{name}.vis_processor.train.image_size"
-            sizes[key] = processor.get("image_size", PROCESSOR_IMAGE_SIZE)
-    wrong = {key: value for key, value in sizes.items() if value != size}
-    for key, value in wrong.items():
-        what = f"{value}, but model.image_size={size}"
-        yield error(key, what, f"--options {key}={size}, or model.image_size={value}")
-    if not wrong:
-        yield ok("model.image_size", f"{size} px")
+            fix = f"--options {key}={size}, or model.image_size={own}"
+            yield error(key, f"{own}, but model.image_size={size}", fix)
+    yield ok("model.image_size", f"{size} px")
 
 
 def check_model_sizes(context: RunContext) -> Iterator[Diagnostic]:

@@ -28,9 +28,6 @@ Stage = tuple[Check, ...]
 # Without torch, for any model.
 QUICK: Stage = (
     check_files.check_paths,
-    check_datasets.check_shards,
-    check_datasets.check_folder,
-    check_datasets.check_features,
     check_run.check_output_folder,
     check_environment.check_versions,
     check_environment.check_device,
@@ -48,7 +45,12 @@ QUICK_OF_MODEL: Stage = (
     check_environment.check_shared_memory,
 )
 # With torch, for any model.
-RUN: Stage = (check_datasets.check_records, check_run.check_registry, check_run.check_length)
+RUN: Stage = (
+    check_datasets.check_shards,
+    check_datasets.check_records,
+    check_run.check_registry,
+    check_run.check_length,
+)
 # With the loaders, for MiniGPT4: what can be read, then whether it fits together, then what it takes.
 READ: Stage = (
     check_files.check_contents,
@@ -64,13 +66,7 @@ FIT: Stage = (
 )
 ESTIMATE: Stage = (check_run.check_output_room, check_memory.check_gpu_memory)
 # train.py and demo.py do these themselves before the model is loaded.
-NOT_AT_START = (
-    check_files.check_paths,
-    check_datasets.check_shards,
-    check_datasets.check_folder,
-    check_datasets.check_features,
-    *RUN,
-)
+NOT_AT_START = (check_files.check_paths, *RUN)
 # Estimates must not keep a run from being tried.
 ESTIMATED = ("GPU memory", "host memory")
 

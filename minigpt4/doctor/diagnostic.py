@@ -32,6 +32,11 @@ def error(check: str, what: str, fix: str = "") -> Diagnostic:
     return Diagnostic(check, ERROR, what, fix)
 
 
+def verdict(problem: bool, check: str, what: str, fix: str, status: str = ERROR) -> Diagnostic:
+    """A diagnostic of `status` with its fix if there is a problem, else OK with the same text."""
+    return Diagnostic(check, status, what, fix) if problem else ok(check, what)
+
+
 def as_text(diagnostics: Iterable[Diagnostic]) -> str:
     """Diagnostics for people, a paragraph each."""
     marks = {OK: "ok     ", WARNING: "WARNING", ERROR: "ERROR  "}

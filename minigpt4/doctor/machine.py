@@ -1,10 +1,12 @@
-"""The machine: GPUs, memory, disks. NVIDIA's own library describes the GPUs, so that torch is not needed."""
+"""The machine: GPUs, memory, disks. nvidia-smi describes the GPUs, so that torch is not needed."""
 
-import ctypes
 import os
 import shutil
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 MIB = 2**20
 
@@ -21,18 +23,19 @@ class Gpu:
 
 def list_gpus() -> list[Gpu]:
     """The NVIDIA GPUs that CUDA_VISIBLE_DEVICES allows. Empty if there is no driver."""
+    fields = "name,compute_cap,memory.total,memory.free"
+    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
     try:
-        nvml = ctypes.CDLL("libnvidia-ml.so.1")
-    except OSError:
+        lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    except (OSError, subprocess.CalledProcessError):
         return []
-    if nvml.nvmlInit_v2():
-        return []
-    try:
-        count = ctypes.c_uint()
-        nvml.nvmlDeviceGetCount_v2(ctypes.byref(count))
-        gpus = [_ask(nvml, index) for index in range(count.value)]
-    finally:
-        nvml.nvmlShutdown()
+    gpus = []
+    for line in lines:
+        name, capability, total, free = line.rsplit(", ", 3)
+        major, minor = map(int, capability.split("."))
+        # A GPU that shares the host's memory has none of its own: "[N/A]".
+        sizes = [int(size) * MIB if size.isdigit() else available_memory() for size in (total, free)]
+        gpus.append(Gpu(name, (major, minor), *sizes))
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None or not all(part.strip().isdigit() for part in visible.split(",") if part):
         return gpus  # UUIDs and slices of GPUs are not supported here
@@ -45,20 +48,6 @@ def imagined_gpu(gigabytes: float) -> Gpu:
     return Gpu(f"a GPU of {gigabytes:g} GB", (8, 0), size, size)
 
 
-class _Memory(ctypes.Structure):
-    _fields_ = [("total", ctypes.c_ulonglong), ("free", ctypes.c_ulonglong), ("used", ctypes.c_ulonglong)]
-
-
-def _ask(nvml, index: int) -> Gpu:
-    device, name, memory = ctypes.c_void_p(), ctypes.create_string_buffer(96), _Memory()
-    major, minor = ctypes.c_int(), ctypes.c_int()
-    nvml.nvmlDeviceGetHandleByIndex_v2(index, ctypes.byref(device))
-    nvml.nvmlDeviceGetName(device, name, len(name))
-    nvml.nvmlDeviceGetMemoryInfo(device, ctypes.byref(memory))
-    nvml.nvmlDeviceGetCudaComputeCapability(device, ctypes.byref(major), ctypes.byref(minor))
-    return Gpu(name.value.decode(), (major.value, minor.value), memory.total, memory.free)
-
-
 def readable(size: float) -> str:
     """Bytes for people: `1.9 GB`, `40 MB`, `0.4 MB`."""
     if size >= 1e8:
@@ -66,24 +55,24 @@ def readable(size: float) -> str:
     return f"{size / 1e6:.0f} MB" if size >= 1e7 else f"{size / 1e6:.1f} MB"
 
 
-def available_memory() -> int | None:
-    """Bytes of host memory that programs can still have. None: the system does not say (not Linux)."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)
+def available_memory() -> int:
+    """Bytes of host memory that programs can still have."""
+    return psutil.virtual_memory().available
 
 
 def free_disk(path: Path) -> int:
     """Free bytes where `path` is, or will be."""
-    while not path.exists():
-        path = path.absolute().parent
-    return shutil.disk_usage(path).free
+    return shutil.disk_usage(_existing(path)).free
 
 
 def is_writable(path: Path) -> bool:
     """Whether the folder `path` can be made, or written to."""
+    path = _existing(path)
+    return path.is_dir() and os.access(path, os.W_OK)
+
+
+def _existing(path: Path) -> Path:
+    """`path`, or if it does not exist, the lowest of its parents that does."""
     while not path.exists():
         path = path.absolute().parent
-    return path.is_dir() and os.access(path, os.W_OK)
+    return path

@@ -26,10 +26,12 @@ from minigpt4.doctor.run_context import RunContext
 )
 def test_probe_warns_of_an_estimate_that_was_far_off(monkeypatch, estimated, reserved, warned):
     monkeypatch.setattr(probing, "estimate", lambda context: Memory(estimated - WORKSPACE, 0, 0))
-    gpu = SimpleNamespace(cuda=SimpleNamespace(max_memory_reserved=lambda: reserved))
-    found = list(probing._compare(None, on_gpu=True, torch=gpu))
-    assert [f.what for f in found] == ([warned] if warned else [])
-    assert list(probing._compare(None, on_gpu=False, torch=gpu)) == []
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: reserved)
+    measured, *warnings = probing._measured(None, "a step took 1 s", torch.device("cuda"))
+    assert measured.what.startswith("a step took 1 s, ") and measured.what.endswith("GPU memory reserved at most")
+    assert [f.what for f in warnings] == ([warned] if warned else [])
+    (measured,) = probing._measured(None, "a step took 1 s", torch.device("cpu"))
+    assert measured.what == "a step took 1 s"
 
 
 @pytest.mark.parametrize(

@@ -38,10 +38,8 @@ def test_vicunas_are_llamas(size, parameters):
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from minigpt4.benchmarks.random_weights import llama_config
-
     table = published.llama(published.SIZES[size])
     assert sum(map(prod, table.values())) == parameters
     with torch.device("meta"):
-        llama = LlamaForCausalLM(LlamaConfig(**llama_config(published.SIZES[size], "v1.1")))
+        llama = LlamaForCausalLM(LlamaConfig(**published.llama_config(published.SIZES[size], "v1.1")))
     assert {name: tuple(p.shape) for name, p in llama.named_parameters()} == table

@@ -132,6 +132,6 @@ def full_size(tmp_path_factory, small_files):
             write_sparse(llm / name, half, "F16")
         weight_map = {tensor: name for name, half in halves.items() for tensor in half}
         (llm / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-        (llm / "config.json").write_text(json.dumps(random_weights.llama_config(sizes, "v1.1")))
+        (llm / "config.json").write_text(json.dumps(published.llama_config(sizes, "v1.1")))
         shutil.copy(next(small_files.glob("vicuna-*")) / "tokenizer.model", llm)
     return folder

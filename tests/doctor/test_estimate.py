@@ -79,7 +79,7 @@ def test_close_to_what_was_measured(full_context, monkeypatch, batch, text, prom
     assert 0.97 * mebibytes < estimated < (1.12 if compiled else 1.03) * mebibytes
 
 
-def test_long_batches_take_no_more_than_their_largest_piece(full_context):
+def test_long_batches_take_no_more_than_their_largest_micro_batch(full_context):
     def activations(*options):
         return estimate(full_context(STAGE1, *options)).activations
 
@@ -125,7 +125,7 @@ def test_layers_that_recompute_keep_little(full_context):
     assert usual - half == pytest.approx(half - none)
 
 
-def test_in_fp8_a_large_gpu_takes_larger_pieces(full_context):
+def test_in_fp8_a_large_gpu_takes_larger_micro_batches(full_context):
     """And a small one the usual ones."""
 
     def activations(gpu, *options):

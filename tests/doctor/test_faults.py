@@ -215,7 +215,7 @@ FAULTS = {
     ),
     "broken index": ("chat", lambda p: p.write(p.llm / "model.safetensors.index.json", "{"), ERROR, LLM, "index.json"),
     # shapes
-    "13B projection": ("stage2", checkpoint(linear(SIZES.qformer_width, 5120)), ERROR, "model.ckpt", "5120 .* 128"),
+    "13B projection": ("stage2", checkpoint(linear(SIZES["qformer_width"], 5120)), ERROR, "model.ckpt", "5120 .* 128"),
     "another Q-Former's": ("stage2", checkpoint(linear(99, 128)), ERROR, "model.ckpt", r"\(128, 99\)"),
     "no projection": ("chat", checkpoint({"x": torch.zeros(2)}), ERROR, "model.ckpt", "llama_proj.weight"),
     "queries": ("stage1", more_queries, ERROR, "model.num_query_token", r"\(1, 40, 48\)"),
@@ -251,7 +251,8 @@ FAULTS = {
     "two slots": ("stage2", prompts("<ImageHere><ImageHere>"), ERROR, "model.prompt_path", "2 times"),
     "end_sym": ("stage2", options("model.end_sym=x"), WARNING, "model.end_sym", "'x'"),
     # data
-    "no shards": ("stage1", lambda p: rename(p.shards), ERROR, LAION, "no file matches"),
+    "no folder of shards": ("stage1", lambda p: rename(p.shards), ERROR, LAION, "does not exist"),
+    "no shards": ("stage1", lambda p: [s.unlink() for s in p.shards.iterdir()], ERROR, LAION, "no file matches"),
     "a shard is missing": (
         "stage1",
         lambda p: p.options.append(f"{LAION}={p.shards}/{{00000..00009}}.tar"),
@@ -442,7 +443,7 @@ def test_another_language_model(patient):
     rows = load_file(patient.llm / "model.safetensors")["model.embed_tokens.weight"]
     ids = [len(rows) >> shift for shift in range(1, 9)]
     own = {"name": "mine", "width": 128, "layers": 2, "vocabulary": len(rows), "prompt_template": "{}", "end_sym": "\n"}
-    projection = linear(SIZES.qformer_width, 128)
+    projection = linear(SIZES["qformer_width"], 128)
     checkpoint(projection, llm_fingerprint=own | {"embedding_rows": rows[ids].half()})(patient)
     assert patient.diagnostics(ERROR, WARNING) == []
     assert "was trained with this language model" in {f.what for f in patient.diagnostics()}
@@ -548,6 +549,19 @@ def test_gpus_are_those_of_torch(monkeypatch):
         assert (gpu.name, gpu.capability) == (properties.name, (properties.major, properties.minor))
         assert 0.9 < properties.total_memory / gpu.total < 1.02
         assert gpu.free <= gpu.total
+
+
+def test_gpus_as_nvidia_smi_prints_them(monkeypatch):
+    """A GPU that shares the host's memory prints none of its own."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    printed = SimpleNamespace(stdout="NVIDIA H200, 9.0, 143771, 143156\nNVIDIA GB10, 12.1, [N/A], [N/A]\n")
+    monkeypatch.setattr(machine.subprocess, "run", lambda *args, **kwargs: printed)
+    monkeypatch.setattr(machine, "available_memory", lambda: 7)
+    first, second = machine.list_gpus()
+    assert first == Gpu("NVIDIA H200", (9, 0), total=143771 * 2**20, free=143156 * 2**20)
+    assert second == Gpu("NVIDIA GB10", (12, 1), total=7, free=7)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert machine.list_gpus() == [second]
 
 
 def test_gpus_are_listed_without_torch(monkeypatch):

@@ -71,7 +71,7 @@ def test_the_host_holds_no_second_copy(tmp_path, files):
     """With 340 MB of encoder and Q-Former: tensors read in their own type stay mapped, others are copied once."""
     from minigpt4.benchmarks import published
 
-    sizes = published.Sizes(vit_width=704, vit_blocks=18, vit_ffn=2816, qformer_layers=6)
+    sizes = published.SIZES["7b"] | {"vit_width": 704, "vit_blocks": 18, "vit_ffn": 2816, "qformer_layers": 6}
     for name, table, dtype in (
         ("eva.pth", published.eva_vit(sizes), torch.float16),
         ("blip2.pth", published.blip2(sizes), torch.float32),

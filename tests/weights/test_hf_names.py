@@ -67,7 +67,7 @@ def test_our_names_are_the_published_ones(folder):
     from minigpt4.benchmarks import published
 
     state = checkpoint.read_weights(folder, ("vision_model.", "qformer.", "query_tokens"))
-    sizes = published.Sizes(vit_blocks=2, qformer_layers=4)
+    sizes = published.SIZES["7b"] | {"vit_blocks": 2, "qformer_layers": 4}
     surplus = ("norm.", "head.", "t5_proj.", "Qformer.bert.embeddings.position_ids")
     tables = published.eva_vit(sizes), published.blip2(sizes)
     for ours, table in zip((hf_names.vision_from_hf(state), hf_names.qformer_from_hf(state)), tables, strict=True):
