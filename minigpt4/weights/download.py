@@ -19,12 +19,8 @@ PAUSES = (1, 2, 5, 10, 20)
 TIMEOUT = 60
 
 
-class _Broken(Exception):
-    """A connection that ended early; trying again may help."""
-
-
 # Errors after which another attempt may succeed; errors of the disk are not among them.
-CONNECTION_ERRORS = (_Broken, HTTPException, urllib.error.URLError, ConnectionError, TimeoutError, ssl.SSLError)
+CONNECTION_ERRORS = (HTTPException, urllib.error.URLError, ConnectionError, TimeoutError, ssl.SSLError)
 
 
 class DownloadError(ConfigError):
@@ -108,27 +104,26 @@ def _part(path: Path, headers) -> Path:
 
 
 def _receive(url: str, response, part: Path) -> None:
-    """Append the missing bytes to `part`, from `response` or a ranged request. Raises _Broken if they end early."""
-    total = int(response.headers["Content-Length"]) if response.headers["Content-Length"] else None
-    have = _size(part)
+    """Append the missing bytes to `part`, from `response` or a ranged request.
+
+    Raises ConnectionError if they end early.
+    """
+    length, have = response.headers["Content-Length"], _size(part)
+    total = int(length) if length else None
     if have and have == total:
         return
-    if have and (total is None or have > total):
-        part.unlink()
-        have = 0
     free = shutil.disk_usage(part.parent).free
     if total is not None and total - have > free:
         raise DownloadError(
             f"{url} needs {(total - have) / 1e9:.1f} GB more, and {part.parent} has {free / 1e9:.1f} GB free. Make "
             "room, or set TORCH_HOME to a folder with more."
         )
-    if have:
-        ranged = _open(url, have)
-        with ranged:
+    if have and total is not None:
+        with _open(url, have) as ranged:
             if ranged.status == 206 and ranged.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
                 logging.info("Going on after %s of %s bytes", f"{have:,}", f"{total:,}")
                 return _append(ranged, part, have, total)
-        part.unlink()
+    part.unlink(missing_ok=True)
     return _append(response, part, 0, total)
 
 
@@ -141,7 +136,7 @@ def _append(response, part: Path, have: int, total: int | None) -> None:
             file.write(chunk)
             bar.update(len(chunk))
     if total is not None and _size(part) < total:
-        raise _Broken(f"the connection ended after {_size(part):,} of {total:,} bytes")
+        raise ConnectionError(f"the connection ended after {_size(part):,} of {total:,} bytes")
 
 
 def _check(part: Path, url: str, kibibytes: int | None, sha256: str | None) -> None:
