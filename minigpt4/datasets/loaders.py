@@ -89,17 +89,14 @@ class TrainLoader:
         exhausted is void as soon as the next epoch begins.
         """
         self._plan[:] = self._requests(epoch, num_batches)
-        return self._counted(iter(self._loader))
+        for batch, left_out in self._loader:
+            self._left_out.update(left_out)
+            yield batch
 
     def take_left_out(self) -> Counter[LeftOut]:
         """Counts of the samples that this rank has left out since the last call."""
         taken, self._left_out = self._left_out, Counter()
         return taken
-
-    def _counted(self, batches: Iterator[tuple[Any, dict]]) -> Iterator[dict[str, Any]]:
-        for batch, left_out in batches:
-            self._left_out.update(left_out)
-            yield batch
 
     def _requests(self, epoch: int, num_batches: int) -> list[BatchRequest]:
         done = sum((Counter(self._draw(earlier, num_batches)) for earlier in range(epoch)), Counter())

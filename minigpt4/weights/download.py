@@ -18,7 +18,6 @@ CHUNK = 1 << 20
 PAUSES = (1, 2, 5, 10, 20)
 TIMEOUT = 60
 
-
 # Errors after which another attempt may succeed; errors of the disk are not among them.
 CONNECTION_ERRORS = (HTTPException, urllib.error.URLError, ConnectionError, TimeoutError, ssl.SSLError)
 
@@ -70,20 +69,16 @@ def _fetch(url: str, path: Path) -> Path:
                 before = _size(part)
                 _receive(url, response, part)
             return part
-        except urllib.error.HTTPError as error:
-            if error.code < 500 and error.code != 429:
-                raise DownloadError(
-                    f"{url}: the server answers {error.code} {error.reason}. {_by_hand(path)}"
-                ) from None
-            reason = error
         except CONNECTION_ERRORS as error:
-            reason = error
-        failures = 0 if part and _size(part) > before else failures + 1
-        if failures > len(PAUSES):
-            got = f" after {_size(part):,} bytes, which the next run goes on from" if part and _size(part) else ""
-            raise DownloadError(f"{url} could not be fetched{got}: {reason}. {_by_hand(path)}") from None
-        logging.warning("Fetching %s broke off (%s): trying again.", path.name, reason)
-        time.sleep(PAUSES[max(failures - 1, 0)])
+            status = getattr(error, "code", 500)  # an HTTPError has one
+            if status < 500 and status != 429:
+                raise DownloadError(f"{url}: the server answers {status} {error.reason}. {_by_hand(path)}") from None
+            failures = 0 if part and _size(part) > before else failures + 1
+            if failures > len(PAUSES):
+                got = f" after {_size(part):,} bytes, which the next run goes on from" if part and _size(part) else ""
+                raise DownloadError(f"{url} could not be fetched{got}: {error}. {_by_hand(path)}") from None
+            logging.warning("Fetching %s broke off (%s): trying again.", path.name, error)
+            time.sleep(PAUSES[max(failures - 1, 0)])
 
 
 def _by_hand(path: Path) -> str:
@@ -130,11 +125,9 @@ def _receive(url: str, response, part: Path) -> None:
 def _append(response, part: Path, have: int, total: int | None) -> None:
     from tqdm import tqdm
 
-    bar = tqdm(initial=have, total=total, unit="B", unit_scale=True, unit_divisor=1024, desc=part.name, disable=None)
-    with open(part, "ab") as file, bar:
-        while chunk := response.read(CHUNK):
-            file.write(chunk)
-            bar.update(len(chunk))
+    with open(part, "ab") as file:
+        with tqdm.wrapattr(file, "write", total, initial=have, desc=part.name, disable=None) as shown:
+            shutil.copyfileobj(response, shown, CHUNK)
     if total is not None and _size(part) < total:
         raise ConnectionError(f"the connection ended after {_size(part):,} of {total:,} bytes")
 
