@@ -10,7 +10,7 @@
 import json
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import get_type_hints
@@ -27,7 +27,7 @@ from minigpt4.common.config_files import (
     parse_options,
     shipped_datasets,
 )
-from minigpt4.common.errors import ConfigError
+from minigpt4.common.errors import ConfigError, check_names
 from minigpt4.common.registry import did_you_mean, registry
 from minigpt4.common.schema import DatasetConfig, EnvConfig, MiniGPT4Config, PreprocessConfig, RunConfig
 
@@ -57,8 +57,7 @@ class Config:
     def __init__(self, args):
         if getattr(args, "offline", False):
             facts.go_offline()
-        user = _sections(load_yaml(args.cfg_path), args.cfg_path)
-        options = _sections(parse_options(args.options or []), "--options")
+        user, options = load_yaml(args.cfg_path), parse_options(args.options or [])
         request = OmegaConf.merge(user, options)
         imports = OmegaConf.select(request, "run.imports") or []
         if isinstance(imports, str):
@@ -151,8 +150,6 @@ class Config:
 
     def _dataset(self, name: str, merged: DictConfig) -> DictConfig:
         """A section `datasets.<name>`. Splits without a processor get that of `preprocess`."""
-        if not isinstance(merged.datasets[name], DictConfig):
-            raise ConfigError(f"datasets.{name} (set in {self.origin(f'datasets.{name}')}) must be a mapping.")
         if name in shipped_datasets():
             schema = DatasetConfig
         else:
@@ -201,29 +198,8 @@ class Config:
         expected = hint.__name__ if type(hint) is type else hint
         return ConfigError(f"{key} = {value!r} (set in {self.origin(key)}) is not of type {expected}.")
 
-    def _check_names(self, prefix: str, values: DictConfig, known) -> None:
-        for name in values:
-            if name not in known:
-                key = f"{prefix}{name}"
-                raise ConfigError(
-                    f"Unknown key {key} in {self.origin(key)}.{did_you_mean(name, known)} "
-                    f"Known keys: {', '.join(sorted(known))}."
-                )
-
-
-def _sections(source: DictConfig, where) -> DictConfig:
-    """The source with empty sections (`run:` and nothing below) as empty mappings; anything else is a ConfigError."""
-    for section in source:
-        if source[section] is None:
-            source[section] = {}
-        if not isinstance(source[section], DictConfig):
-            raise ConfigError(f"{section} in {where} must be a mapping, not {source[section]!r}.")
-    for name, dataset in source.get("datasets", {}).items():
-        if dataset is None:
-            source.datasets[name] = {}
-        elif not isinstance(dataset, DictConfig):
-            raise ConfigError(f"datasets.{name} in {where} must be a mapping, not {dataset!r}.")
-    return source
+    def _check_names(self, prefix: str, values: DictConfig, known: Iterable[str]) -> None:
+        check_names(values, sorted(known), lambda name: f"Unknown key {prefix}{name} in {self.origin(prefix + name)}")
 
 
 def _sets(source: DictConfig, key: str) -> bool:

@@ -8,8 +8,8 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from minigpt4 import PACKAGE_ROOT
-from minigpt4.common.errors import ConfigError
-from minigpt4.common.registry import did_you_mean, registry
+from minigpt4.common.errors import ConfigError, check_names
+from minigpt4.common.registry import registry
 from minigpt4.common.schema import MiniGPT4Config
 
 CONFIGS = PACKAGE_ROOT / "configs"
@@ -19,7 +19,7 @@ OmegaConf.register_resolver("package", lambda path: str(PACKAGE_ROOT / path), re
 
 
 def load_yaml(path: str | Path) -> DictConfig:
-    """Read a YAML file whose top level is a mapping. Raises ConfigError that names the file."""
+    """Read a YAML file whose sections are mappings. Raises ConfigError that names the file."""
     try:
         loaded = OmegaConf.load(path)
     except OSError as error:
@@ -28,7 +28,7 @@ def load_yaml(path: str | Path) -> DictConfig:
         raise ConfigError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(loaded, DictConfig):
         raise ConfigError(f"{path} must hold a mapping with sections such as run: and model:.")
-    return loaded
+    return _with_sections(loaded, path)
 
 
 def parse_options(options: list[str]) -> DictConfig:
@@ -54,7 +54,22 @@ def parse_options(options: list[str]) -> DictConfig:
                 f"a range, as in {key}='{{00000..01255}}.tar', or the shell expands it."
             )
         OmegaConf.update(parsed, key, _option_value(text, key), force_add=True)
-    return parsed
+    return _with_sections(parsed, "--options")
+
+
+def _with_sections(source: DictConfig, where: str | Path) -> DictConfig:
+    """The source with empty sections (`run:` and nothing below) as empty mappings; anything else is a ConfigError."""
+    for section in source:
+        if source[section] is None:
+            source[section] = {}
+        if not isinstance(source[section], DictConfig):
+            raise ConfigError(f"{section} in {where} must be a mapping, not {source[section]!r}.")
+    for name, dataset in source.get("datasets", {}).items():
+        if dataset is None:
+            source.datasets[name] = {}
+        elif not isinstance(dataset, DictConfig):
+            raise ConfigError(f"datasets.{name} in {where} must be a mapping, not {dataset!r}.")
+    return source
 
 
 def _option_value(text: str, key: str):
@@ -110,11 +125,7 @@ def _model_default(arch: str, model_type: str) -> Path | None:
             return model.default_config_path(model_type) if model.PRETRAINED_MODEL_CONFIG_DICT else None
         except KeyError as error:
             raise ConfigError(f"model.arch: {error.args[0]}") from None
-    if model_type not in types:
-        raise ConfigError(
-            f"model.model_type={model_type!r} is not known for {arch}.{did_you_mean(model_type, types)} "
-            f"Known: {', '.join(sorted(types))}."
-        )
+    check_names([model_type], types, lambda name: f"model.model_type={name!r} is not known for {arch}")
     return types[model_type]
 
 

@@ -221,7 +221,7 @@ class StreamExtras(Protocol):
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch of the next `__iter__`. Called in each data worker, right before it.
 
-        If it is absent, `__iter__` is not told the epoch; global random generators are seeded for it all the same.
+        If it is absent, `__iter__` does not know the epoch; global random generators are seeded for it all the same.
         """
 
 

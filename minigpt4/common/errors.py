@@ -2,6 +2,9 @@
 
 import os
 import time
+from collections.abc import Callable, Collection, Iterable
+
+from minigpt4.common.registry import did_you_mean
 
 # Seconds that torchrun gets to end the other processes of a machine after the first has reported a mistake.
 PATIENCE = 10
@@ -12,6 +15,16 @@ class ConfigError(ValueError):
 
     The message names the key or file, the mistake, and the fix. The commands print it without a traceback.
     """
+
+
+def check_names(names: Iterable[str], known: Collection[str], unknown: Callable[[str], str]) -> None:
+    """Raise ConfigError with the known names for the first name that is not among them.
+
+    unknown: makes the beginning of the message from that name.
+    """
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"{unknown(name)}.{did_you_mean(name, known)} Known: {', '.join(known) or 'none'}.")
 
 
 def format_error(error: Exception) -> str:

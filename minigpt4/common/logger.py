@@ -11,6 +11,9 @@ import torch
 
 from minigpt4.common.dist_utils import all_reduce_sum
 
+# Decimals in progress lines, of values that are not shown with four.
+DIGITS = {"lr": 6}
+
 
 def setup_logger() -> None:
     """Rank 0 logs from INFO up, the others from WARNING up, in the tutorial's format.
@@ -41,10 +44,6 @@ class MetricLogger:
             self._total[name] = self._total.get(name, 0.0) + value
         self._count += 1
 
-    def latest(self) -> dict[str, float]:
-        """The values of the last step, on this rank."""
-        return {name: float(value) for name, value in self._latest.items()}
-
     def global_avg(self) -> dict[str, float]:
         """The mean of each value over the steps of all ranks."""
         sums = torch.tensor([*(float(total) for total in self._total.values()), self._count], dtype=torch.float64)
@@ -63,8 +62,8 @@ class MetricLogger:
             data_time += time.perf_counter() - item_end
             yield item
             if i % log_freq == 0 or i == length - 1:
-                latest = self.latest()
-                values = [f"{name}: {_format(name, value)}" for name, value in latest.items()]
+                latest = {name: float(value) for name, value in self._latest.items()}
+                values = [f"{name}: {value:.{DIGITS.get(name, 4)}f}" for name, value in latest.items()]
                 now, items = time.perf_counter(), i - last_logged
                 eta = _hms((now - start) / (i + 1) * (length - i - 1))
                 times = [f"time: {(now - last_line) / items:.4f}", f"data: {data_time / items:.4f}", *_max_memory()]
@@ -87,10 +86,6 @@ def _check_finite(values: dict[str, float], where: str) -> None:
 
 def _hms(seconds: float) -> str:
     return str(datetime.timedelta(seconds=int(seconds)))
-
-
-def _format(name: str, value: float) -> str:
-    return f"{value:.6f}" if name == "lr" else f"{value:.4f}"
 
 
 def _max_memory() -> list[str]:

@@ -1,6 +1,7 @@
 """Learning-rate schedules and AdamW's parameter groups."""
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -11,6 +12,7 @@ from minigpt4.common.registry import registry
 NO_DECAY = ("bias", "ln", "bn")
 
 
+@dataclass
 class _Schedule:
     """Sets the learning rate of every parameter group before each step.
 
@@ -23,25 +25,18 @@ class _Schedule:
         decay_rate: factor per epoch, for schedules that have one.
     """
 
-    def __init__(
-        self,
-        optimizer,
-        max_epoch: int,
-        iters_per_epoch: int,
-        min_lr: float,
-        init_lr: float,
-        warmup_steps: int = 0,
-        warmup_start_lr: float = -1,
-        decay_rate: float = 1,
-    ):
-        self.optimizer = optimizer
-        self.max_epoch = max_epoch
-        self.iters_per_epoch = iters_per_epoch
-        self.min_lr = min_lr
-        self.init_lr = init_lr
-        self.warmup_steps = warmup_steps
-        self.warmup_start_lr = warmup_start_lr if warmup_start_lr >= 0 else init_lr
-        self.decay_rate = decay_rate
+    optimizer: torch.optim.Optimizer
+    max_epoch: int
+    iters_per_epoch: int
+    min_lr: float
+    init_lr: float
+    warmup_steps: int = 0
+    warmup_start_lr: float = -1
+    decay_rate: float = 1
+
+    def __post_init__(self) -> None:
+        if self.warmup_start_lr < 0:
+            self.warmup_start_lr = self.init_lr
 
     def step(self, cur_epoch: int, cur_step: int) -> float:
         """Set and return the learning rate of step `cur_step`, counted from 0 in each epoch, of epoch `cur_epoch`."""
@@ -89,10 +84,10 @@ def create_optimizer(model: nn.Module, lr: float, weight_decay: float, beta2: fl
     if not trainable:
         raise ValueError("The model has no trainable parameter; nothing to optimise.")
     decayed = [p for name, p in trainable if p.ndim >= 2 and not any(part in name for part in NO_DECAY)]
-    kept = {id(p) for p in decayed}
+    in_decayed = {id(p) for p in decayed}
     groups = [
         {"params": decayed, "weight_decay": weight_decay},
-        {"params": [p for _, p in trainable if id(p) not in kept], "weight_decay": 0.0},
+        {"params": [p for _, p in trainable if id(p) not in in_decayed], "weight_decay": 0.0},
     ]
     fused = all(p.is_cuda for _, p in trainable)
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=(0.9, beta2), fused=fused)

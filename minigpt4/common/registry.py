@@ -82,10 +82,6 @@ class Registry:
         importlib.import_module(HOMES[kind])
         return sorted(self._classes[kind])
 
-    def registered(self, kind: str) -> list[str]:
-        """The names of a kind that imported modules, plug-ins included, have registered so far, sorted."""
-        return sorted(self._classes[kind])
-
     def register_path(self, name: str, path: str) -> None:
         """Register `path` under `name`. Raises KeyError if the name stands for another path."""
         if self._paths.setdefault(name, path) != path:

@@ -28,7 +28,6 @@ class BatchRequest(NamedTuple):
     dataset: str
     epoch: int
     number: int  # of the batch in the epoch
-    turn: int  # the number of batches that its worker has made of this dataset in this epoch
     indices: list[int] | None  # None: the next samples of the stream
 
 
@@ -66,7 +65,7 @@ class TrainLoader:
         """
         self.names = list(datasets)
         self.ratios = [float((sample_ratios or {}).get(name, 1.0)) for name in self.names]
-        self.batch_size, self.num_workers = batch_size, num_workers
+        self.batch_size = batch_size
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self._check_sizes(datasets)
         self._text_lengths = {name: getattr(dataset, "text_length", None) for name, dataset in datasets.items()}
@@ -90,27 +89,21 @@ class TrainLoader:
         exhausted is void as soon as the next epoch begins.
         """
         self._plan[:] = self._requests(epoch, num_batches)
-        return self._counted(iter(self._loader))
+        for batch, left_out in self._loader:
+            self._left_out.update(left_out)
+            yield batch
 
     def take_left_out(self) -> Counter[LeftOut]:
         """Counts of the samples that this rank has left out since the last call."""
         taken, self._left_out = self._left_out, Counter()
         return taken
 
-    def _counted(self, batches: Iterator[tuple[Any, dict]]) -> Iterator[dict[str, Any]]:
-        for batch, left_out in batches:
-            self._left_out.update(left_out)
-            yield batch
-
     def _requests(self, epoch: int, num_batches: int) -> list[BatchRequest]:
         done = sum((Counter(self._draw(earlier, num_batches)) for earlier in range(epoch)), Counter())
-        turns: Counter[tuple[str, int]] = Counter()
         requests = []
         for number, name in enumerate(self._draw(epoch, num_batches)):
-            worker = number % max(self.num_workers, 1)  # a DataLoader assigns its requests in turn
             indices = self._next_indices(name, done[name]) if name in self._walks else None
-            requests.append(BatchRequest(name, epoch, number, turns[name, worker], indices))
-            turns[name, worker] += 1
+            requests.append(BatchRequest(name, epoch, number, indices))
             done[name] += 1
         return requests
 
@@ -183,7 +176,7 @@ class BatchMaker(Dataset):
     def __init__(self, datasets: dict[str, Dataset], batch_size: int, seed: int, balanced: bool = False) -> None:
         self.datasets, self.batch_size, self.seed, self.balanced = datasets, batch_size, seed, balanced
         self._streams: dict[str, Iterator[list[Any]]] = {}
-        self._turns: dict[str, tuple[int, int]] = {}
+        self._last: dict[str, BatchRequest] = {}  # for each stream
 
     def __getitem__(self, request: BatchRequest) -> tuple[Any, dict[LeftOut, int]]:
         dataset = self.datasets[request.dataset]
@@ -196,13 +189,12 @@ class BatchMaker(Dataset):
             return collate_fn_of(dataset)(samples), {LeftOut(request.dataset, *key): n for key, n in left_out.items()}
 
     def _stream(self, request: BatchRequest) -> Iterator[list[Any]]:
-        name = request.dataset
-        if request.turn == 0:
+        """The batches of a stream. They start again in a new epoch, and in one that is begun once more."""
+        name, last = request.dataset, self._last.get(request.dataset)
+        if last is None or last.epoch != request.epoch or last.number >= request.number:
             samples = _endless(self.datasets[name], name, request.epoch)
             self._streams[name] = balanced_batches(samples, self.batch_size, POOL if self.balanced else 0)
-        else:
-            assert self._turns[name] == (request.epoch, request.turn - 1), "batches were not requested in turn"
-        self._turns[name] = request.epoch, request.turn
+        self._last[name] = request
         return self._streams[name]
 
 
@@ -222,7 +214,7 @@ def eval_loader(
         )
     part = range(rank, len(dataset), world_size)
     starts = range(0, len(part), batch_size)
-    plan = [BatchRequest("", 0, number, 0, list(part[i : i + batch_size])) for number, i in enumerate(starts)]
+    plan = [BatchRequest("", 0, number, list(part[i : i + batch_size])) for number, i in enumerate(starts)]
     loader = _data_loader(BatchMaker({"": dataset}, batch_size, derive_seed("eval", rank)), plan, num_workers)
     return (batch for batch, _ in loader)
 

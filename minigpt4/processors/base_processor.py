@@ -6,8 +6,7 @@ from typing import Any
 
 from PIL import Image
 
-from minigpt4.common.errors import ConfigError
-from minigpt4.common.registry import did_you_mean
+from minigpt4.common.errors import check_names
 
 
 class BaseProcessor:
@@ -27,15 +26,10 @@ class BaseProcessor:
 
         The key `name`, which selected the class, is ignored. Raises ConfigError for a key that `__init__` lacks.
         """
-        settings = {key: value for key, value in (cfg or {}).items() if key != "name"}
-        known = list(inspect.signature(cls).parameters)
-        for key in settings:
-            if key not in known:
-                name = (cfg or {}).get("name") or cls.__name__
-                raise ConfigError(
-                    f"Processor {name!r} has no key {key!r}.{did_you_mean(key, known)} "
-                    f"Known: {', '.join(known) or 'none'}."
-                )
+        settings = dict(cfg or {})
+        name = settings.pop("name", None) or cls.__name__
+        known = inspect.signature(cls).parameters
+        check_names(settings, known, lambda key: f"Processor {name!r} has no key {key!r}")
         return cls(**settings)
 
 

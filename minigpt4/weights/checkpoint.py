@@ -126,7 +126,7 @@ def load_weights(
     filled = {name: weights[name].to(device).to(own[name].dtype) for name in empty}
     module.load_state_dict(filled, strict=False, assign=True)
     module.load_state_dict({name: value for name, value in weights.items() if name not in empty}, strict=False)
-    numbers = pluralize(_numel(weights.values()), "parameter")
+    numbers = pluralize(sum(value.numel() for value in weights.values()), "parameter")
     logging.info("Loaded %s, %s from %s", pluralize(len(weights), "tensor"), numbers, source)
 
 
@@ -155,7 +155,3 @@ def save(content: dict, path: Path) -> None:
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
-
-
-def _numel(tensors) -> int:
-    return sum(t.numel() for t in tensors)

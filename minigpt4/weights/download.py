@@ -18,13 +18,8 @@ CHUNK = 1 << 20
 PAUSES = (1, 2, 5, 10, 20)
 TIMEOUT = 60
 
-
-class _Broken(Exception):
-    """A connection that ended early; trying again may help."""
-
-
 # Errors after which another attempt may succeed; errors of the disk are not among them.
-CONNECTION_ERRORS = (_Broken, HTTPException, urllib.error.URLError, ConnectionError, TimeoutError, ssl.SSLError)
+CONNECTION_ERRORS = (HTTPException, urllib.error.URLError, ConnectionError, TimeoutError, ssl.SSLError)
 
 
 class DownloadError(ConfigError):
@@ -74,20 +69,16 @@ def _fetch(url: str, path: Path) -> Path:
                 before = _size(part)
                 _receive(url, response, part)
             return part
-        except urllib.error.HTTPError as error:
-            if error.code < 500 and error.code != 429:
-                raise DownloadError(
-                    f"{url}: the server answers {error.code} {error.reason}. {_by_hand(path)}"
-                ) from None
-            reason = error
         except CONNECTION_ERRORS as error:
-            reason = error
-        failures = 0 if part and _size(part) > before else failures + 1
-        if failures > len(PAUSES):
-            got = f" after {_size(part):,} bytes, which the next run goes on from" if part and _size(part) else ""
-            raise DownloadError(f"{url} could not be fetched{got}: {reason}. {_by_hand(path)}") from None
-        logging.warning("Fetching %s broke off (%s): trying again.", path.name, reason)
-        time.sleep(PAUSES[max(failures - 1, 0)])
+            status = getattr(error, "code", 500)  # an HTTPError has one
+            if status < 500 and status != 429:
+                raise DownloadError(f"{url}: the server answers {status} {error.reason}. {_by_hand(path)}") from None
+            failures = 0 if part and _size(part) > before else failures + 1
+            if failures > len(PAUSES):
+                got = f" after {_size(part):,} bytes, which the next run goes on from" if part and _size(part) else ""
+                raise DownloadError(f"{url} could not be fetched{got}: {error}. {_by_hand(path)}") from None
+            logging.warning("Fetching %s broke off (%s): trying again.", path.name, error)
+            time.sleep(PAUSES[max(failures - 1, 0)])
 
 
 def _by_hand(path: Path) -> str:
@@ -108,40 +99,37 @@ def _part(path: Path, headers) -> Path:
 
 
 def _receive(url: str, response, part: Path) -> None:
-    """Append the missing bytes to `part`, from `response` or a ranged request. Raises _Broken if they end early."""
-    total = int(response.headers["Content-Length"]) if response.headers["Content-Length"] else None
-    have = _size(part)
+    """Append the missing bytes to `part`, from `response` or a ranged request.
+
+    Raises ConnectionError if they end early.
+    """
+    length, have = response.headers["Content-Length"], _size(part)
+    total = int(length) if length else None
     if have and have == total:
         return
-    if have and (total is None or have > total):
-        part.unlink()
-        have = 0
     free = shutil.disk_usage(part.parent).free
     if total is not None and total - have > free:
         raise DownloadError(
             f"{url} needs {(total - have) / 1e9:.1f} GB more, and {part.parent} has {free / 1e9:.1f} GB free. Make "
             "room, or set TORCH_HOME to a folder with more."
         )
-    if have:
-        ranged = _open(url, have)
-        with ranged:
+    if have and total is not None:
+        with _open(url, have) as ranged:
             if ranged.status == 206 and ranged.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
                 logging.info("Going on after %s of %s bytes", f"{have:,}", f"{total:,}")
                 return _append(ranged, part, have, total)
-        part.unlink()
+    part.unlink(missing_ok=True)
     return _append(response, part, 0, total)
 
 
 def _append(response, part: Path, have: int, total: int | None) -> None:
     from tqdm import tqdm
 
-    bar = tqdm(initial=have, total=total, unit="B", unit_scale=True, unit_divisor=1024, desc=part.name, disable=None)
-    with open(part, "ab") as file, bar:
-        while chunk := response.read(CHUNK):
-            file.write(chunk)
-            bar.update(len(chunk))
+    with open(part, "ab") as file:
+        with tqdm.wrapattr(file, "write", total, initial=have, desc=part.name, disable=None) as shown:
+            shutil.copyfileobj(response, shown, CHUNK)
     if total is not None and _size(part) < total:
-        raise _Broken(f"the connection ended after {_size(part):,} of {total:,} bytes")
+        raise ConnectionError(f"the connection ended after {_size(part):,} of {total:,} bytes")
 
 
 def _check(part: Path, url: str, kibibytes: int | None, sha256: str | None) -> None:

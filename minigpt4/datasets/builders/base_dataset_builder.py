@@ -1,15 +1,15 @@
 """The base class of dataset builders: the default YAML and the processors."""
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from omegaconf import OmegaConf
 from torch.utils.data import Dataset
 
 from minigpt4 import PACKAGE_ROOT
-from minigpt4.common.errors import ConfigError
-from minigpt4.common.registry import did_you_mean, registry
+from minigpt4.common.errors import ConfigError, check_names
+from minigpt4.common.registry import registry
 from minigpt4.processors import BaseProcessor
 
 
@@ -77,11 +77,6 @@ class BaseDatasetBuilder:
             raise ConfigError(f"datasets.{self.name}.{key} has no key 'name', the processor's. Known: {known}.")
         return registry.get_processor_class(cfg.get("name")).from_config(cfg)
 
-    def check_keys(self, section: str, keys: Iterable[str], known: Iterable[str]) -> None:
+    def check_keys(self, section: str, keys: Iterable[str], known: Collection[str]) -> None:
         """Raise ConfigError for a key of `datasets.<name>.<section>` that is not among the known ones."""
-        for key in keys:
-            if key not in known:
-                raise ConfigError(
-                    f"Unknown key datasets.{self.name}.{section}.{key}.{did_you_mean(key, known)} "
-                    f"Known: {', '.join(known)}."
-                )
+        check_names(keys, known, lambda key: f"Unknown key datasets.{self.name}.{section}.{key}")

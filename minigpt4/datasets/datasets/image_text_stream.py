@@ -7,7 +7,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from itertools import chain
+from itertools import chain, count
 from typing import Any, NamedTuple
 
 import webdataset as wds
@@ -91,15 +91,9 @@ class ImageTextStream(IterableDataset):
         self.read.open_window()
         self.decoded.open_window()
         # We draw shards and seeds ourselves: webdataset's depend on time and process id, or collide.
-        pipeline = wds.DataPipeline(
-            lambda: self._opened(self._draw_shards(rng)),
-            wds.tarfile_to_samples(handler=self._on_shard_error),
-            self._with_fields,
-            lambda samples: _start_anywhere(samples, rng),
-            wds.shuffle(self.shuffle_buffer, initial=self.shuffle_buffer, seed=derive_seed(seed, "shuffle")),
-            self._decode,
-        )
-        return iter(pipeline)
+        drawn = (rng.choice(self.shards) for _ in count())
+        shuffle = wds.shuffle(self.shuffle_buffer, initial=self.shuffle_buffer, seed=derive_seed(seed, "shuffle"))
+        return self._decode(shuffle(_start_anywhere(self._raw_samples(drawn), rng)))
 
     @property
     def num_parts(self) -> int:
@@ -107,13 +101,7 @@ class ImageTextStream(IterableDataset):
 
     def part(self, number: int) -> Iterator[RawSample]:
         """The samples of a shard, in order."""
-        return iter(
-            wds.DataPipeline(
-                lambda: self._opened([self.shards[number]]),
-                wds.tarfile_to_samples(handler=self._on_shard_error),
-                self._with_fields,
-            )
-        )
+        return self._raw_samples([self.shards[number]])
 
     def load(self, sample: RawSample) -> dict[str, Any] | None:
         """ "image" and its companions; None, counted as left out, for a picture that cannot be decoded."""
@@ -125,9 +113,10 @@ class ImageTextStream(IterableDataset):
         self.decoded.keep()
         return to_sample(self.vis_processor, picture)
 
-    def _draw_shards(self, rng: random.Random) -> Iterator[str]:
-        while True:
-            yield rng.choice(self.shards)
+    def _raw_samples(self, shards: Iterable[str]) -> Iterator[RawSample]:
+        """The usable samples of shards, in order."""
+        read_tars = wds.tarfile_to_samples(handler=self._on_shard_error)
+        return self._with_fields(read_tars(self._opened(shards)))
 
     def _opened(self, shards: Iterable[str]) -> Iterator[dict[str, Any]]:
         for shard in shards:
@@ -231,18 +220,21 @@ class Gate:
 
     def open_window(self) -> None:
         """Start a new window."""
-        self.seen = self.kept = 0
+        self.kept = 0
         self.causes: Counter[str] = Counter()
         self.bad_shards: Counter[str] = Counter()
 
+    @property
+    def seen(self) -> int:
+        """Samples in the window, and shards left out."""
+        return self.kept + self.causes.total()
+
     def keep(self) -> None:
         """Count a sample that passes."""
-        self.seen += 1
         self.kept += 1
 
     def drop(self, cause: str, shard: str, detail: str = "") -> None:
         """Count a sample, or a shard, that is left out. Never raises: webdataset calls it from its handlers."""
-        self.seen += 1
         self.causes[cause] += 1
         self.bad_shards[shard] += 1
         self.left_out[cause] += 1
