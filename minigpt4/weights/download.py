@@ -113,7 +113,7 @@ def _receive(url: str, response, part: Path) -> None:
             f"{url} needs {(total - have) / 1e9:.1f} GB more, and {part.parent} has {free / 1e9:.1f} GB free. Make "
             "room, or set TORCH_HOME to a folder with more."
         )
-    if have and total is not None:
+    if total is not None and 0 < have < total:
         with _open(url, have) as ranged:
             if ranged.status == 206 and ranged.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
                 logging.info("Going on after %s of %s bytes", f"{have:,}", f"{total:,}")
