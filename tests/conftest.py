@@ -225,14 +225,14 @@ def poisoned_memory():
 def load_tiny():
     """Function that loads the tiny default in bfloat16, by default after stage 1."""
 
-    def load(device="cpu", ckpt="${package:assets/tiny/stage1.safetensors}"):
+    def load(device="cpu", ckpt="${package:assets/tiny/stage1.safetensors}", dtype=None):
         from minigpt4.common.config import Config
         from minigpt4.models import MiniGPT4
 
         options = [f"model.ckpt={ckpt}", "model.prompt_path=null"]
         cfg = Config(SimpleNamespace(cfg_path=ROOT / "eval_configs/minigpt4_tiny_eval.yaml", options=options))
         torch.manual_seed(0)
-        model = MiniGPT4.from_config(cfg.model_cfg, device, torch.bfloat16)
+        model = MiniGPT4.from_config(cfg.model_cfg, device, dtype or torch.bfloat16)
         model.end_sym = "\n"
         return model
 

@@ -86,15 +86,27 @@ def recomputed(layer: Any) -> Any:
 
 
 def without_recomputation(layer: Any) -> Any:
-    """The layer inside `recomputed`, or the layer itself."""
+    """The layer inside `recomputed`, or the layer itself.
+
+    If the attribute is renamed, models with recomputed layers fail at the start of a run. It goes with `recomputed`.
+    """
     return getattr(layer, "_checkpoint_wrapped_module", layer)
+
+
+def name_in_state_dict(name: str) -> str:
+    """A parameter's name in the state dict, which does not show `recomputed`, from that in `named_parameters`."""
+    return name.replace("_checkpoint_wrapped_module.", "")
 
 
 # transformers
 
 
 def attention_implementation(config: Any) -> str:
-    """Name of the attention function that a model's config chooses. The public setter is `set_attn_implementation`."""
+    """Name of the attention function that a model's config chooses.
+
+    The setter `set_attn_implementation` is public, a getter is not. If it is renamed, the start of a run fails with an
+    AttributeError. Without it: set the implementation when the model is loaded, and remember it.
+    """
     return config._attn_implementation
 
 
@@ -102,7 +114,8 @@ def set_attention_implementation(config: Any, name: str) -> None:
     """Choose the attention function in a config.
 
     `set_attn_implementation` of the model is public, and used where it serves. It checks names against a list that our
-    function for decoding is not meant for.
+    function for decoding is not meant for. If the name goes, compiled steps differ from the library's, and decoding
+    says that it goes on without them. Then: the public setter.
     """
     config._attn_implementation = name
 
@@ -110,7 +123,8 @@ def set_attention_implementation(config: Any, name: str) -> None:
 def calls_registered_attention(llm: Any) -> bool:
     """Whether a model's layers call the attention function that is registered under the config's name.
 
-    A model that does not would ignore ours, and packed sequences would attend to each other.
+    A model that does not would ignore ours, and packed sequences would attend to each other. If the flag goes, no batch
+    is packed. Then: leave the question to the self-check.
     """
     return getattr(llm, "_supports_attention_backend", False)
 
@@ -130,7 +144,9 @@ def attends_to_all_before(config: Any) -> bool:
 def decoder_layers(llm: Any) -> Any:
     """The ModuleList of a language model's decoder layers: the first list of `num_hidden_layers` modules.
 
-    Models name the list differently (`layers`, `h`, `blocks`); `get_decoder().layers` covers most, not all.
+    Models name the list differently (`layers`, `h`, `blocks`); `get_decoder().layers` covers most, not all. Nothing
+    here is private, but how models are built is not documented. Where no list fits, StopIteration: the self-checks then
+    switch the fast paths off.
     """
     from torch import nn
 
@@ -143,7 +159,10 @@ def decoder_layers(llm: Any) -> Any:
 
 
 def add_positions(vit: Any, patches: Any) -> Any:
-    """Patch embeddings [B,G*G,D] to image tokens [B,1+G*G,D]: timm's class token and positions."""
+    """Patch embeddings [B,G*G,D] to image tokens [B,1+G*G,D]: timm's class token and positions.
+
+    If it goes, the self-check switches the fused encoder off. Then: add `cls_token` and `pos_embed`, which are public.
+    """
     return vit._pos_embed(patches)[0]
 
 
@@ -151,6 +170,7 @@ def call_qkv_layer(attention: Any) -> None:
     """Make timm's attention call its qkv layer, rather than take the layer's weight for a product of its own.
 
     A layer in fp8 would be bypassed otherwise. `qkv_bias_separate` is an argument of timm's constructor.
+    If it goes, the log counts fewer layers in fp8 than blocks need. Then: pass it to the constructor.
     """
     attention.qkv_bias_separate = True
 
@@ -159,7 +179,10 @@ def call_qkv_layer(attention: Any) -> None:
 
 
 def is_from_bitsandbytes(layer: Any) -> bool:
-    """Whether a layer is one of bitsandbytes' own. It is not imported for the question."""
+    """Whether a layer is one of bitsandbytes' own. It is not imported for the question.
+
+    If the package is renamed, its layers would be compiled, which fails at the first step.
+    """
     return type(layer).__module__.partition(".")[0] == "bitsandbytes"
 
 
@@ -178,7 +201,8 @@ def silence_bitsandbytes() -> None:
 def int8_weights(layer: Any) -> tuple[Any, Any] | None:
     """Of a Linear8bitLt: the weights [N,K] int8, and the largest magnitude of each row [N]; None: not quantised yet.
 
-    bitsandbytes moves them from the parameter to the layer's state at the first call.
+    bitsandbytes moves them from the parameter to the layer's state at the first call. If an attribute is renamed,
+    loading in 8 bit fails with an AttributeError. Then: quantise the weights by `quantization/int8.py`.
     """
     holder = layer.weight if layer.state.CB is None else layer.state
     return None if holder.CB is None else (holder.CB, holder.SCB)

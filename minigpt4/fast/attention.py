@@ -32,9 +32,9 @@ def allow_packing(llm) -> bool:
     """Let a transformers model take packed batches beside padded ones; returns whether it can.
 
     A call with `segments` attends within the sequences of a packed batch; other calls stay as they were. A model cannot
-    take them where tokens do not see all earlier ones (windows, recurrent layers). It cannot either where the kernels
-    do not run: on GPUs older than Ampere, without Triton, with heads of more than 256 dimensions, or with values that
-    are not as long as keys.
+    take them where tokens do not see all earlier ones (windows, recurrent layers), nor where attention weights are
+    dropped in training. It cannot either where the kernels do not run: on GPUs older than Ampere, without Triton, with
+    heads of more than 256 dimensions, or with values that are not as long as keys.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -48,6 +48,8 @@ def allow_packing(llm) -> bool:
     config = llm.config.get_text_config()
     device = llm.get_input_embeddings().weight.device
     if not compat.attends_to_all_before(config) or not _kernel_runs(config, device):
+        return False
+    if getattr(config, "attention_dropout", 0) and any(p.requires_grad for p in llm.parameters()):
         return False
     name = f"{ATTENTION}_{usual}"
     if name not in ALL_ATTENTION_FUNCTIONS:

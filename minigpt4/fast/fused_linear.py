@@ -28,8 +28,8 @@ class FusedLinear:
         self.joint, self.names, self.widths = joint, names, widths
         self.slices = [FusedSlice(self, name, width) for name, width in zip(names, widths, strict=True)]
         self.replace_joint(joint)
-        self._input: torch.Tensor | None = None
-        self._outputs: dict[str, torch.Tensor] = {}
+        # The input and the outputs that were not fetched yet, exchanged together: threads may share the model.
+        self._computed: tuple[torch.Tensor | None, dict[str, torch.Tensor]] = None, {}
 
     def replace_joint(self, joint: nn.Module) -> None:
         """Compute the product by another layer, whose weights the slices show from now on."""
@@ -41,12 +41,14 @@ class FusedLinear:
 
     def output(self, name: str, x: torch.Tensor) -> torch.Tensor:
         """The output [...,N] of the layer `name` for x [...,K]; the first call with an x computes those of all."""
-        if self._input is not x or name not in self._outputs:
+        known_input, outputs = self._computed
+        if known_input is not x or name not in outputs:
             parts = self.joint(x).split(self.widths, dim=-1)
-            self._input, self._outputs = x, dict(zip(self.names, parts, strict=True))
-        output = self._outputs.pop(name)
-        if not self._outputs:
-            self._input = None  # no tensor outlives the calls
+            outputs = dict(zip(self.names, parts, strict=True))
+            self._computed = x, outputs
+        output = outputs.pop(name)
+        if not outputs:
+            self._computed = None, {}  # no tensor outlives the calls
         return output
 
 
@@ -67,7 +69,7 @@ class FusedSlice(nn.Module):
 def fuse_projections(module: nn.Module) -> int:
     """Fuse the frozen linear layers of `GROUPS` wherever they stand side by side; returns how many groups were fused.
 
-    Those with a bias, those that train, and those of a kind that cannot be fused stay as they are.
+    Those with a bias, those that train, those that are offloaded, and those of a kind that cannot be fused stay.
     """
     fused = 0
     for parent in list(module.modules()):
@@ -96,6 +98,8 @@ def _joint_layer(layers: list) -> nn.Module | None:
     if kinds not in ({nn.Linear}, {LowBitLinear}):
         return None
     if any(layer.bias is not None or layer.weight.requires_grad for layer in layers):
+        return None
+    if any(layer.weight.is_meta for layer in layers):  # offloaded: accelerate fetches each layer's weights
         return None
     if kinds == {LowBitLinear}:
         return LowBitLinear.concatenate(layers)

@@ -18,8 +18,8 @@ from minigpt4.fast.attention import allow_packing, disallow_packing
 from minigpt4.fast.cuda_graphs import GraphedFunction
 from minigpt4.fast.fused_linear import fuse_projections, fused_layers
 from minigpt4.fast.llama import FusedLlama, supports_fused_llama
-from minigpt4.fast.packing.batch import MicroBatch, pack
-from minigpt4.fast.self_check import PackedCheck, sees_like_the_library
+from minigpt4.fast.packing.batch import MicroBatch, PackedBatch, pack
+from minigpt4.fast.self_check import TrainingCheck, sees_like_the_library
 from minigpt4.fast.vit import FusedViT, supports_fused_vit
 from minigpt4.models.mini_gpt4 import MiniGPT4, PlainStep, summed_cross_entropy
 from minigpt4.models.vision import PREFIXES
@@ -47,13 +47,13 @@ class FastStep(PlainStep):
 
     def __init__(self, model, packed: bool, compiled: bool, fp8: bool = False):
         llm = model.llama_model
-        check = PackedCheck(llm) if packed and allow_packing(llm) else None
-        self.packed = check is not None and check.passes("packed attention", llm, _library_predict)
+        check = TrainingCheck(llm)
+        self.packed = packed and allow_packing(llm) and check.passes_packed("packed attention", _library_predict)
         if packed and not self.packed:
             disallow_packing(llm)
             logging.info("Batches are padded: the language model, or this GPU, cannot take packed ones.")
         self.max_tokens = tokens_per_micro_batch(fp8, _gpu_bytes(llm))
-        if compiled:
+        if compiled and check.passes("joint projections", fuse_projections):
             fuse_projections(llm)
         if fp8:
             convert_to_fp8(llm, model.visual_encoder)
@@ -79,14 +79,15 @@ class FastStep(PlainStep):
 
     def loss(self, model, image_embeds: torch.Tensor, batch) -> torch.Tensor:
         """Mean cross-entropy over the labels of a batch, given its images [B,Q,D]."""
-        if not self.packed:
-            losses = [self._summed_loss(model, image_embeds, batch)]
-        elif self.loss_and_gradient and image_embeds.requires_grad and torch.is_grad_enabled():
-            losses = [
-                _LossWithGradient.apply(self.loss_and_gradient, image_embeds, part) for part in batch.micro_batches
-            ]
-        else:
-            losses = [self._summed_loss(model, image_embeds, part) for part in batch.micro_batches]
+        # A batch may be of the other kind: a plug-in's own, or one that was made before this step was installed.
+        parts = batch.micro_batches if isinstance(batch, PackedBatch) else [batch]
+        with_gradient = self.loss_and_gradient and image_embeds.requires_grad and torch.is_grad_enabled()
+        losses = []
+        for part in parts:
+            if with_gradient and isinstance(part, MicroBatch):
+                losses.append(_LossWithGradient.apply(self.loss_and_gradient, image_embeds, part))
+            else:
+                losses.append(self._summed_loss(model, image_embeds, part))
         return sum(losses) / max(batch.num_labels, 1)
 
     def _summed_loss(self, model, image_embeds: torch.Tensor, part) -> torch.Tensor:
@@ -96,24 +97,24 @@ class FastStep(PlainStep):
         logits = self.fused_llama(embeds, part) if self.fused_llama and is_micro_batch else model.predict(embeds, part)
         return self.summed_cross_entropy(logits, part.targets)
 
-    def _compile(self, model, check: PackedCheck | None, in_fp8: bool) -> None:
+    def _compile(self, model, check: TrainingCheck, in_fp8: bool) -> None:
         """Set up torch.compile for the layers; each is compiled when the first step calls it."""
         compat.raise_recompile_limit(MAX_COMPILATIONS)
         layers, llm, vit = [], model.llama_model, model.visual_encoder
         fused = functools.partial(FusedLlama, compiled=False)
         # A plug-in may compute logits or image features in its own way: its methods are called then.
         own_logits = type(model).predict is not MiniGPT4.predict
-        own_features = type(model).query_outputs is not MiniGPT4.query_outputs
+        own_features = any(
+            getattr(type(model), name) is not getattr(MiniGPT4, name) for name in ("query_outputs", "encode_img")
+        )
         fusible = self.packed and not own_logits and supports_fused_llama(llm)
-        if fusible and check.passes("fused Llama", llm, fused, in_fp8):
+        if fusible and check.passes_packed("fused Llama", fused, in_fp8):
             self.fused_llama = FusedLlama(llm, compiled=True)
         elif not self.quantized:  # bitsandbytes' layers cannot be compiled
             layers += map(compat.without_recomputation, llm.get_decoder().layers)
         if vit is not None:
             layers += model.Qformer.bert.encoder.layer
-            plain_vit, autocast = FusedViT(vit, compiled=False), model.autocast(vit.pos_embed.device)
-            fusible = not own_features and supports_fused_vit(vit)
-            if fusible and sees_like_the_library(vit, plain_vit, autocast):
+            if not own_features and supports_fused_vit(vit) and self._sees_like_the_library(model, vit):
                 self.fused_vit = FusedViT(vit, compiled=True)
             else:
                 layers += vit.blocks
@@ -121,6 +122,9 @@ class FastStep(PlainStep):
             layer.compile()
         self.summed_cross_entropy = torch.compile(summed_cross_entropy, dynamic=True)  # in one pass over the logits
         logging.info("Layers will be compiled at the first step, which takes half a minute the first time.")
+
+    def _sees_like_the_library(self, model, vit) -> bool:
+        return sees_like_the_library(vit, FusedViT(vit, compiled=False), model.autocast(vit.pos_embed.device))
 
     def _capture(self, model, compiled: bool) -> None:
         """Set up CUDA graphs. They give gradients to their arguments only, so what they compute with must not train."""
@@ -167,7 +171,7 @@ def convert_to_fp8(llm: torch.nn.Module, visual_encoder: torch.nn.Module | None 
 def _log_fp8(layers: torch.nn.ModuleList, in_fp8: int) -> None:
     others = sum(type(part) is torch.nn.Linear for part in layers.modules())
     others += sum(type(fused.joint) is torch.nn.Linear for fused in fused_layers(layers))
-    kind = type(layers[0]).__name__
+    kind = type(compat.without_recomputation(layers[0])).__name__
     logging.info("%d linear layers compute in fp8, %d do not, of %s.", in_fp8, others, kind)
 
 

@@ -62,6 +62,8 @@ def supports_fp8(layer: nn.Module) -> bool:
     """Whether a layer can become an `Fp8Linear`: a frozen nn.Linear in bfloat16 with sizes that the GPU takes."""
     if type(layer) is not nn.Linear or layer.weight.requires_grad or layer.weight.dtype != torch.bfloat16:
         return False
+    if layer.weight.is_meta:  # offloaded to the host or the disk
+        return False
     return all(size % MULTIPLE == 0 for size in layer.weight.shape)
 
 

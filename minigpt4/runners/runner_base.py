@@ -316,7 +316,7 @@ class RunnerBase:
         )
 
     def _trainable(self) -> dict[str, torch.nn.Parameter]:
-        return {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+        return checkpoint.trainable_parameters(self.module)
 
     def _sum_over_ranks(self, number: float) -> torch.Tensor:
         # torch.full runs on the GPU; copying a tensor from the host would make the host wait.

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from minigpt4.common import compat
 from minigpt4.common.errors import ConfigError
 from minigpt4.common.facts import newest_checkpoint
 from minigpt4.common.text import pluralize
@@ -85,6 +86,15 @@ def weights_of(content: dict) -> dict[str, torch.Tensor]:
         if isinstance(content.get(key), dict):
             content = content[key]
     return {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
+
+
+def trainable_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that require gradients, by their names in `state_dict`.
+
+    `named_parameters` also names the wrapper around a layer that recomputes its activations.
+    """
+    named = module.named_parameters()
+    return {compat.name_in_state_dict(name): parameter for name, parameter in named if parameter.requires_grad}
 
 
 def load_weights(

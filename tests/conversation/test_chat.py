@@ -143,11 +143,11 @@ def test_rows_stop_by_themselves_and_batches_equal_single_runs(golden, model):
     ]
     counts = [1, 1, 2, 0]
     rows = torch.tensor([0, 1, 2, 0])
-    together = model.generate(images[rows], prompts, max_new_tokens=25)
+    together = model.generate(images[rows], prompts, max_new_tokens=25, decoding_loop=cached_decoding)
     single, start = [], 0
     for text, count in zip(prompts, counts, strict=True):
         own = images[rows[start : start + count]] if count else None
-        single += model.generate(own, [text], max_new_tokens=25)
+        single += model.generate(own, [text], max_new_tokens=25, decoding_loop=cached_decoding)
         start += count
     assert together == single
     assert len(set(together)) == 4
@@ -156,9 +156,9 @@ def test_rows_stop_by_themselves_and_batches_equal_single_runs(golden, model):
 def test_each_row_stops_on_its_own_text(golden, model):
     _, tensors = golden("conversation")
     prompts = [f"{IMAGE_SLOT} {word}" for word in ("What is in this image?", "Hello", "Why?")]
-    full = model.generate(tensors["images"], prompts, stop="\0", max_new_tokens=25)
+    full = model.generate(tensors["images"], prompts, stop="\0", max_new_tokens=25, decoding_loop=cached_decoding)
     stop = full[1][4:6]
-    stopped = model.generate(tensors["images"], prompts, stop=stop, max_new_tokens=25)
+    stopped = model.generate(tensors["images"], prompts, stop=stop, max_new_tokens=25, decoding_loop=cached_decoding)
     assert stopped == [text.split(stop)[0].strip() for text in full]
     assert stopped != full
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from minigpt4.conversation import CONV_VISION, Chat
+from minigpt4.fast.decoding.loop import cached_decoding
 from minigpt4.models.prompt import IMAGE_SLOT
 
 DEVICE = "cuda"
@@ -53,13 +54,13 @@ def test_batches_of_mixed_lengths(chat, golden):
     _, tensors = golden("conversation")
     images = tensors["images"].to(DEVICE)
     prompts = [f"{IMAGE_SLOT} What?", "Hello", f"###Human: {IMAGE_SLOT} and {IMAGE_SLOT} are? ###Assistant:"]
-    together = chat.model.generate(images, prompts, max_new_tokens=20)
+    together = chat.model.generate(images, prompts, max_new_tokens=20, decoding_loop=cached_decoding)
     assert all(together)
     if chat.model.llama_model.dtype == torch.float32:
         options = {"max_new_tokens": 20}
-        single = [chat.model.generate(images[:1], prompts[:1], **options)]
-        single.append(chat.model.generate(None, prompts[1:2], **options))
-        single.append(chat.model.generate(images[1:], prompts[2:], **options))
+        single = [chat.model.generate(images[:1], prompts[:1], decoding_loop=cached_decoding, **options)]
+        single.append(chat.model.generate(None, prompts[1:2], decoding_loop=cached_decoding, **options))
+        single.append(chat.model.generate(images[1:], prompts[2:], decoding_loop=cached_decoding, **options))
         assert together == [text for (text,) in single]
 
 

@@ -55,6 +55,7 @@ KINDS = {
     "qwen3": {"model_type": "qwen3", "head_dim": 16},
     "phi3": {"model_type": "phi3"},
     "gemma": {"model_type": "gemma", "head_dim": 8},
+    "gpt_neox": {"model_type": "gpt_neox"},  # its layers have another name for the cache
 }
 OTHERS = {
     "sliding": {"model_type": "mistral", "sliding_window": 16},
@@ -355,18 +356,6 @@ def test_changed_weights_are_noticed(llm):
     assert run(llm, embeds.double(), mask) == theirs(llm, embeds.double(), mask)
 
 
-def test_models_are_not_kept_alive():
-    import gc
-    import weakref
-
-    llm = random_llm()
-    run(llm, *prompts(5))
-    gone = weakref.ref(llm)
-    del llm
-    gc.collect()
-    assert gone() is None
-
-
 # Graphs and compiled layers, as far as a CPU can show (test_decoding_gpu.py has the rest)
 
 
@@ -424,6 +413,36 @@ def compiles(monkeypatch):
     torch._dynamo.reset()
     yield counter
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("by_graphs", [False, True])
+def test_models_are_not_kept_alive(by_graphs, request):
+    import gc
+    import weakref
+
+    if by_graphs:
+        request.getfixturevalue("compiles")
+    llm = random_llm()
+    run(llm, *prompts(5))
+    gone = weakref.ref(llm)
+    del llm
+    gc.collect()
+    assert gone() is None
+
+
+def wrong_linear(x, weight, scale=None):
+    return 1.5 * single_row_linear(x, weight, scale)
+
+
+def test_a_compiled_step_that_differs_is_not_used(compiles, monkeypatch, caplog):
+    """The answer is the model's own, and one line says why it takes longer."""
+    llm = random_llm()
+    embeds, mask = prompts(20)
+    expected = theirs(llm, embeds, mask)
+    monkeypatch.setattr("minigpt4.kernels.decoding.single_row_linear", wrong_linear)
+    assert run(llm, embeds, mask) == expected
+    (warning,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert "could not be compiled" in warning and "differs" in warning
 
 
 @pytest.mark.parametrize("lengths", [[20], [7, 20, 13]])

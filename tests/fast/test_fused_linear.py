@@ -5,8 +5,10 @@ from itertools import permutations
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from minigpt4.fast.fused_linear import FusedSlice, fuse_projections, fused_layers
+from minigpt4.fast.self_check import TrainingCheck
 from minigpt4.quantization.int8 import quantize_linear
 
 NAMES = ("q_proj", "k_proj", "v_proj")
@@ -75,7 +77,7 @@ def test_nothing_outlives_the_calls():
     for name in NAMES:
         getattr(fused, name)(x)
     (layer,) = fused_layers(fused)
-    assert layer._input is None and layer._outputs == {}
+    assert layer._computed == (None, {})
 
 
 def test_names_and_memory_stay():
@@ -117,3 +119,20 @@ def test_groups_that_cannot_be_fused_stay(change):
     change(attention)
     assert fuse_projections(attention) == 0
     assert not any(isinstance(part, FusedSlice) for part in attention.modules())
+
+
+def test_offloaded_layers_stay(tmp_path):
+    """accelerate fetches the weights of a layer that is offloaded when that very layer is called."""
+    config = LlamaConfig(
+        vocab_size=100, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "llm")
+    on_cpu = ("model.embed_tokens", "model.rotary_emb", "model.layers.0", "model.layers.2", "model.norm", "lm_head")
+    places = dict.fromkeys(on_cpu, "cpu") | {"model.layers.1": "disk"}
+    offloaded = {"device_map": places, "offload_folder": tmp_path / "offload", "dtype": torch.float32}
+    llm = LlamaForCausalLM.from_pretrained(tmp_path / "llm", **offloaded).requires_grad_(False)
+    ids = torch.tensor([[1, 5, 9, 3]])
+    expected = llm(ids).logits
+    assert fuse_projections(llm) == 4  # both groups of the first and the last layer
+    torch.testing.assert_close(llm(ids).logits, expected)
+    assert TrainingCheck(llm).passes("joint projections", fuse_projections)

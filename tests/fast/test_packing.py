@@ -13,6 +13,7 @@ from transformers import MistralConfig, MistralForCausalLM
 
 from minigpt4.common.facts import MICRO_BATCH_TOKENS
 from minigpt4.fast.attention import allow_packing, packed_attention
+from minigpt4.fast.decoding.loop import cached_decoding
 from minigpt4.fast.fused_linear import fuse_projections
 from minigpt4.fast.packing import batch as packing
 from minigpt4.fast.packing.batch import IMAGE_MULTIPLE, KV_LEN_MULTIPLE, LABEL_MULTIPLE, SEQUENCE_MULTIPLE, pack
@@ -24,6 +25,10 @@ def pack_batches(model, packed: bool = True) -> None:
     """Let a model train on packed batches, or on padded ones, without anything compiled."""
     model.accelerate(packed=packed, compiled=False)
     assert model.step.packed == packed
+
+
+def answers_of(model, images, prompts) -> list[str]:
+    return model.generate(images, prompts, max_new_tokens=8, decoding_loop=cached_decoding)
 
 
 @pytest.mark.parametrize("name", ["stage1", "stage2"])
@@ -347,10 +352,11 @@ def test_texts_without_any_label_give_loss_zero(build_golden_model):
 
 def test_generation_after_packed_training(golden, build_golden_model):
     model = build_golden_model()
-    before = model.generate(torch.zeros(2, 3, 28, 28), ["<ImageHere> a", "b <ImageHere> c d"], max_new_tokens=8)
+    images, prompts = torch.zeros(2, 3, 28, 28), ["<ImageHere> a", "b <ImageHere> c d"]
+    before = answers_of(model, images, prompts)
     pack_batches(model)
     loss_and_gradient(model, {"image": torch.zeros(2, 3, 28, 28), "text_input": ["a", "b c d"]})
-    assert model.generate(torch.zeros(2, 3, 28, 28), ["<ImageHere> a", "b <ImageHere> c d"], max_new_tokens=8) == before
+    assert answers_of(model, images, prompts) == before
 
 
 def test_fused_projections(build_golden_model, golden):
@@ -360,13 +366,13 @@ def test_fused_projections(build_golden_model, golden):
     names = list(model.state_dict())
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     output, gradient = loss_and_gradient(model, samples)
-    answers = model.generate(samples["image"], ["<ImageHere> a"] * 3, max_new_tokens=8)
+    answers = answers_of(model, samples["image"], ["<ImageHere> a"] * 3)
     layers = len(model.llama_model.get_decoder().layers)
     assert fuse_projections(model.llama_model) == 2 * layers
     fused, fused_gradient = loss_and_gradient(model, samples)
     torch.testing.assert_close(fused["loss"], output["loss"], atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(fused_gradient, gradient, atol=1e-6, rtol=1e-4)
-    assert model.generate(samples["image"], ["<ImageHere> a"] * 3, max_new_tokens=8) == answers
+    assert answers_of(model, samples["image"], ["<ImageHere> a"] * 3) == answers
     assert list(model.state_dict()) == names
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
     assert fuse_projections(model.llama_model) == 0
@@ -402,6 +408,6 @@ def test_recomputed_layers(golden, build_golden_model, packed):
     (output, gradient), (again, gradient_again) = (loss_and_gradient(model, samples) for model in (kept, recomputed))
     assert torch.equal(output["loss"], again["loss"])
     torch.testing.assert_close(gradient_again, gradient, atol=1e-7, rtol=1e-5)
-    assert recomputed.generate(samples["image"], ["<ImageHere> a"] * 3, max_new_tokens=8) == kept.generate(
-        samples["image"], ["<ImageHere> a"] * 3, max_new_tokens=8
+    assert answers_of(recomputed, samples["image"], ["<ImageHere> a"] * 3) == answers_of(
+        kept, samples["image"], ["<ImageHere> a"] * 3
     )

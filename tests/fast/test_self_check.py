@@ -10,6 +10,7 @@ from transformers.models.llama import modeling_llama
 
 from minigpt4.fast.decoding.kv_cache import KVCache
 from minigpt4.fast.decoding.loop import CachedDecoding
+from minigpt4.fast.fused_linear import FusedLinear, fused_layers
 from minigpt4.fast.self_check import decodes_like_the_library, first_layers
 
 SAMPLES = {"image": torch.linspace(-1, 1, 2 * 3 * 28 * 28).view(2, 3, 28, 28), "text_input": ["a dog", "two cats"]}
@@ -34,6 +35,67 @@ def test_nothing_is_said_where_all_agree(build_golden_model, caplog):
     model.accelerate(packed=True, compiled=True)
     assert steps_of(model) == "packed llama vit"
     assert warnings_of(caplog) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_trained_weights_in_16_bit(load_tiny, caplog, dtype):
+    """Gradients of trained weights are large. In float16 they must not overflow."""
+    model = load_tiny(dtype=dtype)
+    model.accelerate(packed=True, compiled=True)
+    assert steps_of(model) == "packed llama vit"
+    assert warnings_of(caplog) == []
+
+
+class Adapted(nn.Module):
+    """A linear layer with something that trains, behind dropout."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.dropout = layer, nn.Dropout(0.1)
+        self.added = nn.Linear(layer.in_features, layer.out_features)
+
+    def forward(self, x):
+        return self.layer(x) + self.added(self.dropout(x))
+
+
+def test_dropout_is_no_difference(build_golden_model, caplog):
+    model = build_golden_model()
+    for layer in model.llama_model.model.layers:
+        layer.self_attn.q_proj = Adapted(layer.self_attn.q_proj)
+    for part in model.llama_model.modules():
+        part.training = True
+    state = torch.get_rng_state()
+    model.accelerate(packed=True, compiled=False)
+    assert model.step.packed and warnings_of(caplog) == []
+    assert all(part.training for part in model.llama_model.modules())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_dropped_attention_weights_are_not_packed(build_golden_model):
+    """The packed attention drops none, so a model that trains with such dropout gets padded batches."""
+    model = build_golden_model()
+    model.llama_model.config.attention_dropout = 0.1
+    model.llama_model.model.layers[0].self_attn.q_proj.weight.requires_grad_(True)
+    model.accelerate(packed=True, compiled=False)
+    assert not model.step.packed
+
+
+def test_a_check_that_cannot_be_made_switches_off(build_golden_model, caplog):
+    """Gradients cannot be compared in inference mode; the model goes on without its fast paths."""
+    model = build_golden_model()
+    with torch.inference_mode():
+        model.accelerate(packed=True, compiled=False)
+    assert steps_of(model) == "" and "packed attention" in warnings_of(caplog)[0]
+
+
+def test_joint_projections_that_differ(build_golden_model, monkeypatch, caplog):
+    """Nothing is fused then."""
+    output = FusedLinear.output
+    monkeypatch.setattr(FusedLinear, "output", lambda self, name, x: 1.1 * output(self, name, x))
+    model = build_golden_model()
+    model.accelerate(packed=True, compiled=True)
+    assert "joint projections" in warnings_of(caplog)[0]
+    assert not list(fused_layers(model.llama_model)) and steps_of(model) == "packed vit"
 
 
 def scaled_mlp(monkeypatch):

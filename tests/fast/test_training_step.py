@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers import loss_and_gradient
+from torch import nn
 
 from minigpt4.fast.llama import FusedLlama
 from minigpt4.fast.vit import FusedViT
@@ -17,6 +18,14 @@ class OwnFeatures(MiniGPT4):
 
     def query_outputs(self, image):
         return super().query_outputs(image) * 2
+
+
+class OwnEncoding(MiniGPT4):
+    """A plug-in that does not ask the step for the vision side."""
+
+    def encode_img(self, image):
+        image_embeds = self.project(self.query_outputs(image)) * 2
+        return image_embeds, torch.ones(image_embeds.shape[:2], dtype=torch.long)
 
 
 class OwnLogits(MiniGPT4):
@@ -38,7 +47,7 @@ def uncompiled(model) -> None:
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("kind", [MiniGPT4, OwnFeatures, OwnLogits])
+@pytest.mark.parametrize("kind", [MiniGPT4, OwnFeatures, OwnEncoding, OwnLogits])
 def test_a_plug_ins_own_methods_are_called(build_golden_model, kind, compiled):
     model = build_golden_model()
     model.__class__ = kind
@@ -49,8 +58,44 @@ def test_a_plug_ins_own_methods_are_called(build_golden_model, kind, compiled):
     assert output["num_labels"] == expected["num_labels"]
     torch.testing.assert_close(output["loss"], expected["loss"], atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(packed_gradient, gradient, atol=1e-5, rtol=1e-4)
-    assert bool(model.step.fused_vit) == (compiled and kind is not OwnFeatures)
+    assert bool(model.step.fused_vit) == (compiled and kind not in (OwnFeatures, OwnEncoding))
     assert bool(model.step.fused_llama) == (compiled and kind is not OwnLogits)
+
+
+def test_the_blocks_of_a_plug_ins_own_encoding_are_compiled(build_golden_model):
+    model = build_golden_model()
+    model.__class__ = OwnEncoding
+    model.accelerate(packed=True, compiled=True)
+    assert all(block._compiled_call_impl for block in model.visual_encoder.blocks)
+
+
+def test_an_encoder_of_another_kind(build_golden_model):
+    """A plug-in's encoder has blocks and an image size, and nothing else that timm's has."""
+
+    class Encoder(nn.Module):
+        image_size, num_features = 28, 16
+
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList([nn.Linear(3, 3)])
+
+    model = build_golden_model()
+    model.visual_encoder = Encoder().requires_grad_(False)
+    model.accelerate(packed=True, compiled=True)
+    assert model.step.fused_vit is None and model.visual_encoder.blocks[0]._compiled_call_impl
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_batches_of_the_other_kind(build_golden_model, packed):
+    """A batch may have been made before the step was installed, or by a plug-in's own `prepare`."""
+    model = build_golden_model()
+    model.accelerate(packed=not packed, compiled=False)
+    batch = model.prepare(SAMPLES)
+    expected, gradient = loss_and_gradient(model, batch)
+    model.accelerate(packed=packed, compiled=False)
+    output, other_gradient = loss_and_gradient(model, batch)
+    torch.testing.assert_close(output["loss"], expected["loss"], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(other_gradient, gradient, atol=1e-5, rtol=1e-4)
 
 
 def test_a_step_is_exchanged_as_an_object(build_golden_model):

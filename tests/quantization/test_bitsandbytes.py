@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from helpers import ROOT, loss_and_gradient
 from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from minigpt4.common import compat
 from minigpt4.fast import llama as fast_llama
@@ -94,6 +95,19 @@ def llms(load_in: str, monkeypatch) -> list:
     for part in made[1].modules():  # bitsandbytes repacks them otherwise, and gives wrong gradients (0.50)
         part.support_avx512bf16_for_cpu = False
     return made
+
+
+@pytest.mark.parametrize("load_in", ["16bit", "8bit_weights"])
+def test_a_folder_in_4_bit_is_converted_whatever_load_in_is(load_in, tmp_path):
+    """bitsandbytes' own layers can neither be compiled nor trusted with gradients on every CPU."""
+    saved = AutoModelForCausalLM.from_pretrained(
+        TINY, quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"), device_map=CPU
+    )
+    saved.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(TINY).save_pretrained(tmp_path)
+    llm = load_llm(str(tmp_path), CPU, torch.float32, load_in)
+    assert not low_bit.has_bitsandbytes_layers(llm)
+    assert any(isinstance(part, low_bit.LowBitLinear) for part in llm.modules())
 
 
 def logits_and_gradient(llm, embeds) -> list[torch.Tensor]:

@@ -21,6 +21,7 @@ from minigpt4.common.errors import ConfigError
 from minigpt4.fast import llama as fast_llama
 from minigpt4.fast import vit as fast_vit
 from minigpt4.fast.attention import allow_packing
+from minigpt4.fast.decoding.loop import cached_decoding
 from minigpt4.fast.fused_linear import fuse_projections
 from minigpt4.fast.packing.batch import pack
 from minigpt4.fast.training_step import convert_to_fp8
@@ -280,9 +281,10 @@ def test_answers_after_training(load_tiny, drawings, products):
     model.accelerate(packed=True, compiled=False, fp8=True)
     loss_and_gradient(model, drawings)
     products.clear()
-    first = model.generate(drawings["image"], ["<ImageHere>"] * 4, stop="\n", max_new_tokens=6)
+    by_loop = {"decoding_loop": cached_decoding}
+    first = model.generate(drawings["image"], ["<ImageHere>"] * 4, stop="\n", max_new_tokens=6, **by_loop)
     assert products and len(first) == 4
-    assert model.generate(drawings["image"], ["<ImageHere>"] * 4, stop="\n", max_new_tokens=6) == first
+    assert model.generate(drawings["image"], ["<ImageHere>"] * 4, stop="\n", max_new_tokens=6, **by_loop) == first
 
 
 def test_projections_are_joined_before(load_tiny):

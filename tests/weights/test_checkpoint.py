@@ -107,3 +107,16 @@ def test_only_one_module_reads_and_writes_pickles():
         if "torch.load(" in path.read_text() or "torch.save(" in path.read_text()
     }
     assert users == {"minigpt4/weights/checkpoint.py"}
+
+
+def test_weights_in_recomputed_layers_keep_their_names(build_golden_model):
+    """What a run with recomputation saves, it can resume from, and so can one without."""
+    model = build_golden_model(llm_grad_checkpoint=2)
+    model.llama_model.model.layers[0].self_attn.q_proj.weight.requires_grad_(True)
+    weights = checkpoint.trainable_parameters(model)
+    name = "llama_model.model.layers.0.self_attn.q_proj.weight"
+    assert name in weights and weights.keys() <= model.state_dict().keys()
+    changed = {key: value.detach() + 1 for key, value in weights.items()}
+    for target in (model, build_golden_model()):
+        checkpoint.load_weights(target, changed, "a run", required=set(changed))
+        assert torch.equal(target.state_dict()[name], changed[name])

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from minigpt4.common import compat
+from minigpt4.fast.decoding.kv_cache import KVCache
 from minigpt4.fast.self_check import shared_copy
 from minigpt4.quantization.bitsandbytes import BLOCK, LowBitLinear
 
@@ -62,12 +63,14 @@ class CompiledLayer(nn.Module):
         self.layer, self.index = layer, index
         self.compiled = torch.compile(layer.forward)
 
-    def forward(self, *args, past_key_values, **kwargs):
-        own = past_key_values.layers[self.index]
+    def forward(self, *args, **kwargs):
+        # Models name the argument differently.
+        name, cache = next((name, value) for name, value in kwargs.items() if isinstance(value, KVCache))
+        own = cache.layers[self.index]
         for cached in (own.keys, own.values):
             compat.may_be_dynamic(cached, 1)  # longer caches need no other compilation
         with compat.recompile_limit(MAX_COMPILATIONS):
-            return self.compiled(*args, past_key_values=own, **kwargs)
+            return self.compiled(*args, **{**kwargs, name: own})
 
     def __getattr__(self, name: str):
         """Attributes that models read of their layers, such as `attention_type`."""

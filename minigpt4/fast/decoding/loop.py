@@ -25,7 +25,7 @@ from minigpt4.fast.attention import ATTENTION
 from minigpt4.fast.cuda_graphs import CAPTURE_LOCK, keep_memory_pools
 from minigpt4.fast.decoding.compiled_layers import compiled_copy
 from minigpt4.fast.decoding.kv_cache import KVCache
-from minigpt4.fast.self_check import decodes_like_the_library
+from minigpt4.fast.self_check import decodes_like_the_library, largest_difference, tolerance_of
 from minigpt4.quantization.bitsandbytes import has_bitsandbytes_layers
 
 # Caches kept between answers: one for each conversation that may go on, and one for batches.
@@ -91,9 +91,8 @@ class CachedDecoding:
         # A single row reads each length twice: the second time its prefill is captured.
         lengths = (prompt_len, prompt_len, SHORTEST_PREFILL, SHORTEST_PREFILL) if rows == 1 else (prompt_len,)
         for token, length in enumerate(lengths):
-            ids = torch.full(
-                (rows, length), token, device=llm.device
-            )  # other tokens each time, or nothing would be read
+            # Other tokens each time, or nothing would be read.
+            ids = torch.full((rows, length), token, device=llm.device)
             embeds = llm.get_input_embeddings()(ids)
             steps = max(prompt_len + answer_len - length, 1)
             with closing(self.decode(llm, embeds, torch.ones_like(ids), steps, _greedy)) as run:
@@ -236,7 +235,7 @@ class Decoder:
     def _capture_prefill(self, llm, cache: KVCache, embeds: torch.Tensor) -> tuple | None:
         """The graph of a prefill of vectors [1,S,D], its logits, and the vectors and positions that it reads.
 
-        None where another thread captures, or memory is short: the answer that was asked for must neither wait nor
+        None where another thread captures, or memory is short: the answer of this call must neither wait nor
         fail. In the second case no more prefills are captured.
         """
         graph_embeds = torch.zeros_like(embeds)
@@ -277,7 +276,16 @@ class Decoder:
                 self._compiled_llm = compiled_copy(llm)
             model, kv_len = (self._compiled_llm, None) if self.compiled else (llm, cache.length)
             _run_on_side_stream(lambda: cache.step(model, kv_len), cache.ids.device)
+            if self.compiled:
+                _check_step(cache.step(model, kv_len), cache.step(llm, cache.length))
             return _capture(lambda: cache.step(model, kv_len), cache)
+
+
+def _check_step(logits: torch.Tensor, expected: torch.Tensor) -> None:
+    """Raise RuntimeError if a compiled step's logits [B,V] are not those of the library's layers, to rounding."""
+    difference = largest_difference((logits,), (expected,))
+    if not difference <= tolerance_of(expected):  # NaN is not
+        raise RuntimeError(f"a compiled step differs from the library's own result by {difference:.2g}")
 
 
 def _run_on_side_stream(run: Callable[[], torch.Tensor], device: torch.device) -> None:
