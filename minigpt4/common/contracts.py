@@ -63,6 +63,36 @@ class ModelExtras(Protocol):
         """
 
 
+class AnsweringModel(Protocol):
+    """The members that chat, `caption`, `serve` and demo.py use; training does not. `MiniGPT4` has them all."""
+
+    tokenizer: Any
+    """Encodes text and image slots, as `models.tokenizer` does."""
+    llama_model: Any
+    """A causal language model of transformers, which continues the embeddings of `context`."""
+    query_tokens: "torch.Tensor"
+    """[1,Q,W]; Q is the number of vectors that stand for an image."""
+
+    def encode_img(self, image: "torch.Tensor") -> "tuple[torch.Tensor, torch.Tensor]":
+        """Return vectors [B,Q,D] in the language model's space for images [B,3,H,W], and a mask [B,Q] of ones."""
+
+    def context(self, prompts: list[str], image_embeds: "list[torch.Tensor]") -> "tuple[torch.Tensor, torch.Tensor]":
+        """Return embeddings [B,S,D] of prompts with one [1,Q,D] for each image slot, and their mask [B,S]."""
+
+    def generate(
+        self,
+        images: "torch.Tensor | None",
+        prompts: list[str],
+        stop: str | None = None,
+        decoding_loop: Any = None,
+        **options: Any,
+    ) -> list[str]:
+        """Return the continuations of prompts. Only `caption` calls it, with the keyword `decoding_loop`.
+
+        decoding_loop: see `models.generation.continue_embeds`. A model that decodes in its own way may ignore it.
+        """
+
+
 class ModelClass(Protocol):
     """A class registered for `model.arch`. `BaseModel` has all members; a subclass implements `from_config`."""
 

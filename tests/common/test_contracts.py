@@ -383,6 +383,7 @@ OURS = [
     (contracts.Model, MiniGPT4),
     (contracts.ModelExtras, BaseModel),
     (contracts.ModelExtras, MiniGPT4),
+    (contracts.AnsweringModel, MiniGPT4),
     (contracts.ModelClass, BaseModel),
     (contracts.ModelClass, MiniGPT4),
     (contracts.PlacedModelClass, MiniGPT4),
