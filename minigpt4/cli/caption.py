@@ -71,6 +71,10 @@ def main(argv: list[str]) -> int:
     return 1 if unreadable else 0
 
 
+# How a line of the JSONL file begins.
+LINE_START = b'{"image": '
+
+
 class Items:
     """The pictures and videos to describe. Yields (name, path or bytes), or (tar, PictureError) for a damaged tar.
 
@@ -126,7 +130,7 @@ class Captioner:
         self.batch_size = args.batch_size
         self._frames = args.frames
         self._decoding = Decoding(**arguments.decoding_settings(args))
-        prompts = chat.model.prompt_list or [IMAGE_SLOT]
+        prompts = getattr(chat.model, "prompt_list", None) or [IMAGE_SLOT]
         self._prompt = args.prompt or prompts[0]
         if IMAGE_SLOT not in self._prompt:
             self._prompt = (template or "{}").replace("{}", f"{IMAGE_TURN} {args.prompt}")
@@ -192,7 +196,7 @@ class Output:
             self._own = self._path.with_name(f"{self._path.name}.part{self._rank}")
         self.finish()  # an earlier run
         if self._path.is_file():
-            self.done = {_image(line, self._path) for line in _whole_lines(self._path)}
+            self.done = {_image(line) for line in _whole_lines(self._path)}
         dist_utils.barrier()  # all ranks have read before any writes
 
     def write(self, entries: list[dict]) -> None:
@@ -221,22 +225,30 @@ class Output:
 
 
 def _whole_lines(path: Path) -> list[bytes]:
-    """The complete lines of a file. One that a run was interrupted in is cut off the file."""
+    """The complete lines of a file. One that a run was interrupted in is cut off the file.
+
+    Raises ConfigError for a file that this command did not write; the file stays as it is then.
+    """
     content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if whole != content:
-        path.write_bytes(whole)
-    return whole.splitlines(keepends=True)  # of bytes, since U+2028 in a caption would end a line of text
+    end = content.rfind(b"\n") + 1
+    lines = content[:end].splitlines(keepends=True)  # of bytes, since U+2028 in a caption would end a line of text
+    rest = content[end:]
+    is_cut_off = rest.startswith(LINE_START) or LINE_START.startswith(rest)
+    for line in lines if is_cut_off and _image(rest) is None else [*lines, rest]:
+        if _image(line) is None:
+            raise ConfigError(f"--out {path} exists, and its line {line[:60]!r} is not a caption. Name another file.")
+    if rest:
+        path.write_bytes(content[:end])
+    return lines
 
 
-def _image(line: bytes, path: Path) -> str:
-    """The image that a line describes. Raises ConfigError for a line that this command did not write."""
+def _image(line: bytes) -> str | None:
+    """The image that a line describes; None: this command did not write the line."""
     try:
-        return json.loads(line)["image"]
+        entry = json.loads(line)
+        return entry["image"] if "caption" in entry else None
     except (ValueError, KeyError, TypeError):
-        raise ConfigError(
-            f"--out {path} exists, and its line {line[:60]!r} is not a caption. Name another file."
-        ) from None
+        return None
 
 
 def caption(items: Items, captioner: Captioner, output: Output) -> list[str]:

@@ -42,8 +42,9 @@ class ModelExtras(Protocol):
     """Optional members of a model."""
 
     fingerprint: dict[str, Any] | None
-    """Identifies the language model, in the form of `weights.fingerprint.take`. The runner records it in checkpoints
-    and refuses to resume with another one. If it is absent or None, nothing is recorded or compared."""
+    """Identifies the language model, in the form of `weights.fingerprint.take` or as any dict that can be compared. The
+    runner records it in checkpoints and refuses to resume with another one. If it is absent or None, nothing is
+    recorded or compared."""
 
     def accelerate(self, packed: bool, compiled: bool, fp8: bool = False) -> None:
         """Set up faster training steps that compute the same to rounding (fp8 excepted).
@@ -70,6 +71,8 @@ class AnsweringModel(Protocol):
     """Encodes text and image slots, as `models.tokenizer` does."""
     llama_model: Any
     """A causal language model of transformers, which continues the embeddings of `context`."""
+    prompt_list: list[str]
+    """Prompts with an image slot; `caption` uses the first. Empty, or absent: the image alone."""
     query_tokens: "torch.Tensor"
     """[1,Q,W]; Q is the number of vectors that stand for an image."""
 
@@ -197,7 +200,10 @@ class MapDataset(Protocol):
         """Return the number of samples, at least batch_size_train for each rank. It must not change."""
 
     def __getitem__(self, index: int) -> Any:
-        """Return a sample. Called in a data worker, with random, numpy and torch seeded for the batch."""
+        """Return a sample: a dict, unless a `collater` makes a dict of a list of samples.
+
+        Called in a data worker, with random, numpy and torch seeded for the batch.
+        """
 
 
 class Stream(Protocol):

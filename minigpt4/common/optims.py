@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from minigpt4.common.errors import ConfigError
 from minigpt4.common.registry import registry
 
 # Parameters whose name contains one of these are not decayed, nor are vectors.
@@ -78,11 +79,11 @@ class LinearWarmupStepLR(_Schedule):
 def create_optimizer(model: nn.Module, lr: float, weight_decay: float, beta2: float) -> torch.optim.AdamW:
     """AdamW over the trainable parameters, in two groups: decayed and not decayed.
 
-    Raises ValueError when nothing is trainable.
+    Raises ConfigError when nothing is trainable.
     """
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if not trainable:
-        raise ValueError("The model has no trainable parameter; nothing to optimise.")
+        raise ConfigError(f"{type(model).__name__} has no trainable parameter: there is nothing to optimize.")
     decayed = [p for name, p in trainable if p.ndim >= 2 and not any(part in name for part in NO_DECAY)]
     in_decayed = {id(p) for p in decayed}
     groups = [

@@ -64,7 +64,7 @@ class RunConfig:
     """AdamW's second beta."""
 
     max_epoch: int = field(default=1, metadata={"least": 1})
-    """Epochs; each is `iters_per_epoch` steps and ends with a checkpoint."""
+    """Epochs; each is `iters_per_epoch` micro-batches and ends with a checkpoint."""
     iters_per_epoch: int | None = field(default=None, metadata={"least": 1})
     """Micro-batches per epoch and rank; null: once through the data, which a stream of shards does not allow."""
     accum_grad_iters: int = field(default=1, metadata={"least": 1})
@@ -76,7 +76,7 @@ class RunConfig:
     num_workers: int = field(default=4, metadata={"least": 0})
     """Data-loading processes per rank."""
     log_freq: int = field(default=50, metadata={"least": 1})
-    """Steps between two log lines."""
+    """Micro-batches between two log lines."""
     seed: int = 42
     """Seed of python, numpy and torch (plus the rank), and of the data order."""
 
@@ -106,7 +106,8 @@ class RunConfig:
     """Compute the frozen linear layers of language model and encoder in 8-bit floating point: faster, but not equal to
     rounding. Needs a Hopper GPU or newer, bfloat16, and a language model in 16 bit."""
     device: str = "cuda"
-    """`cuda`, `cpu` or `mps` (an Apple GPU). Without an NVIDIA GPU, `cuda` falls back to the CPU with a warning."""
+    """`cuda`, `cuda:N`, `cpu` or `mps` (an Apple GPU). Without an NVIDIA GPU, `cuda` falls back to the CPU with
+    a warning."""
     distributed: bool = True
     """Train together with the other processes that torchrun started; False with several is an error."""
 

@@ -1,9 +1,10 @@
 """Self-checks: each fast path against the library's own computation, on the model at hand.
 
-A fast path relies on how a library's layers compute. A new release may compute in another way without any error. So
-when a fast path is switched on, a few tokens pass through two layers both ways, and one image through the whole vision
-encoder, which takes about a second. Where the results differ, or either way fails, one line says so, and the library's
-own way is taken. Modules are compared in eval mode: dropout would make any two results differ.
+A fast path relies on how the layers of a library (transformers, timm) compute. A new release may compute in another way
+without any error. So when a fast path is switched on, a few tokens pass through two layers both ways, and one image
+through the whole vision encoder, which takes about a second. Where the results differ, or either way fails, one line
+says so, and the library's own way is taken. Modules are compared in eval mode: dropout would make any two results
+differ.
 
 T tokens, K labels, D width, V vocabulary.
 """
@@ -70,10 +71,11 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 class TrainingCheck:
     """Compares ways to compute a training step with the language model's own results, sequence by sequence.
 
-    Compared are the logits of tokens with labels, and the gradients of the embeddings behind the shared ones.
+    Compared are the logits at positions whose next token has a label, and the gradients of the embeddings after the
+    shared prefix.
 
     Args:
-        llm: the model. Its own results are computed at the first comparison, before anything in it is exchanged.
+        llm: the model. Its own results are computed at the first comparison, before a layer is exchanged.
     """
 
     def __init__(self, llm: nn.Module):
@@ -91,7 +93,7 @@ class TrainingCheck:
         return self._library_results(first_layers(self.llm))
 
     def passes(self, name: str, change: Callable[[nn.Module], object]) -> bool:
-        """Whether a change of the model leaves its results, which need no packing, the same to rounding.
+        """Whether a change of the model leaves its results on unpacked sequences the same to rounding.
 
         change: is applied to a copy. The model itself stays as it is.
         """
@@ -148,7 +150,7 @@ def sees_like_the_library(vit: nn.Module, fused_vit: Callable, autocast: torch.a
     in_fp8 = any(isinstance(part, Fp8Linear) for part in vit.modules())
     with torch.no_grad(), autocast, evaluating(vit):
         return _agree(
-            "fused vision encoder",
+            "The fused vision encoder",
             lambda: (fused_vit(image),),
             lambda: (vit(image),),
             FP8_TOLERANCE if in_fp8 else None,
@@ -184,7 +186,7 @@ def decodes_like_the_library(llm: nn.Module, make_cache: Callable) -> bool:
         return (torch.cat(logits),)
 
     with torch.no_grad(), evaluating(llm):
-        return _agree("decoding loop", by_cache, by_library)
+        return _agree("The decoding loop", by_cache, by_library)
 
 
 def _embeddings(llm: nn.Module, ids: torch.Tensor) -> torch.Tensor:
@@ -225,9 +227,9 @@ def _agree(
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever a changed library raises
-        logging.warning("The %s does not run with this library (%s: %s). It is off.", name, type(error).__name__, error)
+        logging.warning("%s does not run with this library (%s: %s). It is off.", name, type(error).__name__, error)
         return False
     if difference <= (tolerance or tolerance_of(expected[0])):  # NaN is not
         return True
-    logging.warning("The %s differs from the library's own result by %.2g. It is off.", name, difference)
+    logging.warning("%s differs from the library's own result by %.2g. It is off.", name, difference)
     return False

@@ -1,4 +1,6 @@
-"""A training step that is packed, fused, compiled and captured. It gives the plain step's numbers to rounding, but fp8.
+"""A training step that is packed, fused, compiled and captured. Its numbers are the plain step's, up to rounding.
+
+fp8 is the exception: its rounding is larger.
 
 `MiniGPT4.accelerate` installs a `FastStep` in the place of the `PlainStep`.
 """
@@ -26,7 +28,7 @@ from minigpt4.models.vision import PREFIXES
 from minigpt4.quantization.bitsandbytes import has_bitsandbytes_layers
 from minigpt4.quantization.fp8 import MULTIPLE, Fp8Linear, convert_linear_layers, supports_fp8
 
-# Versions of one compiled function: all kinds of layers share a code object, with and without gradients.
+# Limit of compilations: torch counts those of all kinds of layers, with and without gradients, as one function's.
 MAX_COMPILATIONS = 64
 
 
@@ -48,16 +50,16 @@ class FastStep(PlainStep):
     def __init__(self, model, packed: bool, compiled: bool, fp8: bool = False):
         llm = model.llama_model
         check = TrainingCheck(llm)
-        self.packed = packed and allow_packing(llm) and check.passes_packed("packed attention", _library_predict)
+        self.packed = packed and allow_packing(llm) and check.passes_packed("The packed attention", _library_predict)
         if packed and not self.packed:
             disallow_packing(llm)
             logging.info("Batches are padded: the language model, or this GPU, cannot take packed ones.")
         self.max_tokens = tokens_per_micro_batch(fp8, _gpu_bytes(llm))
-        if compiled and check.passes("joint projections", fuse_projections):
+        if compiled and check.passes("The joint computation of projections", fuse_projections):
             fuse_projections(llm)
         if fp8:
             convert_to_fp8(llm, model.visual_encoder)
-        self.quantized = has_bitsandbytes_layers(llm)
+        self.quantized = has_bitsandbytes_layers(llm)  # bitsandbytes' own, which were not exchanged for ours
         self.fused_llama, self.fused_vit = None, None
         self.summed_cross_entropy = summed_cross_entropy
         if compiled:
@@ -103,17 +105,14 @@ class FastStep(PlainStep):
         layers, llm, vit = [], model.llama_model, model.visual_encoder
         fused = functools.partial(FusedLlama, compiled=False)
         # A plug-in may compute logits or image features in its own way: its methods are called then.
-        own_logits = type(model).predict is not MiniGPT4.predict
-        own_features = any(
-            getattr(type(model), name) is not getattr(MiniGPT4, name) for name in ("query_outputs", "encode_img")
-        )
-        fusible = self.packed and not own_logits and supports_fused_llama(llm)
-        if fusible and check.passes_packed("fused Llama", fused, in_fp8):
+        fusible = self.packed and not _overrides(model, "predict") and supports_fused_llama(llm)
+        if fusible and check.passes_packed("The fused Llama", fused, in_fp8):
             self.fused_llama = FusedLlama(llm, compiled=True)
-        elif not self.quantized:  # bitsandbytes' layers cannot be compiled
+        elif not self.quantized:  # bitsandbytes' own layers cannot be compiled
             layers += map(compat.without_recomputation, llm.get_decoder().layers)
         if vit is not None:
             layers += model.Qformer.bert.encoder.layer
+            own_features = _overrides(model, "query_outputs", "encode_img")
             if not own_features and supports_fused_vit(vit) and self._sees_like_the_library(model, vit):
                 self.fused_vit = FusedViT(vit, compiled=True)
             else:
@@ -127,15 +126,20 @@ class FastStep(PlainStep):
         return sees_like_the_library(vit, FusedViT(vit, compiled=False), model.autocast(vit.pos_embed.device))
 
     def _capture(self, model, compiled: bool) -> None:
-        """Set up CUDA graphs. They give gradients to their arguments only, so what they compute with must not train."""
+        """Set up CUDA graphs. No gradient passes through one, so nothing that they compute with may train.
+
+        The graph of the language model returns the gradient of the image vectors as one of its results.
+        """
         self.graphed_vision, self.loss_and_gradient = None, None
         trained = [name for name, p in model.named_parameters() if p.requires_grad]
         trained = [name for name in trained if not name.startswith("llama_proj.")]
         if compiled and model.visual_encoder is not None and not trained:
             self.graphed_vision = GraphedFunction(lambda image: (self._query_outputs(model, image),), "vision side")
-        # In float16 the loss has to be scaled before its gradient is computed.
+        # In float16 the loss has to be scaled before its gradient is computed. A plug-in's own methods may use weights
+        # that train, under any name.
         in_float16 = model.llama_model.get_input_embeddings().weight.dtype == torch.float16
-        if self.packed and not in_float16 and all(name.startswith(PREFIXES) for name in trained):
+        at_once = self.packed and not in_float16 and not _overrides(model, "predict", "embed")
+        if at_once and all(name.startswith(PREFIXES) for name in trained):
             self.loss_and_gradient = _with_gradient(functools.partial(self._summed_loss, model))
             if compiled and not self.quantized:
                 self.loss_and_gradient = GraphedFunction(self.loss_and_gradient, "language model")
@@ -175,6 +179,11 @@ def _log_fp8(layers: torch.nn.ModuleList, in_fp8: int) -> None:
     logging.info("%d linear layers compute in fp8, %d do not, of %s.", in_fp8, others, kind)
 
 
+def _overrides(model, *methods: str) -> bool:
+    """Whether a plug-in's class has its own version of one of the methods of `MiniGPT4`."""
+    return any(getattr(type(model), name) is not getattr(MiniGPT4, name) for name in methods)
+
+
 def _library_predict(llm) -> Callable[[torch.Tensor, MicroBatch], torch.Tensor]:
     """Logits of a micro-batch by the language model's own layers."""
     return lambda embeds, part: llm(inputs_embeds=embeds, use_cache=False, **part.llm_inputs()).logits
@@ -186,7 +195,7 @@ def _gpu_bytes(llm) -> int:
 
 
 def _with_gradient(summed_loss: Callable) -> Callable:
-    """A function that computes the loss of a micro-batch together with its gradient by the image vectors."""
+    """A function that computes the loss of a micro-batch and its gradient with respect to the image vectors."""
 
     def compute(image_embeds: torch.Tensor, numbers: torch.Tensor, sizes) -> tuple[torch.Tensor, torch.Tensor]:
         image_embeds = image_embeds.detach().requires_grad_()

@@ -1,8 +1,10 @@
 """MiniGPT-4 (Zhu et al. 2023): image -> EVA-ViT -> Q-Former -> one linear layer -> language model.
 
-B batch, Q query tokens, N image tokens, D width of the language model, S sequence, V vocabulary.
+B batch, Q query tokens, W width of the Q-Former (of an image [B,3,H,W]: its width), D width of the language model,
+S sequence, K positions whose logits are computed, V vocabulary.
 """
 
+import logging
 import random
 from collections.abc import Mapping
 from typing import Any
@@ -12,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from minigpt4.common import facts
+from minigpt4.common.errors import ConfigError
 from minigpt4.common.registry import registry
 from minigpt4.common.schema import MiniGPT4Config
 from minigpt4.models import llm, loading, prompt, qformer, vision
@@ -23,7 +26,8 @@ from minigpt4.models.tokenizer import Tokenizer, load_tokenizer
 class PlainStep:
     """Computes a training step: one padded batch, with the plain modules.
 
-    `MiniGPT4.accelerate` installs another step object, which computes the same numbers faster.
+    It serves training in float32 and evaluation. `MiniGPT4.accelerate` installs another step object, which computes the
+    same numbers faster; the runner calls it for training in 16 bit.
     """
 
     def collate(self, model: "MiniGPT4", sequences: list[list[int]], labels: list[list[int]]) -> prompt.PaddedBatch:
@@ -55,9 +59,9 @@ class MiniGPT4(vision.Vision):
         num_query_token: vectors per image (Q).
         prompt_list: prompts with an image slot; a training batch uses one, drawn at random. Empty: the image alone.
         max_txt_len: maximum number of tokens of a training text, `end_sym` included.
-        end_sym: the end of every training text.
+        end_sym: the end of each training text that is not cut off.
         llm_grad_checkpoint: number of the language model's layers that recompute their activations.
-        dtype: dtype of the vision side's computation.
+        dtype: dtype in which the vision side and `llama_proj` compute.
     """
 
     PRETRAINED_MODEL_CONFIG_DICT = {
@@ -167,8 +171,17 @@ class MiniGPT4(vision.Vision):
         return random.choice(self.prompt_list) if self.training else self.prompt_list[0]
 
     def accelerate(self, packed: bool, compiled: bool, fp8: bool = False) -> None:
-        """Compute training steps with `fast/training_step.py` from now on. Only fp8 changes results beyond rounding."""
-        self.step = registry.get_step_class("fast")(self, packed, compiled, fp8)
+        """Compute training steps with `fast/training_step.py` from now on. Only fp8 changes results beyond rounding.
+
+        A step object that a plug-in's constructor has set stays; fp8 is then a ConfigError.
+        """
+        fast_step = registry.get_step_class("fast")
+        if type(self.step) in (PlainStep, fast_step):
+            self.step = fast_step(self, packed, compiled, fp8)
+        elif fp8:
+            raise ConfigError(f"run.fp8=True: {type(self.step).__name__} has no layers in fp8. Set run.fp8=False.")
+        else:
+            logging.info("%s stays: run.packed and run.compile have no effect.", type(self.step).__name__)
 
     @torch.inference_mode()
     def generate(

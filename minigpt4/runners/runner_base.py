@@ -4,9 +4,11 @@ import contextlib
 import datetime
 import json
 import logging
+import math
 import time
 import warnings
 from collections import Counter
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -37,6 +39,8 @@ class RunnerBase:
     It reads the section `run:`, `model.allow_llm_mismatch` and `datasets.<name>.sample_ratio`, and writes all settings
     into log.txt and checkpoints. `common.contracts` describes the calls of task, model, datasets and schedule.
 
+    A micro-batch is here one of the `accum_grad_iters` batches of an optimizer step, not a part of a packed batch.
+
     Args:
         cfg: the run's `Config`.
         task: computes the loss of a batch.
@@ -45,7 +49,8 @@ class RunnerBase:
         job_id: name of the run's folder in `run.output_dir`; the same on every rank.
 
     Raises:
-        ConfigError: a split that no dataset has, a dataset smaller than a batch, a checkpoint that cannot be resumed.
+        ConfigError: a split that no dataset has, a dataset smaller than a batch, a stream without `iters_per_epoch`,
+            `evaluate` without `test_splits`, fp8 that cannot run, a checkpoint that cannot be resumed.
         ValueError: nothing to train.
         FileExistsError: the folder exists; a run is never overwritten.
     """
@@ -53,7 +58,7 @@ class RunnerBase:
     def __init__(self, cfg: Config, task: Task, model: nn.Module, datasets: dict[str, dict], job_id: str):
         self.cfg, self.run, self.task, self.datasets = cfg, cfg.run_cfg, task, datasets
         self.device = dist_utils.select_device(self.run.device)
-        if next(model.parameters()).device != self.device:
+        if any(parameter.device != self.device for parameter in islice(model.parameters(), 1)):
             model = model.to(self.device)
         self.fingerprint = getattr(model, "fingerprint", None)  # of its language model
         self.module = self.model = model  # with several ranks, `self.model` becomes DDP around `self.module`
@@ -66,7 +71,7 @@ class RunnerBase:
         if self.run.evaluate and not self.run.test_splits:
             raise ConfigError("run.evaluate=True needs run.test_splits, the splits to evaluate. For example: [test]")
         for split in (*self.run.valid_splits, *self.run.test_splits):
-            self._split(split)
+            self._check_evaluated(split)
         if not self.run.evaluate:
             self._prepare_training()
         elif self.run.resume_ckpt_path:
@@ -114,7 +119,7 @@ class RunnerBase:
             self.model = self._distributed()
 
     def train(self) -> None:
-        """Train the remaining epochs, with a checkpoint after each; then evaluate the test splits."""
+        """Train the remaining epochs (none with `run.evaluate`), a checkpoint after each; evaluate the test splits."""
         start = time.time()
         if not self.run.evaluate:
             self._log_plan()
@@ -149,16 +154,17 @@ class RunnerBase:
     def train_step(self, samples: dict, is_update: bool) -> torch.Tensor:
         """Forward and backward pass of a micro-batch on the device, and the update if it is the step's last one.
 
-        Returns the loss of the micro-batch.
+        Returns this rank's loss.
         """
         # Ranks exchange gradients at the last micro-batch only.
         with contextlib.nullcontext() if is_update or self.world_size == 1 else self.model.no_sync():
             with self._autocast():
                 output = self.task.train_step(self.model, samples)
             loss, num_labels = _loss_and_labels(output)
-            self.labels_of_step.append(self._sum_over_ranks(num_labels).clamp(min=1))
+            labels = self._sum_over_ranks(num_labels)
+            self.labels_of_step.append(torch.where(labels > 0, labels, 1.0))
             # The gradient must be that of the mean over the labels of all ranks and micro-batches. DDP divides by the
-            # number of ranks. Only the labels of the first micro-batch are known; `optimizer_step` corrects for that.
+            # number of ranks. So far only the labels of the first micro-batch count; `optimizer_step` corrects that.
             weight = num_labels * self.world_size / self.labels_of_step[0]
             self.scaler.scale(loss * weight).backward()
         if is_update:
@@ -180,7 +186,10 @@ class RunnerBase:
 
     @torch.no_grad()
     def evaluate(self, split: str) -> float:
-        """The mean loss over all labels of a split. Each sample counts once, for any number of ranks."""
+        """The mean loss over all labels of a split. Each sample counts once, for any number of ranks.
+
+        NaN if nothing has a label.
+        """
         run, rank = self.run, dist_utils.get_rank()
         self.module.eval()
         total = torch.zeros(2, dtype=torch.float64)
@@ -191,7 +200,7 @@ class RunnerBase:
                 loss, num_labels = _loss_and_labels(output)
                 total += torch.tensor([float(loss) * num_labels, num_labels], dtype=torch.float64)
         loss, num_labels = dist_utils.all_reduce_sum(total).tolist()
-        return loss / max(num_labels, 1)
+        return loss / num_labels if num_labels else math.nan
 
     def save_checkpoint(self, epoch: int, is_best: bool = False) -> None:
         """Write checkpoint_<epoch>.pth, and a copy as checkpoint_best.pth if it is the best so far.
@@ -261,7 +270,10 @@ class RunnerBase:
         for split, loss in losses.items():
             self._log_stats(split, {"loss": loss})
         metric = self.task.agg_metrics(sum(losses.values()) / len(losses))
-        is_best, self.best_metric = metric > self.best_metric, max(metric, self.best_metric)
+        if math.isnan(metric):
+            logging.warning("The metric of %s is not a number; this epoch is not compared.", ", ".join(losses))
+        is_best = metric > self.best_metric
+        self.best_metric = metric if is_best else self.best_metric
         return is_best
 
     def _train_datasets(self) -> tuple[dict, dict[str, float]]:
@@ -281,6 +293,17 @@ class RunnerBase:
             known = {name: list(splits) for name, splits in self.datasets.items()}
             raise ConfigError(f"No dataset has the split {split!r}; there are {known}. Change run.*_splits.")
         return found
+
+    def _check_evaluated(self, split: str) -> None:
+        """Raise ConfigError if a split cannot be evaluated, at the start rather than after an epoch."""
+        for name, dataset in self._split(split).items():
+            if isinstance(dataset, IterableDataset):
+                raise ConfigError(
+                    f"datasets.{name}: a stream of shards has no end, so its split {split!r} cannot be evaluated. "
+                    "Change run.valid_splits or run.test_splits."
+                )
+            if not len(dataset):
+                raise ConfigError(f"datasets.{name} has no samples in its split {split!r}, which is to be evaluated.")
 
     def _distributed(self) -> DistributedDataParallel:
         """The module with gradients exchanged between ranks. All ranks start from rank 0's trainable weights.

@@ -2,11 +2,13 @@
 
 import logging
 import random
+from collections.abc import Mapping
 
 import numpy as np
 import torch
 
 from minigpt4.common import dist_utils
+from minigpt4.common.errors import ConfigError
 from minigpt4.common.text import pluralize
 from minigpt4.processors import normalise
 
@@ -51,6 +53,11 @@ def restore_rng_states(states: list[dict] | None) -> None:
 
 def to_device(samples: dict, device: torch.device) -> dict:
     """The batch with its tensors and tokens on `device`. uint8 images are normalised there."""
+    if not isinstance(samples, Mapping):
+        raise ConfigError(
+            f"A batch is a {type(samples).__name__}, and must be a dict. Let the dataset return dicts, or give it a "
+            "collater that does."
+        )
     non_blocking = device.type == "cuda"  # elsewhere a kernel may read the data before the copy is done
     moved = {}
     for key, value in samples.items():

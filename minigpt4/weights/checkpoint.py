@@ -42,9 +42,9 @@ def read_file(path: Path, prefixes: tuple[str, ...] = ("",)) -> dict:
                 return {name: file.get_tensor(name) for name in file.keys() if name.startswith(prefixes)}
         mmap = zipfile.is_zipfile(path)  # only the current format of torch.save can be mapped
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError, OSError, ValueError) as error:
+    except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError, OSError, ValueError, LookupError) as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
-        if isinstance(error, pickle.UnpicklingError):  # torch would advise to allow any code in the file
+        if isinstance(error, (pickle.UnpicklingError, LookupError)):  # torch would advise to allow any code in the file
             reason = "it is no weights file, or holds more than tensors, such as code, and is not opened"
         reason = why_unreadable(path) or reason
         raise CheckpointError(f"{path} ({path.stat().st_size:,} bytes) cannot be read as weights: {reason}") from error

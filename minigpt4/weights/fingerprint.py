@@ -92,12 +92,16 @@ def check(recorded: dict | None, own: dict | None, source: str, allow_mismatch: 
 
 def describe(fingerprint: dict) -> str:
     """`vicuna-7b (4096 wide, 32 layers, 32000 tokens)`."""
+    if not fingerprint.keys() >= SIZES.keys():  # a plug-in's own form
+        return str(fingerprint)
     sizes = ", ".join(f"{fingerprint[key]} {unit}" for key, unit in SIZES.items())
     return f"{fingerprint['name']} ({sizes})"
 
 
 def difference_of(recorded: dict, own: dict) -> str | None:
     """The first difference of two language models, in words; None: they are the same."""
+    if not recorded.keys() >= SIZES.keys() or not own.keys() >= SIZES.keys():  # a plug-in's own form
+        return None if recorded == own else f"{own} instead of {recorded}"
     for key in SIZES:
         if recorded[key] != own[key]:
             return f"{key} {own[key]} instead of {recorded[key]}"

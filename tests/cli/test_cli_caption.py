@@ -14,6 +14,8 @@ from helpers import GOLDEN, ROOT, free_port
 from video_files import bad_videos, write_video
 
 from minigpt4.__main__ import main
+from minigpt4.cli.caption import _whole_lines
+from minigpt4.common.errors import ConfigError
 
 IMAGES = sorted((GOLDEN / "images").glob("*.png"))
 
@@ -269,3 +271,23 @@ def test_several_ranks(golden_config, tmp_path):
     assert [line["caption"] for line in lines[:3]] == kept
     assert not {line["caption"] for line in lines[3:]} & {*kept}
     assert sorted(path.name for path in tmp_path.glob("out*")) == ["out.jsonl"]
+
+
+@pytest.mark.parametrize(
+    "content", ['{"accuracy": 0.9}', "line 1\nline 2", '{"image": "a", "caption": "b"}\nline 2', "[1]"]
+)
+def test_files_of_others_stay_as_they_are(tmp_path, content):
+    """A last line without its end is cut off only where this command wrote it."""
+    path = tmp_path / "file"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match="is not a caption"):
+        _whole_lines(path)
+    assert path.read_text() == content
+
+
+@pytest.mark.parametrize("rest", ["", "{", '{"image": "b', '{"image": "b", "caption": "c'])
+def test_a_line_that_was_cut_off_is_written_again(tmp_path, rest):
+    path, whole = tmp_path / "file", '{"image": "a", "caption": "b"}\n'
+    path.write_text(whole + rest)
+    assert _whole_lines(path) == [whole.encode()]
+    assert path.read_text() == whole

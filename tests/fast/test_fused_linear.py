@@ -135,4 +135,4 @@ def test_offloaded_layers_stay(tmp_path):
     expected = llm(ids).logits
     assert fuse_projections(llm) == 4  # both groups of the first and the last layer
     torch.testing.assert_close(llm(ids).logits, expected)
-    assert TrainingCheck(llm).passes("joint projections", fuse_projections)
+    assert TrainingCheck(llm).passes("Fused projections", fuse_projections)

@@ -94,7 +94,7 @@ def test_joint_projections_that_differ(build_golden_model, monkeypatch, caplog):
     monkeypatch.setattr(FusedLinear, "output", lambda self, name, x: 1.1 * output(self, name, x))
     model = build_golden_model()
     model.accelerate(packed=True, compiled=True)
-    assert "joint projections" in warnings_of(caplog)[0]
+    assert "projections" in warnings_of(caplog)[0]
     assert not list(fused_layers(model.llama_model)) and steps_of(model) == "packed vit"
 
 

@@ -5,6 +5,7 @@ import torch
 from helpers import loss_and_gradient
 from torch import nn
 
+from minigpt4.common.errors import ConfigError
 from minigpt4.fast.llama import FusedLlama
 from minigpt4.fast.vit import FusedViT
 from minigpt4.models import MiniGPT4
@@ -60,6 +61,34 @@ def test_a_plug_ins_own_methods_are_called(build_golden_model, kind, compiled):
     torch.testing.assert_close(packed_gradient, gradient, atol=1e-5, rtol=1e-4)
     assert bool(model.step.fused_vit) == (compiled and kind not in (OwnFeatures, OwnEncoding))
     assert bool(model.step.fused_llama) == (compiled and kind is not OwnLogits)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_plug_ins_own_weights_get_their_gradient(build_golden_model, packed):
+    """Whatever their name is."""
+
+    class Scaled(MiniGPT4):
+        def predict(self, embeds, tokens):
+            return super().predict(embeds, tokens) * self.llama_proj.scale
+
+    model = build_golden_model()
+    model.__class__ = Scaled
+    model.llama_proj.scale = nn.Parameter(torch.tensor(2.0))
+    model.accelerate(packed=packed, compiled=False)
+    model(SAMPLES)["loss"].backward()
+    assert model.llama_proj.scale.grad.abs() > 1e-3
+
+
+def test_a_plug_ins_own_step_stays(build_golden_model):
+    class OwnStep(PlainStep):
+        pass
+
+    model = build_golden_model()
+    model.step = OwnStep()
+    model.accelerate(packed=True, compiled=True)
+    assert type(model.step) is OwnStep
+    with pytest.raises(ConfigError, match="OwnStep"):
+        model.accelerate(packed=True, compiled=True, fp8=True)
 
 
 def test_the_blocks_of_a_plug_ins_own_encoding_are_compiled(build_golden_model):

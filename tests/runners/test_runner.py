@@ -1,12 +1,15 @@
 """Equalities and mistakes: accumulation, resume, validation, splits, lengths."""
 
+import math
 import random
 
 import numpy as np
 import pytest
 import torch
 from helpers import Pictures
+from torch.utils.data import IterableDataset
 
+from minigpt4.common.errors import ConfigError
 from minigpt4.weights.checkpoint import CheckpointError
 from minigpt4.weights.fingerprint import MismatchError
 
@@ -124,6 +127,46 @@ def test_evaluation_is_the_mean_over_all_labels(build_golden_model, make_runner,
     assert runner.evaluate("val") == pytest.approx(float(whole), abs=1e-5)
     runner.train()
     assert not list(runner.output_dir.glob("*.pth"))
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter([])
+
+
+@pytest.mark.parametrize(("dataset", "what"), [(Stream(), "no end"), ([], "no samples")])
+def test_splits_that_cannot_be_evaluated_are_found_at_the_start(build_golden_model, make_runner, pool, dataset, what):
+    with pytest.raises(ConfigError, match=what):
+        make_runner(build_golden_model(), {"train": Pictures(*pool), "val": dataset}, valid_splits="[val]")
+
+
+def test_a_metric_that_is_not_a_number_is_not_compared(build_golden_model, make_runner, pool, monkeypatch, caplog):
+    runner = make_runner(build_golden_model(), {"train": Pictures(*pool), "val": Pictures(*pool)}, valid_splits="[val]")
+    losses = iter([1.0, float("nan"), 5.0, 0.5])
+    monkeypatch.setattr(runner, "evaluate", lambda split: next(losses))
+    assert [runner._validate() for _ in range(4)] == [True, False, False, True]
+    assert "not a number" in caplog.text
+
+
+@pytest.mark.parametrize("labels", [0.5, 2])
+def test_losses_are_weighted_by_any_number_of_labels(build_golden_model, make_runner, pool, labels):
+    """Fractions count, too: a mean over equal numbers is that of the losses."""
+    data = Pictures(*pool)
+    runner = make_runner(build_golden_model(), {"train": data, "val": data}, valid_splits="[val]")
+    expected = runner.evaluate("val")
+    step = runner.task.valid_step
+    runner.task.valid_step = lambda model, samples: {"loss": step(model, samples)["loss"], "num_labels": labels}
+    same_weights = runner.evaluate("val")
+    assert 0.5 * expected < same_weights < 2 * expected
+    runner.task.valid_step = lambda model, samples: {"loss": torch.tensor(3.0), "num_labels": labels}
+    assert runner.evaluate("val") == pytest.approx(3)
+    runner.task.valid_step = lambda model, samples: {"loss": torch.tensor(0.0), "num_labels": 0}
+    assert math.isnan(runner.evaluate("val"))
+
+
+def test_a_model_without_parameters(make_runner):
+    with pytest.raises(ConfigError, match="Identity has no trainable parameter"):
+        make_runner(torch.nn.Identity())
 
 
 def test_unknown_split(build_golden_model, make_runner):

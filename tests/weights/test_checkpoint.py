@@ -28,7 +28,13 @@ def test_reads_pth_and_safetensors_alike(tmp_path, layer):
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 5\n", b"\x80\x02garbage", b"# A text"],
+    [
+        b"",
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 5\n",
+        b"\x80\x02garbage",
+        b"# A text",
+        b"hello world",
+    ],
 )
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_files_that_hold_no_weights(tmp_path, content, suffix):

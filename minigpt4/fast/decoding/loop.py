@@ -28,7 +28,7 @@ from minigpt4.fast.decoding.kv_cache import KVCache
 from minigpt4.fast.self_check import decodes_like_the_library, largest_difference, tolerance_of
 from minigpt4.quantization.bitsandbytes import has_bitsandbytes_layers
 
-# Caches kept between answers: one for each conversation that may go on, and one for batches.
+# Caches kept between answers: those of the last two conversations or batches.
 MAX_IDLE_CACHES = 2
 # Lengths of a captured prefill are powers of two. Below the shorter one the weights alone take the time; above the
 # longer one launches from the host cost nothing.
