@@ -2,9 +2,8 @@
 
 A fast path relies on how the layers of a library (transformers, timm) compute. A new release may compute in another way
 without any error. So when a fast path is switched on, a few tokens pass through two layers both ways, and one image
-through the whole vision encoder, which takes about a second. Where the results differ, or either way fails, one line
-says so, and the library's own way is taken. Modules are compared in eval mode: dropout would make any two results
-differ.
+through the whole vision encoder. Where the results differ, or either way fails, one line says so, and the library's own
+way is taken. Modules are compared in eval mode: dropout would make any two results differ.
 
 T tokens, K labels, D width, V vocabulary.
 """
