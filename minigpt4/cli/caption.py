@@ -233,13 +233,24 @@ def _whole_lines(path: Path) -> list[bytes]:
     end = content.rfind(b"\n") + 1
     lines = content[:end].splitlines(keepends=True)  # of bytes, since U+2028 in a caption would end a line of text
     rest = content[end:]
-    is_cut_off = rest.startswith(LINE_START) or LINE_START.startswith(rest)
-    for line in lines if is_cut_off and _image(rest) is None else [*lines, rest]:
+    if rest and not _is_cut_off(rest):
+        lines.append(rest + b"\n")
+    for line in lines:
         if _image(line) is None:
             raise ConfigError(f"--out {path} exists, and its line {line[:60]!r} is not a caption. Name another file.")
-    if rest:
-        path.write_bytes(content[:end])
+    whole = b"".join(lines)
+    if whole != content:
+        path.write_bytes(whole)
     return lines
+
+
+def _is_cut_off(line: bytes) -> bool:
+    """Whether a line is the beginning of one that this command writes."""
+    try:
+        json.loads(line)
+    except ValueError:
+        return line.startswith(LINE_START) or LINE_START.startswith(line)
+    return False
 
 
 def _image(line: bytes) -> str | None:

@@ -20,17 +20,23 @@ def dispatch(
     """
     name, *rest = arguments or ["--help"]
     if name in ("-h", "--help"):
-        print(_help(usage, commands))  # noqa: T201
+        _help(usage, commands).print_help()
         return None
     if name not in commands:
         return f"Unknown {noun} {name!r}. Known: {', '.join(commands)}."
     return importlib.import_module(module_of(name)).main(rest)
 
 
-def _help(usage: str, commands: dict[str, str]) -> str:
+def _help(usage: str, commands: dict[str, str]) -> argparse.ArgumentParser:
+    """A parser whose help is `usage` and the list of commands."""
     width = max(map(len, commands))
     lines = [f"  {name:{width}}  {text}" for name, text in commands.items()]
-    return "\n".join([usage.strip(), "\ncommands (each has its own --help):", *lines])
+    return argparse.ArgumentParser(
+        usage=argparse.SUPPRESS,
+        description="\n".join([usage.strip(), "\ncommands (each has its own --help):", *lines]),
+        add_help=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
 
 
 def command_parser(command: str, usage: str) -> argparse.ArgumentParser:

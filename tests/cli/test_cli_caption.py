@@ -274,7 +274,8 @@ def test_several_ranks(golden_config, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", ['{"accuracy": 0.9}', "line 1\nline 2", '{"image": "a", "caption": "b"}\nline 2', "[1]"]
+    "content",
+    ['{"accuracy": 0.9}', "line 1\nline 2", '{"image": "a", "caption": "b"}\nline 2', '{"image": "a"}', "[1]"],
 )
 def test_files_of_others_stay_as_they_are(tmp_path, content):
     """A last line without its end is cut off only where this command wrote it."""
@@ -283,6 +284,13 @@ def test_files_of_others_stay_as_they_are(tmp_path, content):
     with pytest.raises(ConfigError, match="is not a caption"):
         _whole_lines(path)
     assert path.read_text() == content
+
+
+def test_a_last_caption_without_its_end_is_kept(tmp_path):
+    path, line = tmp_path / "file", '{"image": "a", "caption": "b"}'
+    path.write_text(line)
+    assert _whole_lines(path) == [f"{line}\n".encode()]
+    assert path.read_text() == f"{line}\n"
 
 
 @pytest.mark.parametrize("rest", ["", "{", '{"image": "b', '{"image": "b", "caption": "c'])

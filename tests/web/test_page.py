@@ -142,6 +142,14 @@ def questions(tab):
     return [text.strip() for text in tab.locator("#chatbot [data-testid=user]").all_inner_texts() if text.strip()]
 
 
+def check_new_conversation(tab):
+    """A picture and a question give an answer, and no earlier question is left."""
+    upload(tab, PICTURE)
+    ask(tab, "And now?")
+    wait_for_end(tab)
+    assert questions(tab) == ["And now?"]
+
+
 def wait_for_end(tab, count=1):
     tab.wait_for_function("(document.querySelector('#notice')?.innerText ?? '').includes('tokens/s')")
     tab.wait_for_function("n => document.querySelectorAll('#chatbot [data-testid=bot]').length == n", arg=count)
@@ -201,10 +209,7 @@ def test_a_conversation(visit, chat, monkeypatch):
     tab.click("#restart")
     tab.wait_for_function("document.querySelectorAll('#chatbot [data-testid=bot]').length == 0")
     tab.wait_for_selector("#box textarea[disabled]")
-    upload(tab, PICTURE)
-    ask(tab, "And now?")
-    wait_for_end(tab)
-    assert questions(tab) == ["And now?"]
+    check_new_conversation(tab)
 
 
 @needs_chromium
@@ -298,11 +303,7 @@ def test_leaving_or_restarting_stops_the_answer(page, visit, chat, monkeypatch, 
         tab.context.close()
     wait_until(lambda: not generating())
     monkeypatch.undo()
-    tab = tab if how == "restart" else visit()
-    upload(tab, PICTURE)
-    ask(tab, "And now?")
-    wait_for_end(tab)
-    assert questions(tab) == ["And now?"]
+    check_new_conversation(tab if how == "restart" else visit())
 
 
 @needs_chromium
