@@ -41,6 +41,22 @@ def keep_memory_pools() -> Iterator[None]:
                 _kept_pools.clear()
 
 
+@contextlib.contextmanager
+def capturing() -> Iterator[None]:
+    """Around the capture of a graph: no other thread captures, and no memory pool is freed.
+
+    After a capture that failed none is ever freed: torch 2.11 takes it to be still under way (pytorch #180395).
+    """
+    global _keepers
+    with CAPTURE_LOCK, keep_memory_pools():
+        try:
+            yield
+        except BaseException:
+            with _pools_lock:
+                _keepers += 1
+            raise
+
+
 class GraphedFunction:
     """`fn(*arguments)`, replayed from a CUDA graph. It gives no gradients, neither to its arguments nor to weights.
 
@@ -128,7 +144,7 @@ class CapturedGraph:
         tensors, _ = _split(arguments)
         self.inputs = memory.like(tensors, "input")
         inputs, self.graph = iter(self.inputs), torch.cuda.CUDAGraph()
-        with CAPTURE_LOCK, keep_memory_pools(), memory.capture(self.graph):
+        with capturing(), memory.capture(self.graph):
             results = fn(*(next(inputs) if isinstance(a, torch.Tensor) else a for a in arguments))
             self.outputs = memory.like(results, "output")
             for own, result in zip(self.outputs, results, strict=True):

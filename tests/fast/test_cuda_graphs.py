@@ -209,6 +209,18 @@ def test_garbage_pools_are_kept_while_another_is_in_use_or_captured(graphs, call
     assert cuda_graphs._kept_pools == []
 
 
+def test_no_pool_is_freed_after_a_failed_capture(graphs, monkeypatch):
+    """torch 2.11 takes it to be still under way, and would abort the process."""
+    monkeypatch.setattr(cuda_graphs, "_keepers", 0)
+    monkeypatch.setattr(cuda_graphs, "_kept_pools", [])
+    old, pool = garbage()
+    with pytest.raises(RuntimeError, match="not permitted"), cuda_graphs.capturing():
+        raise RuntimeError("operation not permitted when stream is capturing")
+    old.clear()
+    gc.collect()
+    assert [*map(id, cuda_graphs._kept_pools)] == [pool]
+
+
 def test_garbage_pools_are_freed_at_once_otherwise(graphs):
     old, _ = garbage()
     old.clear()

@@ -114,6 +114,32 @@ for number in range(20):
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120, cwd=ROOT)
 
 
+def test_garbage_pools_after_a_failed_capture():
+    """The failure is an ordinary error, and no later garbage aborts the process."""
+    program = """
+import gc, torch
+from minigpt4.fast.cuda_graphs import GraphedFunction
+
+x = torch.ones(4, device="cuda")
+old = GraphedFunction(lambda x: (x * 2,), "old")
+old.itself = old
+for _ in range(3):
+    old(x)
+failing = GraphedFunction(lambda x: (x * float(x.sum()),), "failing")
+failing(x)
+try:
+    failing(x)
+except RuntimeError as error:
+    print("failed as it must:", type(error).__name__)
+old.graphs.clear()
+del old
+gc.collect()
+print("alive")
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert run.stdout.split()[0] == "failed" and run.stdout.split()[-1] == "alive", run.stderr[-2000:]
+
+
 def test_without_gradients_while_training(build_golden_model):
     """A validation pass between steps, with and without inference mode, leaves the next step as it was."""
     model = build_golden_model("cuda", torch.bfloat16)

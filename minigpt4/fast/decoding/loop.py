@@ -22,7 +22,7 @@ from torch import nn
 
 from minigpt4.common import compat
 from minigpt4.fast.attention import ATTENTION
-from minigpt4.fast.cuda_graphs import CAPTURE_LOCK, keep_memory_pools
+from minigpt4.fast.cuda_graphs import CAPTURE_LOCK, capturing
 from minigpt4.fast.decoding.compiled_layers import compiled_copy
 from minigpt4.fast.decoding.kv_cache import KVCache
 from minigpt4.fast.self_check import decodes_like_the_library, largest_difference, tolerance_of
@@ -304,7 +304,7 @@ def _capture(run: Callable[[], torch.Tensor], cache: KVCache) -> tuple["torch.cu
     cache.pool = cache.pool or torch.cuda.graph_pool_handle()
     graph = torch.cuda.CUDAGraph()
     # thread_local: other threads may go on allocating
-    with CAPTURE_LOCK, keep_memory_pools(), torch.cuda.device(cache.ids.device):
+    with capturing(), torch.cuda.device(cache.ids.device):
         with torch.cuda.graph(graph, pool=cache.pool, capture_error_mode="thread_local"):
             result = run()
     return graph, result
