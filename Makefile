@@ -12,24 +12,19 @@ VENV ?= .venv
 PIP = $(VENV)/bin/pip install --quiet
 BIN = $(VENV)/bin
 IMG2DATASET_VENV = .venv-img2dataset
+# Two processes; the tests of a file stay together, for the models that they share.
+PYTEST = $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: quickstart check check-a-to-d check-e-to-z test style rehearsal lint lock clean
+.PHONY: quickstart check test style rehearsal lint lock clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python dataset/quickstart.py
 
-# Two processes, for two cores: the folders from a to d, and the others.
 check: style
-	$(MAKE) --jobs 2 check-a-to-d check-e-to-z
-
-check-a-to-d: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -q -m "not slow" tests/[a-d]*/
-
-check-e-to-z: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -q -m "not slow" tests/test_*.py tests/[e-z]*/
+	$(PYTEST) -m "not slow"
 
 test: style
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 style: $(VENV)/.installed-test
 	$(BIN)/ruff check .
