@@ -24,7 +24,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from minigpt4.cli import arguments
-from minigpt4.cli.parallel import ahead, batches
+from minigpt4.cli.parallel import batches_ahead
 from minigpt4.common.commands import check_positive, command_parser
 from minigpt4.common.config import Config
 from minigpt4.common.errors import ConfigError
@@ -129,7 +129,7 @@ class Captioner:
         self._chat = chat
         self.batch_size = args.batch_size
         self._frames = args.frames
-        self._decoding = Decoding(**arguments.decoding_settings(args))
+        self._decoding = Decoding(**arguments.given(args, Decoding))
         prompts = getattr(chat.model, "prompt_list", None) or [IMAGE_SLOT]
         self._prompt = args.prompt or prompts[0]
         if IMAGE_SLOT not in self._prompt:
@@ -271,7 +271,7 @@ def caption(items: Items, captioner: Captioner, output: Output) -> list[str]:
     total = items.total and len(range(rank, max(0, items.total - len(output.done)), ranks))
     skipped, written = [], 0
     with ThreadPoolExecutor(4) as pool, tqdm(total=total, unit="file", disable=rank > 0) as bar:
-        for batch in batches(ahead(pool, captioner.load, own, 2 * captioner.batch_size), captioner.batch_size):
+        for batch in batches_ahead(pool, captioner.load, own, captioner.batch_size):
             good = [(name, pictures) for name, pictures in batch if not isinstance(pictures, Exception)]
             skipped += [f"{name}: {error}" for name, error in batch if isinstance(error, Exception)]
             if good:

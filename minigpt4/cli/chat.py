@@ -17,7 +17,7 @@ from minigpt4.cli import arguments
 from minigpt4.common.commands import command_parser
 from minigpt4.common.config import Config
 from minigpt4.common.errors import ConfigError
-from minigpt4.conversation import PictureError
+from minigpt4.conversation import Decoding, PictureError
 from minigpt4.conversation.videos import is_video
 
 COMMANDS = """\
@@ -49,7 +49,7 @@ def main(argv: list[str]) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     print("Loading the model …", flush=True)
     chat = load_chat(cfg, select_gpu(cfg, args.gpu_id or 0))
-    terminal = Terminal(chat, arguments.decoding_settings(args), args.frames)
+    terminal = Terminal(chat, arguments.given(args, Decoding), args.frames)
     try:
         for path in args.images:
             terminal.add(path)

@@ -169,7 +169,13 @@ def test_the_whole_command(golden_config, tmp_path):
 
 def test_settings():
     args = parse_args(["--cfg-path", "x", "--num-beams", "3", "--temperature", "0.5", "--no-sample"])
-    assert (args.num_beams, args.temperature, args.sample, args.max_new_tokens, args.seed) == (3, 0.5, False, 300, None)
+    assert (args.num_beams, args.temperature, args.do_sample, args.max_new_tokens, args.seed) == (
+        3,
+        0.5,
+        False,
+        300,
+        None,
+    )
 
 
 @pytest.mark.parametrize(
