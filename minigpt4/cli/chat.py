@@ -44,18 +44,16 @@ def main(argv: list[str]) -> None:
     cfg = Config(args)
     cfg.check_paths()
     from minigpt4.conversation.loading import load_chat, select_gpu
-    from minigpt4.fast.decoding.loop import cached_decoding
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     print("Loading the model …", flush=True)
-    chat = load_chat(cfg, select_gpu(cfg, args.gpu_id or 0))
+    chat = load_chat(cfg, select_gpu(cfg, args.gpu_id or 0), warm_up=[1])
     terminal = Terminal(chat, arguments.given(args, Decoding), args.frames)
     try:
         for path in args.images:
             terminal.add(path)
     except PictureError as error:
         raise ConfigError(str(error)) from error
-    cached_decoding.warm_up(chat.model.llama_model)
     print("Ask something, or /help.")
     save_history = _history()
     try:

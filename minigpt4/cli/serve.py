@@ -54,7 +54,6 @@ def main(argv: list[str]) -> None:
 
     from minigpt4.common.logger import setup_logger
     from minigpt4.conversation.loading import load_chat, select_gpu
-    from minigpt4.fast.decoding.loop import cached_decoding
     from minigpt4.serving.app import create_app
     from minigpt4.serving.batching import Batcher
 
@@ -69,9 +68,7 @@ def main(argv: list[str]) -> None:
     settings = Settings(**given(args, Settings))
 
     def load():
-        chat = load_chat(cfg, select_gpu(cfg, args.gpu_id or 0))
-        for rows in (1, settings.max_batch):
-            cached_decoding.warm_up(chat.model.llama_model, rows=rows)
+        chat = load_chat(cfg, select_gpu(cfg, args.gpu_id or 0), warm_up=[1, settings.max_batch])
         logging.info("The model is ready.")
         return chat
 

@@ -38,15 +38,9 @@ class Decoding:
 
     def options(self) -> dict:
         """The settings as keyword arguments of transformers' `generate`."""
-        options = {
-            "max_new_tokens": self.max_new_tokens,
-            "min_new_tokens": self.min_length,
-            "num_beams": self.num_beams,
-            "repetition_penalty": self.repetition_penalty,
-            "do_sample": self.do_sample,
-        }
+        names = ["max_new_tokens", "num_beams", "repetition_penalty", "do_sample"]
         if self.do_sample:
-            options |= {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+            names += ["temperature", "top_p", "top_k"]
         if self.num_beams > 1:
-            options["length_penalty"] = self.length_penalty
-        return options
+            names.append("length_penalty")
+        return {"min_new_tokens": self.min_length} | {name: getattr(self, name) for name in names}
