@@ -103,7 +103,11 @@ class Terminal:
         """Carry out a command, or answer a question."""
         command, _, argument = line.partition(" ")
         if command in ("/image", "/video") and argument.strip():
-            self.show(_paths(argument.strip()), video=command == "/video")
+            for path in _paths(argument.strip()):
+                try:
+                    self.add(path, video=command == "/video")
+                except PictureError as error:
+                    print(error)
         elif command == "/reset":
             self.reset()
             print("[a new conversation, without pictures]")
@@ -118,16 +122,11 @@ class Terminal:
             self.chat.ask(line, conv)
             self.answer(conv)
 
-    def show(self, paths: list[str], video: bool) -> None:
-        """Show pictures and videos. video: they are all videos, whatever their suffix."""
-        for path in paths:
-            try:
-                self.add(path, video)
-            except PictureError as error:
-                print(error)
-
     def add(self, path: str, video: bool = False) -> None:
-        """Show one picture or video. Raises PictureError if the file cannot be read as one."""
+        """Show one picture or video. Raises PictureError if the file cannot be read as one.
+
+        video: it is a video, whatever its suffix.
+        """
         file, first = Path(path).expanduser(), len(self.img_list) + 1
         if video or is_video(file):
             self.chat.upload_video(file, self.conv, self.img_list, self.frames)
