@@ -10,7 +10,8 @@ import argparse
 import logging
 import os
 import shlex
-from contextlib import closing, suppress
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 from minigpt4.cli import arguments
@@ -55,11 +56,8 @@ def main(argv: list[str]) -> None:
     except PictureError as error:
         raise ConfigError(str(error)) from error
     print("Ask something, or /help.")
-    save_history = _history()
-    try:
+    with _history():
         terminal.run()
-    finally:
-        save_history()
 
 
 class Terminal:
@@ -176,23 +174,23 @@ def _paths(argument: str) -> list[str]:
         return [argument]
 
 
-def _history():
-    """Let the arrow keys bring back questions, those of earlier chats too. Returns the function that saves them."""
+@contextmanager
+def _history() -> Iterator[None]:
+    """Let the arrow keys bring back questions, those of earlier chats too. At the end the questions are saved."""
     try:
         import readline
     except ImportError:  # Windows
-        return lambda: None
-    folder = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "minigpt4"
-    file = folder / "chat_history"
+        yield
+        return
+    file = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "minigpt4" / "chat_history"
     with suppress(OSError):  # there is no such file yet, or it cannot be read
         readline.read_history_file(file)
     readline.set_history_length(1000)
-
-    def save() -> None:
+    try:
+        yield
+    finally:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            file.parent.mkdir(parents=True, exist_ok=True)
             readline.write_history_file(file)
         except OSError as error:
             logging.warning("The history was not saved: %s", error)
-
-    return save
