@@ -4,10 +4,11 @@ import argparse
 import os
 import socket
 from collections.abc import Iterable
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from minigpt4.common.errors import ConfigError
+from minigpt4.common.settings import setting
 from minigpt4.conversation.decoding import Decoding
 from minigpt4.conversation.videos import FRAMES, MAX_FRAMES
 
@@ -27,17 +28,24 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpu-id", type=int, metavar="N", help="GPU to use (0); the CPU is used if there is none")
 
 
-def add_settings(parser, settings: type) -> list[str]:
-    """A flag for each field of a dataclass that has a help text. Returns the names of the fields."""
-    names = []
+@dataclass(frozen=True)
+class AnswerSettings(Decoding):
+    """The settings of an answer, and of the videos that it is about."""
+
+    frames: int = setting(FRAMES, "pictures to take from a video, at even distances", at_least=1, at_most=MAX_FRAMES)
+
+
+def add_settings(parser, settings: type) -> None:
+    """A flag for each field of a dataclass that has a help text."""
     for each in fields(settings):
-        if text := each.metadata.get("help"):
-            names.append(each.name)
+        flag, text = f"--{each.name.replace('_', '-')}", each.metadata["help"]
+        if text and isinstance(each.default, bool):
+            parser.add_argument(flag, action="store_true", help=text)
+        elif text:
             text += "" if each.default is None else " (%(default)s)"
             kind = int if each.default is None else type(each.default)
-            flag = f"--{each.name.replace('_', '-')}"
-            parser.add_argument(flag, type=kind, default=each.default, metavar="N", help=text)
-    return names
+            metavar = "NAME" if kind is str else "N"
+            parser.add_argument(flag, type=kind, default=each.default, metavar=metavar, help=text)
 
 
 def given(args: argparse.Namespace, settings: type) -> dict:
@@ -46,22 +54,18 @@ def given(args: argparse.Namespace, settings: type) -> dict:
 
 
 def add_answer_arguments(parser: argparse.ArgumentParser, sample: bool = Decoding.do_sample) -> None:
-    """`--frames`, `--sample`, and a flag for each other setting of `Decoding`. sample: the default of `--sample`."""
-    frames = "pictures to take from a video, at even distances (%(default)s)"
-    parser.add_argument("--frames", type=int, default=FRAMES, metavar="N", help=frames)
-    group = parser.add_argument_group("decoding")
-    add_settings(group, Decoding)
+    """`--sample`, and a flag for each other field of `AnswerSettings`. sample: the default of `--sample`."""
+    group = parser.add_argument_group("answers")
+    add_settings(group, AnswerSettings)
     text = "sample the tokens, or take the likeliest ones"
     group.add_argument("--sample", dest="do_sample", action=argparse.BooleanOptionalAction, default=sample, help=text)
 
 
-def parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
-    """Parse the arguments. Frames or decoding settings that are out of bounds end the program with a message."""
+def parse(parser: argparse.ArgumentParser, argv: list[str], settings: type) -> argparse.Namespace:
+    """Parse the arguments. Values that a dataclass of settings refuses end the program with a message."""
     args = parser.parse_args(argv)
-    if not 1 <= args.frames <= MAX_FRAMES:
-        parser.error(f"--frames {args.frames} must be from 1 to {MAX_FRAMES}")
     try:
-        Decoding(**given(args, Decoding))
+        settings(**given(args, settings))
     except ValueError as error:
         parser.error(str(error))
     return args

@@ -46,7 +46,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="pictures at a time (%(default)s)")
     arguments.add_model_arguments(parser)
     arguments.add_answer_arguments(parser, sample=False)
-    args = arguments.parse(parser, argv)
+    args = arguments.parse(parser, argv, arguments.AnswerSettings)
     if not (args.images or args.dir or args.shards):
         parser.error("give pictures, --dir or --shards")
     check_positive(parser, args, ("batch_size",))

@@ -35,7 +35,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("images", nargs="*", metavar="IMAGE", help="pictures or videos to begin with")
     arguments.add_model_arguments(parser)
     arguments.add_answer_arguments(parser)
-    return arguments.parse(parser, argv)
+    return arguments.parse(parser, argv, arguments.AnswerSettings)
 
 
 def main(argv: list[str]) -> None:

@@ -11,8 +11,8 @@ import argparse
 import logging
 import os
 
-from minigpt4.cli.arguments import add_model_arguments, add_settings, check_address, given
-from minigpt4.common.commands import check_positive, command_parser
+from minigpt4.cli.arguments import add_model_arguments, add_settings, check_address, given, parse
+from minigpt4.common.commands import command_parser
 from minigpt4.common.config import Config
 from minigpt4.serving.settings import Settings
 
@@ -31,14 +31,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         "--api-key", default=os.environ.get(KEY_VARIABLE), metavar="KEY",
         help=f"key that clients must send; the variable {KEY_VARIABLE} is safer, since other users see command lines",
     )  # fmt: skip
-    parser.add_argument(
-        "--model-name", default=Settings.model_name, metavar="NAME", help="its name in requests (%(default)s)"
-    )
-    parser.add_argument("--allow-http-images", action="store_true", help="fetch pictures by URL, from public addresses")
-    parser.add_argument("--allow-private-hosts", action="store_true", help="… and from private networks, for tests")
-    limits = add_settings(parser.add_argument_group("upper limits"), Settings)
-    args = parser.parse_args(argv)
-    check_positive(parser, args, limits)
+    add_settings(parser.add_argument_group("the endpoint; the numbers are upper limits"), Settings)
+    args = parse(parser, argv, Settings)
     if args.api_key == "":
         parser.error(f"--api-key or {KEY_VARIABLE} is empty; leave it out to serve without a key.")
     return args

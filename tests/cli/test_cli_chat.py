@@ -184,7 +184,7 @@ def test_settings():
     [
         (["--temperature", "0"], "temperature=0.0 must be more than 0"),
         (["--num-beams", "0"], "num_beams=0 must be at least 1"),
-        (["--frames", "0"], "--frames 0 must be from 1 to 64"),
+        (["--frames", "0"], "frames=0 must be at least 1"),
     ],
 )
 def test_settings_out_of_bounds_are_reported_before_anything_is_loaded(arguments, message, capsys):

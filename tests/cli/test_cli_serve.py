@@ -126,9 +126,9 @@ def test_an_address_that_cannot_be_used():
 
 def test_wrong_arguments(capsys):
     for arguments, message in {
-        ("--max-queue", "0"): "--max-queue 0 must be more than 0",
-        ("--timeout", "-1"): "--timeout -1.0 must be more than 0",
-        ("--max-upload-mb", "nan"): "--max-upload-mb nan must be more than 0",
+        ("--max-queue", "0"): "max_queue=0 must be more than 0",
+        ("--timeout", "-1"): "timeout=-1.0 must be more than 0",
+        ("--max-upload-mb", "nan"): "max_upload_mb=nan must be more than 0",
         ("--api-key", ""): "is empty",
         ("--port", "x"): "--port: invalid int value: 'x'",
     }.items():
