@@ -9,7 +9,7 @@ The page is served on this machine only; `--host 0.0.0.0` serves the network, `-
 import argparse
 import sys
 
-from minigpt4.cli.arguments import add_model_arguments, check_address, port
+from minigpt4.cli.arguments import add_model_arguments, check_address
 from minigpt4.common.commands import check_positive
 from minigpt4.common.config import Config
 from minigpt4.common.errors import ConfigError
@@ -23,7 +23,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_model_arguments(parser)
     parser.set_defaults(gpu_id=0)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s: this machine only)")
-    parser.add_argument("--port", type=port, metavar="N", help="port to listen on (the first free one from 7860)")
+    parser.add_argument("--port", type=int, metavar="N", help="port to listen on (the first free one from 7860)")
     parser.add_argument("--share", action="store_true", help="make the page public through a gradio.live tunnel")
     parser.add_argument("--auth", nargs="+", type=_account, metavar="USER:PASSWORD", help="who may use the page")
     parser.add_argument("--concurrency", type=int, default=1, metavar="N", help="answers computed at the same time")

@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from tqdm import tqdm
 
 from minigpt4.cli.arguments import add_config_arguments
-from minigpt4.cli.parallel import ahead, batches
+from minigpt4.cli.parallel import batches_ahead
 from minigpt4.common.commands import check_positive, command_parser
 from minigpt4.common.config import Config
 from minigpt4.common.errors import ConfigError
@@ -136,8 +136,8 @@ class Writer:
 
     def _samples(self, dataset, number: int, skipped: list[str]) -> Iterator[tuple]:
         """Yield (key, features, record) of a part's pictures, and add the ids of broken ones to `skipped`."""
-        loaded = ahead(self.pool, lambda s: (s, dataset.load(s)), dataset.part(number), 2 * self.batch_size)
-        for batch in batches(loaded, self.batch_size):
+        samples = dataset.part(number)
+        for batch in batches_ahead(self.pool, lambda s: (s, dataset.load(s)), samples, self.batch_size):
             skipped += [sample.image_id for sample, fields in batch if fields is None]
             good = [(sample, fields) for sample, fields in batch if fields is not None]
             if good:

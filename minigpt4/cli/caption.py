@@ -24,7 +24,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from minigpt4.cli import arguments
-from minigpt4.cli.parallel import ahead, batches
+from minigpt4.cli.parallel import batches_ahead
 from minigpt4.common.commands import check_positive, command_parser
 from minigpt4.common.config import Config
 from minigpt4.common.errors import ConfigError
@@ -46,7 +46,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="pictures at a time (%(default)s)")
     arguments.add_model_arguments(parser)
     arguments.add_answer_arguments(parser, sample=False)
-    args = arguments.parse(parser, argv)
+    args = arguments.parse(parser, argv, arguments.AnswerSettings)
     if not (args.images or args.dir or args.shards):
         parser.error("give pictures, --dir or --shards")
     check_positive(parser, args, ("batch_size",))
@@ -58,7 +58,7 @@ def main(argv: list[str]) -> int:
     args = parse_args(argv)
     cfg = Config(args)
     cfg.check_paths()
-    items = Items(args)
+    files, shards = named_files(args)
     from minigpt4.common import dist_utils
     from minigpt4.common.logger import setup_logger
     from minigpt4.conversation.loading import load_chat, select_gpu
@@ -67,7 +67,8 @@ def main(argv: list[str]) -> int:
     gpu = None if args.gpu_id is None else select_gpu(cfg, args.gpu_id)
     with dist_utils.process_group(cfg.run_cfg, gpu) as device:
         chat = load_chat(cfg, device)
-        unreadable = caption(items, Captioner(chat, args, cfg.model_cfg.prompt_template), Output(args.out))
+        captioner = Captioner(chat, args, cfg.model_cfg.prompt_template)
+        unreadable = caption(files, shards, captioner, Output(args.out))
     return 1 if unreadable else 0
 
 
@@ -75,40 +76,35 @@ def main(argv: list[str]) -> int:
 LINE_START = b'{"image": '
 
 
-class Items:
-    """The pictures and videos to describe. Yields (name, path or bytes), or (tar, PictureError) for a damaged tar.
+def named_files(args: argparse.Namespace) -> tuple[list[Path], list[str]]:
+    """The files and the shards to describe. Raises ConfigError if there are none, and for files that do not exist."""
+    from minigpt4.datasets.datasets.shards import shards_of_argument
 
-    `total` is their number, or None with shards, which would have to be read first. Raises ConfigError if there are
-    none, and for named files that do not exist.
-    """
+    files = [Path(path) for path in args.images]
+    arguments.check_files(files)
+    if args.dir:
+        if not Path(args.dir).is_dir():
+            raise ConfigError(f"--dir {args.dir} is not a folder.")
+        kinds = SUFFIXES | {*videos.SUFFIXES}
+        files += sorted(path for path in Path(args.dir).rglob("*") if path.suffix.lower() in kinds)
+    shards = shards_of_argument(args.shards or [])
+    if not files and not shards:
+        raise ConfigError(f"--dir {args.dir} holds no pictures or videos ({', '.join(sorted(kinds))}).")
+    return list(dict.fromkeys(files)), shards  # a file may be named, and be in the folder too
 
-    def __init__(self, args: argparse.Namespace):
-        from minigpt4.datasets.datasets.shards import shards_of_argument
 
-        self._files = [Path(path) for path in args.images]
-        arguments.check_files(self._files)
-        if args.dir:
-            if not Path(args.dir).is_dir():
-                raise ConfigError(f"--dir {args.dir} is not a folder.")
-            kinds = SUFFIXES | {*videos.SUFFIXES}
-            self._files += sorted(path for path in Path(args.dir).rglob("*") if path.suffix.lower() in kinds)
-        self._files = list(dict.fromkeys(self._files))  # a file may be named, and be in the folder too
-        self._shards = shards_of_argument(args.shards or [])
-        if not self._files and not self._shards:
-            raise ConfigError(f"--dir {args.dir} holds no pictures or videos ({', '.join(sorted(kinds))}).")
-        self.total = None if self._shards else len(self._files)
-
-    def __iter__(self) -> Iterator[tuple[str, Path | bytes | PictureError]]:
-        for path in self._files:
-            yield str(path), path
-        for shard in self._shards:
-            try:
-                with tarfile.open(shard) as tar:
-                    for member in tar:
-                        if member.isfile() and Path(member.name).suffix.lower() in SUFFIXES:
-                            yield f"{shard}/{member.name}", tar.extractfile(member).read()
-            except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
-                yield shard, PictureError(f"the rest of this tar cannot be read: {error}")
+def read_items(files: list[Path], shards: list[str]) -> Iterator[tuple[str, Path | bytes | PictureError]]:
+    """Yield (name, path or bytes) of each picture and video, or (tar, PictureError) for a damaged tar."""
+    for path in files:
+        yield str(path), path
+    for shard in shards:
+        try:
+            with tarfile.open(shard) as tar:
+                for member in tar:
+                    if member.isfile() and Path(member.name).suffix.lower() in SUFFIXES:
+                        yield f"{shard}/{member.name}", tar.extractfile(member).read()
+        except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
+            yield shard, PictureError(f"the rest of this tar cannot be read: {error}")
 
 
 class Captioner:
@@ -129,7 +125,7 @@ class Captioner:
         self._chat = chat
         self.batch_size = args.batch_size
         self._frames = args.frames
-        self._decoding = Decoding(**arguments.decoding_settings(args))
+        self._decoding = Decoding(**arguments.given(args, Decoding))
         prompts = getattr(chat.model, "prompt_list", None) or [IMAGE_SLOT]
         self._prompt = args.prompt or prompts[0]
         if IMAGE_SLOT not in self._prompt:
@@ -184,16 +180,14 @@ class Output:
     def __init__(self, path: str | None):
         from minigpt4.common import dist_utils
 
-        self._path = Path(path) if path else None
-        self._rank, self._ranks = dist_utils.get_rank(), dist_utils.get_world_size()
-        self._own = self._path
+        self._path = self._own = Path(path) if path else None
         self.done: set[str] = set()
         if self._path is None:
             return
         if self._path.is_dir():
             raise ConfigError(f"--out {path} is a folder; name a file in it.")
-        if self._ranks > 1:
-            self._own = self._path.with_name(f"{self._path.name}.part{self._rank}")
+        if dist_utils.is_distributed():
+            self._own = self._path.with_name(f"{self._path.name}.part{dist_utils.get_rank()}")
         self.finish()  # an earlier run
         if self._path.is_file():
             self.done = {_image(line) for line in _whole_lines(self._path)}
@@ -215,7 +209,7 @@ class Output:
         from minigpt4.common import dist_utils
 
         dist_utils.barrier()  # all ranks have written
-        if self._rank == 0 and self._path:
+        if self._path and dist_utils.is_main_process():
             self._path.parent.mkdir(parents=True, exist_ok=True)
             for part in sorted(self._path.parent.glob(f"{escape(self._path.name)}.part[0-9]*")):
                 with self._path.open("ab") as file:
@@ -262,16 +256,16 @@ def _image(line: bytes) -> str | None:
         return None
 
 
-def caption(items: Items, captioner: Captioner, output: Output) -> list[str]:
+def caption(files: list[Path], shards: list[str], captioner: Captioner, output: Output) -> list[str]:
     """Describe this rank's share of the pictures that `output` lacks. Returns why all ranks skipped pictures."""
     from minigpt4.common import dist_utils
 
     rank, ranks = dist_utils.get_rank(), dist_utils.get_world_size()
-    own = islice((item for item in items if item[0] not in output.done), rank, None, ranks)
-    total = items.total and len(range(rank, max(0, items.total - len(output.done)), ranks))
+    own = islice((item for item in read_items(files, shards) if item[0] not in output.done), rank, None, ranks)
+    total = None if shards else len([path for path in files if str(path) not in output.done][rank::ranks])
     skipped, written = [], 0
     with ThreadPoolExecutor(4) as pool, tqdm(total=total, unit="file", disable=rank > 0) as bar:
-        for batch in batches(ahead(pool, captioner.load, own, 2 * captioner.batch_size), captioner.batch_size):
+        for batch in batches_ahead(pool, captioner.load, own, captioner.batch_size):
             good = [(name, pictures) for name, pictures in batch if not isinstance(pictures, Exception)]
             skipped += [f"{name}: {error}" for name, error in batch if isinstance(error, Exception)]
             if good:

@@ -10,14 +10,15 @@ import argparse
 import logging
 import os
 import shlex
-from contextlib import closing, suppress
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 from minigpt4.cli import arguments
 from minigpt4.common.commands import command_parser
 from minigpt4.common.config import Config
 from minigpt4.common.errors import ConfigError
-from minigpt4.conversation import PictureError
+from minigpt4.conversation import Decoding, PictureError
 from minigpt4.conversation.videos import is_video
 
 COMMANDS = """\
@@ -34,7 +35,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("images", nargs="*", metavar="IMAGE", help="pictures or videos to begin with")
     arguments.add_model_arguments(parser)
     arguments.add_answer_arguments(parser)
-    return arguments.parse(parser, argv)
+    return arguments.parse(parser, argv, arguments.AnswerSettings)
 
 
 def main(argv: list[str]) -> None:
@@ -44,24 +45,19 @@ def main(argv: list[str]) -> None:
     cfg = Config(args)
     cfg.check_paths()
     from minigpt4.conversation.loading import load_chat, select_gpu
-    from minigpt4.fast.decoding.loop import cached_decoding
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     print("Loading the model …", flush=True)
-    chat = load_chat(cfg, select_gpu(cfg, args.gpu_id or 0))
-    terminal = Terminal(chat, arguments.decoding_settings(args), args.frames)
+    chat = load_chat(cfg, select_gpu(cfg, args.gpu_id or 0), warm_up=[1])
+    terminal = Terminal(chat, arguments.given(args, Decoding), args.frames)
     try:
         for path in args.images:
             terminal.add(path)
     except PictureError as error:
         raise ConfigError(str(error)) from error
-    cached_decoding.warm_up(chat.model.llama_model)
     print("Ask something, or /help.")
-    save_history = _history()
-    try:
+    with _history():
         terminal.run()
-    finally:
-        save_history()
 
 
 class Terminal:
@@ -105,7 +101,11 @@ class Terminal:
         """Carry out a command, or answer a question."""
         command, _, argument = line.partition(" ")
         if command in ("/image", "/video") and argument.strip():
-            self.show(_paths(argument.strip()), video=command == "/video")
+            for path in _paths(argument.strip()):
+                try:
+                    self.add(path, video=command == "/video")
+                except PictureError as error:
+                    print(error)
         elif command == "/reset":
             self.reset()
             print("[a new conversation, without pictures]")
@@ -120,16 +120,11 @@ class Terminal:
             self.chat.ask(line, conv)
             self.answer(conv)
 
-    def show(self, paths: list[str], video: bool) -> None:
-        """Show pictures and videos. video: they are all videos, whatever their suffix."""
-        for path in paths:
-            try:
-                self.add(path, video)
-            except PictureError as error:
-                print(error)
-
     def add(self, path: str, video: bool = False) -> None:
-        """Show one picture or video. Raises PictureError if the file cannot be read as one."""
+        """Show one picture or video. Raises PictureError if the file cannot be read as one.
+
+        video: it is a video, whatever its suffix.
+        """
         file, first = Path(path).expanduser(), len(self.img_list) + 1
         if video or is_video(file):
             self.chat.upload_video(file, self.conv, self.img_list, self.frames)
@@ -179,23 +174,23 @@ def _paths(argument: str) -> list[str]:
         return [argument]
 
 
-def _history():
-    """Let the arrow keys bring back questions, those of earlier chats too. Returns the function that saves them."""
+@contextmanager
+def _history() -> Iterator[None]:
+    """Let the arrow keys bring back questions, those of earlier chats too. At the end the questions are saved."""
     try:
         import readline
     except ImportError:  # Windows
-        return lambda: None
-    folder = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "minigpt4"
-    file = folder / "chat_history"
+        yield
+        return
+    file = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "minigpt4" / "chat_history"
     with suppress(OSError):  # there is no such file yet, or it cannot be read
         readline.read_history_file(file)
     readline.set_history_length(1000)
-
-    def save() -> None:
+    try:
+        yield
+    finally:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            file.parent.mkdir(parents=True, exist_ok=True)
             readline.write_history_file(file)
         except OSError as error:
             logging.warning("The history was not saved: %s", error)
-
-    return save

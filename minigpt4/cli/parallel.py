@@ -1,22 +1,17 @@
-"""Iterators that process items ahead of time and group them into batches."""
+"""An iterator that processes items ahead of time and groups the results."""
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor
 from itertools import islice
 
 
-def ahead(pool: Executor, function: Callable, items: Iterable, depth: int) -> Iterator:
-    """`map(function, items)`. The pool computes up to `depth` results before they are asked for."""
+def batches_ahead(pool: Executor, function: Callable, items: Iterable, size: int) -> Iterator[list]:
+    """`map(function, items)` in lists of `size`; the last may be shorter. The pool computes two lists ahead."""
     items = iter(items)
-    running = [pool.submit(function, item) for item in islice(items, depth)]
+    running = [pool.submit(function, item) for item in islice(items, 2 * size)]
     while running:
-        result = running.pop(0).result()
-        running += [pool.submit(function, item) for item in islice(items, 1)]
-        yield result
-
-
-def batches(items: Iterable, size: int) -> Iterator[list]:
-    """Lists of `size` items; the last may be shorter."""
-    items = iter(items)
-    while batch := list(islice(items, size)):
+        batch = []
+        while running and len(batch) < size:
+            batch.append(running.pop(0).result())
+            running += [pool.submit(function, item) for item in islice(items, 1)]
         yield batch

@@ -10,10 +10,9 @@ then the server.
 import argparse
 import logging
 import os
-from dataclasses import fields
 
-from minigpt4.cli.arguments import add_model_arguments, check_address, port
-from minigpt4.common.commands import check_positive, command_parser
+from minigpt4.cli.arguments import add_model_arguments, add_settings, check_address, given, parse
+from minigpt4.common.commands import command_parser
 from minigpt4.common.config import Config
 from minigpt4.serving.settings import Settings
 
@@ -21,37 +20,19 @@ KEY_VARIABLE = "MINIGPT4_API_KEY"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 MAX_CONNECTIONS = 500
 GRACE_SECONDS = 10
-LIMITS = {
-    "max_batch": "answers that are computed together",
-    "max_queue": "requests that are answered or wait at a time",
-    "max_upload_mb": "size of a request, with its pictures",
-    "max_images": "pictures in a request",
-    "max_megapixels": "size of a picture",
-    "max_tokens": "tokens of an answer",
-    "timeout": "seconds for a request",
-}
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = command_parser("serve", __doc__)
     add_model_arguments(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s: this machine only)")
-    parser.add_argument("--port", type=port, default=8000, metavar="N", help="port to listen on (%(default)s)")
+    parser.add_argument("--port", type=int, default=8000, metavar="N", help="port to listen on (%(default)s)")
     parser.add_argument(
         "--api-key", default=os.environ.get(KEY_VARIABLE), metavar="KEY",
         help=f"key that clients must send; the variable {KEY_VARIABLE} is safer, since other users see command lines",
     )  # fmt: skip
-    parser.add_argument(
-        "--model-name", default=Settings.model_name, metavar="NAME", help="its name in requests (%(default)s)"
-    )
-    parser.add_argument("--allow-http-images", action="store_true", help="fetch pictures by URL, from public addresses")
-    parser.add_argument("--allow-private-hosts", action="store_true", help="… and from private networks, for tests")
-    limits = parser.add_argument_group("upper limits")
-    for name, text in LIMITS.items():
-        flag, default = f"--{name.replace('_', '-')}", getattr(Settings, name)
-        limits.add_argument(flag, type=type(default), default=default, metavar="N", help=f"{text} (%(default)s)")
-    args = parser.parse_args(argv)
-    check_positive(parser, args, LIMITS)
+    add_settings(parser.add_argument_group("the endpoint; the numbers are upper limits"), Settings)
+    args = parse(parser, argv, Settings)
     if args.api_key == "":
         parser.error(f"--api-key or {KEY_VARIABLE} is empty; leave it out to serve without a key.")
     return args
@@ -67,7 +48,6 @@ def main(argv: list[str]) -> None:
 
     from minigpt4.common.logger import setup_logger
     from minigpt4.conversation.loading import load_chat, select_gpu
-    from minigpt4.fast.decoding.loop import cached_decoding
     from minigpt4.serving.app import create_app
     from minigpt4.serving.batching import Batcher
 
@@ -79,12 +59,10 @@ def main(argv: list[str]) -> None:
     setup_logger()
     if args.api_key is None and args.host not in LOOPBACK:
         logging.warning("Everyone who can reach %s can use this server. Set %s.", args.host, KEY_VARIABLE)
-    settings = Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})
+    settings = Settings(**given(args, Settings))
 
     def load():
-        chat = load_chat(cfg, select_gpu(cfg, args.gpu_id or 0))
-        for rows in (1, settings.max_batch):
-            cached_decoding.warm_up(chat.model.llama_model, rows=rows)
+        chat = load_chat(cfg, select_gpu(cfg, args.gpu_id or 0), warm_up=[1, settings.max_batch])
         logging.info("The model is ready.")
         return chat
 

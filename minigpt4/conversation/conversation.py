@@ -24,7 +24,7 @@ from minigpt4.conversation.decoding import Decoding
 from minigpt4.conversation.pictures import open_picture
 from minigpt4.conversation.videos import FRAMES, open_video
 from minigpt4.fast.decoding.loop import cached_decoding
-from minigpt4.models.generation import DecodingLoop, answer_text, continue_embeds, stream, strip_leading
+from minigpt4.models.generation import DecodingLoop, answer_text, continue_embeds, end_ids, stream, strip_leading
 from minigpt4.models.prompt import IMAGE_SLOT, encode_with_images
 
 IMAGE_TURN = f"<Img>{IMAGE_SLOT}</Img>"
@@ -274,8 +274,7 @@ class Chat:
             raise
         finally:
             tokenizer = self.model.tokenizer
-            kept = {tokenizer.unk_token_id, tokenizer.bos_token_id}
-            special = [text for text, i in tokenizer.special_tokens.items() if i not in kept]
+            special = [text for text, i in tokenizer.special_tokens.items() if i in end_ids(tokenizer)]
             pending[1] = break_up(pending[1] or "", [IMAGE_SLOT, *special])
 
 

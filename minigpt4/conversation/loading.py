@@ -1,5 +1,7 @@
 """Building a `Chat` from a config."""
 
+from collections.abc import Iterable
+
 import torch
 
 from minigpt4.common import dist_utils
@@ -7,12 +9,18 @@ from minigpt4.common.config import Config
 from minigpt4.common.errors import ConfigError
 from minigpt4.common.registry import registry
 from minigpt4.conversation.conversation import Chat
+from minigpt4.fast.decoding.loop import cached_decoding
 
 
-def load_chat(cfg: Config, device: torch.device) -> Chat:
-    """Build the model and its image processor on `device`. Raises ConfigError for weights that do not fit."""
+def load_chat(cfg: Config, device: torch.device, warm_up: Iterable[int] = ()) -> Chat:
+    """Build the model and its image processor on `device`. Raises ConfigError for weights that do not fit.
+
+    warm_up: numbers of answers computed together, to be prepared for, so that the first answer need not wait.
+    """
     dtype = dist_utils.select_dtype(device, cfg.run_cfg.amp, cfg.run_cfg.amp_dtype)
     model = registry.get_model_class(cfg.model_cfg.arch).build(cfg.model_cfg, device, dtype)
+    for rows in warm_up:
+        cached_decoding.warm_up(model.llama_model, rows=rows)
     return Chat(model, load_vis_processor(cfg), device)
 
 

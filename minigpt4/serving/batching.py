@@ -12,13 +12,14 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 
 from minigpt4.conversation import Chat
 from minigpt4.models.generation import StopOnText, answer_text, continue_embeds, end_ids
+from minigpt4.models.tokenizer import Tokenizer
 from minigpt4.serving.sampling import RowSampler, RowSampling
 
 IMAGES_AT_ONCE = 16
@@ -34,38 +35,34 @@ class Prompt:
     num_tokens: int
 
 
+@dataclass(eq=False)
 class Answer:
     """An answer that is waiting, being generated, or complete.
 
     Attributes:
-        ids: the token ids so far.
-        started: True once a batch with this answer has started.
-        finish: None until the answer has ended, then "stop", "length", "cancelled" or "error".
-
-    Args:
         stops: texts that end the answer.
         label: a text that models repeat at the beginning of an answer ("Assistant:"), and which is removed.
         deadline: time (`time.monotonic()`) at which the answer ends at its current length.
         changed: called by the model's thread after each token and at the end.
+        ids: the token ids so far.
+        started: True once a batch with this answer has started.
+        finish: None until the answer has ended, then "stop", "length", "cancelled" or "error".
     """
 
-    def __init__(
-        self,
-        tokenizer,
-        prompt: Prompt,
-        sampling: RowSampling,
-        max_tokens: int,
-        stops: list[str],
-        label: str,
-        deadline: float,
-        changed: Callable[[], None] = lambda: None,
-    ):
-        self.prompt, self.sampling, self.max_tokens, self.deadline = prompt, sampling, max_tokens, deadline
-        self.ids: list[int] = []
-        self.started = False
-        self.finish: str | None = None
-        self._tokenizer, self._stops, self._label, self._changed = tokenizer, stops, label, changed
-        self._stop, self._ends = StopOnText(tokenizer, *stops), end_ids(tokenizer)
+    tokenizer: Tokenizer
+    prompt: Prompt
+    sampling: RowSampling
+    max_tokens: int
+    stops: list[str]
+    label: str
+    deadline: float
+    changed: Callable[[], None] = lambda: None
+    ids: list[int] = field(default_factory=list)
+    started: bool = False
+    finish: str | None = None
+
+    def __post_init__(self) -> None:
+        self._stop, self._ends = StopOnText(self.tokenizer, *self.stops), end_ids(self.tokenizer)
 
     def add_token(self, token: int) -> None:
         """Append a token, and end the answer if the token, a stop text, the length or the deadline requires it."""
@@ -77,13 +74,13 @@ class Answer:
         elif len(self.ids) >= self.max_tokens or time.monotonic() > self.deadline:
             self.end("length")
         else:
-            self._changed()
+            self.changed()
 
     def end(self, finish: str) -> None:
         """End the answer, unless it has already ended."""
         if not self.finish:
             self.finish = finish
-            self._changed()
+            self.changed()
 
     def text(self) -> str:
         """The text so far. Each text begins with the previous one, because text that was sent cannot be changed.
@@ -91,10 +88,10 @@ class Answer:
         For this reason the label is removed only at the beginning, unlike in `Chat`.
         """
         complete = self.finish is not None
-        text = answer_text(self._tokenizer, list(self.ids), self._stops, complete=complete)
-        if not complete and self._label.startswith(text):
+        text = answer_text(self.tokenizer, list(self.ids), self.stops, complete=complete)
+        if not complete and self.label.startswith(text):
             return ""
-        return text.removeprefix(self._label).lstrip()
+        return text.removeprefix(self.label).lstrip()
 
 
 class Batcher(threading.Thread):

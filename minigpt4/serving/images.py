@@ -134,11 +134,7 @@ class PublicNetwork(httpcore.AnyIOBackend):
         self._allow_private = allow_private
 
     async def connect_tcp(self, host, port, timeout=None, local_address=None, socket_options=None):
-        address = await self._look_up(host, port)
-        return await super().connect_tcp(address, port, timeout, local_address, socket_options)
-
-    async def _look_up(self, host: str, port: int) -> str:
-        """An address of the host. Raises _Refused unless all its addresses are public.
+        """Connect to an address of the host. Raises _Refused unless all its addresses are public.
 
         The message is the same for private and unknown hosts, so that clients learn nothing about the network.
         """
@@ -149,7 +145,7 @@ class PublicNetwork(httpcore.AnyIOBackend):
         addresses = [entry[4][0] for entry in found]
         if not addresses or not (self._allow_private or all(map(is_public, addresses))):
             raise _Refused("its host has no public address")
-        return addresses[0]
+        return await super().connect_tcp(addresses[0], port, timeout, local_address, socket_options)
 
 
 def is_public(address: str) -> bool:

@@ -1,10 +1,12 @@
 """The format of requests: the part of OpenAI's chat completions that this endpoint supports."""
 
-import json
 from typing import Annotated, Literal
 
+from omegaconf import OmegaConf
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, ValidationError, field_validator
+from pydantic_core import from_json
 
+from minigpt4 import PACKAGE_ROOT
 from minigpt4.serving.errors import ApiError
 from minigpt4.serving.sampling import RowSampling
 
@@ -13,27 +15,10 @@ MAX_STOPS = 4
 MAX_STOP_CHARACTERS = 100
 MAX_MESSAGES = 200
 
-# Accepted without effect, because they do not change the answer.
-IGNORED = (
-    "metadata", "parallel_tool_calls", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention",
-    "reasoning_effort", "safety_identifier", "service_tier", "store", "user", "verbosity",
-)  # fmt: skip
-# Refused, except for these values, which request nothing: the answer would differ from the one requested.
-REFUSED: dict[str, tuple] = {
-    "audio": (),
-    "function_call": ("none", "auto"),
-    "functions": ([],),
-    "logit_bias": ({},),
-    "logprobs": (False,),
-    "modalities": (["text"],),
-    "moderation": (),
-    "prediction": (),
-    "response_format": ({"type": "text"},),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
-    "top_logprobs": (0,),
-    "web_search_options": (),
-}
+_PARAMETERS = OmegaConf.to_container(OmegaConf.load(PACKAGE_ROOT / "assets/openai_parameters.yaml"))
+IGNORED: list[str] = _PARAMETERS["ignored"]
+REFUSED: dict[str, list] = _PARAMETERS["refused"]
+"""With the values that are accepted all the same."""
 
 
 class _Strict(BaseModel):
@@ -108,12 +93,9 @@ class ChatRequest(_Strict, RowSampling):
 def read_request(body: bytes) -> ChatRequest:
     """Parse and check the body of a request. Raises ApiError."""
     try:
-        fields = json.loads(body)
-        json.dumps(fields, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise ApiError(400, "The body holds half a character (a lone surrogate, such as \\ud800).") from None
-    except (ValueError, RecursionError):
-        raise ApiError(400, "The body is not JSON.") from None
+        fields = from_json(body)
+    except ValueError as error:
+        raise ApiError(400, f"The body is not JSON: {error}.") from None
     if not isinstance(fields, dict):
         raise ApiError(400, "The body must be a JSON object.")
     given = {name: value for name, value in fields.items() if value is not None and name not in IGNORED}

@@ -51,15 +51,10 @@ class Reply:
         while not all(answer.finish for answer in self.answers):
             await self._wait_for_change()
         self._raise_failure()
-        choices = [
-            {
-                "index": n,
-                "message": {"role": "assistant", "content": answer.text(), "refusal": None},
-                "logprobs": None,
-                "finish_reason": answer.finish,
-            }
-            for n, answer in enumerate(self.answers)
-        ]
+        choices = []
+        for n, answer in enumerate(self.answers):
+            message = {"role": "assistant", "content": answer.text(), "refusal": None}
+            choices.append(_choice(n, answer.finish, message=message))
         return self._body("chat.completion", choices) | self._usage()
 
     async def events(self) -> AsyncIterator[str]:
@@ -122,13 +117,16 @@ class Reply:
 
     def _chunk(self, choice: int, delta: dict, reason: str | None = None) -> dict:
         """A chunk of choice number `choice`."""
-        choices = [{"index": choice, "delta": delta, "logprobs": None, "finish_reason": reason}]
-        return self._body("chat.completion.chunk", choices)
+        return self._body("chat.completion.chunk", [_choice(choice, reason, delta=delta)])
 
     def _body(self, kind: str, choices: list[dict]) -> dict:
         """The fields that all responses to one request have in common, with `choices`."""
         common = {"id": self._id, "object": kind, "created": self._created, "model": self._request.model}
         return common | {"choices": choices}
+
+
+def _choice(index: int, reason: str | None, **content: dict) -> dict:
+    return {"index": index, **content, "logprobs": None, "finish_reason": reason}
 
 
 def _event(content: dict) -> str:

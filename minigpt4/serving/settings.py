@@ -2,29 +2,32 @@
 
 from dataclasses import dataclass
 
+from minigpt4.common.settings import check_bounds, setting
+
 
 @dataclass(frozen=True)
 class Settings:
-    """Each field is a flag of `python -m minigpt4 serve`. The numbers are upper limits."""
+    """Each field is a flag of `python -m minigpt4 serve`. The numbers are upper limits.
 
-    model_name: str = "minigpt4"
-    api_key: str | None = None
-    allow_http_images: bool = False
-    allow_private_hosts: bool = False
-    max_batch: int = 8
-    """Answers in a batch."""
-    max_queue: int = 64
-    """Requests that are being answered or waiting at the same time."""
-    max_upload_mb: float = 20.0
-    """Size of a request with its pictures (base64 adds a third), and size of all pictures fetched for it."""
-    max_images: int = 8
-    """Number of pictures in a request."""
-    max_megapixels: float = 32.0
-    """Size of a picture."""
-    max_tokens: int = 1000
-    """Tokens of an answer."""
-    timeout: float = 300.0
-    """Seconds for a request. After that, a request that waits is refused, and a running answer ends early."""
+    Raises ValueError if one is out of bounds.
+    """
+
+    model_name: str = setting("minigpt4", "its name in requests")
+    api_key: str | None = setting(None)
+    allow_http_images: bool = setting(False, "fetch pictures by URL, from public addresses")
+    allow_private_hosts: bool = setting(False, "… and from private networks, for tests")
+    max_batch: int = setting(8, "answers that are computed together", more_than=0)
+    max_queue: int = setting(64, "requests that are answered or wait at a time", more_than=0)
+    max_upload_mb: float = setting(20.0, "size of a request, with its pictures", more_than=0)
+    """base64 adds a third. It also limits the size of all pictures fetched for a request."""
+    max_images: int = setting(8, "pictures in a request", more_than=0)
+    max_megapixels: float = setting(32.0, "size of a picture", more_than=0)
+    max_tokens: int = setting(1000, "tokens of an answer", more_than=0)
+    timeout: float = setting(300.0, "seconds for a request", more_than=0)
+    """After that, a request that waits is refused, and a running answer ends early."""
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
 
     @property
     def max_bytes(self) -> int:

@@ -93,12 +93,10 @@ def load_model(page: Page, cfg: Config, gpu_id: int, check_weights: Callable[[],
     try:
         page.progress = "Loading the libraries"
         from minigpt4.conversation.loading import load_chat, select_gpu
-        from minigpt4.fast.decoding.loop import cached_decoding
 
         check_weights()
         page.progress = "Loading the model"
-        page.chat = load_chat(cfg, select_gpu(cfg, gpu_id))
-        cached_decoding.warm_up(page.chat.model.llama_model)
+        page.chat = load_chat(cfg, select_gpu(cfg, gpu_id), warm_up=[1])
     finally:
         logging.getLogger().removeHandler(handler)
     logging.info("The model is ready after %.0f s.", time.monotonic() - start)

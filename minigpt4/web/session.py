@@ -119,39 +119,36 @@ class ChatSession:
         self._answering = True  # before `pending` is reset, so that `busy` is true throughout
         self.pending = False
         try:
-            yield from self._answer(chat, settings)
-        finally:
-            self._answering = False
-
-    def _answer(self, chat: Chat, settings: dict) -> Iterator[None]:
-        while self._new_images:
-            chat.upload_img(self._new_images[0], self.conv, self.img_list)
-            self._new_images.pop(0)
-        self._conv_before_question = self.conv.copy()
-        chat.ask(self.question, self.conv)
-        notices = ["Beam search: the answer appears when it is complete."] if settings["num_beams"] > 1 else []
-        self.notice = " ".join(notices)
-        yield
-        start = time.perf_counter()
-        answering = chat.stream_answer(
-            self.conv, self.img_list, should_stop=self._stop_requested.is_set, notify=notices.append, **settings
-        )
-        answer = {"role": "assistant", "content": ""}
-        self.history.append(answer)
-        while True:
-            try:
-                answer["content"] = next(answering)
-            except StopIteration as end:
-                num_tokens = len(end.value)
-                break
+            while self._new_images:
+                chat.upload_img(self._new_images[0], self.conv, self.img_list)
+                self._new_images.pop(0)
+            self._conv_before_question = self.conv.copy()
+            chat.ask(self.question, self.conv)
+            notices = ["Beam search: the answer appears when it is complete."] if settings["num_beams"] > 1 else []
             self.notice = " ".join(notices)
             yield
-        if self._stop_requested.is_set():
-            notices.append("Stopped.")
-        speed = num_tokens / (time.perf_counter() - start)
-        notices.append(f"{pluralize(num_tokens, 'token')}, {speed:.1f} tokens/s.")
-        self.notice = " ".join(notices)
-        yield
+            start = time.perf_counter()
+            answering = chat.stream_answer(
+                self.conv, self.img_list, should_stop=self._stop_requested.is_set, notify=notices.append, **settings
+            )
+            answer = {"role": "assistant", "content": ""}
+            self.history.append(answer)
+            while True:
+                try:
+                    answer["content"] = next(answering)
+                except StopIteration as end:
+                    num_tokens = len(end.value)
+                    break
+                self.notice = " ".join(notices)
+                yield
+            if self._stop_requested.is_set():
+                notices.append("Stopped.")
+            speed = num_tokens / (time.perf_counter() - start)
+            notices.append(f"{pluralize(num_tokens, 'token')}, {speed:.1f} tokens/s.")
+            self.notice = " ".join(notices)
+            yield
+        finally:
+            self._answering = False
 
 
 class ChatSessions:

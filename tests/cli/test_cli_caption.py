@@ -235,7 +235,7 @@ def test_wrong_arguments(run, golden_config, arguments, message):
     ("arguments", "message"),
     [
         (["a.png", "--temperature", "-1"], "temperature=-1.0 must be more than 0"),
-        (["a.png", "--frames", "65"], "--frames 65 must be from 1 to 64"),
+        (["a.png", "--frames", "65"], "frames=65 must be at most 64"),
         (["a.png", "--batch-size", "0"], "--batch-size 0 must be more than 0"),
         ([], "give pictures, --dir or --shards"),
     ],
