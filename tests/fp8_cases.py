@@ -146,18 +146,18 @@ def check_ops() -> None:
 
 
 def main() -> None:
-    from minigpt4.kernels import fp8 as fp8_kernels
+    from minigpt4.kernels import e4m3 as e4m3_kernels
 
     torch.manual_seed(0)
     # New memory holds NaN, so that elements which a kernel does not write are noticed.
     torch.use_deterministic_algorithms(True, warn_only=True)
-    e4m3, fp8_kernels.DTYPE = fp8_kernels.DTYPE, torch.float32
+    e4m3, e4m3_kernels.DTYPE = e4m3_kernels.DTYPE, torch.float32
     results = {name: quantize_errors(name, torch.float32, "cpu") for name in QUANTIZE_CASES}
     results["finite rows"] = finite_rows(torch.float32, "cpu")
     for name, in_fp8 in (("layer norm", False), ("layer norm in fp8", True)):
         results[name] = [layer_norm_errors(width, in_fp8, torch.float32, "cpu") for width in NORM_WIDTHS]
     results["attention"] = [attention_error(*sizes, torch.float32, "cpu") for sizes in ATTENTION_CASES]
-    fp8_kernels.DTYPE = e4m3
+    e4m3_kernels.DTYPE = e4m3
     check_ops()
     results["compilations"] = compilations()
     print(json.dumps(results))
