@@ -10,10 +10,8 @@ next question of the same conversation adds 20 tokens.
 """
 
 import argparse
-import contextlib
 import statistics
 import time
-from collections.abc import Iterator
 
 from minigpt4.benchmarks.harness import bench_parser, clock, free_memory, peak_memory, report, reset_peak_memory
 
@@ -51,6 +49,7 @@ def main(argv: list[str]) -> int:
     import torch
 
     from minigpt4.common import dist_utils
+    from minigpt4.fast.decoding.loop import Decoder, cached_decoding
 
     device = dist_utils.select_device("cuda")
     dtype = dist_utils.select_dtype(device, True, "bf16")
@@ -60,11 +59,12 @@ def main(argv: list[str]) -> int:
         for batch in args.batch:
             row = {"weights": name, "batch": batch}
             for layers in args.layers:
-                with own_decoding(model.llama_model, layers):
-                    row["by"] = f"minigpt4, {layers if device.type == 'cuda' else 'eager'}"
-                    report(row | time_answers(model, batch, args, {}), args.json)
-                    if args.profile:
-                        profile(model, batch, args)
+                cached_decoding.decoders[model.llama_model] = Decoder(model.llama_model, compiled=layers == "compiled")
+                row["by"] = f"minigpt4, {layers if device.type == 'cuda' else 'eager'}"
+                report(row | time_answers(model, batch, args, {}), args.json)
+                if args.profile:
+                    profile(model, batch, args)
+                cached_decoding.clear_cache(model.llama_model)  # and the CUDA graphs
             for by, options in THEIRS.items() if args.compare and weights == "16bit" else ():
                 report(row | {"by": by} | time_answers(model, batch, args, options), args.json)
         del model
@@ -82,18 +82,6 @@ def chat_model(device, dtype, weights: str, small: bool):
     if weights == "8bit_weights":
         quantize_model(model.llama_model, device)
     return model
-
-
-@contextlib.contextmanager
-def own_decoding(llm, layers: str) -> Iterator[None]:
-    """While entered, the project's decoding loop runs `layers`, one of LAYERS; then its caches and graphs are freed."""
-    from minigpt4.fast.decoding.loop import Decoder, cached_decoding
-
-    cached_decoding.decoders[llm] = Decoder(llm, compiled=layers == "compiled")
-    try:
-        yield
-    finally:
-        cached_decoding.clear_cache(llm)
 
 
 def time_answers(model, batch: int, args: argparse.Namespace, options: dict) -> dict:

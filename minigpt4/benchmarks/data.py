@@ -14,7 +14,9 @@ import io
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable
+from functools import partial
 from itertools import chain, islice
 
 from PIL import Image
@@ -23,6 +25,7 @@ from minigpt4.benchmarks.harness import bench_parser, report, time_in_turn
 from minigpt4.benchmarks.synthetic import photograph
 from minigpt4.common.commands import check_positive
 
+consume = partial(deque, maxlen=0)  # iterates over what it is given, and keeps nothing
 # {name: least and most pixels of a side}
 SIZES = {"256 px": (256, 256), "400-1000 px": (400, 1000)}
 
@@ -81,12 +84,6 @@ def time_ways(pictures: list[bytes], processor, rounds: int) -> list[dict]:
             row |= levels(by_name[name], pictures[:20], processor)
         rows.append(row)
     return rows
-
-
-def consume(items: Iterable) -> None:
-    """Iterate over the items, and keep none."""
-    for _ in items:
-        pass
 
 
 def rates(count: int, seconds: list[float]) -> dict:

@@ -9,11 +9,12 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from math import prod
 from pathlib import Path
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 
 from minigpt4 import PACKAGE_ROOT
@@ -23,12 +24,6 @@ from minigpt4.common.errors import ConfigError
 from minigpt4.weights import checkpoint
 from minigpt4.weights.sentencepiece import UNUSED, piece
 
-EVA_FILE, BLIP2_FILE = "eva_vit_g.pth", "blip2_pretrained_flant5xxl.pth"
-CKPT_FILES = {
-    "7b": "prerained_minigpt4_7b.pth",
-    "13b": "pretrained_minigpt4_13b.pth",
-    "small": "prerained_minigpt4_7b.pth",
-}
 PAD_TOKEN = "[PAD]"
 
 
@@ -89,11 +84,12 @@ def write(
     sizes = published.SIZES[size]
     if vicuna == "v0":  # its tokenizer has a pad token more
         sizes = sizes | {"vocabulary": sizes["vocabulary"] + 1}
+    names = published.PUBLISHED["files"][size]
     files = {
-        "vision": (folder / EVA_FILE, published.eva_vit(sizes), torch.float16),
-        "qformer": (folder / BLIP2_FILE, published.blip2(sizes, text_branch), torch.float32),
+        "vision": (folder / names["vision"], published.eva_vit(sizes), torch.float16),
+        "qformer": (folder / names["qformer"], published.blip2(sizes, text_branch), torch.float32),
         "llm": (folder / f"vicuna-{size}-{vicuna}", published.llama(sizes), torch.float16),
-        "ckpt": (folder / CKPT_FILES[size], published.projection(sizes), torch.float32),
+        "ckpt": (folder / names["ckpt"], published.projection(sizes), torch.float32),
     }
     files = {part: file for part, file in files.items() if part in parts}
     missing = {part: file for part, file in files.items() if not _complete(file[0])}
@@ -121,7 +117,8 @@ def yaml_options(size: str, paths: dict[str, Path]) -> list[str]:
 def _write_llm(folder, table, values, sizes, vicuna, as_bin, shard_bytes) -> None:
     """Write a language model's folder. config.json, by which a complete folder is recognised, is written last."""
     folder.mkdir(exist_ok=True)
-    shards = list(_shards(table, shard_bytes))
+    empty = {name: torch.empty(shape, dtype=torch.float16, device="meta") for name, shape in table.items()}
+    shards = split_torch_state_dict_into_shards(empty, max_shard_size=shard_bytes).filename_to_tensors.values()
     stem, suffix = ("pytorch_model", "bin") if as_bin else ("model", "safetensors")
     weight_map = {}
     for number, names in enumerate(shards, start=1):
@@ -140,17 +137,6 @@ def _write_llm(folder, table, values, sizes, vicuna, as_bin, shard_bytes) -> Non
     _write_tokenizer(folder, vicuna)
     _write_json(folder / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0})
     _write_json(folder / "config.json", published.llama_config(sizes, vicuna))
-
-
-def _shards(table: Table, shard_bytes: int) -> Iterator[list[str]]:
-    names, size = [], 0
-    for name, shape in table.items():
-        nbytes = 2 * prod(shape)
-        if names and size + nbytes > shard_bytes:
-            yield names
-            names, size = [], 0
-        names, size = [*names, name], size + nbytes
-    yield names
 
 
 def _rotary_buffers(names: list[str], sizes: Sizes) -> dict[str, torch.Tensor]:

@@ -6,7 +6,7 @@ import statistics
 import time
 from collections.abc import Iterator
 
-from minigpt4.benchmarks.harness import clock, peak_memory, reset_peak_memory, time_in_turn, timed
+from minigpt4.benchmarks.harness import clock, reset_peak_memory, time_in_turn, timed
 
 # Steps that are timed part by part, after those that are timed as a whole.
 PROFILED_STEPS = 5
@@ -26,7 +26,7 @@ class StepTimer:
         self.tokens: list[int] = []
         self.images: list[int] = []
         self.phases = {name: [] for name in ("data", "vision", "language", "backward", "optimizer")}
-        self.memory: dict[str, int] = {}
+        self.memory: dict[str, int] = {}  # the peak of the GPU's, once it is known
         reset_peak_memory(self.device)
 
     def step(self) -> None:
@@ -58,10 +58,6 @@ class StepTimer:
         self.phases["language"].append(sum(forward) - sum(vision))
         self.phases["backward"].append(whole - sum(forward) - sum(optimizer))
         self.phases["optimizer"].append(sum(optimizer))
-
-    def record_memory(self) -> None:
-        """Keep the peak of the GPU's memory since the timer was made."""
-        self.memory = peak_memory(self.device)
 
     def summary(self, warmup: int) -> dict:
         """The results of the steps after the first `warmup`: median, least and most seconds, rates, parts, memory."""

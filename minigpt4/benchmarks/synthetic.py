@@ -34,31 +34,22 @@ def random_model(device, dtype, small: bool, load_in: str = "16bit", llm_grad_ch
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from minigpt4.models import MiniGPT4
-    from minigpt4.models.eva_vit import create_vit
-    from minigpt4.models.loading import cast_matrices
-    from minigpt4.models.qformer import QFormer
+    from minigpt4.benchmarks import published
+    from minigpt4.models import MiniGPT4, loading
     from minigpt4.quantization.bitsandbytes import replace_bitsandbytes_layers
 
-    vit_model, qformer, llama = "eva_clip_g", {}, {}
-    if small:
-        vit_model = {"patch_size": 56, "embed_dim": 64, "depth": 2, "num_heads": 2, "mlp_ratio": 4}
-        qformer = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-        llama = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
+    cfg = load_config(ROOT / STAGE_CONFIGS[1], published.small_options() if small else None).model_cfg
+    llama = published.llama_config(published.SIZES["small" if small else "7b"], "v1.1")
     torch.manual_seed(0)
     with torch.device(device):
         torch.set_default_dtype(dtype)
-        llm = LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, **llama)).requires_grad_(False)
+        llm = LlamaForCausalLM(LlamaConfig(**llama)).requires_grad_(False)
         torch.set_default_dtype(torch.float32)
-        vit = create_vit(vit_model, 224)
         if load_in != "16bit":
             quantize(llm.model, load_in, dtype)
             replace_bitsandbytes_layers(llm)
-        q_former = QFormer(vit.embed_dim, **qformer)
-        cast_matrices(vit, dtype)
-        cast_matrices(q_former, dtype)
-        model = MiniGPT4(vit, q_former, llm, WordTokenizer(), dtype=dtype, llm_grad_checkpoint=llm_grad_checkpoint)
-    return model
+        parts = loading.vision_parts(cfg, loading.Sources(None, None, None, None), device, dtype)
+        return MiniGPT4(**parts, llama_model=llm, tokenizer=WordTokenizer(), llm_grad_checkpoint=llm_grad_checkpoint)
 
 
 def quantize(module, load_in: str, dtype) -> None:

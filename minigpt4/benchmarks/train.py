@@ -26,22 +26,15 @@ for the machine.
 
 import argparse
 import contextlib
-import importlib.util
 import os
+import runpy
 import statistics
 import tempfile
 from collections.abc import Iterator
 
-from minigpt4.benchmarks.harness import bench_parser, free_memory, report
+from minigpt4.benchmarks.harness import bench_parser, free_memory, peak_memory, report
 from minigpt4.benchmarks.step_timer import PROFILED_STEPS, StepTimer
-from minigpt4.benchmarks.synthetic import (
-    ROOT,
-    STAGE_CONFIGS,
-    WORKLOADS,
-    load_config,
-    random_batches,
-    random_model,
-)
+from minigpt4.benchmarks.synthetic import ROOT, STAGE_CONFIGS, WORKLOADS, load_config, random_batches, random_model
 from minigpt4.common.errors import ConfigError
 
 
@@ -185,7 +178,7 @@ def time_runners(args: argparse.Namespace, work: str, runners: list[tuple]) -> I
             for timer in timers:
                 timer.step()
         for timer in timers:
-            timer.record_memory()
+            timer.memory = peak_memory(runner.device)
             for _ in range(PROFILED_STEPS):
                 timer.profiled_step()
             if several:
@@ -208,9 +201,7 @@ def compare(first: StepTimer, second: StepTimer, warmup: int) -> dict:
 
 def time_baseline(path: str, work: list[str]) -> Iterator[dict]:
     """Time the workloads with another script's `Baseline`, whose memory is freed afterwards."""
-    spec = importlib.util.spec_from_file_location("baseline", path)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    model = script.Baseline()
+    script = runpy.run_path(path)
+    model = script["Baseline"]()
     for name in work:
-        yield {"baseline": True, **script.measure(model, name)}
+        yield {"baseline": True, **script["measure"](model, name)}
