@@ -114,39 +114,31 @@ def answer(model, batch: int, tokens: int, options: dict) -> tuple[float, float,
     from minigpt4.fast.decoding.loop import cached_decoding
     from minigpt4.models.generation import continue_embeds
 
-    def run(embeds, mask, tokens):
+    def run(embeds, mask, tokens, start):
+        """The ids of an answer, and the seconds from `start` to its end and to its first token."""
+        passed = []
+
+        def watch(input_ids, scores, **kwargs):  # a stopping criterion that never stops
+            passed.append(time.perf_counter() - start)
+            return (input_ids[:, -1] < 0).to(input_ids.device)
+
         how = {"decoding_loop": cached_decoding, "max_new_tokens": tokens} | options
-        return continue_embeds(model.llama_model, model.tokenizer, embeds, mask, "###", [watch], **how)
+        ids = continue_embeds(model.llama_model, model.tokenizer, embeds, mask, "###", [watch], **how)
+        return ids, time.perf_counter() - start, passed[0]
 
     images = torch.randn(batch, 3, 224, 224).to(model.device)
     with torch.inference_mode():
-        watch = FirstToken(model.device)
+        start = clock(model.device)
         image_embeds = model.encode_img(images)[0].unsqueeze(1)
         if batch == 1:  # encoded before the question
-            watch = FirstToken(model.device)
+            start = clock(model.device)
         embeds, mask = model.context([PROMPT] * batch, image_embeds)
-        ids = run(embeds, mask, tokens)
-        seconds, first = watch.elapsed(), watch.first
-        watch = FirstToken(model.device)
+        ids, seconds, first = run(embeds, mask, tokens, start)
+        start = clock(model.device)
         answered = model.llama_model.get_input_embeddings()(ids.to(model.device))
         longer = torch.cat([embeds, answered, embeds[:, :NEXT_QUESTION]], dim=1)
-        run(longer, mask.new_ones(longer.shape[:2]), 1)
-        return seconds, first, watch.first
-
-
-class FirstToken:
-    """A stopping criterion that never stops, and records the seconds from its creation to the first token."""
-
-    def __init__(self, device):
-        self.start, self.first = clock(device), None
-
-    def __call__(self, input_ids, scores, **kwargs):
-        if self.first is None:
-            self.first = self.elapsed()
-        return (input_ids[:, -1] < 0).to(input_ids.device)
-
-    def elapsed(self) -> float:
-        return time.perf_counter() - self.start
+        _, _, following = run(longer, mask.new_ones(longer.shape[:2]), 1, start)
+        return seconds, first, following
 
 
 def profile(model, batch: int, args: argparse.Namespace) -> None:

@@ -7,7 +7,6 @@ Files are written one at a time, and a language model shard by shard, so that tw
 import io
 import json
 import logging
-import os
 import shutil
 from collections.abc import Sequence
 from math import prod
@@ -92,7 +91,8 @@ def write(
         "ckpt": (folder / names["ckpt"], published.projection(sizes), torch.float32),
     }
     files = {part: file for part, file in files.items() if part in parts}
-    missing = {part: file for part, file in files.items() if not _complete(file[0])}
+    written = {part for part, (path, *_) in files.items() if path.is_file() or (path / "config.json").is_file()}
+    missing = {part: file for part, file in files.items() if part not in written}
     folder.mkdir(parents=True, exist_ok=True)
     _check_room(folder, sum(_nbytes(table, dtype) for _, table, dtype in missing.values()))
     for part, (path, table, dtype) in missing.items():
@@ -103,7 +103,7 @@ def write(
             tensors = {name: values.tensor(name, shape, dtype) for name, shape in table.items()}
             checkpoint.save(tensors if part == "vision" else {"model": tensors}, path)
         logging.info("Wrote %s (%s bytes of tensors)", path, f"{_nbytes(table, dtype):,}")
-    for part in files.keys() - missing.keys():
+    for part in written:
         logging.info("%s exists and is left as it is.", files[part][0])
     return {part: path for part, (path, _, _) in files.items()}
 
@@ -128,9 +128,7 @@ def _write_llm(folder, table, values, sizes, vicuna, as_bin, shard_bytes) -> Non
             tensors |= _rotary_buffers(names, sizes)
             checkpoint.save(tensors, file)
         else:
-            part = file.with_suffix(".part")
-            save_file(tensors, part, metadata={"format": "pt"})
-            os.replace(part, file)
+            save_file(tensors, file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, file.name)
     index = {"metadata": {"total_size": _nbytes(table, torch.float16)}, "weight_map": weight_map}
     _write_json(folder / f"{stem}.{suffix}.index.json", index)
@@ -169,10 +167,6 @@ def _sentencepiece_model() -> bytes:
     SentencePieceTrainer.train(sentence_iterator=lines, model_writer=written, **settings)
     unused = (f"\u27e8unused {i}\u27e9" for i in range(settings["vocab_size"], 32000))
     return written.getvalue() + b"".join(piece(text, kind=UNUSED) for text in unused)
-
-
-def _complete(path: Path) -> bool:
-    return path.is_file() or (path / "config.json").is_file()
 
 
 def _nbytes(table: Table, dtype: torch.dtype) -> int:
