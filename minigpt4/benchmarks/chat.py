@@ -48,13 +48,15 @@ def main(argv: list[str]) -> int:
     args = parse_args(argv)
     import torch
 
+    from minigpt4.benchmarks.synthetic import random_model
     from minigpt4.common import dist_utils
     from minigpt4.fast.decoding.loop import Decoder, cached_decoding
 
     device = dist_utils.select_device("cuda")
     dtype = dist_utils.select_dtype(device, True, "bf16")
     for weights in args.weights:
-        model = chat_model(device, dtype, weights, args.size == "small")
+        model = random_model(device, dtype, args.size == "small", weights).eval()
+        model.llama_model.generation_config.eos_token_id = None  # answers never end early
         name = "32bit" if weights == "16bit" and dtype == torch.float32 else weights
         for batch in args.batch:
             row = {"weights": name, "batch": batch}
@@ -70,18 +72,6 @@ def main(argv: list[str]) -> int:
         del model
         free_memory()
     return 0
-
-
-def chat_model(device, dtype, weights: str, small: bool):
-    """A model with random weights whose answers never end early."""
-    from minigpt4.benchmarks.synthetic import random_model
-    from minigpt4.quantization.int8 import quantize_model
-
-    model = random_model(device, dtype, small, "4bit" if weights == "4bit" else "16bit").eval()
-    model.llama_model.generation_config.eos_token_id = None
-    if weights == "8bit_weights":
-        quantize_model(model.llama_model, device)
-    return model
 
 
 def time_answers(model, batch: int, args: argparse.Namespace, options: dict) -> dict:

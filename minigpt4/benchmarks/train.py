@@ -178,7 +178,7 @@ def time_runners(args: argparse.Namespace, work: str, runners: list[tuple]) -> I
             for timer in timers:
                 timer.step()
         for timer in timers:
-            timer.memory = peak_memory(runner.device)
+            timer.memory = peak_memory(timer.device)
             for _ in range(PROFILED_STEPS):
                 timer.profiled_step()
             if several:
