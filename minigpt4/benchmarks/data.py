@@ -67,7 +67,10 @@ def main(argv: list[str]) -> int:
         for row in time_ways(pictures, processor, args.rounds):
             report({"work": work, "mean_kB": mean_kb, **row}, args.json)
     if args.shards:
-        report({"work": "stream of the shards", **time_stream(stream, args.count, args.rounds)}, args.json)
+        samples = iter(stream)  # from reading a shard to the processed sample
+        next(samples)  # fills the shuffle buffer
+        seconds = time_in_turn({"stream": lambda: consume(islice(samples, args.count))}, args.rounds)["stream"]
+        report({"work": "stream of the shards", **rates(args.count, seconds)}, args.json)
         if args.workers:
             report({"work": "loader", "workers": args.workers, **time_loader(stream, args)}, args.json)
     return 0
@@ -133,14 +136,6 @@ def levels(way: Callable, pictures: list[bytes], processor) -> dict:
         "max_levels": round(max(float(d.max()) for d in differences)),
         "mean_levels": round(statistics.mean(float(d.mean()) for d in differences), 3),
     }
-
-
-def time_stream(stream, count: int, rounds: int) -> dict:
-    """Samples a second of CPU time, from reading a shard to the processed sample."""
-    samples = iter(stream)
-    next(samples)  # fills the shuffle buffer
-    seconds = time_in_turn({"stream": lambda: consume(islice(samples, count))}, rounds)["stream"]
-    return rates(count, seconds)
 
 
 def time_loader(stream, args: argparse.Namespace) -> dict:

@@ -62,7 +62,7 @@ def write(
     vicuna: str = "v1.1",
     as_bin: bool = False,
     text_branch: bool = False,
-    shard_bytes: int = 2 * 10**9,
+    shard_gb: float = 2,
 ) -> dict[str, Path]:
     """Write the files of `size` to `folder`. Files that exist are left as they are.
 
@@ -72,7 +72,7 @@ def write(
         vicuna: version of the language model's folder, one of `VICUNA_VERSIONS`.
         as_bin: write its shards as torch pickles (.bin) instead of safetensors.
         text_branch: write the Q-Former's file with a text branch, as files of BLIP-2's first stage have.
-        shard_bytes: most bytes of tensors in a shard. Writing takes twice this memory, or 2 GB for the encoder.
+        shard_gb: most gigabytes of tensors in a shard. Writing takes twice this memory, or 2 GB for the encoder.
 
     Returns:
         {part: path}, with the files that existed.
@@ -94,11 +94,16 @@ def write(
     written = {part for part, (path, *_) in files.items() if path.is_file() or (path / "config.json").is_file()}
     missing = {part: file for part, file in files.items() if part not in written}
     folder.mkdir(parents=True, exist_ok=True)
-    _check_room(folder, sum(_nbytes(table, dtype) for _, table, dtype in missing.values()))
+    needed, free = sum(_nbytes(table, dtype) for _, table, dtype in missing.values()), shutil.disk_usage(folder).free
+    if needed > free:
+        raise ConfigError(
+            f"{folder} has {free / 1e9:.1f} GB free; the files need {needed / 1e9:.1f} GB. Choose another --out, or "
+            "fewer --parts."
+        )
     for part, (path, table, dtype) in missing.items():
         values = RandomValues(seed + PARTS.index(part))
         if part == "llm":
-            _write_llm(path, table, values, sizes, vicuna, as_bin, shard_bytes)
+            _write_llm(path, table, values, sizes, vicuna, as_bin, shard_gb)
         else:
             tensors = {name: values.tensor(name, shape, dtype) for name, shape in table.items()}
             checkpoint.save(tensors if part == "vision" else {"model": tensors}, path)
@@ -114,11 +119,11 @@ def yaml_options(size: str, paths: dict[str, Path]) -> list[str]:
     return options + (published.small_options() if size == "small" else [])
 
 
-def _write_llm(folder, table, values, sizes, vicuna, as_bin, shard_bytes) -> None:
+def _write_llm(folder, table, values, sizes, vicuna, as_bin, shard_gb) -> None:
     """Write a language model's folder. config.json, by which a complete folder is recognised, is written last."""
     folder.mkdir(exist_ok=True)
     empty = {name: torch.empty(shape, dtype=torch.float16, device="meta") for name, shape in table.items()}
-    shards = split_torch_state_dict_into_shards(empty, max_shard_size=shard_bytes).filename_to_tensors.values()
+    shards = split_torch_state_dict_into_shards(empty, max_shard_size=int(shard_gb * 1e9)).filename_to_tensors.values()
     stem, suffix = ("pytorch_model", "bin") if as_bin else ("model", "safetensors")
     weight_map = {}
     for number, names in enumerate(shards, start=1):
@@ -171,15 +176,6 @@ def _sentencepiece_model() -> bytes:
 
 def _nbytes(table: Table, dtype: torch.dtype) -> int:
     return sum(map(prod, table.values())) * dtype.itemsize
-
-
-def _check_room(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise ConfigError(
-            f"{folder} has {free / 1e9:.1f} GB free; the files need {needed / 1e9:.1f} GB. Choose another --out, or "
-            "fewer --parts."
-        )
 
 
 def _write_json(path: Path, content: dict) -> None:

@@ -36,7 +36,8 @@ def random_model(device, dtype, small: bool, load_in: str = "16bit", llm_grad_ch
     from minigpt4.models import MiniGPT4, loading
     from minigpt4.quantization.int8 import quantize_model
 
-    cfg = load_config(ROOT / STAGE_CONFIGS[1], published.small_options() if small else None).model_cfg
+    options = [*published.small_options(), "model.vit_model.patch_size=56"] if small else []  # 56: few image tokens
+    cfg = load_config(ROOT / STAGE_CONFIGS[1], options).model_cfg
     llama = published.llama_config(published.SIZES["small" if small else "7b"], "v1.1")
     torch.manual_seed(0)
     with torch.device(device):

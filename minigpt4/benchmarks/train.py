@@ -112,15 +112,13 @@ def time_full_size(args: argparse.Namespace, folder: str, device) -> Iterator[di
     for work in args.work:
         free_memory()
         stage, batch_size = WORKLOADS[work]
-        runners = []
-        for options in settings(args):
-            runner = random_runner(args, stage, [*options, output_option(folder)], device)
-            # Several ranks take each batch twice: with exchange and without.
-            batches = random_batches(stage, batch_size, batches_needed(args), rank, ranks, repeat=min(ranks, 2))
-            runners.append((runner, batches))
-        del runner
-        yield from time_runners(args, work, runners)
-        runners.clear()
+        # Several ranks take each batch twice: with exchange and without.
+        work_of_rank = stage, batch_size, batches_needed(args), rank, ranks, min(ranks, 2)
+        runners = (
+            (random_runner(args, stage, [*options, output_option(folder)], device), random_batches(*work_of_rank))
+            for options in settings(args)
+        )
+        yield from time_runners(args, work, list(runners))
 
 
 def random_runner(args: argparse.Namespace, stage: int, options: list[str], device):
