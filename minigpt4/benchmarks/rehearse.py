@@ -171,8 +171,7 @@ def make_data(folder: Path, count: int = 64) -> None:
     for shard in range(2):
         with TarWriter(str(folder / f"shards/{shard:05}.tar")) as tar:
             for i, picture in enumerate(pictures):
-                about = {"caption": caption(rng, stage=1)}
-                tar.write({"__key__": f"{shard:05}{i:04}", "jpg": picture, "json": about})
+                tar.write({"__key__": f"{shard:05}{i:04}", "jpg": picture, "json": {"caption": caption(rng, 1)}})
     records = [{"image_id": str(i), "caption": caption(rng, stage=2)} for i in range(count)]
     for i, picture in enumerate(pictures):
         (folder / f"cc_sbu_align/image/{i}.jpg").write_bytes(picture)

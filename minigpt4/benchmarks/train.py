@@ -40,15 +40,11 @@ from minigpt4.common.errors import ConfigError
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = bench_parser("train", __doc__)
-    parser.add_argument(
-        "--work", nargs="+", default=list(WORKLOADS), choices=list(WORKLOADS), help="workloads of full size"
-    )
+    parser.add_argument("--work", nargs="+", default=list(WORKLOADS), choices=WORKLOADS, help="workloads of full size")
     parser.add_argument("--cfg-path", metavar="FILE", help="time this training config on its own data instead")
     parser.add_argument("--options", nargs="+", metavar="KEY=VALUE", help="settings, as for train.py")
     parser.add_argument("--compare", nargs="+", metavar="KEY=VALUE", help="time these settings too, in turn")
-    parser.add_argument(
-        "--load-in", default="16bit", choices=("16bit", "8bit", "4bit"), help="precision of the language model"
-    )
+    parser.add_argument("--load-in", default="16bit", choices=("16bit", "8bit", "4bit"), help="of the language model")
     parser.add_argument("--steps", type=int, default=20, help="timed steps (default: 20)")
     parser.add_argument("--warmup", type=int, default=20, help="steps before the timed ones (default: 20)")
     parser.add_argument("--small", action="store_true", help="a small random model, to try the script on a CPU")

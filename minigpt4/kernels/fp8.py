@@ -19,18 +19,12 @@ COLUMNS_PER_WARP, MAX_WARPS = 2048, 32  # the fastest on an H100
 
 
 @torch.library.custom_op("minigpt4::fp8_quantize_rows", mutates_args=())
-def quantize_rows(x: torch.Tensor) -> Quantized:
-    """Quantize rows [M,K]: e4m3 [M,K], and each row's scale [M,1] float32."""
-    return _launch(_quantize_rows, [x], x.shape[1], x.shape[1], False)
-
-
-@torch.library.custom_op("minigpt4::fp8_gelu", mutates_args=())
-def gelu_quantize(x: torch.Tensor) -> Quantized:
-    """Quantize GELU of [M,K]: e4m3 [M,K], and each row's scale [M,1] float32.
+def quantize_rows(x: torch.Tensor, gelu: bool = False) -> Quantized:
+    """Quantize rows [M,K], or GELU of these: e4m3 [M,K], and each row's scale [M,1] float32.
 
     It is GELU's tanh form, off by 5e-4 at most: less than half a step of 8 bits, save for numbers below 0.008.
     """
-    return _launch(_quantize_rows, [x], x.shape[1], x.shape[1], True)
+    return _launch(_quantize_rows, [x], x.shape[1], x.shape[1], gelu)
 
 
 @torch.library.custom_op("minigpt4::fp8_silu_product", mutates_args=())
@@ -80,8 +74,7 @@ def _num_warps(columns: int) -> int:
 
 
 @quantize_rows.register_fake
-@gelu_quantize.register_fake
-def _(x):
+def _(x, gelu=False):
     return empty_quantized(x, x.shape[1])
 
 
