@@ -28,7 +28,7 @@ def inverse_rope(x, cos, sin, num_heads: int) -> torch.Tensor:
 QUANTIZE_CASES = {
     "rows": ("quantize_rows", lambda x: x, [(5, 1408)]),
     "rows of a power of two": ("quantize_rows", lambda x: x, [(3, 64)]),
-    "gelu": ("gelu_quantize", F.gelu, [(7, 200)]),
+    "gelu": ("quantize_rows", lambda x, gelu: F.gelu(x), [(7, 200)], True),
     "silu_product": ("silu_product_quantize", silu_product, [(4, 2 * 1500)]),
     "silu_product_gradient": ("silu_product_gradient_quantize", silu_product_gradient, [(4, 1500), (4, 3000)]),
     "silu_product_gradient of one column": (
@@ -112,7 +112,7 @@ def compilations() -> list[int]:
 
     functions = [
         fp8_kernels.quantize_rows,
-        fp8_kernels.gelu_quantize,
+        lambda x: fp8_kernels.quantize_rows(x, gelu=True),
         fp8_kernels.silu_product_quantize,
         lambda x: vit_kernels.add_layer_norm([x, x, x], x[0], x[0], 1e-6, True),
         lambda x: fp8_kernels.silu_product_gradient_quantize(x[:, :32].contiguous(), x),
@@ -135,8 +135,8 @@ def check_ops() -> None:
 
     checks = ("test_schema", "test_faketensor")
     for name in ("rows", "gelu", "silu_product", "silu_product_gradient"):
-        kernel, _, shapes = QUANTIZE_CASES[name]
-        arguments = tuple(torch.randn(shape) for shape in shapes)
+        kernel, _, shapes, *others = QUANTIZE_CASES[name]
+        arguments = *(torch.randn(shape) for shape in shapes), *others
         torch.library.opcheck(getattr(fp8_kernels, kernel), arguments, test_utils=checks)
     terms = [torch.randn(2, 3, 40) for _ in range(3)]
     for count, in_fp8 in itertools.product((2, 3), (False, True)):
@@ -146,18 +146,18 @@ def check_ops() -> None:
 
 
 def main() -> None:
-    from minigpt4.kernels import fp8 as fp8_kernels
+    from minigpt4.kernels import e4m3 as e4m3_kernels
 
     torch.manual_seed(0)
     # New memory holds NaN, so that elements which a kernel does not write are noticed.
     torch.use_deterministic_algorithms(True, warn_only=True)
-    e4m3, fp8_kernels.DTYPE = fp8_kernels.DTYPE, torch.float32
+    e4m3, e4m3_kernels.DTYPE = e4m3_kernels.DTYPE, torch.float32
     results = {name: quantize_errors(name, torch.float32, "cpu") for name in QUANTIZE_CASES}
     results["finite rows"] = finite_rows(torch.float32, "cpu")
     for name, in_fp8 in (("layer norm", False), ("layer norm in fp8", True)):
         results[name] = [layer_norm_errors(width, in_fp8, torch.float32, "cpu") for width in NORM_WIDTHS]
     results["attention"] = [attention_error(*sizes, torch.float32, "cpu") for sizes in ATTENTION_CASES]
-    fp8_kernels.DTYPE = e4m3
+    e4m3_kernels.DTYPE = e4m3
     check_ops()
     results["compilations"] = compilations()
     print(json.dumps(results))

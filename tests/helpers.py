@@ -95,3 +95,23 @@ class FixedBatches:
 
     def take_left_out(self):
         return Counter()
+
+
+def quantize_by_bitsandbytes(module, load_in: str, dtype) -> None:
+    """Exchange the linear layers in place for bitsandbytes' own, in "8bit" or "4bit"."""
+    import bitsandbytes as bnb
+    from torch import nn
+
+    for name, layer in module.named_children():
+        if not isinstance(layer, nn.Linear):
+            quantize_by_bitsandbytes(layer, load_in, dtype)
+            continue
+        shape, weight = (layer.in_features, layer.out_features), layer.weight.data
+        if load_in == "8bit":
+            quantized = bnb.nn.Linear8bitLt(*shape, bias=False, has_fp16_weights=False, device="meta")
+            quantized.weight = bnb.nn.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False)
+        else:
+            quantized = bnb.nn.Linear4bit(*shape, bias=False, compute_dtype=dtype, quant_type="nf4", device="meta")
+            how = {"quant_type": "nf4", "compress_statistics": False}
+            quantized.weight = bnb.nn.Params4bit(weight.cpu(), requires_grad=False, **how)
+        setattr(module, name, quantized.to(weight.device))

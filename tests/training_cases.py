@@ -184,18 +184,25 @@ def silu_product_errors(name: str, dtype: torch.dtype, device: str) -> list[floa
     return relative_errors(results, truths)
 
 
+def packed_attention(*arguments) -> torch.Tensor:
+    """The kernel's output, without the denominators."""
+    from minigpt4.kernels.packed_attention import packed_attention_with_lse
+
+    return packed_attention_with_lse(*arguments)[0]
+
+
 def check_ops() -> None:
     """Check schemas, fake implementations and, where there are any, gradients of the custom ops."""
     from minigpt4.fast import rope_attention
     from minigpt4.kernels import llama as llama_kernels
-    from minigpt4.kernels import packed_attention
+    from minigpt4.kernels.packed_attention import packed_attention_with_lse
     from minigpt4.quantization import fp8_rounding
 
     opcheck, no_gradient = torch.library.opcheck, ("test_schema", "test_faketensor")
     starts, max_kv_len = lengths_to_starts([4, 70], 2, "cpu")
     sizes = (2, max_kv_len, 0.25)
     qkv, _ = inputs(76, 2, 1, 16, torch.float32, "cpu")
-    opcheck(packed_attention.packed_attention_with_lse, (qkv, 1, starts, *sizes))
+    opcheck(packed_attention_with_lse, (qkv, 1, starts, *sizes))
     qkv, angles = qkv.detach(), torch.rand(2, 76, 8)
     factors = [qkv.flatten(1), torch.eye(64)]
     opcheck(rope_attention.rope_product, (factors, *angles, 16, 1), test_utils=no_gradient)
@@ -203,7 +210,7 @@ def check_ops() -> None:
     rope_attention.fp8_matmul = lambda rounded, weight, scale: rounded[0].bfloat16() @ weight.bfloat16().t()
     factors = [*fp8_rounding.quantize_rows(qkv.flatten(1)), *fp8_rounding.quantize_rows(torch.eye(64))]
     opcheck(rope_attention.rope_product, (factors, *angles, 16, 1), test_utils="test_faketensor")
-    out, lse = packed_attention.packed_attention_with_lse(qkv, 1, starts, *sizes)
+    out, lse = packed_attention_with_lse(qkv, 1, starts, *sizes)
     backward = torch.randn_like(out), qkv, 1, out, lse, starts, *sizes, *angles
     opcheck(rope_attention.rope_attention_backward, (*backward, False), test_utils=no_gradient)
     opcheck(rope_attention.rope_attention_backward, (*backward, True), test_utils="test_faketensor")
@@ -212,7 +219,6 @@ def check_ops() -> None:
 
 def main() -> None:
     from minigpt4.fast.rope_attention import rope_attention
-    from minigpt4.kernels.packed_attention import packed_attention
 
     torch.manual_seed(0)
     # New memory holds NaN, so that elements which a kernel does not write are noticed.

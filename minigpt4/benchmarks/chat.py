@@ -10,10 +10,8 @@ next question of the same conversation adds 20 tokens.
 """
 
 import argparse
-import contextlib
 import statistics
 import time
-from collections.abc import Iterator
 
 from minigpt4.benchmarks.harness import bench_parser, clock, free_memory, peak_memory, report, reset_peak_memory
 
@@ -50,50 +48,30 @@ def main(argv: list[str]) -> int:
     args = parse_args(argv)
     import torch
 
+    from minigpt4.benchmarks.synthetic import random_model
     from minigpt4.common import dist_utils
+    from minigpt4.fast.decoding.loop import Decoder, cached_decoding
 
     device = dist_utils.select_device("cuda")
     dtype = dist_utils.select_dtype(device, True, "bf16")
     for weights in args.weights:
-        model = chat_model(device, dtype, weights, args.size == "small")
+        model = random_model(device, dtype, args.size == "small", weights).eval()
+        model.llama_model.generation_config.eos_token_id = None  # answers never end early
         name = "32bit" if weights == "16bit" and dtype == torch.float32 else weights
         for batch in args.batch:
             row = {"weights": name, "batch": batch}
             for layers in args.layers:
-                with own_decoding(model.llama_model, layers):
-                    row["by"] = f"minigpt4, {layers if device.type == 'cuda' else 'eager'}"
-                    report(row | time_answers(model, batch, args, {}), args.json)
-                    if args.profile:
-                        profile(model, batch, args)
+                cached_decoding.decoders[model.llama_model] = Decoder(model.llama_model, compiled=layers == "compiled")
+                row["by"] = f"minigpt4, {layers if device.type == 'cuda' else 'eager'}"
+                report(row | time_answers(model, batch, args, {}), args.json)
+                if args.profile:
+                    profile(model, batch, args)
+                cached_decoding.clear_cache(model.llama_model)  # and the CUDA graphs
             for by, options in THEIRS.items() if args.compare and weights == "16bit" else ():
                 report(row | {"by": by} | time_answers(model, batch, args, options), args.json)
         del model
         free_memory()
     return 0
-
-
-def chat_model(device, dtype, weights: str, small: bool):
-    """A model with random weights whose answers never end early."""
-    from minigpt4.benchmarks.synthetic import random_model
-    from minigpt4.quantization.int8 import quantize_model
-
-    model = random_model(device, dtype, small, "4bit" if weights == "4bit" else "16bit").eval()
-    model.llama_model.generation_config.eos_token_id = None
-    if weights == "8bit_weights":
-        quantize_model(model.llama_model, device)
-    return model
-
-
-@contextlib.contextmanager
-def own_decoding(llm, layers: str) -> Iterator[None]:
-    """While entered, the project's decoding loop runs `layers`, one of LAYERS; then its caches and graphs are freed."""
-    from minigpt4.fast.decoding.loop import Decoder, cached_decoding
-
-    cached_decoding.decoders[llm] = Decoder(llm, compiled=layers == "compiled")
-    try:
-        yield
-    finally:
-        cached_decoding.clear_cache(llm)
 
 
 def time_answers(model, batch: int, args: argparse.Namespace, options: dict) -> dict:
@@ -126,39 +104,31 @@ def answer(model, batch: int, tokens: int, options: dict) -> tuple[float, float,
     from minigpt4.fast.decoding.loop import cached_decoding
     from minigpt4.models.generation import continue_embeds
 
-    def run(embeds, mask, tokens):
+    def run(embeds, mask, tokens, start):
+        """The ids of an answer, and the seconds from `start` to its end and to its first token."""
+        passed = []
+
+        def watch(input_ids, scores, **kwargs):  # a stopping criterion that never stops
+            passed.append(time.perf_counter() - start)
+            return (input_ids[:, -1] < 0).to(input_ids.device)
+
         how = {"decoding_loop": cached_decoding, "max_new_tokens": tokens} | options
-        return continue_embeds(model.llama_model, model.tokenizer, embeds, mask, "###", [watch], **how)
+        ids = continue_embeds(model.llama_model, model.tokenizer, embeds, mask, "###", [watch], **how)
+        return ids, time.perf_counter() - start, passed[0]
 
     images = torch.randn(batch, 3, 224, 224).to(model.device)
     with torch.inference_mode():
-        watch = FirstToken(model.device)
+        start = clock(model.device)
         image_embeds = model.encode_img(images)[0].unsqueeze(1)
         if batch == 1:  # encoded before the question
-            watch = FirstToken(model.device)
+            start = clock(model.device)
         embeds, mask = model.context([PROMPT] * batch, image_embeds)
-        ids = run(embeds, mask, tokens)
-        seconds, first = watch.elapsed(), watch.first
-        watch = FirstToken(model.device)
+        ids, seconds, first = run(embeds, mask, tokens, start)
+        start = clock(model.device)
         answered = model.llama_model.get_input_embeddings()(ids.to(model.device))
         longer = torch.cat([embeds, answered, embeds[:, :NEXT_QUESTION]], dim=1)
-        run(longer, mask.new_ones(longer.shape[:2]), 1)
-        return seconds, first, watch.first
-
-
-class FirstToken:
-    """A stopping criterion that never stops, and records the seconds from its creation to the first token."""
-
-    def __init__(self, device):
-        self.start, self.first = clock(device), None
-
-    def __call__(self, input_ids, scores, **kwargs):
-        if self.first is None:
-            self.first = self.elapsed()
-        return (input_ids[:, -1] < 0).to(input_ids.device)
-
-    def elapsed(self) -> float:
-        return time.perf_counter() - self.start
+        _, _, following = run(longer, mask.new_ones(longer.shape[:2]), 1, start)
+        return seconds, first, following
 
 
 def profile(model, batch: int, args: argparse.Namespace) -> None:

@@ -14,7 +14,9 @@ import io
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable
+from functools import partial
 from itertools import chain, islice
 
 from PIL import Image
@@ -23,6 +25,7 @@ from minigpt4.benchmarks.harness import bench_parser, report, time_in_turn
 from minigpt4.benchmarks.synthetic import photograph
 from minigpt4.common.commands import check_positive
 
+consume = partial(deque, maxlen=0)  # iterates over what it is given, and keeps nothing
 # {name: least and most pixels of a side}
 SIZES = {"256 px": (256, 256), "400-1000 px": (400, 1000)}
 
@@ -64,7 +67,10 @@ def main(argv: list[str]) -> int:
         for row in time_ways(pictures, processor, args.rounds):
             report({"work": work, "mean_kB": mean_kb, **row}, args.json)
     if args.shards:
-        report({"work": "stream of the shards", **time_stream(stream, args.count, args.rounds)}, args.json)
+        samples = iter(stream)  # from reading a shard to the processed sample
+        next(samples)  # fills the shuffle buffer
+        seconds = time_in_turn({"stream": lambda: consume(islice(samples, args.count))}, args.rounds)["stream"]
+        report({"work": "stream of the shards", **rates(args.count, seconds)}, args.json)
         if args.workers:
             report({"work": "loader", "workers": args.workers, **time_loader(stream, args)}, args.json)
     return 0
@@ -81,12 +87,6 @@ def time_ways(pictures: list[bytes], processor, rounds: int) -> list[dict]:
             row |= levels(by_name[name], pictures[:20], processor)
         rows.append(row)
     return rows
-
-
-def consume(items: Iterable) -> None:
-    """Iterate over the items, and keep none."""
-    for _ in items:
-        pass
 
 
 def rates(count: int, seconds: list[float]) -> dict:
@@ -136,14 +136,6 @@ def levels(way: Callable, pictures: list[bytes], processor) -> dict:
         "max_levels": round(max(float(d.max()) for d in differences)),
         "mean_levels": round(statistics.mean(float(d.mean()) for d in differences), 3),
     }
-
-
-def time_stream(stream, count: int, rounds: int) -> dict:
-    """Samples a second of CPU time, from reading a shard to the processed sample."""
-    samples = iter(stream)
-    next(samples)  # fills the shuffle buffer
-    seconds = time_in_turn({"stream": lambda: consume(islice(samples, count))}, rounds)["stream"]
-    return rates(count, seconds)
 
 
 def time_loader(stream, args: argparse.Namespace) -> dict:

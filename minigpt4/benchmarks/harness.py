@@ -4,10 +4,12 @@ torch is imported when it is needed, so that `--help` stays quick.
 """
 
 import argparse
+import contextlib
+import functools
 import gc
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from minigpt4.common.commands import command_parser
 
@@ -34,38 +36,23 @@ def clock(device) -> float:
     return time.perf_counter()
 
 
-class Stopwatch:
-    """Adds up the seconds between calls of `start` and `stop`, which ignore their arguments, as hooks must."""
+@contextlib.contextmanager
+def timed(owner, method: str, device) -> Iterator[list[float]]:
+    """While entered, each call of a method of the object `owner` adds its seconds to the list."""
+    original, seconds = getattr(owner, method), []
 
-    def __init__(self, device):
-        self.device = device
-        self.seconds = 0.0
+    @functools.wraps(original)
+    def call(*args, **kwargs):
+        start = clock(device)
+        result = original(*args, **kwargs)
+        seconds.append(clock(device) - start)
+        return result
 
-    def start(self, *args) -> None:
-        self._started = clock(self.device)
-
-    def stop(self, *args) -> None:
-        self.seconds += clock(self.device) - self._started
-
-
-class Timed:
-    """Stands for an object, and lets a stopwatch run during the calls of one of its methods."""
-
-    def __init__(self, wrapped, method: str, watch: Stopwatch):
-        self._wrapped, self._method, self._watch = wrapped, method, watch
-
-    def __getattr__(self, name: str):
-        attribute = getattr(self._wrapped, name)
-        if name != self._method:
-            return attribute
-
-        def timed(*args, **kwargs):
-            self._watch.start()
-            result = attribute(*args, **kwargs)
-            self._watch.stop()
-            return result
-
-        return timed
+    setattr(owner, method, call)
+    try:
+        yield seconds
+    finally:
+        delattr(owner, method)
 
 
 def time_in_turn(

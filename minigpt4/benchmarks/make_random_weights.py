@@ -18,12 +18,12 @@ from minigpt4.common.commands import command_parser
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = command_parser("make-random-weights", __doc__)
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for the files")
+    parser.add_argument("--out", dest="folder", required=True, type=Path, metavar="DIR", help="folder for the files")
     parser.add_argument("--size", default="7b", choices=list(SIZES), help="Vicuna's size (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the random numbers (%(default)s)")
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS, help="files to write (all)")
     parser.add_argument("--vicuna", default="v1.1", choices=VICUNA_VERSIONS, help="version of its folder (%(default)s)")
-    parser.add_argument("--bin", action="store_true", help="write Vicuna's shards as .bin instead of .safetensors")
+    parser.add_argument("--bin", dest="as_bin", action="store_true", help="write Vicuna as .bin, not .safetensors")
     parser.add_argument("--text-branch", action="store_true", help="write a Q-Former file that has a text branch too")
     parser.add_argument("--shard-gb", type=float, default=2, metavar="N", help="largest shard (%(default)s)")
     return parser.parse_args(argv)
@@ -37,9 +37,6 @@ def main(argv: list[str]) -> int:
 
     setup_logger()
     logging.info("These weights are random: for rehearsals and benchmarks only.")
-    shard_bytes = int(args.shard_gb * 1e9)
-    paths = random_weights.write(
-        args.out, args.size, args.seed, args.parts, args.vicuna, args.bin, args.text_branch, shard_bytes
-    )
+    paths = random_weights.write(**vars(args))
     print("--options", shlex.join(random_weights.yaml_options(args.size, paths)))
     return 0

@@ -26,7 +26,8 @@ def probe(context: RunContext) -> list[Diagnostic]:
         return list(_train(context) if context.training else _chat(context))
     except torch.OutOfMemoryError as problem:
         what = f"out of memory with the longest batch: {str(problem).splitlines()[0]}"
-        return [error("probe", what, _advice(context))]
+        memory = estimate(context)
+        return [error("probe", what, advice(context, memory) if memory else "Lower run.batch_size_train.")]
     except Exception as problem:  # whatever it is, it would have ended the run
         return [error("probe", f"{type(problem).__name__}: {problem}")]
 
@@ -96,8 +97,3 @@ def _measured(context: RunContext, what: str, device: torch.device) -> Iterable[
     if not 0.8 < ratio < 1.25 and abs(reserved - memory.total) > SMALL:
         what = f"the estimate was {readable(memory.total)}, {ratio:.2f} times that was reserved"
         yield warning("probe", what, "Trust the probe; minigpt4/doctor/check_memory.py has the constants.")
-
-
-def _advice(context: RunContext) -> str:
-    memory = estimate(context)
-    return advice(context, memory) if memory else "Lower run.batch_size_train."

@@ -7,13 +7,13 @@ Files are written one at a time, and a language model shard by shard, so that tw
 import io
 import json
 import logging
-import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from math import prod
 from pathlib import Path
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 
 from minigpt4 import PACKAGE_ROOT
@@ -23,12 +23,6 @@ from minigpt4.common.errors import ConfigError
 from minigpt4.weights import checkpoint
 from minigpt4.weights.sentencepiece import UNUSED, piece
 
-EVA_FILE, BLIP2_FILE = "eva_vit_g.pth", "blip2_pretrained_flant5xxl.pth"
-CKPT_FILES = {
-    "7b": "prerained_minigpt4_7b.pth",
-    "13b": "pretrained_minigpt4_13b.pth",
-    "small": "prerained_minigpt4_7b.pth",
-}
 PAD_TOKEN = "[PAD]"
 
 
@@ -68,7 +62,7 @@ def write(
     vicuna: str = "v1.1",
     as_bin: bool = False,
     text_branch: bool = False,
-    shard_bytes: int = 2 * 10**9,
+    shard_gb: float = 2,
 ) -> dict[str, Path]:
     """Write the files of `size` to `folder`. Files that exist are left as they are.
 
@@ -78,7 +72,7 @@ def write(
         vicuna: version of the language model's folder, one of `VICUNA_VERSIONS`.
         as_bin: write its shards as torch pickles (.bin) instead of safetensors.
         text_branch: write the Q-Former's file with a text branch, as files of BLIP-2's first stage have.
-        shard_bytes: most bytes of tensors in a shard. Writing takes twice this memory, or 2 GB for the encoder.
+        shard_gb: most gigabytes of tensors in a shard. Writing takes twice this memory, or 2 GB for the encoder.
 
     Returns:
         {part: path}, with the files that existed.
@@ -89,25 +83,32 @@ def write(
     sizes = published.SIZES[size]
     if vicuna == "v0":  # its tokenizer has a pad token more
         sizes = sizes | {"vocabulary": sizes["vocabulary"] + 1}
+    names = published.PUBLISHED["files"][size]
     files = {
-        "vision": (folder / EVA_FILE, published.eva_vit(sizes), torch.float16),
-        "qformer": (folder / BLIP2_FILE, published.blip2(sizes, text_branch), torch.float32),
+        "vision": (folder / names["vision"], published.eva_vit(sizes), torch.float16),
+        "qformer": (folder / names["qformer"], published.blip2(sizes, text_branch), torch.float32),
         "llm": (folder / f"vicuna-{size}-{vicuna}", published.llama(sizes), torch.float16),
-        "ckpt": (folder / CKPT_FILES[size], published.projection(sizes), torch.float32),
+        "ckpt": (folder / names["ckpt"], published.projection(sizes), torch.float32),
     }
     files = {part: file for part, file in files.items() if part in parts}
-    missing = {part: file for part, file in files.items() if not _complete(file[0])}
+    written = {part for part, (path, *_) in files.items() if path.is_file() or (path / "config.json").is_file()}
+    missing = {part: file for part, file in files.items() if part not in written}
     folder.mkdir(parents=True, exist_ok=True)
-    _check_room(folder, sum(_nbytes(table, dtype) for _, table, dtype in missing.values()))
+    needed, free = sum(_nbytes(table, dtype) for _, table, dtype in missing.values()), shutil.disk_usage(folder).free
+    if needed > free:
+        raise ConfigError(
+            f"{folder} has {free / 1e9:.1f} GB free; the files need {needed / 1e9:.1f} GB. Choose another --out, or "
+            "fewer --parts."
+        )
     for part, (path, table, dtype) in missing.items():
         values = RandomValues(seed + PARTS.index(part))
         if part == "llm":
-            _write_llm(path, table, values, sizes, vicuna, as_bin, shard_bytes)
+            _write_llm(path, table, values, sizes, vicuna, as_bin, shard_gb)
         else:
             tensors = {name: values.tensor(name, shape, dtype) for name, shape in table.items()}
             checkpoint.save(tensors if part == "vision" else {"model": tensors}, path)
         logging.info("Wrote %s (%s bytes of tensors)", path, f"{_nbytes(table, dtype):,}")
-    for part in files.keys() - missing.keys():
+    for part in written:
         logging.info("%s exists and is left as it is.", files[part][0])
     return {part: path for part, (path, _, _) in files.items()}
 
@@ -118,10 +119,11 @@ def yaml_options(size: str, paths: dict[str, Path]) -> list[str]:
     return options + (published.small_options() if size == "small" else [])
 
 
-def _write_llm(folder, table, values, sizes, vicuna, as_bin, shard_bytes) -> None:
+def _write_llm(folder, table, values, sizes, vicuna, as_bin, shard_gb) -> None:
     """Write a language model's folder. config.json, by which a complete folder is recognised, is written last."""
     folder.mkdir(exist_ok=True)
-    shards = list(_shards(table, shard_bytes))
+    empty = {name: torch.empty(shape, dtype=torch.float16, device="meta") for name, shape in table.items()}
+    shards = split_torch_state_dict_into_shards(empty, max_shard_size=int(shard_gb * 1e9)).filename_to_tensors.values()
     stem, suffix = ("pytorch_model", "bin") if as_bin else ("model", "safetensors")
     weight_map = {}
     for number, names in enumerate(shards, start=1):
@@ -131,26 +133,13 @@ def _write_llm(folder, table, values, sizes, vicuna, as_bin, shard_bytes) -> Non
             tensors |= _rotary_buffers(names, sizes)
             checkpoint.save(tensors, file)
         else:
-            part = file.with_suffix(".part")
-            save_file(tensors, part, metadata={"format": "pt"})
-            os.replace(part, file)
+            save_file(tensors, file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, file.name)
     index = {"metadata": {"total_size": _nbytes(table, torch.float16)}, "weight_map": weight_map}
     _write_json(folder / f"{stem}.{suffix}.index.json", index)
     _write_tokenizer(folder, vicuna)
     _write_json(folder / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0})
     _write_json(folder / "config.json", published.llama_config(sizes, vicuna))
-
-
-def _shards(table: Table, shard_bytes: int) -> Iterator[list[str]]:
-    names, size = [], 0
-    for name, shape in table.items():
-        nbytes = 2 * prod(shape)
-        if names and size + nbytes > shard_bytes:
-            yield names
-            names, size = [], 0
-        names, size = [*names, name], size + nbytes
-    yield names
 
 
 def _rotary_buffers(names: list[str], sizes: Sizes) -> dict[str, torch.Tensor]:
@@ -185,21 +174,8 @@ def _sentencepiece_model() -> bytes:
     return written.getvalue() + b"".join(piece(text, kind=UNUSED) for text in unused)
 
 
-def _complete(path: Path) -> bool:
-    return path.is_file() or (path / "config.json").is_file()
-
-
 def _nbytes(table: Table, dtype: torch.dtype) -> int:
     return sum(map(prod, table.values())) * dtype.itemsize
-
-
-def _check_room(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise ConfigError(
-            f"{folder} has {free / 1e9:.1f} GB free; the files need {needed / 1e9:.1f} GB. Choose another --out, or "
-            "fewer --parts."
-        )
 
 
 def _write_json(path: Path, content: dict) -> None:

@@ -106,7 +106,7 @@ def rehearse(args: argparse.Namespace, size: str, load_in: str, work: str, paths
     row = {"size": size, "load_in": load_in, "work": work}
     start = time.monotonic()
     with open(log, "w", encoding="utf-8") as file:
-        process = subprocess.Popen(
+        process = psutil.Popen(
             command, cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
         peak = threading.Thread(target=_watch_host, args=(process, row))
@@ -146,12 +146,11 @@ def _command(args: argparse.Namespace, work: str, load_in: str, paths: list[str]
     return ["train.py", "--cfg-path", STAGE_CONFIGS[stage], "--options", *options]
 
 
-def _watch_host(process: subprocess.Popen, row: dict) -> None:
+def _watch_host(process: psutil.Popen, row: dict) -> None:
     """Keep the peak of the process's own memory in `row`, where the system tells it from shared memory."""
     with contextlib.suppress(psutil.Error, AttributeError):
-        watched = psutil.Process(process.pid)
         while process.poll() is None:
-            memory = watched.memory_info()
+            memory = process.memory_info()
             row["host_GB"] = max(row.get("host_GB", 0.0), (memory.rss - memory.shared) / 1e9)
             time.sleep(0.02)
 
@@ -172,8 +171,7 @@ def make_data(folder: Path, count: int = 64) -> None:
     for shard in range(2):
         with TarWriter(str(folder / f"shards/{shard:05}.tar")) as tar:
             for i, picture in enumerate(pictures):
-                about = {"caption": caption(rng, stage=1)}
-                tar.write({"__key__": f"{shard:05}{i:04}", "jpg": picture, "json": about})
+                tar.write({"__key__": f"{shard:05}{i:04}", "jpg": picture, "json": {"caption": caption(rng, 1)}})
     records = [{"image_id": str(i), "caption": caption(rng, stage=2)} for i in range(count)]
     for i, picture in enumerate(pictures):
         (folder / f"cc_sbu_align/image/{i}.jpg").write_bytes(picture)

@@ -30,16 +30,14 @@ class ScalingTimer(StepTimer):
 
     def step(self) -> None:
         """A step with exchange and one without. They take turns in going first: the first one compiles a new shape."""
-        steps = [super().step, self._step_without_exchange]
-        if len(self.seconds) % 2:
-            steps.reverse()
-        for step in steps:
+        exchange_first = len(self.seconds) % 2 == 0
+        for exchange in (exchange_first, not exchange_first):
             dist_utils.barrier()
-            step()
-
-    def _step_without_exchange(self) -> None:
-        with without_exchange(self.runner):
-            self.no_exchange.step()
+            if exchange:
+                super().step()
+            else:
+                with without_exchange(self.runner):
+                    self.no_exchange.step()
 
     def step_alone(self, count: int) -> None:
         """`count` steps of each rank while the others wait."""

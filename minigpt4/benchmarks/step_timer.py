@@ -6,7 +6,7 @@ import statistics
 import time
 from collections.abc import Iterator
 
-from minigpt4.benchmarks.harness import Stopwatch, Timed, clock, peak_memory, reset_peak_memory, time_in_turn
+from minigpt4.benchmarks.harness import clock, reset_peak_memory, time_in_turn, timed
 
 # Steps that are timed part by part, after those that are timed as a whole.
 PROFILED_STEPS = 5
@@ -26,7 +26,7 @@ class StepTimer:
         self.tokens: list[int] = []
         self.images: list[int] = []
         self.phases = {name: [] for name in ("data", "vision", "language", "backward", "optimizer")}
-        self.memory: dict[str, int] = {}
+        self.memory: dict[str, int] = {}  # the peak of the GPU's, once it is known
         reset_peak_memory(self.device)
 
     def step(self) -> None:
@@ -41,45 +41,23 @@ class StepTimer:
         self.tokens.append(int(tokens.num_tokens) if tokens is not None else 0)
 
     def profiled_step(self) -> None:
-        """One more step, timed part by part: the host waits for the GPU before and after each part."""
-        samples = next(self.batches)
-        whole, vision, forward, optimizer = (Stopwatch(self.device) for _ in range(4))
-        with self._timed_parts(vision, forward, optimizer):
-            whole.start()
-            self.runner.train_step(samples, is_update=True)
-            whole.stop()
-        self.phases["vision"].append(vision.seconds)
-        self.phases["language"].append(forward.seconds - vision.seconds)
-        self.phases["backward"].append(whole.seconds - forward.seconds - optimizer.seconds)
-        self.phases["optimizer"].append(optimizer.seconds)
-
-    @contextlib.contextmanager
-    def _timed_parts(self, vision: Stopwatch, forward: Stopwatch, optimizer: Stopwatch) -> Iterator[None]:
-        """While entered, the stopwatches time the model's vision side, its whole forward pass and the optimizer.
+        """One more step, timed part by part: the host waits for the GPU before and after each part.
 
         A plug-in's model may have no step object; its vision side is then counted as language.
         """
-        runner, model = self.runner, self.runner.module
-        task, step = runner.task, getattr(model, "step", None)
-        hooks = [
-            runner.optimizer.register_step_pre_hook(optimizer.start),
-            runner.optimizer.register_step_post_hook(optimizer.stop),
-        ]
-        runner.task = Timed(task, "train_step", forward)
-        if step is not None:
-            model.step = Timed(step, "vision", vision)
-        try:
-            yield
-        finally:
-            runner.task = task
-            if step is not None:
-                model.step = step
-            for hook in hooks:
-                hook.remove()
-
-    def record_memory(self) -> None:
-        """Keep the peak of the GPU's memory since the timer was made."""
-        self.memory = peak_memory(self.device)
+        samples, step = next(self.batches), getattr(self.runner.module, "step", None)
+        with (
+            timed(self.runner.task, "train_step", self.device) as forward,
+            timed(self.runner.optimizer, "step", self.device) as optimizer,
+            timed(step, "vision", self.device) if step else contextlib.nullcontext([]) as vision,
+        ):
+            start = clock(self.device)
+            self.runner.train_step(samples, is_update=True)
+            whole = clock(self.device) - start
+        self.phases["vision"].append(sum(vision))
+        self.phases["language"].append(sum(forward) - sum(vision))
+        self.phases["backward"].append(whole - sum(forward) - sum(optimizer))
+        self.phases["optimizer"].append(sum(optimizer))
 
     def summary(self, warmup: int) -> dict:
         """The results of the steps after the first `warmup`: median, least and most seconds, rates, parts, memory."""

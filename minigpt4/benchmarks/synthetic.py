@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
-from minigpt4.common.errors import ConfigError
-
 ROOT = Path(__file__).resolve().parents[2]
 STAGE_CONFIGS = {
     1: "train_configs/minigpt4_stage1_pretrain.yaml",
@@ -34,53 +32,42 @@ def random_model(device, dtype, small: bool, load_in: str = "16bit", llm_grad_ch
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from minigpt4.models import MiniGPT4
-    from minigpt4.models.eva_vit import create_vit
-    from minigpt4.models.loading import cast_matrices
-    from minigpt4.models.qformer import QFormer
-    from minigpt4.quantization.bitsandbytes import replace_bitsandbytes_layers
+    from minigpt4.benchmarks import published
+    from minigpt4.models import MiniGPT4, loading
+    from minigpt4.quantization.int8 import quantize_model
 
-    vit_model, qformer, llama = "eva_clip_g", {}, {}
-    if small:
-        vit_model = {"patch_size": 56, "embed_dim": 64, "depth": 2, "num_heads": 2, "mlp_ratio": 4}
-        qformer = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-        llama = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
+    options = [*published.small_options(), "model.vit_model.patch_size=56"] if small else []  # 56: few image tokens
+    cfg = load_config(ROOT / STAGE_CONFIGS[1], options).model_cfg
+    llama = published.llama_config(published.SIZES["small" if small else "7b"], "v1.1")
     torch.manual_seed(0)
     with torch.device(device):
         torch.set_default_dtype(dtype)
-        llm = LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, **llama)).requires_grad_(False)
+        llm = LlamaForCausalLM(LlamaConfig(**llama)).requires_grad_(False)
         torch.set_default_dtype(torch.float32)
-        vit = create_vit(vit_model, 224)
-        if load_in != "16bit":
-            quantize(llm.model, load_in, dtype)
-            replace_bitsandbytes_layers(llm)
-        q_former = QFormer(vit.embed_dim, **qformer)
-        cast_matrices(vit, dtype)
-        cast_matrices(q_former, dtype)
-        model = MiniGPT4(vit, q_former, llm, WordTokenizer(), dtype=dtype, llm_grad_checkpoint=llm_grad_checkpoint)
-    return model
+        if load_in == "8bit_weights":
+            quantize_model(llm, device)
+        elif load_in != "16bit":
+            round_layers(llm, load_in)
+        parts = loading.vision_parts(cfg, loading.Sources(None, None, None, None), device, dtype)
+        return MiniGPT4(**parts, llama_model=llm, tokenizer=WordTokenizer(), llm_grad_checkpoint=llm_grad_checkpoint)
 
 
-def quantize(module, load_in: str, dtype) -> None:
-    """Quantise the linear layers in place, as bitsandbytes does. Raises ConfigError for another `load_in`."""
-    import bitsandbytes as bnb
+def round_layers(llm, load_in: str) -> None:
+    """Round the linear layers in place to those of a run with this `load_in`. The output layer stays as it is."""
     from torch import nn
 
-    if load_in not in ("8bit", "4bit"):
-        raise ConfigError(f"Random weights can be in 16bit, 8bit or 4bit, not model.load_in={load_in}.")
-    for name, layer in module.named_children():
-        if not isinstance(layer, nn.Linear):
-            quantize(layer, load_in, dtype)
-            continue
-        shape, weight = (layer.in_features, layer.out_features), layer.weight.data
-        if load_in == "8bit":
-            quantized = bnb.nn.Linear8bitLt(*shape, bias=False, has_fp16_weights=False, device="meta")
-            quantized.weight = bnb.nn.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False)
-        else:
-            quantized = bnb.nn.Linear4bit(*shape, bias=False, compute_dtype=dtype, quant_type="nf4", device="meta")
-            how = {"quant_type": "nf4", "compress_statistics": False}
-            quantized.weight = bnb.nn.Params4bit(weight.cpu(), requires_grad=False, **how)
-        setattr(module, name, quantized.to(weight.device))
+    from minigpt4.quantization.bitsandbytes import BLOCK, QUANT_TYPE, LowBitLinear
+    from minigpt4.quantization.int8 import quantize_linear
+
+    for parent in list(llm.get_decoder().modules()):
+        for name, layer in parent.named_children():
+            if isinstance(layer, nn.Linear) and load_in == "8bit":
+                setattr(parent, name, quantize_linear(layer, layer.weight.device))
+            elif isinstance(layer, nn.Linear):
+                from bitsandbytes.functional import quantize_4bit
+
+                weight, state = quantize_4bit(layer.weight.data, blocksize=BLOCK, quant_type=QUANT_TYPE)
+                setattr(parent, name, LowBitLinear.replacing(layer, weight, state.absmax, state.code))
 
 
 class WordTokenizer:

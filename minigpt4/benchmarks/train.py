@@ -26,36 +26,25 @@ for the machine.
 
 import argparse
 import contextlib
-import importlib.util
 import os
+import runpy
 import statistics
 import tempfile
 from collections.abc import Iterator
 
-from minigpt4.benchmarks.harness import bench_parser, free_memory, report
+from minigpt4.benchmarks.harness import bench_parser, free_memory, peak_memory, report
 from minigpt4.benchmarks.step_timer import PROFILED_STEPS, StepTimer
-from minigpt4.benchmarks.synthetic import (
-    ROOT,
-    STAGE_CONFIGS,
-    WORKLOADS,
-    load_config,
-    random_batches,
-    random_model,
-)
+from minigpt4.benchmarks.synthetic import ROOT, STAGE_CONFIGS, WORKLOADS, load_config, random_batches, random_model
 from minigpt4.common.errors import ConfigError
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = bench_parser("train", __doc__)
-    parser.add_argument(
-        "--work", nargs="+", default=list(WORKLOADS), choices=list(WORKLOADS), help="workloads of full size"
-    )
+    parser.add_argument("--work", nargs="+", default=list(WORKLOADS), choices=WORKLOADS, help="workloads of full size")
     parser.add_argument("--cfg-path", metavar="FILE", help="time this training config on its own data instead")
     parser.add_argument("--options", nargs="+", metavar="KEY=VALUE", help="settings, as for train.py")
     parser.add_argument("--compare", nargs="+", metavar="KEY=VALUE", help="time these settings too, in turn")
-    parser.add_argument(
-        "--load-in", default="16bit", choices=("16bit", "8bit", "4bit"), help="precision of the language model"
-    )
+    parser.add_argument("--load-in", default="16bit", choices=("16bit", "8bit", "4bit"), help="of the language model")
     parser.add_argument("--steps", type=int, default=20, help="timed steps (default: 20)")
     parser.add_argument("--warmup", type=int, default=20, help="steps before the timed ones (default: 20)")
     parser.add_argument("--small", action="store_true", help="a small random model, to try the script on a CPU")
@@ -119,15 +108,13 @@ def time_full_size(args: argparse.Namespace, folder: str, device) -> Iterator[di
     for work in args.work:
         free_memory()
         stage, batch_size = WORKLOADS[work]
-        runners = []
-        for options in settings(args):
-            runner = random_runner(args, stage, [*options, output_option(folder)], device)
-            # Several ranks take each batch twice: with exchange and without.
-            batches = random_batches(stage, batch_size, batches_needed(args), rank, ranks, repeat=min(ranks, 2))
-            runners.append((runner, batches))
-        del runner
-        yield from time_runners(args, work, runners)
-        runners.clear()
+        # Several ranks take each batch twice: with exchange and without.
+        work_of_rank = stage, batch_size, batches_needed(args), rank, ranks, min(ranks, 2)
+        runners = (
+            (random_runner(args, stage, [*options, output_option(folder)], device), random_batches(*work_of_rank))
+            for options in settings(args)
+        )
+        yield from time_runners(args, work, list(runners))
 
 
 def random_runner(args: argparse.Namespace, stage: int, options: list[str], device):
@@ -185,7 +172,7 @@ def time_runners(args: argparse.Namespace, work: str, runners: list[tuple]) -> I
             for timer in timers:
                 timer.step()
         for timer in timers:
-            timer.record_memory()
+            timer.memory = peak_memory(timer.device)
             for _ in range(PROFILED_STEPS):
                 timer.profiled_step()
             if several:
@@ -208,9 +195,7 @@ def compare(first: StepTimer, second: StepTimer, warmup: int) -> dict:
 
 def time_baseline(path: str, work: list[str]) -> Iterator[dict]:
     """Time the workloads with another script's `Baseline`, whose memory is freed afterwards."""
-    spec = importlib.util.spec_from_file_location("baseline", path)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    model = script.Baseline()
+    script = runpy.run_path(path)
+    model = script["Baseline"]()
     for name in work:
-        yield {"baseline": True, **script.measure(model, name)}
+        yield {"baseline": True, **script["measure"](model, name)}

@@ -101,7 +101,7 @@ def joint_attention(qkv: torch.Tensor, num_kv_heads: int, scaling: float, segmen
     if use_triton(qkv):
         from minigpt4.kernels import packed_attention as kernel
 
-        return kernel.packed_attention(qkv, num_kv_heads, *segments, scaling)
+        return kernel.packed_attention_with_lse(qkv, num_kv_heads, *segments, scaling)[0]
     q, k, v = qkv.split([qkv.shape[1] - 2 * num_kv_heads, num_kv_heads, num_kv_heads], dim=1)
     return _sequence_by_sequence(q, k, v, segments, scaling)
 

@@ -28,7 +28,7 @@ def rope_attention(
         qkv_layer: the frozen layer that computes all H+2G heads: in the 16-bit type of x, a `LowBitLinear` or an
             `Fp8Linear`.
         cos, sin: [T,d/2], of the angles by which dimensions i and i + d/2 are rotated.
-        starts, prefix_len, max_kv_len, scaling: as for `kernels.packed_attention.packed_attention`.
+        starts, prefix_len, max_kv_len, scaling: as for `packed_attention_with_lse`.
 
     Only x gets a gradient. The gradients of the shared tokens' keys and values are left out of it: these tokens precede
     any image, and the model is frozen.

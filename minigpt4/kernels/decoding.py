@@ -1,7 +1,8 @@
 """Triton kernels for a decoding step, which has one query token per sequence: a single-row linear layer and attention.
 
 Both are limited by memory bandwidth. So each number is read once, in long contiguous blocks, with many loads in flight.
-4-bit weights go through bitsandbytes' own kernel. Import this module only where there is a GPU with Triton.
+4-bit weights go through bitsandbytes' own kernel (`compat.gemv_4bit`). Import this module only where there is a GPU
+with Triton.
 
 On a Hopper GPU or newer the linear kernel starts while the kernel before it still runs (programmatic dependent launch).
 It loads its first weights, then waits before it reads `x`, which that kernel may still be writing. So the weights must
@@ -14,8 +15,6 @@ dimensions of a head.
 import torch
 import triton
 import triton.language as tl
-
-from minigpt4.common import compat
 
 LOG2_E = tl.constexpr(1.4426950408889634)  # exp2 is faster than exp
 # Linear layer, the fastest on an H100: bytes of a weight row that a program reads at a time, and its number of rows.
@@ -45,17 +44,6 @@ def single_row_linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor
             num_warps=2 * block_n, **launch_options,
         )  # fmt: skip
     return y
-
-
-def single_row_linear_4bit(
-    x: torch.Tensor, weight: torch.Tensor, out_features: int, scale: torch.Tensor, code: torch.Tensor, block_size: int
-) -> torch.Tensor:
-    """`single_row_linear` with a 4-bit weight, by bitsandbytes: x [...,K] to [...,N].
-
-    weight [N*K/2,1] uint8: two 4-bit indices into `code` [16] in each byte. out_features: N.
-    scale [N*K/block_size] float32: one for each `block_size` weights.
-    """
-    return compat.gemv_4bit(x, weight, [out_features, x.shape[-1]], scale, code, block_size)
 
 
 @torch.library.custom_op("minigpt4::attend_cache", mutates_args=())

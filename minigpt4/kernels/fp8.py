@@ -12,34 +12,26 @@ import torch
 import triton
 import triton.language as tl
 
-from minigpt4.kernels.llama import rotated_halves, silu_mul, silu_mul_gradients
+from minigpt4.kernels.e4m3 import Quantized, abs_max, empty_quantized, store_scale
+from minigpt4.kernels.llama import apply_rope_kernel, silu_product_gradient_kernel, silu_product_kernel
 
-DTYPE = torch.float8_e4m3fn
-Quantized = tuple[torch.Tensor, torch.Tensor]  # e4m3 rows, and the scale [M,1] float32 of each: values * scale
-DTYPE_MAX, SMALLEST_SCALE = tl.constexpr(torch.finfo(DTYPE).max), tl.constexpr(torch.finfo(torch.float32).tiny)
 COLUMNS_PER_WARP, MAX_WARPS = 2048, 32  # the fastest on an H100
 
 
 @torch.library.custom_op("minigpt4::fp8_quantize_rows", mutates_args=())
-def quantize_rows(x: torch.Tensor) -> Quantized:
-    """Quantize rows [M,K]: e4m3 [M,K], and each row's scale [M,1] float32."""
-    return _launch(_quantize_rows, [x], x.shape[1], x.shape[1], False)
-
-
-@torch.library.custom_op("minigpt4::fp8_gelu", mutates_args=())
-def gelu_quantize(x: torch.Tensor) -> Quantized:
-    """Quantize GELU of [M,K]: e4m3 [M,K], and each row's scale [M,1] float32.
+def quantize_rows(x: torch.Tensor, gelu: bool = False) -> Quantized:
+    """Quantize rows [M,K], or GELU of these: e4m3 [M,K], and each row's scale [M,1] float32.
 
     It is GELU's tanh form, off by 5e-4 at most: less than half a step of 8 bits, save for numbers below 0.008.
     """
-    return _launch(_quantize_rows, [x], x.shape[1], x.shape[1], True)
+    return _launch(_quantize_rows, [x], x.shape[1], x.shape[1], gelu)
 
 
 @torch.library.custom_op("minigpt4::fp8_silu_product", mutates_args=())
 def silu_product_quantize(gate_up: torch.Tensor) -> Quantized:
     """Quantize silu(gate) * up, the halves of [M,2F]: e4m3 [M,F], and each row's scale [M,1] float32."""
     num_features = gate_up.shape[1] // 2
-    return _launch(_silu_product_quantize, [gate_up], num_features, num_features)
+    return _launch(silu_product_kernel, [gate_up], num_features, num_features)
 
 
 @torch.library.custom_op("minigpt4::fp8_silu_product_gradient", mutates_args=())
@@ -48,7 +40,7 @@ def silu_product_gradient_quantize(grad: torch.Tensor, gate_up: torch.Tensor) ->
 
     Returns e4m3 [M,2F], and each row's scale [M,1] float32.
     """
-    return _launch(_silu_product_gradient_quantize, [gate_up, grad], gate_up.shape[1], gate_up.shape[1] // 2)
+    return _launch(silu_product_gradient_kernel, [gate_up, grad], gate_up.shape[1], gate_up.shape[1] // 2)
 
 
 def inverse_rope_quantize(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, num_heads: int) -> Quantized:
@@ -60,9 +52,9 @@ def inverse_rope_quantize(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
     quantized, scale = empty_quantized(x, heads_per_row * d)
     block_h, block_half = triton.next_power_of_2(heads_per_row), triton.next_power_of_2(d // 2)
     with torch.cuda.device_of(scale):
-        _inverse_rope_quantize[(scale.shape[0],)](
+        apply_rope_kernel[(scale.shape[0],)](
             x.contiguous(), cos.contiguous(), sin.contiguous(), quantized, scale, heads_per_row, num_heads,
-            d // 2, block_half, block_h, num_warps=_num_warps(2 * block_h * block_half),
+            d // 2, block_half, block_h, True, num_warps=_num_warps(2 * block_h * block_half),
         )  # fmt: skip
     return quantized, scale
 
@@ -81,16 +73,8 @@ def _num_warps(columns: int) -> int:
     return max(1, min(columns // COLUMNS_PER_WARP, MAX_WARPS))
 
 
-def empty_quantized(x: torch.Tensor, num_columns: int) -> Quantized:
-    """Uninitialized e4m3 rows [M,num_columns] and scales [M,1] float32, where `x` has M rows."""
-    # x.shape[0] instead of len(x), which would make the number of rows a constant of a compiled graph.
-    quantized = x.new_empty(x.shape[0], num_columns, dtype=DTYPE)
-    return quantized, x.new_empty(x.shape[0], 1, dtype=torch.float32)
-
-
 @quantize_rows.register_fake
-@gelu_quantize.register_fake
-def _(x):
+def _(x, gelu=False):
     return empty_quantized(x, x.shape[1])
 
 
@@ -105,20 +89,6 @@ def _(grad, gate_up):
 
 
 @triton.jit
-def abs_max(values):
-    """The largest absolute value, over the first dimension; infinity if one of the values is NaN."""
-    return tl.max(tl.where(values == values, tl.abs(values), float("inf")), 0)
-
-
-@triton.jit
-def store_scale(row_max, scale_ptr, row):
-    """Store and return the scale of a row. Its largest entry, divided by the scale, is the largest e4m3 number."""
-    scale = tl.maximum(row_max / DTYPE_MAX, SMALLEST_SCALE)
-    tl.store(scale_ptr + row, scale)
-    return scale
-
-
-@triton.jit
 def _quantize_rows(x_ptr, out_ptr, scale_ptr, GELU: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr):
     row, columns = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_K)
     mask = columns < K
@@ -127,48 +97,3 @@ def _quantize_rows(x_ptr, out_ptr, scale_ptr, GELU: tl.constexpr, K: tl.constexp
         values *= tl.sigmoid(1.5957691216057308 * (values + 0.044715 * values * values * values))
     values *= 1 / store_scale(abs_max(values), scale_ptr, row)
     tl.store(out_ptr + row * K + columns, values.to(out_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _silu_product_quantize(gate_up_ptr, out_ptr, scale_ptr, F: tl.constexpr, BLOCK_F: tl.constexpr):
-    row, columns = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_F)
-    mask = columns < F
-    gate_ptr = gate_up_ptr + row * 2 * F + columns
-    gate = tl.load(gate_ptr, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(gate_ptr + F, mask=mask, other=0.0).to(tl.float32)
-    values = silu_mul(gate, up)
-    values *= 1 / store_scale(abs_max(values), scale_ptr, row)
-    tl.store(out_ptr + row * F + columns, values.to(out_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _silu_product_gradient_quantize(
-    gate_up_ptr, grad_ptr, out_ptr, scale_ptr, F: tl.constexpr, BLOCK_F: tl.constexpr
-):  # fmt: skip
-    row, columns = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_F)
-    mask = columns < F
-    gate_ptr = gate_up_ptr + row * 2 * F + columns
-    out_ptr += row * 2 * F + columns
-    gate = tl.load(gate_ptr, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(gate_ptr + F, mask=mask, other=0.0).to(tl.float32)
-    grad = tl.load(grad_ptr + row * F + columns, mask=mask, other=0.0).to(tl.float32)
-    grad_gate, grad_up = silu_mul_gradients(grad, gate, up)
-    factor = 1 / store_scale(tl.maximum(abs_max(grad_gate), abs_max(grad_up)), scale_ptr, row)
-    tl.store(out_ptr, (grad_gate * factor).to(out_ptr.dtype.element_ty), mask=mask)
-    tl.store(out_ptr + F, (grad_up * factor).to(out_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _inverse_rope_quantize(
-    x_ptr, cos_ptr, sin_ptr, out_ptr, scale_ptr, heads_per_row, num_heads,
-    HALF: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_H: tl.constexpr,
-):  # fmt: skip
-    row, heads = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_H)
-    first, second, offsets, mask = rotated_halves(
-        x_ptr, cos_ptr, sin_ptr, row, heads_per_row, heads, heads < heads_per_row, heads < num_heads,
-        HALF, BLOCK_HALF, True,
-    )  # fmt: skip
-    row_max = tl.maximum(abs_max(abs_max(first)), abs_max(abs_max(second)))
-    factor = 1 / store_scale(row_max, scale_ptr, row)
-    tl.store(out_ptr + offsets, (first * factor).to(out_ptr.dtype.element_ty), mask=mask)
-    tl.store(out_ptr + offsets + HALF, (second * factor).to(out_ptr.dtype.element_ty), mask=mask)

@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
+from minigpt4.kernels.e4m3 import abs_max, store_scale
+
 BLOCK_H, BLOCK_F = 32, 1024  # heads, and features, of a row that one program takes
 
 
@@ -23,9 +25,10 @@ def apply_rope_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, num_heads
     grid = (num_rows, triton.cdiv(num_heads, BLOCK_H))
     block_half = triton.next_power_of_2(d // 2)
     with torch.cuda.device_of(x):
-        _apply_rope[grid](
-            x, cos.contiguous(), sin.contiguous(), heads_per_row, num_heads, d // 2, block_half, BLOCK_H, inverse
-        )
+        apply_rope_kernel[grid](
+            x, cos.contiguous(), sin.contiguous(), x, None, heads_per_row, num_heads, d // 2, block_half, BLOCK_H,
+            inverse,
+        )  # fmt: skip
 
 
 @torch.library.custom_op("minigpt4::silu_product", mutates_args=())
@@ -35,7 +38,7 @@ def silu_product(gate_up: torch.Tensor) -> torch.Tensor:
     product = gate_up.new_empty(len(gate_up), num_features)
     grid = (len(gate_up), triton.cdiv(num_features, BLOCK_F))
     with torch.cuda.device_of(gate_up):
-        _silu_product[grid](gate_up, product, num_features, BLOCK_F)
+        silu_product_kernel[grid](gate_up, product, None, num_features, BLOCK_F)
     return product
 
 
@@ -45,7 +48,7 @@ def _silu_product_backward(grad: torch.Tensor, gate_up: torch.Tensor) -> torch.T
     gradient = torch.empty(gate_up.shape, dtype=gate_up.dtype, device=gate_up.device)
     grid = (len(gate_up), triton.cdiv(num_features, BLOCK_F))
     with torch.cuda.device_of(gate_up):
-        _silu_product_gradient[grid](grad.contiguous(), gate_up, gradient, num_features, BLOCK_F)
+        silu_product_gradient_kernel[grid](gate_up, grad.contiguous(), gradient, None, num_features, BLOCK_F)
     return gradient
 
 
@@ -69,46 +72,34 @@ silu_product.register_autograd(
 
 
 @triton.jit
-def rotated_halves(
-    x_ptr, cos_ptr, sin_ptr, row, heads_per_row, heads, load, rotate,
-    HALF: tl.constexpr, BLOCK_HALF: tl.constexpr, INVERSE: tl.constexpr,
+def apply_rope_kernel(
+    x_ptr, cos_ptr, sin_ptr, out_ptr, scale_ptr, heads_per_row, num_heads,
+    HALF: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_H: tl.constexpr, INVERSE: tl.constexpr,
 ):  # fmt: skip
-    """Load some heads of a row of x [T,H,d], and rotate some of these.
+    """One program rotates BLOCK_H heads of a row of x [T,H,d], among the first `num_heads`. HALF: d/2.
 
-    heads [N]: their numbers. load [N], rotate [N]: whether a head is loaded, and whether it is rotated. HALF: d/2.
-
-    Returns the first and the second halves of their dimensions [N,BLOCK_HALF] float32, and offsets and mask of the
-    first halves in x. The second halves are HALF elements further on.
+    scale_ptr: if it is not None, the program holds all heads of the row, and quantizes them.
     """
-    offs_d = tl.arange(0, BLOCK_HALF)
+    row, offs_d = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_HALF)
+    heads = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    rotate = (heads < num_heads)[:, None]
+    mask = rotate & (offs_d < HALF)[None, :]
+    if scale_ptr is not None:
+        mask = (heads < heads_per_row)[:, None] & (offs_d < HALF)[None, :]
     offsets = (row * heads_per_row + heads)[:, None] * 2 * HALF + offs_d
-    mask = load[:, None] & (offs_d < HALF)[None, :]
     x1 = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     x2 = tl.load(x_ptr + offsets + HALF, mask=mask, other=0.0).to(tl.float32)
     cos = tl.load(cos_ptr + row * HALF + offs_d, mask=offs_d < HALF, other=0.0).to(tl.float32)[None, :]
     sin = tl.load(sin_ptr + row * HALF + offs_d, mask=offs_d < HALF, other=0.0).to(tl.float32)[None, :]
     if INVERSE:
         sin = -sin
-    rotate = rotate[:, None]
     first = tl.where(rotate, x1 * cos - x2 * sin, x1)
     second = tl.where(rotate, x2 * cos + x1 * sin, x2)
-    return first, second, offsets, mask
-
-
-@triton.jit
-def _apply_rope(
-    x_ptr, cos_ptr, sin_ptr, heads_per_row, num_heads,
-    HALF: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_H: tl.constexpr, INVERSE: tl.constexpr,
-):  # fmt: skip
-    """One program rotates BLOCK_H heads of a row, among the first `num_heads`."""
-    row = tl.program_id(0).to(tl.int64)
-    heads = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    rotate = heads < num_heads
-    first, second, offsets, mask = rotated_halves(
-        x_ptr, cos_ptr, sin_ptr, row, heads_per_row, heads, rotate, rotate, HALF, BLOCK_HALF, INVERSE
-    )
-    tl.store(x_ptr + offsets, first.to(x_ptr.dtype.element_ty), mask=mask)
-    tl.store(x_ptr + offsets + HALF, second.to(x_ptr.dtype.element_ty), mask=mask)
+    if scale_ptr is not None:
+        factor = 1 / store_scale(tl.maximum(abs_max(abs_max(first)), abs_max(abs_max(second))), scale_ptr, row)
+        first, second = first * factor, second * factor
+    tl.store(out_ptr + offsets, first.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptr + offsets + HALF, second.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -117,37 +108,39 @@ def _load_gate_up(gate_up_ptr, row, F: tl.constexpr, BLOCK_F: tl.constexpr):
     offs_f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
     mask = offs_f < F
     gate_ptr = gate_up_ptr + row * 2 * F + offs_f
-    gate, up = tl.load(gate_ptr, mask=mask).to(tl.float32), tl.load(gate_ptr + F, mask=mask).to(tl.float32)
+    gate = tl.load(gate_ptr, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(gate_ptr + F, mask=mask, other=0.0).to(tl.float32)
     return offs_f, mask, gate, up
 
 
 @triton.jit
-def silu_mul(gate, up):
-    return gate * tl.sigmoid(gate) * up
+def silu_product_kernel(gate_up_ptr, product_ptr, scale_ptr, F: tl.constexpr, BLOCK_F: tl.constexpr):
+    """One program computes BLOCK_F features of silu(gate) * up in a row.
+
+    scale_ptr: if it is not None, the program holds the whole row, and quantizes it.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    offs_f, mask, gate, up = _load_gate_up(gate_up_ptr, row, F, BLOCK_F)
+    product = gate * tl.sigmoid(gate) * up
+    if scale_ptr is not None:
+        product *= 1 / store_scale(abs_max(product), scale_ptr, row)
+    tl.store(product_ptr + row * F + offs_f, product.to(product_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def silu_mul_gradients(grad, gate, up):
-    """The gradients of gate and up, from the gradient of silu(gate) * up."""
+def silu_product_gradient_kernel(
+    gate_up_ptr, grad_ptr, gradient_ptr, scale_ptr, F: tl.constexpr, BLOCK_F: tl.constexpr
+):  # fmt: skip
+    """The gradients of gate and up, from the gradient of silu(gate) * up. scale_ptr: as above."""
+    row = tl.program_id(0).to(tl.int64)
+    offs_f, mask, gate, up = _load_gate_up(gate_up_ptr, row, F, BLOCK_F)
+    grad = tl.load(grad_ptr + row * F + offs_f, mask=mask, other=0.0).to(tl.float32)
     sigmoid = tl.sigmoid(gate)
     silu = gate * sigmoid
-    return grad * up * (sigmoid + silu * (1 - sigmoid)), grad * silu
-
-
-@triton.jit
-def _silu_product(gate_up_ptr, product_ptr, F: tl.constexpr, BLOCK_F: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    offs_f, mask, gate, up = _load_gate_up(gate_up_ptr, row, F, BLOCK_F)
-    product = silu_mul(gate, up).to(product_ptr.dtype.element_ty)
-    tl.store(product_ptr + row * F + offs_f, product, mask=mask)
-
-
-@triton.jit
-def _silu_product_gradient(grad_ptr, gate_up_ptr, gradient_ptr, F: tl.constexpr, BLOCK_F: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    offs_f, mask, gate, up = _load_gate_up(gate_up_ptr, row, F, BLOCK_F)
-    grad = tl.load(grad_ptr + row * F + offs_f, mask=mask).to(tl.float32)
-    grad_gate, grad_up = silu_mul_gradients(grad, gate, up)
+    grad_gate, grad_up = grad * up * (sigmoid + silu * (1 - sigmoid)), grad * silu
+    if scale_ptr is not None:
+        factor = 1 / store_scale(tl.maximum(abs_max(grad_gate), abs_max(grad_up)), scale_ptr, row)
+        grad_gate, grad_up = grad_gate * factor, grad_up * factor
     gradient_ptr += row * 2 * F + offs_f
     tl.store(gradient_ptr, grad_gate.to(gradient_ptr.dtype.element_ty), mask=mask)
     tl.store(gradient_ptr + F, grad_up.to(gradient_ptr.dtype.element_ty), mask=mask)

@@ -24,20 +24,6 @@ LOG2_E = tl.constexpr(1.4426950408889634)  # exp2 is faster than exp
 NUM_WARPS, NUM_STAGES = 4, 1  # the fastest on an H100
 
 
-def packed_attention(
-    qkv: torch.Tensor, num_kv_heads: int, starts: torch.Tensor, prefix_len: int, max_kv_len: int, scaling: float
-) -> torch.Tensor:
-    """Causal attention of each sequence to the prefix and to itself: [T,H,d].
-
-    qkv [T,H+2G,d]: H heads of queries, `num_kv_heads` (G) of keys, G of values; 16 bit, d up to 256.
-    starts [S+1] int32: the first token of each sequence, and T at the end. Sequences may be empty.
-    prefix_len: P, the length of the first sequence. max_kv_len: no sequence is longer, prefix included.
-
-    Sums are in float32, and always in the same order. The prefix's gradients are summed over all sequences.
-    """
-    return packed_attention_with_lse(qkv, num_kv_heads, starts, prefix_len, max_kv_len, scaling)[0]
-
-
 def block_size(head_dim: int, shared_memory: int) -> int:
     """Positions in a block. head_dim: padded. shared_memory: bytes that the GPU allows a program."""
     block = 64 if head_dim <= 128 else 32
@@ -49,7 +35,15 @@ def block_size(head_dim: int, shared_memory: int) -> int:
 def packed_attention_with_lse(
     qkv: torch.Tensor, num_kv_heads: int, starts: torch.Tensor, prefix_len: int, max_kv_len: int, scaling: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The output [T,H,d], and for the backward pass log2 of the softmax denominators [H,T] float32."""
+    """Causal attention of each sequence to the prefix and to itself.
+
+    qkv [T,H+2G,d]: H heads of queries, `num_kv_heads` (G) of keys, G of values; 16 bit, d up to 256.
+    starts [S+1] int32: the first token of each sequence, and T at the end. Sequences may be empty.
+    prefix_len: P, the length of the first sequence. max_kv_len: no sequence is longer, prefix included.
+
+    Sums are in float32, and always in the same order. The prefix's gradients are summed over all sequences.
+    Returns the output [T,H,d], and for the backward pass log2 of the softmax denominators [H,T] float32.
+    """
     out, lse = _empty_outputs(qkv, num_kv_heads)
     _launch(_forward, qkv, num_kv_heads, (out, lse, starts), prefix_len, max_kv_len, scaling)
     return out, lse

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from minigpt4.kernels.fp8 import abs_max, empty_quantized, store_scale
+from minigpt4.kernels.e4m3 import abs_max, empty_quantized, store_scale
 
 # The fastest on an H100. With NUM_STAGES = 1, Triton 3.6 makes a kernel that reads out of bounds.
 COLUMNS_PER_WARP, BLOCK_Q, BLOCK_KV, NUM_WARPS, NUM_STAGES = 1024, 64, 32, 4, 3

@@ -38,7 +38,7 @@ def quantize_gelu(x: torch.Tensor) -> Quantized:
     if use_triton(x):
         from minigpt4.kernels import fp8 as fp8_kernels
 
-        return fp8_kernels.gelu_quantize(x)
+        return fp8_kernels.quantize_rows(x, gelu=True)
     return quantize_rows(F.gelu(x.float()))
 
 

@@ -1,11 +1,10 @@
 """What the benchmarks share."""
 
 import json
-from types import SimpleNamespace
 
 import torch
 
-from minigpt4.benchmarks.harness import Stopwatch, Timed, peak_memory, report, time_in_turn
+from minigpt4.benchmarks.harness import peak_memory, report, time_in_turn, timed
 
 CPU = torch.device("cpu")
 
@@ -27,16 +26,22 @@ def test_calls_take_turns_and_the_warm_up_does_not_count():
     assert seconds == {"a": [1, 1], "b": [1, 1]}
 
 
-def test_the_stopwatch_runs_during_one_method():
-    watch = Stopwatch(CPU)
-    wrapped = SimpleNamespace(timed=lambda a, b: (a, b), other=lambda: watch.seconds)
-    stand_in = Timed(wrapped, "timed", watch)
-    assert stand_in.other() == 0
-    assert stand_in.timed(1, b=2) == (1, 2)
-    once = stand_in.other()
-    assert once > 0
-    stand_in.timed(1, 2)
-    assert watch.seconds > once
+def test_calls_of_one_method_are_timed_for_a_while():
+    class Owner:
+        def method(self, a, b):
+            return a, b
+
+        def other(self):
+            return 0
+
+    owner = Owner()
+    with timed(owner, "method", CPU) as seconds:
+        assert owner.other() == 0 and seconds == []
+        assert owner.method(1, b=2) == (1, 2)
+        assert len(seconds) == 1 and seconds[0] > 0
+        owner.method(1, 2)
+    owner.method(1, 2)
+    assert len(seconds) == 2 and not vars(owner)
 
 
 def test_no_memory_without_a_gpu():

@@ -10,6 +10,7 @@ import torch
 from helpers import ROOT
 from torch import nn
 
+from minigpt4.common import compat
 from minigpt4.fast import cuda_graphs
 from minigpt4.fast.decoding import loop
 from minigpt4.fast.decoding.compiled_layers import compiled_copy
@@ -381,9 +382,9 @@ def single_row_linear(x, weight, scale=None):
     return y if scale is None else y * scale
 
 
-def single_row_linear_4bit(x, weight, outputs, scale, code, block_size):
-    assert x.numel() == x.shape[-1] and len(code) == 16
-    assert weight.numel() * 2 == outputs * x.shape[-1] == len(scale) * block_size and x.shape[-1] % block_size == 0
+def gemv_4bit(x, weight, shape, scale, code, block_size):
+    assert x.numel() == x.shape[-1] == shape[1] and len(code) == 16
+    assert weight.numel() * 2 == shape[0] * shape[1] == len(scale) * block_size and x.shape[-1] % block_size == 0
     return low_bit.low_bit_matmul(x, weight, scale, False)
 
 
@@ -400,8 +401,8 @@ def compiles(monkeypatch):
     from torch._dynamo.testing import CompileCounter
 
     kernels = ModuleType("minigpt4.kernels.decoding")
-    kernels.single_row_linear, kernels.single_row_linear_4bit = single_row_linear, single_row_linear_4bit
-    kernels.attend_cache = attend_cache
+    kernels.single_row_linear, kernels.attend_cache = single_row_linear, attend_cache
+    monkeypatch.setattr(compat, "gemv_4bit", gemv_4bit)
     monkeypatch.setitem(sys.modules, kernels.__name__, kernels)
     monkeypatch.setattr("minigpt4.kernels.decoding", kernels, raising=False)
     monkeypatch.setattr(loop, "_run_on_side_stream", lambda run, device: run())

@@ -5,8 +5,8 @@ In float32 without TF32 the two differ by rounding alone, which greedy ids of a 
 
 import pytest
 import torch
+from helpers import quantize_by_bitsandbytes
 
-from minigpt4.benchmarks.synthetic import quantize
 from minigpt4.fast.decoding import loop
 from minigpt4.fast.decoding.compiled_layers import compiled_copy
 from minigpt4.fast.decoding.kv_cache import KVCache
@@ -200,7 +200,7 @@ def test_low_bit_weights(load_in, ffn):
         quantize_model(llm, torch.device("cuda"))
     else:
         pytest.importorskip("bitsandbytes")
-        quantize(llm.model, load_in, torch.float32)
+        quantize_by_bitsandbytes(llm.model, load_in, torch.float32)
         assert low_bit.replace_bitsandbytes_layers(llm) == 7 * 4
     for lengths in ([30], [30, 12]):
         embeds, mask = prompts(*lengths)

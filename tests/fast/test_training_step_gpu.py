@@ -6,10 +6,9 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import ROOT
+from helpers import ROOT, quantize_by_bitsandbytes
 from torch import nn
 
-from minigpt4.benchmarks.synthetic import quantize
 from minigpt4.common import compat
 from minigpt4.fast.cuda_graphs import GraphedFunction
 from minigpt4.fast.vit import FusedViT, linear_gelu, run_block, supports_fused_vit
@@ -67,7 +66,7 @@ def test_low_bit_layers_accelerated(build_golden_model, caplog, load_in, recompu
 
     def low_bit_model(**cfg):
         model = build_golden_model("cuda", torch.bfloat16, **cfg)
-        quantize(model.llama_model.model, load_in, torch.bfloat16)
+        quantize_by_bitsandbytes(model.llama_model.model, load_in, torch.bfloat16)
         return model
 
     order, exact, plain = (0, 1, 2, 0, 1, 2, 0, 0), build_golden_model("cuda"), low_bit_model()

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import training_cases
 from training_cases import (
     ATTENTION_CASES,
     SILU_PRODUCT_CASES,
@@ -31,9 +32,7 @@ LENGTHS = {1: [*range(40, 57)] * 2, 8: [115, 195, 160, 188, 131, 20], 0: [1, 0, 
 
 @pytest.fixture
 def attention():
-    from minigpt4.kernels.packed_attention import packed_attention
-
-    return packed_attention
+    return training_cases.packed_attention
 
 
 @EACH_DTYPE

@@ -145,7 +145,7 @@ def test_missing_and_surplus_tensors_are_reported(llm_folder, tmp_path, caplog):
 
 
 def test_missing_shards_are_named(tmp_path):
-    folder = random_weights.write(tmp_path, "small", parts=("llm",), shard_bytes=10**7)["llm"]
+    folder = random_weights.write(tmp_path, "small", parts=("llm",), shard_gb=0.01)["llm"]
     (folder / "model-00002-of-00002.safetensors").unlink()
     for load in (embedding_dim, lambda path: load_llm(path, torch.device("cpu"), torch.float32)):
         with pytest.raises(ConfigError, match=r"model\.llama_model.*model-00002-of-00002\.safetensors"):
@@ -162,7 +162,7 @@ def test_missing_shards_are_named(tmp_path):
     ],
 )
 def test_broken_shards_are_named(tmp_path, as_bin, content, reason):
-    folder = random_weights.write(tmp_path, "small", parts=("llm",), shard_bytes=10**7, as_bin=as_bin)["llm"]
+    folder = random_weights.write(tmp_path, "small", parts=("llm",), shard_gb=0.01, as_bin=as_bin)["llm"]
     (shard,) = folder.glob("*00002-of-00002*")
     shard.write_bytes(shard.read_bytes()[:100_000] if content is None else content)
     with pytest.raises(CheckpointError, match=f"{folder}.*{reason}"):

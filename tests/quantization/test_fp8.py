@@ -11,12 +11,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import loss_and_gradient
+from helpers import loss_and_gradient, quantize_by_bitsandbytes
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from minigpt4.benchmarks.synthetic import quantize
 from minigpt4.common.errors import ConfigError
 from minigpt4.fast import llama as fast_llama
 from minigpt4.fast import vit as fast_vit
@@ -339,7 +338,7 @@ def test_a_model_without_such_layers(build_golden_model, load_tiny, quantized):
 def test_a_bitsandbytes_model(load_tiny):
     pytest.importorskip("bitsandbytes")
     llm = load_tiny().llama_model
-    quantize(llm.model, "4bit", torch.bfloat16)
+    quantize_by_bitsandbytes(llm.model, "4bit", torch.bfloat16)
     with pytest.raises(ConfigError, match=r"run.fp8=True: the language model has no .*model.load_in=16bit"):
         convert_to_fp8(llm)
 

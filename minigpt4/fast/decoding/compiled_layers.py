@@ -134,13 +134,12 @@ class KernelLowBitLinear(LowBitLinear):
         whole_blocks = self.code is None or self.in_features % BLOCK == 0
         if x.shape[:-1].numel() > 1 or not whole_blocks:
             return super().forward(x)
-        from minigpt4.kernels import decoding as decoding_kernels
+        from minigpt4.kernels.decoding import single_row_linear
 
         if self.code is None:
-            y = decoding_kernels.single_row_linear(x, self.weight, self.scale)
+            y = single_row_linear(x, self.weight, self.scale)
         else:
-            weights = self.weight, self.out_features, self.scale, self.code
-            y = decoding_kernels.single_row_linear_4bit(x, *weights, BLOCK)
+            y = compat.gemv_4bit(x, self.weight, [self.out_features, x.shape[-1]], self.scale, self.code, BLOCK)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
