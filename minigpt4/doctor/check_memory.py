@@ -66,7 +66,7 @@ def vision_parameters(context: RunContext) -> dict[str, int]:
     """Parameters of encoder (ln_vision included) and Q-Former (queries included). 0 where they are not loaded."""
     if not context.with_vision:
         return {"vit": 0, "qformer": 0}
-    model = context.vision
+    model = context.meta_model
     return {
         "vit": _numel(model.visual_encoder) + _numel(model.ln_vision),
         "qformer": _numel(model.Qformer) + model.query_tokens.numel(),
@@ -100,9 +100,9 @@ def longest_sequence(context: RunContext) -> int:
 
 
 def estimate(context: RunContext) -> Memory | None:
-    """Memory of the device with the longest batch. None: the language model is not, or not whole, in a local folder."""
+    """Memory of the device with the longest batch. None: the language model is not in a local folder."""
     llm = context.llm
-    if not llm or not llm.tensors or context.tokenizer is None:
+    if not llm or context.tokenizer is None:
         return None
     sizes, trained = vision_parameters(context), trainable_parameters(context)
     quantizable, others = llm.parameter_counts()

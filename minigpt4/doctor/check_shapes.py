@@ -47,7 +47,7 @@ def check_image_settings(context: RunContext) -> Iterator[Diagnostic]:
 def check_model_sizes(context: RunContext) -> Iterator[Diagnostic]:
     """Encoder and Q-Former can be built from the sizes in the config."""
     try:
-        context.vision  # noqa: B018
+        context.meta_model  # noqa: B018
     except ConfigError as mistake:
         yield error("model.qformer", str(mistake))
 
@@ -56,20 +56,17 @@ def check_vision(context: RunContext) -> Iterator[Diagnostic]:
     """The weights of encoder and Q-Former fit the config."""
     import torch
 
-    from minigpt4.models import eva_vit, loading
-    from minigpt4.weights import checkpoint
+    from minigpt4.models import loading
 
-    cfg, model, meta = context.local_model_cfg, context.vision, torch.device("meta")
+    cfg, meta = context.local_model_cfg, torch.device("meta")
     try:
         sources = loading.open_sources(cfg)
     except ConfigError as mistake:  # each file by itself can be read
         yield error("model.q_former_model", str(mistake))
         return
     if sources.vision:
-        encoder = model.visual_encoder
         try:
-            used = eva_vit.checkpoint_filter_fn(sources.vision, encoder)
-            checkpoint.load_weights(encoder, used, cfg.vit_weights, set(encoder.state_dict()), meta)
+            loading.load_encoder(cfg, sources.vision, meta, torch.float32)
         except ConfigError as mistake:
             fix = "Change model.vit_model, or model.vit_weights to the file of that encoder."
             yield error("model.vit_model", str(mistake), fix)
@@ -77,7 +74,7 @@ def check_vision(context: RunContext) -> Iterator[Diagnostic]:
             yield ok("model.vit_model", f"{cfg.vit_weights} fits{_interpolated(context, sources.vision)}")
     if sources.qformer:
         try:
-            loading.load_rest(model, cfg, replace(sources, trained=None), meta)
+            loading.load_rest(context.meta_model, cfg, replace(sources, trained=None), meta)
         except ConfigError as mistake:
             key, fix = _qformer_fix(context, sources.qformer)
             yield error(key, str(mistake), fix)
@@ -87,7 +84,7 @@ def check_vision(context: RunContext) -> Iterator[Diagnostic]:
 
 def _interpolated(context: RunContext, weights: dict) -> str:
     positions = weights.get("pos_embed")
-    if positions is None or positions.shape == context.vision.visual_encoder.pos_embed.shape:
+    if positions is None or positions.shape == context.meta_model.visual_encoder.pos_embed.shape:
         return ""
     return f"; its positions will be interpolated for {context.model.image_size} px"
 
@@ -98,7 +95,7 @@ def _qformer_fix(context: RunContext, weights: dict) -> tuple[str, str]:
         _, count, width = weights["query_tokens"].shape
         if count != context.model.num_query_token:
             return "model.num_query_token", f"--options model.num_query_token={count}"
-        if width != context.vision.Qformer.hidden_size:
+        if width != context.meta_model.Qformer.hidden_size:
             return "model.qformer", "Set model.qformer to the sizes of the file."
     return "model.q_former_model", "Encoder and Q-Former must come from one BLIP-2."
 
@@ -115,7 +112,7 @@ def check_checkpoints(context: RunContext) -> Iterator[Diagnostic]:
         if content is None:
             continue
         trained = checkpoint.weights_of(content)
-        cfg = replace(context.local_model_cfg, ckpt=str(context.local_path(key)))
+        cfg = replace(context.local_model_cfg, ckpt=context.sources[key])
         try:
             if context.llm:
                 loading.check_width(trained, replace(cfg, llama_model=str(context.llm_folder)))
@@ -126,32 +123,27 @@ def check_checkpoints(context: RunContext) -> Iterator[Diagnostic]:
             yield error(key, str(mistake), fix)
         else:
             yield ok(key, f"{cfg.ckpt} fits")
+        yield from _check_fingerprint(context, key, content.get(fingerprint.KEY))
 
 
-def check_fingerprint(context: RunContext) -> Iterator[Diagnostic]:
-    """Checkpoints were trained with this language model."""
-    for key in CHECKPOINT_KEYS:
-        content = context.content(key)
-        if content is None:
-            continue
-        recorded = content.get(fingerprint.KEY)
-        if recorded is None:
-            yield ok(key, "records no language model, as published checkpoints do: only the shape could be checked")
-        elif context.llm:
-            own = _own_fingerprint(context)
-            difference = fingerprint.difference_of(recorded, own)
-            if difference is None:
-                yield ok(key, "was trained with this language model")
-                continue
-            what = f"trained with {fingerprint.describe(recorded)}; yours is {fingerprint.describe(own)}: {difference}"
-            fix = "Change model.llama_model or the checkpoint; to try it all the same: model.allow_llm_mismatch=true"
-            yield (warning if context.model.allow_llm_mismatch else error)(key, what, fix)
+def _check_fingerprint(context: RunContext, key: str, recorded: dict | None) -> Iterator[Diagnostic]:
+    """A checkpoint was trained with this language model."""
+    if recorded is None:
+        yield ok(key, "records no language model, as published checkpoints do: only the shape could be checked")
+    elif context.llm:
+        own = _own_fingerprint(context)
+        difference = fingerprint.difference_of(recorded, own)
+        if difference is None:
+            yield ok(key, "was trained with this language model")
+            return
+        what = f"trained with {fingerprint.describe(recorded)}; yours is {fingerprint.describe(own)}: {difference}"
+        fix = "Change model.llama_model or the checkpoint; to try it all the same: model.allow_llm_mismatch=true"
+        yield (warning if context.model.allow_llm_mismatch else error)(key, what, fix)
 
 
 def _own_fingerprint(context: RunContext) -> dict:
     """The fingerprint of the language model in the config, as `fingerprint.take` would record it."""
-    llm, rows = context.llm, None
-    if llm.embedding is not None:
-        rows = llm.embedding[fingerprint.row_ids(llm.vocabulary)].half()
+    llm = context.llm
     sizes = {"width": llm.width, "layers": llm.layers, "vocabulary": llm.vocabulary}
+    rows = None if llm.embedding is None else llm.embedding[fingerprint.row_ids(llm.vocabulary)].half()
     return {"name": context.model.llama_model, "embedding_rows": rows, **sizes}

@@ -37,7 +37,6 @@ QUICK: Stage = (
 )
 # Without torch, for MiniGPT4.
 QUICK_OF_MODEL: Stage = (
-    check_files.check_weights_files,
     check_files.check_language_model,
     check_files.check_downloads,
     check_shapes.check_image_settings,
@@ -53,15 +52,14 @@ RUN: Stage = (
 )
 # With the loaders, for MiniGPT4: what can be read, then whether it fits together, then what it takes.
 READ: Stage = (
-    check_files.check_contents,
+    check_files.check_weights_files,
     check_files.check_language_model_contents,
-    check_shapes.check_model_sizes,
     check_tokenizer.check_prompts,
 )
+SIZES: Stage = (check_shapes.check_model_sizes,)
 FIT: Stage = (
     check_shapes.check_vision,
     check_shapes.check_checkpoints,
-    check_shapes.check_fingerprint,
     check_tokenizer.check_tokenizer,
 )
 ESTIMATE: Stage = (check_run.check_output_room, check_memory.check_gpu_memory)
@@ -74,7 +72,7 @@ ESTIMATED = ("GPU memory", "host memory")
 def stages(context: RunContext) -> list[Stage]:
     """The stages for a run, in order."""
     if context.is_ours:
-        return [QUICK + QUICK_OF_MODEL, RUN + READ, FIT, ESTIMATE]
+        return [QUICK + QUICK_OF_MODEL, RUN + READ, SIZES, FIT, ESTIMATE]
     return [QUICK, RUN]
 
 

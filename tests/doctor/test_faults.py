@@ -205,7 +205,7 @@ FAULTS = {
     "config.json is a pointer": ("chat", lambda p: p.write(p.llm / "config.json", LFS), ERROR, LLM, "Git-LFS"),
     "missing shard": ("chat", missing_shard, ERROR, LLM, "1 of 2 shards: b.safet"),
     "pointer among shards": ("chat", pointer_among_shards, ERROR, LLM, "b.safetensors.*Git-LFS"),
-    "no weights": ("chat", no_weights, ERROR, LLM, "has no weights"),
+    "no weights": ("chat", no_weights, ERROR, LLM, "holds no weights"),
     "unknown architecture": (
         "chat",
         lambda p: p.edit(p.llm / "config.json", model_type="nobody's"),
