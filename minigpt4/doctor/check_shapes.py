@@ -7,9 +7,7 @@ shapes and reads no weights.
 from collections.abc import Iterator
 from dataclasses import replace
 
-from minigpt4.common import facts
 from minigpt4.common.errors import ConfigError
-from minigpt4.common.schema import VIT_KEYS
 from minigpt4.doctor.diagnostic import Diagnostic, error, ok, warning
 from minigpt4.doctor.run_context import CHECKPOINT_KEYS, RunContext
 from minigpt4.weights import fingerprint
@@ -19,19 +17,11 @@ PROCESSOR_IMAGE_SIZE = 224
 
 
 def check_image_settings(context: RunContext) -> Iterator[Diagnostic]:
-    """The encoder is known, its patches tile the image, and the processors make images of that size."""
-    size, vit = context.model.image_size, context.vit
-    if vit is None:
-        fix = f"Use {', '.join(facts.VIT_WEIGHTS)}, or a mapping of exactly {', '.join(VIT_KEYS)}."
-        yield error("model.vit_model", f"{context.model.vit_model!r} is not known", fix)
-        return
-    try:
-        facts.vit_weights(context.model.vit_model, context.model.vit_weights)
-    except ConfigError as mistake:
-        yield error("model.vit_weights", str(mistake))
-    if size % vit["patch_size"]:
-        lower = size - size % vit["patch_size"]
-        what = f"{size} is not a multiple of the encoder's patch size {vit['patch_size']}"
+    """The encoder's patches tile the image, and the processors make images of that size."""
+    size, patch_size = context.model.image_size, context.vit["patch_size"]
+    if size % patch_size:
+        lower = size - size % patch_size
+        what = f"{size} is not a multiple of the encoder's patch size {patch_size}"
         yield error("model.image_size", what, f"--options model.image_size={lower}")
         return
     for name, dataset in context.cfg.datasets_cfg.items():
@@ -44,26 +34,14 @@ def check_image_settings(context: RunContext) -> Iterator[Diagnostic]:
     yield ok("model.image_size", f"{size} px")
 
 
-def check_model_sizes(context: RunContext) -> Iterator[Diagnostic]:
-    """Encoder and Q-Former can be built from the sizes in the config."""
-    try:
-        context.meta_model  # noqa: B018
-    except ConfigError as mistake:
-        yield error("model.qformer", str(mistake))
-
-
 def check_vision(context: RunContext) -> Iterator[Diagnostic]:
     """The weights of encoder and Q-Former fit the config."""
     import torch
 
     from minigpt4.models import loading
 
-    cfg, meta = context.local_model_cfg, torch.device("meta")
-    try:
-        sources = loading.open_sources(cfg)
-    except ConfigError as mistake:  # each file by itself can be read
-        yield error("model.q_former_model", str(mistake))
-        return
+    cfg, model, meta = context.local_model_cfg, context.meta_model, torch.device("meta")
+    sources = loading.open_sources(cfg)
     if sources.vision:
         try:
             loading.load_encoder(cfg, sources.vision, meta, torch.float32)
@@ -74,7 +52,7 @@ def check_vision(context: RunContext) -> Iterator[Diagnostic]:
             yield ok("model.vit_model", f"{cfg.vit_weights} fits{_interpolated(context, sources.vision)}")
     if sources.qformer:
         try:
-            loading.load_rest(context.meta_model, cfg, replace(sources, trained=None), meta)
+            loading.load_rest(model, cfg, replace(sources, trained=None), meta)
         except ConfigError as mistake:
             key, fix = _qformer_fix(context, sources.qformer)
             yield error(key, str(mistake), fix)

@@ -5,6 +5,7 @@ A stage runs only if the stages before it found no error. The first stage does n
 
 import logging
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 
 from minigpt4.common.config import Config
@@ -18,7 +19,7 @@ from minigpt4.doctor import (
     check_shapes,
     check_tokenizer,
 )
-from minigpt4.doctor.diagnostic import ERROR, OK, Diagnostic, as_text, warning
+from minigpt4.doctor.diagnostic import ERROR, OK, Diagnostic, as_text, error, warning
 from minigpt4.doctor.machine import list_gpus
 from minigpt4.doctor.run_context import RunContext
 
@@ -56,7 +57,6 @@ READ: Stage = (
     check_files.check_language_model_contents,
     check_tokenizer.check_prompts,
 )
-SIZES: Stage = (check_shapes.check_model_sizes,)
 FIT: Stage = (
     check_shapes.check_vision,
     check_shapes.check_checkpoints,
@@ -72,7 +72,7 @@ ESTIMATED = ("GPU memory", "host memory")
 def stages(context: RunContext) -> list[Stage]:
     """The stages for a run, in order."""
     if context.is_ours:
-        return [QUICK + QUICK_OF_MODEL, RUN + READ, SIZES, FIT, ESTIMATE]
+        return [QUICK + QUICK_OF_MODEL, RUN + READ, FIT, ESTIMATE]
     return [QUICK, RUN]
 
 
@@ -92,7 +92,8 @@ def run_stages(context: RunContext, to_run: Iterable[Stage]) -> list[Diagnostic]
         if has_errors(found):
             break
         for check in stage:
-            found += results(check, context)
+            # Checks that need the same object, such as the vision side, may find the same mistake in it.
+            found += [diagnostic for diagnostic in results(check, context) if diagnostic not in found]
     return found
 
 
@@ -101,12 +102,18 @@ def has_errors(diagnostics: Iterable[Diagnostic]) -> bool:
 
 
 def results(check: Check, context: RunContext) -> list[Diagnostic]:
-    """The diagnostics of one check. A check that fails itself gives a warning, so that the run can be tried."""
+    """The diagnostics of one check. A ConfigError of the loaders becomes one, about the first key that it names.
+
+    A check that fails itself gives a warning, so that the run can be tried.
+    """
     found = []
     logging.disable(logging.WARNING)  # the loaders would log what they "load"
     try:
         for diagnostic in check(context):
             found.append(diagnostic)
+    except ConfigError as mistake:
+        key = re.search(r"(model|run|datasets)(\.\w+)+", str(mistake))
+        found.append(error(key[0] if key else "config", str(mistake)))
     except Exception as problem:
         what = f"could not be made: {type(problem).__name__}: {problem}"
         found.append(warning(check.__name__.replace("_", " "), what, "This is a bug of doctor; please report it."))

@@ -3,6 +3,7 @@
 torch and the loaders are imported only by the members after `llm_folder`, which read tensors.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -10,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from minigpt4.common import facts
 from minigpt4.common.config import Config
-from minigpt4.common.errors import ConfigError
-from minigpt4.common.schema import VIT_KEYS, VIT_MODELS, MiniGPT4Config
+from minigpt4.common.schema import MiniGPT4Config
 from minigpt4.doctor.machine import Gpu
 from minigpt4.weights import locate
 
@@ -117,23 +117,20 @@ class RunContext:
     def load_in(self) -> str:
         return facts.load_in(self.model.load_in, self.model.low_resource) if self.is_ours else "16bit"
 
-    @cached_property
-    def vit(self) -> dict[str, float] | None:
-        """Sizes of the encoder. None: the name is unknown, or the mapping has other keys."""
-        kind = self.model.vit_model
-        if isinstance(kind, str):
-            return VIT_MODELS.get(kind)
-        return dict(kind) if set(kind) == set(VIT_KEYS) else None
+    @property
+    def vit(self) -> Mapping[str, float]:
+        """Sizes of the encoder. Raises ConfigError if `model.vit_model` is not known."""
+        return facts.vit_sizes(self.model.vit_model)
 
     @cached_property
     def sources(self) -> dict[str, str]:
-        """{key: path or URL} of the weights of the vision side and of checkpoints."""
+        """{key: path or URL} of the weights of the vision side and of checkpoints.
+
+        Raises ConfigError if `model.vit_model` and `model.vit_weights` do not say which.
+        """
         found = {"model.ckpt": self.model.ckpt, "run.resume_ckpt_path": self.run.resume_ckpt_path}
         if self.with_vision and self.vit:
-            try:
-                found["model.vit_weights"] = facts.vit_weights(self.model.vit_model, self.model.vit_weights)
-            except ConfigError:
-                pass  # reported by check_image_settings
+            found["model.vit_weights"] = facts.vit_weights(self.model.vit_model, self.model.vit_weights)
             found["model.q_former_model"] = self.model.q_former_model
         return {key: value for key, value in found.items() if value}
 
