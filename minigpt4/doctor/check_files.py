@@ -66,13 +66,14 @@ def check_language_model(context: RunContext) -> Iterator[Diagnostic]:
 
 
 def check_language_model_contents(context: RunContext) -> Iterator[Diagnostic]:
-    """transformers knows the language model's config, the loaders can read its weights, and it has a tokenizer."""
+    """transformers knows the language model's config, and the loaders can read its weights and its tokenizer."""
     folder = context.llm_folder
     if folder is None:
         return
     try:
         tensors = context.llm.tensors
-    except Exception as problem:  # whatever it is, it would end the run
+        context.tokenizer  # noqa: B018
+    except Exception as problem:  # the libraries share no base class
         config = folder / "config.json"
         pointer = locate.why_unreadable(config) if config.is_file() else None
         reason = f"{config}: {pointer}" if pointer else problem

@@ -15,11 +15,7 @@ SEPARATOR = "###"
 def check_tokenizer(context: RunContext) -> Iterator[Diagnostic]:
     """The tokenizer belongs to the language model, and decodes the separators as they were."""
     key, end_sym, max_txt_len = "model.llama_model", context.model.end_sym, context.model.max_txt_len
-    try:
-        tokenizer = context.tokenizer
-    except Exception as problem:  # the libraries share no base class
-        yield error(key, f"the tokenizer in {context.llm_folder} cannot be read: {problem}", "Fetch its files again.")
-        return
+    tokenizer = context.tokenizer
     if tokenizer is None:
         return
     rows = context.llm.vocabulary

@@ -368,12 +368,12 @@ def test_checks_at_the_start_of_a_run(patient, monkeypatch):
     monkeypatch.setattr(checks, "list_gpus", lambda: [Gpu("a GPU", (9, 0), total=10**9, free=10**9)])
     cfg = patient.context().cfg
     assert checks.preflight(cfg, training=True) == []
-    assert [d.check for d in checks.preflight_weights(cfg, training=True)] == ["GPU memory"]
+    assert [d.check for d in checks.preflight(cfg, training=True, with_loaders=True)] == ["GPU memory"]
     checkpoint(linear(99, 128))(patient)
     with pytest.raises(ConfigError, match="model.ckpt"):
-        checks.preflight_weights(cfg, training=True)
+        checks.preflight(cfg, training=True, with_loaders=True)
     monkeypatch.setenv("RANK", "1")
-    assert checks.preflight_weights(cfg, training=True) == []
+    assert checks.preflight(cfg, training=True, with_loaders=True) == []
 
 
 def not_installed(name):
