@@ -16,16 +16,12 @@ LLM = "model.llama_model"
 
 def check_paths(context: RunContext) -> Iterator[Diagnostic]:
     """Every path of the config exists."""
-    try:
-        context.cfg.check_paths(datasets=context.training)
-    except ConfigError as mistake:
-        for line in str(mistake).splitlines()[1:]:
-            what, _, fix = line.strip().partition(". ")
-            key, _, what = what.partition(" = ")
-            if key.endswith(".features"):
-                fix = f"Make it: python -m minigpt4 cache-features. {fix}"
-            yield error(key, what, fix)
-    else:
+    missing = list(context.cfg.missing_paths(datasets=context.training))
+    for key, what, fix in missing:
+        if key.endswith(".features"):
+            fix = f"Make it: python -m minigpt4 cache-features. {fix}"
+        yield error(key, what, fix)
+    if not missing:
         yield ok("paths", "all that the config names are there")
 
 
@@ -77,9 +73,8 @@ def check_language_model_contents(context: RunContext) -> Iterator[Diagnostic]:
         config = folder / "config.json"
         pointer = locate.why_unreadable(config) if config.is_file() else None
         reason = f"{config}: {pointer}" if pointer else problem
-        yield error(
-            LLM, f"{folder} cannot be read: {reason}", f"Fetch its files again, or --options {LLM}=/where/it/is"
-        )
+        fix = f"Fetch its files again, or give the folder that holds them all: --options {LLM}=/where/it/is"
+        yield error(LLM, f"{folder} cannot be read: {reason}", fix)
         return
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         yield error(LLM, f"{folder} has no tokenizer ({', '.join(TOKENIZER_FILES)})", "Fetch it into the folder.")
