@@ -108,8 +108,8 @@ def _check_fingerprint(context: RunContext, key: str, recorded: dict | None) -> 
     """A checkpoint was trained with this language model."""
     if recorded is None:
         yield ok(key, "records no language model, as published checkpoints do: only the shape could be checked")
-    elif context.llm:
-        own = _own_fingerprint(context)
+    elif context.llm and context.llm.embedding is not None:
+        own = fingerprint.of_weights(context.llm.embedding, context.llm.layers, context.model.llama_model)
         difference = fingerprint.difference_of(recorded, own)
         if difference is None:
             yield ok(key, "was trained with this language model")
@@ -117,11 +117,3 @@ def _check_fingerprint(context: RunContext, key: str, recorded: dict | None) -> 
         what = f"trained with {fingerprint.describe(recorded)}; yours is {fingerprint.describe(own)}: {difference}"
         fix = "Change model.llama_model or the checkpoint; to try it all the same: model.allow_llm_mismatch=true"
         yield (warning if context.model.allow_llm_mismatch else error)(key, what, fix)
-
-
-def _own_fingerprint(context: RunContext) -> dict:
-    """The fingerprint of the language model in the config, as `fingerprint.take` would record it."""
-    llm = context.llm
-    sizes = {"width": llm.width, "layers": llm.layers, "vocabulary": llm.vocabulary}
-    rows = None if llm.embedding is None else llm.embedding[fingerprint.row_ids(llm.vocabulary)].half()
-    return {"name": context.model.llama_model, "embedding_rows": rows, **sizes}
