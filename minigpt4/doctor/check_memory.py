@@ -119,8 +119,7 @@ def estimate(context: RunContext) -> Memory | None:
         tokens = 2000  # a chat's context at most
         return Memory(weights, 0, tokens * llm.layers * llm.kv_width * 2 * (4 if full else 2))
     # CUDA graphs are captured of packed batches alone. Those of a small model are small.
-    captured = compiles(context) and context.run.packed
-    graphs = min(GRAPHS, weights) if captured else 0
+    graphs = min(GRAPHS, weights) if compiles(context) and context.run.packed else 0
     return Memory(weights, trained * TRAINING_BYTES, _activations(context) * (2 if full else 1), graphs)
 
 
