@@ -14,7 +14,7 @@ from minigpt4.common.commands import check_positive
 from minigpt4.common.config import Config
 from minigpt4.common.errors import ConfigError
 from minigpt4.common.registry import UnknownNameError
-from minigpt4.doctor.checks import log_warnings, preflight, preflight_weights
+from minigpt4.doctor.checks import log_warnings, preflight
 from minigpt4.web.server import load_model, serve
 
 
@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
         log_warnings(warnings)
 
         def check_weights() -> None:
-            log_warnings(preflight_weights(cfg, training=False, gpu=args.gpu_id))
+            log_warnings(preflight(cfg, training=False, gpu=args.gpu_id, with_loaders=True))
 
         load_model(page, cfg, args.gpu_id, check_weights)
         page.blocks.block_thread()

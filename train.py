@@ -18,7 +18,7 @@ from minigpt4.cli.arguments import add_config_arguments
 from minigpt4.common.config import Config
 from minigpt4.common.errors import ConfigError, format_error
 from minigpt4.common.registry import UnknownNameError
-from minigpt4.doctor.checks import log_warnings, preflight, preflight_weights
+from minigpt4.doctor.checks import log_warnings, preflight
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
     from minigpt4.runners.state import seed_everything
 
     setup_logger()
-    log_warnings(warnings + preflight_weights(cfg, training=True))
+    log_warnings(warnings + preflight(cfg, training=True, with_loaders=True))
     with dist_utils.process_group(cfg.run_cfg):
         seed_everything(cfg.run_cfg.seed)  # the same on all ranks, so that random weights are equal
         cfg.pretty_print()

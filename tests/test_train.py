@@ -108,7 +108,6 @@ def fails(configs, stage, *options, error=ConfigError, match, early=None):
             with pytest.raises(ConfigError, match=f"(?s)This cannot work.*{early}"):
                 main(arguments)
             patch.setattr("train.preflight", lambda *_, **__: [])
-            patch.setattr("train.preflight_weights", lambda *_, **__: [])
         with pytest.raises(error, match=match):
             main(arguments)
 

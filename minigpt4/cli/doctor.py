@@ -6,7 +6,7 @@
     python -m minigpt4 doctor --cfg-path train_configs/minigpt4_stage2_finetune.yaml --probe     # real steps
 
 Checks every file that the config names, shapes, tokenizer and template, and the machine, and estimates memory and time.
-Paths, keys and headers come first, within a second; the loaders check the rest if those have no errors.
+Paths, keys and the machine come first, within a second; the loaders check the rest if those have no errors.
 Exit status: 0 for no errors (warnings are allowed), 1 for errors, 2 for a config that cannot be read.
 """
 

@@ -9,14 +9,13 @@ Tried: torch 2.11 and 2.14, transformers 5.17 and 5.23, timm 1.0.21 to 1.0.31, b
 The libraries are imported inside the functions.
 """
 
-from contextlib import AbstractContextManager
 from typing import Any
 
 # torch
 
 
 def raise_recompile_limit(limit: int) -> None:
-    """Let torch.compile make at least `limit` versions of one function.
+    """Let torch.compile make at least `limit` versions of one function, in the thread that calls this.
 
     All layers share one code object, with and without gradients. At the default limit of 8 torch warns of
     "recompile_limit reached" and runs the rest uncompiled. Without the setting: give each kind of layer its own
@@ -24,14 +23,8 @@ def raise_recompile_limit(limit: int) -> None:
     """
     import torch
 
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, limit)
-
-
-def recompile_limit(limit: int) -> AbstractContextManager:
-    """The same for a while: a context manager."""
-    import torch
-
-    return torch._dynamo.config.patch(recompile_limit=limit)
+    if torch._dynamo.config.recompile_limit < limit:
+        torch._dynamo.config.recompile_limit = limit
 
 
 def may_be_dynamic(tensor: Any, dim: int) -> None:

@@ -90,14 +90,16 @@ class Config:
 
     def check_paths(self, datasets: bool = False, keys: Sequence[str] = PATH_KEYS) -> None:
         """Raise a ConfigError that lists every path at `keys` (and of `datasets`) that does not exist."""
-        missing = [
-            f"  {key} = {value!r} (set in {self.origin(key)}) does not exist. "
-            f"Change it there, or on the command line: --options {key}=/where/it/is"
-            for key, value in [*self._paths(keys), *(self._storages() if datasets else [])]
-            if not _exists(value, key)
-        ]
+        missing = [f"  {key} = {what}. {fix}" for key, what, fix in self.missing_paths(datasets, keys)]
         if missing:
             raise ConfigError("Paths that do not exist:\n" + "\n".join(missing))
+
+    def missing_paths(self, datasets: bool, keys: Sequence[str] = PATH_KEYS) -> Iterator[tuple[str, str, str]]:
+        """(key, what is wrong, how to mend it) of every path that does not exist."""
+        for key, value in [*self._paths(keys), *(self._storages() if datasets else [])]:
+            if not _exists(value, key):
+                fix = f"Change it there, or on the command line: --options {key}=/where/it/is"
+                yield key, f"{value!r} (set in {self.origin(key)}) does not exist", fix
 
     def _paths(self, keys: Sequence[str]) -> Iterator[tuple[str, str]]:
         """(key, value) of the paths of the model and the run."""
@@ -118,8 +120,7 @@ class Config:
 
     def to_dict(self) -> dict:
         """All settings as plain containers, interpolations resolved."""
-        sections = {"run": self.run_cfg, "model": self.model_cfg, "datasets": self.datasets_cfg}
-        sections |= {"preprocess": self.preprocess_cfg, "env": self.env_cfg}
+        sections = {name: getattr(self, f"{name}_cfg") for name in SECTIONS}
         return {name: OmegaConf.to_container(section, resolve=True) for name, section in sections.items()}
 
     def pretty_print(self) -> None:

@@ -103,30 +103,27 @@ def import_plugins(modules: list[str]) -> None:
 
 
 def default_sources(request: DictConfig) -> list[tuple[Path, DictConfig]]:
-    """The default YAMLs for a request (the user's file and options): the model's, then the datasets'."""
+    """The default YAMLs for a request (the user's file and options): the model's, then the datasets'.
+
+    They are shipped, or those that a plug-in's class names.
+    """
     model = request.get("model") or {}
     arch, model_type = model.get("arch") or MiniGPT4Config.arch, model.get("model_type") or MiniGPT4Config.model_type
-    sources = [_model_default(arch, model_type)]
+    if types := _shipped_models(arch):
+        check_names([model_type], types, lambda name: f"model.model_type={name!r} is not known for {arch}")
+        sources = [types[model_type]]
+    else:
+        sources = [_default_of_plugin("model", arch, model_type, "model.arch")]
     for name, dataset in (request.get("datasets") or {}).items():
-        sources += _dataset_default(name, dataset.get("type", "default"))
+        path, kind = shipped_datasets().get(name), dataset.get("type", "default")
+        sources.append(path or _default_of_plugin("builder", name, kind, f"datasets.{name}"))
     return [(path, load_yaml(path)) for path in sources if path]
 
 
-def _model_default(arch: str, model_type: str) -> Path | None:
-    """The shipped YAML with this arch and model_type, or the one a plug-in's class names."""
-    types = {}
-    for path in sorted(CONFIGS.glob("models/*.yaml")):
-        model = load_yaml(path).model
-        if model.arch == arch:
-            types[model.get("model_type", MiniGPT4Config.model_type)] = path
-    if not types:
-        try:
-            model = registry.get_model_class(arch)
-            return model.default_config_path(model_type) if model.PRETRAINED_MODEL_CONFIG_DICT else None
-        except KeyError as error:
-            raise ConfigError(f"model.arch: {error.args[0]}") from None
-    check_names([model_type], types, lambda name: f"model.model_type={name!r} is not known for {arch}")
-    return types[model_type]
+def _shipped_models(arch: str) -> dict[str, Path]:
+    """{model_type: default YAML} of the models of this arch that come with the package."""
+    models = {path: load_yaml(path).model for path in sorted(CONFIGS.glob("models/*.yaml"))}
+    return {model.model_type: path for path, model in models.items() if model.arch == arch}
 
 
 @cache
@@ -135,12 +132,12 @@ def shipped_datasets() -> dict[str, Path]:
     return {name: path for path in sorted(CONFIGS.glob("datasets/*/*.yaml")) for name in load_yaml(path).datasets}
 
 
-def _dataset_default(name: str, config_type: str) -> list[Path]:
-    """The shipped YAML that describes this dataset, or the one a plug-in's builder names."""
-    if name in shipped_datasets():
-        return [shipped_datasets()[name]]
+def _default_of_plugin(kind: str, name: str, type_name: str, key: str) -> str | Path | None:
+    """The default YAML that the class registered under `name` has for a model_type, or a dataset's type."""
     try:
-        path = registry.get_builder_class(name).default_config_path(config_type)
+        registered = registry.get(kind, name)
+        if kind == "model" and not registered.PRETRAINED_MODEL_CONFIG_DICT:
+            return None
+        return registered.default_config_path(type_name)
     except KeyError as error:
-        raise ConfigError(f"datasets.{name}: {error.args[0]}") from None
-    return [path] if path else []
+        raise ConfigError(f"{key}: {error.args[0]}") from None

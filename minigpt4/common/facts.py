@@ -11,7 +11,7 @@ from pathlib import Path
 
 from minigpt4 import PACKAGE_ROOT
 from minigpt4.common.errors import ConfigError
-from minigpt4.common.schema import BLIP2_URL
+from minigpt4.common.schema import BLIP2_URL, VIT_KEYS, VIT_MODELS
 
 # The place of an image's vectors in a text.
 IMAGE_SLOT = "<ImageHere>"
@@ -59,6 +59,21 @@ def loads_vision(model_cfg: Mapping, from_features: Collection[bool]) -> bool:
     from_features: for each dataset of the run, whether it is read from cached features.
     """
     return model_cfg.get("load_vision", True) and not (from_features and all(from_features))
+
+
+def vit_sizes(vit_model: str | Mapping[str, float]) -> Mapping[str, float]:
+    """The sizes, under VIT_KEYS, of an encoder that `model.vit_model` names or describes.
+
+    Raises ConfigError for an unknown name, and for a mapping with missing or unknown sizes.
+    """
+    if isinstance(vit_model, str):
+        if vit_model not in VIT_MODELS:
+            known = f"{', '.join(VIT_MODELS)}, or a mapping of {', '.join(VIT_KEYS)}"
+            raise ConfigError(f"model.vit_model={vit_model!r} is not known. Use one of {known}.")
+        return VIT_MODELS[vit_model]
+    if set(vit_model) != set(VIT_KEYS):
+        raise ConfigError(f"model.vit_model needs exactly the sizes {sorted(VIT_KEYS)}; it has {sorted(vit_model)}.")
+    return vit_model
 
 
 def vit_weights(vit_model, weights: str | None) -> str | None:

@@ -13,8 +13,9 @@ costs nothing::
 
 import difflib
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partialmethod
+from pathlib import Path
 
 from minigpt4 import PACKAGE_ROOT
 
@@ -34,6 +35,16 @@ def did_you_mean(name: str, known) -> str:
     """`" Did you mean 'x'?"` when `name` resembles one of `known`, otherwise an empty string."""
     close = difflib.get_close_matches(str(name), [str(k) for k in known], n=1)
     return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def default_yaml(paths: Mapping[str, str], name: str, what: str) -> Path:
+    """The default YAML under `name`; `paths` are absolute or relative to the package.
+
+    what: the beginning of the message of the KeyError for an unknown name, which lists the known ones.
+    """
+    if name not in paths:
+        raise KeyError(f"{what} {name!r}.{did_you_mean(name, paths)} Known: {', '.join(paths)}.")
+    return PACKAGE_ROOT / paths[name]
 
 
 class UnknownNameError(KeyError):
@@ -100,7 +111,6 @@ class Registry:
     register_processor = partialmethod(register, "processor")
     register_lr_scheduler = partialmethod(register, "lr_scheduler")
     register_runner = partialmethod(register, "runner")
-    register_step = partialmethod(register, "step")
 
     get_builder_class = partialmethod(get, "builder")
     get_task_class = partialmethod(get, "task")
@@ -108,7 +118,6 @@ class Registry:
     get_processor_class = partialmethod(get, "processor")
     get_lr_scheduler_class = partialmethod(get, "lr_scheduler")
     get_runner_class = partialmethod(get, "runner")
-    get_step_class = partialmethod(get, "step")
 
     list_builders = partialmethod(names, "builder")
     list_tasks = partialmethod(names, "task")
@@ -116,7 +125,6 @@ class Registry:
     list_processors = partialmethod(names, "processor")
     list_lr_schedulers = partialmethod(names, "lr_scheduler")
     list_runners = partialmethod(names, "runner")
-    list_steps = partialmethod(names, "step")
 
 
 registry = Registry()

@@ -65,7 +65,8 @@ def check_records(context: RunContext) -> Iterator[Diagnostic]:
         try:
             records = len(CCSBUAlignDataset(storage, vis_processor=None, name=name))
         except (ConfigError, FileNotFoundError) as mistake:
-            what = _why_no_list(Path(str(storage)).expanduser()) or str(mistake).removeprefix(f"{key}=")
+            is_file = os.path.isfile(os.path.expanduser(str(storage)))
+            what = f"{storage} is a file" if is_file else str(mistake).removeprefix(f"{key}=")
             yield error(key, what, "The folder holds filter_cap.json and image/: dataset/README_2_STAGE.md")
             continue
         per_rank = records // context.world_size
@@ -75,14 +76,6 @@ def check_records(context: RunContext) -> Iterator[Diagnostic]:
             yield error(key, what, f"--options run.batch_size_train={max(per_rank, 1)}, or add data.")
         else:
             yield ok(key, pluralize(records, "record"))
-
-
-def _why_no_list(folder: Path) -> str | None:
-    if folder.is_file():
-        return f"{folder} is a file"
-    listing = folder / "filter_cap.json"
-    reason = locate.why_unreadable(listing) if listing.is_file() else None
-    return reason and f"{listing}: {reason}"
 
 
 def _storages(context: RunContext, *names: str) -> Iterator[tuple[str, str | list[str]]]:

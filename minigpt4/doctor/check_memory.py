@@ -66,7 +66,7 @@ def vision_parameters(context: RunContext) -> dict[str, int]:
     """Parameters of encoder (ln_vision included) and Q-Former (queries included). 0 where they are not loaded."""
     if not context.with_vision:
         return {"vit": 0, "qformer": 0}
-    model = context.vision
+    model = context.meta_model
     return {
         "vit": _numel(model.visual_encoder) + _numel(model.ln_vision),
         "qformer": _numel(model.Qformer) + model.query_tokens.numel(),
@@ -100,9 +100,9 @@ def longest_sequence(context: RunContext) -> int:
 
 
 def estimate(context: RunContext) -> Memory | None:
-    """Memory of the device with the longest batch. None: the language model is not, or not whole, in a local folder."""
+    """Memory of the device with the longest batch. None: the language model is not in a local folder."""
     llm = context.llm
-    if not llm or not llm.tensors or context.tokenizer is None:
+    if not llm or context.tokenizer is None:
         return None
     sizes, trained = vision_parameters(context), trainable_parameters(context)
     quantizable, others = llm.parameter_counts()
@@ -119,8 +119,7 @@ def estimate(context: RunContext) -> Memory | None:
         tokens = 2000  # a chat's context at most
         return Memory(weights, 0, tokens * llm.layers * llm.kv_width * 2 * (4 if full else 2))
     # CUDA graphs are captured of packed batches alone. Those of a small model are small.
-    captured = compiles(context) and context.run.packed
-    graphs = min(GRAPHS, weights) if captured else 0
+    graphs = min(GRAPHS, weights) if compiles(context) and context.run.packed else 0
     return Memory(weights, trained * TRAINING_BYTES, _activations(context) * (2 if full else 1), graphs)
 
 

@@ -7,9 +7,7 @@ shapes and reads no weights.
 from collections.abc import Iterator
 from dataclasses import replace
 
-from minigpt4.common import facts
 from minigpt4.common.errors import ConfigError
-from minigpt4.common.schema import VIT_KEYS
 from minigpt4.doctor.diagnostic import Diagnostic, error, ok, warning
 from minigpt4.doctor.run_context import CHECKPOINT_KEYS, RunContext
 from minigpt4.weights import fingerprint
@@ -19,19 +17,11 @@ PROCESSOR_IMAGE_SIZE = 224
 
 
 def check_image_settings(context: RunContext) -> Iterator[Diagnostic]:
-    """The encoder is known, its patches tile the image, and the processors make images of that size."""
-    size, vit = context.model.image_size, context.vit
-    if vit is None:
-        fix = f"Use {', '.join(facts.VIT_WEIGHTS)}, or a mapping of exactly {', '.join(VIT_KEYS)}."
-        yield error("model.vit_model", f"{context.model.vit_model!r} is not known", fix)
-        return
-    try:
-        facts.vit_weights(context.model.vit_model, context.model.vit_weights)
-    except ConfigError as mistake:
-        yield error("model.vit_weights", str(mistake))
-    if size % vit["patch_size"]:
-        lower = size - size % vit["patch_size"]
-        what = f"{size} is not a multiple of the encoder's patch size {vit['patch_size']}"
+    """The encoder's patches tile the image, and the processors make images of that size."""
+    size, patch_size = context.model.image_size, context.vit["patch_size"]
+    if size % patch_size:
+        lower = size - size % patch_size
+        what = f"{size} is not a multiple of the encoder's patch size {patch_size}"
         yield error("model.image_size", what, f"--options model.image_size={lower}")
         return
     for name, dataset in context.cfg.datasets_cfg.items():
@@ -44,32 +34,17 @@ def check_image_settings(context: RunContext) -> Iterator[Diagnostic]:
     yield ok("model.image_size", f"{size} px")
 
 
-def check_model_sizes(context: RunContext) -> Iterator[Diagnostic]:
-    """Encoder and Q-Former can be built from the sizes in the config."""
-    try:
-        context.vision  # noqa: B018
-    except ConfigError as mistake:
-        yield error("model.qformer", str(mistake))
-
-
 def check_vision(context: RunContext) -> Iterator[Diagnostic]:
     """The weights of encoder and Q-Former fit the config."""
     import torch
 
-    from minigpt4.models import eva_vit, loading
-    from minigpt4.weights import checkpoint
+    from minigpt4.models import loading
 
-    cfg, model, meta = context.local_model_cfg, context.vision, torch.device("meta")
-    try:
-        sources = loading.open_sources(cfg)
-    except ConfigError as mistake:  # each file by itself can be read
-        yield error("model.q_former_model", str(mistake))
-        return
+    cfg, model, meta = context.local_model_cfg, context.meta_model, torch.device("meta")
+    sources = loading.open_sources(cfg)
     if sources.vision:
-        encoder = model.visual_encoder
         try:
-            used = eva_vit.checkpoint_filter_fn(sources.vision, encoder)
-            checkpoint.load_weights(encoder, used, cfg.vit_weights, set(encoder.state_dict()), meta)
+            loading.load_encoder(cfg, sources.vision, meta, torch.float32)
         except ConfigError as mistake:
             fix = "Change model.vit_model, or model.vit_weights to the file of that encoder."
             yield error("model.vit_model", str(mistake), fix)
@@ -87,7 +62,7 @@ def check_vision(context: RunContext) -> Iterator[Diagnostic]:
 
 def _interpolated(context: RunContext, weights: dict) -> str:
     positions = weights.get("pos_embed")
-    if positions is None or positions.shape == context.vision.visual_encoder.pos_embed.shape:
+    if positions is None or positions.shape == context.meta_model.visual_encoder.pos_embed.shape:
         return ""
     return f"; its positions will be interpolated for {context.model.image_size} px"
 
@@ -98,7 +73,7 @@ def _qformer_fix(context: RunContext, weights: dict) -> tuple[str, str]:
         _, count, width = weights["query_tokens"].shape
         if count != context.model.num_query_token:
             return "model.num_query_token", f"--options model.num_query_token={count}"
-        if width != context.vision.Qformer.hidden_size:
+        if width != context.meta_model.Qformer.hidden_size:
             return "model.qformer", "Set model.qformer to the sizes of the file."
     return "model.q_former_model", "Encoder and Q-Former must come from one BLIP-2."
 
@@ -115,7 +90,7 @@ def check_checkpoints(context: RunContext) -> Iterator[Diagnostic]:
         if content is None:
             continue
         trained = checkpoint.weights_of(content)
-        cfg = replace(context.local_model_cfg, ckpt=str(context.local_path(key)))
+        cfg = replace(context.local_model_cfg, ckpt=context.sources[key])
         try:
             if context.llm:
                 loading.check_width(trained, replace(cfg, llama_model=str(context.llm_folder)))
@@ -126,32 +101,19 @@ def check_checkpoints(context: RunContext) -> Iterator[Diagnostic]:
             yield error(key, str(mistake), fix)
         else:
             yield ok(key, f"{cfg.ckpt} fits")
+        yield from _check_fingerprint(context, key, content.get(fingerprint.KEY))
 
 
-def check_fingerprint(context: RunContext) -> Iterator[Diagnostic]:
-    """Checkpoints were trained with this language model."""
-    for key in CHECKPOINT_KEYS:
-        content = context.content(key)
-        if content is None:
-            continue
-        recorded = content.get(fingerprint.KEY)
-        if recorded is None:
-            yield ok(key, "records no language model, as published checkpoints do: only the shape could be checked")
-        elif context.llm:
-            own = _own_fingerprint(context)
-            difference = fingerprint.difference_of(recorded, own)
-            if difference is None:
-                yield ok(key, "was trained with this language model")
-                continue
-            what = f"trained with {fingerprint.describe(recorded)}; yours is {fingerprint.describe(own)}: {difference}"
-            fix = "Change model.llama_model or the checkpoint; to try it all the same: model.allow_llm_mismatch=true"
-            yield (warning if context.model.allow_llm_mismatch else error)(key, what, fix)
-
-
-def _own_fingerprint(context: RunContext) -> dict:
-    """The fingerprint of the language model in the config, as `fingerprint.take` would record it."""
-    llm, rows = context.llm, None
-    if llm.embedding is not None:
-        rows = llm.embedding[fingerprint.row_ids(llm.vocabulary)].half()
-    sizes = {"width": llm.width, "layers": llm.layers, "vocabulary": llm.vocabulary}
-    return {"name": context.model.llama_model, "embedding_rows": rows, **sizes}
+def _check_fingerprint(context: RunContext, key: str, recorded: dict | None) -> Iterator[Diagnostic]:
+    """A checkpoint was trained with this language model."""
+    if recorded is None:
+        yield ok(key, "records no language model, as published checkpoints do: only the shape could be checked")
+    elif context.llm and context.llm.embedding is not None:
+        own = fingerprint.of_weights(context.llm.embedding, context.llm.layers, context.model.llama_model)
+        difference = fingerprint.difference_of(recorded, own)
+        if difference is None:
+            yield ok(key, "was trained with this language model")
+            return
+        what = f"trained with {fingerprint.describe(recorded)}; yours is {fingerprint.describe(own)}: {difference}"
+        fix = "Change model.llama_model or the checkpoint; to try it all the same: model.allow_llm_mismatch=true"
+        yield (warning if context.model.allow_llm_mismatch else error)(key, what, fix)

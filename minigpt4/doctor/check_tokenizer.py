@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 
-from minigpt4.common.errors import ConfigError
 from minigpt4.common.text import pluralize
 from minigpt4.doctor.diagnostic import Diagnostic, error, ok, warning
 from minigpt4.doctor.run_context import RunContext
@@ -16,11 +15,7 @@ SEPARATOR = "###"
 def check_tokenizer(context: RunContext) -> Iterator[Diagnostic]:
     """The tokenizer belongs to the language model, and decodes the separators as they were."""
     key, end_sym, max_txt_len = "model.llama_model", context.model.end_sym, context.model.max_txt_len
-    try:
-        tokenizer = context.tokenizer
-    except Exception as problem:  # the libraries share no base class
-        yield error(key, f"the tokenizer in {context.llm_folder} cannot be read: {problem}", "Fetch its files again.")
-        return
+    tokenizer = context.tokenizer
     if tokenizer is None:
         return
     rows = context.llm.vocabulary
@@ -51,12 +46,7 @@ def check_prompts(context: RunContext) -> Iterator[Diagnostic]:
     template, path = context.model.prompt_template, context.model.prompt_path
     if not path:
         return
-    try:
-        prompts = read_prompts(path, template)
-    except ConfigError as mistake:
-        yield error("model.prompt_path" if "{}" in template else "model.prompt_template", str(mistake))
-        return
-    yield ok("model.prompt_path", pluralize(len(prompts), "prompt"))
+    yield ok("model.prompt_path", pluralize(len(read_prompts(path, template)), "prompt"))
     # Stage 2's template and end_sym make a chat. One without the other teaches a model that does not stop.
     if SEPARATOR in template and SEPARATOR not in context.model.end_sym:
         what = f"the template separates turns by {SEPARATOR}, but answers end with {context.model.end_sym!r}"

@@ -5,6 +5,7 @@ A stage runs only if the stages before it found no error. The first stage does n
 
 import logging
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 
 from minigpt4.common.config import Config
@@ -18,7 +19,7 @@ from minigpt4.doctor import (
     check_shapes,
     check_tokenizer,
 )
-from minigpt4.doctor.diagnostic import ERROR, OK, Diagnostic, as_text, warning
+from minigpt4.doctor.diagnostic import ERROR, OK, Diagnostic, as_text, error, warning
 from minigpt4.doctor.machine import list_gpus
 from minigpt4.doctor.run_context import RunContext
 
@@ -37,7 +38,6 @@ QUICK: Stage = (
 )
 # Without torch, for MiniGPT4.
 QUICK_OF_MODEL: Stage = (
-    check_files.check_weights_files,
     check_files.check_language_model,
     check_files.check_downloads,
     check_shapes.check_image_settings,
@@ -53,15 +53,13 @@ RUN: Stage = (
 )
 # With the loaders, for MiniGPT4: what can be read, then whether it fits together, then what it takes.
 READ: Stage = (
-    check_files.check_contents,
+    check_files.check_weights_files,
     check_files.check_language_model_contents,
-    check_shapes.check_model_sizes,
     check_tokenizer.check_prompts,
 )
 FIT: Stage = (
     check_shapes.check_vision,
     check_shapes.check_checkpoints,
-    check_shapes.check_fingerprint,
     check_tokenizer.check_tokenizer,
 )
 ESTIMATE: Stage = (check_run.check_output_room, check_memory.check_gpu_memory)
@@ -78,23 +76,17 @@ def stages(context: RunContext) -> list[Stage]:
     return [QUICK, RUN]
 
 
-def examine(context: RunContext) -> list[Diagnostic]:
-    """The diagnostics of all checks, up to the first stage with an error."""
-    *earlier, last = stages(context)
-    found = run_stages(context, earlier)
-    if not has_errors(found):
-        return found + run_stages(context, [last])
-    what = "the remaining checks (weights, shapes, tokenizer, memory) were skipped: the errors come first"
-    return [*found, warning("deeper checks", what, "Correct the errors and run doctor again.")]
-
-
-def run_stages(context: RunContext, to_run: Iterable[Stage]) -> list[Diagnostic]:
+def examine(context: RunContext, to_run: Iterable[Stage] | None = None) -> list[Diagnostic]:
+    """The diagnostics of all checks, or of the stages `to_run`, up to the first stage with an error."""
     found: list[Diagnostic] = []
-    for stage in to_run:
+    for stage in stages(context) if to_run is None else to_run:
         if has_errors(found):
+            what = "the remaining checks (weights, shapes, tokenizer, memory) were skipped: the errors come first"
+            found.append(warning("deeper checks", what, "Correct the errors and run doctor again."))
             break
         for check in stage:
-            found += results(check, context)
+            # Checks that need the same object, such as the vision side, may find the same mistake in it.
+            found += [diagnostic for diagnostic in results(check, context) if diagnostic not in found]
     return found
 
 
@@ -103,12 +95,18 @@ def has_errors(diagnostics: Iterable[Diagnostic]) -> bool:
 
 
 def results(check: Check, context: RunContext) -> list[Diagnostic]:
-    """The diagnostics of one check. A check that fails itself gives a warning, so that the run can be tried."""
+    """The diagnostics of one check. A ConfigError of the loaders becomes one, about the first key that it names.
+
+    A check that fails itself gives a warning, so that the run can be tried.
+    """
     found = []
     logging.disable(logging.WARNING)  # the loaders would log what they "load"
     try:
         for diagnostic in check(context):
             found.append(diagnostic)
+    except ConfigError as mistake:
+        key = re.search(r"(model|run|datasets)(\.\w+)+", str(mistake))
+        found.append(error(key[0] if key else "config", str(mistake)))
     except Exception as problem:
         what = f"could not be made: {type(problem).__name__}: {problem}"
         found.append(warning(check.__name__.replace("_", " "), what, "This is a bug of doctor; please report it."))
@@ -117,20 +115,11 @@ def results(check: Check, context: RunContext) -> list[Diagnostic]:
     return found
 
 
-def preflight(cfg: Config, training: bool, gpu: int | None = None) -> list[Diagnostic]:
-    """The quick checks, which do not import torch, on rank 0 alone. gpu: the only one that is used.
+def preflight(cfg: Config, training: bool, gpu: int | None = None, with_loaders: bool = False) -> list[Diagnostic]:
+    """The quick checks, which do not import torch, or those that use the loaders; on rank 0 alone.
 
-    Returns the warnings. Raises ConfigError that lists the errors.
+    gpu: the only one that is used. Returns the warnings. Raises ConfigError that lists the errors.
     """
-    return _preflight(cfg, training, gpu, first=0, last=1)
-
-
-def preflight_weights(cfg: Config, training: bool, gpu: int | None = None) -> list[Diagnostic]:
-    """The checks that use the loaders, to be run before weights are loaded. Otherwise like `preflight`."""
-    return _preflight(cfg, training, gpu, first=1, last=None)
-
-
-def _preflight(cfg: Config, training: bool, gpu: int | None, first: int, last: int | None) -> list[Diagnostic]:
     if int(os.environ.get("RANK", 0)):
         return []
     gpus = list_gpus()
@@ -139,8 +128,8 @@ def _preflight(cfg: Config, training: bool, gpu: int | None, first: int, last: i
     processes, here = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     context = RunContext(cfg, training, gpus, processes, here)
     left_out = NOT_AT_START if gpus else (*NOT_AT_START, check_environment.check_gpu)  # the run reports a lack of GPUs
-    to_run = [tuple(check for check in stage if check not in left_out) for stage in stages(context)]
-    found = run_stages(context, to_run[first:last])
+    quick, *deeper = (tuple(check for check in stage if check not in left_out) for stage in stages(context))
+    found = examine(context, deeper if with_loaders else [quick])
     errors = [each for each in found if each.status == ERROR and each.check not in ESTIMATED]
     if errors:
         raise ConfigError("This cannot work; python -m minigpt4 doctor tells more.\n" + as_text(errors))

@@ -3,16 +3,15 @@
 torch and the loaders are imported only by the members after `llm_folder`, which read tensors.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minigpt4.common import facts
 from minigpt4.common.config import Config
-from minigpt4.common.errors import ConfigError
-from minigpt4.common.schema import VIT_KEYS, VIT_MODELS, MiniGPT4Config
+from minigpt4.common.schema import MiniGPT4Config
 from minigpt4.doctor.machine import Gpu
 from minigpt4.weights import locate
 
@@ -37,7 +36,7 @@ class LanguageModel:
     width: int
     """Width of the token embeddings."""
     tensors: dict[str, "torch.Tensor"]
-    """All weights, mapped from the disk. Empty: the hub's cache holds the config alone."""
+    """All weights, mapped from the disk."""
 
     @property
     def layers(self) -> int:
@@ -69,16 +68,9 @@ class LanguageModel:
 
     def parameter_counts(self) -> tuple[int, int]:
         """Parameters in matrices that 8 and 4 bit shrink, and all others."""
-        quantizable = others = 0
-        for name, tensor in self.tensors.items():
-            count = prod(tensor.shape)
-            if name.endswith("inv_freq"):
-                continue
-            if len(tensor.shape) < 2 or name.endswith(NOT_QUANTIZED):
-                others += count
-            else:
-                quantizable += count
-        return quantizable, others
+        matrices = {n: t for n, t in self.tensors.items() if t.ndim >= 2 and not n.endswith(NOT_QUANTIZED)}
+        quantizable = sum(tensor.numel() for tensor in matrices.values())
+        return quantizable, sum(tensor.numel() for tensor in self.tensors.values()) - quantizable
 
 
 @dataclass
@@ -94,15 +86,9 @@ class RunContext:
     """Processes of the run on this machine. None: all of them."""
     step_time: float | None = None
     """Seconds that a batch takes."""
-    _contents: dict[str, dict] = field(default_factory=dict, init=False)
 
-    @property
-    def model(self):
-        return self.cfg.model_cfg
-
-    @property
-    def run(self):
-        return self.cfg.run_cfg
+    def __post_init__(self) -> None:
+        self.model, self.run = self.cfg.model_cfg, self.cfg.run_cfg
 
     @property
     def is_ours(self) -> bool:
@@ -131,39 +117,30 @@ class RunContext:
     def load_in(self) -> str:
         return facts.load_in(self.model.load_in, self.model.low_resource) if self.is_ours else "16bit"
 
-    @cached_property
-    def vit(self) -> dict[str, float] | None:
-        """Sizes of the encoder. None: the name is unknown, or the mapping has other keys."""
-        kind = self.model.vit_model
-        if isinstance(kind, str):
-            return VIT_MODELS.get(kind)
-        return dict(kind) if set(kind) == set(VIT_KEYS) else None
+    @property
+    def vit(self) -> Mapping[str, float]:
+        """Sizes of the encoder. Raises ConfigError if `model.vit_model` is not known."""
+        return facts.vit_sizes(self.model.vit_model)
 
     @cached_property
     def sources(self) -> dict[str, str]:
-        """{key: path or URL} of the weights of the vision side and of checkpoints."""
+        """{key: path or URL} of the weights of the vision side and of checkpoints.
+
+        Raises ConfigError if `model.vit_model` and `model.vit_weights` do not say which.
+        """
         found = {"model.ckpt": self.model.ckpt, "run.resume_ckpt_path": self.run.resume_ckpt_path}
         if self.with_vision and self.vit:
-            try:
-                found["model.vit_weights"] = facts.vit_weights(self.model.vit_model, self.model.vit_weights)
-            except ConfigError:
-                pass  # reported by check_image_settings
+            found["model.vit_weights"] = facts.vit_weights(self.model.vit_model, self.model.vit_weights)
             found["model.q_former_model"] = self.model.q_former_model
         return {key: value for key, value in found.items() if value}
 
-    def local_path(self, key: str) -> Path | None:
-        """The file or folder of a source. Of a run's folder, the newest checkpoint. None: nothing is there."""
-        if key not in self.sources:
-            return None
-        value = self.sources[key]
-        path = locate.cached_file(value) if facts.is_url(value) else Path(value).expanduser()
-        if path.is_dir() and key in CHECKPOINT_KEYS:
-            return facts.newest_checkpoint(path)
-        return path if path.exists() else None
+    def is_here(self, key: str) -> bool:
+        """Whether the weights of a source need not be fetched."""
+        return not facts.is_url(self.sources[key]) or locate.cached_file(self.sources[key]).exists()
 
     @cached_property
     def llm_folder(self) -> Path | None:
-        """The folder of the language model: a local one, or that of a hub id in the cache."""
+        """The folder of the language model: a local one, or that of a hub id in the cache, if it is whole."""
         value = self.model.llama_model
         path = Path(value).expanduser()
         if path.is_dir():
@@ -172,28 +149,30 @@ class RunContext:
             from huggingface_hub import try_to_load_from_cache
 
             config = try_to_load_from_cache(value, "config.json")
-            return Path(config).parent if isinstance(config, str) else None
+            folder = Path(config).parent if isinstance(config, str) else path
+            return folder if locate.shards(folder) and not locate.missing_shards(folder) else None
         return None
 
     def content(self, key: str) -> dict | None:
-        """Everything in the file of a source, its tensors mapped from the disk. None: it is a folder or not there.
+        """Everything in the file of a source, its tensors mapped from the disk. None: it is not here.
 
-        Raises CheckpointError for a file that holds no weights.
+        Of a run's folder, the newest checkpoint; of an encoder's or Q-Former's folder, the tensors of all its files.
+
+        Raises CheckpointError for a file or folder that holds no weights, and FileNotFoundError.
         """
         from minigpt4.weights import checkpoint
 
-        path = self.local_path(key)
-        if path is None or path.is_dir():
+        if key not in self.sources or not self.is_here(key):
             return None
-        if key not in self._contents:
-            self._contents[key] = checkpoint.read_file(path)
-        return self._contents[key]
+        value = self.sources[key]
+        path = checkpoint.resolve(value) if key in CHECKPOINT_KEYS else locate.fetch(value)
+        return checkpoint.read_weights(path) if path.is_dir() else checkpoint.read_file(path)
 
     @cached_property
     def local_model_cfg(self) -> MiniGPT4Config:
-        """The `model:` section for the loaders, with local paths only. Sources that would be fetched are None."""
-        paths = {key: self.local_path(f"model.{key}") for key in ("vit_weights", "q_former_model", "ckpt")}
-        paths = {key: str(path) if path else None for key, path in paths.items()}
+        """The `model:` section for the loaders. Sources that would be fetched are None."""
+        here = {key: value for key, value in self.sources.items() if self.is_here(key)}
+        paths = {key: here.get(f"model.{key}") for key in ("vit_weights", "q_former_model", "ckpt")}
         return replace(MiniGPT4Config.from_section(self.model), load_vision=self.with_vision, **paths)
 
     @cached_property
@@ -215,15 +194,16 @@ class RunContext:
         from minigpt4.models.llm import embedding_dim
         from minigpt4.weights import checkpoint
 
-        folder = self.llm_folder
-        config = AutoConfig.from_pretrained(folder).get_text_config()
-        complete = locate.shards(folder) and not locate.missing_shards(folder)
-        tensors = checkpoint.read_weights(folder) if complete else {}
-        return LanguageModel(config, embedding_dim(str(folder)), tensors)
+        width = embedding_dim(str(self.llm_folder))
+        config = AutoConfig.from_pretrained(self.llm_folder).get_text_config()
+        return LanguageModel(config, width, checkpoint.read_weights(self.llm_folder))
 
     @cached_property
-    def vision(self):
-        """The vision side on the meta device: shapes without memory. Raises ConfigError for sizes that do not fit."""
+    def meta_model(self):
+        """The vision side on the meta device, that is, shapes without memory; with `llm`, its projection, too.
+
+        Raises ConfigError for sizes that do not fit.
+        """
         import torch
 
         from minigpt4.models import loading
@@ -232,13 +212,7 @@ class RunContext:
         meta, no_weights = torch.device("meta"), loading.Sources(None, None, None, None)
         parts = loading.vision_parts(self.local_model_cfg, no_weights, meta, torch.float32)
         with meta:
-            return Vision(**parts)
-
-    @cached_property
-    def meta_model(self):
-        """`vision` with its projection to the language model. No projection if `llm` is None."""
-        from torch import nn
-
-        if self.llm:
-            self.vision.llama_proj = nn.Linear(self.vision.Qformer.hidden_size, self.llm.width, device="meta")
-        return self.vision
+            model = Vision(**parts)
+            if self.llm:
+                model.llama_proj = torch.nn.Linear(model.Qformer.hidden_size, self.llm.width)
+        return model

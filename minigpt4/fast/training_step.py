@@ -32,7 +32,7 @@ from minigpt4.quantization.fp8 import MULTIPLE, Fp8Linear, convert_linear_layers
 MAX_COMPILATIONS = 64
 
 
-@registry.register_step("fast")
+@registry.register("step", "fast")
 class FastStep(PlainStep):
     """Collates packed batches, and computes vision and loss by compiled layers and CUDA graphs.
 

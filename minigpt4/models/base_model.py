@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from minigpt4.common.errors import ConfigError
-from minigpt4.common.registry import did_you_mean, registry
+from minigpt4.common.registry import default_yaml
 
 
 class BaseModel(nn.Module):
@@ -31,13 +31,7 @@ class BaseModel(nn.Module):
     @classmethod
     def default_config_path(cls, model_type: str) -> Path:
         """The default YAML of a model type. For an unknown type, raises a KeyError that lists the known ones."""
-        known = cls.PRETRAINED_MODEL_CONFIG_DICT
-        if model_type not in known:
-            raise KeyError(
-                f"model_type={model_type!r} is not known for {cls.__name__}.{did_you_mean(model_type, known)} "
-                f"Known: {', '.join(known)}."
-            )
-        return Path(registry.get_path("library_root")) / known[model_type]
+        return default_yaml(cls.PRETRAINED_MODEL_CONFIG_DICT, model_type, f"{cls.__name__} has no model_type")
 
     @classmethod
     def from_config(cls, cfg: Mapping) -> "BaseModel":

@@ -10,8 +10,8 @@ import torch
 from timm.layers import resample_abs_pos_embed
 from timm.models.eva import Eva
 
+from minigpt4.common import facts
 from minigpt4.common.errors import ConfigError
-from minigpt4.common.schema import VIT_KEYS, VIT_MODELS
 from minigpt4.weights import hf_names
 
 
@@ -62,20 +62,8 @@ class EvaViT(Eva):
 def create_vit(
     vit_model: str | Mapping, image_size: int, drop_path_rate: float = 0.0, use_grad_checkpoint: bool = False
 ) -> EvaViT:
-    """Build the encoder, with random weights, from a name in `VIT_MODELS` or from a mapping of its sizes.
-
-    Raises ConfigError for an unknown name, and for a mapping with missing or unknown sizes.
-    """
-    named = isinstance(vit_model, str)
-    if named and vit_model not in VIT_MODELS:
-        raise ConfigError(
-            f"vit_model={vit_model!r} is not known. Use one of {sorted(VIT_MODELS)}, or a mapping of "
-            f"{sorted(VIT_KEYS)}."
-        )
-    sizes = VIT_MODELS[vit_model] if named else vit_model
-    if set(sizes) != set(VIT_KEYS):
-        raise ConfigError(f"vit_model needs exactly the sizes {sorted(VIT_KEYS)}; it has {sorted(sizes)}.")
-    vit = EvaViT(image_size, drop_path_rate=drop_path_rate, **sizes)
+    """Build the encoder, with random weights, from its name or sizes. Raises the errors of `facts.vit_sizes`."""
+    vit = EvaViT(image_size, drop_path_rate=drop_path_rate, **facts.vit_sizes(vit_model))
     vit.set_grad_checkpointing(use_grad_checkpoint)
     return vit
 

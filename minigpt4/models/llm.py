@@ -154,7 +154,10 @@ def _check_path(llama_model: str) -> None:
         )
     missing = weight_files.missing_shards(path)
     if missing:
-        raise ConfigError(f"model.llama_model={llama_model} lacks {', '.join(missing)}, which its index lists.")
+        raise ConfigError(
+            f"model.llama_model={llama_model} lacks {len(missing)} of {len(weight_files.shards(path))} shards: "
+            f"{', '.join(missing)}. Fetch them into it."
+        )
 
 
 @torch.inference_mode()

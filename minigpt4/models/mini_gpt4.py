@@ -175,7 +175,7 @@ class MiniGPT4(vision.Vision):
 
         A step object that a plug-in's constructor has set stays; fp8 is then a ConfigError.
         """
-        fast_step = registry.get_step_class("fast")
+        fast_step = registry.get("step", "fast")
         if type(self.step) in (PlainStep, fast_step):
             self.step = fast_step(self, packed, compiled, fp8)
         elif fp8:

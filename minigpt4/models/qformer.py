@@ -131,8 +131,8 @@ class QFormer(nn.Module):
         super().__init__()
         if hidden_size % num_attention_heads:
             raise ConfigError(
-                f"qformer.hidden_size={hidden_size} is not a multiple of "
-                f"qformer.num_attention_heads={num_attention_heads}."
+                f"model.qformer.hidden_size={hidden_size} is not a multiple of "
+                f"model.qformer.num_attention_heads={num_attention_heads}."
             )
         self.hidden_size = hidden_size
         layers = [

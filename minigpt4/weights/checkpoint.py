@@ -46,6 +46,8 @@ def read_file(path: Path, prefixes: tuple[str, ...] = ("",)) -> dict:
         reason = str(error).partition("\n")[0] or type(error).__name__
         if isinstance(error, (pickle.UnpicklingError, LookupError)):  # torch would advise to allow any code in the file
             reason = "it is no weights file, or holds more than tensors, such as code, and is not opened"
+        if isinstance(error, SafetensorError):
+            reason = f"it is cut off, or no safetensors file ({reason})"
         reason = why_unreadable(path) or reason
         raise CheckpointError(f"{path} ({path.stat().st_size:,} bytes) cannot be read as weights: {reason}") from error
     if not isinstance(content, dict):

@@ -46,24 +46,21 @@ def take(llm, name: str, prompt_template: str, end_sym: str) -> dict:
     Returns:
         `{"name", "width", "layers", "vocabulary", "embedding_rows" [8,D] float16, "prompt_template", "end_sym"}`.
     """
-    embedding = llm.get_input_embeddings().weight.detach()
+    embedding, layers = llm.get_input_embeddings().weight.detach(), llm.config.get_text_config().num_hidden_layers
+    return of_weights(embedding, layers, name) | {"prompt_template": prompt_template, "end_sym": end_sym}
+
+
+def of_weights(embedding, layers: int, name: str) -> dict:
+    """The part of a fingerprint that identifies the language model, from its token embeddings [V,D]."""
     vocabulary, width = embedding.shape
-    return {
-        "name": name,
-        "width": width,
-        "layers": llm.config.get_text_config().num_hidden_layers,
-        "vocabulary": vocabulary,
-        "embedding_rows": embedding[row_ids(vocabulary)].half().cpu(),
-        "prompt_template": prompt_template,
-        "end_sym": end_sym,
-    }
+    sizes = {"width": width, "layers": layers, "vocabulary": vocabulary}
+    return {"name": name, **sizes, "embedding_rows": embedding[row_ids(vocabulary)].half().cpu()}
 
 
 def check(recorded: dict | None, own: dict | None, source: str, allow_mismatch: bool = False) -> None:
     """Compare the fingerprint in the checkpoint `source` with the fingerprint of the loaded language model.
 
-    If either is None, the check passes. If `embedding_rows` of either is None, only the sizes are compared. Another
-    template or end_sym is logged: stage 2 starts from stage 1.
+    If either is None, the check passes. Another template or end_sym is logged: stage 2 starts from stage 1.
 
     Raises:
         MismatchError: another language model; with `allow_mismatch` it is a warning.
@@ -105,8 +102,6 @@ def difference_of(recorded: dict, own: dict) -> str | None:
     for key in SIZES:
         if recorded[key] != own[key]:
             return f"{key} {own[key]} instead of {recorded[key]}"
-    if recorded["embedding_rows"] is None or own["embedding_rows"] is None:
-        return None
     similarity = cosines(np.asarray(recorded["embedding_rows"]), np.asarray(own["embedding_rows"])).min()
     if similarity > SAME:
         return None

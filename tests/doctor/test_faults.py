@@ -205,7 +205,7 @@ FAULTS = {
     "config.json is a pointer": ("chat", lambda p: p.write(p.llm / "config.json", LFS), ERROR, LLM, "Git-LFS"),
     "missing shard": ("chat", missing_shard, ERROR, LLM, "1 of 2 shards: b.safet"),
     "pointer among shards": ("chat", pointer_among_shards, ERROR, LLM, "b.safetensors.*Git-LFS"),
-    "no weights": ("chat", no_weights, ERROR, LLM, "has no weights"),
+    "no weights": ("chat", no_weights, ERROR, LLM, "holds no weights"),
     "unknown architecture": (
         "chat",
         lambda p: p.edit(p.llm / "config.json", model_type="nobody's"),
@@ -368,12 +368,12 @@ def test_checks_at_the_start_of_a_run(patient, monkeypatch):
     monkeypatch.setattr(checks, "list_gpus", lambda: [Gpu("a GPU", (9, 0), total=10**9, free=10**9)])
     cfg = patient.context().cfg
     assert checks.preflight(cfg, training=True) == []
-    assert [d.check for d in checks.preflight_weights(cfg, training=True)] == ["GPU memory"]
+    assert [d.check for d in checks.preflight(cfg, training=True, with_loaders=True)] == ["GPU memory"]
     checkpoint(linear(99, 128))(patient)
     with pytest.raises(ConfigError, match="model.ckpt"):
-        checks.preflight_weights(cfg, training=True)
+        checks.preflight(cfg, training=True, with_loaders=True)
     monkeypatch.setenv("RANK", "1")
-    assert checks.preflight_weights(cfg, training=True) == []
+    assert checks.preflight(cfg, training=True, with_loaders=True) == []
 
 
 def not_installed(name):

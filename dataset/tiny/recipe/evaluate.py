@@ -33,7 +33,8 @@ from tiny_text import full_sentence, named
 from torch import nn
 from transformers import LlamaForCausalLM
 
-from minigpt4.models.eva_vit import VIT_MODELS, create_vit
+from minigpt4.common.schema import VIT_MODELS
+from minigpt4.models.eva_vit import create_vit
 from minigpt4.models.qformer import QFormer
 
 

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from train_vision import TRAINED_ON, VisionPretrainer, measure, shares
 
-from minigpt4.models.eva_vit import VIT_MODELS
+from minigpt4.common.schema import VIT_MODELS
 
 
 class Given(nn.Module):

@@ -25,7 +25,8 @@ from muon import Muon
 from safetensors.torch import save_file
 from torch import nn
 
-from minigpt4.models.eva_vit import VIT_MODELS, create_vit
+from minigpt4.common.schema import VIT_MODELS
+from minigpt4.models.eva_vit import create_vit
 from minigpt4.models.qformer import QFormer
 
 TRAINED_ON = ["noto", "twemoji", "openmoji"]

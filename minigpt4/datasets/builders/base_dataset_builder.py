@@ -1,15 +1,13 @@
 """The base class of dataset builders: the default YAML and the processors."""
 
-import os
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from omegaconf import OmegaConf
 from torch.utils.data import Dataset
 
-from minigpt4 import PACKAGE_ROOT
 from minigpt4.common.errors import ConfigError, check_names
-from minigpt4.common.registry import registry
+from minigpt4.common.registry import default_yaml, registry
 from minigpt4.processors import BaseProcessor
 
 
@@ -39,10 +37,7 @@ class BaseDatasetBuilder:
         """The default YAML of a type; None for a builder without any. Raises KeyError that lists the known types."""
         if not cls.DATASET_CONFIG_DICT:
             return None
-        if type not in cls.DATASET_CONFIG_DICT:
-            known = ", ".join(cls.DATASET_CONFIG_DICT)
-            raise KeyError(f"{cls.name or cls.__name__} has no type {type!r}. Known: {known}.")
-        return os.path.join(PACKAGE_ROOT, cls.DATASET_CONFIG_DICT[type])
+        return str(default_yaml(cls.DATASET_CONFIG_DICT, type, f"{cls.name or cls.__name__} has no type"))
 
     def build_datasets(self) -> dict[str, Dataset]:
         """{split: dataset}."""

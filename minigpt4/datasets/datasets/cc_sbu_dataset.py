@@ -5,6 +5,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from minigpt4.common.errors import ConfigError
 from minigpt4.common.text import pluralize
 from minigpt4.datasets.datasets.packed_strings import PackedStrings
 from minigpt4.processors import read_picture, to_sample
+from minigpt4.weights import locate
 
 log = logging.getLogger(__name__)
 
@@ -155,7 +157,8 @@ def read_annotations(path: str) -> tuple[list[str], list[str]]:
         with open(path, encoding="utf-8") as file:
             content = json.load(file)
     except ValueError as error:
-        raise ConfigError(f"{path} is not JSON in UTF-8: {error}. {form}") from error
+        reason = locate.why_unreadable(Path(path)) or error
+        raise ConfigError(f"{path} is not JSON in UTF-8: {reason}. {form}") from error
     records = content.get("annotations") if isinstance(content, dict) else None
     if not isinstance(records, list) or not records:
         raise ConfigError(f"{path} has no records under the key 'annotations'. {form}")

@@ -69,8 +69,8 @@ class CompiledLayer(nn.Module):
         own = cache.layers[self.index]
         for cached in (own.keys, own.values):
             compat.may_be_dynamic(cached, 1)  # longer caches need no other compilation
-        with compat.recompile_limit(MAX_COMPILATIONS):
-            return self.compiled(*args, **{**kwargs, name: own})
+        compat.raise_recompile_limit(MAX_COMPILATIONS)
+        return self.compiled(*args, **{**kwargs, name: own})
 
     def __getattr__(self, name: str):
         """Attributes that models read of their layers, such as `attention_type`."""
