@@ -12,6 +12,7 @@ from minigpt4.doctor.run_context import TOKENIZER_FILES, RunContext
 from minigpt4.weights import locate
 
 LLM = "model.llama_model"
+REFETCH = "Fetch or write it again, or name another file or folder."
 
 
 def check_paths(context: RunContext) -> Iterator[Diagnostic]:
@@ -25,6 +26,22 @@ def check_paths(context: RunContext) -> Iterator[Diagnostic]:
         yield ok("paths", "all that the config names are there")
 
 
+def check_headers(context: RunContext) -> Iterator[Diagnostic]:
+    """The files of weights are whole, as far as their headers tell."""
+    for key, path in context.weights_paths.items():
+        try:
+            files = [path / name for name in locate.shards(path)] if path.is_dir() else [path]
+        except ConfigError as mistake:
+            yield error(key, str(mistake))
+            continue
+        missing = [file.name for file in files if not file.is_file()]
+        if missing:
+            yield error(key, f"{path} lacks {len(missing)} of {len(files)} shards: {', '.join(missing)}", REFETCH)
+        for file in files:
+            if file.is_file() and (reason := locate.broken_header(file)):
+                yield error(key, f"{file}: {reason}", REFETCH)
+
+
 def check_weights_files(context: RunContext) -> Iterator[Diagnostic]:
     """The loaders can read the files of vision side and checkpoints."""
     from minigpt4.weights import checkpoint
@@ -33,7 +50,7 @@ def check_weights_files(context: RunContext) -> Iterator[Diagnostic]:
         try:
             content = context.content(key)
         except (ConfigError, OSError) as mistake:
-            yield error(key, str(mistake), "Fetch or write it again, or name another file or folder.")
+            yield error(key, str(mistake), REFETCH)
             continue
         if content is not None:
             tensors = checkpoint.weights_of(content).values()
@@ -73,8 +90,7 @@ def check_language_model_contents(context: RunContext) -> Iterator[Diagnostic]:
         config = folder / "config.json"
         pointer = locate.why_unreadable(config) if config.is_file() else None
         reason = f"{config}: {pointer}" if pointer else problem
-        fix = f"Fetch its files again, or give the folder that holds them all: --options {LLM}=/where/it/is"
-        yield error(LLM, f"{folder} cannot be read: {reason}", fix)
+        yield error(LLM, f"{folder} cannot be read: {reason}", REFETCH)
         return
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         yield error(LLM, f"{folder} has no tokenizer ({', '.join(TOKENIZER_FILES)})", "Fetch it into the folder.")

@@ -38,6 +38,7 @@ QUICK: Stage = (
 )
 # Without torch, for MiniGPT4.
 QUICK_OF_MODEL: Stage = (
+    check_files.check_headers,
     check_files.check_language_model,
     check_files.check_downloads,
     check_shapes.check_image_settings,

@@ -136,7 +136,7 @@ class RunContext:
 
     def is_here(self, key: str) -> bool:
         """Whether the weights of a source need not be fetched."""
-        return not facts.is_url(self.sources[key]) or locate.cached_file(self.sources[key]).exists()
+        return not facts.is_url(self.sources[key]) or locate.local_path(self.sources[key]).exists()
 
     @cached_property
     def llm_folder(self) -> Path | None:
@@ -152,6 +152,14 @@ class RunContext:
             folder = Path(config).parent if isinstance(config, str) else path
             return folder if locate.shards(folder) and not locate.missing_shards(folder) else None
         return None
+
+    @property
+    def weights_paths(self) -> dict[str, Path]:
+        """{key: file or folder} of the weights on this machine."""
+        paths = {key: locate.local_path(value) for key, value in self.sources.items()}
+        if self.llm_folder:
+            paths["model.llama_model"] = self.llm_folder
+        return {key: path for key, path in paths.items() if path.exists()}
 
     def content(self, key: str) -> dict | None:
         """Everything in the file of a source, its tensors mapped from the disk. None: it is not here.

@@ -6,8 +6,12 @@ torch is not imported here, so that a config can be checked first.
 import hashlib
 import json
 import os
+import pickle
+import zipfile
 from pathlib import Path
 from urllib.parse import parse_qs, urlparse
+
+from safetensors import SafetensorError, safe_open
 
 from minigpt4.common.errors import ConfigError
 from minigpt4.common.facts import PUBLISHED_KIB, is_url, offline
@@ -27,6 +31,11 @@ def cached_file(url: str) -> Path:
     return home / "hub" / "checkpoints" / os.path.basename(urlparse(url).path)
 
 
+def local_path(path_or_url: str) -> Path:
+    """The file or folder of a path, or of a URL once it is fetched. It need not exist."""
+    return cached_file(path_or_url) if is_url(path_or_url) else Path(path_or_url).expanduser()
+
+
 def fetch(path_or_url: str) -> Path:
     """The local file or folder of a path or URL. A URL's file is fetched into the cache unless it is there.
 
@@ -36,14 +45,11 @@ def fetch(path_or_url: str) -> Path:
         FileNotFoundError: a path does not exist.
         DownloadError: a URL cannot be fetched, gives a wrong file, or may not be fetched because of `offline()`.
     """
-    if not is_url(path_or_url):
-        path = Path(path_or_url).expanduser()
-        if not path.exists():
-            raise FileNotFoundError(f"{path} does not exist.")
-        return path
-    path = cached_file(path_or_url)
+    path = local_path(path_or_url)
     if path.exists():
         return path
+    if not is_url(path_or_url):
+        raise FileNotFoundError(f"{path} does not exist.")
     url, _, fragment = path_or_url.partition("#")
     if offline() and not url.startswith("file:"):
         raise DownloadError(
@@ -98,12 +104,27 @@ def why_unreadable(path: Path) -> str | None:
     return f"{problem}; fetch it again" if problem else None
 
 
+def broken_header(path: Path) -> str | None:
+    """Why a weights file is broken, as far as that shows without torch and without reading all of it. None: it may be
+    whole.
+    """
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, "np"):
+                return None
+        except SafetensorError as problem:
+            return why_unreadable(path) or f"it is cut off, or no safetensors file ({problem})"
+    with open(path, "rb") as file:
+        is_pickle = file.read(1) == pickle.PROTO
+    return None if is_pickle or zipfile.is_zipfile(path) else why_unreadable(path)
+
+
 def identity(path_or_url: str) -> dict[str, str | int]:
     """Identifies weights by file name and, if the file is on this machine, size and digest. Nothing is downloaded.
 
     The digest covers the whole file, or 64 blocks of 1 MB spread over a larger one; of a folder, all its weight files.
     """
-    path = cached_file(path_or_url) if is_url(path_or_url) else Path(path_or_url).expanduser()
+    path = local_path(path_or_url)
     files = [path] if path.is_file() else sorted(path / name for name in shards(path)) if path.is_dir() else []
     if not files:
         return {"file": path.name}

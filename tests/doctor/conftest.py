@@ -40,8 +40,8 @@ class Patient:
     def __init__(self, folder: Path, source: Path):
         self.folder = folder
         shutil.copytree(source, folder, copy_function=os.link, dirs_exist_ok=True)
-        self.vision, self.qformer = folder / random_weights.EVA_FILE, folder / random_weights.BLIP2_FILE
-        self.ckpt = folder / random_weights.CKPT_FILES["small"]
+        names = published.PUBLISHED["files"]["small"]
+        self.vision, self.qformer, self.ckpt = (folder / names[part] for part in ("vision", "qformer", "ckpt"))
         self.llm = next(folder.glob("vicuna-*"))
         (weights,) = self.llm.glob("*.safetensors")
         weights.rename(self.llm / "model.safetensors")
