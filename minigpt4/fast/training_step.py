@@ -7,6 +7,7 @@ fp8 is the exception: its rounding is larger.
 
 import functools
 import logging
+from collections import Counter
 from collections.abc import Callable
 
 import torch
@@ -113,7 +114,8 @@ class FastStep(PlainStep):
         if vit is not None:
             layers += model.Qformer.bert.encoder.layer
             own_features = _overrides(model, "query_outputs", "encode_img")
-            if not own_features and supports_fused_vit(vit) and self._sees_like_the_library(model, vit):
+            eager, autocast = FusedViT(vit, compiled=False), model.autocast(model.device)
+            if not own_features and supports_fused_vit(vit) and sees_like_the_library(vit, eager, autocast):
                 self.fused_vit = FusedViT(vit, compiled=True)
             else:
                 layers += vit.blocks
@@ -121,9 +123,6 @@ class FastStep(PlainStep):
             layer.compile()
         self.summed_cross_entropy = torch.compile(summed_cross_entropy, dynamic=True)  # in one pass over the logits
         logging.info("Layers will be compiled at the first step, which takes half a minute the first time.")
-
-    def _sees_like_the_library(self, model, vit) -> bool:
-        return sees_like_the_library(vit, FusedViT(vit, compiled=False), model.autocast(vit.pos_embed.device))
 
     def _capture(self, model, compiled: bool) -> None:
         """Set up CUDA graphs. No gradient passes through one, so nothing that they compute with may train.
@@ -157,26 +156,25 @@ def convert_to_fp8(llm: torch.nn.Module, visual_encoder: torch.nn.Module | None 
         if supports_fp8(fused.joint):
             fused.replace_joint(Fp8Linear(fused.joint, with_gradient=True, from_norm=True))
     convert_linear_layers(layers, with_gradient=True)
-    in_fp8 = sum(isinstance(fused.joint, Fp8Linear) for fused in fused_layers(layers))
-    in_fp8 += sum(isinstance(part, Fp8Linear) for part in layers.modules())
-    if not in_fp8:
+    if not _log_fp8(layers):
         raise ConfigError(
             "run.fp8=True: the language model has no frozen linear layers in bfloat16 with sizes in multiples of "
             f"{MULTIPLE}. Set model.load_in=16bit, or run.fp8=False."
         )
-    _log_fp8(layers, in_fp8)
     if visual_encoder is not None and not any(p.requires_grad for p in visual_encoder.parameters()):
         for block in visual_encoder.blocks:
             compat.call_qkv_layer(block.attn)
         convert_linear_layers(visual_encoder.blocks, with_gradient=False)
-        _log_fp8(visual_encoder.blocks, sum(isinstance(part, Fp8Linear) for part in visual_encoder.modules()))
+        _log_fp8(visual_encoder.blocks)
 
 
-def _log_fp8(layers: torch.nn.ModuleList, in_fp8: int) -> None:
-    others = sum(type(part) is torch.nn.Linear for part in layers.modules())
-    others += sum(type(fused.joint) is torch.nn.Linear for fused in fused_layers(layers))
+def _log_fp8(layers: torch.nn.ModuleList) -> int:
+    """Log how many linear layers compute in fp8, and return this number."""
+    kinds = Counter(type(part) for part in (*layers.modules(), *(fused.joint for fused in fused_layers(layers))))
+    in_fp8, others = kinds[Fp8Linear], kinds[torch.nn.Linear]
     kind = type(compat.without_recomputation(layers[0])).__name__
     logging.info("%d linear layers compute in fp8, %d do not, of %s.", in_fp8, others, kind)
+    return in_fp8
 
 
 def _overrides(model, *methods: str) -> bool:

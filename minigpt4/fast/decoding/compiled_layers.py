@@ -124,11 +124,9 @@ class KernelLinear(nn.Linear):
 class KernelLowBitLinear(LowBitLinear):
     """The same for quantised weights, which are dequantised as they are read. In 4 bit rows must be whole blocks."""
 
-    def __init__(self, layer: LowBitLinear):
-        super().__init__(layer.in_features, layer.out_features, bias=False, device="meta")
-        self.weight, self.bias = layer.weight, layer.bias
-        self.register_buffer("scale", layer.scale, persistent=False)
-        self.register_buffer("code", layer.code, persistent=False)
+    @classmethod
+    def of(cls, layer: LowBitLinear) -> "KernelLowBitLinear":
+        return cls.replacing(layer, layer.weight, layer.scale, layer.code)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         whole_blocks = self.code is None or self.in_features % BLOCK == 0
@@ -145,4 +143,4 @@ class KernelLowBitLinear(LowBitLinear):
 
 
 # Other kinds of layers stay as they are.
-KERNEL_LAYERS = {nn.Linear: KernelLinear, LowBitLinear: KernelLowBitLinear}
+KERNEL_LAYERS = {nn.Linear: KernelLinear, LowBitLinear: KernelLowBitLinear.of}
