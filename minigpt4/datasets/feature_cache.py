@@ -74,10 +74,11 @@ def write_shard(path: Path, samples: Iterable[tuple[str, np.ndarray, dict[str, s
     part = path.with_name(f".{path.name}.part")
     try:
         with open(part, "wb") as file, wds.TarWriter(file, mtime=0) as tar:
-            for count, (key, features, text) in enumerate(samples, start=1):
+            for key, features, text in samples:
                 content = io.BytesIO()
                 np.save(content, features)
                 tar.write({"__key__": key, "npy": content.getvalue(), "json": json.dumps(text).encode()})
+                count += 1
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)

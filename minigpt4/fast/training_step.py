@@ -21,7 +21,7 @@ from minigpt4.fast.attention import allow_packing, disallow_packing
 from minigpt4.fast.cuda_graphs import GraphedFunction
 from minigpt4.fast.fused_linear import fuse_projections, fused_layers
 from minigpt4.fast.llama import FusedLlama, supports_fused_llama
-from minigpt4.fast.packing.batch import MicroBatch, PackedBatch, pack
+from minigpt4.fast.packing.batch import MicroBatch, PackedBatch, Sizes, pack
 from minigpt4.fast.self_check import TrainingCheck, sees_like_the_library
 from minigpt4.fast.vit import FusedViT, supports_fused_vit
 from minigpt4.models.mini_gpt4 import MiniGPT4, PlainStep, summed_cross_entropy
@@ -100,6 +100,14 @@ class FastStep(PlainStep):
         logits = self.fused_llama(embeds, part) if self.fused_llama and is_micro_batch else model.predict(embeds, part)
         return self.summed_cross_entropy(logits, part.targets)
 
+    def _loss_and_gradient(self, model, image_embeds: torch.Tensor, numbers: torch.Tensor, sizes: Sizes) -> tuple:
+        """The summed loss of a micro-batch and its gradient with respect to the image vectors."""
+        image_embeds = image_embeds.detach().requires_grad_()
+        with torch.enable_grad():
+            loss = self._summed_loss(model, image_embeds, MicroBatch(numbers, sizes))
+        with torch.autocast(image_embeds.device.type, enabled=False):
+            return loss.detach(), *torch.autograd.grad(loss, image_embeds)
+
     def _compile(self, model, check: TrainingCheck, in_fp8: bool) -> None:
         """Set up torch.compile for the layers; each is compiled when the first step calls it."""
         compat.raise_recompile_limit(MAX_COMPILATIONS)
@@ -139,7 +147,7 @@ class FastStep(PlainStep):
         in_float16 = model.llama_model.get_input_embeddings().weight.dtype == torch.float16
         at_once = self.packed and not in_float16 and not _overrides(model, "predict", "embed")
         if at_once and all(name.startswith(PREFIXES) for name in trained):
-            self.loss_and_gradient = _with_gradient(functools.partial(self._summed_loss, model))
+            self.loss_and_gradient = functools.partial(self._loss_and_gradient, model)
             if compiled and not self.quantized:
                 self.loss_and_gradient = GraphedFunction(self.loss_and_gradient, "language model")
 
@@ -190,19 +198,6 @@ def _library_predict(llm) -> Callable[[torch.Tensor, MicroBatch], torch.Tensor]:
 def _gpu_bytes(llm) -> int:
     device = llm.get_input_embeddings().weight.device
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
-
-
-def _with_gradient(summed_loss: Callable) -> Callable:
-    """A function that computes the loss of a micro-batch and its gradient with respect to the image vectors."""
-
-    def compute(image_embeds: torch.Tensor, numbers: torch.Tensor, sizes) -> tuple[torch.Tensor, torch.Tensor]:
-        image_embeds = image_embeds.detach().requires_grad_()
-        with torch.enable_grad():
-            loss = summed_loss(image_embeds, MicroBatch(numbers, sizes))
-        with torch.autocast(image_embeds.device.type, enabled=False):
-            return loss.detach(), *torch.autograd.grad(loss, image_embeds)
-
-    return compute
 
 
 class _LossWithGradient(torch.autograd.Function):

@@ -58,8 +58,7 @@ class CCSBUAlignDataset(Dataset):
         if missing:
             key = f"datasets.{name}.build_info.storage"
             raise FileNotFoundError(
-                f"{key}={storage}: there is no {missing}. "
-                f"Set it in the YAML or with --options {key}=/data/{name}"
+                f"{key}={storage}: there is no {missing}. Set it in the YAML or with --options {key}=/data/{name}"
             )
         image_ids, captions = read_annotations(self.annotation_file)
         self.files = PackedStrings(self._find_pictures(image_ids))
