@@ -114,12 +114,11 @@ class TrainingCheck:
 
         predict_by: from a model to a function from embeddings [1,T,D] and a micro-batch to logits [1,K,V].
         """
-        return _agree(
-            name,
-            lambda: self._packed_results(first_layers(self.llm), predict_by),
-            lambda: self.expected,
-            FP8_TOLERANCE if in_fp8 else None,
-        )
+
+        def packed() -> Results:
+            return self._packed_results(first_layers(self.llm), predict_by)
+
+        return _agree(name, packed, lambda: self.expected, in_fp8)
 
     def _packed_results(self, llm: nn.Module, predict_by: Callable) -> Results:
         learnt, predict = self.micro_batch.targets[0] != IGNORE_INDEX, predict_by(llm)
@@ -145,12 +144,7 @@ def sees_like_the_library(vit: nn.Module, fused_vit: Callable, autocast: torch.a
     image = image.to(vit.pos_embed.device)
     in_fp8 = any(isinstance(part, Fp8Linear) for part in vit.modules())
     with torch.no_grad(), autocast, evaluating(vit):
-        return _agree(
-            "The fused vision encoder",
-            lambda: (fused_vit(image),),
-            lambda: (vit(image),),
-            FP8_TOLERANCE if in_fp8 else None,
-        )
+        return _agree("The fused vision encoder", lambda: (fused_vit(image),), lambda: (vit(image),), in_fp8)
 
 
 def decodes_like_the_library(llm: nn.Module, make_cache: Callable) -> bool:
@@ -213,13 +207,8 @@ def tolerance_of(result: torch.Tensor) -> float:
     return EXACT_TOLERANCE if exact else TOLERANCE
 
 
-def _agree(
-    name: str, compute: Callable[[], Results], by_library: Callable[[], Results], tolerance: float | None = None
-) -> bool:
-    """Whether a fast path gives the library's results to rounding; one line says so where it does not.
-
-    tolerance: None: by the type of the library's results.
-    """
+def _agree(name: str, compute: Callable[[], Results], by_library: Callable[[], Results], in_fp8: bool = False) -> bool:
+    """Whether a fast path gives the library's results to rounding; one line says so where it does not."""
     try:
         expected = by_library()
         difference = largest_difference(compute(), expected)
@@ -228,7 +217,7 @@ def _agree(
     except Exception as error:  # whatever a changed library raises
         logging.warning("%s does not run with this library (%s: %s). It is off.", name, type(error).__name__, error)
         return False
-    if difference <= (tolerance or tolerance_of(expected[0])):  # NaN is not
+    if difference <= (FP8_TOLERANCE if in_fp8 else tolerance_of(expected[0])):  # NaN is not
         return True
     logging.warning("%s differs from the library's own result by %.2g. It is off.", name, difference)
     return False
