@@ -164,13 +164,10 @@ def _micro_batch(
 
 def shared_prefix(sequences: list[list[int]], labels: list[list[int]]) -> int:
     """How many tokens all sequences begin with, before any image, from which no label is predicted."""
-    first, count = sequences[0], 0
-    most = min(map(len, sequences)) - 1
-    while (
-        count < most
-        and first[count] != IMAGE_ID
-        and all(ids[count] == first[count] for ids in sequences)
-        and all(row[count + 1] == IGNORE_INDEX for row in labels)
-    ):
-        count += 1
-    return count
+    most = max(min(map(len, sequences)) - 1, 0)
+    for count, token in enumerate(sequences[0][:most]):
+        if token == IMAGE_ID or any(ids[count] != token for ids in sequences):
+            return count
+        if any(row[count + 1] != IGNORE_INDEX for row in labels):
+            return count
+    return most
