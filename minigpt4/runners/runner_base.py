@@ -168,7 +168,9 @@ class RunnerBase:
                 output = self.task.train_step(self.model, samples)
             loss, num_labels = _loss_and_labels(output)
             # torch.full runs on the GPU; copying a tensor from the host would make the host wait.
-            labels = dist_utils.all_reduce_sum(torch.full((), float(num_labels), device=self.device))
+            labels = torch.full((), float(num_labels), device=self.device)
+            if self.world_size > 1:
+                labels = dist_utils.all_reduce_sum(labels)
             self.labels_of_step.append(torch.where(labels > 0, labels, 1.0))
             # The gradient must be that of the mean over the labels of all ranks and micro-batches. DDP divides by the
             # number of ranks. So far only the labels of the first micro-batch count; `optimizer_step` corrects that.
