@@ -204,14 +204,8 @@ def eval_loader(
     """Batches of a dataset in order, every sample once; over several ranks each takes every world_size-th sample.
 
     The last batch may be smaller, and a rank may have none. Random draws are the same each time.
-    Raises ConfigError for a stream.
+    The dataset must have a length.
     """
-    if isinstance(dataset, IterableDataset):
-        name = getattr(dataset, "name", type(dataset).__name__)
-        raise ConfigError(
-            f"{name} is a stream without end; it cannot be a validation or test split, which needs a dataset with a "
-            "length. Take it out of run.valid_splits and run.test_splits."
-        )
     part = range(rank, len(dataset), world_size)
     starts = range(0, len(part), batch_size)
     plan = [BatchRequest("", 0, number, list(part[i : i + batch_size])) for number, i in enumerate(starts)]

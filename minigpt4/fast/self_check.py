@@ -82,8 +82,8 @@ class TrainingCheck:
         self.sequences = [[token % embedding.num_embeddings for token in PREFIX + own] for own in SEQUENCES]
         self.not_learnt = len(PREFIX) + 1
         labels = [[IGNORE_INDEX] * self.not_learnt + ids[self.not_learnt :] for ids in self.sequences]
-        packed = pack(self.sequences, labels, max_tokens=1024)
-        self.micro_batch = packed.micro_batches[0].to(embedding.weight.device)
+        packed = pack(self.sequences, labels, max_tokens=1024).to(embedding.weight.device)
+        self.micro_batch = packed.micro_batches[0]
         self.llm = llm
 
     @functools.cached_property
@@ -114,32 +114,28 @@ class TrainingCheck:
 
         predict_by: from a model to a function from embeddings [1,T,D] and a micro-batch to logits [1,K,V].
         """
-        return _agree(
-            name,
-            lambda: self._packed_results(first_layers(self.llm), predict_by),
-            lambda: self.expected,
-            FP8_TOLERANCE if in_fp8 else None,
-        )
+
+        def packed() -> Results:
+            return self._packed_results(first_layers(self.llm), predict_by)
+
+        return _agree(name, packed, lambda: self.expected, in_fp8)
 
     def _packed_results(self, llm: nn.Module, predict_by: Callable) -> Results:
-        embeds = _embeddings(llm, self.micro_batch.input_ids)
-        learnt = self.micro_batch.targets[0] != IGNORE_INDEX
-        with torch.enable_grad(), evaluating(llm):
-            logits = predict_by(llm)(embeds, self.micro_batch)[0, learnt]
-            (gradient,) = torch.autograd.grad(_weighted_sum(logits), embeds)
+        learnt, predict = self.micro_batch.targets[0] != IGNORE_INDEX, predict_by(llm)
+        logits, gradient = _logits_and_gradient(
+            llm, self.micro_batch.input_ids, lambda embeds: predict(embeds, self.micro_batch)[0, learnt]
+        )
         used = len(PREFIX) + sum(len(own) - 1 for own in SEQUENCES)  # a sequence's last token is left out
-        return logits, gradient[0, len(PREFIX) : used]
+        return logits, gradient[len(PREFIX) : used]
 
     def _library_results(self, llm: nn.Module) -> Results:
-        all_logits, gradients = [], []
-        for ids in self.sequences:
-            embeds = _embeddings(llm, torch.tensor([ids[:-1]], device=self.micro_batch.numbers.device))
-            with torch.enable_grad(), evaluating(llm):
-                logits = llm(inputs_embeds=embeds, use_cache=False).logits[0, self.not_learnt - 1 :]
-                (gradient,) = torch.autograd.grad(_weighted_sum(logits), embeds)
-            all_logits.append(logits)
-            gradients.append(gradient[0, len(PREFIX) :])
-        return torch.cat(all_logits), torch.cat(gradients)
+        def predict(embeds: torch.Tensor) -> torch.Tensor:
+            return llm(inputs_embeds=embeds, use_cache=False).logits[0, self.not_learnt - 1 :]
+
+        device = self.micro_batch.numbers.device
+        inputs = [torch.tensor([ids[:-1]], device=device) for ids in self.sequences]
+        logits, gradients = zip(*(_logits_and_gradient(llm, ids, predict) for ids in inputs), strict=True)
+        return torch.cat(logits), torch.cat([gradient[len(PREFIX) :] for gradient in gradients])
 
 
 def sees_like_the_library(vit: nn.Module, fused_vit: Callable, autocast: torch.autocast) -> bool:
@@ -148,12 +144,7 @@ def sees_like_the_library(vit: nn.Module, fused_vit: Callable, autocast: torch.a
     image = image.to(vit.pos_embed.device)
     in_fp8 = any(isinstance(part, Fp8Linear) for part in vit.modules())
     with torch.no_grad(), autocast, evaluating(vit):
-        return _agree(
-            "The fused vision encoder",
-            lambda: (fused_vit(image),),
-            lambda: (vit(image),),
-            FP8_TOLERANCE if in_fp8 else None,
-        )
+        return _agree("The fused vision encoder", lambda: (fused_vit(image),), lambda: (vit(image),), in_fp8)
 
 
 def decodes_like_the_library(llm: nn.Module, make_cache: Callable) -> bool:
@@ -188,17 +179,20 @@ def decodes_like_the_library(llm: nn.Module, make_cache: Callable) -> bool:
         return _agree("The decoding loop", by_cache, by_library)
 
 
-def _embeddings(llm: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+def _logits_and_gradient(llm: nn.Module, ids: torch.Tensor, predict: Callable[[torch.Tensor], torch.Tensor]) -> Results:
+    """The logits [K,V] that `predict` gives for the embeddings of ids [1,T], and a gradient of the embeddings [T,D].
+
+    It is the gradient of a sum with fixed weights, which neither depends on the logits nor overflows in 16 bit.
+    """
     with torch.no_grad():
         embeds = llm.get_input_embeddings()(ids)
-    return embeds.detach().requires_grad_()
-
-
-def _weighted_sum(logits: torch.Tensor) -> torch.Tensor:
-    """A sum of logits [K,V] with fixed weights: its gradients neither depend on the logits nor overflow in 16 bit."""
-    count = logits.shape[-1]
-    weights = torch.arange(count, device=logits.device).cos() / count**0.5
-    return (logits.float() @ weights).sum()
+    embeds = embeds.detach().requires_grad_()
+    with torch.enable_grad(), evaluating(llm):
+        logits = predict(embeds)
+        count = logits.shape[-1]
+        weights = torch.arange(count, device=logits.device).cos() / count**0.5
+        (gradient,) = torch.autograd.grad((logits.float() @ weights).sum(), embeds)
+    return logits, gradient[0]
 
 
 def largest_difference(results: Results, expected: Results) -> float:
@@ -213,13 +207,8 @@ def tolerance_of(result: torch.Tensor) -> float:
     return EXACT_TOLERANCE if exact else TOLERANCE
 
 
-def _agree(
-    name: str, compute: Callable[[], Results], by_library: Callable[[], Results], tolerance: float | None = None
-) -> bool:
-    """Whether a fast path gives the library's results to rounding; one line says so where it does not.
-
-    tolerance: None: by the type of the library's results.
-    """
+def _agree(name: str, compute: Callable[[], Results], by_library: Callable[[], Results], in_fp8: bool = False) -> bool:
+    """Whether a fast path gives the library's results to rounding; one line says so where it does not."""
     try:
         expected = by_library()
         difference = largest_difference(compute(), expected)
@@ -228,7 +217,7 @@ def _agree(
     except Exception as error:  # whatever a changed library raises
         logging.warning("%s does not run with this library (%s: %s). It is off.", name, type(error).__name__, error)
         return False
-    if difference <= (tolerance or tolerance_of(expected[0])):  # NaN is not
+    if difference <= (FP8_TOLERANCE if in_fp8 else tolerance_of(expected[0])):  # NaN is not
         return True
     logging.warning("%s differs from the library's own result by %.2g. It is off.", name, difference)
     return False

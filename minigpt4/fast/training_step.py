@@ -7,6 +7,7 @@ fp8 is the exception: its rounding is larger.
 
 import functools
 import logging
+from collections import Counter
 from collections.abc import Callable
 
 import torch
@@ -20,7 +21,7 @@ from minigpt4.fast.attention import allow_packing, disallow_packing
 from minigpt4.fast.cuda_graphs import GraphedFunction
 from minigpt4.fast.fused_linear import fuse_projections, fused_layers
 from minigpt4.fast.llama import FusedLlama, supports_fused_llama
-from minigpt4.fast.packing.batch import MicroBatch, PackedBatch, pack
+from minigpt4.fast.packing.batch import MicroBatch, PackedBatch, Sizes, pack
 from minigpt4.fast.self_check import TrainingCheck, sees_like_the_library
 from minigpt4.fast.vit import FusedViT, supports_fused_vit
 from minigpt4.models.mini_gpt4 import MiniGPT4, PlainStep, summed_cross_entropy
@@ -99,6 +100,14 @@ class FastStep(PlainStep):
         logits = self.fused_llama(embeds, part) if self.fused_llama and is_micro_batch else model.predict(embeds, part)
         return self.summed_cross_entropy(logits, part.targets)
 
+    def _loss_and_gradient(self, model, image_embeds: torch.Tensor, numbers: torch.Tensor, sizes: Sizes) -> tuple:
+        """The summed loss of a micro-batch and its gradient with respect to the image vectors."""
+        image_embeds = image_embeds.detach().requires_grad_()
+        with torch.enable_grad():
+            loss = self._summed_loss(model, image_embeds, MicroBatch(numbers, sizes))
+        with torch.autocast(image_embeds.device.type, enabled=False):
+            return loss.detach(), *torch.autograd.grad(loss, image_embeds)
+
     def _compile(self, model, check: TrainingCheck, in_fp8: bool) -> None:
         """Set up torch.compile for the layers; each is compiled when the first step calls it."""
         compat.raise_recompile_limit(MAX_COMPILATIONS)
@@ -113,7 +122,8 @@ class FastStep(PlainStep):
         if vit is not None:
             layers += model.Qformer.bert.encoder.layer
             own_features = _overrides(model, "query_outputs", "encode_img")
-            if not own_features and supports_fused_vit(vit) and self._sees_like_the_library(model, vit):
+            eager, autocast = FusedViT(vit, compiled=False), model.autocast(model.device)
+            if not own_features and supports_fused_vit(vit) and sees_like_the_library(vit, eager, autocast):
                 self.fused_vit = FusedViT(vit, compiled=True)
             else:
                 layers += vit.blocks
@@ -121,9 +131,6 @@ class FastStep(PlainStep):
             layer.compile()
         self.summed_cross_entropy = torch.compile(summed_cross_entropy, dynamic=True)  # in one pass over the logits
         logging.info("Layers will be compiled at the first step, which takes half a minute the first time.")
-
-    def _sees_like_the_library(self, model, vit) -> bool:
-        return sees_like_the_library(vit, FusedViT(vit, compiled=False), model.autocast(vit.pos_embed.device))
 
     def _capture(self, model, compiled: bool) -> None:
         """Set up CUDA graphs. No gradient passes through one, so nothing that they compute with may train.
@@ -140,7 +147,7 @@ class FastStep(PlainStep):
         in_float16 = model.llama_model.get_input_embeddings().weight.dtype == torch.float16
         at_once = self.packed and not in_float16 and not _overrides(model, "predict", "embed")
         if at_once and all(name.startswith(PREFIXES) for name in trained):
-            self.loss_and_gradient = _with_gradient(functools.partial(self._summed_loss, model))
+            self.loss_and_gradient = functools.partial(self._loss_and_gradient, model)
             if compiled and not self.quantized:
                 self.loss_and_gradient = GraphedFunction(self.loss_and_gradient, "language model")
 
@@ -157,26 +164,25 @@ def convert_to_fp8(llm: torch.nn.Module, visual_encoder: torch.nn.Module | None 
         if supports_fp8(fused.joint):
             fused.replace_joint(Fp8Linear(fused.joint, with_gradient=True, from_norm=True))
     convert_linear_layers(layers, with_gradient=True)
-    in_fp8 = sum(isinstance(fused.joint, Fp8Linear) for fused in fused_layers(layers))
-    in_fp8 += sum(isinstance(part, Fp8Linear) for part in layers.modules())
-    if not in_fp8:
+    if not _log_fp8(layers):
         raise ConfigError(
             "run.fp8=True: the language model has no frozen linear layers in bfloat16 with sizes in multiples of "
             f"{MULTIPLE}. Set model.load_in=16bit, or run.fp8=False."
         )
-    _log_fp8(layers, in_fp8)
     if visual_encoder is not None and not any(p.requires_grad for p in visual_encoder.parameters()):
         for block in visual_encoder.blocks:
             compat.call_qkv_layer(block.attn)
         convert_linear_layers(visual_encoder.blocks, with_gradient=False)
-        _log_fp8(visual_encoder.blocks, sum(isinstance(part, Fp8Linear) for part in visual_encoder.modules()))
+        _log_fp8(visual_encoder.blocks)
 
 
-def _log_fp8(layers: torch.nn.ModuleList, in_fp8: int) -> None:
-    others = sum(type(part) is torch.nn.Linear for part in layers.modules())
-    others += sum(type(fused.joint) is torch.nn.Linear for fused in fused_layers(layers))
+def _log_fp8(layers: torch.nn.ModuleList) -> int:
+    """Log how many linear layers compute in fp8, and return this number."""
+    kinds = Counter(type(part) for part in (*layers.modules(), *(fused.joint for fused in fused_layers(layers))))
+    in_fp8, others = kinds[Fp8Linear], kinds[torch.nn.Linear]
     kind = type(compat.without_recomputation(layers[0])).__name__
     logging.info("%d linear layers compute in fp8, %d do not, of %s.", in_fp8, others, kind)
+    return in_fp8
 
 
 def _overrides(model, *methods: str) -> bool:
@@ -192,19 +198,6 @@ def _library_predict(llm) -> Callable[[torch.Tensor, MicroBatch], torch.Tensor]:
 def _gpu_bytes(llm) -> int:
     device = llm.get_input_embeddings().weight.device
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
-
-
-def _with_gradient(summed_loss: Callable) -> Callable:
-    """A function that computes the loss of a micro-batch and its gradient with respect to the image vectors."""
-
-    def compute(image_embeds: torch.Tensor, numbers: torch.Tensor, sizes) -> tuple[torch.Tensor, torch.Tensor]:
-        image_embeds = image_embeds.detach().requires_grad_()
-        with torch.enable_grad():
-            loss = summed_loss(image_embeds, MicroBatch(numbers, sizes))
-        with torch.autocast(image_embeds.device.type, enabled=False):
-            return loss.detach(), *torch.autograd.grad(loss, image_embeds)
-
-    return compute
 
 
 class _LossWithGradient(torch.autograd.Function):

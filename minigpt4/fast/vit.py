@@ -38,9 +38,8 @@ class FusedViT:
 
     def __init__(self, vit: EvaViT, compiled: bool):
         """compiled: by torch.compile, with one compilation for all blocks."""
-        self.vit, self.block_fn = vit, run_block
-        if compiled:
-            self.block_fn = torch.compile(run_block)
+        self.vit = vit
+        self.block_fn = torch.compile(run_block) if compiled else run_block
 
     def __call__(self, image: torch.Tensor) -> torch.Tensor:
         """Images [B,3,S,S] to image tokens [B,N,D], as `EvaViT.forward`."""

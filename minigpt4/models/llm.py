@@ -47,8 +47,7 @@ def load_llm(
         ConfigError: there is no language model at `llama_model`, or it cannot be loaded with these settings.
         CheckpointError: tensors are missing from its files or have other shapes.
     """
-    if device_map:
-        _check_map(device_map, load_in)
+    _check_load_in(llama_model, load_in, device_map)
     if device.type == "mps" and load_in in ("8bit", "4bit"):
         raise ConfigError(
             f"model.load_in={load_in} (8bit with model.low_resource) is bitsandbytes', which computes on NVIDIA's GPUs "
@@ -63,7 +62,7 @@ def load_llm(
     how = {"dtype": "auto" if mapped else dtype, **_quantization(load_in, dtype)}
 
     def read(device_map: str | dict) -> "PreTrainedModel":
-        return convert_layers(_read(llama_model, load_in, device_map=device_map, **how), load_in, device, dtype)
+        return convert_layers(_read(llama_model, device_map=device_map, **how), load_in, device, dtype)
 
     on_one = {"": "cpu" if mapped else device}
     llm = read(device_map or on_one)
@@ -80,54 +79,44 @@ def load_llm(
     return llm.requires_grad_(False).eval()
 
 
-def _check_map(device_map: str, load_in: str) -> None:
-    if dist_utils.get_world_size() > 1:
+def _check_load_in(llama_model: str, load_in: str, device_map: str | None) -> None:
+    if llama_model.endswith(".gguf") and load_in != "16bit":
+        raise ConfigError(f"model.llama_model={llama_model}: a .gguf file is unpacked; model.load_in must be 16bit.")
+    if device_map and dist_utils.get_world_size() > 1:
         raise ConfigError(
             f"model.llm_device_map={device_map} spreads one model over the GPUs, but {dist_utils.get_world_size()} "
             "processes were started, each with a model of its own. Start one, or unset it."
         )
-    if load_in == "8bit_weights":
+    if device_map and load_in == "8bit_weights":
         raise ConfigError(
             "model.load_in=8bit_weights takes one GPU; with model.llm_device_map use 8bit, 4bit or 16bit."
         )
 
 
-def _read(llama_model: str, load_in: str, **how: Any) -> "PreTrainedModel":
-    """Call transformers' `from_pretrained`. Its errors are turned into ours, and missing tensors are errors, too."""
-    from transformers import AutoModelForCausalLM
-
+def _from_pretrained(auto_class: type, llama_model: str, **how: Any) -> Any:
+    """Call the `from_pretrained` of one of transformers' Auto classes. Its errors are turned into ours."""
     _check_path(llama_model)
     name, options = pretrained_source(llama_model)
-    if "gguf_file" in options and load_in != "16bit":
-        raise ConfigError(f"model.llama_model={llama_model}: a .gguf file is unpacked; model.load_in must be 16bit.")
     try:
-        llm, info = AutoModelForCausalLM.from_pretrained(
-            name,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # `_check_loaded` reports them
-            **how,
-            **options,
-        )
+        return auto_class.from_pretrained(name, **how, **options)
     except (SafetensorError, UnpicklingError, EOFError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "PytorchStreamReader" not in str(error):
             raise  # for example, the GPU is out of memory
         raise _unreadable(llama_model, error) from error
     except OSError as error:
-        raise _unreachable(llama_model, error) from error
-    _check_loaded(llama_model, info)
-    return llm
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        hint = " Nothing may be fetched (--offline or HF_HUB_OFFLINE)." if facts.offline() else ""
+        raise ConfigError(
+            f"model.llama_model={llama_model} cannot be loaded: {reason}{hint} Give a folder, or a model's id on the "
+            "hub."
+        ) from error
 
 
 def embedding_dim(llama_model: str) -> int:
     """Width of the language model's token embeddings, from its config alone. Raises the errors of `load_llm`."""
     from transformers import AutoConfig
 
-    _check_path(llama_model)
-    name, options = pretrained_source(llama_model)
-    try:
-        config = AutoConfig.from_pretrained(name, **options).get_text_config()
-    except OSError as error:
-        raise _unreachable(llama_model, error) from error
+    config = _from_pretrained(AutoConfig, llama_model).get_text_config()
     return getattr(config, "word_embed_proj_dim", None) or config.hidden_size
 
 
@@ -195,8 +184,13 @@ def recompute_layers(llm: "PreTrainedModel", count: int) -> None:
         layers[index] = compat.recomputed(layer)
 
 
-def _check_loaded(llama_model: str, info: dict) -> None:
-    """Raise CheckpointError for missing and reshaped tensors; log a warning for surplus ones."""
+def _read(llama_model: str, **how: Any) -> "PreTrainedModel":
+    """Load the model. Missing and reshaped tensors are a CheckpointError; a warning is logged for surplus ones."""
+    from transformers import AutoModelForCausalLM
+
+    # Without `ignore_mismatched_sizes` transformers would raise an error of its own.
+    how |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    llm, info = _from_pretrained(AutoModelForCausalLM, llama_model, **how)
     missing = sorted(info["missing_keys"])
     reshaped = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info["mismatched_keys"])
     if missing or reshaped:
@@ -209,6 +203,7 @@ def _check_loaded(llama_model: str, info: dict) -> None:
     if surplus:
         listed = ", ".join(surplus[:5]) + (" …" if len(surplus) > 5 else "")
         logging.warning("Not used of %s: %s: %s", llama_model, pluralize(len(surplus), "tensor"), listed)
+    return llm
 
 
 def _unreadable(llama_model: str, error: Exception) -> CheckpointError:
@@ -217,14 +212,6 @@ def _unreadable(llama_model: str, error: Exception) -> CheckpointError:
     reasons = {name: weight_files.why_unreadable(folder / name) for name in weight_files.shards(folder)}
     broken = [f"{name}: {reason}" for name, reason in reasons.items() if reason] or [str(error).splitlines()[0]]
     return CheckpointError(f"The weights in {llama_model} cannot be read. " + "; ".join(broken))
-
-
-def _unreachable(llama_model: str, error: OSError) -> ConfigError:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    hint = " Nothing may be fetched (--offline or HF_HUB_OFFLINE)." if facts.offline() else ""
-    return ConfigError(
-        f"model.llama_model={llama_model} cannot be loaded: {reason}{hint} Give a folder, or a model's id on the hub."
-    )
 
 
 def _quantization(load_in: str, dtype: torch.dtype) -> dict:

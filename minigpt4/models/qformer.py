@@ -100,17 +100,6 @@ class Layer(nn.Module):
         return self.output_query(self.intermediate_query(x), x)
 
 
-class Encoder(nn.Module):
-    def __init__(self, layers: list[Layer]):
-        super().__init__()
-        self.layer = nn.ModuleList(layers)
-
-    def forward(self, x: torch.Tensor, image_embeds: torch.Tensor) -> torch.Tensor:
-        for layer in self.layer:
-            x = layer(x, image_embeds)
-        return x
-
-
 class QFormer(nn.Module):
     """Queries [B,Q,D] and image tokens [B,N,vision_width] to query outputs [B,Q,D].
 
@@ -135,7 +124,7 @@ class QFormer(nn.Module):
                 f"model.qformer.num_attention_heads={num_attention_heads}."
             )
         self.hidden_size = hidden_size
-        layers = [
+        layers = nn.ModuleList(
             Layer(
                 hidden_size,
                 num_attention_heads,
@@ -145,14 +134,17 @@ class QFormer(nn.Module):
                 hidden_dropout_prob,
             )
             for i in range(num_hidden_layers)
-        ]
+        )
         # BERT's embeddings without the embedding: the queries are given.
         norm, dropout = nn.LayerNorm(hidden_size, eps=1e-12), nn.Dropout(hidden_dropout_prob)
         embeddings = nn.Sequential(OrderedDict(LayerNorm=norm, dropout=dropout))
-        self.bert = nn.ModuleDict({"embeddings": embeddings, "encoder": Encoder(layers)})
+        self.bert = nn.ModuleDict({"embeddings": embeddings, "encoder": nn.ModuleDict({"layer": layers})})
 
     def forward(self, query_tokens: torch.Tensor, image_embeds: torch.Tensor) -> torch.Tensor:
-        return self.bert.encoder(self.bert.embeddings(query_tokens), image_embeds)
+        x = self.bert.embeddings(query_tokens)
+        for layer in self.bert.encoder.layer:
+            x = layer(x, image_embeds)
+        return x
 
 
 def checkpoint_filter_fn(state_dict: dict) -> dict:

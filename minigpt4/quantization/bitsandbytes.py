@@ -53,7 +53,9 @@ class LowBitLinear(nn.Linear):
         return cls.replacing(sizes, weight, torch.cat([layer.scale for layer in layers]), layers[0].code)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = low_bit_linear(x, self.weight, self.scale)
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        y = _LowBitLinear.apply(x, self.weight, self.scale)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
@@ -84,14 +86,9 @@ def has_bitsandbytes_layers(module: nn.Module) -> bool:
     return any(compat.is_from_bitsandbytes(part) for part in module.modules())
 
 
-def low_bit_linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """`low_bit_matmul` with a gradient for x; x is cast to autocast's type where that is on."""
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    return _LowBitLinear.apply(x, weight, scale)
-
-
 class _LowBitLinear(torch.autograd.Function):
+    """`low_bit_matmul` with a gradient for x."""
+
     @staticmethod
     def forward(ctx, x, weight, scale):
         ctx.save_for_backward(weight, scale)

@@ -42,11 +42,12 @@ def prefetch(batches: Iterable[dict], model, device: torch.device) -> Iterator[d
     def produce() -> None:
         try:
             for samples in batches:
-                if not _put(ready, copied(prepare(samples)), abandoned):
+                ready.put(copied(prepare(samples)))
+                if abandoned.is_set():
                     return
-            _put(ready, None, abandoned)
+            ready.put(None)
         except BaseException as error:  # raised again by the consumer
-            _put(ready, error, abandoned)
+            ready.put(error)
 
     thread = threading.Thread(target=produce, daemon=True, name="prefetch")
     sys.setswitchinterval(SWITCH_INTERVAL)
@@ -63,18 +64,10 @@ def prefetch(batches: Iterable[dict], model, device: torch.device) -> Iterator[d
             yield moved
     finally:
         abandoned.set()
+        while not ready.empty():  # the thread may wait for room in the queue
+            ready.get_nowait()
         thread.join(PATIENCE)
 
 
 def _pinned(value):
     return value.pin_memory() if hasattr(value, "pin_memory") else value
-
-
-def _put(ready: queue.Queue, item, abandoned: threading.Event) -> bool:
-    while not abandoned.is_set():
-        try:
-            ready.put(item, timeout=0.1)
-            return True
-        except queue.Full:
-            continue
-    return False

@@ -110,7 +110,15 @@ class RunnerBase:
         )
         if run.resume_ckpt_path:
             self._resume(checkpoint.resolve(run.resume_ckpt_path))
-        self.eta = EtaLogger(self._schedule(), run.log_freq)
+        schedule = TrainingSchedule(
+            run.batch_size_train,
+            self.world_size,
+            self.iters_per_epoch,
+            epochs=max(run.max_epoch - self.start_epoch, 0),  # those that are left
+            accum=run.accum_grad_iters,
+            on_gpu=self.device.type != "cpu",
+        )
+        self.eta = EtaLogger(schedule, run.log_freq)
         if run.fp8:
             check_fp8_supported(self.module, self.device, self.dtype)
         if self.dtype != torch.float32 and hasattr(self.module, "accelerate"):
@@ -147,9 +155,7 @@ class RunnerBase:
                 self.eta.step(i)
         for line in report_left_out(sum(dist_utils.gather_objects(self.loader.take_left_out()), Counter())):
             logging.info("Epoch %d: %s", epoch, line)
-        stats = metrics.global_avg()
-        logging.info("Averaged stats: %s", "  ".join(f"{name}: {value:.4f}" for name, value in stats.items()))
-        return stats
+        return metrics.global_avg()
 
     def train_step(self, samples: dict, is_update: bool) -> torch.Tensor:
         """Forward and backward pass of a micro-batch on the device, and the update if it is the step's last one.
@@ -161,7 +167,10 @@ class RunnerBase:
             with self._autocast():
                 output = self.task.train_step(self.model, samples)
             loss, num_labels = _loss_and_labels(output)
-            labels = self._sum_over_ranks(num_labels)
+            # torch.full runs on the GPU; copying a tensor from the host would make the host wait.
+            labels = torch.full((), float(num_labels), device=self.device)
+            if self.world_size > 1:
+                labels = dist_utils.all_reduce_sum(labels)
             self.labels_of_step.append(torch.where(labels > 0, labels, 1.0))
             # The gradient must be that of the mean over the labels of all ranks and micro-batches. DDP divides by the
             # number of ranks. So far only the labels of the first micro-batch count; `optimizer_step` corrects that.
@@ -327,24 +336,8 @@ class RunnerBase:
             )
         return sum(map(len, datasets.values())) // (self.run.batch_size_train * self.world_size)
 
-    def _schedule(self) -> TrainingSchedule:
-        """The part of the run that is left."""
-        return TrainingSchedule(
-            self.run.batch_size_train,
-            self.world_size,
-            self.iters_per_epoch,
-            epochs=max(self.run.max_epoch - self.start_epoch, 0),
-            accum=self.run.accum_grad_iters,
-            on_gpu=self.device.type != "cpu",
-        )
-
     def _trainable(self) -> dict[str, torch.nn.Parameter]:
         return checkpoint.trainable_parameters(self.module)
-
-    def _sum_over_ranks(self, number: float) -> torch.Tensor:
-        # torch.full runs on the GPU; copying a tensor from the host would make the host wait.
-        own = torch.full((), float(number), device=self.device)
-        return dist_utils.all_reduce_sum(own) if self.world_size > 1 else own
 
     def _autocast(self):
         # CUDA graphs cannot be captured with a cache of casts. Frozen matrices need no cast anyway.
@@ -359,8 +352,8 @@ class RunnerBase:
         self.eta.log_schedule()
 
     def _log_stats(self, split: str, stats: dict[str, float]) -> None:
-        if split != "train":
-            logging.info("%s: %s", split, "  ".join(f"{name}: {value:.4f}" for name, value in stats.items()))
+        title = "Averaged stats" if split == "train" else split
+        logging.info("%s: %s", title, "  ".join(f"{name}: {value:.4f}" for name, value in stats.items()))
         self._append_log({f"{split}_{name}": f"{value:.3f}" for name, value in stats.items()})
 
     def _append_log(self, entry: dict, indent: int | None = None) -> None:

@@ -61,9 +61,8 @@ class EtaLogger:
 
     def __init__(self, schedule: TrainingSchedule, log_freq: int):
         self._schedule = schedule
-        self._last_step = min(log_freq + 1, schedule.iters_per_epoch - 1)
+        self._last_step: int | None = min(log_freq + 1, schedule.iters_per_epoch - 1)
         self._start: float | None = None
-        self._done = False
 
     def log_schedule(self) -> None:
         """Log the length of the run."""
@@ -72,12 +71,10 @@ class EtaLogger:
 
     def step(self, number: int) -> None:
         """To be called in each step of an epoch; `number` counts from 0."""
-        if self._done:
-            return
         if number == 1:
             self._start = time.perf_counter()
         elif number == self._last_step and self._start is not None:
             seconds = (time.perf_counter() - self._start) / (number - 1)
             duration = self._schedule.duration(seconds)
             logging.info("At %.3f s a batch the run will take %s, without validation.", seconds, duration)
-            self._done = True
+            self._last_step = None  # not in the next epochs

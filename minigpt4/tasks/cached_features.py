@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Mapping
 
-import torch
 from omegaconf import OmegaConf
 
 from minigpt4.common import facts
@@ -43,7 +42,7 @@ def vision_identity(section: Mapping) -> dict:
         "num_query_token": cfg.num_query_token,
         "qformer": dict(cfg.qformer),
         **{key: locate.identity(source) for key, source in sources.items()},
-        "ckpt": _digest(_trained_vision(cfg.ckpt)),
+        "ckpt": _trained_vision(cfg.ckpt),
     }
 
 
@@ -63,23 +62,11 @@ def check_cache(cfg: Config, name: str) -> None:
     check_same(read_manifest(folder)["made_by"], made_by(cfg, name), message)
 
 
-def _trained_vision(ckpt: str | None) -> dict[str, torch.Tensor]:
-    """The tensors of `model.ckpt` that belong to the vision side; empty if that was frozen."""
-    if not ckpt:
-        return {}
-    trained = checkpoint.read_weights(checkpoint.resolve(ckpt))
-    return {
-        name: tensor
-        for name, tensor in trained.items()
-        if name.startswith(PREFIXES) and not checkpoint.TOLERATED.search(name)
-    }
-
-
-def _digest(tensors: dict[str, torch.Tensor]) -> str | None:
-    """SHA-256 of names and values; None: there are no tensors."""
-    if not tensors:
-        return None
+def _trained_vision(ckpt: str | None) -> str | None:
+    """SHA-256 of the vision side's tensors in `model.ckpt`, names and values; None: the vision side was frozen."""
+    trained = checkpoint.read_weights(checkpoint.resolve(ckpt)) if ckpt else {}
+    names = [name for name in sorted(trained) if name.startswith(PREFIXES) and not checkpoint.TOLERATED.search(name)]
     digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(name.encode() + tensor.float().numpy().tobytes())
-    return digest.hexdigest()
+    for name in names:
+        digest.update(name.encode() + trained[name].float().numpy().tobytes())
+    return digest.hexdigest() if names else None

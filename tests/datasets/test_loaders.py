@@ -301,11 +301,6 @@ def test_eval_takes_every_sample_once(world_size, num_workers):
     assert parts[0] == [str(i) for i in range(0, 7, world_size)]
 
 
-def test_eval_refuses_a_stream(datasets):
-    with pytest.raises(ValueError, match="laion is a stream without end.*run.valid_splits"):
-        eval_loader(datasets("laion")["laion"], 2, 0)
-
-
 # --- seeds
 
 

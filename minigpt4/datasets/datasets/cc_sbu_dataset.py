@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
@@ -56,12 +55,12 @@ class CCSBUAlignDataset(Dataset):
         storage = os.path.expanduser(str(storage))
         self.annotation_file = os.path.join(storage, "filter_cap.json")
         self.image_folder = os.path.join(storage, "image")
-        if not os.path.isfile(self.annotation_file) or not os.path.isdir(self.image_folder):
-            paths = (storage, self.annotation_file, self.image_folder)
+        paths = (storage, self.annotation_file, self.image_folder)
+        missing = next((path for path in paths if not os.path.exists(path)), None)
+        if missing:
             key = f"datasets.{name}.build_info.storage"
             raise FileNotFoundError(
-                f"{key}={storage}: there is no {next(path for path in paths if not os.path.exists(path))}. "
-                f"Set it in the YAML or with --options {key}=/data/{name}"
+                f"{key}={storage}: there is no {missing}. Set it in the YAML or with --options {key}=/data/{name}"
             )
         image_ids, captions = read_annotations(self.annotation_file)
         self.files = PackedStrings(self._find_pictures(image_ids))
@@ -79,13 +78,9 @@ class CCSBUAlignDataset(Dataset):
         tries = min(self.MAX_BAD_IN_A_ROW, len(self))
         for candidate in range(index, index + tries):
             candidate %= len(self)
-            picture = self._read_picture(candidate)
-            if picture is not None:
-                return {
-                    **to_sample(self.vis_processor, picture),
-                    "text_input": self.captions[candidate],
-                    "image_id": self.image_ids[candidate],
-                }
+            fields = self._load(candidate)
+            if fields is not None:
+                return fields | {"text_input": self.captions[candidate], "image_id": self.image_ids[candidate]}
         raise RuntimeError(
             f"datasets.{self.name}: the pictures of {tries} records in a row, from annotations[{index}] on, cannot be "
             f"read, e.g. {self._path(index)}. Are these files really pictures?"
@@ -111,16 +106,15 @@ class CCSBUAlignDataset(Dataset):
 
     def load(self, record: Record) -> dict[str, Any] | None:
         """ "image" and its companions; None, with a warning, for a picture that cannot be read."""
-        picture = self._read_picture(record.index)
-        return None if picture is None else to_sample(self.vis_processor, picture)
+        return self._load(record.index)
 
     def _path(self, index: int) -> str:
         return os.path.join(self.image_folder, self.files[index])
 
-    def _read_picture(self, index: int) -> Image.Image | torch.Tensor | None:
+    def _load(self, index: int) -> dict[str, Any] | None:
         try:
             with open(self._path(index), "rb") as file:
-                return read_picture(file.read(), self.vis_processor)
+                picture = read_picture(file.read(), self.vis_processor)
         except Exception as error:  # Pillow's plug-ins raise nearly every kind of error on broken files
             self._unreported["an image that is not one, or is broken", self._path(index)] += 1
             if index not in self._warned:
@@ -129,11 +123,11 @@ class CCSBUAlignDataset(Dataset):
                     "%s: left out %s, an image that is not one, or is broken: %s", self.name, self._path(index), error
                 )
             return None
+        return to_sample(self.vis_processor, picture)
 
     def _find_pictures(self, image_ids: list[str]) -> list[str]:
         """The file name of every record, from one listing of the folder."""
-        with os.scandir(self.image_folder) as entries:
-            names = sorted(entry.name for entry in entries)
+        names = sorted(os.listdir(self.image_folder))
         by_stem: dict[str, str] = {}
         for suffix in SUFFIXES:
             for name in names:

@@ -56,14 +56,10 @@ class FeatureSet(Dataset):
         self.manifest = read_manifest(folder)
         self.shards = shards_of(folder)
         self.name = name
-        places, texts = [], []
-        for number, path in enumerate(self.shards):
-            for offset, size, text in _index(path):
-                places.append((number, offset, size))
-                texts.append(text)
-        self._places = np.array(places, dtype=np.int64).reshape(-1, 3)
-        self.captions = PackedStrings(text["caption"] for text in texts)
-        self.image_ids = PackedStrings(text["image_id"] for text in texts)
+        samples = [(number, *sample) for number, path in enumerate(self.shards) for sample in _index(path)]
+        self._places = np.array([place for *place, _ in samples], dtype=np.int64).reshape(-1, 3)
+        self.captions = PackedStrings(text["caption"] for *_, text in samples)
+        self.image_ids = PackedStrings(text["image_id"] for *_, text in samples)
         log.info("%s: %s of cached features.", name, pluralize(len(self), "record"))
 
     def __len__(self) -> int:

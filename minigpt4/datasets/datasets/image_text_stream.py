@@ -116,7 +116,20 @@ class ImageTextStream(IterableDataset):
     def _raw_samples(self, shards: Iterable[str]) -> Iterator[RawSample]:
         """The usable samples of shards, in order."""
         read_tars = wds.tarfile_to_samples(handler=self._on_shard_error)
-        return self._with_fields(read_tars(self._opened(shards)))
+        for sample in read_tars(self._opened(shards)):
+            shard, key = sample["__url__"], sample["__key__"]
+            image = next((sample[k] for k in self.MEMBERS if k in sample), None)
+            caption = read_caption(sample)
+            if image is not None and caption is not None:
+                self.read.keep()
+                size = sum(512 + -len(v) % 512 + len(v) for v in sample.values() if isinstance(v, bytes))
+                yield RawSample(shard, key, self._image_id(sample), image, caption, size)
+                continue
+            has = ", ".join("." + k for k in sample if not k.startswith("__"))
+            if caption is None:
+                self.read.drop('a sample without caption (.json with "caption", or .txt)', shard, f"{key} has {has}")
+            else:
+                self.read.drop(f"a sample without {self.WHAT} (.{', .'.join(self.MEMBERS)})", shard, f"{key} has {has}")
 
     def _opened(self, shards: Iterable[str]) -> Iterator[dict[str, Any]]:
         for shard in shards:
@@ -151,22 +164,6 @@ class ImageTextStream(IterableDataset):
         detail = f"{type(error).__name__}: {error.args[0] if error.args else ''}"
         self.read.drop("a shard, or a part of it, that cannot be read", self._current, detail)
         return True
-
-    def _with_fields(self, samples: Iterator[dict[str, Any]]) -> Iterator[RawSample]:
-        for sample in samples:
-            shard, key = sample["__url__"], sample["__key__"]
-            image = next((sample[k] for k in self.MEMBERS if k in sample), None)
-            caption = read_caption(sample)
-            if image is not None and caption is not None:
-                self.read.keep()
-                size = sum(512 + -len(v) % 512 + len(v) for v in sample.values() if isinstance(v, bytes))
-                yield RawSample(shard, key, self._image_id(sample), image, caption, size)
-                continue
-            has = ", ".join("." + k for k in sample if not k.startswith("__"))
-            if caption is None:
-                self.read.drop('a sample without caption (.json with "caption", or .txt)', shard, f"{key} has {has}")
-            else:
-                self.read.drop(f"a sample without {self.WHAT} (.{', .'.join(self.MEMBERS)})", shard, f"{key} has {has}")
 
     def _image_id(self, sample: dict[str, Any]) -> str:
         return f"{os.path.basename(sample['__url__'])}/{sample['__key__']}"

@@ -36,23 +36,14 @@ def compiled_copy(llm: nn.Module) -> nn.Module:
     AttentionMaskInterface.register(ATTENTION, sdpa_mask)
     copied = shared_copy(llm)
     compat.set_attention_implementation(copied.config.get_text_config(), ATTENTION)
+    for parent in list(copied.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) in KERNEL_LAYERS:  # which read a single row's weights by our kernels
+                setattr(parent, name, KERNEL_LAYERS[type(child)](child))
     layers = compat.decoder_layers(copied)
     for index, layer in enumerate(layers):
-        layer = compat.without_recomputation(layer)
-        _use_kernels(layer)
-        layers[index] = CompiledLayer(layer, index)
-    head = copied.get_output_embeddings()
-    if type(head) in KERNEL_LAYERS:
-        copied.set_output_embeddings(KERNEL_LAYERS[type(head)](head))
+        layers[index] = CompiledLayer(compat.without_recomputation(layer), index)
     return copied
-
-
-def _use_kernels(module: nn.Module) -> None:
-    """Exchange the linear layers of a module for those that read a single row's weights by our kernels."""
-    for parent in list(module.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) in KERNEL_LAYERS:
-                setattr(parent, name, KERNEL_LAYERS[type(child)](child))
 
 
 class CompiledLayer(nn.Module):
@@ -124,11 +115,9 @@ class KernelLinear(nn.Linear):
 class KernelLowBitLinear(LowBitLinear):
     """The same for quantised weights, which are dequantised as they are read. In 4 bit rows must be whole blocks."""
 
-    def __init__(self, layer: LowBitLinear):
-        super().__init__(layer.in_features, layer.out_features, bias=False, device="meta")
-        self.weight, self.bias = layer.weight, layer.bias
-        self.register_buffer("scale", layer.scale, persistent=False)
-        self.register_buffer("code", layer.code, persistent=False)
+    @classmethod
+    def of(cls, layer: LowBitLinear) -> "KernelLowBitLinear":
+        return cls.replacing(layer, layer.weight, layer.scale, layer.code)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         whole_blocks = self.code is None or self.in_features % BLOCK == 0
@@ -144,4 +133,4 @@ class KernelLowBitLinear(LowBitLinear):
 
 
 # Other kinds of layers stay as they are.
-KERNEL_LAYERS = {nn.Linear: KernelLinear, LowBitLinear: KernelLowBitLinear}
+KERNEL_LAYERS = {nn.Linear: KernelLinear, LowBitLinear: KernelLowBitLinear.of}

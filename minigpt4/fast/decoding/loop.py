@@ -90,14 +90,19 @@ class CachedDecoding:
         logging.info("Compiling the language model for answers: some fifteen seconds at first, fewer later on.")
         # A single row reads each length twice: the second time its prefill is captured.
         lengths = (prompt_len, prompt_len, SHORTEST_PREFILL, SHORTEST_PREFILL) if rows == 1 else (prompt_len,)
+
+        def greedy(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+            return logits.argmax(dim=-1)
+
         for token, length in enumerate(lengths):
             # Other tokens each time, or nothing would be read.
             ids = torch.full((rows, length), token, device=llm.device)
             embeds = llm.get_input_embeddings()(ids)
             steps = max(prompt_len + answer_len - length, 1)
-            with closing(self.decode(llm, embeds, torch.ones_like(ids), steps, _greedy)) as run:
+            with closing(self.decode(llm, embeds, torch.ones_like(ids), steps, greedy)) as run:
                 next(run)
-            self.decoders[llm].give_up_conversations()
+            for cache in self.decoders[llm].idle:  # any prompt may take it
+                cache.prompt_len = 0
 
 
 cached_decoding = CachedDecoding()
@@ -177,11 +182,6 @@ class Decoder:
                 cache.content, cache.prompt_len = torch.cat([content, answer]), prompt_len
             with self._lock:
                 self.idle = [*self.idle, cache][-MAX_IDLE_CACHES:]
-
-    def give_up_conversations(self) -> None:
-        """Let any prompt take the caches that are kept."""
-        for cache in self.idle:
-            cache.prompt_len = 0
 
     def _take_cache(self, embeds: torch.Tensor, length: int) -> tuple[KVCache, int]:
         """A cache for a batch, and how many of its positions hold the batch's beginning already."""
@@ -321,10 +321,6 @@ def _start_copy(ids: torch.Tensor) -> Callable[[], torch.Tensor]:
         return host
 
     return read_ids
-
-
-def _greedy(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    return logits.argmax(dim=-1)
 
 
 def _fingerprint(llm) -> int:

@@ -11,6 +11,7 @@ time, so that only one needs memory for its activations. Attention is causal wit
 B sequences, P tokens that they share, T tokens of a micro-batch, N image vectors, K labels, D width.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import NamedTuple
@@ -80,12 +81,6 @@ class MicroBatch:
             "logits_to_keep": label_positions,
         }
 
-    def to(self, device: torch.device, non_blocking: bool = False) -> "MicroBatch":
-        return replace(self, numbers=self.numbers.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> "MicroBatch":
-        return replace(self, numbers=self.numbers.pin_memory())
-
 
 @dataclass
 class PackedBatch:
@@ -97,10 +92,13 @@ class PackedBatch:
     num_image_vectors: int
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "PackedBatch":
-        return replace(self, micro_batches=[part.to(device, non_blocking) for part in self.micro_batches])
+        return self._moved(lambda numbers: numbers.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "PackedBatch":
-        return replace(self, micro_batches=[part.pin_memory() for part in self.micro_batches])
+        return self._moved(torch.Tensor.pin_memory)
+
+    def _moved(self, move: Callable[[torch.Tensor], torch.Tensor]) -> "PackedBatch":
+        return replace(self, micro_batches=[replace(part, numbers=move(part.numbers)) for part in self.micro_batches])
 
     def record_stream(self, stream: torch.cuda.Stream) -> None:
         for part in self.micro_batches:
@@ -166,13 +164,10 @@ def _micro_batch(
 
 def shared_prefix(sequences: list[list[int]], labels: list[list[int]]) -> int:
     """How many tokens all sequences begin with, before any image, from which no label is predicted."""
-    first, count = sequences[0], 0
-    most = min(map(len, sequences)) - 1
-    while (
-        count < most
-        and first[count] != IMAGE_ID
-        and all(ids[count] == first[count] for ids in sequences)
-        and all(row[count + 1] == IGNORE_INDEX for row in labels)
-    ):
-        count += 1
-    return count
+    most = max(min(map(len, sequences)) - 1, 0)
+    for count, token in enumerate(sequences[0][:most]):
+        if token == IMAGE_ID or any(ids[count] != token for ids in sequences):
+            return count
+        if any(row[count + 1] != IGNORE_INDEX for row in labels):
+            return count
+    return most
