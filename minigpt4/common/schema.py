@@ -75,6 +75,8 @@ class RunConfig:
     """Samples per rank and batch in validation and test."""
     num_workers: int = field(default=4, metadata={"least": 0})
     """Data-loading processes per rank."""
+    data_timeout_s: float = field(default=300.0, metadata={"least": 0})
+    """Seconds to wait for shards and pictures that are out of reach, before they are left out."""
     log_freq: int = field(default=50, metadata={"least": 1})
     """Micro-batches between two log lines."""
     seed: int = 42

@@ -39,6 +39,7 @@ class BaseTask:
         for name, section in cfg.datasets_cfg.items():
             builder = registry.get_builder_class(name)(section)
             builder.name = name  # for messages, whatever name a plug-in gives itself
+            builder.data_timeout_s = cfg.run_cfg.data_timeout_s
             if builder.from_features(section):
                 check_cache(cfg, name)
             datasets[name] = builder.build_datasets()

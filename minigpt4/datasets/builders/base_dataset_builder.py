@@ -8,6 +8,8 @@ from torch.utils.data import Dataset
 
 from minigpt4.common.errors import ConfigError, check_names
 from minigpt4.common.registry import default_yaml, registry
+from minigpt4.common.schema import RunConfig
+from minigpt4.datasets.patience import Patience
 from minigpt4.processors import BaseProcessor
 
 
@@ -21,6 +23,8 @@ class BaseDatasetBuilder:
     """The name of its section, for messages."""
     DATASET_CONFIG_DICT: dict[str, str] = {}
     """{type: default YAML, relative to the package `minigpt4`, or absolute}."""
+    data_timeout_s: float = RunConfig.data_timeout_s
+    """`run.data_timeout_s`."""
     train_dataset_cls: type[Dataset] | None = None
 
     def __init__(self, cfg: Mapping[str, Any] | None = None) -> None:
@@ -42,7 +46,11 @@ class BaseDatasetBuilder:
     def build_datasets(self) -> dict[str, Dataset]:
         """{split: dataset}."""
         self.build_processors()
-        return self.build()
+        datasets = self.build()
+        for dataset in datasets.values():
+            if isinstance(patience := getattr(dataset, "patience", None), Patience):
+                patience.timeout_s = self.data_timeout_s
+        return datasets
 
     def build(self) -> dict[str, Dataset]:
         """{split: dataset}, from `self.config`, `self.vis_processors` and `self.text_processors`."""

@@ -1,10 +1,10 @@
 """cc_sbu_align, the well-written descriptions of stage 2, and any other folder of the same form."""
 
-import json
 import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +13,10 @@ from torch.utils.data import Dataset
 
 from minigpt4.common.errors import ConfigError
 from minigpt4.common.text import pluralize
+from minigpt4.datasets.captions import Unusable, load_json, usable
 from minigpt4.datasets.datasets.packed_strings import PackedStrings
+from minigpt4.datasets.left_out import Tally
+from minigpt4.datasets.patience import Patience
 from minigpt4.processors import read_picture, to_sample
 from minigpt4.weights import locate
 
@@ -34,10 +37,12 @@ class Record(NamedTuple):
 class CCSBUAlignDataset(Dataset):
     """The records of `<storage>/filter_cap.json` with the pictures `<storage>/image/<image_id>.jpg` (.jpeg .png .webp).
 
-    filter_cap.json: `{"annotations": [{"image_id": "2", "caption": "…"}, …]}`. Captions are used unchanged.
+    filter_cap.json: `{"annotations": [{"image_id": "2", "caption": "…"}, …]}`. Captions are used unchanged. Records
+    without a usable one (`datasets.captions`) are left out, and counted in `unusable`.
     Item: `{"image": …, "text_input": str, "image_id": str}`; `to_sample` makes "image" and its companions. A file that
     is no picture, or a broken one, is left out with a warning, and the next record takes its place (as its `image_id`
-    shows). If `MAX_BAD_IN_A_ROW` records in a row are bad, the item raises RuntimeError.
+    shows). If `MAX_BAD_IN_A_ROW` records in a row are bad, the item raises RuntimeError. Files that are out of reach
+    are waited for (`datasets.patience`).
 
     `cache-features` reads the records part by part (`common.contracts.CacheableDataset`).
     """
@@ -62,12 +67,14 @@ class CCSBUAlignDataset(Dataset):
             raise FileNotFoundError(
                 f"{key}={storage}: there is no {missing}. Set it in the YAML or with --options {key}=/data/{name}"
             )
-        image_ids, captions = read_annotations(self.annotation_file)
+        image_ids, captions, self.unusable = read_annotations(self.annotation_file)
+        for cause, count in self.unusable.items():
+            log.warning("%s: left out %s of %s: %s.", name, pluralize(count, "record"), self.annotation_file, cause)
         self.files = PackedStrings(self._find_pictures(image_ids))
         self.image_ids = PackedStrings(image_ids)
         self.captions = PackedStrings(captions)
-        self._warned: set[int] = set()
-        self._unreported: Counter[tuple[str, str]] = Counter()
+        self.tally = Tally(name)
+        self.patience = Patience(self.tally)
         log.info("%s: %s.", name, pluralize(len(self), "record"))
 
     def __len__(self) -> int:
@@ -90,10 +97,9 @@ class CCSBUAlignDataset(Dataset):
         """Characters of a caption, for length balancing."""
         return len(self.captions[index])
 
-    def take_left_out(self) -> Counter[tuple[str, str]]:
+    def take_left_out(self) -> Counter[tuple[str, ...]]:
         """Counts by (cause, file) of the pictures that this process has left out since the last call."""
-        taken, self._unreported = self._unreported, Counter()
-        return taken
+        return self.tally.take()
 
     @property
     def num_parts(self) -> int:
@@ -112,18 +118,19 @@ class CCSBUAlignDataset(Dataset):
         return os.path.join(self.image_folder, self.files[index])
 
     def _load(self, index: int) -> dict[str, Any] | None:
+        path = self._path(index)
         try:
-            with open(self._path(index), "rb") as file:
-                picture = read_picture(file.read(), self.vis_processor)
+            content = self.patience.retry(Path(path).read_bytes, path, self._folder_in_reach)
+            picture = read_picture(content, self.vis_processor)
         except Exception as error:  # Pillow's plug-ins raise nearly every kind of error on broken files
-            self._unreported["an image that is not one, or is broken", self._path(index)] += 1
-            if index not in self._warned:
-                self._warned.add(index)
-                log.warning(
-                    "%s: left out %s, an image that is not one, or is broken: %s", self.name, self._path(index), error
-                )
+            self.tally.drop("an image that is not one, or is broken", path, str(error))
             return None
         return to_sample(self.vis_processor, picture)
+
+    def _folder_in_reach(self) -> bool:
+        with suppress(OSError), os.scandir(self.image_folder) as entries:
+            return next(entries, None) is not None
+        return False
 
     def _find_pictures(self, image_ids: list[str]) -> list[str]:
         """The file name of every record, from one listing of the folder."""
@@ -144,23 +151,33 @@ class CCSBUAlignDataset(Dataset):
         return [by_stem[image_id] for image_id in image_ids]
 
 
-def read_annotations(path: str) -> tuple[list[str], list[str]]:
-    """Image ids and captions of a filter_cap.json. Raises ConfigError that names the file and the place."""
+def read_annotations(path: str) -> tuple[list[str], list[str], Counter[str]]:
+    """Image ids and captions of a filter_cap.json, and counts by cause of the records without a usable caption.
+
+    Raises ConfigError that names the file and the place, also if no caption is usable.
+    """
     form = 'Expected {"annotations": [{"image_id": "2", "caption": "…"}, …]}.'
     try:
-        with open(path, encoding="utf-8") as file:
-            content = json.load(file)
-    except ValueError as error:
-        reason = locate.why_unreadable(Path(path)) or error
+        content = load_json(Path(path).read_bytes())
+    except Unusable as error:
+        reason = locate.why_unreadable(Path(path)) or error.__cause__ or error
         raise ConfigError(f"{path} is not JSON in UTF-8: {reason}. {form}") from error
     records = content.get("annotations") if isinstance(content, dict) else None
     if not isinstance(records, list) or not records:
         raise ConfigError(f"{path} has no records under the key 'annotations'. {form}")
+    image_ids, captions, unusable = [], [], Counter()
     for number, record in enumerate(records):
         if not isinstance(record, dict) or not isinstance(record.get("image_id"), str | int):
             raise ConfigError(
                 f"{path}: annotations[{number}] has no 'image_id' that is a string or a whole number. {form}"
             )
-        if not isinstance(record.get("caption"), str):
-            raise ConfigError(f"{path}: annotations[{number}] has no 'caption' that is a string. {form}")
-    return [str(record["image_id"]) for record in records], [record["caption"] for record in records]
+        try:
+            captions.append(usable(record.get("caption")))
+        except Unusable as cause:
+            unusable[str(cause)] += 1
+        else:
+            image_ids.append(str(record["image_id"]))
+    if not captions:
+        problem = next(iter(unusable))
+        raise ConfigError(f"{path}: annotations[0] has no 'caption' that can be used ({problem}). {form}")
+    return image_ids, captions, unusable

@@ -1,9 +1,10 @@
 """Datasets of cached image features: a stream of shards, and a set with a length. No picture is decoded."""
 
-import json
 import logging
 import tarfile
+from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,13 @@ from torch.utils.data import Dataset
 
 from minigpt4.common.errors import ConfigError
 from minigpt4.common.text import pluralize
+from minigpt4.datasets.captions import Unusable, load_json, usable
 from minigpt4.datasets.datasets.image_text_stream import ImageTextStream, RawSample
 from minigpt4.datasets.datasets.packed_strings import PackedStrings
+from minigpt4.datasets.datasets.tar_reader import Group
 from minigpt4.datasets.feature_cache import read_features, read_manifest, shards_of
+from minigpt4.datasets.left_out import Tally
+from minigpt4.datasets.patience import OutOfReach, Patience
 
 log = logging.getLogger(__name__)
 
@@ -40,15 +45,15 @@ class FeatureStream(ImageTextStream):
         self.decoded.keep()
         return {"image_features": features}
 
-    def _image_id(self, sample: dict[str, Any]) -> str:
-        return json.loads(sample["json"])["image_id"]
+    def _image_id(self, shard: str, group: Group) -> str:
+        return load_json(group.files["json"])["image_id"]
 
 
 class FeatureSet(Dataset):
     """The samples of a cache by index: `{"image_features": float16 [Q,W], "text_input": str, "image_id": str}`.
 
-    Samples have the order of the cached dataset, without the records whose pictures were broken. Captions are used
-    unchanged.
+    Samples have the order of the cached dataset, without the records whose pictures were broken or whose captions are
+    not usable (`datasets.captions`). Captions are used unchanged.
     """
 
     def __init__(self, folder: str, name: str = "cc_sbu_align") -> None:
@@ -56,7 +61,12 @@ class FeatureSet(Dataset):
         self.manifest = read_manifest(folder)
         self.shards = shards_of(folder)
         self.name = name
-        samples = [(number, *sample) for number, path in enumerate(self.shards) for sample in _index(path)]
+        self.tally = Tally(name)
+        self.patience = Patience(self.tally)
+        found = [(number, *sample) for number, path in enumerate(self.shards) for sample in _index(path)]
+        samples = [sample for sample in found if _is_usable(sample[-1])]
+        if unusable := len(found) - len(samples):
+            log.warning("%s: left out %s whose captions cannot be used.", name, pluralize(unusable, "record"))
         self._places = np.array([place for *place, _ in samples], dtype=np.int64).reshape(-1, 3)
         self.captions = PackedStrings(text["caption"] for *_, text in samples)
         self.image_ids = PackedStrings(text["image_id"] for *_, text in samples)
@@ -68,18 +78,33 @@ class FeatureSet(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         index = range(len(self))[index]
         number, offset, size = self._places[index]
-        with open(self.shards[number], "rb") as file:
-            file.seek(offset)
-            content = file.read(size)
+        path = self.shards[number]
         try:
+            content = self.patience.retry(lambda: _read_part(path, offset, size), str(path), path.parent.exists)
             features = read_features(content, self.manifest["shape"])
-        except (ValueError, EOFError) as error:
-            raise _broken(self.shards[number], error) from error
+        except (ValueError, EOFError, OutOfReach) as error:
+            raise _broken(path, error) from error
         return {"image_features": features, "text_input": self.captions[index], "image_id": self.image_ids[index]}
 
     def text_length(self, index: int) -> int:
         """Characters of a caption, for length balancing."""
         return len(self.captions[index])
+
+    def take_left_out(self) -> Counter[tuple[str, ...]]:
+        """Counts of the waits of this process since the last call."""
+        return self.tally.take()
+
+
+def _read_part(path: Path, offset: int, size: int) -> bytes:
+    with open(path, "rb") as file:
+        file.seek(offset)
+        return file.read(size)
+
+
+def _is_usable(text: dict[str, str]) -> bool:
+    with suppress(Unusable):
+        return bool(usable(text["caption"]))
+    return False
 
 
 def _index(path: Path) -> list[tuple[int, int, dict[str, str]]]:
@@ -91,7 +116,7 @@ def _index(path: Path) -> list[tuple[int, int, dict[str, str]]]:
                 if member.name.endswith(".npy"):
                     places.append((member.offset_data, member.size))
                 else:
-                    texts.append(json.load(tar.extractfile(member)))
+                    texts.append(load_json(tar.extractfile(member).read()))
         return [(offset, size, text) for (offset, size), text in zip(places, texts, strict=True)]
     except (OSError, tarfile.TarError, ValueError) as error:
         raise _broken(path, error) from error

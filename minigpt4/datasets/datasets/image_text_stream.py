@@ -1,13 +1,14 @@
 """Endless streams of pictures with captions from webdataset shards: laion and cc_sbu."""
 
-import json
 import logging
 import os
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
+from functools import partial
 from itertools import chain, count
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import webdataset as wds
@@ -15,9 +16,14 @@ from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
 
 from minigpt4.common.text import pluralize
+from minigpt4.datasets.captions import Incomplete, Unusable, read_caption, usable
 from minigpt4.datasets.datasets.shards import expand_shards, is_local
+from minigpt4.datasets.datasets.tar_reader import Group, Member, ShardError, describe, read_members, read_samples
+from minigpt4.datasets.left_out import Gate
+from minigpt4.datasets.patience import Patience, PatientFile, open_shard
 from minigpt4.datasets.seeding import derive_seed
 from minigpt4.processors import read_picture, to_sample
+from minigpt4.weights import locate
 
 log = logging.getLogger(__name__)
 
@@ -41,9 +47,10 @@ class ImageTextStream(IterableDataset):
     `to_sample` makes "image" and its companions. Shards are drawn with replacement, and their samples pass a shuffle
     buffer undecoded. The stream is a function of (seed, epoch, rank, worker): the same four give the same samples, any
     other four give others. It starts at a random place in its first shard, so that short epochs do not only see the
-    beginnings of large shards (URLs and `pipe:` are read from their start). Samples without caption or picture,
-    pictures that cannot be decoded, and shards that cannot be read are left out, counted and reported by warnings. When
-    nearly all samples are left out, iteration raises RuntimeError that names the causes and a shard.
+    beginnings of large shards (URLs and `pipe:` are read from their start). Samples without picture or usable caption
+    (`datasets.captions`), pictures that cannot be decoded, and shards that cannot be read are left out, counted and
+    reported by warnings. When nearly all samples are left out, iteration raises RuntimeError that names the causes and
+    a shard. Shards that are out of reach are waited for (`datasets.patience`).
 
     `cache-features` reads the shards once, in order (`common.contracts.CacheableDataset`).
     """
@@ -67,7 +74,8 @@ class ImageTextStream(IterableDataset):
         self.shuffle_buffer = shuffle_buffer
         self.read = Gate(name, len(self.shards))
         self.decoded = Gate(name, len(self.shards))
-        self._current = ""  # the shard being read
+        self.patience = Patience(self.read)
+        self._last_read = ""  # shard
         self.epoch = 0
         self.set_seed(0)
         log.info("%s: streaming %s.", name, pluralize(len(self.shards), "shard"))
@@ -93,7 +101,7 @@ class ImageTextStream(IterableDataset):
         # We draw shards and seeds ourselves: webdataset's depend on time and process id, or collide.
         drawn = (rng.choice(self.shards) for _ in count())
         shuffle = wds.shuffle(self.shuffle_buffer, initial=self.shuffle_buffer, seed=derive_seed(seed, "shuffle"))
-        return self._decode(shuffle(_start_anywhere(self._raw_samples(drawn), rng)))
+        return self._decode(shuffle(self._start_anywhere(self._raw_samples(drawn), rng)))
 
     @property
     def num_parts(self) -> int:
@@ -115,148 +123,76 @@ class ImageTextStream(IterableDataset):
 
     def _raw_samples(self, shards: Iterable[str]) -> Iterator[RawSample]:
         """The usable samples of shards, in order."""
-        read_tars = wds.tarfile_to_samples(handler=self._on_shard_error)
-        for sample in read_tars(self._opened(shards)):
-            shard, key = sample["__url__"], sample["__key__"]
-            image = next((sample[k] for k in self.MEMBERS if k in sample), None)
-            caption = read_caption(sample)
-            if image is not None and caption is not None:
-                self.read.keep()
-                size = sum(512 + -len(v) % 512 + len(v) for v in sample.values() if isinstance(v, bytes))
-                yield RawSample(shard, key, self._image_id(sample), image, caption, size)
-                continue
-            has = ", ".join("." + k for k in sample if not k.startswith("__"))
-            if caption is None:
-                self.read.drop('a sample without caption (.json with "caption", or .txt)', shard, f"{key} has {has}")
-            else:
-                self.read.drop(f"a sample without {self.WHAT} (.{', .'.join(self.MEMBERS)})", shard, f"{key} has {has}")
-
-    def _opened(self, shards: Iterable[str]) -> Iterator[dict[str, Any]]:
         for shard in shards:
             self.read.check()
             self.decoded.check()
-            source = {"url": shard}
-            self._current = shard
-            seen = self.read.seen
+            yield from self._raw_samples_of(shard)
+
+    def _raw_samples_of(self, shard: str) -> Iterator[RawSample]:
+        def drop(cause: str, group: Group) -> None:
+            self.read.drop(cause, shard, str(group))
+
+        def counted(members: Iterable[Member]) -> Iterator[Member]:
+            for member in members:
+                suffixes[member.suffix] += 1
+                yield member
+
+        seen, suffixes = self.read.seen, Counter()
+        with closing(PatientFile(shard, self.patience, partial(self._others_in_reach, shard))) as file:
+            members = counted(read_members(file, self.MEMBERS))
             try:
-                yield source
-                self._check_end(source, any_sample=self.read.seen > seen)
-            finally:  # webdataset opens the stream and never closes it
-                with suppress(OSError):
-                    if "stream" in source:
-                        source["stream"].close()
+                for sample in read_samples(members, partial(self._raw_sample, shard), drop):
+                    self._last_read = shard
+                    self.read.keep()
+                    yield sample
+            except ShardError as problem:
+                reason = is_local(shard) and os.path.exists(shard) and locate.why_unreadable(Path(shard))
+                self.read.drop(problem.cause, shard, reason or problem.detail)
+        if self.read.seen == seen:
+            self.read.drop("a shard without samples", shard, describe(suffixes))
 
-    def _check_end(self, source: dict[str, Any], any_sample: bool) -> None:
-        """Count a shard without samples, and one that is cut off: tarfile takes a broken header for the end."""
-        shard, stream = source["url"], source.get("stream")
-        if not any_sample:
-            self.read.drop("a shard without samples", shard)
-        elif stream is not None:
-            with suppress(OSError):
-                if any(block.strip(b"\0") for block in iter(lambda: stream.read(1 << 20), b"")):
-                    self.read.drop("the rest of a corrupt tar", shard)
-                elif is_local(shard) and shard.endswith(".tar"):
-                    stream.seek(-1024, os.SEEK_END)  # a tar ends with two blocks of zeros
-                    if stream.read().strip(b"\0"):
-                        self.read.drop("the rest of a tar that was cut off", shard)
+    def _raw_sample(self, shard: str, group: Group) -> RawSample:
+        """Raises Unusable for a sample without picture or usable caption."""
+        image = next((group.files[suffix] for suffix in self.MEMBERS if suffix in group.files), None)
+        if image is None:
+            raise Incomplete(f"a sample without {self.WHAT} (.{', .'.join(self.MEMBERS)})")
+        caption = read_caption(group.files)
+        return RawSample(shard, group.key, self._image_id(shard, group), image, caption, group.size)
 
-    def _on_shard_error(self, error: Exception) -> bool:
-        detail = f"{type(error).__name__}: {error.args[0] if error.args else ''}"
-        self.read.drop("a shard, or a part of it, that cannot be read", self._current, detail)
-        return True
+    def _image_id(self, shard: str, group: Group) -> str:
+        return f"{os.path.basename(shard)}/{group.key}"
 
-    def _image_id(self, sample: dict[str, Any]) -> str:
-        return f"{os.path.basename(sample['__url__'])}/{sample['__key__']}"
+    def _others_in_reach(self, shard: str) -> bool:
+        """Whether another shard than this one can be read."""
+        other = next((each for each in (self._last_read, *self.shards[:2]) if each not in ("", shard)), None)
+        if other is None:
+            return False
+        with suppress(OSError), closing(open_shard(other)) as stream:
+            return bool(stream.read(1))
+        return False
+
+    def _start_anywhere(self, samples: Iterator[RawSample], rng: random.Random) -> Iterator[RawSample]:
+        """Skip a random part of the first shard, so that each place in it is equally likely to be the start."""
+        first = next(samples)
+        size = 0
+        if is_local(first.shard):
+            others_in_reach = partial(self._others_in_reach, first.shard)
+            size = self.patience.retry(lambda: os.path.getsize(first.shard), first.shard, others_in_reach)
+        bytes_to_skip = rng.random() * size
+        for sample in chain([first], samples):
+            if bytes_to_skip > 0 and sample.shard == first.shard:
+                bytes_to_skip -= sample.size
+            else:
+                bytes_to_skip = 0
+                yield sample
 
     def _decode(self, samples: Iterator[RawSample]) -> Iterator[dict[str, Any]]:
         for sample in samples:
+            try:
+                text = usable(self.text_processor(sample.caption))
+            except Unusable as cause:
+                self.decoded.drop(f"{cause}, after text_processor", sample.shard, f"{sample.key}: {sample.caption}")
+                continue
             fields = self.load(sample)
             if fields is not None:
-                yield {**fields, "text_input": self.text_processor(sample.caption), "image_id": sample.image_id}
-
-
-def read_caption(sample: dict[str, Any]) -> str | None:
-    """The key "caption" of the sample's .json, otherwise its .txt; None if both are absent or blank."""
-    with suppress(ValueError, TypeError, KeyError):
-        caption = json.loads(sample["json"])["caption"]
-        if isinstance(caption, str) and caption.strip():
-            return caption
-    caption = sample.get("txt", b"").decode("utf-8", errors="replace")
-    return caption if caption.strip() else None
-
-
-def _start_anywhere(samples: Iterator[RawSample], rng: random.Random) -> Iterator[RawSample]:
-    """Skip a random part of the first shard, so that each place in it is equally likely to be the start."""
-    first = next(samples)
-    bytes_to_skip = rng.random() * (os.path.getsize(first.shard) if is_local(first.shard) else 0)
-    for sample in chain([first], samples):
-        if bytes_to_skip > 0 and sample.shard == first.shard:
-            bytes_to_skip -= sample.size
-        else:
-            bytes_to_skip = 0
-            yield sample
-
-
-class Gate:
-    """Counts the samples that pass a stage of a stream, and those left out. Warns at the 1st, 10th, 100th … of a cause.
-
-    A stream is given up if at most MIN_KEPT of the samples in a window pass.
-    """
-
-    WINDOW = 1000  # samples in a window
-    MIN_SAMPLES = 100  # a shorter window is not judged
-    MIN_SHARDS = 3  # nor one with fewer affected shards, unless these are all
-    MIN_KEPT = 0.05
-
-    def __init__(self, name: str, num_shards: int) -> None:
-        self.name = name
-        self.num_shards = num_shards
-        self.left_out: Counter[str] = Counter()  # by cause, since the start of the process
-        self._unreported: Counter[tuple[str, str]] = Counter()  # by cause and shard, since the last `take`
-        self.open_window()
-
-    def open_window(self) -> None:
-        """Start a new window."""
-        self.kept = 0
-        self.causes: Counter[str] = Counter()
-        self.bad_shards: Counter[str] = Counter()
-
-    @property
-    def seen(self) -> int:
-        """Samples in the window, and shards left out."""
-        return self.kept + self.causes.total()
-
-    def keep(self) -> None:
-        """Count a sample that passes."""
-        self.kept += 1
-
-    def drop(self, cause: str, shard: str, detail: str = "") -> None:
-        """Count a sample, or a shard, that is left out. Never raises: webdataset calls it from its handlers."""
-        self.causes[cause] += 1
-        self.bad_shards[shard] += 1
-        self.left_out[cause] += 1
-        self._unreported[cause, shard] += 1
-        count = self.left_out[cause]
-        if count == 10 ** (len(str(count)) - 1):
-            detail = f" ({detail})" if detail else ""
-            log.warning("%s: left out %s: %s%s. So far in this process: %d.", self.name, cause, shard, detail, count)
-
-    def take(self) -> Counter[tuple[str, str]]:
-        """Counts of what was left out since the last call, by (cause, shard)."""
-        taken, self._unreported = self._unreported, Counter()
-        return taken
-
-    def check(self) -> None:
-        """Raise RuntimeError if nearly everything in the window was left out."""
-        if self.seen < self.MIN_SAMPLES or len(self.bad_shards) < min(self.MIN_SHARDS, self.num_shards):
-            return
-        if self.kept <= self.MIN_KEPT * self.seen:
-            causes = ", ".join(f"{count} × {cause}" for cause, count in self.causes.most_common())
-            shard, count = self.bad_shards.most_common(1)[0]
-            raise RuntimeError(
-                f"datasets.{self.name}: of the last {self.seen} samples only {self.kept} could be used: {causes}; "
-                f"in {len(self.bad_shards)} of {self.num_shards} shards, e.g. {shard} ({count} times). "
-                f"Check the shards, or name others with --options datasets.{self.name}.build_info.storage=…"
-            )
-        if self.seen >= self.WINDOW:
-            self.open_window()
+                yield {**fields, "text_input": text, "image_id": sample.image_id}

@@ -13,7 +13,8 @@ def expand_shards(storage: str | Iterable[str], name: str) -> list[str]:
     """All shards that `storage` names, in order.
 
     storage: a path or URL, or a list of them. Each may have brace ranges (`{00000..01255}.tar`); local paths may also
-    have globs (`*.tar`) and `~`. `pipe:command` and URLs are not checked.
+    have globs (`*.tar`) and `~`. A folder or file that has the very name is meant first, whatever characters are in it.
+    `pipe:command` and URLs are not checked.
     name: the dataset's name in the YAML, for messages.
     Raises FileNotFoundError if local shards of a pattern are missing, ConfigError for an empty list.
     """
@@ -51,17 +52,41 @@ def is_local(shard: str) -> bool:
 
 
 def _expand(pattern: str) -> list[str]:
-    shards = [shard for part in pattern.split("::") for shard in braceexpand(part)]
-    local = [os.path.expanduser(shard) for shard in shards if is_local(shard)]
-    if len(local) < len(shards):
+    parts = [_existing_part(part) if is_local(part) else ("", part) for part in _split_list(pattern)]
+    shards = [folder + path for folder, rest in parts for path in (braceexpand(rest) if rest else [""])]
+    if not all(map(is_local, shards)):
         return shards
-    if any(glob.has_magic(path) for path in local):
-        found = sorted({path for p in local for path in ([p] if os.path.exists(p) else glob.glob(p))})
-        if not found:
+    if any(glob.has_magic(rest) for _, rest in parts):
+        shards = sorted({path for shard in shards for path in _matches(shard)})
+        if not shards:
             raise FileNotFoundError(f"{pattern}: no file matches.")
-        local = found
-    _check_files(local, pattern)
-    return local
+    _check_files(shards, pattern)
+    return shards
+
+
+def _split_list(pattern: str) -> list[str]:
+    """The parts of `a.tar::b.tar`; a folder may have `::` in its name."""
+    path = os.path.expanduser(pattern)
+    literal = os.path.exists(path) or ("::" in os.path.dirname(path) and os.path.isdir(os.path.dirname(path)))
+    return [path] if literal else [os.path.expanduser(part) for part in pattern.split("::")]
+
+
+def _existing_part(path: str) -> tuple[str, str]:
+    """A path, split behind the last of its folders that exists under the very name, with `[`, `*` and `{` in it."""
+    end = len(path)
+    while end and not os.path.exists(path[:end]):
+        end = path.rfind("/", 0, end - 1) + 1
+    return path[:end], path[end:]
+
+
+def _matches(path: str) -> list[str]:
+    """What a pattern matches. A folder that exists under the very name is meant first, at each level."""
+    folder, rest = _existing_part(path)
+    if not rest:
+        return [path]
+    name, slash, below = rest.partition("/")
+    found = glob.glob(glob.escape(folder) + name + slash)
+    return [match for each in found for match in _matches(each + below)] if slash else found
 
 
 def _check_files(paths: list[str], pattern: str) -> None:

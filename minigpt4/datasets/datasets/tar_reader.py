@@ -1,0 +1,194 @@
+"""Reads samples from a tar in one pass: plain or compressed, whatever lies between their members, in any order.
+
+A sample is the members with the same name up to the suffix: `0001.jpg` and `0001.txt`, or `a 2.0.jpg` and `a 2.0.txt`.
+"""
+
+import bz2
+import gzip
+import io
+import lzma
+import tarfile
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple, TypeVar
+
+from minigpt4.datasets.captions import Incomplete, Unusable
+from minigpt4.datasets.patience import OutOfReach
+
+Sample = TypeVar("Sample")
+
+TEXT_SUFFIXES = ("json", "txt")
+UNPACKERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
+BUFFER = 1 << 18
+BLOCK = tarfile.BLOCKSIZE
+# Bytes of incomplete samples that wait for their other members. The oldest are given up beyond that.
+MAX_WAITING = 256 << 20
+
+UNREADABLE = "a shard, or a part of it, that cannot be read"
+CORRUPT = "the rest of a corrupt tar"
+CUT_OFF = "the rest of a tar that was cut off"
+
+
+class ShardError(Exception):
+    """A shard, or the rest of one, cannot be read."""
+
+    def __init__(self, cause: str, detail: str = "") -> None:
+        super().__init__(cause)
+        self.cause, self.detail = cause, detail
+
+
+class Member(NamedTuple):
+    """A file in a tar."""
+
+    key: str
+    """Its name without the suffix."""
+    suffix: str
+    """In lower case, without the dot."""
+    content: bytes | None
+    """None: the suffix is not one of those asked for."""
+    size: int
+    """Bytes that it takes in the tar."""
+
+
+@dataclass
+class Group:
+    """The members of a tar with one key."""
+
+    key: str
+    files: dict[str, bytes] = field(default_factory=dict)
+    """{suffix: content} of those that were asked for."""
+    suffixes: list[str] = field(default_factory=list)
+    """Of all."""
+    size: int = 0
+    """Bytes that they take in the tar."""
+
+    def add(self, member: Member) -> None:
+        self.suffixes.append(member.suffix)
+        self.size += member.size
+        if member.content is not None:
+            self.files.setdefault(member.suffix, member.content)
+
+    def __str__(self) -> str:
+        return f"{self.key} has {', '.join('.' + suffix for suffix in self.suffixes)}"
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a path in a tar is none of its maker's files: `._0001.jpg` and `__MACOSX/` of a Mac, dot files."""
+    parts = [part for part in name.split("/") if part not in ("", ".", "..")]
+    return any(part.startswith(".") or part == "__MACOSX" for part in parts) or (
+        len(parts) == 1 and parts[0].startswith("__") and parts[0].endswith("__")  # webdataset's own
+    )
+
+
+def split_name(name: str, pictures: Collection[str]) -> tuple[str, str]:
+    """(key, suffix) of a path. The text of `a.jpg` may also be called `a.jpg.txt`."""
+    folder, slash, file = name.rpartition("/")
+    stem, dot, suffix = file.rpartition(".")
+    stem, suffix = (stem, suffix.lower()) if dot else (file, "")
+    if suffix in TEXT_SUFFIXES and "." in stem:
+        first, _, second = stem.rpartition(".")
+        stem = first if second.lower() in pictures else stem
+    return folder + slash + stem, suffix
+
+
+def read_members(raw: io.RawIOBase, pictures: Collection[str]) -> Iterator[Member]:
+    """The files in a tar, in order. Content is read of texts and of the suffixes in `pictures`.
+
+    Raises ShardError, once: for what is no tar, at the place where it is broken, or at its end if that is missing.
+    """
+    wanted, first = {*pictures, *TEXT_SUFFIXES}, True
+    try:
+        with tarfile.open(fileobj=_unpacked(raw), mode="r|") as tar:
+            first = False
+            for info in tar:
+                tar.members = []  # or it would keep them all
+                if info.isreg() and not is_hidden(info.name):
+                    key, suffix = split_name(info.name, pictures)
+                    content = tar.extractfile(info).read() if suffix in wanted else None
+                    yield Member(key, suffix, content, BLOCK + info.size + -info.size % BLOCK)
+            _check_end(tar)
+    except OutOfReach as error:
+        raise ShardError(UNREADABLE, str(error)) from error
+    except ShardError:
+        raise
+    except Exception as error:  # tarfile and the unpackers raise nearly every kind of error on broken files
+        cut_off = isinstance(error, EOFError) or "unexpected end" in str(error)
+        cause = UNREADABLE if first else CUT_OFF if cut_off else CORRUPT
+        raise ShardError(cause, f"{type(error).__name__}: {error}") from error
+
+
+def _unpacked(raw: io.RawIOBase) -> io.BufferedIOBase:
+    file = io.BufferedReader(raw, BUFFER)
+    head = file.peek(8)
+    unpack = next((unpack for magic, unpack in UNPACKERS.items() if head.startswith(magic)), None)
+    return unpack(file) if unpack else file
+
+
+def _check_end(tar: tarfile.TarFile) -> None:
+    """Raise ShardError unless two blocks of zeros follow, and nothing else.
+
+    tarfile takes a broken header for the end.
+    """
+    while rest := tar.fileobj.read(1 << 20):
+        if rest.strip(b"\0"):
+            raise ShardError(CORRUPT)
+    if tar.fileobj.tell() - tar.offset < 2 * BLOCK:
+        raise ShardError(CUT_OFF)
+
+
+def read_samples(
+    members: Iterable[Member], make: Callable[[Group], Sample], drop: Callable[[str, Group], None]
+) -> Iterator[Sample]:
+    """The samples that `make` makes of members with the same key, each once it is complete.
+
+    make: raises Incomplete for members whose sample may still be completed by later ones, Unusable for others.
+    drop: is called with the cause and the members that make no sample.
+    Raises what `members` raises, after all samples up to there.
+    """
+    waiting: dict[str, Group] = {}
+    made: set[str] = set()
+    causes: dict[str, str] = {}  # of those that wait
+    held, current, problem = 0, Group(""), None
+
+    def settle(group: Group) -> Iterator[Sample]:
+        nonlocal held
+        if not group.files:
+            return
+        try:
+            sample = make(group)
+        except Incomplete as cause:
+            waiting[group.key], causes[group.key] = group, str(cause)
+            held += group.size
+        except Unusable as cause:
+            drop(str(cause), group)
+        else:
+            made.add(group.key)
+            yield sample
+
+    try:
+        for member in members:
+            if member.key != current.key:
+                yield from settle(current)
+                while held > MAX_WAITING:
+                    oldest = waiting.pop(next(iter(waiting)))
+                    held -= oldest.size
+                    drop(f"{causes.pop(oldest.key)} within {MAX_WAITING >> 20} MB of it in the tar", oldest)
+                current = waiting.pop(member.key, None) or Group(member.key)
+                held -= current.size
+            current.add(member)
+    except ShardError as error:
+        problem = error
+    yield from settle(current)
+    if problem:
+        waiting.pop(current.key, None)  # the rest of it is what is missing
+    for key, group in waiting.items():
+        if key not in made:
+            drop(causes[key], group)
+    if problem:
+        raise problem
+
+
+def describe(suffixes: Counter[str]) -> str:
+    """What is in a tar, for messages: `24 × .gif, 3 × .md`."""
+    return ", ".join(f"{count} × .{suffix}" for suffix, count in suffixes.most_common(5))

@@ -1,0 +1,137 @@
+"""Waits for files that are out of reach for a while: a file server or a network that comes back."""
+
+import io
+import logging
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, TypeVar
+
+import webdataset as wds
+
+from minigpt4.datasets.datasets.shards import is_local
+from minigpt4.datasets.left_out import Tally
+
+log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+# Seconds before the first repetition. Each further pause is twice as long, up to LONGEST_PAUSE.
+FIRST_PAUSE, LONGEST_PAUSE = 0.1, 30.0
+# Seconds to wait for a file that is out of reach while others of its dataset are not: it has probably been deleted.
+WAIT_FOR_ONE = 10.0
+
+
+class OutOfReach(OSError):
+    """A file stayed out of reach. The text is the system's own."""
+
+
+class Patience:
+    """Repeats what raises OSError, with growing pauses, for up to `timeout_s` seconds; counts the waits in `tally`.
+
+    Builders set `timeout_s` to `run.data_timeout_s`.
+
+    The time is that of the whole outage: when it is over, other files are not waited for either, until one is read. A
+    file that was waited for in vain is not waited for again.
+    """
+
+    def __init__(self, tally: Tally, timeout_s: float = 0.0) -> None:
+        self.tally, self.timeout_s = tally, timeout_s
+        self._outage_began: float | None = None
+        self._given_up: set[str] = set()
+
+    def retry(self, action: Callable[[], Result], path: str, others_in_reach: Callable[[], bool]) -> Result:
+        """The result of `action`. Raises OutOfReach if it raised OSError until the end of the wait.
+
+        others_in_reach: whether other files of the dataset can be read, so that only this one is waited for in vain.
+        """
+        try:
+            result = action()
+        except OSError as error:
+            result = self._wait(action, path, others_in_reach, error)
+        self._outage_began = None
+        return result
+
+    def _wait(self, action: Callable[[], Any], path: str, others_in_reach: Callable[[], bool], error: OSError) -> Any:
+        start, pause = time.monotonic(), FIRST_PAUSE
+        self._outage_began = start if self._outage_began is None else self._outage_began
+        deadline = self._outage_began + self.timeout_s
+        while path not in self._given_up and (left := deadline - time.monotonic()) > 0:
+            if time.monotonic() - start > WAIT_FOR_ONE and others_in_reach():
+                break
+            if pause == 8 * FIRST_PAUSE:
+                log.warning("%s: waiting up to %.0f s for %s: %s", self.tally.name, left, path, error)
+            time.sleep(min(pause, left))
+            pause = min(2 * pause, LONGEST_PAUSE)
+            try:
+                result = action()
+            except OSError as latest:
+                error = latest
+                continue
+            detail = f"{time.monotonic() - start:.1f} s; {error}"
+            self.tally.drop("a file that was out of reach", path, detail, verb="waited for")
+            self._given_up.discard(path)
+            return result
+        self._given_up.add(path)
+        raise OutOfReach(f"{type(error).__name__}: {error}") from error
+
+
+class PatientFile(io.RawIOBase):
+    """The bytes of a shard: a path, a URL or `pipe:command`. After an outage it goes on where it was."""
+
+    def __init__(self, shard: str, patience: Patience, others_in_reach: Callable[[], bool]) -> None:
+        self._shard, self._patience, self._others_in_reach = shard, patience, others_in_reach
+        self._stream: Any = None
+        self._position, self._ended = 0, False
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Raises OutOfReach if the shard cannot be read."""
+        if self._ended:
+            return 0
+        content = self._patience.retry(lambda: self._read(len(buffer)), self._shard, self._others_in_reach)
+        buffer[: len(content)] = content
+        self._position += len(content)
+        return len(content)
+
+    def close(self) -> None:
+        self._close_stream()
+        super().close()
+
+    def _read(self, size: int) -> bytes:
+        try:
+            if self._stream is None:
+                self._stream = open_shard(self._shard)
+                _skip(self._stream, self._position)
+            content = self._stream.read(size)
+            if not content:
+                self._stream.close()  # raises for a command that failed
+                self._ended = True
+            return content
+        except OSError:
+            self._close_stream()
+            raise
+
+    def _close_stream(self) -> None:
+        with suppress(OSError):  # of a command that was stopped before its end
+            if self._stream is not None:
+                self._stream.close()
+        self._stream = None
+
+
+def open_shard(shard: str) -> Any:
+    """A readable stream of bytes. Raises OSError."""
+    return open(shard, "rb", buffering=0) if is_local(shard) else wds.gopen(shard)
+
+
+def _skip(stream: Any, count: int) -> None:
+    if count and hasattr(stream, "seek"):
+        stream.seek(count)
+        return
+    while count:
+        skipped = len(stream.read(min(count, 1 << 20)))
+        if not skipped:
+            raise OSError("it ended earlier than before")
+        count -= skipped
