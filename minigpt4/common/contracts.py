@@ -54,6 +54,14 @@ class ModelExtras(Protocol):
         If it is absent, the model trains as it is; run.fp8=True is then an error.
         """
 
+    def sanitize(self, samples: Samples) -> Samples:
+        """Return the batch without anything in its texts that the model would take for a part of the prompt.
+
+        Called once for each batch of training and evaluation, before `prepare`. The key "broken_up", a list of texts
+        that were changed, is counted and reported after each epoch of training.
+        If it is absent, texts stay as the loader made them.
+        """
+
     def prepare(self, samples: Samples) -> Samples:
         """Return the batch with all host work done, such as tokenisation.
 
@@ -233,8 +241,10 @@ class DatasetExtras(Protocol):
         If it is absent, the dataset is only seeded batch by batch.
         """
 
-    def take_left_out(self) -> Mapping[tuple[str, str], int]:
+    def take_left_out(self) -> Mapping[tuple[str, ...], int]:
         """Return {(cause, shard or file): count} of the samples left out in this process since the last call.
+
+        A third element is the verb of the report, if that is not "left out".
 
         Called after each batch, in the data worker; the runner logs the sums after each epoch of training.
         If it is absent, nothing is reported for this dataset.
@@ -271,7 +281,7 @@ class CacheableDataset(Protocol):
     def part(self, number: int) -> "Iterator[Any]":
         """Return the records of a part, in order, with the attributes `key`, `image_id` and `caption`, all strings.
 
-        Keys are unique within a part and hold no dot. Pictures are not decoded yet.
+        Keys are unique within a part. Pictures are not decoded yet.
         """
 
     # The parameter has a name of its own in each dataset, so the call is positional.

@@ -15,6 +15,8 @@ from minigpt4.common.schema import BLIP2_URL, VIT_KEYS, VIT_MODELS
 
 # The place of an image's vectors in a text.
 IMAGE_SLOT = "<ImageHere>"
+# Separates the turns of a chat.
+SEPARATOR = "###"
 # Published weights of the vision encoders that `vit_model` names.
 VIT_WEIGHTS = {
     "eva_clip_g": "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/eva_vit_g.pth",

@@ -10,7 +10,7 @@ Q query tokens per image, S sequence, T new tokens, D width of the language mode
 
 import logging
 from bisect import bisect_left
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -20,12 +20,13 @@ import numpy as np
 import torch
 from PIL import Image
 
+from minigpt4.common.facts import SEPARATOR
 from minigpt4.conversation.decoding import Decoding
 from minigpt4.conversation.pictures import open_picture
 from minigpt4.conversation.videos import FRAMES, open_video
 from minigpt4.fast.decoding.loop import cached_decoding
 from minigpt4.models.generation import DecodingLoop, answer_text, continue_embeds, end_ids, stream, strip_leading
-from minigpt4.models.prompt import IMAGE_SLOT, encode_with_images
+from minigpt4.models.prompt import IMAGE_SLOT, break_up, encode_with_images, sanitize
 
 IMAGE_TURN = f"<Img>{IMAGE_SLOT}</Img>"
 
@@ -40,7 +41,7 @@ class Conversation:
 
     system: str
     roles: tuple[str, str] = ("Human", "Assistant")
-    sep: str = "###"
+    sep: str = SEPARATOR
     sep2: str | None = None
     messages: list[list] = field(default_factory=list)
 
@@ -143,8 +144,7 @@ class Chat:
 
     def sanitize(self, text: str, conv: Conversation) -> str:
         """`text` in which separators, image placeholders and special tokens are broken up by a space."""
-        special = self.model.tokenizer.special_tokens
-        return break_up(text, [conv.sep, conv.sep2 or "", IMAGE_SLOT, *special])
+        return sanitize([text], self.model.tokenizer, [conv.sep, conv.sep2 or ""])[0]
 
     @torch.inference_mode()
     def get_context_emb(self, conv: Conversation, img_list: list[torch.Tensor]) -> torch.Tensor:
@@ -276,11 +276,3 @@ class Chat:
             tokenizer = self.model.tokenizer
             special = [text for text, i in tokenizer.special_tokens.items() if i in end_ids(tokenizer)]
             pending[1] = break_up(pending[1] or "", [IMAGE_SLOT, *special])
-
-
-def break_up(text: str, markers: Iterable[str]) -> str:
-    """`text` with a space after the first character of each marker in it: "###" becomes "# ##", "</s>" "< /s>"."""
-    for marker in dict.fromkeys(marker.strip() for marker in markers):
-        while len(marker) > 1 and marker in text:
-            text = text.replace(marker, f"{marker[0]} {marker[1:]}")
-    return text

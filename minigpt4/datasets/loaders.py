@@ -9,7 +9,7 @@ which samples. The workers make whole batches as planned. The plan and all rando
 import random
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -18,6 +18,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from minigpt4.common.errors import ConfigError
+from minigpt4.datasets.captions import Unusable, usable
+from minigpt4.datasets.left_out import Tally
 from minigpt4.datasets.length_balancing import POOL, balanced_batches, rank_share
 from minigpt4.datasets.seeding import derive_seed, seeded
 
@@ -32,11 +34,12 @@ class BatchRequest(NamedTuple):
 
 
 class LeftOut(NamedTuple):
-    """The key under which broken samples are counted."""
+    """The key under which broken samples are counted, and others that need a word."""
 
     dataset: str
     cause: str
     shard: str
+    verb: str = "left out"
 
 
 class TrainLoader:
@@ -155,26 +158,35 @@ class EndlessWalk:
 
 def report_left_out(left_out: Counter[LeftOut]) -> list[str]:
     """A line for each dataset and cause: how many samples were left out, and the shards where most were."""
-    by_cause: dict[tuple[str, str], Counter[str]] = {}
-    for (dataset, cause, shard), count in left_out.items():
-        by_cause.setdefault((dataset, cause), Counter())[shard] += count
+    by_cause: dict[tuple[str, str, str], Counter[str]] = {}
+    for (dataset, cause, shard, verb), count in left_out.items():
+        by_cause.setdefault((dataset, verb, cause), Counter())[shard] += count
     lines = []
-    for (dataset, cause), shards in sorted(by_cause.items()):
+    for (dataset, verb, cause), shards in sorted(by_cause.items()):
         worst = ", ".join(f"{shard} ({count})" for shard, count in shards.most_common(3))
         more = f" and {len(shards) - 3} more" if len(shards) > 3 else ""
-        lines.append(f"{dataset}: left out {shards.total()} × {cause}: {worst}{more}.")
+        lines.append(f"{dataset}: {verb} {shards.total()} × {cause}: {worst}{more}.")
     return lines
 
 
 class BatchMaker(Dataset):
     """Makes whole batches on request, in the workers. Each batch has its own seed.
 
-    balanced: batches of a stream are balanced by length.
-    Item: the batch, and {LeftOut: count} of the samples left out, if the dataset has `take_left_out()`.
+    Samples of any dataset whose text cannot be trained on (`captions.usable`) are left out; the next one takes their
+    place. After MAX_BAD_IN_A_ROW of them a RuntimeError ends the run.
+
+    balanced: batches of a stream are balanced by length. replace: False leaves a batch without them smaller.
+    Item: the batch, or None if no sample is left, and {LeftOut: count} of the samples left out.
     """
 
-    def __init__(self, datasets: dict[str, Dataset], batch_size: int, seed: int, balanced: bool = False) -> None:
-        self.datasets, self.batch_size, self.seed, self.balanced = datasets, batch_size, seed, balanced
+    MAX_BAD_IN_A_ROW = 1000
+
+    def __init__(
+        self, datasets: dict[str, Dataset], batch_size: int, seed: int, balanced: bool = False, replace: bool = True
+    ) -> None:
+        self.datasets, self.batch_size, self.seed = datasets, batch_size, seed
+        self.balanced, self.replace = balanced, replace
+        self._tallies = {name: Tally(name) for name in datasets}
         self._streams: dict[str, Iterator[list[Any]]] = {}
         self._last: dict[str, BatchRequest] = {}  # for each stream
 
@@ -184,15 +196,39 @@ class BatchMaker(Dataset):
             if request.indices is None:
                 samples = next(self._stream(request))
             else:
-                samples = [dataset[index] for index in request.indices]
-            left_out = dataset.take_left_out() if hasattr(dataset, "take_left_out") else {}
-            return collate_fn_of(dataset)(samples), {LeftOut(request.dataset, *key): n for key, n in left_out.items()}
+                samples = [s for index in request.indices for s in self._at(request.dataset, index)]
+            batch = collate_fn_of(dataset)(samples) if samples else None
+        left_out = self._tallies[request.dataset].take()
+        left_out.update(dataset.take_left_out() if hasattr(dataset, "take_left_out") else {})
+        return batch, {LeftOut(request.dataset, *key): n for key, n in left_out.items()}
+
+    def _at(self, name: str, index: int) -> Iterator[Any]:
+        """The sample at an index, or the next one whose text is usable; without `replace`, perhaps none."""
+        dataset = self.datasets[name]
+        following = (dataset[(index + i) % len(dataset)] for i in range(len(dataset) if self.replace else 1))
+        return islice(self._usable(name, following), 1)
+
+    def _usable(self, name: str, samples: Iterable[Any]) -> Iterator[Any]:
+        """The samples without a text, and those whose text is usable."""
+        bad_in_a_row = 0
+        for sample in samples:
+            try:
+                if isinstance(sample, Mapping) and isinstance(text := sample.get("text_input", "-"), str | None):
+                    usable(text)
+            except Unusable as cause:
+                self._tallies[name].drop(str(cause), str(sample.get("image_id", "a sample")))
+                bad_in_a_row += 1
+                if bad_in_a_row == self.MAX_BAD_IN_A_ROW:
+                    raise RuntimeError(f"datasets.{name}: {cause}: {bad_in_a_row} samples in a row.") from None
+            else:
+                bad_in_a_row = 0
+                yield sample
 
     def _stream(self, request: BatchRequest) -> Iterator[list[Any]]:
         """The batches of a stream. They start again in a new epoch, and in one that is begun once more."""
         name, last = request.dataset, self._last.get(request.dataset)
         if last is None or last.epoch != request.epoch or last.number >= request.number:
-            samples = _endless(self.datasets[name], name, request.epoch)
+            samples = self._usable(name, _endless(self.datasets[name], name, request.epoch))
             self._streams[name] = balanced_batches(samples, self.batch_size, POOL if self.balanced else 0)
         self._last[name] = request
         return self._streams[name]
@@ -209,8 +245,8 @@ def eval_loader(
     part = range(rank, len(dataset), world_size)
     starts = range(0, len(part), batch_size)
     plan = [BatchRequest("", 0, number, list(part[i : i + batch_size])) for number, i in enumerate(starts)]
-    loader = _data_loader(BatchMaker({"": dataset}, batch_size, derive_seed("eval", rank)), plan, num_workers)
-    return (batch for batch, _ in loader)
+    maker = BatchMaker({"": dataset}, batch_size, derive_seed("eval", rank), replace=False)
+    return (batch for batch, _ in _data_loader(maker, plan, num_workers) if batch is not None)
 
 
 def collate_fn_of(dataset: Dataset) -> Callable[[list[Any]], Any]:

@@ -2,14 +2,13 @@
 
 from collections.abc import Iterator
 
+from minigpt4.common.facts import SEPARATOR
 from minigpt4.common.text import pluralize
 from minigpt4.doctor.diagnostic import Diagnostic, error, ok, warning
 from minigpt4.doctor.run_context import RunContext
 
 # A tokenizer may know this many more tokens than its model embeds: pad tokens and the like, which no text has.
 ADDED_TOKENS = 64
-# Separates the turns of a chat.
-SEPARATOR = "###"
 
 
 def check_tokenizer(context: RunContext) -> Iterator[Diagnostic]:

@@ -57,6 +57,10 @@ class BaseModel(nn.Module):
         if fp8:
             raise ConfigError(f"run.fp8=True: {type(self).__name__} has no layers in fp8. Set run.fp8=False.")
 
+    def sanitize(self, samples: dict) -> dict:
+        """Break up what the model would take for a part of the prompt in the texts of a batch. Here: nothing."""
+        return samples
+
     def prepare(self, samples: dict) -> dict:
         """Do host work on a batch, such as tokenisation. A thread calls this while the batch before is computed."""
         return samples

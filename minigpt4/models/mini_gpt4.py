@@ -147,6 +147,16 @@ class MiniGPT4(vision.Vision):
                 f"image as there are query tokens ({self.query_tokens.shape[1]})."
             )
 
+    def sanitize(self, samples: dict) -> dict:
+        """Break up markers of the prompt in the texts of a batch, as chat does in what a user types.
+
+        Adds "broken_up": the beginnings of the texts that were changed. The runner calls this before `prepare`.
+        """
+        texts = samples.get("text_input", ())
+        sound = prompt.sanitize([*texts], self.tokenizer, [self.end_sym, facts.SEPARATOR])
+        broken_up = [text[:60] for text, other in zip(texts, sound, strict=True) if text != other]
+        return {**samples, "text_input": sound, "broken_up": broken_up} if broken_up else samples
+
     def prepare(self, samples: dict) -> dict:
         """Tokenise and collate the texts of a batch. The runner does this on the host, during the step before.
 

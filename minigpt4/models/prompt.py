@@ -7,6 +7,9 @@ B batch, S sequence, Q query tokens per image, D width of the language model.
 """
 
 import copy
+import functools
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -86,6 +89,31 @@ class PaddedBatch:
 
     def _tensors(self) -> list[tuple[str, torch.Tensor]]:
         return [(name, value) for name, value in vars(self).items() if isinstance(value, torch.Tensor)]
+
+
+def break_up(text: str, markers: Iterable[str]) -> str:
+    """`text` with a space after the first character of each marker in it: "###" becomes "# ##", "</s>" "< /s>"."""
+    for marker in dict.fromkeys(marker.strip() for marker in markers):
+        while len(marker) > 1 and marker in text:
+            text = text.replace(marker, f"{marker[0]} {marker[1:]}")
+    return text
+
+
+def sanitize(texts: list[str], tokenizer: "Tokenizer", separators: list[str]) -> list[str]:
+    """Texts of users or datasets in which separators, image slots and special tokens are broken up by a space.
+
+    A space also follows a text that ends like the beginning of a separator, which it would become part of.
+    """
+    markers = (*separators, IMAGE_SLOT, *tokenizer.special_tokens)
+    beginnings = tuple(marker[0] for marker in map(str.strip, separators) if len(marker) > 1)
+    has_marker = _any_of(markers).search
+    sound = [break_up(text, markers) if has_marker(text) else text for text in texts]
+    return [text + " " if text.endswith(beginnings) else text for text in sound]
+
+
+@functools.lru_cache
+def _any_of(markers: tuple[str, ...]) -> re.Pattern:
+    return re.compile("|".join(re.escape(marker) for marker in map(str.strip, markers) if len(marker) > 1))
 
 
 def encode_with_images(tokenizer: "Tokenizer", text: str, num_query_tokens: int) -> list[int]:

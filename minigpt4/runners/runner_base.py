@@ -24,12 +24,14 @@ from minigpt4.common.logger import MetricLogger
 from minigpt4.common.optims import create_optimizer
 from minigpt4.common.registry import registry
 from minigpt4.common.text import pluralize
-from minigpt4.datasets.loaders import TrainLoader, eval_loader, report_left_out
+from minigpt4.datasets.loaders import LeftOut, TrainLoader, eval_loader, report_left_out
 from minigpt4.quantization.fp8 import check_fp8_supported
 from minigpt4.runners.prefetch import prefetch
 from minigpt4.runners.schedule import EtaLogger, TrainingSchedule
 from minigpt4.runners.state import restore_rng_states, rng_states, to_device
 from minigpt4.weights import checkpoint, fingerprint
+
+MARKERS = ("captions", "markers of the prompt (###, <ImageHere>, special tokens)")
 
 
 @registry.register_runner("runner_base")
@@ -143,9 +145,9 @@ class RunnerBase:
     def train_epoch(self, epoch: int) -> dict[str, float]:
         """Train on `iters_per_epoch` micro-batches; returns the epoch's mean learning rate and loss."""
         self.model.train()
-        metrics = MetricLogger()
+        metrics, broken_up = MetricLogger(), Counter()
         header = f"Train: data epoch: [{epoch}]"
-        epoch_batches = self.loader.epoch(epoch, self.iters_per_epoch)
+        epoch_batches = map(self._sanitize, self.loader.epoch(epoch, self.iters_per_epoch))
         with contextlib.closing(prefetch(epoch_batches, self.module, self.device)) as batches:
             for i, samples in enumerate(metrics.log_every(batches, self.iters_per_epoch, self.run.log_freq, header)):
                 self.lr_sched.step(cur_epoch=epoch, cur_step=i)
@@ -153,9 +155,13 @@ class RunnerBase:
                 loss = self.train_step(samples, is_update)
                 metrics.update(lr=self.optimizer.param_groups[0]["lr"], loss=loss)
                 self.eta.step(i)
-        for line in report_left_out(sum(dist_utils.gather_objects(self.loader.take_left_out()), Counter())):
+                broken_up.update(LeftOut(*MARKERS, text, "broke up") for text in samples.get("broken_up", ()))
+        for line in report_left_out(sum(dist_utils.gather_objects(self.loader.take_left_out() + broken_up), Counter())):
             logging.info("Epoch %d: %s", epoch, line)
         return metrics.global_avg()
+
+    def _sanitize(self, samples: dict) -> dict:
+        return self.module.sanitize(samples) if hasattr(self.module, "sanitize") else samples
 
     def train_step(self, samples: dict, is_update: bool) -> torch.Tensor:
         """Forward and backward pass of a micro-batch on the device, and the update if it is the step's last one.
@@ -205,7 +211,7 @@ class RunnerBase:
         for dataset in self._split(split).values():
             for samples in eval_loader(dataset, run.batch_size_eval, run.num_workers, rank, self.world_size):
                 with self._autocast():
-                    output = self.task.valid_step(self.module, to_device(samples, self.device))
+                    output = self.task.valid_step(self.module, to_device(self._sanitize(samples), self.device))
                 loss, num_labels = _loss_and_labels(output)
                 total += torch.tensor([float(loss) * num_labels, num_labels], dtype=torch.float64)
         loss, num_labels = dist_utils.all_reduce_sum(total).tolist()
