@@ -120,9 +120,13 @@ def read_members(raw: io.RawIOBase, pictures: Collection[str]) -> Iterator[Membe
 
 def _unpacked(raw: io.RawIOBase) -> io.BufferedIOBase:
     file = io.BufferedReader(raw, BUFFER)
-    head = file.peek(8)
-    unpack = next((unpack for magic, unpack in UNPACKERS.items() if head.startswith(magic)), None)
+    unpack = unpacker(file.peek(8))
     return unpack(file) if unpack else file
+
+
+def unpacker(head: bytes) -> Callable | None:
+    """The function that opens a compressed file which begins like this; None: it is not compressed."""
+    return next((unpack for magic, unpack in UNPACKERS.items() if head.startswith(magic)), None)
 
 
 def _check_end(tar: tarfile.TarFile) -> None:
