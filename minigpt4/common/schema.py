@@ -186,6 +186,9 @@ class MiniGPT4Config:
     """*Inert*, as in the first release; prompts come from `prompt_path`."""
     prompt_path: str | None = None
     """Text file with one prompt a line; lines without <ImageHere> are ignored."""
+    template: Any = None
+    """The text around messages: `vicuna_v0`, `vicuna_v1`, `llama2`, `auto` (the tokenizer's own chat template), or a
+    mapping of start, system, question, next_question, end. null: `prompt_template` and `end_sym`, which it replaces."""
     prompt_template: str = "{}"
     """Text around a prompt; `{}` stands for the prompt."""
     max_txt_len: int = field(default=32, metadata={"least": 1})

@@ -20,6 +20,7 @@ from minigpt4.common.schema import MiniGPT4Config
 from minigpt4.models import llm, loading, prompt, qformer, vision
 from minigpt4.models.eva_vit import EvaViT
 from minigpt4.models.generation import DecodingLoop, answer_text, continue_embeds
+from minigpt4.models.template import Template, resolve
 from minigpt4.models.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -44,6 +45,13 @@ class PlainStep:
         return summed_cross_entropy(logits, batch.targets) / max(batch.num_labels, 1)
 
 
+def _select_images(samples: dict, seen: list[bool]) -> dict:
+    """The batch with the images at which `seen` is true, and with what belongs to them."""
+    kept = torch.tensor(seen).nonzero().flatten()
+    per_image = [key for key in samples if key.startswith("image") and isinstance(samples[key], torch.Tensor)]
+    return {**samples, **{key: samples[key][kept.to(samples[key].device)] for key in per_image}}
+
+
 def summed_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """The sum of the cross-entropies of logits [B,K,V] and targets [B,K], in float32."""
     logits, targets = logits.float().flatten(0, 1), targets.flatten()
@@ -60,6 +68,7 @@ class MiniGPT4(vision.Vision):
         prompt_list: prompts with an image slot; a training batch uses one, drawn at random. Empty: the image alone.
         max_txt_len: maximum number of tokens of a training text, `end_sym` included.
         end_sym: the end of each training text that is not cut off.
+        template: the text around the messages of conversations.
         llm_grad_checkpoint: number of the language model's layers that recompute their activations.
         dtype: dtype in which the vision side and `llama_proj` compute.
     """
@@ -80,6 +89,7 @@ class MiniGPT4(vision.Vision):
         prompt_list: list[str] | None = None,
         max_txt_len: int = 32,
         end_sym: str = "\n",
+        template: Template | None = None,
         freeze_vit: bool = True,
         freeze_qformer: bool = True,
         llm_grad_checkpoint: int = 0,
@@ -91,6 +101,7 @@ class MiniGPT4(vision.Vision):
         self.tokenizer = tokenizer
         self.prompt_list = prompt_list or []
         self.max_txt_len, self.end_sym = max_txt_len, end_sym
+        self.template = template
         self.step = PlainStep()
         llm.recompute_layers(llama_model, llm_grad_checkpoint)
 
@@ -103,8 +114,9 @@ class MiniGPT4(vision.Vision):
         self.train(self.training)
 
     def forward(self, samples: dict) -> dict:
-        """The loss of a batch {"image": [B,3,H,W], "text_input": [str] * B}.
+        """The loss of a batch {"image": [images,3,H,W], "text_input": B texts, or B conversations}.
 
+        A text has one image, a conversation (`datasets.conversations.batch.Conversations`) any number.
         "image_features" [B,Q,W] can replace "image". A batch from `prepare` is not tokenised again.
         Returns {"loss": mean cross-entropy over the tokens with labels, "num_labels": the number of these tokens}.
         """
@@ -113,6 +125,8 @@ class MiniGPT4(vision.Vision):
         tokens = samples["tokens"].to(self.device)
         if "image_features" in samples:
             image_embeds = self.project(samples["image_features"])  # [B,Q,D]
+        elif not len(samples["image"]):  # conversations without images; the result keeps the projection in the loss
+            image_embeds = self.project(self.query_tokens[:0])
         else:
             image_embeds, _ = self.encode_img(samples["image"])
         self._check_images(image_embeds, tokens)
@@ -152,9 +166,12 @@ class MiniGPT4(vision.Vision):
 
         Adds "broken_up": the beginnings of the texts that were changed. The runner calls this before `prepare`.
         """
-        texts = samples.get("text_input", ())
-        sound = prompt.sanitize([*texts], self.tokenizer, [self.end_sym, facts.SEPARATOR])
-        broken_up = [text[:60] for text, other in zip(texts, sound, strict=True) if text != other]
+        texts, separators = samples.get("text_input", []), [self.end_sym, facts.SEPARATOR]
+        if hasattr(texts, "sanitize"):
+            sound = texts.sanitize(self.tokenizer, separators)
+        else:
+            sound = prompt.sanitize([*texts], self.tokenizer, separators)
+        broken_up = [str(text)[:60] for text, other in zip(texts, sound, strict=True) if text != other]
         return {**samples, "text_input": sound, "broken_up": broken_up} if broken_up else samples
 
     def prepare(self, samples: dict) -> dict:
@@ -162,17 +179,15 @@ class MiniGPT4(vision.Vision):
 
         Adds "tokens", "tokens_of" (their texts) and "drawn_prompt" (unless the batch has one).
         """
-        drawn = samples.get("drawn_prompt") or self._draw_prompt()
-        ids, labels = prompt.training_sequences(
-            self.tokenizer,
-            drawn,
-            samples["text_input"],
-            self.query_tokens.shape[1],
-            self.max_txt_len,
-            self.end_sym,
-        )
+        texts, drawn = samples["text_input"], samples.get("drawn_prompt") or self._draw_prompt()
+        limits = self.query_tokens.shape[1], self.max_txt_len
+        if hasattr(texts, "training_sequences"):
+            ids, labels, seen = texts.training_sequences(self.tokenizer, self.template, drawn, *limits)
+            samples = samples if all(seen) else _select_images(samples, seen)
+        else:
+            ids, labels = prompt.training_sequences(self.tokenizer, drawn, texts, *limits, self.end_sym)
         tokens = self.step.collate(self, ids, labels)
-        return {**samples, "tokens": tokens, "tokens_of": [*samples["text_input"]], "drawn_prompt": drawn}
+        return {**samples, "tokens": tokens, "tokens_of": [*texts], "drawn_prompt": drawn}
 
     def _draw_prompt(self) -> str:
         """A random prompt in training, the first one in evaluation, the image alone if there are no prompts."""
@@ -263,7 +278,8 @@ class MiniGPT4(vision.Vision):
             ConfigError: weights cannot be found or downloaded.
         """
         cfg, device = cls.config_class(**cfg), torch.device(device)
-        prompts = prompt.read_prompts(cfg.prompt_path, cfg.prompt_template) if cfg.prompt_path else []
+        template = resolve(cfg)
+        prompts = prompt.read_prompts(cfg.prompt_path, template.prompt) if cfg.prompt_path else []
         sources = loading.open_sources(cfg)
         loading.check_width(sources.trained, cfg)
         parts = loading.vision_parts(cfg, sources, device, dtype)
@@ -278,7 +294,8 @@ class MiniGPT4(vision.Vision):
                 tokenizer=tokenizer,
                 prompt_list=prompts,
                 max_txt_len=cfg.max_txt_len,
-                end_sym=cfg.end_sym,
+                end_sym=template.end,
+                template=template,
                 freeze_vit=cfg.freeze_vit,
                 freeze_qformer=cfg.freeze_qformer,
                 llm_grad_checkpoint=cfg.llm_grad_checkpoint,

@@ -116,9 +116,12 @@ def _any_of(markers: tuple[str, ...]) -> re.Pattern:
     return re.compile("|".join(re.escape(marker) for marker in map(str.strip, markers) if len(marker) > 1))
 
 
-def encode_with_images(tokenizer: "Tokenizer", text: str, num_query_tokens: int) -> list[int]:
-    """`<s>` and the token ids of `text`, in which IMAGE_ID replaces each image slot `num_query_tokens` times."""
-    ids = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+def encode_with_images(tokenizer: "Tokenizer", text: str, num_query_tokens: int, bos: bool = True) -> list[int]:
+    """`<s>`, if `bos` is true and the tokenizer has it, and the token ids of `text`.
+
+    IMAGE_ID replaces each image slot `num_query_tokens` times.
+    """
+    ids = [tokenizer.bos_token_id] if bos and tokenizer.bos_token_id is not None else []
     first, *others = text.split(IMAGE_SLOT)
     ids += tokenizer.encode(first)
     for segment in others:

@@ -8,9 +8,11 @@ transformers 5's tokenizer of the same file gives other ids for segments such as
 import itertools
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+from minigpt4.common.errors import ConfigError
 from minigpt4.models import llm
 
 
@@ -41,6 +43,27 @@ def load_tokenizer(llama_model: str) -> Tokenizer:
         for file in ("tokenizer.model", "added_tokens.json")
     )
     return SentencePieceTokenizer(model_file, added_file) if model_file else HuggingFaceTokenizer(llama_model)
+
+
+def chat_template(llama_model: str) -> tuple[Callable[[list[dict]], str], str]:
+    """The chat template of a language model's tokenizer and the text of its end token, for `from_chat_template`.
+
+    Raises ConfigError if it has no chat template.
+    """
+    from transformers import AutoTokenizer
+
+    name, options = llm.pretrained_source(llama_model)
+    tokenizer = AutoTokenizer.from_pretrained(name, **options)
+    if not tokenizer.chat_template:
+        raise ConfigError(
+            f"model.template=auto: the tokenizer of {llama_model} has no chat template. Give a name or a mapping."
+        )
+
+    def render(messages: list[dict]) -> str:
+        asked = messages[-1]["role"] == "user"
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asked)
+
+    return render, tokenizer.eos_token
 
 
 def _model_in_gguf(path: str) -> bytes | None:

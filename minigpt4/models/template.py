@@ -1,0 +1,174 @@
+"""The text around the messages of a conversation.
+
+A conversation with the questions q1, q2, … and the answers a1, a2, … is
+
+    start  question(q1)  a1 end  next_question(q2)  a2 end  …
+
+after `<s>`. With a system text, `system` stands in the place of `start`. Each answer with its end is a segment of its
+own for the tokenizer; so is the text between two answers, and the text on each side of an image. Training knows without
+any search which tokens are learnt: those of the answers.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+
+from minigpt4.common.errors import ConfigError, check_names
+from minigpt4.common.facts import IMAGE_SLOT
+from minigpt4.common.schema import MiniGPT4Config
+from minigpt4.models.tokenizer import chat_template
+
+# A picture in a message, in the form of the published weights.
+PICTURE = f"<Img>{IMAGE_SLOT}</Img>"
+
+
+@dataclass(frozen=True)
+class Template:
+    """The fixed texts of a conversation; in `system`, `question` and `next_question`, `{}` stands for the message.
+
+    Raises ConfigError if one of these has no `{}`.
+    """
+
+    question: str
+    """The first question, up to the place where its answer begins."""
+    end: str
+    """The end of each answer, which is learnt with it."""
+    start: str = ""
+    """Before the first question of a conversation without a system text."""
+    system: str = "{}"
+    """The same with a system text; empty: there is no place for one."""
+    next_question: str = ""
+    """Each later question, after the end of an answer; empty: like `question`."""
+    bos: bool = True
+    """Whether the tokenizer's `<s>` comes first, if it has one."""
+
+    def __post_init__(self) -> None:
+        for name in ("question", "system", "next_question"):
+            text = getattr(self, name)
+            if text and "{}" not in text:
+                raise ConfigError(f"model.template: {name}={text!r} has no {{}} where the message goes.")
+
+    @property
+    def prompt(self) -> str:
+        """The first question with all that precedes it; `{}` stands for the question."""
+        return self.start + self.question
+
+    def exchanges(self, messages: Sequence[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+        """(the text before an answer, the answer with its end) of messages (role, text).
+
+        The roles are [system,] user, assistant, user, assistant, …
+        """
+        before = self.start
+        if messages[0][0] == "system":
+            if not self.system:
+                raise ConfigError("This model.template has no place for a system text. Take it out of the data.")
+            before, messages = self.system.replace("{}", messages[0][1]), messages[1:]
+        question = self.question
+        for (_, asked), (_, answer) in zip(messages[::2], messages[1::2], strict=True):
+            yield before + question.replace("{}", asked), answer + self.end
+            before, question = "", self.next_question or self.question
+
+
+TEMPLATES = {
+    # The published weights of 2023, and stage 2 as it is shipped.
+    "vicuna_v0": Template(
+        start="###Human: ",
+        system="{}###Human: ",
+        question="{} ###Assistant: ",
+        next_question="Human: {} ###Assistant: ",
+        end="###",
+    ),
+    # Vicuna v1.1 and v1.5.
+    "vicuna_v1": Template(
+        start="A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+        "detailed, and polite answers to the user's questions. USER: ",
+        system="{} USER: ",
+        question="{} ASSISTANT:",
+        next_question="USER: {} ASSISTANT:",
+        end="</s>",
+    ),
+    # Llama 2 chat, as in the first release's weights for it.
+    "llama2": Template(
+        start="[INST] ",
+        system="[INST] <<SYS>>\n{}\n<</SYS>>\n\n",
+        question="{} [/INST] ",
+        next_question="<s>[INST] {} [/INST] ",
+        end="</s>",
+    ),
+}
+
+
+def from_prompt(prompt_template: str, end: str) -> Template:
+    """The template of the first release's keys `prompt_template`, with `{}` for the question, and `end_sym`.
+
+    A question that begins with `end` does so once only: the answer before it ends with it.
+    """
+    start, _, rest = prompt_template.partition("{}")
+    after = prompt_template.removeprefix(end)
+    return Template(start=start, system="{}" + start, question="{}" + rest, next_question=after, end=end)
+
+
+def resolve(cfg: MiniGPT4Config) -> Template:
+    """The template of the `model:` section.
+
+    `model.template` is a name in TEMPLATES, "auto" (the chat template of the language model's tokenizer), or a mapping
+    with the fields of `Template`. If it is null, `prompt_template` and `end_sym` decide.
+
+    Raises ConfigError for an unknown name or field, and for a chat template that is missing or has no fixed texts.
+    """
+    value = cfg.template
+    if value is None:
+        return from_prompt(cfg.prompt_template, cfg.end_sym)
+    if isinstance(value, Mapping):
+        check_names(value, [f.name for f in fields(Template)], lambda name: f"model.template has no key {name}")
+        return Template(**value)
+    if value == "auto":
+        return from_chat_template(*chat_template(cfg.llama_model))
+    check_names([value], [*TEMPLATES, "auto"], lambda name: f"model.template={name!r} is not known")
+    return TEMPLATES[value]
+
+
+def from_chat_template(render: Callable[[list[dict]], str], eos: str) -> Template:
+    """The template whose texts a tokenizer's own chat template writes around messages.
+
+    Args:
+        render: writes messages {"role", "content"}, and the beginning of an answer unless the last one is an answer.
+        eos: the text of the end token. If it follows an answer, it is its end, and the text after it is not learnt.
+
+    Raises ConfigError if these texts depend on the messages.
+    """
+    system, first, answer, second = (f"⟦{name}⟧" for name in ("system", "first", "answer", "second"))
+    turns = [("user", first), ("assistant", answer), ("user", second), ("assistant", answer), ("user", first)]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    start, _, asked = render(messages[:1]).partition(first)
+    # Text between the beginning of an answer and its content stands before every answer.
+    before, _, after = render(messages[:2]).removeprefix(start + first).partition(answer)
+    end = after[: after.index(eos) + len(eos)] if eos in after else after
+    again = render(messages[:3]).removeprefix(start + first + before + answer + end) + before.removeprefix(asked)
+    try:
+        with_system = render([{"role": "system", "content": system}, *messages[:1]]).partition(first)[0]
+    except Exception:  # jinja's own, raised by templates that refuse a system text
+        with_system = ""
+    found = Template(
+        question="{}" + before,
+        end=end,
+        start=start,
+        system=with_system.replace(system, "{}") if system in with_system else "",
+        next_question=again.replace(second, "{}") if second in again else "{}",
+        bos=False,
+    )
+    written = "".join(question + answer for question, answer in found.exchanges([*turns, ("assistant", "")]))
+    if written.removesuffix(end) != render(messages) + before.removeprefix(asked):
+        raise ConfigError(
+            "model.template=auto: the tokenizer's chat template writes other texts around other messages. Give "
+            "model.template a name or a mapping."
+        )
+    return found
+
+
+def join_parts(parts: Sequence[str | None]) -> str:
+    """The text of a message from its parts: texts, and None where a picture stands.
+
+    One space separates a picture from the text beside it; other white space next to a picture is left out.
+    """
+    pieces = [PICTURE if part is None else part.strip() if None in parts else part for part in parts]
+    return " ".join(piece for piece in pieces if piece)

@@ -1,0 +1,244 @@
+"""Conversations as training batches: the tokens that are learnt, cuts, and the same loss in every form."""
+
+import io
+import random
+
+import pytest
+import torch
+from sentencepiece import SentencePieceTrainer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from minigpt4.datasets.conversations.batch import Conversations, encode, exchanges
+from minigpt4.fast.packing.batch import pack
+from minigpt4.models.prompt import IGNORE_INDEX, IMAGE_ID
+from minigpt4.models.template import TEMPLATES
+from minigpt4.models.tokenizer import SentencePieceTokenizer
+
+V0 = TEMPLATES["vicuna_v0"]
+QUERIES = 8
+LONG = 10**6
+# Texts of every plane, and texts that imitate the template or its tokens.
+TEXTS = [
+    "a dog",
+    "Größe 3 m²",
+    "猫在沙发上",
+    "😀🧑‍🚀",
+    "𓀀𐍈",
+    "  two\n\nlines\t",
+    "é",
+    "###Human: x ###Assistant: y",
+    "</s>",
+]
+TEXTS += [
+    "<s>",
+    "<ImageHere>",
+    "<Img>",
+    "###",
+    "#",
+    "USER: hi ASSISTANT:",
+    "[INST] x [/INST]",
+    "<|im_end|>",
+    "A" * 40,
+    "\u200d",
+]
+
+
+class ByHuggingFace:
+    """A tokenizer of the `tokenizers` library in the form that models use."""
+
+    def __init__(self, tokenizer, special: list[str]):
+        self.tokenizer = tokenizer
+        self.special_tokens = {text: tokenizer.token_to_id(text) for text in special}
+        self.bos_token_id, self.eos_token_id = (tokenizer.token_to_id(text) for text in special)
+
+    def encode(self, text):
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids, skip_special_tokens=True):
+        return self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+
+
+def byte_level():
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    special = ["<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(TEXTS * 5, trainer)
+    return ByHuggingFace(tokenizer, special)
+
+
+def byte_fallback():
+    pieces = ["<s>", "</s>", *(f"<0x{number:02X}>" for number in range(256)), *"abcdeosmtu :#", "##", "###", "do"]
+    merges = [("#", "#"), ("##", "#"), ("d", "o")]
+    vocabulary = {piece: number for number, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, byte_fallback=True, fuse_unk=True))
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    return ByHuggingFace(tokenizer, ["<s>", "</s>"])
+
+
+def sentencepiece():
+    model = io.BytesIO()
+    options = {"byte_fallback": True, "normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+    sentences = iter(["describe this image in detail", "a red bus", "###Human: what is it? ###Assistant: a bus"] * 30)
+    SentencePieceTrainer.train(
+        sentence_iterator=sentences,
+        model_writer=model,
+        vocab_size=300,
+        model_type="bpe",
+        minloglevel=2,
+        hard_vocab_limit=False,
+        **options,
+    )
+    return SentencePieceTokenizer(model_proto=model.getvalue())
+
+
+TOKENIZERS = {
+    "SentencePiece": sentencepiece,
+    "byte-level BPE": byte_level,
+    "BPE with byte fallback": byte_fallback,
+}
+
+
+def random_conversation(rng: random.Random) -> tuple:
+    """1 to 6 turns with 0 to 5 images."""
+
+    def text() -> str:
+        return " ".join(rng.choices(TEXTS, k=rng.randint(1, 4)))
+
+    turns = rng.randint(1, 6)
+    images = [rng.randrange(turns) for _ in range(rng.randint(0, 5))]
+    messages = [("system", (text(),))] if rng.random() < 0.3 else []
+    for turn in range(turns):
+        parts = [None] * images.count(turn) + [text()]
+        rng.shuffle(parts)
+        messages += [("user", tuple(parts)), ("assistant", (text(),))]
+    return tuple(messages)
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_the_answers_are_learnt_and_nothing_else(kind, template):
+    tokenizer, template, rng = TOKENIZERS[kind](), TEMPLATES[template], random.Random(0)
+    for _ in range(350):
+        (conversation,) = Conversations([random_conversation(rng)]).sanitize(tokenizer, [template.end])
+        parts = [*exchanges(conversation, template, "")]
+        found = encode(tokenizer, parts, QUERIES, LONG, template.bos)
+        runs, previous = [], IGNORE_INDEX
+        for token, label in zip(found.ids, found.labels, strict=True):
+            assert label in (token, IGNORE_INDEX)
+            if label != IGNORE_INDEX:
+                runs += [[]] if previous == IGNORE_INDEX else []
+                runs[-1].append(label)
+            previous = label
+        assert [tokenizer.decode(run, skip_special_tokens=False) for run in runs] == [answer for _, answer in parts]
+        images = sum(parts.count(None) for _, parts in conversation)
+        assert (found.num_images, found.cut) == (images, False)
+        assert found.ids.count(IMAGE_ID) == images * QUERIES
+
+
+@pytest.fixture
+def tokenizer():
+    return TOKENIZERS["SentencePiece"]()
+
+
+def tokens_of(tokenizer, *messages, max_txt_len=LONG):
+    roles = ("user", "assistant") * 9
+    conversation = tuple((role, parts) for role, parts in zip(roles, messages, strict=False))
+    return encode(tokenizer, exchanges(conversation, V0, "P"), QUERIES, max_txt_len, True)
+
+
+def test_a_cut_conversation(tokenizer):
+    """It ends inside of an answer or before a question, with at least one label."""
+    messages = [(None, "What?"), ("a dog",), ("And", None, "here?"), ("two red cats",)]
+    first, both = tokens_of(tokenizer, *messages[:2]), tokens_of(tokenizer, *messages)
+    answer = sum(label != IGNORE_INDEX for label in first.labels)
+    question = len(both.ids) - len(first.ids) - (sum(label != IGNORE_INDEX for label in both.labels) - answer)
+    for room in range(1, len(both.ids) + 2):
+        cut = tokens_of(tokenizer, *messages, max_txt_len=room)
+        assert cut.ids == both.ids[: len(cut.ids)] and cut.labels == both.labels[: len(cut.ids)]
+        assert cut.labels[-1] != IGNORE_INDEX and cut.cut == (len(cut.ids) < len(both.ids))
+        assert cut.num_images == cut.ids.count(IMAGE_ID) / QUERIES == (2 if room > answer + question else 1)
+        after_first_question = len(cut.ids) - (len(first.ids) - answer)
+        assert after_first_question <= room
+
+
+def test_a_caption_equals_a_conversation_of_one_image(build_golden_model):
+    """The same loss, bit for bit, with the same prompt; so does the prompt as a question."""
+    model = build_golden_model(prompt_template="###Human: {} ###Assistant: ", end_sym="###", max_txt_len=6)
+    model.prompt_list = ["###Human: <Img><ImageHere></Img> Describe this. ###Assistant: "]
+    images, captions = torch.randn(3, 3, 28, 28), ["a dog", "two cats on a red sofa", "x"]
+    expected = model({"image": images, "text_input": captions})
+    for parts in ((None,), (None, "Describe this."), (None, "\nDescribe this. ")):
+        conversations = Conversations((("user", parts), ("assistant", (caption,))) for caption in captions)
+        output = model({"image": images, "text_input": conversations})
+        assert output["loss"].item() == expected["loss"].item() and output["num_labels"] == expected["num_labels"]
+
+
+@pytest.fixture
+def uneven():
+    """Conversations with 2, 0, 1 and 3 images."""
+    return Conversations(
+        [
+            (("user", (None, "What is it?")), ("assistant", ("a dog",)), ("user", (None,)), ("assistant", ("a cat",))),
+            (("user", ("Hello",)), ("assistant", ("Hello! What can I do?",))),
+            (("system", ("Be brief.",)), ("user", ("See", None)), ("assistant", ("Yes.",))),
+            (("user", (None, None, "Which is red?", None)), ("assistant", ("The second one, I think.",))),
+        ]
+    )
+
+
+def test_packed_padded_and_one_by_one_are_equal(build_golden_model, uneven):
+    model = build_golden_model(template="vicuna_v0", max_txt_len=200)
+    images = torch.randn(6, 3, 28, 28)
+
+    def loss_and_gradient(samples):
+        model.zero_grad()
+        output = model(samples)
+        output["loss"].backward()
+        return output["loss"].item(), model.llama_proj.weight.grad.clone(), output["num_labels"]
+
+    samples = {"image": images, "text_input": uneven}
+    loss, gradient, labels = loss_and_gradient(samples)
+    model.accelerate(packed=True, compiled=False)
+    for max_tokens in (4096, 60):  # as one micro-batch, and as several
+        model.step.max_tokens = max_tokens
+        other, own, count = loss_and_gradient(samples)
+        assert other == pytest.approx(loss, rel=1e-5) and count == labels
+        assert (own - gradient).norm() < 1e-5 * gradient.norm()
+    total, first = 0.0, 0
+    for conversation, count in zip(uneven, (2, 0, 1, 3), strict=True):
+        alone = {"image": images[first : first + count], "text_input": Conversations([conversation])}
+        part, own, count_of_labels = loss_and_gradient(alone)
+        total, first = total + part * count_of_labels, first + count
+        assert count or not own.any()
+    assert total / labels == pytest.approx(loss, rel=1e-5)
+
+
+def test_images_that_were_cut_off_are_not_seen(build_golden_model, uneven):
+    model = build_golden_model(template="vicuna_v0", max_txt_len=6)
+    images = torch.randn(6, 3, 28, 28)
+    prepared = model.prepare({"image": images, "text_input": uneven, "image_id": ["a", "b", "c", "d"]})
+    assert torch.equal(prepared["image"], images[[0, 2, 3, 4, 5]])
+    others = images.clone()
+    others[1] = 0
+    assert model(prepared)["loss"] == model({"image": others, "text_input": uneven})["loss"]
+
+
+def test_markers_in_texts_are_broken_up_and_counted(build_golden_model):
+    model = build_golden_model(template="vicuna_v0")
+    messages = (("user", (None, "a ### b")), ("assistant", ("c </s> <ImageHere>",)))
+    samples = model.sanitize({"image": torch.zeros(1, 3, 28, 28), "text_input": Conversations([messages])})
+    assert [*samples["text_input"]] == [(("user", (None, "a # ## b")), ("assistant", ("c < /s> < ImageHere>",)))]
+    assert len(samples["broken_up"]) == 1
+    sound = Conversations([(("user", ("a",)), ("assistant", ("b",)))])
+    assert "broken_up" not in model.sanitize({"text_input": sound})
+
+
+def test_a_packed_batch_of_texts_alone():
+    """No image vector, in a micro-batch of its own."""
+    packed = pack([[1, 5, 6, 7]], [[-100, -100, 6, 7]], max_tokens=100)
+    assert packed.num_image_vectors == 0 and packed.num_labels == 2

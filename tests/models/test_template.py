@@ -1,0 +1,105 @@
+"""The text around the messages of a conversation, against chat templates of tokenizers."""
+
+import jinja2
+import pytest
+
+from minigpt4.common.errors import ConfigError
+from minigpt4.common.schema import MiniGPT4Config
+from minigpt4.models.template import PICTURE, TEMPLATES, Template, from_chat_template, from_prompt, join_parts, resolve
+
+CHATML = (
+    "{% for m in messages %}{% if loop.first and m.role != 'system' %}<|im_start|>system\nYou are helpful.<|im_end|>\n"
+    "{% endif %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LLAMA2 = (
+    "{% if messages[0].role == 'system' %}{% set system = '<<SYS>>\n' + messages[0].content + '\n<</SYS>>\n\n' %}"
+    "{% set rest = messages[1:] %}{% else %}{% set system = '' %}{% set rest = messages %}{% endif %}"
+    "{% for m in rest %}{% if m.role == 'user' %}<s>[INST] {{ system if loop.first }}{{ m.content }} [/INST]"
+    "{% else %} {{ m.content }} </s>{% endif %}{% endfor %}"
+)
+NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML
+TURNS = [("user", "a {}?"), ("assistant", " b\n"), ("user", PICTURE), ("assistant", "c")]
+
+
+def renderer(text: str):
+    def raise_exception(message):
+        raise jinja2.exceptions.TemplateError(message)
+
+    template = jinja2.Environment(trim_blocks=False).from_string(text)
+
+    def render(messages):
+        asked = messages[-1]["role"] == "user"
+        return template.render(messages=messages, add_generation_prompt=asked, raise_exception=raise_exception)
+
+    return render
+
+
+def written(template: Template, turns) -> str:
+    return "".join(question + answer for question, answer in template.exchanges(turns))
+
+
+@pytest.mark.parametrize("system", [[], [("system", "Be {} brief.")]])
+@pytest.mark.parametrize(("text", "eos", "end"), [(CHATML, "<|im_end|>", "<|im_end|>"), (LLAMA2, "</s>", " </s>")])
+def test_auto_writes_what_the_chat_template_writes(text, eos, end, system):
+    render = renderer(text)
+    template = from_chat_template(render, eos)
+    turns = [*system, *TURNS]
+    expected = render([{"role": role, "content": content} for role, content in turns])
+    assert expected.startswith(written(template, turns)) and template.end == end
+    assert expected.removeprefix(written(template, turns)).strip() == ""
+    assert not template.bos
+
+
+def test_a_chat_template_without_a_system_text():
+    template = from_chat_template(renderer(NO_SYSTEM), "<|im_end|>")
+    assert template.system == "" and template.start.endswith("<|im_start|>user\n")
+    with pytest.raises(ConfigError, match="system"):
+        [*template.exchanges([("system", "x"), *TURNS])]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{{ messages | length }}" + CHATML,
+        CHATML.replace("m.content", "m.content | upper"),
+        "{% for m in messages[-1:] %}{{ m.content }}{% endfor %}",
+    ],
+)
+def test_a_chat_template_with_texts_that_change(text):
+    with pytest.raises(ConfigError, match="model.template=auto"):
+        from_chat_template(renderer(text), "<|im_end|>")
+
+
+def test_the_keys_of_the_first_release_equal_vicuna_v0():
+    assert from_prompt("###Human: {} ###Assistant: ", "###") == TEMPLATES["vicuna_v0"]
+    given = MiniGPT4Config(prompt_template="###Human: {} ###Assistant: ", end_sym="###")
+    assert resolve(given) == resolve(MiniGPT4Config(template="vicuna_v0")) == TEMPLATES["vicuna_v0"]
+    assert written(TEMPLATES["vicuna_v0"], [("system", "S"), *TURNS[:2], ("user", "q"), ("assistant", "x")]) == (
+        "S###Human: a {}? ###Assistant:  b\n###Human: q ###Assistant: x###"
+    )
+
+
+def test_vicuna_v1():
+    """As FastChat writes it."""
+    turns = [("system", "S"), ("user", "q"), ("assistant", "x"), ("user", "r"), ("assistant", "y")]
+    assert written(TEMPLATES["vicuna_v1"], turns) == "S USER: q ASSISTANT:x</s>USER: r ASSISTANT:y</s>"
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("vicuna", "vicuna_v0"),
+        ({"question": "Q", "end": "E"}, "question='Q'"),
+        ({"question": "{}", "end": "E", "stop": "E"}, "stop"),
+    ],
+)
+def test_a_template_that_is_none(value, words):
+    with pytest.raises(ConfigError, match=f"model.template.*{words}"):
+        resolve(MiniGPT4Config(template=value))
+
+
+def test_pictures_in_a_message():
+    assert join_parts(["  as it is \n"]) == "  as it is \n"
+    assert join_parts([None, "\nWhat?"]) == join_parts(["", None, "What?"]) == f"{PICTURE} What?"
+    assert join_parts([None, None, "and", None]) == f"{PICTURE} {PICTURE} and {PICTURE}"
