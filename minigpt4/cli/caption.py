@@ -41,7 +41,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--shards", nargs="+", metavar="TAR", help="webdataset tars; globs and {00..09} are expanded")
     parser.add_argument("--out", metavar="FILE", help="JSONL file to append to (the screen)")
     parser.add_argument(
-        "--prompt", metavar="TEXT", help="a question for model.prompt_template, or a whole prompt with <ImageHere>"
+        "--prompt", metavar="TEXT", help="a question for the model's template, or a whole prompt with <ImageHere>"
     )
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="pictures at a time (%(default)s)")
     arguments.add_model_arguments(parser)
@@ -67,7 +67,8 @@ def main(argv: list[str]) -> int:
     gpu = None if args.gpu_id is None else select_gpu(cfg, args.gpu_id)
     with dist_utils.process_group(cfg.run_cfg, gpu) as device:
         chat = load_chat(cfg, device)
-        captioner = Captioner(chat, args, cfg.model_cfg.prompt_template)
+        template = getattr(chat.model, "template", None)
+        captioner = Captioner(chat, args, template.prompt if template else cfg.model_cfg.get("prompt_template"))
         unreadable = caption(files, shards, captioner, Output(args.out))
     return 1 if unreadable else 0
 

@@ -74,9 +74,7 @@ class Terminal:
         self.reset()
 
     def reset(self) -> None:
-        from minigpt4.conversation import CONV_VISION
-
-        self.conv, self.img_list = CONV_VISION.copy(), []
+        self.conv, self.img_list = self.chat.new_conversation(), []
 
     def run(self) -> None:
         """Carry out the lines of the input, until /quit or its end."""

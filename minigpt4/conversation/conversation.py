@@ -27,6 +27,7 @@ from minigpt4.conversation.videos import FRAMES, open_video
 from minigpt4.fast.decoding.loop import cached_decoding
 from minigpt4.models.generation import DecodingLoop, answer_text, continue_embeds, end_ids, stream, strip_leading
 from minigpt4.models.prompt import IMAGE_SLOT, break_up, encode_with_images, sanitize
+from minigpt4.models.template import Template, open_prompt
 
 IMAGE_TURN = f"<Img>{IMAGE_SLOT}</Img>"
 
@@ -36,7 +37,8 @@ class Conversation:
     """The text of a conversation.
 
     `messages` are [role, text]. The text None is an answer that is still to be generated. Each message is followed by
-    `sep`, or by `sep2` if that is set and the role is the second one.
+    `sep`, or by `sep2` if that is set and the role is the second one. If there is a `template`, it writes the messages
+    as in training instead.
     """
 
     system: str
@@ -44,14 +46,42 @@ class Conversation:
     sep: str = SEPARATOR
     sep2: str | None = None
     messages: list[list] = field(default_factory=list)
+    template: Template | None = None
+
+    @property
+    def stop(self) -> str:
+        """The text that ends an answer."""
+        return self.template.end if self.template else self.sep2 or self.sep
+
+    @property
+    def separators(self) -> list[str]:
+        """Texts that a user's message must not have."""
+        return [self.template.end] if self.template else [self.sep, self.sep2 or ""]
 
     def get_prompt(self) -> str:
         """The prompt for the model, with `<ImageHere>` at the place of each image."""
+        if self.template:
+            return open_prompt(self.template, self._alternating())
         text = self.system + self.sep
         for role, message in self.messages:
             sep = self.sep2 if self.sep2 and role == self.roles[1] else self.sep
             text += f"{role}:" if message is None else f"{role}: {message}{sep}"
         return text
+
+    def _alternating(self) -> list[tuple[str, str]]:
+        """The messages up to the last question as [system,] user, assistant, user, … An empty one stands for none."""
+        found = [("system", self.system)] if self.system else []
+        for role, text in self.messages:
+            name = "assistant" if role == self.roles[1] else "user"
+            if name == "user" and found and found[-1][0] == "user":
+                found[-1] = (name, f"{found[-1][1]} {text}")
+            elif name == "assistant" and (not found or found[-1][0] != "user"):
+                found += [("user", ""), (name, text or "")]
+            else:
+                found.append((name, text or ""))
+        if found and found[-1][0] == "assistant":
+            found.pop()
+        return found
 
     def append_message(self, role: str, message: str | None) -> None:
         self.messages.append([role, message])
@@ -103,6 +133,7 @@ class Chat:
         vis_processor: turns a PIL image into a tensor [3,H,W].
         device: the device of the model.
         decoding_loop: see `continue_embeds`; None: transformers' `generate` decodes.
+        template: the template of conversations; None: that of the first release, `CONV_VISION`.
     """
 
     def __init__(
@@ -111,11 +142,17 @@ class Chat:
         vis_processor: Callable,
         device: str | torch.device = "cpu",
         decoding_loop: DecodingLoop | None = cached_decoding,
+        template: Template | None = None,
     ):
         self.model = model.eval()
         self.decoding_loop = decoding_loop
         self.vis_processor = vis_processor
         self.device = torch.device(device)
+        self.template = template
+
+    def new_conversation(self) -> Conversation:
+        """An empty conversation in the model's template."""
+        return Conversation(system="", template=self.template) if self.template else CONV_VISION.copy()
 
     @torch.inference_mode()
     def upload_img(self, image: str | Path | Image.Image | torch.Tensor, conv: Conversation, img_list: list) -> str:
@@ -144,7 +181,7 @@ class Chat:
 
     def sanitize(self, text: str, conv: Conversation) -> str:
         """`text` in which separators, image placeholders and special tokens are broken up by a space."""
-        return sanitize([text], self.model.tokenizer, [conv.sep, conv.sep2 or ""])[0]
+        return sanitize([text], self.model.tokenizer, conv.separators)[0]
 
     @torch.inference_mode()
     def get_context_emb(self, conv: Conversation, img_list: list[torch.Tensor]) -> torch.Tensor:
@@ -189,7 +226,7 @@ class Chat:
             ValueError: a setting is out of bounds, or the question alone is longer than the context window.
         """
         decoding = Decoding(**settings)
-        stop, label = conv.sep2 or conv.sep, f"{conv.roles[1]}:"
+        stop, label = conv.stop, f"{conv.roles[1]}:"
         read = partial(answer_text, self.model.tokenizer, stop=stop, label=label)
         with self._pending_answer(conv) as pending:
             context, fitting = self._fit(conv, decoding, notify)
@@ -241,7 +278,8 @@ class Chat:
 
     def num_tokens(self, prompt: str) -> int:
         """The length of a prompt in tokens, images included."""
-        return len(encode_with_images(self.model.tokenizer, prompt, self.model.query_tokens.shape[1]))
+        bos = self.template is None or self.template.bos
+        return len(encode_with_images(self.model.tokenizer, prompt, self.model.query_tokens.shape[1], bos))
 
     @torch.inference_mode()
     def _generate(self, prompt: str, img_list: list, stop: str, decoding: Decoding, tap) -> torch.Tensor:

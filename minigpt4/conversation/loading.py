@@ -21,7 +21,9 @@ def load_chat(cfg: Config, device: torch.device, warm_up: Iterable[int] = ()) ->
     model = registry.get_model_class(cfg.model_cfg.arch).build(cfg.model_cfg, device, dtype)
     for rows in warm_up:
         cached_decoding.warm_up(model.llama_model, rows=rows)
-    return Chat(model, load_vis_processor(cfg), device)
+    # The first release's chat differs a little from its training; its published weights expect that.
+    own = cfg.model_cfg.get("template") not in (None, "vicuna_v0")
+    return Chat(model, load_vis_processor(cfg), device, template=model.template if own else None)
 
 
 def load_vis_processor(cfg: Config):

@@ -249,7 +249,8 @@ class MiniGPT4(vision.Vision):
             raise ValueError(
                 f"The prompts have {slots} image slots ({prompt.IMAGE_SLOT}), but {len(image_embeds)} images are given."
             )
-        tokens = prompt.generation_batch(self.tokenizer, prompts, self.query_tokens.shape[1]).to(self.device)
+        bos = self.template is None or self.template.bos
+        tokens = prompt.generation_batch(self.tokenizer, prompts, self.query_tokens.shape[1], bos).to(self.device)
         images = torch.cat([*image_embeds]) if slots else self.query_tokens.new_empty(0, 0, 0)
         self._check_images(images, tokens)
         return self.embed(tokens, images.to(self.device)), tokens.attention_mask

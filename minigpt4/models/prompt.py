@@ -1,7 +1,7 @@
 """Texts with image slots become token ids and labels, for training and for chat.
 
-A text is split at each `<ImageHere>`, an image slot. Each segment is tokenised by itself. A slot becomes as many
-positions as an image has vectors. `<s>` comes first, once.
+A text is split at each `<ImageHere>`, an image slot, and at each BOUNDARY. Each segment is tokenised by itself. A slot
+becomes as many positions as an image has vectors. `<s>` comes first, once.
 
 B batch, S sequence, Q query tokens per image, D width of the language model.
 """
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 # The id at the positions of image vectors, until the vectors replace it.
 IMAGE_ID = -1
+# Separates two segments of a text; no text of a user or of a dataset has it.
+BOUNDARY = "\x1e"
 # The label of positions without a loss.
 IGNORE_INDEX = -100
 
@@ -107,6 +109,7 @@ def sanitize(texts: list[str], tokenizer: "Tokenizer", separators: list[str]) ->
     markers = (*separators, IMAGE_SLOT, *tokenizer.special_tokens)
     beginnings = tuple(marker[0] for marker in map(str.strip, separators) if len(marker) > 1)
     has_marker = _any_of(markers).search
+    texts = [text.replace(BOUNDARY, " ") for text in texts]
     sound = [break_up(text, markers) if has_marker(text) else text for text in texts]
     return [text + " " if text.endswith(beginnings) else text for text in sound]
 
@@ -122,10 +125,10 @@ def encode_with_images(tokenizer: "Tokenizer", text: str, num_query_tokens: int,
     IMAGE_ID replaces each image slot `num_query_tokens` times.
     """
     ids = [tokenizer.bos_token_id] if bos and tokenizer.bos_token_id is not None else []
-    first, *others = text.split(IMAGE_SLOT)
-    ids += tokenizer.encode(first)
-    for segment in others:
-        ids += [IMAGE_ID] * num_query_tokens + tokenizer.encode(segment)
+    for number, between in enumerate(text.split(IMAGE_SLOT)):
+        ids += [IMAGE_ID] * num_query_tokens if number else []
+        for segment in between.split(BOUNDARY):
+            ids += tokenizer.encode(segment)
     return ids
 
 
@@ -149,9 +152,11 @@ def training_sequences(
     return sequences, labels
 
 
-def generation_batch(tokenizer: "Tokenizer", prompts: list[str], num_query_tokens: int) -> PaddedBatch:
+def generation_batch(
+    tokenizer: "Tokenizer", prompts: list[str], num_query_tokens: int, bos: bool = True
+) -> PaddedBatch:
     """Prompts to be continued, padded on the left, so that all of them end at the same position."""
-    sequences = [encode_with_images(tokenizer, prompt, num_query_tokens) for prompt in prompts]
+    sequences = [encode_with_images(tokenizer, prompt, num_query_tokens, bos) for prompt in prompts]
     labels = [[IGNORE_INDEX] * len(sequence) for sequence in sequences]
     return pad(sequences, labels, tokenizer.eos_token_id, side="left")
 

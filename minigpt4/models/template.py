@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields
 from minigpt4.common.errors import ConfigError, check_names
 from minigpt4.common.facts import IMAGE_SLOT
 from minigpt4.common.schema import MiniGPT4Config
+from minigpt4.models.prompt import BOUNDARY
 from minigpt4.models.tokenizer import chat_template
 
 # A picture in a message, in the form of the published weights.
@@ -163,6 +164,15 @@ def from_chat_template(render: Callable[[list[dict]], str], eos: str) -> Templat
             "model.template a name or a mapping."
         )
     return found
+
+
+def open_prompt(template: Template, messages: Sequence[tuple[str, str]]) -> str:
+    """The text of messages that end with a question, up to the answer, with a BOUNDARY at the ends of each answer.
+
+    The roles are [system,] user, assistant, user, …; each segment has the tokens that it had in training.
+    """
+    segments = [text for exchange in template.exchanges([*messages, ("assistant", "")]) for text in exchange]
+    return BOUNDARY.join(segments[:-1])
 
 
 def join_parts(parts: Sequence[str | None]) -> str:

@@ -6,7 +6,7 @@ to the front, because the model was trained with pictures before text.
 
 import io
 
-from minigpt4.conversation import CONV_VISION, Chat, Conversation, PictureError, open_picture
+from minigpt4.conversation import Chat, Conversation, PictureError, open_picture
 from minigpt4.conversation.conversation import IMAGE_TURN
 from minigpt4.serving.batching import Prompt
 from minigpt4.serving.errors import ApiError
@@ -59,7 +59,7 @@ def conversation(chat: Chat, messages: list[Message]) -> Conversation:
             400, f"The messages have {length:,} characters; at most {MAX_CHARACTERS:,} are read.",
             "context_length_exceeded", "messages",
         )  # fmt: skip
-    conv, system = CONV_VISION.copy(), []
+    conv, system = chat.new_conversation(), []
     for n, message in enumerate(messages):
         text = _turn_text(chat, conv, message)
         if message.role == "assistant":

@@ -7,7 +7,7 @@ import uuid
 from collections.abc import AsyncIterator
 from contextlib import suppress
 
-from minigpt4.conversation import CONV_VISION, Chat
+from minigpt4.conversation import Chat
 from minigpt4.serving.batching import Answer, Prompt
 from minigpt4.serving.errors import ApiError
 from minigpt4.serving.protocol import ChatRequest
@@ -27,14 +27,15 @@ class Reply:
         self._loop, self._changed = asyncio.get_running_loop(), asyncio.Event()
         self._request, self._prompt, self._deadline = request, prompt, deadline
         self._id, self._created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
+        empty = chat.new_conversation()
         self.answers = [
             Answer(
                 chat.model.tokenizer,
                 prompt,
                 request.sampling(n),
                 max_tokens=max_tokens,
-                stops=[CONV_VISION.sep2 or CONV_VISION.sep, *request.stop],
-                label=f"{CONV_VISION.roles[1]}:",
+                stops=[empty.stop, *request.stop],
+                label=f"{empty.roles[1]}:",
                 deadline=deadline,
                 changed=self._signal_change,
             )

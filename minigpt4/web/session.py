@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from minigpt4.common.text import pluralize
-from minigpt4.conversation import CONV_VISION, Chat, Conversation, PictureError, open_media
+from minigpt4.conversation import Chat, Conversation, PictureError, open_media
 from minigpt4.conversation.videos import FRAMES
 
 MAX_PICTURES = 16  # in a conversation, video frames included
@@ -32,7 +32,8 @@ class ChatSession:
     """
 
     def __init__(self) -> None:
-        self.conv, self.img_list = CONV_VISION.copy(), []
+        self.conv: Conversation | None = None  # from the first question on
+        self.img_list: list[torch.Tensor] = []
         self.history: list[dict] = []
         self.notice = ""
         self.files: set[Path] = set()
@@ -119,6 +120,7 @@ class ChatSession:
         self._answering = True  # before `pending` is reset, so that `busy` is true throughout
         self.pending = False
         try:
+            self.conv = self.conv or chat.new_conversation()
             while self._new_images:
                 chat.upload_img(self._new_images[0], self.conv, self.img_list)
                 self._new_images.pop(0)
