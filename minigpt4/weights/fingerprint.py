@@ -35,19 +35,22 @@ def row_ids(vocabulary: int) -> list[int]:
     return [vocabulary >> shift for shift in range(1, 9)]
 
 
-def take(llm, name: str, prompt_template: str, end_sym: str) -> dict:
+def take(llm, name: str, prompt_template: str, end_sym: str, template: dict | None = None) -> dict:
     """The fingerprint of a loaded language model, in types that a checkpoint may hold.
 
     Args:
         llm: the model of transformers.
         name: its path or id, for messages.
-        prompt_template, end_sym: those of the training; a difference is only logged.
+        prompt_template, end_sym: the text around a question and after an answer. A difference is only logged.
+        template: the texts of `model.template`, if it is set. Then a difference is an error.
 
     Returns:
-        `{"name", "width", "layers", "vocabulary", "embedding_rows" [8,D] float16, "prompt_template", "end_sym"}`.
+        `{"name", "width", "layers", "vocabulary", "embedding_rows" [8,D] float16, "prompt_template", "end_sym"}`, and
+        "template" if it is set.
     """
     embedding, layers = llm.get_input_embeddings().weight.detach(), llm.config.get_text_config().num_hidden_layers
-    return of_weights(embedding, layers, name) | {"prompt_template": prompt_template, "end_sym": end_sym}
+    texts = {"prompt_template": prompt_template, "end_sym": end_sym} | ({"template": template} if template else {})
+    return of_weights(embedding, layers, name) | texts
 
 
 def of_weights(embedding, layers: int, name: str) -> dict:
@@ -60,10 +63,10 @@ def of_weights(embedding, layers: int, name: str) -> dict:
 def check(recorded: dict | None, own: dict | None, source: str, allow_mismatch: bool = False) -> None:
     """Compare the fingerprint in the checkpoint `source` with the fingerprint of the loaded language model.
 
-    If either is None, the check passes. Another template or end_sym is logged: stage 2 starts from stage 1.
+    If either is None, the check passes. Another prompt_template or end_sym is logged: stage 2 starts from stage 1.
 
     Raises:
-        MismatchError: another language model; with `allow_mismatch` it is a warning.
+        MismatchError: another language model, or another `model.template`; with `allow_mismatch` it is a warning.
     """
     if not recorded or not own:
         return
@@ -73,18 +76,36 @@ def check(recorded: dict | None, own: dict | None, source: str, allow_mismatch: 
             f"{source} was trained with another language model: {describe(recorded)}. "
             f"Yours is {describe(own)}: {difference}. With another one the answers are fluent nonsense."
         )
-        if not allow_mismatch:
-            raise MismatchError(
-                f"{message} Change model.ckpt (run.resume_ckpt_path) or model.llama_model; to try it all the same: "
-                "--options model.allow_llm_mismatch=true"
-            )
-        logging.warning("%s Allowed by model.allow_llm_mismatch.", message)
+        _refuse(f"{message} Change model.ckpt (run.resume_ckpt_path) or model.llama_model", allow_mismatch)
+    if _other_template(recorded, own):
+        trained = recorded.get("template") or {name: recorded.get(name) for name in TEXTS}
+        message = (
+            f"{source} was trained with another template: {trained}. Set model.template to that name or mapping, or to "
+            "null with these model.prompt_template and model.end_sym"
+        )
+        _refuse(message, allow_mismatch)
+        return
     for name in TEXTS:
         if recorded.get(name) != own.get(name):
             logging.info(
                 "%s was trained with model.%s=%r; it is %r now, as from stage 1 to stage 2.",
                 *(source, name, recorded.get(name), own.get(name)),
             )
+
+
+def _refuse(message: str, allow_mismatch: bool) -> None:
+    if not allow_mismatch:
+        raise MismatchError(f"{message}; to try it all the same: --options model.allow_llm_mismatch=true")
+    logging.warning("%s. Allowed by model.allow_llm_mismatch.", message)
+
+
+def _other_template(recorded: dict, own: dict) -> bool:
+    """Whether two templates differ, one of them set by `model.template`. Stage 1, whose prompt is bare, has none."""
+    theirs, mine = recorded.get("template"), own.get("template")
+    if theirs and mine:
+        return theirs != mine
+    bare = recorded.get("prompt_template") in (None, "{}")
+    return bool(theirs or mine) and not bare and any(recorded.get(name) != own.get(name) for name in TEXTS)
 
 
 def describe(fingerprint: dict) -> str:

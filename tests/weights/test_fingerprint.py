@@ -151,3 +151,36 @@ def test_cosines_of_odd_rows():
 def test_rows_exist(vocabulary):
     ids = fingerprint.row_ids(vocabulary)
     assert len(ids) == 8 and 0 <= min(ids) and max(ids) < vocabulary
+
+
+V0 = {"prompt_template": "###Human: {} ###Assistant: ", "end_sym": "###"}
+
+
+@pytest.mark.parametrize(
+    ("trained", "used"),
+    [
+        ({"template": "vicuna_v1"}, {"template": "vicuna_v1"}),
+        ({}, {"template": "vicuna_v1"}),  # stage 2 after stage 1
+        (V0, {"template": "vicuna_v0"}),
+        ({"template": "vicuna_v0"}, V0),
+    ],
+)
+def test_the_same_template(build, checkpoint, trained, used):
+    build(ckpt=str(checkpoint(**trained)), **used)
+
+
+@pytest.mark.parametrize(
+    ("trained", "used"),
+    [
+        ({"template": "vicuna_v1"}, {"template": "llama2"}),
+        ({"template": "vicuna_v1"}, {}),
+        ({"template": "vicuna_v1"}, V0),
+        (V0, {"template": "vicuna_v1"}),
+    ],
+)
+def test_another_template_is_refused(build, checkpoint, caplog, trained, used):
+    path = checkpoint(**trained)
+    with pytest.raises(fingerprint.MismatchError, match=r"model\.template.*allow_llm_mismatch"):
+        build(ckpt=str(path), **used)
+    build(ckpt=str(path), allow_llm_mismatch=True, **used)
+    assert "template" in caplog.text
