@@ -105,7 +105,8 @@ class PatientFile(io.RawIOBase):
             if self._stream is None:
                 self._stream = open_shard(self._shard)
                 _skip(self._stream, self._position)
-            content = self._stream.read(size)
+            # A command's output itself: webdataset's `Pipe.read` throws it away if the command has failed.
+            content = getattr(self._stream, "stream", self._stream).read(size)
             if not content:
                 self._stream.close()  # raises for a command that failed
                 self._ended = True
