@@ -60,7 +60,8 @@ class Patience:
             if time.monotonic() - start > WAIT_FOR_ONE and others_in_reach():
                 break
             if pause == 8 * FIRST_PAUSE:
-                log.warning("%s: waiting up to %.0f s for %s: %s", self.tally.name, left, path, error)
+                name = self.tally.name
+                log.warning("%s: waiting up to %.0f s (run.data_timeout_s) for %s: %s", name, left, path, error)
             time.sleep(min(pause, left))
             pause = min(2 * pause, LONGEST_PAUSE)
             try:

@@ -117,7 +117,8 @@ def text_processor(context: RunContext, name: str) -> Callable[[str], str]:
 def shown(image_id: str, caption: str, image: Any) -> str:
     """A sample for people."""
     caption = caption if len(caption) <= 100 else caption[:100] + "…"
-    return f"a sample: {image_id}, {image.width} x {image.height} pixels, {caption!r}"
+    text = f"a sample: {image_id}, {image.width} x {image.height} pixels, {caption!r}"
+    return text.encode("utf-8", errors="backslashreplace").decode()  # a tar's names may be in any encoding
 
 
 def with_markers(context: RunContext, captions: Iterable[str]) -> list[str]:
@@ -190,6 +191,28 @@ def check_records(context: RunContext) -> Iterator[Diagnostic]:
         else:
             example = shown(sample["image_id"], sample["text_input"], sample["image"])
             yield ok(key, f"{pluralize(records, 'record')}; {example}")
+
+
+def check_cached_features(context: RunContext) -> Iterator[Diagnostic]:
+    """The first shard of each cache of a shipped dataset has a usable sample."""
+    from minigpt4.datasets.datasets.feature_dataset import FeatureStream
+    from minigpt4.datasets.feature_cache import MANIFEST
+
+    shipped = context.cfg.datasets_cfg.keys() & {"laion", "cc_sbu", "cc_sbu_align"}
+    for name in sorted(shipped) if context.training else ():
+        folder = context.features(name)
+        if not folder or not Path(folder, MANIFEST).is_file():  # the run says so
+            continue
+        key = f"datasets.{name}.build_info.features"
+        stream = FeatureStream(folder, str, name)
+        sample = next((s for s in islice(stream.part(0), SAMPLES) if stream.load(s)), None)
+        if sample is None:
+            causes = stream.read.left_out + stream.decoded.left_out
+            what = ", ".join(f"{count} × {cause}" for cause, count in causes.most_common())
+            yield error(key, f"{stream.shards[0]}: no usable sample: {what}", "Make the cache again.")
+        else:
+            what = f"{pluralize(stream.num_parts, 'shard')}; a sample: {sample.image_id}, {sample.caption[:100]!r}"
+            yield ok(key, what)
 
 
 def _storages(context: RunContext, *names: str) -> Iterator[tuple[str, str | list[str]]]:

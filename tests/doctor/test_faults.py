@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from minigpt4.benchmarks import published
 from minigpt4.common.errors import ConfigError
 from minigpt4.common.registry import registry
+from minigpt4.datasets import feature_cache
 from minigpt4.doctor import check_environment, check_files, check_memory, check_run, checks, machine
 from minigpt4.doctor.diagnostic import ERROR, WARNING
 from minigpt4.doctor.machine import Gpu
@@ -32,9 +33,9 @@ def test_a_healthy_run_passes(patient, stage):
 def test_a_sample_of_each_source_is_shown(patient):
     patient.stage = "stage1"
     patient.options = [f"{LAION}=[{patient.shards}/*.tar,'pipe:cat {patient.shards}/00002.tar']"]
-    whats = [f.what for f in patient.diagnostics() if f.check == LAION]
-    assert len(whats) == 2 and "3 local shards; opened 3; a sample: 0000" in whats[0]
-    assert whats[1].endswith("a sample: 00002.tar/000000008, 20 x 20 pixels, 'sample 8'")
+    found = [f.what for f in patient.diagnostics() if f.check == LAION]
+    assert len(found) == 2 and "3 local shards; opened 3; a sample: 0000" in found[0]
+    assert found[1].endswith("a sample: 00002.tar/000000008, 20 x 20 pixels, 'sample 8'")
     patient.stage, patient.options = "stage2", []
     (what,) = [f.what for f in patient.diagnostics() if f.check == ALIGN]
     assert what == "20 records; a sample: 0, 20 x 20 pixels, 'Caption Number 0!'"
@@ -138,6 +139,13 @@ def caption(text):
     return change
 
 
+def broken_cache(p):
+    folder = p.folder / "cache"
+    feature_cache.open_cache(folder, {"made_by": {}, "shape": [4, 6], "parts": 1})
+    write_tar(folder / "00000.tar", [("a.npy", b"x"), ("a.json", b'{"caption": "c", "image_id": "i"}')])
+    p.options.append(f"{ALIGN_FEATURES}={folder}")
+
+
 def another_bundle(p):
     """A Q-Former's file for a wider encoder."""
     content = torch.load(p.qformer, weights_only=True)
@@ -204,6 +212,7 @@ def also(*plants):
 LLM = "model.llama_model"
 ALIGN_PROCESSOR = "datasets.cc_sbu_align.vis_processor.train"
 ALIGN = "datasets.cc_sbu_align.build_info.storage"
+ALIGN_FEATURES = "datasets.cc_sbu_align.build_info.features"
 LAION = "datasets.laion.build_info.storage"
 SIZES = published.SIZES["small"]
 # name: (stage, what is done to the run, status, key, a part of what doctor says)
@@ -337,6 +346,7 @@ FAULTS = {
     ),
     "empty captions": ("stage2", records(caption("")), WARNING, ALIGN, "1 of 20 samples looked at: an empty caption"),
     "markers in captions": ("stage2", records(caption("a ### b")), WARNING, ALIGN, "1 caption of 20 .*'a ### b'"),
+    "broken cached features": ("stage2", broken_cache, ERROR, ALIGN_FEATURES, "1 × features that are broken"),
     "no align folder": ("stage2", lambda p: rename(p.align), ERROR, ALIGN, "does not exist"),
     "align is a file": ("stage2", lambda p: setattr(p, "align", p.ckpt), ERROR, ALIGN, "is a file"),
     "no list": ("stage2", lambda p: rename(p.align / "filter_cap.json"), ERROR, ALIGN, "filter_cap.json"),
