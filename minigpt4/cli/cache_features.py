@@ -10,6 +10,7 @@ run is interrupted, the same command continues where it stopped.
 
 import argparse
 import logging
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
@@ -118,6 +119,7 @@ class Writer:
         """Write this rank's shards of a dataset, except those that exist."""
         from minigpt4.common import dist_utils
         from minigpt4.datasets import feature_cache
+        from minigpt4.datasets.loaders import LeftOut, report_left_out
 
         _, num_query_token, width = self.model.query_tokens.shape
         size = {"shape": [num_query_token, width], "parts": dataset.num_parts}
@@ -133,6 +135,9 @@ class Writer:
             name, pluralize(written, "feature"), pluralize(len(missing), "shard"), pluralize(len(skipped), "picture"),
             pluralize(len(own) - len(missing), "shard"), rank,
         )  # fmt: skip
+        left_out = dataset.take_left_out() if hasattr(dataset, "take_left_out") else {}
+        for line in report_left_out(Counter({LeftOut(name, *key): count for key, count in left_out.items()})):
+            logging.info(line)
 
     def _samples(self, dataset, number: int, skipped: list[str]) -> Iterator[tuple]:
         """Yield (key, features, record) of a part's pictures, and add the ids of broken ones to `skipped`."""

@@ -96,13 +96,16 @@ def named_files(args: argparse.Namespace) -> tuple[list[Path], list[str]]:
 
 def read_items(files: list[Path], shards: list[str]) -> Iterator[tuple[str, Path | bytes | PictureError]]:
     """Yield (name, path or bytes) of each picture and video, or (tar, PictureError) for a damaged tar."""
+    from minigpt4.datasets.datasets.tar_reader import is_hidden
+
     for path in files:
         yield str(path), path
     for shard in shards:
         try:
             with tarfile.open(shard) as tar:
                 for member in tar:
-                    if member.isfile() and Path(member.name).suffix.lower() in SUFFIXES:
+                    suffix = Path(member.name).suffix.lower()
+                    if member.isfile() and suffix in SUFFIXES and not is_hidden(member.name):
                         yield f"{shard}/{member.name}", tar.extractfile(member).read()
         except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
             yield shard, PictureError(f"the rest of this tar cannot be read: {error}")

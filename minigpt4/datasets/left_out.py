@@ -27,8 +27,9 @@ class Tally:
         count = self.left_out[cause]
         if count == 10 ** (len(str(count)) - 1):
             detail = detail if len(detail) <= MAX_DETAIL else detail[:MAX_DETAIL] + "…"
-            detail = f" ({detail})" if detail else ""
-            log.warning("%s: %s %s: %s%s. So far in this process: %d.", self.name, verb, cause, where, detail, count)
+            place = f"{where} ({detail})" if detail else where
+            place = place.encode("utf-8", errors="backslashreplace").decode()  # a tar's names may be in any encoding
+            log.warning("%s: %s %s: %s. So far in this process: %d.", self.name, verb, cause, place, count)
 
     def take(self) -> Counter[tuple[str, ...]]:
         """Counts since the last call, by (cause, where), or (cause, where, verb) of what was not left out."""

@@ -60,7 +60,8 @@ class Patience:
             if time.monotonic() - start > WAIT_FOR_ONE and others_in_reach():
                 break
             if pause == 8 * FIRST_PAUSE:
-                log.warning("%s: waiting up to %.0f s for %s: %s", self.tally.name, left, path, error)
+                name = self.tally.name
+                log.warning("%s: waiting up to %.0f s (run.data_timeout_s) for %s: %s", name, left, path, error)
             time.sleep(min(pause, left))
             pause = min(2 * pause, LONGEST_PAUSE)
             try:
@@ -105,7 +106,8 @@ class PatientFile(io.RawIOBase):
             if self._stream is None:
                 self._stream = open_shard(self._shard)
                 _skip(self._stream, self._position)
-            content = self._stream.read(size)
+            # A command's output itself: webdataset's `Pipe.read` throws it away if the command has failed.
+            content = getattr(self._stream, "stream", self._stream).read(size)
             if not content:
                 self._stream.close()  # raises for a command that failed
                 self._ended = True

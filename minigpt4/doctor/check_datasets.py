@@ -42,16 +42,17 @@ def check_shards(context: RunContext) -> Iterator[Diagnostic]:
             local = [shard for shard in of_source if is_local(shard)]
             count = min(max(SAMPLED_SHARDS // len(shards), 1), len(local))
             sample = random.Random(0).sample(local, count) or of_source[:1]
+            looked_at.example = ""
             problems = {shard: reason for shard in sample if (reason := looked_at.why_unusable(name, shard))}
             for shard, reason in problems.items():
                 share = f"{len(problems)} of {pluralize(len(sample), 'opened shard')} cannot be used whole"
                 yield warning(key, f"{shard}: {reason}. {share}", "Such shards are left out; fetch them again.")
-            if len(problems) == len(sample) and not (looked_at.example and local):
+            if not looked_at.example:
                 what = f"none of {pluralize(len(sample), 'shard')} can be used, e.g. {sample[0]}"
                 yield error(key, what, "Is this the right folder?")
-            elif not problems:
+            else:
                 opened = f"{pluralize(len(local), 'local shard')}; " if local else ""
-                yield ok(key, f"{opened}opened {len(sample)}, e.g. {looked_at.example}")
+                yield ok(key, f"{opened}opened {len(sample)}; {looked_at.example}")
         yield from looked_at.warnings(key)
 
 
@@ -76,13 +77,13 @@ class Looked:
         from minigpt4.datasets.datasets.image_text_stream import ImageTextStream
         from minigpt4.processors import BaseProcessor
 
-        stream = ImageTextStream([shard], BaseProcessor(), BaseProcessor(), name)
+        stream = ImageTextStream([shard], BaseProcessor(), text_processor(self.context, name), name)
         example = ""
         for sample in islice(stream.part(0), SAMPLES if is_local(shard) else 1):
-            self.captions.append(sample.caption)
-            fields = stream.load(sample)
-            if fields and not example:
-                example = shown(sample.image_id, sample.caption, fields["image"])
+            text, fields = stream.text_of(sample), stream.load(sample)
+            self.captions += [text] if text else []
+            if text and fields and not example:
+                example = shown(sample.image_id, text, fields["image"])
         self.example = example or self.example
         causes = stream.read.left_out + stream.decoded.left_out
         self.causes += causes
@@ -92,8 +93,9 @@ class Looked:
 
     def warnings(self, key: str) -> Iterator[Diagnostic]:
         """The causes for which samples are left out, and captions with markers of the prompt."""
+        looked_at = len(self.captions) + self.causes.total()
         for cause, count in self.causes.most_common():
-            yield warning(key, f"{count} × {cause}", LEFT_OUT)
+            yield warning(key, f"{count} of {pluralize(looked_at, 'sample')} looked at: {cause}", LEFT_OUT)
         marked = with_markers(self.context, self.captions)
         if marked:
             what = f"{pluralize(len(marked), 'caption')} of {len(self.captions)} with markers of the prompt, "
@@ -101,10 +103,22 @@ class Looked:
             yield warning(key, what, "They are broken up by a space in training, as in chat.")
 
 
+def text_processor(context: RunContext, name: str) -> Callable[[str], str]:
+    """The text processor of a dataset in training; one that changes nothing, if another check reports a mistake."""
+    from minigpt4.common.registry import registry
+    from minigpt4.processors import BaseProcessor
+
+    with suppress(Exception):
+        settings = context.cfg.datasets_cfg[name].text_processor.train
+        return registry.get_processor_class(settings.name).from_config(settings)
+    return BaseProcessor()
+
+
 def shown(image_id: str, caption: str, image: Any) -> str:
     """A sample for people."""
     caption = caption if len(caption) <= 100 else caption[:100] + "…"
-    return f"{image_id}, {image.width} x {image.height} pixels: {caption!r}"
+    text = f"a sample: {image_id}, {image.width} x {image.height} pixels, {caption!r}"
+    return text.encode("utf-8", errors="backslashreplace").decode()  # a tar's names may be in any encoding
 
 
 def with_markers(context: RunContext, captions: Iterable[str]) -> list[str]:
@@ -144,7 +158,7 @@ def why_no_shard(path: Path) -> str | None:
             file.seek(-min(1024, path.stat().st_size), os.SEEK_END)
             end = file.read()
     except (tarfile.TarError, OSError, EOFError) as problem:
-        return f"it is no tar ({problem})"
+        return "it is no tar" if isinstance(problem, tarfile.ReadError) else f"it is no tar ({problem})"
     if first is None:
         return "it has no samples"
     return "it is cut off" if not compressed and end.strip(b"\0") else None
@@ -176,7 +190,29 @@ def check_records(context: RunContext) -> Iterator[Diagnostic]:
             yield error(key, what, f"--options run.batch_size_train={max(per_rank, 1)}, or add data.")
         else:
             example = shown(sample["image_id"], sample["text_input"], sample["image"])
-            yield ok(key, f"{pluralize(records, 'record')}, e.g. {example}")
+            yield ok(key, f"{pluralize(records, 'record')}; {example}")
+
+
+def check_cached_features(context: RunContext) -> Iterator[Diagnostic]:
+    """The first shard of each cache of a shipped dataset has a usable sample."""
+    from minigpt4.datasets.datasets.feature_dataset import FeatureStream
+    from minigpt4.datasets.feature_cache import MANIFEST
+
+    shipped = context.cfg.datasets_cfg.keys() & {"laion", "cc_sbu", "cc_sbu_align"}
+    for name in sorted(shipped) if context.training else ():
+        folder = context.features(name)
+        if not folder or not Path(folder, MANIFEST).is_file():  # the run says so
+            continue
+        key = f"datasets.{name}.build_info.features"
+        stream = FeatureStream(folder, str, name)
+        sample = next((s for s in islice(stream.part(0), SAMPLES) if stream.load(s)), None)
+        if sample is None:
+            causes = stream.read.left_out + stream.decoded.left_out
+            what = ", ".join(f"{count} × {cause}" for cause, count in causes.most_common())
+            yield error(key, f"{stream.shards[0]}: no usable sample: {what}", "Make the cache again.")
+        else:
+            what = f"{pluralize(stream.num_parts, 'shard')}; a sample: {sample.image_id}, {sample.caption[:100]!r}"
+            yield ok(key, what)
 
 
 def _storages(context: RunContext, *names: str) -> Iterator[tuple[str, str | list[str]]]:

@@ -49,6 +49,7 @@ QUICK_OF_MODEL: Stage = (
 RUN: Stage = (
     check_datasets.check_shards,
     check_datasets.check_records,
+    check_datasets.check_cached_features,
     check_run.check_registry,
     check_run.check_length,
 )

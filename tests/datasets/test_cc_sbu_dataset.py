@@ -112,6 +112,61 @@ def test_a_bug_in_a_processor_is_not_a_bad_image(tmp_path):
         dataset[0]
 
 
+def captions_of(folder, *captions) -> None:
+    """Give the first records these captions."""
+    records = json.loads((folder / "filter_cap.json").read_text())["annotations"]
+    for record, caption in zip(records, captions, strict=False):
+        record["caption"] = caption
+    rewrite(folder, {"annotations": records})
+
+
+def test_records_without_a_usable_caption_are_left_out_and_counted(tmp_path, caplog):
+    captions_of(write_align(tmp_path), "", " \n", "\ud83d", None, ["a"], "###", "\ufeffmarked")
+    with caplog.at_level(logging.WARNING):
+        dataset = align_dataset(tmp_path)
+    samples = [dataset[i] for i in range(len(dataset))]
+    assert [sample["image_id"] for sample in samples] == [str(i) for i in range(5, 12)]
+    assert [sample["text_input"] for sample in samples][:3] == ["###", "marked", "Caption Number 7!"]
+    assert all(sample["image"].size == (20, 20) for sample in samples)
+    assert dataset.unusable == {
+        "an empty caption": 2,
+        "a caption with lone surrogates or control characters": 1,
+        "a caption that is not a text": 2,
+    }
+    for words in ("left out 2 records", "an empty caption", str(tmp_path / "filter_cap.json")):
+        assert words in caplog.text
+
+
+def test_no_usable_caption_at_all(tmp_path):
+    captions_of(write_align(tmp_path, records=3), "", "\ud83d", "")
+    with pytest.raises(ValueError, match=r"annotations\[0\] has no 'caption'.*an empty caption"):
+        align_dataset(tmp_path)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_list_in_another_encoding(tmp_path, encoding):
+    content = {"annotations": [{"image_id": "0", "caption": "Ein Café 😀"}]}
+    rewrite(write_align(tmp_path), json.dumps(content, ensure_ascii=False).encode(encoding))
+    assert align_dataset(tmp_path)[0]["text_input"] == "Ein Café 😀"
+
+
+def test_a_list_nested_too_deeply(tmp_path):
+    rewrite(write_align(tmp_path), b"[" * 100_000)
+    with pytest.raises(ValueError, match=r"filter_cap.json is not JSON in UTF-8: .*nested too deeply"):
+        align_dataset(tmp_path)
+
+
+def test_many_broken_pictures_give_few_warnings(tmp_path, caplog):
+    write_align(tmp_path, records=120)
+    for i in range(0, 120, 2):
+        (tmp_path / "image" / f"{i}.jpg").write_bytes(b"text")
+    dataset = align_dataset(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        assert len([dataset[i] for i in range(120)]) == 120
+    assert len(caplog.records) == 2  # the 1st and the 10th
+    assert dataset.take_left_out().total() == 60
+
+
 def test_packed_strings():
     strings = ["", "plain", "é日本😀", "line\nbreak", "", "\ud800"]
     packed = PackedStrings(strings)

@@ -140,6 +140,30 @@ def test_broken_features(tmp_path, content, caplog):
     assert "features that are broken" in caplog.text
 
 
+def test_captions_that_cannot_be_used_are_left_out(tmp_path, caplog):
+    """A cache may be older than the rule."""
+    folder = write_cache(tmp_path / "cache")
+    captions = ["", "fine", "\ud83d", "\ufeff "]
+    content = [(f"k{i}", features(i), {"caption": text, "image_id": f"{i}"}) for i, text in enumerate(captions)]
+    feature_cache.write_shard(folder / "00000.tar", content)
+    dataset = FeatureSet(str(folder))
+    assert [dataset[i]["text_input"] for i in range(2)] == ["fine", "Caption 5!"] and len(dataset) == 6
+    assert "left out 3 records whose captions cannot be used" in caplog.text
+    stream = FeatureStream(str(folder), str)
+    assert {sample["image_id"] for sample in islice(stream, 40)} == {"1", *(f"{i}.x" for i in range(5, 10))}
+    assert stream.read.left_out["an empty caption"] > 0
+
+
+def test_a_shard_out_of_reach_is_waited_for(tmp_path, monkeypatch):
+    folder = write_cache(tmp_path / "cache")
+    dataset = FeatureSet(str(folder))
+    dataset.patience.timeout_s = 30
+    away = folder.rename(tmp_path / "away")
+    monkeypatch.setattr("minigpt4.datasets.patience.time.sleep", lambda seconds: away.exists() and away.rename(folder))
+    assert dataset[0]["image_id"] == "0.x"
+    assert dataset.take_left_out().total() == 1
+
+
 def test_a_shard_that_is_no_tar(tmp_path):
     folder = write_cache(tmp_path / "cache")
     (folder / "00001.tar").write_bytes(b"nothing" * 300)

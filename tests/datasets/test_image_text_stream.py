@@ -90,6 +90,18 @@ def test_it_starts_anywhere_in_a_shard(tmp_path):
     assert len(quarters) == 4 and min(quarters.values()) > 25
 
 
+def test_captions_of_which_the_text_processor_leaves_nothing(tmp_path):
+    members = [m for i, text in enumerate(["...", "fine", "###!"]) for m in member_pair(i, text)]
+    path = write_tar(tmp_path / "0.tar", members)
+    dataset = ImageTextStream(str(path), BaseProcessor(), BlipCaptionProcessor())
+    assert {sample["text_input"] for sample in islice(dataset, 20)} == {"fine"}
+    assert dataset.decoded.left_out["an empty caption, after text_processor"] > 20
+
+
+def member_pair(number: int, caption: str) -> list[tuple[str, bytes]]:
+    return [(f"{number}.png", picture_bytes(number)), (f"{number}.txt", caption.encode())]
+
+
 @pytest.mark.parametrize("suffix", ["jpg", "jpeg", "png", "webp", "JPG"])
 def test_picture_formats(tmp_path, suffix):
     write_tar(tmp_path / "0.tar", [(f"a.{suffix}", picture_bytes(0)), ("a.json", b'{"caption": "x"}')])
@@ -130,6 +142,36 @@ def test_home_and_relative_paths(shards, monkeypatch):
     assert expand_shards("~/00000.tar", "laion") == [f"{shards}/00000.tar"]
     monkeypatch.chdir(shards)
     assert expand_shards("{00000..00001}.tar", "laion") == ["00000.tar", "00001.tar"]
+
+
+@pytest.mark.parametrize("folder", ["proj [1]", "a*b", "what?", "{a,b}", "x{1..3}", "w::x", "run:1", "a/proj [ab]/c"])
+def test_literal_paths_come_before_patterns(tmp_path, monkeypatch, folder):
+    write_shards(tmp_path / folder, count=3, samples=2)
+    write_shards(tmp_path / "proj 1", count=1, samples=2)  # what the pattern would match
+    monkeypatch.chdir(tmp_path)
+    for root in ("", f"{tmp_path}/"):
+        paths = [f"{root}{folder}/{i:05d}.tar" for i in range(3)]
+        for pattern in ("*.tar", "{00000..00002}.tar", "0000[0-2].tar", "{00000,0000[12]}.tar"):
+            assert expand_shards(f"{root}{folder}/{pattern}", "laion") == paths
+        assert expand_shards(paths[1], "laion") == paths[1:2]
+        with pytest.raises(OSError, match="7 of 10 shards are missing"):
+            expand_shards(f"{root}{folder}/{{00000..00009}}.tar", "laion")
+    assert len(set(ids(stream(f"{folder}/*.tar")))) == 6
+
+
+def test_literal_names_below_a_pattern(tmp_path):
+    for part in "ab":
+        write_shards(tmp_path / part / "proj [1]", count=2)
+    (tmp_path / "file").touch()
+    found = expand_shards(f"{tmp_path}/*/proj [1]/*.tar", "laion")
+    assert found == [f"{tmp_path}/{part}/proj [1]/0000{i}.tar" for part in "ab" for i in range(2)]
+
+
+@pytest.mark.parametrize("name", ["x[1].tar", "x{1..3}.tar", "x*.tar"])
+def test_a_literal_file(tmp_path, name):
+    for other in (name, "x1.tar", "x2.tar"):
+        write_tar(tmp_path / other, good_members(0, 2))
+    assert expand_shards(f"{tmp_path}/{name}", "laion") == [f"{tmp_path}/{name}"]
 
 
 def test_pipe_and_file_url_are_read(shards):

@@ -291,6 +291,53 @@ def test_a_report_names_the_worst_shards():
     assert report_left_out({}) == []
 
 
+class Texts(Dataset):
+    """A plug-in's set of records that nobody has checked."""
+
+    def __init__(self, *texts):
+        self.texts = texts
+
+    def __len__(self):
+        return len(self.texts)
+
+    def __getitem__(self, index):
+        return {"image": torch.zeros(1), "text_input": self.texts[index], "image_id": str(index)}
+
+
+class EndlessTexts(Texts, IterableDataset):
+    def __iter__(self):
+        while True:
+            yield from (Texts.__getitem__(self, i) for i in range(len(self)))
+
+
+@pytest.mark.parametrize("kind", [Texts, EndlessTexts])
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_texts_that_cannot_be_used_are_left_out_of_any_dataset(kind, num_workers, caplog):
+    dataset = kind("a", "", "b", "\ud83d", None, "c")
+    loader = TrainLoader({"mine": dataset}, None, 3, num_workers, seed=0)
+    texts = [text for batch in loader.epoch(0, 20) for text in batch["text_input"]]
+    assert len(texts) == 60 and set(texts) == set("abc")
+    left_out = loader.take_left_out()
+    assert {key.cause.split()[-1] for key in left_out} == {"text", "caption", "characters"}
+    assert {key.shard for key in left_out} == {"1", "3", "4"} and all(key.dataset == "mine" for key in left_out)
+    assert min(left_out.values()) >= 10
+
+
+def test_nothing_but_texts_that_cannot_be_used():
+    with pytest.raises(RuntimeError, match=r"datasets.mine: an empty caption: 1000 samples in a row"):
+        next(TrainLoader({"mine": EndlessTexts("", " ")}, None, 1, 0, seed=0).epoch(0, 1))
+
+
+def test_evaluation_leaves_them_out_too():
+    batches = list(eval_loader(Texts("a", "", "\ud83d", "", "b"), 2, 0))
+    assert [batch["text_input"] for batch in batches] == [["a"], ["b"]]
+
+
+def test_a_report_says_what_else_was_done():
+    counts = {LeftOut("laion", "a file that was out of reach", "0.tar", "waited for"): 2}
+    assert report_left_out(counts) == ["laion: waited for 2 × a file that was out of reach: 0.tar (2)."]
+
+
 # --- evaluation
 
 

@@ -2,16 +2,19 @@
 
 import json
 import re
+import tempfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from dataset_files import write_tar
+from dataset_files import good_members, picture_bytes, write_tar
 from safetensors.torch import load_file, save_file
 
 from minigpt4.benchmarks import published
 from minigpt4.common.errors import ConfigError
 from minigpt4.common.registry import registry
+from minigpt4.datasets import feature_cache
 from minigpt4.doctor import check_environment, check_files, check_memory, check_run, checks, machine
 from minigpt4.doctor.diagnostic import ERROR, WARNING
 from minigpt4.doctor.machine import Gpu
@@ -25,6 +28,17 @@ def test_a_healthy_run_passes(patient, stage):
     patient.stage = stage
     assert patient.diagnostics(ERROR, WARNING) == []
     assert {f.check for f in patient.diagnostics()} >= {"paths", "libraries", "GPU", "GPU memory", "tokenizer"}
+
+
+def test_a_sample_of_each_source_is_shown(patient):
+    patient.stage = "stage1"
+    patient.options = [f"{LAION}=[{patient.shards}/*.tar,'pipe:cat {patient.shards}/00002.tar']"]
+    found = [f.what for f in patient.diagnostics() if f.check == LAION]
+    assert len(found) == 2 and "3 local shards; opened 3; a sample: 0000" in found[0]
+    assert found[1].endswith("a sample: 00002.tar/000000008, 20 x 20 pixels, 'sample 8'")
+    patient.stage, patient.options = "stage2", []
+    (what,) = [f.what for f in patient.diagnostics() if f.check == ALIGN]
+    assert what == "20 records; a sample: 0, 20 x 20 pixels, 'Caption Number 0!'"
 
 
 def rename(path):
@@ -110,6 +124,28 @@ def all_tars(content):
     return plant
 
 
+def tar_of(members) -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        return write_tar(Path(folder) / "0.tar", members).read_bytes()
+
+
+def caption(text):
+    """Gives the first record this caption."""
+
+    def change(content):
+        content["annotations"][0]["caption"] = text
+        return content
+
+    return change
+
+
+def broken_cache(p):
+    folder = p.folder / "cache"
+    feature_cache.open_cache(folder, {"made_by": {}, "shape": [4, 6], "parts": 1})
+    write_tar(folder / "00000.tar", [("a.npy", b"x"), ("a.json", b'{"caption": "c", "image_id": "i"}')])
+    p.options.append(f"{ALIGN_FEATURES}={folder}")
+
+
 def another_bundle(p):
     """A Q-Former's file for a wider encoder."""
     content = torch.load(p.qformer, weights_only=True)
@@ -176,6 +212,7 @@ def also(*plants):
 LLM = "model.llama_model"
 ALIGN_PROCESSOR = "datasets.cc_sbu_align.vis_processor.train"
 ALIGN = "datasets.cc_sbu_align.build_info.storage"
+ALIGN_FEATURES = "datasets.cc_sbu_align.build_info.features"
 LAION = "datasets.laion.build_info.storage"
 SIZES = published.SIZES["small"]
 # name: (stage, what is done to the run, status, key, a part of what doctor says)
@@ -264,6 +301,52 @@ FAULTS = {
     "shards of pointers": ("stage1", all_tars(LFS), ERROR, LAION, "3 shards"),
     "shards of rubbish": ("stage1", all_tars(b"rubbish" * 500), WARNING, LAION, "it is no tar"),
     "an empty shard": ("stage1", lambda p: write_tar(replace(p.shards / "00000.tar"), []), WARNING, LAION, "samples"),
+    "shards without captions": (
+        "stage1",
+        all_tars(tar_of([("a.png", picture_bytes(0))])),
+        WARNING,
+        LAION,
+        "no usable sample: 1 × a sample without caption",
+    ),
+    "shards without usable captions": (
+        "stage1",
+        all_tars(tar_of([("a.png", picture_bytes(0)), ("a.json", b'{"caption": "\\ud83d"}')])),
+        ERROR,
+        LAION,
+        "none of 3 shards can be used",
+    ),
+    "pictures that are none": (
+        "stage1",
+        all_tars(tar_of([("a.png", b"<html>"), ("a.txt", b"text")])),
+        WARNING,
+        LAION,
+        "no usable sample: 1 × an image that is not one",
+    ),
+    "some captions that cannot be used": (
+        "stage1",
+        all_tars(tar_of([*good_members(0, 3), ("a.png", picture_bytes(0)), ("a.txt", "é".encode("latin-1"))])),
+        WARNING,
+        LAION,
+        "3 of 12 samples looked at: a caption that is not in UTF-8",
+    ),
+    "nothing is left of a caption": (
+        "stage1",
+        all_tars(tar_of([*good_members(0, 3), ("a.png", picture_bytes(0)), ("a.txt", b"...")])),
+        WARNING,
+        LAION,
+        "3 of 12 samples looked at: an empty caption, after text_processor",
+    ),
+    "a command that fails": ("stage1", options(f"{LAION}=pipe:false"), WARNING, LAION, "pipe:false: no usable sample"),
+    "one source of two": (
+        "stage1",
+        lambda p: p.options.append(f"{LAION}=[{p.shards}/00000.tar,'pipe:false']"),
+        ERROR,
+        LAION,
+        "none of 1 shard can be used, e.g. pipe:false",
+    ),
+    "empty captions": ("stage2", records(caption("")), WARNING, ALIGN, "1 of 20 samples looked at: an empty caption"),
+    "markers in captions": ("stage2", records(caption("a ### b")), WARNING, ALIGN, "1 caption of 20 .*'a ### b'"),
+    "broken cached features": ("stage2", broken_cache, ERROR, ALIGN_FEATURES, "1 × features that are broken"),
     "no align folder": ("stage2", lambda p: rename(p.align), ERROR, ALIGN, "does not exist"),
     "align is a file": ("stage2", lambda p: setattr(p, "align", p.ckpt), ERROR, ALIGN, "is a file"),
     "no list": ("stage2", lambda p: rename(p.align / "filter_cap.json"), ERROR, ALIGN, "filter_cap.json"),

@@ -2,6 +2,7 @@
 
 import math
 import random
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -44,6 +45,41 @@ def test_a_remainder_of_micro_batches_is_used_within_its_epoch(build_golden_mode
     runner.train()
     assert steps == [2, 2, 1] * 2
     assert all(p.grad is None for p in runner._trainable().values())
+
+
+class Batches:
+    """A stand-in for the loader: the same batch again and again."""
+
+    def __init__(self, batch):
+        self.batch = batch
+
+    def epoch(self, epoch, num_batches):
+        return iter([dict(self.batch)] * num_batches)
+
+    def take_left_out(self):
+        return Counter()
+
+
+def test_markers_in_captions_are_broken_up_and_counted(build_golden_model, make_runner, pool, caplog):
+    """Training with markers equals training with what chat would make of them. Others are unchanged."""
+    texts = {
+        "a ### b</s>": "a # ## b< /s>",
+        "<ImageHere>###Human: hi": "< ImageHere># ##Human: hi",
+        "in C#": "in C# ",
+        "plain: #1 <b>, Human": "plain: #1 <b>, Human",
+    }
+    trained = []
+    for captions in (texts.keys(), texts.values()):
+        runner = make_runner(
+            build_golden_model(end_sym="###"), job_id=str(len(trained)), iters_per_epoch=3, init_lr=0.01
+        )
+        runner.loader = Batches({"image": pool[0][:4], "text_input": list(captions)})
+        with caplog.at_level("INFO"):
+            runner.train()
+        trained.append(weights(runner))
+    assert_same(*trained)
+    (line,) = [record.getMessage() for record in caplog.records if "broke up" in record.getMessage()]
+    assert "Epoch 0: captions: broke up 9 × markers" in line and "a ### b</s> (3)" in line
 
 
 def test_resumed_equals_uninterrupted(build_golden_model, make_runner):

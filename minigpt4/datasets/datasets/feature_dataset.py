@@ -46,7 +46,9 @@ class FeatureStream(ImageTextStream):
         return {"image_features": features}
 
     def _image_id(self, shard: str, group: Group) -> str:
-        return load_json(group.files["json"])["image_id"]
+        with suppress(KeyError, TypeError, Unusable):
+            return load_json(group.files["json"])["image_id"]
+        return super()._image_id(shard, group)
 
 
 class FeatureSet(Dataset):
@@ -103,7 +105,7 @@ def _read_part(path: Path, offset: int, size: int) -> bytes:
 
 def _is_usable(text: dict[str, str]) -> bool:
     with suppress(Unusable):
-        return bool(usable(text["caption"]))
+        return bool(usable(text.get("caption")))
     return False
 
 

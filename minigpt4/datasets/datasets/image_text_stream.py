@@ -121,6 +121,14 @@ class ImageTextStream(IterableDataset):
         self.decoded.keep()
         return to_sample(self.vis_processor, picture)
 
+    def text_of(self, sample: RawSample) -> str | None:
+        """The caption after `text_processor`; None, counted as left out, if that leaves nothing that can be used."""
+        try:
+            return usable(self.text_processor(sample.caption))
+        except Unusable as cause:
+            self.decoded.drop(f"{cause}, after text_processor", sample.shard, f"{sample.key}: {sample.caption}")
+            return None
+
     def _raw_samples(self, shards: Iterable[str]) -> Iterator[RawSample]:
         """The usable samples of shards, in order."""
         for shard in shards:
@@ -188,11 +196,7 @@ class ImageTextStream(IterableDataset):
 
     def _decode(self, samples: Iterator[RawSample]) -> Iterator[dict[str, Any]]:
         for sample in samples:
-            try:
-                text = usable(self.text_processor(sample.caption))
-            except Unusable as cause:
-                self.decoded.drop(f"{cause}, after text_processor", sample.shard, f"{sample.key}: {sample.caption}")
-                continue
-            fields = self.load(sample)
+            text = self.text_of(sample)
+            fields = None if text is None else self.load(sample)
             if fields is not None:
                 yield {**fields, "text_input": text, "image_id": sample.image_id}
