@@ -47,6 +47,8 @@ class PlainStep:
 
 def _select_images(samples: dict, seen: list[bool]) -> dict:
     """The batch with the images at which `seen` is true, and with what belongs to them."""
+    if all(seen):
+        return samples
     kept = torch.tensor(seen).nonzero().flatten()
     per_image = [key for key in samples if key.startswith("image") and isinstance(samples[key], torch.Tensor)]
     return {**samples, **{key: samples[key][kept.to(samples[key].device)] for key in per_image}}
@@ -177,17 +179,19 @@ class MiniGPT4(vision.Vision):
     def prepare(self, samples: dict) -> dict:
         """Tokenise and collate the texts of a batch. The runner does this on the host, during the step before.
 
-        Adds "tokens", "tokens_of" (their texts) and "drawn_prompt" (unless the batch has one).
+        Adds "tokens", "tokens_of" (their texts), "num_cut" (how many of these are longer than `max_txt_len`) and
+        "drawn_prompt" (unless the batch has one).
         """
         texts, drawn = samples["text_input"], samples.get("drawn_prompt") or self._draw_prompt()
         limits = self.query_tokens.shape[1], self.max_txt_len
         if hasattr(texts, "training_sequences"):
-            ids, labels, seen = texts.training_sequences(self.tokenizer, self.template, drawn, *limits)
-            samples = samples if all(seen) else _select_images(samples, seen)
+            found = texts.training_sequences(self.tokenizer, self.template, drawn, *limits)
+            samples = _select_images(samples, found.images_seen)
         else:
-            ids, labels = prompt.training_sequences(self.tokenizer, drawn, texts, *limits, self.end_sym)
-        tokens = self.step.collate(self, ids, labels)
-        return {**samples, "tokens": tokens, "tokens_of": [*texts], "drawn_prompt": drawn}
+            bos = self.template is None or self.template.bos
+            found = prompt.training_sequences(self.tokenizer, drawn, texts, *limits, self.end_sym, bos)
+        tokens = self.step.collate(self, found.ids, found.labels)
+        return {**samples, "tokens": tokens, "tokens_of": [*texts], "drawn_prompt": drawn, "num_cut": found.num_cut}
 
     def _draw_prompt(self) -> str:
         """A random prompt in training, the first one in evaluation, the image alone if there are no prompts."""

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -132,24 +132,43 @@ def encode_with_images(tokenizer: "Tokenizer", text: str, num_query_tokens: int,
     return ids
 
 
+class Sequences(NamedTuple):
+    """The tokens of a training batch before they are collated."""
+
+    ids: list[list[int]]
+    """Token ids of each sequence, with IMAGE_ID where image vectors belong."""
+    labels: list[list[int]]
+    """Of the same lengths, not shifted: IGNORE_INDEX at positions without a loss."""
+    num_cut: int
+    """Texts that were too long and have lost their end."""
+    images_seen: list[bool] | None = None
+    """For each image of the batch, whether its vectors are in the sequences. None: all are."""
+
+
 def training_sequences(
-    tokenizer: "Tokenizer", prompt: str, texts: list[str], num_query_tokens: int, max_txt_len: int, end_sym: str
-) -> tuple[list[list[int]], list[list[int]]]:
-    """For each text a sequence: `<s>`, the prompt with its image, the text with `end_sym`.
+    tokenizer: "Tokenizer",
+    prompt: str,
+    texts: list[str],
+    num_query_tokens: int,
+    max_txt_len: int,
+    end_sym: str,
+    bos: bool = True,
+) -> Sequences:
+    """For each text a sequence: `<s>` if `bos` is true, the prompt with its image, the text with `end_sym`.
 
-    At most `max_txt_len` tokens of a text are kept, `end_sym` included.
-
-    Returns the sequences, with IMAGE_ID where image vectors belong, and their labels, not shifted. Only tokens of the
-    text have labels. The eos token has none, because it is also the padding.
+    At most `max_txt_len` tokens of a text are kept, `end_sym` included. Only tokens of the text have labels. The eos
+    token has none, as in the first release, unless `end_sym` has it.
     """
-    prefix = encode_with_images(tokenizer, prompt, num_query_tokens)
-    sequences, labels = [], []
+    prefix = encode_with_images(tokenizer, prompt, num_query_tokens, bos)
+    ignored = None if tokenizer.eos_token_id in tokenizer.encode(end_sym) else tokenizer.eos_token_id
+    sequences, labels, num_cut = [], [], 0
     for text in texts:
-        ids = tokenizer.encode(text + end_sym)[:max_txt_len]
+        ids = tokenizer.encode(text + end_sym)
+        num_cut += len(ids) > max_txt_len
+        ids = ids[:max_txt_len]
         sequences.append(prefix + ids)
-        learnt = [i if i != tokenizer.eos_token_id else IGNORE_INDEX for i in ids]
-        labels.append([IGNORE_INDEX] * len(prefix) + learnt)
-    return sequences, labels
+        labels.append([IGNORE_INDEX] * len(prefix) + [IGNORE_INDEX if i == ignored else i for i in ids])
+    return Sequences(sequences, labels, num_cut)
 
 
 def generation_batch(

@@ -31,6 +31,7 @@ from minigpt4.runners.schedule import EtaLogger, TrainingSchedule
 from minigpt4.runners.state import restore_rng_states, rng_states, to_device
 from minigpt4.weights import checkpoint, fingerprint
 
+CUT = LeftOut("texts", "the end of a text longer than model.max_txt_len tokens", "in training", "cut off")
 MARKERS = ("captions", "markers of the prompt (###, <ImageHere>, special tokens)")
 
 
@@ -145,7 +146,7 @@ class RunnerBase:
     def train_epoch(self, epoch: int) -> dict[str, float]:
         """Train on `iters_per_epoch` micro-batches; returns the epoch's mean learning rate and loss."""
         self.model.train()
-        metrics, broken_up = MetricLogger(), Counter()
+        metrics, changed = MetricLogger(), Counter()
         header = f"Train: data epoch: [{epoch}]"
         epoch_batches = map(self._sanitize, self.loader.epoch(epoch, self.iters_per_epoch))
         with contextlib.closing(prefetch(epoch_batches, self.module, self.device)) as batches:
@@ -155,8 +156,9 @@ class RunnerBase:
                 loss = self.train_step(samples, is_update)
                 metrics.update(lr=self.optimizer.param_groups[0]["lr"], loss=loss)
                 self.eta.step(i)
-                broken_up.update(LeftOut(*MARKERS, text, "broke up") for text in samples.get("broken_up", ()))
-        for line in report_left_out(sum(dist_utils.gather_objects(self.loader.take_left_out() + broken_up), Counter())):
+                changed.update(LeftOut(*MARKERS, text, "broke up") for text in samples.get("broken_up", ()))
+                changed[CUT] += samples.get("num_cut", 0)
+        for line in report_left_out(sum(dist_utils.gather_objects(self.loader.take_left_out() + changed), Counter())):
             logging.info("Epoch %d: %s", epoch, line)
         return metrics.global_avg()
 

@@ -80,11 +80,8 @@ class Conversations(list[Conversation]):
 
     def training_sequences(
         self, tokenizer: "Tokenizer", template: Template, image_prompt: str, num_query_tokens: int, max_txt_len: int
-    ) -> tuple[list[list[int]], list[list[int]], list[bool]]:
-        """The ids and the labels of each conversation, and for each image of the batch whether its vectors are in them.
-
-        See `exchanges` and `encode`.
-        """
+    ) -> prompt.Sequences:
+        """The tokens of each conversation; see `exchanges` and `encode`."""
         found = [
             encode(tokenizer, exchanges(each, template, image_prompt), num_query_tokens, max_txt_len, template.bos)
             for each in self
@@ -93,4 +90,5 @@ class Conversations(list[Conversation]):
         seen = [
             number < tokens.num_images for tokens, count in zip(found, counts, strict=True) for number in range(count)
         ]
-        return [tokens.ids for tokens in found], [tokens.labels for tokens in found], seen
+        ids, labels = [tokens.ids for tokens in found], [tokens.labels for tokens in found]
+        return prompt.Sequences(ids, labels, sum(tokens.cut for tokens in found), seen)
