@@ -1,0 +1,95 @@
+"""Random access to the rows of a Parquet file, as Hugging Face's datasets have them."""
+
+import bisect
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from minigpt4.common.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+LARGE_GROUP = 64 << 20
+
+
+class ParquetRows:
+    """The rows of a file. Reading one reads its row group, so the last group is kept."""
+
+    def __init__(self, path: str) -> None:
+        """Raises ConfigError if pyarrow is missing or the file is broken."""
+        self.path = path
+        self._last: tuple[Any, Any] = (None, None)
+        meta = self._open().metadata
+        groups = [meta.row_group(number) for number in range(meta.num_row_groups)]
+        self._ends = np.cumsum([group.num_rows for group in groups], dtype=np.int64)
+        self.columns: list[str] = self._open().schema_arrow.names
+        largest = max((group.total_byte_size for group in groups), default=0)
+        if largest > LARGE_GROUP:
+            log.warning(
+                "%s: each sample in random order reads up to %d MB, a row group. Shards are faster.",
+                path,
+                largest >> 20,
+            )
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_last": (None, None)}
+
+    def where(self, index: int) -> str:
+        return f"{self.path} row {index}"
+
+    @contextmanager
+    def reader(self, check: bool = False) -> Iterator[Callable[[int], dict]]:
+        """A function that gives the row at an index. check: bytes of pictures that are there come as b""."""
+        file = None
+
+        def read(index: int) -> dict:
+            nonlocal file
+            group = bisect.bisect_right(self._ends, index)
+            if self._last[0] != (group, check):
+                file = file or self._open()
+                self._last = ((group, check), self._read_group(file, group, check))
+            table, emptied = self._last[1]
+            start = int(self._ends[group - 1]) if group else 0
+            row = table.slice(index - start, 1).to_pylist()[0]
+            for name in emptied:
+                for picture in row[name] if isinstance(row[name], list) else [row[name]]:
+                    picture["bytes"] = b""
+            return row
+
+        yield read
+
+    def _read_group(self, file: Any, group: int, check: bool) -> tuple[Any, list[str]]:
+        """A row group, and its columns of which "bytes" was left out because no picture lacks it."""
+        if not check:
+            return file.read_row_group(group), []
+        parts = file.metadata.row_group(group)
+        columns = [parts.column(number) for number in range(parts.num_columns)]
+        paths = {column.path_in_schema for column in columns}
+        left_out = {
+            column.path_in_schema
+            for column in columns
+            if column.path_in_schema.endswith(".bytes")
+            and column.path_in_schema.removesuffix("bytes") + "path" in paths
+            and column.statistics is not None
+            and column.statistics.null_count == 0
+        }
+        table = file.read_row_group(group, columns=sorted(paths - left_out))
+        return table, [path.split(".")[0] for path in left_out]
+
+    def _open(self) -> Any:
+        try:
+            import pyarrow.parquet
+        except ImportError:
+            raise ConfigError(
+                f"{self.path}: reading Parquet needs a package: pip install 'minigpt4[parquet]'"
+            ) from None
+        try:
+            return pyarrow.parquet.ParquetFile(self.path)
+        except (pyarrow.ArrowException, OSError) as error:
+            raise ConfigError(f"{self.path} is no Parquet file, or a broken one: {error}. Fetch it again.") from None

@@ -1,0 +1,219 @@
+"""Random access to the records of a text file, by the bytes where each begins and ends.
+
+The text stays in the file. A dataset of a million records takes 24 MB, which data workers share. Pictures may be
+embedded in the text, so a file can be far larger than the memory.
+"""
+
+import codecs
+import csv
+import io
+import json
+import os
+import re
+import reprlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from minigpt4.common.errors import ConfigError
+
+# Longest first: the mark of UTF-32 begins with that of UTF-16.
+MARKS = (
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+JSON_OPEN, JSON_NEXT = re.compile(r"[ \t\r\n]*\[[ \t\r\n]*"), re.compile(r"[ \t\r\n]*([,\]]?)[ \t\r\n]*")
+
+Span = tuple[int, int, int]  # first byte, end, line (from 1)
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = 60
+
+
+def shown(value: Any) -> str:
+    """A value for a message, cut to some 60 characters."""
+    return _short.repr(value)
+
+
+def decode(content: bytes) -> str:
+    """Text in UTF-8, or in UTF-16 or UTF-32 with a byte-order mark. Raises ConfigError for others."""
+    encoding = next((name for mark, name in MARKS if content.startswith(mark)), "utf-8-sig")
+    try:
+        return content.decode(encoding)
+    except UnicodeDecodeError as error:
+        place = max(0, error.start - 20)
+        raise ConfigError(
+            f"is not text in {encoding.removesuffix('-sig').upper()}: {shown(content[place : error.end])}. Save the "
+            "file in UTF-8; for one in Latin-1: iconv -f LATIN1 -t UTF-8 OLD > NEW"
+        ) from None
+
+
+class TextFile:
+    """The bytes of a text file in UTF-8. Files in UTF-16 or UTF-32 with a byte-order mark are recoded in memory."""
+
+    def __init__(self, path: str) -> None:
+        """Raises ConfigError if the file is not in the encoding that its mark announces."""
+        self.path = path
+        self._recoded: bytes | None = None
+        with open(path, "rb") as file:
+            self._modified = os.fstat(file.fileno()).st_mtime_ns
+            head = file.read(4)
+            if any(head.startswith(mark) for mark, _ in MARKS):
+                try:
+                    self._recoded = decode(head + file.read()).encode()
+                except ConfigError as error:
+                    raise ConfigError(f"{path} {error}") from None
+        self.start = len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0
+
+    def open(self) -> BinaryIO:
+        """The file, behind its byte-order mark. Raises ConfigError if it has changed since `__init__`."""
+        if self._recoded is not None:
+            return io.BytesIO(self._recoded)
+        file = open(self.path, "rb")
+        if os.fstat(file.fileno()).st_mtime_ns != self._modified:
+            file.close()
+            raise ConfigError(f"{self.path} has changed since it was opened. Start the command again.")
+        file.seek(self.start)
+        return file
+
+
+class TextRecords:
+    """The records of a text file: bytes and line of each, and the function that parses its text."""
+
+    def __init__(self, file: TextFile, spans: Iterable[Span], parse: Callable[[str], dict], unit: str = "line") -> None:
+        """unit: how `where` counts: by the line, or "record" for several on a line."""
+        self.file, self.parse, self.unit = file, parse, unit
+        self.spans = np.fromiter(spans, dtype=np.dtype((np.int64, 3)))
+
+    def __len__(self) -> int:
+        return len(self.spans)
+
+    def where(self, index: int) -> str:
+        """The place of a record, for messages."""
+        record = "" if self.unit == "line" else f" {self.unit} {index + 1},"
+        return f"{self.file.path}{record} line {self.spans[index, 2]}"
+
+    @contextmanager
+    def reader(self, check: bool = False) -> Iterator[Callable[[int], dict]]:
+        """A function that gives the parsed record at an index. Its ConfigErrors do not name the place."""
+        with self.file.open() as file:
+
+            def read(index: int) -> dict:
+                start, end, _ = self.spans[index].tolist()
+                file.seek(start)
+                return self.parse(decode(file.read(end - start)))
+
+            yield read
+
+
+def parse_json(text: str) -> dict:
+    """The object in a JSON text. Raises ConfigError for any other text."""
+    try:
+        item = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"is not JSON: {error}. It begins {shown(text)}. Write one record {{…}} on a line.") from None
+    except RecursionError:
+        raise ConfigError("is JSON that is nested too deeply to be a record. Take it out.") from None
+    if not isinstance(item, dict):
+        raise ConfigError(f"is {shown(item)}, not a record {{…}}.")
+    return item
+
+
+def scan_lines(file: TextFile) -> Iterator[Span]:
+    """The lines that are not blank."""
+    position = file.start
+    with file.open() as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                yield position, position + len(line), number
+            position += len(line)
+
+
+def scan_json_list(file: TextFile) -> Iterator[Span]:
+    """The items of a JSON list. Raises ConfigError where the list is broken."""
+    with file.open() as stream:
+        # One character per byte. JSON's own signs are ASCII, so items end at the same places as in UTF-8.
+        text = stream.read().decode("latin-1")
+    scan = json.JSONDecoder().raw_decode
+    index, line, counted, number = JSON_OPEN.match(text).end(), 1, 0, 0
+    sign = "]" if text[index : index + 1] == "]" else ","
+    while sign == ",":
+        number += 1
+        line += text.count("\n", counted, index)
+        counted = index
+        try:
+            _, end = scan(text, index)
+        except (ValueError, RecursionError) as error:
+            place = f"{file.path} record {number}, line {getattr(error, 'lineno', line)}"
+            reason = f"is not JSON: {error}" if isinstance(error, ValueError) else "is nested too deeply"
+            raise ConfigError(f"{place}: {reason}. Correct the list, or write one record on a line (.jsonl).") from None
+        yield file.start + index, file.start + end, line
+        following = JSON_NEXT.match(text, end)
+        sign, index = following[1], following.end()
+        if not sign or (sign == "]" and index < len(text)):
+            found = shown(text[index : index + 60].encode("latin-1").decode("utf-8", errors="replace"))
+            place = f"{file.path} record {number}, line {line + text.count(chr(10), counted, index)}"
+            raise ConfigError(f"{place}: behind it stands {found}; a JSON list goes on with ',' or ends with ']'.")
+
+
+class Table:
+    """How the rows of a CSV or TSV file are cut and parsed. Its first row names the columns."""
+
+    def __init__(self, file: TextFile, delimiter: str) -> None:
+        """Raises ConfigError for a broken row, one whose quotation mark is not closed for example."""
+        # The captions of Flickr30k, between |, have quotation marks of their own.
+        plain = {"quoting": csv.QUOTE_NONE, "skipinitialspace": True} if delimiter == "|" else {"strict": True}
+        self._dialect = {"delimiter": delimiter, **plain}
+        start, end, _ = next(self._scan(file), (0, 0, 0))
+        with file.open() as stream:
+            stream.seek(start)
+            header = decode(stream.read(end - start))
+        if not header:
+            raise ConfigError(f"{file.path} is empty. Its first line names the columns, e.g. image,caption.")
+        self.columns = [name.strip() for name in self._row(header)]
+
+    def spans(self, file: TextFile) -> Iterator[Span]:
+        """The rows below the header."""
+        return islice(self._scan(file), 1, None)
+
+    def parse(self, text: str) -> dict[str, str]:
+        """{column: field} of a row. Raises ConfigError if it has another number of fields than the header."""
+        row = self._row(text)
+        if len(row) != len(self.columns):
+            raise ConfigError(
+                f"has {len(row)} fields; the header has {len(self.columns)} ({', '.join(self.columns)}). Put fields "
+                f"that hold {self._dialect['delimiter']!r} into quotation marks, or add what is missing. "
+                f"It begins {shown(text)}."
+            )
+        return dict(zip(self.columns, row, strict=True))
+
+    def _row(self, text: str) -> list[str]:
+        return next(csv.reader(io.StringIO(text, newline=""), **self._dialect))
+
+    def _scan(self, file: TextFile) -> Iterator[Span]:
+        start = position = file.start
+        line = 1
+
+        def lines() -> Iterator[str]:
+            nonlocal position
+            for each in stream:
+                position += len(each)
+                yield each.decode(errors="replace")  # `decode` reports it when the row is parsed
+
+        with file.open() as stream:
+            rows = csv.reader(lines(), **self._dialect)
+            try:
+                for row in rows:
+                    if any(row):
+                        yield start, position, line
+                    start, line = position, rows.line_num + 1
+            except csv.Error as error:
+                raise ConfigError(
+                    f"{file.path} line {line}: is no row of a table: {error}. Is a quotation mark not closed? A "
+                    'quotation mark inside a field is written twice: "a ""red"" car".'
+                ) from None
