@@ -47,7 +47,7 @@ class ConversationDataset(Dataset):
         for candidate in range(index, index + tries):
             record = self.records[candidate % len(self)]
             try:
-                return self._sample(record)
+                return to_training_sample(record, self.vis_processor)
             except Unusable as cause:
                 self.tally.drop(str(cause), record.where, str(cause.__cause__ or ""))
         raise RuntimeError(
@@ -59,34 +59,40 @@ class ConversationDataset(Dataset):
         """Characters of a conversation, for length balancing."""
         return sum(len(part) for m in self.records[index].messages for part in m.parts if isinstance(part, str))
 
+    def collater(self, samples: list[Mapping[str, Any]]) -> dict[str, Any]:
+        return collate(samples)
+
     def take_left_out(self) -> Counter[tuple[str, ...]]:
         """Counts by (cause, place) of the records that this process has left out since the last call."""
         return self.tally.take()
 
-    def collater(self, samples: list[Mapping[str, Any]]) -> dict[str, Any]:
-        """A batch: "text_input" `Conversations`, and the pictures of all of them, in order, "image" [images,3,S,S]."""
-        pictures = [picture for sample in samples for picture in sample["pictures"]]
-        return {
-            "text_input": Conversations(sample["text_input"] for sample in samples),
-            "image_id": [sample["image_id"] for sample in samples],
-            **(default_collate(pictures) if pictures else {"image": torch.empty(0, 3, 0, 0)}),
-        }
 
-    def _sample(self, record: Record) -> dict[str, Any]:
-        """The item of a record. Raises Unusable."""
-        sources = [part.source for message in record.messages for part in message.parts if isinstance(part, Picture)]
-        return {
-            "text_input": conversation_of(record),
-            "image_id": record.id,
-            "pictures": [self._read(source) for source in sources],
-        }
+def to_training_sample(record: Record, vis_processor: Callable) -> dict[str, Any]:
+    """The item of a record. Raises Unusable for a text or a picture that cannot be trained on."""
+    sources = [part.source for message in record.messages for part in message.parts if isinstance(part, Picture)]
+    return {
+        "text_input": conversation_of(record),
+        "image_id": record.id,
+        "pictures": [_read(source, vis_processor) for source in sources],
+    }
 
-    def _read(self, source: str | bytes) -> dict[str, Any]:
-        try:
-            content = Path(source).read_bytes() if isinstance(source, str) else source
-            return to_sample(self.vis_processor, read_picture(content, self.vis_processor))
-        except Exception as error:  # Pillow's plug-ins raise nearly every kind of error on broken files
-            raise Unusable("an image that is not one, or is broken") from error
+
+def collate(samples: list[Mapping[str, Any]]) -> dict[str, Any]:
+    """A batch: "text_input" `Conversations`, and the pictures of all of them, in order, "image" [images,3,S,S]."""
+    pictures = [picture for sample in samples for picture in sample["pictures"]]
+    return {
+        "text_input": Conversations(sample["text_input"] for sample in samples),
+        "image_id": [sample["image_id"] for sample in samples],
+        **(default_collate(pictures) if pictures else {"image": torch.empty(0, 3, 0, 0)}),
+    }
+
+
+def _read(source: str | bytes, vis_processor: Callable) -> dict[str, Any]:
+    try:
+        content = Path(source).read_bytes() if isinstance(source, str) else source
+        return to_sample(vis_processor, read_picture(content, vis_processor))
+    except Exception as error:  # Pillow's plug-ins raise nearly every kind of error on broken files
+        raise Unusable("an image that is not one, or is broken") from error
 
 
 def conversation_of(record: Record) -> Conversation:
