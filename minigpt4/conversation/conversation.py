@@ -144,7 +144,7 @@ class Chat:
 
     def sanitize(self, text: str, conv: Conversation) -> str:
         """`text` in which separators, image placeholders and special tokens are broken up by a space."""
-        return sanitize([text], self.model.tokenizer, [conv.sep, conv.sep2 or ""])[0]
+        return sanitize([text], self.model.tokenizer.special_tokens, [conv.sep, conv.sep2 or ""])[0]
 
     @torch.inference_mode()
     def get_context_emb(self, conv: Conversation, img_list: list[torch.Tensor]) -> torch.Tensor:

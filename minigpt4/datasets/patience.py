@@ -29,35 +29,33 @@ class OutOfReach(OSError):
 class Patience:
     """Repeats what raises OSError, with growing pauses, for up to `timeout_s` seconds; counts the waits in `tally`.
 
+    others_in_reach: whether other files of the dataset than this one can be read, so that it is waited for in vain.
     Builders set `timeout_s` to `run.data_timeout_s`.
 
     The time is that of the whole outage: when it is over, other files are not waited for either, until one is read. A
     file that was waited for in vain is not waited for again.
     """
 
-    def __init__(self, tally: Tally, timeout_s: float = 0.0) -> None:
-        self.tally, self.timeout_s = tally, timeout_s
+    def __init__(self, tally: Tally, others_in_reach: Callable[[str], bool]) -> None:
+        self.tally, self.others_in_reach, self.timeout_s = tally, others_in_reach, 0.0
         self._outage_began: float | None = None
         self._given_up: set[str] = set()
 
-    def retry(self, action: Callable[[], Result], path: str, others_in_reach: Callable[[], bool]) -> Result:
-        """The result of `action`. Raises OutOfReach if it raised OSError until the end of the wait.
-
-        others_in_reach: whether other files of the dataset can be read, so that only this one is waited for in vain.
-        """
+    def retry(self, action: Callable[[], Result], path: str) -> Result:
+        """The result of `action`, which reads `path`. Raises OutOfReach if it raised OSError until the end of the wait."""
         try:
             result = action()
         except OSError as error:
-            result = self._wait(action, path, others_in_reach, error)
+            result = self._wait(action, path, error)
         self._outage_began = None
         return result
 
-    def _wait(self, action: Callable[[], Any], path: str, others_in_reach: Callable[[], bool], error: OSError) -> Any:
+    def _wait(self, action: Callable[[], Any], path: str, error: OSError) -> Any:
         start, pause = time.monotonic(), FIRST_PAUSE
         self._outage_began = start if self._outage_began is None else self._outage_began
         deadline = self._outage_began + self.timeout_s
         while path not in self._given_up and (left := deadline - time.monotonic()) > 0:
-            if time.monotonic() - start > WAIT_FOR_ONE and others_in_reach():
+            if time.monotonic() - start > WAIT_FOR_ONE and self.others_in_reach(path):
                 break
             if pause == 8 * FIRST_PAUSE:
                 name = self.tally.name
@@ -80,8 +78,8 @@ class Patience:
 class PatientFile(io.RawIOBase):
     """The bytes of a shard: a path, a URL or `pipe:command`. After an outage it goes on where it was."""
 
-    def __init__(self, shard: str, patience: Patience, others_in_reach: Callable[[], bool]) -> None:
-        self._shard, self._patience, self._others_in_reach = shard, patience, others_in_reach
+    def __init__(self, shard: str, patience: Patience) -> None:
+        self._shard, self._patience = shard, patience
         self._stream: Any = None
         self._position, self._ended = 0, False
 
@@ -92,7 +90,7 @@ class PatientFile(io.RawIOBase):
         """Raises OutOfReach if the shard cannot be read."""
         if self._ended:
             return 0
-        content = self._patience.retry(lambda: self._read(len(buffer)), self._shard, self._others_in_reach)
+        content = self._patience.retry(lambda: self._read(len(buffer)), self._shard)
         buffer[: len(content)] = content
         self._position += len(content)
         return len(content)

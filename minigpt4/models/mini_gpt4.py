@@ -153,7 +153,7 @@ class MiniGPT4(vision.Vision):
         Adds "broken_up": the beginnings of the texts that were changed. The runner calls this before `prepare`.
         """
         texts = samples.get("text_input", ())
-        sound = prompt.sanitize([*texts], self.tokenizer, [self.end_sym, facts.SEPARATOR])
+        sound = prompt.sanitize([*texts], self.tokenizer.special_tokens, [self.end_sym, facts.SEPARATOR])
         broken_up = [text[:60] for text, other in zip(texts, sound, strict=True) if text != other]
         return {**samples, "text_input": sound, "broken_up": broken_up} if broken_up else samples
 

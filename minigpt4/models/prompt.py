@@ -99,12 +99,12 @@ def break_up(text: str, markers: Iterable[str]) -> str:
     return text
 
 
-def sanitize(texts: list[str], tokenizer: "Tokenizer", separators: list[str]) -> list[str]:
+def sanitize(texts: list[str], special_tokens: Iterable[str], separators: list[str]) -> list[str]:
     """Texts of users or datasets in which separators, image slots and special tokens are broken up by a space.
 
     A space also follows a text that ends like the beginning of a separator, which it would become part of.
     """
-    markers = (*separators, IMAGE_SLOT, *tokenizer.special_tokens)
+    markers = (*separators, IMAGE_SLOT, *special_tokens)
     beginnings = tuple(marker[0] for marker in map(str.strip, separators) if len(marker) > 1)
     has_marker = _any_of(markers).search
     sound = [break_up(text, markers) if has_marker(text) else text for text in texts]

@@ -74,7 +74,7 @@ class CCSBUAlignDataset(Dataset):
         self.image_ids = PackedStrings(image_ids)
         self.captions = PackedStrings(captions)
         self.tally = Tally(name)
-        self.patience = Patience(self.tally)
+        self.patience = Patience(self.tally, self._folder_in_reach)
         log.info("%s: %s.", name, pluralize(len(self), "record"))
 
     def __len__(self) -> int:
@@ -120,14 +120,14 @@ class CCSBUAlignDataset(Dataset):
     def _load(self, index: int) -> dict[str, Any] | None:
         path = self._path(index)
         try:
-            content = self.patience.retry(Path(path).read_bytes, path, self._folder_in_reach)
+            content = self.patience.retry(Path(path).read_bytes, path)
             picture = read_picture(content, self.vis_processor)
         except Exception as error:  # Pillow's plug-ins raise nearly every kind of error on broken files
             self.tally.drop("an image that is not one, or is broken", path, str(error))
             return None
         return to_sample(self.vis_processor, picture)
 
-    def _folder_in_reach(self) -> bool:
+    def _folder_in_reach(self, path: str) -> bool:
         with suppress(OSError), os.scandir(self.image_folder) as entries:
             return next(entries, None) is not None
         return False

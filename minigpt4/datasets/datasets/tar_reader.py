@@ -8,7 +8,6 @@ import gzip
 import io
 import lzma
 import tarfile
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
@@ -147,16 +146,16 @@ def read_samples(
     """The samples that `make` makes of members with the same key, each once it is complete.
 
     make: raises Incomplete for members whose sample may still be completed by later ones, Unusable for others.
-    drop: is called with the cause and the members that make no sample.
-    Raises what `members` raises, after all samples up to there.
+    drop: is called with the cause and the members that make no sample, also for a tar without any.
+    Raises the ShardError of `members` after all samples up to there.
     """
     waiting: dict[str, Group] = {}
     made: set[str] = set()
     causes: dict[str, str] = {}  # of those that wait
-    held, current, problem = 0, Group(""), None
+    held, dropped, current, problem = 0, False, Group("it"), None
 
     def settle(group: Group) -> Iterator[Sample]:
-        nonlocal held
+        nonlocal held, dropped
         if not group.files:
             return
         try:
@@ -165,6 +164,7 @@ def read_samples(
             waiting[group.key], causes[group.key] = group, str(cause)
             held += group.size
         except Unusable as cause:
+            dropped = True
             drop(str(cause), group)
         else:
             made.add(group.key)
@@ -191,8 +191,5 @@ def read_samples(
             drop(causes[key], group)
     if problem:
         raise problem
-
-
-def describe(suffixes: Counter[str]) -> str:
-    """What is in a tar, for messages: `24 × .gif, 3 × .md`."""
-    return ", ".join(f"{count} × .{suffix}" for suffix, count in suffixes.most_common(5))
+    if not (made or waiting or dropped):
+        drop("a shard without samples", current)
