@@ -7,6 +7,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
@@ -33,45 +34,39 @@ def check_shards(context: RunContext) -> Iterator[Diagnostic]:
         except (ConfigError, OSError) as mistake:
             yield error(key, str(mistake).removeprefix(f"{key}="))
             continue
-        causes, captions = Counter(), []
+        looks: list[Look] = []
         for shards in shards_of_sources:
             sample = random.Random(0).sample(shards, min(SAMPLED_SHARDS, len(shards)) if is_local(shards[0]) else 1)
-            looks = {shard: Look(context, name, shard) for shard in sample}
-            problems = {shard: look.problem for shard, look in looks.items() if look.problem}
+            of_source = [look_into(context, name, shard) for shard in sample]
+            problems = {shard: look.problem for shard, look in zip(sample, of_source, strict=True) if look.problem}
             for shard, reason in problems.items():
                 share = f"{len(problems)} of {pluralize(len(sample), 'opened shard')} cannot be used whole"
                 yield warning(key, f"{shard}: {reason}. {share}", "Such shards are left out; fetch them again.")
-            example = next((look.example for look in looks.values() if look.example), None)
-            if example:
+            if example := next((look.example for look in of_source if look.example), None):
                 yield ok(key, f"{pluralize(len(shards), 'shard')}; opened {len(sample)}; a sample: {example}")
             else:
                 what = f"none of {pluralize(len(sample), 'shard')} can be used, e.g. {sample[0]}"
                 yield error(key, what, "Is this the right folder?")
-            causes += sum((look.causes for look in looks.values()), Counter())
-            captions += [caption for look in looks.values() for caption in look.captions]
-        yield from caption_warnings(context, key, causes, captions)
+            looks += of_source
+        causes = sum((look.causes for look in looks), Counter())
+        yield from caption_warnings(context, key, causes, [text for look in looks for text in look.captions])
 
 
+@dataclass
 class Look:
-    """A look into a shard: `problem` is why it cannot be used whole, `example` a usable sample."""
+    """What was seen in a shard."""
 
-    def __init__(self, context: RunContext, name: str, shard: str) -> None:
-        self.example, self.captions, self.causes = "", [], Counter()
-        self.problem = why_no_shard(Path(shard)) if is_local(shard) else None
-        if not is_local(shard) and offline():
-            self.problem = "it is not looked into (HF_HUB_OFFLINE)"
-        if not self.problem:
-            self.problem = f"no sample within {REMOTE_TIMEOUT} s"
-            reading = threading.Thread(target=self._read, args=(context, name, shard), daemon=True)
-            reading.start()  # a server may hang
-            reading.join(None if is_local(shard) else REMOTE_TIMEOUT)
+    problem: str | None = None
+    """Why it cannot be used whole."""
+    example: str = ""
+    """A usable sample."""
+    captions: list[str] = field(default_factory=list)
+    causes: Counter[str] = field(default_factory=Counter)
+    """Of the samples left out."""
 
-    def _read(self, context: RunContext, name: str, shard: str) -> None:
-        from minigpt4.datasets.datasets.image_text_stream import ImageTextStream
-        from minigpt4.processors import BaseProcessor
-
-        stream = ImageTextStream([shard], BaseProcessor(), _text_processor(context, name), name)
-        for sample in islice(stream.part(0), SAMPLES if is_local(shard) else 1):
+    def read(self, stream, samples: int) -> None:
+        """Look at the first samples of a stream's first shard."""
+        for sample in islice(stream.part(0), samples):
             text, fields = stream.text_of(sample), stream.load(sample)
             self.captions += [text] if text else []
             if text and fields:
@@ -79,6 +74,21 @@ class Look:
         self.causes = stream.read.left_out + stream.decoded.left_out
         counts = ", ".join(f"{count} × {cause}" for cause, count in self.causes.most_common())
         self.problem = None if self.example else f"no usable sample: {counts}"
+
+
+def look_into(context: RunContext, name: str, shard: str) -> Look:
+    """A look into a shard of laion or cc_sbu. Of a URL or a command only the first sample is read, within 30 s."""
+    from minigpt4.datasets.datasets.image_text_stream import ImageTextStream
+    from minigpt4.processors import BaseProcessor
+
+    problem = why_no_shard(Path(shard)) if is_local(shard) else "it is not looked into: --offline" if offline() else ""
+    look = Look(problem or f"no sample within {REMOTE_TIMEOUT} s")
+    if not problem:
+        stream = ImageTextStream([shard], BaseProcessor(), _text_processor(context, name), name)
+        reading = threading.Thread(target=look.read, args=(stream, SAMPLES if is_local(shard) else 1), daemon=True)
+        reading.start()
+        reading.join(None if is_local(shard) else REMOTE_TIMEOUT)
+    return look
 
 
 def _text_processor(context: RunContext, name: str):
@@ -168,15 +178,12 @@ def check_cached_features(context: RunContext) -> Iterator[Diagnostic]:
         folder = context.features(name)
         if not folder or not Path(folder, MANIFEST).is_file():  # the run says so
             continue
-        key, stream = f"datasets.{name}.build_info.features", FeatureStream(folder, str, name)
-        example = next((_shown(s.image_id, s.caption) for s in islice(stream.part(0), SAMPLES) if stream.load(s)), None)
-        if example:
-            yield ok(key, f"{pluralize(stream.num_parts, 'shard')}; a sample: {example}")
+        key, stream, look = f"datasets.{name}.build_info.features", FeatureStream(folder, str, name), Look()
+        look.read(stream, SAMPLES)
+        if look.problem:
+            yield error(key, f"{stream.shards[0]}: {look.problem}", "Make the cache again.")
         else:
-            counts = ", ".join(
-                f"{n} × {cause}" for cause, n in (stream.read.left_out + stream.decoded.left_out).items()
-            )
-            yield error(key, f"{stream.shards[0]}: no usable sample: {counts}", "Make the cache again.")
+            yield ok(key, f"{pluralize(stream.num_parts, 'shard')}; a sample: {look.example}")
 
 
 def _storages(context: RunContext, *names: str) -> Iterator[tuple[str, str | list[str]]]:

@@ -10,7 +10,7 @@ import lzma
 import tarfile
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 from minigpt4.datasets.captions import Incomplete, Unusable
 from minigpt4.datasets.patience import OutOfReach
@@ -37,22 +37,14 @@ class ShardError(Exception):
         self.cause, self.detail = cause, detail
 
 
-class Member(NamedTuple):
-    """A file in a tar."""
-
-    key: str
-    """Its name without the suffix."""
-    suffix: str
-    """In lower case, without the dot."""
-    content: bytes | None
-    """None: the suffix is not one of those asked for."""
-    size: int
-    """Bytes that it takes in the tar."""
+Member = tuple[str, str, bytes | None, int]
+"""A file in a tar: its name without the suffix, the suffix in lower case, its content (None: not asked for), and the
+bytes that it takes in the tar."""
 
 
 @dataclass
 class Group:
-    """The members of a tar with one key."""
+    """The members of a tar with one key, the name without the suffix."""
 
     key: str
     files: dict[str, bytes] = field(default_factory=dict)
@@ -61,12 +53,8 @@ class Group:
     """Of all."""
     size: int = 0
     """Bytes that they take in the tar."""
-
-    def add(self, member: Member) -> None:
-        self.suffixes.append(member.suffix)
-        self.size += member.size
-        if member.content is not None:
-            self.files.setdefault(member.suffix, member.content)
+    cause: str = ""
+    """Why they make no sample."""
 
     def __str__(self) -> str:
         return f"{self.key} has {', '.join('.' + suffix for suffix in self.suffixes)}"
@@ -105,7 +93,7 @@ def read_members(raw: io.RawIOBase, pictures: Collection[str]) -> Iterator[Membe
                 if info.isreg() and not is_hidden(info.name):
                     key, suffix = split_name(info.name, pictures)
                     content = tar.extractfile(info).read() if suffix in wanted else None
-                    yield Member(key, suffix, content, BLOCK + info.size + -info.size % BLOCK)
+                    yield key, suffix, content, BLOCK + info.size + -info.size % BLOCK
             _check_end(tar)
     except OutOfReach as error:
         raise ShardError(UNREADABLE, str(error)) from error
@@ -151,44 +139,47 @@ def read_samples(
     """
     waiting: dict[str, Group] = {}
     made: set[str] = set()
-    causes: dict[str, str] = {}  # of those that wait
     held, dropped, current, problem = 0, False, Group("it"), None
 
     def settle(group: Group) -> Iterator[Sample]:
         nonlocal held, dropped
-        if not group.files:
-            return
         try:
             sample = make(group)
         except Incomplete as cause:
-            waiting[group.key], causes[group.key] = group, str(cause)
+            group.cause = str(cause)
+            waiting[group.key] = group
             held += group.size
         except Unusable as cause:
-            dropped = True
             drop(str(cause), group)
+            dropped = True
         else:
             made.add(group.key)
             yield sample
 
     try:
-        for member in members:
-            if member.key != current.key:
-                yield from settle(current)
+        for key, suffix, content, size in members:
+            if key != current.key:
+                if current.files:
+                    yield from settle(current)
                 while held > MAX_WAITING:
                     oldest = waiting.pop(next(iter(waiting)))
                     held -= oldest.size
-                    drop(f"{causes.pop(oldest.key)} within {MAX_WAITING >> 20} MB of it in the tar", oldest)
-                current = waiting.pop(member.key, None) or Group(member.key)
+                    drop(f"{oldest.cause} within {MAX_WAITING >> 20} MB of it in the tar", oldest)
+                current = waiting.pop(key, None) or Group(key)
                 held -= current.size
-            current.add(member)
+            current.suffixes.append(suffix)
+            current.size += size
+            if content is not None:
+                current.files.setdefault(suffix, content)
     except ShardError as error:
         problem = error
-    yield from settle(current)
+    if current.files:
+        yield from settle(current)
     if problem:
         waiting.pop(current.key, None)  # the rest of it is what is missing
     for key, group in waiting.items():
         if key not in made:
-            drop(causes[key], group)
+            drop(group.cause, group)
     if problem:
         raise problem
     if not (made or waiting or dropped):
