@@ -42,7 +42,7 @@ class Patience:
         self._given_up: set[str] = set()
 
     def retry(self, action: Callable[[], Result], path: str) -> Result:
-        """The result of `action`, which reads `path`. Raises OutOfReach if it raised OSError until the end of the wait."""
+        """The result of `action`, which reads `path`. Raises OutOfReach if that fails until the end of the wait."""
         try:
             result = action()
         except OSError as error:

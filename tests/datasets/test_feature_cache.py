@@ -2,6 +2,7 @@
 
 import io
 import json
+import pickle
 from itertools import islice
 
 import numpy as np
@@ -152,6 +153,13 @@ def test_captions_that_cannot_be_used_are_left_out(tmp_path, caplog):
     stream = FeatureStream(str(folder), str)
     assert {sample["image_id"] for sample in islice(stream, 40)} == {"1", *(f"{i}.x" for i in range(5, 10))}
     assert stream.read.left_out["an empty caption"] > 0
+
+
+def test_workers_get_their_own_copy(tmp_path):
+    """Python 3.14 starts workers by forkserver, and macOS by spawn."""
+    folder = str(write_cache(tmp_path / "cache"))
+    assert pickle.loads(pickle.dumps(FeatureSet(folder)))[0]["image_id"] == "0.x"
+    assert next(iter(pickle.loads(pickle.dumps(FeatureStream(folder, str)))))["text_input"]
 
 
 def test_a_shard_out_of_reach_is_waited_for(tmp_path, monkeypatch):

@@ -64,7 +64,7 @@ class FeatureSet(Dataset):
         self.shards = shards_of(folder)
         self.name = name
         self.tally = Tally(name)
-        self.patience = Patience(self.tally, lambda path: Path(path).parent.exists())
+        self.patience = Patience(self.tally, _folder_in_reach)
         found = [(number, *sample) for number, path in enumerate(self.shards) for sample in _index(path)]
         samples = [sample for sample in found if _is_usable(sample[-1])]
         if unusable := len(found) - len(samples):
@@ -95,6 +95,10 @@ class FeatureSet(Dataset):
     def take_left_out(self) -> Counter[tuple[str, ...]]:
         """Counts of the waits of this process since the last call."""
         return self.tally.take()
+
+
+def _folder_in_reach(path: str) -> bool:
+    return Path(path).parent.exists()
 
 
 def _read_part(path: Path, offset: int, size: int) -> bytes:
