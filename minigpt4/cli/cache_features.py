@@ -149,6 +149,12 @@ class Writer:
                 features = self._features([fields for _, fields in good])
                 for (sample, _), row in zip(good, features, strict=True):
                     yield sample.key, row, {"caption": sample.caption, "image_id": sample.image_id}
+        lost = getattr(getattr(dataset, "patience", None), "given_up", None)
+        if lost:  # a cache without them would pass for complete
+            raise ConfigError(
+                f"{next(iter(lost))} is out of reach, so this shard is not written. Run the same command again when it "
+                "can be read; it goes on where it stopped."
+            )
 
     def _features(self, fields: list[dict]):
         """The features of loaded pictures, float16 [B,Q,W]. Raises FloatingPointError if float16 cannot hold them."""

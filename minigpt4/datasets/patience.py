@@ -33,13 +33,13 @@ class Patience:
     Builders set `timeout_s` to `run.data_timeout_s`.
 
     The time is that of the whole outage: when it is over, other files are not waited for either, until one is read. A
-    file that was waited for in vain is not waited for again.
+    file that was waited for in vain is not waited for again, until it has been read.
     """
 
     def __init__(self, tally: Tally, others_in_reach: Callable[[str], bool]) -> None:
         self.tally, self.others_in_reach, self.timeout_s = tally, others_in_reach, 0.0
         self._outage_began: float | None = None
-        self._given_up: set[str] = set()
+        self.given_up: set[str] = set()  # until they are read again
 
     def retry(self, action: Callable[[], Result], path: str) -> Result:
         """The result of `action`, which reads `path`. Raises OutOfReach if that fails until the end of the wait."""
@@ -48,13 +48,14 @@ class Patience:
         except OSError as error:
             result = self._wait(action, path, error)
         self._outage_began = None
+        self.given_up.discard(path)
         return result
 
     def _wait(self, action: Callable[[], Any], path: str, error: OSError) -> Any:
         start, pause = time.monotonic(), FIRST_PAUSE
         self._outage_began = start if self._outage_began is None else self._outage_began
         deadline = self._outage_began + self.timeout_s
-        while path not in self._given_up and (left := deadline - time.monotonic()) > 0:
+        while path not in self.given_up and (left := deadline - time.monotonic()) > 0:
             if time.monotonic() - start > WAIT_FOR_ONE and self.others_in_reach(path):
                 break
             if pause == 8 * FIRST_PAUSE:
@@ -69,9 +70,8 @@ class Patience:
                 continue
             detail = f"{time.monotonic() - start:.1f} s; {error}"
             self.tally.drop("a file that was out of reach", path, detail, verb="waited for")
-            self._given_up.discard(path)
             return result
-        self._given_up.add(path)
+        self.given_up.add(path)
         raise OutOfReach(f"{type(error).__name__}: {error}") from error
 
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from dataset_files import picture_bytes, write_align, write_tar
+from dataset_files import picture_bytes, write_align, write_shards, write_tar
 from torch.utils.data import default_collate
 
 from minigpt4.__main__ import main
@@ -152,6 +152,24 @@ def test_broken_pictures_are_left_out_and_counted(configs, tmp_path, caplog):
     assert "1.jpg" in caplog.text
     cached = FeatureSet(str(tmp_path / "f" / "cc_sbu_align"))
     assert [cached[i]["image_id"] for i in range(3)] == ["0", "2", "3"]
+
+
+@pytest.mark.parametrize(("stage", "name", "lost"), [("stage1", "laion", "*.tar"), ("stage2", "cc_sbu_align", "1.jpg")])
+def test_files_out_of_reach_are_not_left_out_of_a_cache(configs, tmp_path, monkeypatch, stage, name, lost):
+    """It would pass for complete."""
+    storage = {"laion": write_shards(tmp_path / "data", 1), "cc_sbu_align": write_align(tmp_path / "data", 4)}[name]
+    option = f"datasets.{name}.build_info.storage={storage}{'/*.tar' if name == 'laion' else ''}"
+    opened, build = [], cache_features.source_dataset
+
+    def then_away(cfg, built):
+        dataset = build(cfg, built)
+        opened.extend(path.rename(tmp_path / path.name) for path in storage.rglob(lost) if built == name)
+        return dataset
+
+    monkeypatch.setattr(cache_features, "source_dataset", then_away)
+    message = cache(configs[stage], tmp_path / "f", option, "run.data_timeout_s=0")
+    assert "is out of reach, so this shard is not written" in message
+    assert opened and not list(tmp_path.glob(f"f/{name}/*.tar"))
 
 
 def test_a_stream_with_hardly_any_pictures_is_an_error(configs, tmp_path):
