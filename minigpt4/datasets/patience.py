@@ -18,7 +18,8 @@ Result = TypeVar("Result")
 
 # Seconds before the first repetition. Each further pause is twice as long, up to LONGEST_PAUSE.
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 30.0
-# Seconds to wait for a file that is out of reach while others of its dataset are not: it has probably been deleted.
+# Seconds to wait for a file that is out of reach while others of its dataset are not: it has probably been deleted. For
+# each further one half as long, so that many of them do not stop a run.
 WAIT_FOR_ONE = 10.0
 
 
@@ -33,13 +34,13 @@ class Patience:
     Builders set `timeout_s` to `run.data_timeout_s`.
 
     The time is that of the whole outage: when it is over, other files are not waited for either, until one is read. A
-    file that was waited for in vain is not waited for again, until it has been read.
+    file that was waited for in vain is not waited for again.
     """
 
     def __init__(self, tally: Tally, others_in_reach: Callable[[str], bool]) -> None:
         self.tally, self.others_in_reach, self.timeout_s = tally, others_in_reach, 0.0
         self._outage_began: float | None = None
-        self.given_up: set[str] = set()  # until they are read again
+        self.given_up: set[str] = set()
 
     def retry(self, action: Callable[[], Result], path: str) -> Result:
         """The result of `action`, which reads `path`. Raises OutOfReach if that fails until the end of the wait."""
@@ -48,15 +49,15 @@ class Patience:
         except OSError as error:
             result = self._wait(action, path, error)
         self._outage_began = None
-        self.given_up.discard(path)
         return result
 
     def _wait(self, action: Callable[[], Any], path: str, error: OSError) -> Any:
         start, pause = time.monotonic(), FIRST_PAUSE
         self._outage_began = start if self._outage_began is None else self._outage_began
         deadline = self._outage_began + self.timeout_s
+        wait_for_one = WAIT_FOR_ONE / 2 ** min(len(self.given_up), 50)
         while path not in self.given_up and (left := deadline - time.monotonic()) > 0:
-            if time.monotonic() - start > WAIT_FOR_ONE and self.others_in_reach(path):
+            if time.monotonic() - start > wait_for_one and self.others_in_reach(path):
                 break
             if pause == 8 * FIRST_PAUSE:
                 name = self.tally.name

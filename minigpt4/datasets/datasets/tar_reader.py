@@ -165,6 +165,7 @@ def read_samples(
                     oldest = waiting.pop(next(iter(waiting)))
                     held -= oldest.size
                     drop(f"{oldest.cause} within {MAX_WAITING >> 20} MB of it in the tar", oldest)
+                    dropped = True
                 current = waiting.pop(key, None) or Group(key)
                 held -= current.size
             current.suffixes.append(suffix)
