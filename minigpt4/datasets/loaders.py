@@ -213,8 +213,10 @@ class BatchMaker(Dataset):
         bad_in_a_row = 0
         for sample in samples:
             try:
-                if isinstance(sample, Mapping) and isinstance(text := sample.get("text_input", "-"), str | None):
-                    usable(text)
+                # A plug-in may have no texts, or others than strings.
+                if isinstance(sample, Mapping) and "text_input" in sample:
+                    text = sample["text_input"]
+                    usable(text if isinstance(text, str | None) else "another")
             except Unusable as cause:
                 self._tallies[name].drop(str(cause), str(sample.get("image_id", "a sample")))
                 bad_in_a_row += 1

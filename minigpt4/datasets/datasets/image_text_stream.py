@@ -20,7 +20,7 @@ from minigpt4.datasets.captions import Incomplete, Unusable, read_caption, usabl
 from minigpt4.datasets.datasets.shards import expand_shards, is_local
 from minigpt4.datasets.datasets.tar_reader import Group, ShardError, read_members, read_samples
 from minigpt4.datasets.left_out import Gate
-from minigpt4.datasets.patience import Patience, PatientFile, open_shard
+from minigpt4.datasets.patience import OutOfReach, Patience, PatientFile, open_shard
 from minigpt4.datasets.seeding import derive_seed
 from minigpt4.processors import read_picture, to_sample
 from minigpt4.weights import locate
@@ -148,7 +148,9 @@ class ImageTextStream(IterableDataset):
                     self.read.keep()
                     yield sample
             except ShardError as problem:
-                reason = is_local(shard) and os.path.exists(shard) and locate.why_unreadable(Path(shard))
+                reason = None
+                with suppress(OSError):
+                    reason = is_local(shard) and locate.why_unreadable(Path(shard))
                 self.read.drop(problem.cause, shard, reason or problem.detail)
 
     def _raw_sample(self, shard: str, group: Group) -> RawSample:
@@ -176,7 +178,8 @@ class ImageTextStream(IterableDataset):
         first = next(samples)
         size = 0
         if is_local(first.shard):
-            size = self.patience.retry(lambda: os.path.getsize(first.shard), first.shard)
+            with suppress(OutOfReach):
+                size = self.patience.retry(lambda: os.path.getsize(first.shard), first.shard)
         bytes_to_skip = rng.random() * size
         for sample in chain([first], samples):
             if bytes_to_skip > 0 and sample.shard == first.shard:
