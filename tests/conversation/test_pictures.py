@@ -1,12 +1,13 @@
 """Opening picture files, hostile ones included."""
 
 import io
+import os
 
 import pytest
 from helpers import GOLDEN
 from PIL import Image
 
-from minigpt4.conversation import PictureError, open_picture
+from minigpt4.conversation import PictureError, open_media, open_picture
 from minigpt4.conversation.pictures import FORMATS
 
 
@@ -65,6 +66,40 @@ def test_damaged_files_raise_nothing_else(tmp_path, format, keep):
         except PictureError as error:
             assert path.name in str(error)
             assert str(tmp_path) not in str(error)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no named pipes")
+def test_pipes_and_devices(tmp_path):
+    """Opening or reading these would wait for ever."""
+    os.mkfifo(tmp_path / "pipe.png")
+    os.mkfifo(tmp_path / "pipe.mp4")
+    (tmp_path / "link.png").symlink_to("/dev/zero")
+    for name in ("pipe.png", "pipe.mp4", "link.png"):
+        with pytest.raises(PictureError, match=f"^{name} cannot be read: it is a pipe or a device"):
+            open_media(tmp_path / name)
+
+
+def test_urls_and_contents():
+    content = (GOLDEN / "images" / "rgb.png").read_bytes()
+    assert open_picture(content).tobytes() == open_picture(GOLDEN / "images" / "rgb.png").tobytes()
+    with pytest.raises(PictureError, match="^The picture is not a picture"):
+        open_picture(b"x")
+    for url in ("https://example.com/cat.png", "data:image/png;base64,AAAA", "file:///cat.png"):
+        with pytest.raises(PictureError, match="is a URL, not a file. Download it"):
+            open_picture(url)
+
+
+def test_heic(tmp_path):
+    """Where pillow-heif is not installed, the error names it."""
+    heic = tmp_path / "phone.heic"
+    heic.write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
+    with pytest.raises(PictureError, match=r"^phone\.heic .*(HEIC|damaged)"):
+        open_picture(heic)
+    pillow_heif = pytest.importorskip("pillow_heif")
+    pillow_heif.from_pillow(Image.new("RGB", (64, 48), (200, 30, 40))).save(heic)
+    picture = open_picture(heic)
+    assert picture.size == (64, 48)
+    assert all(abs(a - b) < 6 for a, b in zip(picture.getpixel((9, 9)), (200, 30, 40), strict=True))
 
 
 def test_other_files(tmp_path):

@@ -73,14 +73,16 @@ def test_number_of_frames(tmp_path, frames):
         open_video(tmp_path / "video.mp4", frames)
 
 
-def test_without_decord(tmp_path, monkeypatch):
+def test_without_the_decoder(tmp_path, monkeypatch):
+    path = write_video(tmp_path / "video.mp4")
     monkeypatch.setattr(videos.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(PictureError, match="pip install decord"):
-        open_video(write_video(tmp_path / "video.mp4"))
+    for backend in videos.BACKENDS:
+        with pytest.raises(PictureError, match=f"pip install {backend}"):
+            open_video(path, backend=backend)
 
 
-def test_decord_is_imported_only_for_a_video():
-    code = "import sys; from minigpt4.conversation import Chat, open_video; sys.exit('decord' in sys.modules)"
+def test_decoders_are_imported_only_for_a_video():
+    code = "import sys; from minigpt4.conversation import Chat, open_video; sys.exit(bool({'av', 'decord'} & {*sys.modules}))"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
