@@ -31,7 +31,7 @@ def write_pictures(path: Path, pictures: list, fps: float, size: tuple[int, int]
         codec = codec or CODECS[path.suffix]
         stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1000), options=options)
         stream.width, stream.height = size
-        stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+        stream.pix_fmt = {"mjpeg": "yuvj420p", "prores_ks": "yuv422p10le"}.get(codec, "yuv420p")
         container.start_encoding()  # writes a file even if there are no pictures
         for picture in pictures:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, "rgb24")))

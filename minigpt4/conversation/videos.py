@@ -1,8 +1,8 @@
 """Opening untrusted video files: a few evenly spaced frames become pictures.
 
 They are decoded in a separate process with limited time and memory, and without environment variables or network
-(`draw_frames.py`). PyAV decodes by default. decord can decode files of one's own: it is faster with long videos, but its
-FFmpeg is of 2020 and has known holes.
+(`draw_frames.py`). PyAV decodes by default. decord may decode files of one's own: its FFmpeg is of 2020 and has known
+holes.
 """
 
 import importlib.util

@@ -143,7 +143,7 @@ def _too_large(max_pixels: int, image: Image.Image | None = None) -> Image.Decom
 
 
 def _from_many_bits(image: Image.Image) -> Image.Image:
-    """A picture of one channel with more than 8 bits, as "L", or as "LA" if one of its values stands for transparent."""
+    """A picture of one channel with more than 8 bits as "L", or as "LA" if one of its values means transparent."""
     values = np.asarray(image)
     tags = getattr(image, "tag_v2", {})
     if image.mode == "I" and tags.get(258) == (32,) and tags.get(339, (1,)) == (1,):  # a TIFF of unsigned numbers

@@ -12,8 +12,8 @@ from minigpt4.serving.errors import ApiError
 
 MAX_REDIRECTS = 3
 FETCH_SECONDS = 15
-# Addresses of the public internet: global unicast. Of IPv6 it is one block, without those inside it that serve a purpose
-# (tunnels, benchmarks, overlays, examples).
+# Addresses of the public internet: global unicast. Of IPv6 it is one block, without those inside it that serve a
+# purpose (tunnels, benchmarks, overlays, examples).
 GLOBAL_6 = ipaddress.ip_network("2000::/3")
 SPECIAL_6 = [ipaddress.ip_network(block) for block in ("2001::/23", "2001:db8::/32", "3fff::/20")]
 # In addition to what Python knows: protocols, relays of 6to4, and Azure's platform, as a machine there sees it.
