@@ -12,7 +12,8 @@ from minigpt4.common.files import open_regular
 from minigpt4.processors.rgb import MAX_PIXELS, WHITE, from_array, open_image, to_rgb
 
 # Names of Pillow's. HEIC is accepted in addition if pillow-heif is installed.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "AVIF")
+OWN_FORMATS = (*FORMATS, "TIFF")  # a container of many codecs, so not for the files of strangers
 HEIF = "HEIF"
 
 
@@ -21,7 +22,10 @@ class PictureError(ValueError):
 
 
 def open_picture(
-    source: str | Path | bytes | BinaryIO, name: str | None = None, max_pixels: int = MAX_PIXELS
+    source: str | Path | bytes | BinaryIO,
+    name: str | None = None,
+    max_pixels: int = MAX_PIXELS,
+    formats: tuple[str, ...] = OWN_FORMATS,
 ) -> Image.Image:
     """Open a picture file in RGB, rotated upright, on white if it is transparent. Of an animation, only the first frame
     is read.
@@ -30,6 +34,7 @@ def open_picture(
         source: a path, the content of a file, or an open binary file.
         name: the file's name in error messages; by default that of `source`.
         max_pixels: limit of width × height, before anything is decompressed (`processors.open_image`).
+        formats: FORMATS for the files of strangers.
 
     Raises:
         PictureError: the file is not a picture, has another format, is damaged, or has too many pixels.
@@ -40,11 +45,11 @@ def open_picture(
     name = name or (name_of(source) if is_path else getattr(source, "name", None)) or "The picture"
     try:
         if not is_path:
-            return _read(source, max_pixels)
+            return _read(source, max_pixels, formats)
         with open_regular(source) as file:
-            return _read(file, max_pixels)
+            return _read(file, max_pixels, formats)
     except UnidentifiedImageError:
-        raise PictureError(f"{name} is not a picture that can be read. Accepted: {accepted()}.") from None
+        raise PictureError(f"{name} is not a picture that can be read. Accepted: {accepted(formats)}.") from None
     except Image.DecompressionBombError as error:
         raise PictureError(f"{name} {error}") from None
     except OSError as error:
@@ -81,13 +86,13 @@ def name_of(path: str | Path) -> str:
     return Path(path).name
 
 
-def accepted() -> str:
-    """The accepted formats, for messages."""
+def accepted(formats: tuple[str, ...]) -> str:
+    """The formats and HEIC, for messages."""
     heif = "HEIC" if importlib.util.find_spec("pillow_heif") else "HEIC (with `pip install pillow-heif`)"
-    return ", ".join([*FORMATS, heif])
+    return ", ".join([*formats, heif])
 
 
-def _read(file: BinaryIO, max_pixels: int) -> Image.Image:
-    image = open_image(file, (*FORMATS, HEIF), max_pixels)
+def _read(file: BinaryIO, max_pixels: int, formats: tuple[str, ...]) -> Image.Image:
+    image = open_image(file, (*formats, HEIF), max_pixels)
     ImageOps.exif_transpose(image, in_place=True)
     return to_rgb(image, WHITE)

@@ -15,7 +15,7 @@ from pathlib import Path
 from PIL import Image
 
 from minigpt4.common.files import open_regular
-from minigpt4.conversation.pictures import PictureError, name_of, open_picture
+from minigpt4.conversation.pictures import OWN_FORMATS, PictureError, name_of, open_picture
 
 SUFFIXES = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi")
 FRAMES = 8
@@ -30,9 +30,11 @@ def is_video(path: str | Path) -> bool:
     return Path(path).suffix.lower() in SUFFIXES
 
 
-def open_media(path: str | Path, frames: int = FRAMES, backend: str = "av") -> list[Image.Image]:
-    """The frames of a video file, or the one picture in any other file. Raises PictureError."""
-    return open_video(path, frames, backend) if is_video(path) else [open_picture(path)]
+def open_media(
+    path: str | Path, frames: int = FRAMES, backend: str = "av", formats: tuple[str, ...] = OWN_FORMATS
+) -> list[Image.Image]:
+    """The frames of a video file, or the one picture in any other file (`open_picture`). Raises PictureError."""
+    return open_video(path, frames, backend) if is_video(path) else [open_picture(path, formats=formats)]
 
 
 def open_video(path: str | Path, frames: int = FRAMES, backend: str = "av") -> list[Image.Image]:

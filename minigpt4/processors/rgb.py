@@ -28,8 +28,8 @@ def open_image(file: BinaryIO, formats: tuple[str, ...] | None = None, max_pixel
         formats: names of Pillow's that are accepted, and of pillow-heif, "HEIF"; None: all that are installed.
         max_pixels: limit of width × height. A JPEG beyond it is opened at half its width and height, if this is enough.
 
-    Raises Image.DecompressionBombError, whose text begins with "has", for too many pixels. A file that is no picture,
-    or is broken, may raise any kind of error: Pillow's plug-ins do.
+    Raises Image.DecompressionBombError for too many pixels, whose text follows the name of the file. A file that is no
+    picture, or is broken, may raise any kind of error: Pillow's plug-ins do.
     """
     _prepare_pillow()
     max_pixels = min(max_pixels, Image.MAX_IMAGE_PIXELS or max_pixels)  # Pillow's, if someone has set it lower
@@ -136,9 +136,9 @@ def _open_bounded(file: BinaryIO, formats: tuple[str, ...] | None, max_pixels: i
 
 
 def _too_large(max_pixels: int, image: Image.Image | None = None) -> Image.DecompressionBombError:
-    size = f"{image.width} × {image.height}" if image else "too many"
+    size = f"is {image.width} × {image.height}" if image else "unpacks to too many"
     return Image.DecompressionBombError(
-        f"has {size} pixels; at most {max_pixels / 1e6:g} million are accepted. Make it smaller first."
+        f"{size} pixels; at most {max_pixels / 1e6:g} million are accepted. Make it smaller first."
     )
 
 
