@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from minigpt4.common.files import open_regular
-from minigpt4.processors.rgb import MAX_PIXELS, WHITE, from_array, open_image, to_rgb
+from minigpt4.common.rgb import MAX_PIXELS, WHITE, from_array, open_image, to_rgb
 
 # Names of Pillow's. HEIC is accepted in addition if pillow-heif is installed.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "AVIF")
@@ -33,7 +33,7 @@ def open_picture(
     Args:
         source: a path, the content of a file, or an open binary file.
         name: the file's name in error messages; by default that of `source`.
-        max_pixels: limit of width × height, before anything is decompressed (`processors.open_image`).
+        max_pixels: limit of width × height, before anything is decompressed (`common.rgb.open_image`).
         formats: FORMATS for the files of strangers.
 
     Raises:

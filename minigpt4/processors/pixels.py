@@ -10,7 +10,7 @@ from PIL import Image
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.functional import pil_to_tensor
 
-from minigpt4.processors.rgb import open_image, to_rgb
+from minigpt4.common.rgb import open_image, to_rgb
 
 Picture = Image.Image | torch.Tensor
 

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
+from minigpt4.common import rgb
+from minigpt4.common.rgb import open_image, to_rgb
 from minigpt4.conversation import PictureError, open_picture
-from minigpt4.processors import Blip2ImageTrainProcessor, open_image, read_picture, rgb, to_rgb
+from minigpt4.processors import Blip2ImageTrainProcessor, read_picture
 
 RAMP = np.tile(np.arange(256, dtype=np.uint8), (4, 1))
 
