@@ -131,8 +131,18 @@ def _open_bounded(file: BinaryIO, formats: tuple[str, ...] | None, max_pixels: i
     if pixels > max_pixels:
         image.draft(None, (image.width // 2, image.height // 2))
     if image.format == "PNG":
+        _scale_key(image)
         image.load()  # here, because texts may come after the pixels
     return image
+
+
+def _scale_key(image: Image.Image) -> None:
+    """Scale the colour of a PNG that means transparent to 8 bits. Pillow scales the pixels only."""
+    key, raw_mode = image.info.get("transparency"), image.tile[0].args
+    if isinstance(key, int) and raw_mode in ("L;2", "L;4"):
+        image.info["transparency"] = key * {"L;2": 85, "L;4": 17}[raw_mode]
+    elif isinstance(key, tuple) and raw_mode == "RGB;16B":
+        image.info["transparency"] = tuple(value >> 8 for value in key)
 
 
 def _too_large(max_pixels: int, image: Image.Image | None = None) -> Image.DecompressionBombError:

@@ -122,6 +122,27 @@ def chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
+def png(depth: int, kind: int, width: int, row: bytes, *chunks: bytes, height: int = 1) -> bytes:
+    """A PNG whose rows are all the same. kind: 0 is gray, 2 is RGB."""
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, kind, 0, 0, 0))
+    pixels = chunk(b"IDAT", zlib.compress((b"\0" + row) * height))
+    return b"".join([rgb.PNG_SIGNATURE, header, *chunks, pixels, chunk(b"IEND", b"")])
+
+
+@pytest.mark.parametrize(
+    ("depth", "kind", "row", "key", "second"),
+    [
+        (2, 0, b"\x60", (1,), 170),
+        (4, 0, b"\x12", (1,), 34),
+        (16, 0, struct.pack(">2H", 3000, 34 * 257), (3000,), 34),
+        (16, 2, struct.pack(">6H", 1000, 2000, 3000, 40 * 257, 40 * 257, 40 * 257), (1000, 2000, 3000), 40),
+    ],
+)
+def test_a_transparent_colour_has_the_depth_of_the_png(depth, kind, row, key, second):
+    content = png(depth, kind, 2, row, chunk(b"tRNS", struct.pack(f">{len(key)}H", *key)))
+    assert chatted(content)[0].tolist() == [[255] * 3, [second] * 3]
+
+
 def png_with_text(kind: str) -> bytes:
     image, text, info = Image.fromarray(RAMP), "x" * 3_000_000, PngImagePlugin.PngInfo()
     if kind == "zTXt":
@@ -148,10 +169,8 @@ def test_long_texts_of_a_png_are_passed_over(kind):
 
 
 def test_pixels_are_bounded_in_training_and_chat(monkeypatch):
-    """A file of 60 kB that would unpack to 300 MB."""
-    rows = zlib.compress(bytes((10_000 * 3 + 1) * 10_000), 9)
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 10_000, 10_000, 8, 2, 0, 0, 0))
-    content = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    """A small file that would unpack to 300 MB."""
+    content = png(8, 2, 10_000, bytes(30_000), height=10_000)
     monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", lambda self: pytest.fail("decompressed"))
     with pytest.raises(Image.DecompressionBombError, match="is 10000 × 10000 pixels; at most 64 million"):
         trained(content)
