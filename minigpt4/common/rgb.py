@@ -6,6 +6,7 @@ anything is decompressed, and the text in a PNG is never unpacked if it is long.
 
 import io
 import warnings
+from contextlib import suppress
 from functools import cache
 from typing import BinaryIO
 
@@ -31,10 +32,9 @@ def open_image(file: BinaryIO, formats: tuple[str, ...] | None = None, max_pixel
     Raises Image.DecompressionBombError for too many pixels, whose text follows the name of the file. A file that is no
     picture, or is broken, may raise any kind of error: Pillow's plug-ins do.
     """
-    _prepare_pillow()
+    _prepare_pillow(read_heif=file.read(12)[4:8] == b"ftyp")  # which begins HEIC and AVIF
+    file.seek(0)
     max_pixels = min(max_pixels, Image.MAX_IMAGE_PIXELS or max_pixels)  # Pillow's, if someone has set it lower
-    if _is_heif(file):
-        _register_heif()
     if formats:
         Image.init()
         formats = tuple(name for name in formats if name in Image.OPEN)
@@ -185,23 +185,12 @@ def _without_text(file: BinaryIO) -> bytes | None:
 
 
 @cache
-def _prepare_pillow() -> None:
-    """Pillow warns of pictures beyond a bound of its own, which is larger than ours."""
+def _prepare_pillow(read_heif: bool) -> None:
+    """read_heif: let Pillow read HEIC, if pillow-heif is installed. It reads AVIF itself."""
+    # Of a picture beyond Pillow's own bound, which is larger than ours.
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+    if read_heif:
+        with suppress(ImportError):
+            import pillow_heif
 
-
-def _is_heif(file: BinaryIO) -> bool:
-    """Whether a file begins like HEIC, HEIF or AVIF."""
-    head = file.read(12)
-    file.seek(0)
-    return head[4:8] == b"ftyp"
-
-
-@cache
-def _register_heif() -> None:
-    """Let Pillow read HEIC, if pillow-heif is installed. It reads AVIF itself."""
-    try:
-        from pillow_heif import register_heif_opener
-    except ImportError:
-        return
-    register_heif_opener()
+            pillow_heif.register_heif_opener()
