@@ -82,8 +82,8 @@ def to_picture(image: str | Path | bytes | BinaryIO | Image.Image | np.ndarray) 
 
 def name_of(path: str | Path) -> str:
     """The name of a file in messages, without its folder. Raises PictureError for a URL."""
-    if isinstance(path, str) and path.startswith(("http:", "https:", "ftp:", "file:", "data:")):
-        raise PictureError(f"{path[:100]} is a URL, not a file. Download it, and give the path of the file.")
+    if str(path).startswith(("http:/", "https:/", "ftp:/", "file:/", "data:")):  # a Path has only one slash
+        raise PictureError(f"{str(path)[:100]} is a URL, not a file. Download it, and give the path of the file.")
     return Path(path).name
 
 
