@@ -1,5 +1,6 @@
 """Waits for files that are out of reach for a while: a file server or a network that comes back."""
 
+import errno
 import io
 import logging
 import time
@@ -9,6 +10,7 @@ from typing import Any, TypeVar
 
 import webdataset as wds
 
+from minigpt4.common.files import open_regular
 from minigpt4.datasets.datasets.shards import is_local
 from minigpt4.datasets.left_out import Tally
 
@@ -16,6 +18,8 @@ log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
+# Waiting does not help: a pipe or a folder in place of a file.
+FINAL = (errno.EINVAL, errno.EISDIR)
 # Seconds before the first repetition. Each further pause is twice as long, up to LONGEST_PAUSE.
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 30.0
 # Seconds to wait for a file that is out of reach while others of its dataset are not: it has probably been deleted. For
@@ -47,6 +51,8 @@ class Patience:
         try:
             result = action()
         except OSError as error:
+            if error.errno in FINAL:
+                raise
             result = self._wait(action, path, error)
         self._outage_began = None
         return result
@@ -124,7 +130,7 @@ class PatientFile(io.RawIOBase):
 
 def open_shard(shard: str) -> Any:
     """A readable stream of bytes. Raises OSError."""
-    return open(shard, "rb", buffering=0) if is_local(shard) else wds.gopen(shard)
+    return open_regular(shard) if is_local(shard) else wds.gopen(shard)
 
 
 def _skip(stream: Any, count: int) -> None:
