@@ -93,6 +93,8 @@ class RunConfig:
     """Folder of the runs, relative to the working directory. Each run makes a folder of its own in it."""
     resume_ckpt_path: str | None = None
     """Checkpoint of an unfinished run to resume: a file, or a run's folder (its newest checkpoint)."""
+    resume_anyway: bool = False
+    """Resume although settings, data or the number of ranks differ from those of the checkpoint's run."""
 
     amp: bool = True
     """Mixed precision on a GPU. On a CPU everything is float32."""
