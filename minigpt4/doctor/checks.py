@@ -47,6 +47,7 @@ QUICK_OF_MODEL: Stage = (
 )
 # With torch, for any model.
 RUN: Stage = (
+    check_environment.check_torch_gpu,
     check_datasets.check_shards,
     check_datasets.check_records,
     check_run.check_registry,
