@@ -60,7 +60,10 @@ def unsupported_architecture(index: int) -> str | None:
     compiled = [re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", name) for name in torch.cuda.get_arch_list()]
     if None in compiled or not compiled:  # of another maker
         return None
-    own = torch.cuda.get_device_capability(index)
+    try:
+        own = torch.cuda.get_device_capability(index)
+    except RuntimeError:  # the first use of the GPU says more
+        return None
     for match in compiled:
         built = int(match[2]), int(match[3])
         # Machine code runs on later minor versions; PTX is compiled for any later GPU.
