@@ -15,8 +15,7 @@ import sys
 
 from minigpt4.cli.arguments import add_config_arguments
 from minigpt4.common.config import Config
-from minigpt4.common.errors import ConfigError, format_error
-from minigpt4.common.registry import UnknownNameError
+from minigpt4.common.errors import format_error, is_mistake
 from minigpt4.doctor.checks import log_warnings, preflight
 
 
@@ -74,7 +73,9 @@ def how_to_go_on(runner) -> str:
 if __name__ == "__main__":
     try:
         main()
-    except (ConfigError, UnknownNameError, FileNotFoundError, FileExistsError, IsADirectoryError) as error:
-        sys.exit(format_error(error))
     except KeyboardInterrupt:
         sys.exit(130)  # as a shell reports Ctrl-C
+    except Exception as error:
+        if not is_mistake(error):
+            raise
+        sys.exit(format_error(error))

@@ -44,8 +44,8 @@ def why_unusable() -> str | None:
         oldest = OLDEST_DRIVER.get(version.split(".")[0])
         needed = f"driver {oldest} or newer" if oldest else "a newer driver"
         fix = (
-            f"CUDA {version}, which it is built with, needs {needed}; nvidia-smi shows yours. Install that driver, or a "
-            "torch built with an older CUDA (docs/installation.md)."
+            f"CUDA {version}, which it is built with, needs {needed}; nvidia-smi shows yours. Install that driver, or "
+            "a torch built with an older CUDA (docs/installation.md)."
         )
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible:
@@ -62,7 +62,7 @@ def unsupported_architecture(index: int) -> str | None:
         return None
     try:
         own = torch.cuda.get_device_capability(index)
-    except RuntimeError:  # the first use of the GPU says more
+    except (AssertionError, RuntimeError):  # the first use of the GPU says more
         return None
     for match in compiled:
         built = int(match[2]), int(match[3])
