@@ -14,16 +14,18 @@ def reserved_folder(output_dir: str) -> Iterator[str]:
     """Make a folder for a run in `output_dir`, and yield its name (the job id), the same on every rank.
 
     The name is the time in seconds. A run that finds it taken gets a suffix, as in 20261130091500-2: making a folder is
-    atomic, so runs that start together never share one. If nothing was written into the folder, it is removed at the
-    end.
+    atomic, so runs that start together never share one. Folders into which nothing was written are removed at the end.
     """
-    name = dist_utils.broadcast_object(_make_folder(output_dir) if dist_utils.is_main_process() else None)
+    made: list[Path] = []
+    if dist_utils.is_main_process():
+        made = _make_folder(folder_of(output_dir, datetime.now().strftime("%Y%m%d%H%M%S")))
+    name = dist_utils.broadcast_object(made[0].name if made else None)
     try:
         yield name
     finally:
-        if dist_utils.is_main_process():
-            with suppress(OSError):  # it is not empty
-                folder_of(output_dir, name).rmdir()
+        with suppress(OSError):  # one is not empty
+            for folder in made:
+                folder.rmdir()
 
 
 def folder_of(output_dir: str, job_id: str) -> Path:
@@ -31,12 +33,12 @@ def folder_of(output_dir: str, job_id: str) -> Path:
     return Path(output_dir).expanduser() / job_id
 
 
-def _make_folder(output_dir: str) -> str:
-    start = datetime.now().strftime("%Y%m%d%H%M%S")
-    folder_of(output_dir, start).parent.mkdir(parents=True, exist_ok=True)
+def _make_folder(folder: Path) -> list[Path]:
+    """Make `folder`, or the first with a suffix that is free. Returns it, and the parents that were made for it."""
+    missing = [parent for parent in folder.parents if not parent.exists()]
     for number in count(1):
-        name = start if number == 1 else f"{start}-{number}"
+        own = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
         with suppress(FileExistsError):
-            folder_of(output_dir, name).mkdir()
-            return name
+            own.mkdir(parents=True)
+            return [own, *missing]
     raise AssertionError("count never ends")

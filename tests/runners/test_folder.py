@@ -45,6 +45,9 @@ def test_a_folder_without_files_goes_with_its_run(tmp_path, same_second):
         assert (tmp_path / name).is_dir()
         raise ValueError("wrong weights")
     assert [p.name for p in tmp_path.iterdir()] == ["20261130091500"]
+    with folder.reserved_folder(str(tmp_path / "made" / "for it")) as name:
+        assert (tmp_path / "made" / "for it" / name).is_dir()
+    assert [p.name for p in tmp_path.iterdir()] == ["20261130091500"]
 
 
 def test_other_ranks_take_the_name_of_the_first(tmp_path, monkeypatch):
