@@ -108,8 +108,8 @@ class RunConfig:
     """Compute the frozen linear layers of language model and encoder in 8-bit floating point: faster, but not equal to
     rounding. Needs a Hopper GPU or newer, bfloat16, and a language model in 16 bit."""
     device: str = "cuda"
-    """`cuda`, `cuda:N`, `cpu` or `mps` (an Apple GPU). Without an NVIDIA GPU, `cuda` falls back to the CPU with
-    a warning."""
+    """`cuda`, `cuda:N`, `cpu` or `mps` (an Apple GPU). On a machine without an NVIDIA GPU, `cuda` falls back to the CPU
+    with a warning. A GPU that torch cannot use is an error."""
     distributed: bool = True
     """Train together with the other processes that torchrun started; False with several is an error."""
 

@@ -12,6 +12,8 @@ from minigpt4.datasets.loaders import check_sizes
 def check_data(cfg: Config, datasets: Mapping[str, Mapping], world_size: int) -> None:
     """Raise ConfigError for splits that cannot be trained on or evaluated, and for an epoch without a length."""
     run = cfg.run_cfg
+    if not isinstance(datasets, Mapping):
+        raise ConfigError(f"The task's build_datasets returned {datasets!r}, not a dict of datasets.")
     for name, splits in datasets.items():
         if not isinstance(splits, Mapping):
             raise ConfigError(f"datasets.{name}: its builder returned {splits!r}, not a dict of splits.")

@@ -273,7 +273,8 @@ class RunnerBase:
         """
         content = self._load(path)
         resume.check(content, self.cfg, self.facts, str(path))
-        resume.report(content, self.cfg, self.facts)
+        if dist_utils.is_main_process():
+            resume.report(content, self.cfg, self.facts)
         try:
             for group in content["optimizer"]["param_groups"]:
                 group["fused"] = self.optimizer.defaults["fused"]  # depends on this device, not on the one that saved
@@ -293,7 +294,8 @@ class RunnerBase:
         self.start_epoch = epoch + 1
         splits = ((content.get("config") or {}).get("run") or {}).get("valid_splits", self.run.valid_splits)
         if splits == list(self.run.valid_splits):  # other splits have another metric
-            self.best_metric = content.get("best_metric", self.best_metric)
+            best = content.get("best_metric", self.best_metric)
+            self.best_metric = best if math.isfinite(best) else self.best_metric
             self.validated = content.get("validated", True)
         else:
             self.validated = False
@@ -320,7 +322,7 @@ class RunnerBase:
         comparable = all(map(math.isfinite, (*losses.values(), metric)))
         if not comparable:
             logging.warning("The metric of %s is not a number; epoch %d is not compared.", ", ".join(losses), epoch)
-        is_best = comparable and not metric <= self.best_metric  # which may be NaN in old checkpoints
+        is_best = comparable and metric > self.best_metric
         self.best_metric = metric if is_best else self.best_metric
         self.validated = True
         self.save_checkpoint(epoch, is_best)

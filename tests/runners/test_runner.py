@@ -386,6 +386,45 @@ def test_a_run_does_not_go_on_with_another_language_model(build_golden_model, ma
         make_runner(other, job_id="second", iters_per_epoch=1, resume_ckpt_path=path)
 
 
+@pytest.mark.parametrize("datasets", [None, {"pictures": None}])
+def test_a_builder_that_returns_nothing(build_golden_model, make_runner, datasets):
+    runner = make_runner(build_golden_model())
+    with pytest.raises(ConfigError, match="returned None, not a dict"):
+        runner.check_data(runner.cfg, datasets)
+
+
+@pytest.mark.parametrize("recorded", [float("nan"), float("inf")])
+def test_a_best_metric_that_is_not_a_number_is_not_taken_over(build_golden_model, make_runner, pool, recorded):
+    """Old checkpoints may hold one, which no epoch could beat."""
+    splits = {"train": Pictures(*pool), "val": Pictures(*pool)}
+    settings = {"valid_splits": "[val]", "iters_per_epoch": 1}
+    first = make_runner(build_golden_model(), splits, job_id="first", **settings)
+    first.best_metric = recorded
+    first.save_checkpoint(0)
+    path = str(first.last_checkpoint)
+    settings |= {"resume_ckpt_path": path, "max_epoch": 2}
+    again = make_runner(build_golden_model(), splits, job_id="again", **settings)
+    again.train()
+    assert (again.output_dir / "checkpoint_best.pth").exists() and -10 < again.best_metric < 0
+
+
+def test_other_validation_splits_start_a_new_comparison(build_golden_model, make_runner, pool):
+    """The metric of the epoch that is resumed is made up for."""
+    splits = {"train": Pictures(*pool), "val": Pictures(*pool)}
+    settings = {"iters_per_epoch": 1}
+    first = make_runner(build_golden_model(), splits, job_id="first", valid_splits="[train]", **settings)
+    first.best_metric = 7.0
+    first.save_checkpoint(0)
+    path = str(first.last_checkpoint)
+    again = make_runner(
+        build_golden_model(), splits, job_id="again", valid_splits="[val]", resume_ckpt_path=path, **settings
+    )
+    assert again.best_metric == float("-inf")
+    again.train()
+    best = torch.load(again.output_dir / "checkpoint_best.pth", weights_only=True)
+    assert best["epoch"] == 0 and -10 < best["best_metric"] < 0
+
+
 class NoLength:
     def __getitem__(self, index):
         return {"x": index}
