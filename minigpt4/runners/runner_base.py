@@ -146,7 +146,8 @@ class RunnerBase:
         start = time.time()
         if not self.run.evaluate:
             self._log_plan()
-            if not self.validated:  # the run that is resumed was killed before or in the validation
+            if self.run.valid_splits and not self.validated:
+                logging.info("Epoch %d is validated first: the run that is resumed has not.", self.start_epoch - 1)
                 self._validate(self.start_epoch - 1)
             for epoch in range(self.start_epoch, self.run.max_epoch):
                 logging.info("Start training epoch %d, %d iters per inner epoch.", epoch, self.iters_per_epoch)
