@@ -320,10 +320,10 @@ class RunnerBase:
             self._log_stats(split, {"loss": loss})
         metric = self.task.agg_metrics(sum(losses.values()) / len(losses))
         # The metric of a loss that is not finite may be finite, and the best.
-        comparable = all(map(math.isfinite, (*losses.values(), metric)))
-        if not comparable:
-            logging.warning("The metric of %s is not a number; epoch %d is not compared.", ", ".join(losses), epoch)
-        is_best = comparable and metric > self.best_metric
+        broken = [name for name, value in {**losses, "agg_metrics": metric}.items() if not math.isfinite(value)]
+        if broken:
+            logging.warning("Of %s, the result is not a number; epoch %d is not compared.", ", ".join(broken), epoch)
+        is_best = not broken and metric > self.best_metric
         self.best_metric = metric if is_best else self.best_metric
         self.validated = True
         self.save_checkpoint(epoch, is_best)
