@@ -28,7 +28,8 @@ FACTS = "facts"
 HARMLESS = {
     *(f"run.{key}" for key in ("imports", "max_epoch", "batch_size_eval", "log_freq", "valid_splits", "test_splits")),
     *(f"run.{key}" for key in ("evaluate", "output_dir", "packed", "compile", "device", "distributed", "dist_backend")),
-    *(f"run.{key}" for key in ("dist_url", "world_size", "gpu", "rank", "use_dist_eval_sampler", "data_timeout_s")),
+    *(f"run.{key}" for key in ("dist_url", "world_size", "gpu", "rank", "use_dist_eval_sampler")),
+    *(f"run.{key}" for key in ("data_timeout_s", "video_backend")),
     *(f"model.{key}" for key in ("model_type", "use_grad_checkpoint", "llm_grad_checkpoint", "load_vision", "prompt")),
     *(f"model.{key}" for key in ("llama_model", "vit_weights", "q_former_model", "ckpt", "llm_device_map")),
     *(f"model.{key}" for key in ("device_8bit", "allow_llm_mismatch", "trust_remote_code")),
