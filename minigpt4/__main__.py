@@ -25,12 +25,13 @@ BENCHMARKS = ("bench", "make-random-weights", "rehearse")
 
 def main(argv: list[str] | None = None) -> int | str | None:
     """Run a command. Returns the process's exit status, or a message for stderr."""
-    from minigpt4.common.errors import ConfigError, format_error
-    from minigpt4.common.registry import UnknownNameError
+    from minigpt4.common.errors import format_error, is_mistake
 
     try:
         return dispatch(sys.argv[1:] if argv is None else argv, __doc__, COMMANDS, _module_of)
-    except (ConfigError, UnknownNameError) as error:
+    except Exception as error:
+        if not is_mistake(error):
+            raise
         return format_error(error)
 
 

@@ -147,8 +147,12 @@ class Config:
             plugin = registry.get(kind, name)
         except KeyError as error:
             raise ConfigError(f"{key}: {error.args[0]}") from None
-        # A plug-in task may have no keys of its own; a plug-in model without `config_class` may have any.
-        return getattr(plugin, "config_class", None) or (builtin if kind == "task" else None)
+        schema = getattr(plugin, "config_class", None)
+        if kind == "model":
+            return schema  # without one, a plug-in's model takes any key
+        if schema and not issubclass(schema, builtin):
+            raise ConfigError(f"{key}: {plugin.__name__}.config_class must be a subclass of {builtin.__name__}.")
+        return schema or builtin
 
     def _dataset(self, name: str, merged: DictConfig) -> DictConfig:
         """A section `datasets.<name>`. Splits without a processor get that of `preprocess`."""

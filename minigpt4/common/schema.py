@@ -95,6 +95,8 @@ class RunConfig:
     """Folder of the runs, relative to the working directory. Each run makes a folder of its own in it."""
     resume_ckpt_path: str | None = None
     """Checkpoint of an unfinished run to resume: a file, or a run's folder (its newest checkpoint)."""
+    resume_anyway: bool = False
+    """Resume although settings, data or the number of ranks differ from those of the checkpoint's run."""
 
     amp: bool = True
     """Mixed precision on a GPU. On a CPU everything is float32."""
@@ -108,8 +110,8 @@ class RunConfig:
     """Compute the frozen linear layers of language model and encoder in 8-bit floating point: faster, but not equal to
     rounding. Needs a Hopper GPU or newer, bfloat16, and a language model in 16 bit."""
     device: str = "cuda"
-    """`cuda`, `cuda:N`, `cpu` or `mps` (an Apple GPU). Without an NVIDIA GPU, `cuda` falls back to the CPU with
-    a warning."""
+    """`cuda`, `cuda:N`, `cpu` or `mps` (an Apple GPU). On a machine without an NVIDIA GPU, `cuda` falls back to the CPU
+    with a warning. A GPU that torch cannot use is an error."""
     video_backend: str = field(default="av", metadata={"choices": ("av", "decord")})
     """Decoder of videos in `chat` and `caption`. `decord` decodes more codecs, but its FFmpeg is of 2020 and has known
     holes, so it is for files of your own only. The page always takes `av`."""

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
+from minigpt4.common import gpus
 from minigpt4.common.schema import DEVICES
 from minigpt4.common.text import pluralize
 from minigpt4.doctor.diagnostic import WARNING, Diagnostic, error, ok, verdict, warning
@@ -89,8 +90,10 @@ def check_device(context: RunContext) -> Iterator[Diagnostic]:
 
 
 def check_gpu(context: RunContext) -> Iterator[Diagnostic]:
-    """The GPU exists and has the types that the run computes in."""
+    """The GPU exists and has the types that the run computes in. `check_torch_gpu` asks whether torch can use it."""
     if not context.run.device.startswith("cuda"):
+        return
+    if not context.gpus and gpus.is_there():
         return
     if not context.gpus:
         what = "no NVIDIA GPU was found: the run falls back to the CPU"
@@ -113,6 +116,14 @@ def check_gpu(context: RunContext) -> Iterator[Diagnostic]:
         yield warning("GPU", what, f"On one machine: torchrun --nproc_per_node {len(context.gpus)}")
     if gpu.capability >= TORCH_WHEELS:
         yield ok("GPU", f"{len(context.gpus)} × {name}, {readable(gpu.total)}")
+
+
+def check_torch_gpu(context: RunContext) -> Iterator[Diagnostic]:
+    """torch can use the GPU that is in this machine. A GPU that is only assumed need not be."""
+    if not context.run.device.startswith("cuda") or any(gpu.imagined for gpu in context.gpus):
+        return
+    if problem := gpus.why_unusable():
+        yield error("GPU", problem, gpus.ON_THE_CPU)
 
 
 def _weakest(gpus: list[Gpu]) -> tuple[Gpu, str]:

@@ -36,6 +36,25 @@ def check_registry(context: RunContext) -> Iterator[Diagnostic]:
             yield error(key, str(mistake), "Change the name, or import the plug-in that registers it.")
 
 
+def check_resume(context: RunContext) -> Iterator[Diagnostic]:
+    """The run goes on from a checkpoint as it began. The model's own facts are compared when it is loaded."""
+    from minigpt4.runners import resume
+    from minigpt4.weights import checkpoint, locate
+
+    key, source = "run.resume_ckpt_path", context.run.resume_ckpt_path
+    if not context.training or context.run.evaluate or not source or not locate.local_path(source).exists():
+        return
+    content = checkpoint.read_file(checkpoint.resolve(source))
+    breaking, harmless = resume.differences(content, context.cfg, {resume.RANKS: context.world_size})
+    what = f"the run would not go on as it began: {'; '.join(breaking)}"
+    if breaking and context.run.resume_anyway:
+        yield warning(key, what, "run.resume_anyway=True lets it go on all the same.")
+    elif breaking:
+        yield error(key, what, "Take the checkpoint's values, or --options run.resume_anyway=True")
+    else:
+        yield ok(key, f"the settings are those of {source}" + "".join(f"; {line}" for line in harmless))
+
+
 def check_length(context: RunContext) -> Iterator[Diagnostic]:
     """The run's length in steps, samples and time; the warm-up fits into an epoch."""
     run = context.run

@@ -47,10 +47,12 @@ QUICK_OF_MODEL: Stage = (
 )
 # With torch, for any model.
 RUN: Stage = (
+    check_environment.check_torch_gpu,
     check_datasets.check_shards,
     check_datasets.check_records,
     check_datasets.check_cached_features,
     check_run.check_registry,
+    check_run.check_resume,
     check_run.check_length,
 )
 # With the loaders, for MiniGPT4: what can be read, then whether it fits together, then what it takes.

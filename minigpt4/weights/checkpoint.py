@@ -157,7 +157,10 @@ def resolve(path: str) -> Path:
 
 
 def save(content: dict, path: Path) -> None:
-    """Write a checkpoint atomically: if the run is killed meanwhile, the old file or the whole new one remains."""
+    """Write a checkpoint atomically: if the run is killed meanwhile, the old file or the whole new one remains.
+
+    Raises CheckpointError if it cannot be written, for example on a full disk.
+    """
     part = path.with_name(f".{path.name}.part")
     try:
         with open(part, "wb") as file:
@@ -165,5 +168,8 @@ def save(content: dict, path: Path) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # torch's writer raises the latter, after the OSError of the file
+        reason = next((each.strerror for each in (error, error.__context__) if isinstance(each, OSError)), error)
+        raise CheckpointError(f"{path} cannot be written: {reason}. What was saved before is untouched.") from error
     finally:
         part.unlink(missing_ok=True)

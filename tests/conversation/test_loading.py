@@ -71,6 +71,7 @@ def test_an_unknown_processor(golden_config):
 
 def test_select_gpu(golden_config, monkeypatch, caplog):
     cfg = config(golden_config)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert select_gpu(cfg, 3).type == "cpu"
     caplog.clear()

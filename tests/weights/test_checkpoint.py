@@ -1,5 +1,9 @@
 """Reading, refusing and writing weights."""
 
+import errno
+import io
+import os
+
 import pytest
 import torch
 from helpers import ROOT
@@ -96,6 +100,22 @@ def test_saving_is_atomic(tmp_path, monkeypatch):
         checkpoint.save({"epoch": 2}, path)
     assert checkpoint.read_file(path) == {"epoch": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint_0.pth"]
+
+
+def test_a_full_disk(tmp_path, monkeypatch):
+    """torch's own writer hides the reason behind an error of its own."""
+    path = tmp_path / "checkpoint_0.pth"
+    checkpoint.save({"a": torch.zeros(2)}, path)
+    before = path.read_bytes()
+
+    class Full(io.FileIO):
+        def write(self, data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(checkpoint, "open", lambda name, mode: Full(name, mode), raising=False)
+    with pytest.raises(CheckpointError, match=r"checkpoint_0\.pth cannot be written: No space left on device"):
+        checkpoint.save({"a": torch.ones(100_000)}, path)
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
 def test_checkpoint_folder_means_its_newest(tmp_path):
