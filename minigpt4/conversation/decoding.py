@@ -13,6 +13,7 @@ class Decoding:
     num_beams: int = setting(1, "beams of the beam search; 1: no beam search", at_least=1)
     """Beam search (more than one) is slower and cannot be streamed."""
     min_length: int = setting(1, "fewest tokens of an answer", at_least=0)
+    """Neither an end token nor the separator ends the answer before it has so many tokens."""
     top_p: float = setting(
         0.9, "sample from the likeliest tokens that together have this probability", more_than=0, at_most=1
     )
