@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from endpoint import text, user
 from helpers import ROOT
 
 from minigpt4.models.generation import StopOnText
