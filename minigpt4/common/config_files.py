@@ -1,7 +1,6 @@
-"""Sources of settings: YAML files, `--options`, and the default files that belong to a request."""
+"""Sources of settings: YAML files, and the default files that belong to a request."""
 
 import importlib
-import re
 from functools import cache
 from pathlib import Path
 
@@ -28,68 +27,29 @@ def load_yaml(path: str | Path) -> DictConfig:
         raise ConfigError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(loaded, DictConfig):
         raise ConfigError(f"{path} must hold a mapping with sections such as run: and model:.")
-    return _with_sections(loaded, path)
+    return with_sections(loaded, path)
 
 
-def parse_options(options: list[str]) -> DictConfig:
-    """`["run.batch_size_train=8", …]` as a nested config. If a key is given twice, the later value wins.
+def with_sections(source: DictConfig, where: str | Path) -> DictConfig:
+    """The source with empty sections (`run:` and nothing below) as empty mappings.
 
-    Raises ConfigError for an item without key or value, and for shards that are given twice: a shell expands an
-    unquoted `{00000..01255}` to many items, and the run would read only the last shard.
+    Raises ConfigError for anything else in their place, and for keys that YAML reads as something else than text.
     """
-    parsed, given = OmegaConf.create({}), {}
-    for option in options:
-        key, equals, text = option.partition("=")
-        if not equals or not re.fullmatch(r"[A-Za-z_][\w-]*(\.[\w-]+)+", key):
-            form = "section.key=value, without spaces around =, as in run.init_lr=1e-4"
-            raise ConfigError(f"--options {option!r} is not of the form {form}.")
-        if not text:
-            raise ConfigError(
-                f"--options {option!r} has no value. Write it after the = without a space; {key}=null unsets the key, "
-                f"{key}='\"\"' empties it."
-            )
-        if key.endswith(".storage") and given.setdefault(key, text) != text:
-            raise ConfigError(
-                f"--options gives {key} more than once: {given[key]!r} and {text!r}. Give it once; put quotes around "
-                f"a range, as in {key}='{{00000..01255}}.tar', or the shell expands it."
-            )
-        OmegaConf.update(parsed, key, _option_value(text, key), force_add=True)
-    return _with_sections(parsed, "--options")
-
-
-def _with_sections(source: DictConfig, where: str | Path) -> DictConfig:
-    """The source with empty sections (`run:` and nothing below) as empty mappings; anything else is a ConfigError."""
-    for section in source:
-        if source[section] is None:
-            source[section] = {}
-        if not isinstance(source[section], DictConfig):
-            raise ConfigError(f"{section} in {where} must be a mapping, not {source[section]!r}.")
-    for name, dataset in source.get("datasets", {}).items():
-        if dataset is None:
-            source.datasets[name] = {}
-        elif not isinstance(dataset, DictConfig):
-            raise ConfigError(f"datasets.{name} in {where} must be a mapping, not {dataset!r}.")
+    for prefix, parent in (("", source), ("datasets.", source.get("datasets") or {})):
+        _check_keys(prefix, parent, where)
+        for name in parent:
+            if parent[name] is None:
+                parent[name] = {}
+            if not isinstance(parent[name], DictConfig):
+                raise ConfigError(f"{prefix}{name} in {where} must be a mapping, not {parent[name]!r}.")
+            _check_keys(f"{prefix}{name}.", parent[name], where)
     return source
 
 
-def _option_value(text: str, key: str):
-    """Numbers, booleans, null, quoted text, [lists] and {mappings} are YAML; anything else is the text itself.
-
-    Plain YAML would drop everything after a `#`, read `Human: {}` as a mapping and strip spaces. Prompt templates
-    contain all three.
-    """
-    if text.startswith("#") or text.isspace():
-        return text
-    # A brace range of shards, such as {00000..01255}.tar, is no mapping.
-    structured = text[0] in "[\"'" or (text[0] == "{" and ":" in text)
-    try:
-        value = OmegaConf.create(f"value: {text}")
-        value = OmegaConf.to_container(value, resolve=False)["value"]
-    except Exception as error:  # the errors of yaml share no public base class
-        if structured:
-            raise ConfigError(f"--options {key}={text} is not valid YAML: {error}") from None
-        return text
-    return value if structured or not isinstance(value, (str, dict, list)) else text
+def _check_keys(prefix: str, section: DictConfig, where: str | Path) -> None:
+    for key in section:
+        if not isinstance(key, str):
+            raise ConfigError(f"{prefix}{key} in {where}: the key {key!r} is not a text. Correct it, or put quotes around it.")
 
 
 def import_plugins(modules: list[str]) -> None:
