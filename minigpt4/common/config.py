@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
 from enum import Enum
 from pathlib import Path
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -178,7 +178,12 @@ class Config:
         if schemas[section] is None:  # keys of its own beside ours
             dataset = OmegaConf.merge(dataset, self._typed(section, merged, DatasetConfig, others=True))
         for kind in ("vis_processor", "text_processor"):
-            dataset[kind] = self.preprocess_cfg[kind] | dataset[kind]
+            own = dataset.get(kind) or {}
+            if not isinstance(own, (dict, DictConfig)):
+                raise ConfigError(
+                    f"{section}.{kind} = {own!r} (set in {self.origin(f'{section}.{kind}')}) is no mapping."
+                )
+            dataset[kind] = {**self.preprocess_cfg[kind], **own}
         return dataset
 
     def _typed(self, section: str, merged: DictConfig, schema: type | None, others: bool = False) -> DictConfig:
@@ -197,17 +202,18 @@ class Config:
         self._check_names(f"{section}.", values, [f.name for f in fields(schema)])
         self._check_texts(section, values, schema)
         try:
+            values = OmegaConf.create(values)  # a copy
+            for field in fields(schema):
+                if (keys := field.metadata.get("keys")) and isinstance(given := values.get(field.name), DictConfig):
+                    below = self._checked(f"{section}.{field.name}", given, keys)
+                    values[field.name] = {name: below[name] for name in given}
             typed = OmegaConf.merge(OmegaConf.structured(schema), values)
             OmegaConf.resolve(typed)
         except OmegaConfBaseException as error:
             raise self._type_error(section, schema, error) from None
         for field in fields(schema):
             value, metadata = typed[field.name], field.metadata
-            where = f"{section}.{field.name} = {value!r} (set in {self.origin(f'{section}.{field.name}')})"
-            if keys := metadata.get("keys"):
-                if isinstance(value, DictConfig):
-                    below = self._checked(f"{section}.{field.name}", value, keys)
-                    typed[field.name] = {name: below[name] for name in value}
+            where = self._where(f"{section}.{field.name}", value)
             if (choices := metadata.get("choices")) and value is not None and value not in choices:
                 raise ConfigError(f"{where} is not one of {', '.join(choices)}.{did_you_mean(value, choices)}")
             if "bounds" in metadata and (broken := broken_bound(value, metadata["bounds"], typed.get)):
@@ -228,7 +234,7 @@ class Config:
                 textual = kind == "name" or is_text(hint)
                 wrong = [value] if textual and not isinstance(value, (dict, list)) and not _is_text(value) else []
             if wrong:
-                where = f"{section}.{field.name} = {value!r} (set in {self.origin(f'{section}.{field.name}')})"
+                where = self._where(f"{section}.{field.name}", value)
                 raise ConfigError(f"{where} is not a text: YAML reads {wrong[0]!r}. Put quotes around it.")
 
     def _type_error(self, section: str, schema: type, error: OmegaConfBaseException) -> ConfigError:
@@ -240,10 +246,16 @@ class Config:
             return ConfigError(f"{section} (set in {self.origin(section)}): {str(error).splitlines()[0]}")
         value = OmegaConf.to_container(OmegaConf.select(source, section), resolve=False)[name]
         expected = hint.__name__ if type(hint) is type else hint
-        return ConfigError(f"{key} = {value!r} (set in {self.origin(key)}) is not of type {expected}.")
+        return ConfigError(f"{self._where(key, value)} is not of type {expected}.")
+
+    def _where(self, key: str, value: Any) -> str:
+        """The beginning of a message about a value."""
+        return f"{key} = {value!r} (set in {self.origin(key)})"
 
     def _check_names(self, prefix: str, values: DictConfig, known: Iterable[str]) -> None:
-        check_names(values, sorted(known), lambda name: f"Unknown key {prefix}{name} in {self.origin(prefix + name)}")
+        check_names(
+            values, sorted(known), lambda name: f"Unknown key {prefix}{name} in {self.origin(f'{prefix}{name}')}"
+        )
 
 
 def _is_text(value) -> bool:

@@ -8,7 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from minigpt4 import PACKAGE_ROOT
 from minigpt4.common.errors import ConfigError, check_names
-from minigpt4.common.registry import registry
+from minigpt4.common.registry import RegistrationError, registry
 from minigpt4.common.schema import MiniGPT4Config
 
 CONFIGS = PACKAGE_ROOT / "configs"
@@ -49,17 +49,21 @@ def with_sections(source: DictConfig, where: str | Path) -> DictConfig:
 def _check_keys(prefix: str, section: DictConfig, where: str | Path) -> None:
     for key in section:
         if not isinstance(key, str):
-            raise ConfigError(f"{prefix}{key} in {where}: the key {key!r} is not a text. Correct it, or put quotes around it.")
+            raise ConfigError(
+                f"{prefix}{key} in {where}: the key {key!r} is not a text. Correct it, or put quotes around it."
+            )
 
 
 def import_plugins(modules: list[str]) -> None:
-    """Import modules that register plug-ins. Raises ConfigError if one cannot be found."""
+    """Import modules that register plug-ins. Raises ConfigError if one cannot be found or registered."""
     for module in modules:
         try:
             importlib.import_module(module)
         except ModuleNotFoundError as error:
             hint = " Is its folder on PYTHONPATH?" if error.name and module.startswith(error.name) else ""
             raise ConfigError(f"Cannot import {module!r} (--import, run.imports): {error}.{hint}") from error
+        except RegistrationError as error:
+            raise ConfigError(f"Cannot import {module!r} (--import, run.imports): {error}") from error
 
 
 def default_sources(request: DictConfig) -> list[tuple[Path, DictConfig]]:

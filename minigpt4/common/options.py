@@ -151,7 +151,7 @@ class KeyTypes:
         """The type of an argument of the processor of a split."""
         if name == "name":
             return str
-        settings = self._merged or {}
+        settings = self._merged or OmegaConf.create({})
         places = (f"{place}.{kind}.{split}.name" for place in (section, "preprocess"))
         processor = next((found for place in places if (found := OmegaConf.select(settings, place))), None)
         try:

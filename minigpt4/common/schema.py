@@ -232,8 +232,12 @@ class DatasetConfig:
     """Relative frequency of this dataset: each batch comes from one dataset, drawn by these numbers."""
 
 
-# The processor of each split, "train" and "eval".
-Processors = dict[str, dict[str, Any] | None]
+@dataclass
+class Processors:
+    """`vis_processor` and `text_processor`: a processor for each split, with its name and its arguments."""
+
+    train: dict[str, Any] | None = None
+    eval: dict[str, Any] | None = None
 
 
 @dataclass
@@ -246,19 +250,19 @@ class BuildInfo:
 
 @dataclass
 class ShippedDatasetConfig(DatasetConfig):
-    """A section `datasets.<name>` of a dataset that comes with the package. A plug-in may have other keys below these."""
+    """A section `datasets.<name>` of a dataset of the package. A plug-in's may have other keys below these."""
 
     build_info: dict[str, Any] = setting(dict, keys=BuildInfo)
-    vis_processor: Processors = setting(dict)
-    text_processor: Processors = setting(dict)
+    vis_processor: dict[str, Any] = setting(dict, keys=Processors)
+    text_processor: dict[str, Any] = setting(dict, keys=Processors)
 
 
 @dataclass
 class PreprocessConfig:
     """The `preprocess:` section: processors of datasets that name none."""
 
-    vis_processor: Processors = setting(dict)
-    text_processor: Processors = setting(dict)
+    vis_processor: dict[str, Any] = setting(dict, keys=Processors)
+    text_processor: dict[str, Any] = setting(dict, keys=Processors)
 
 
 @dataclass

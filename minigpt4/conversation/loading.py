@@ -1,6 +1,6 @@
 """Building a `Chat` from a config."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 
@@ -36,6 +36,8 @@ def load_vis_processor(cfg: Config):
     own = dataset.vis_processor.get("train") if dataset else None
     settings = default.get("eval") if own is None or own == default.get("train") else own
     settings = settings or {"name": "blip2_image_eval", "image_size": cfg.model_cfg.image_size}
+    if not isinstance(settings, Mapping) or "name" not in settings:
+        raise ConfigError(f"vis_processor.train = {settings!r} has no key 'name', the processor's.")
     try:
         return registry.get_processor_class(settings["name"]).from_config(settings)
     except KeyError as error:

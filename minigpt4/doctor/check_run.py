@@ -1,9 +1,10 @@
 """Checks of the `run:` section: registered names, how long the run is, the output folder."""
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
-from minigpt4.common.config_files import shipped_datasets
+from minigpt4.common.errors import ConfigError
 from minigpt4.common.registry import UnknownNameError, registry
 from minigpt4.common.text import pluralize
 from minigpt4.doctor.check_memory import trainable_parameters
@@ -18,22 +19,46 @@ CHECKPOINT_BYTES_PER_PARAMETER = 12
 
 
 def check_registry(context: RunContext) -> Iterator[Diagnostic]:
-    """Schedule, runner and the processors of shipped datasets are registered. Imports what registers them."""
+    """Schedule and runner are registered, and processors can be made. Imports what registers them."""
     if not context.training:
         return
-    run = context.run
-    named = [("run.lr_sched", "lr_scheduler", run.lr_sched), ("run.runner", "runner", run.runner)]
-    shipped = context.cfg.datasets_cfg.keys() & shipped_datasets().keys()  # a plug-in may read the keys otherwise
-    for dataset in sorted(shipped):
-        for section in ("text_processor", *(() if context.features(dataset) else ("vis_processor",))):
-            for split, settings in (context.cfg.datasets_cfg[dataset][section] or {}).items():
-                if isinstance(settings, Mapping) and settings.get("name"):  # the builder reports a missing name
-                    named.append((f"datasets.{dataset}.{section}.{split}.name", "processor", settings.name))
-    for key, kind, name in named:
+    run, datasets = context.run, context.cfg.datasets_cfg
+    for key, kind, name in (("run.lr_sched", "lr_scheduler", run.lr_sched), ("run.runner", "runner", run.runner)):
         try:
             registry.get(kind, name)
         except UnknownNameError as mistake:
             yield error(key, str(mistake), "Change the name, or import the plug-in that registers it.")
+    for dataset in sorted(datasets):
+        yield from _check_processors(context, dataset)
+    if datasets and not sum(section.sample_ratio for section in datasets.values()):
+        yield error("sample_ratio", f"it is 0 for every dataset ({', '.join(datasets)})", "Give one more than 0.")
+
+
+def _check_processors(context: RunContext, dataset: str) -> Iterator[Diagnostic]:
+    from minigpt4.datasets.builders.base_dataset_builder import BaseDatasetBuilder, make_processor, processor_class
+    from minigpt4.processors import BaseProcessor
+
+    if not issubclass(registry.get_builder_class(dataset), BaseDatasetBuilder):
+        return  # a plug-in may read the keys otherwise
+    for section in ("text_processor", *(() if context.features(dataset) else ("vis_processor",))):
+        for split, settings in (context.cfg.datasets_cfg[dataset][section] or {}).items():
+            key = f"datasets.{dataset}.{section}.{split}"
+            try:
+                cls = processor_class(key, settings)
+                if cls and issubclass(cls, BaseProcessor):
+                    make_processor(key, settings)
+            except (ConfigError, UnknownNameError) as mistake:
+                key, what = re.match(r"([\w.-]+):? (.*)", str(mistake), re.DOTALL).groups()
+                yield error(key, what)
+
+
+def check_chat(context: RunContext) -> Iterator[Diagnostic]:
+    """The image processor of a chat can be made."""
+    from minigpt4.conversation.loading import load_vis_processor
+
+    if not context.training:
+        load_vis_processor(context.cfg)
+        yield ok("vis_processor", "can be made")
 
 
 def check_length(context: RunContext) -> Iterator[Diagnostic]:

@@ -4,7 +4,7 @@ The loaders' own checks are used. The vision side is built on the meta device, w
 shapes and reads no weights.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from minigpt4.common.errors import ConfigError
@@ -25,7 +25,9 @@ def check_image_settings(context: RunContext) -> Iterator[Diagnostic]:
         yield error("model.image_size", what, f"--options model.image_size={lower}")
         return
     for name, dataset in context.cfg.datasets_cfg.items():
-        processor = (dataset.get("vis_processor") or {}).get("train") or {}
+        processor = (dataset.get("vis_processor") or {}).get("train")
+        if not isinstance(processor, Mapping):
+            continue
         own = processor.get("image_size", PROCESSOR_IMAGE_SIZE)
         if str(processor.get("name")).startswith("blip2_image_") and own != size:
             key = f"datasets.{name}.vis_processor.train.image_size"

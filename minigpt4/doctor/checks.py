@@ -50,6 +50,7 @@ RUN: Stage = (
     check_datasets.check_shards,
     check_datasets.check_records,
     check_run.check_registry,
+    check_run.check_chat,
     check_run.check_length,
 )
 # With the loaders, for MiniGPT4: what can be read, then whether it fits together, then what it takes.
