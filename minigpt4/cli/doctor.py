@@ -15,7 +15,7 @@ import json
 from dataclasses import asdict
 
 from minigpt4.cli.arguments import add_config_arguments
-from minigpt4.common.commands import command_parser
+from minigpt4.common.commands import check_positive, command_parser
 from minigpt4.common.config import Config
 from minigpt4.common.errors import ConfigError
 from minigpt4.common.registry import UnknownNameError
@@ -34,7 +34,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--probe", action="store_true", help="then load everything and take three steps with the longest batch"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object for each diagnostic")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    check_positive(parser, args, ("gpus", "gpu_memory", "step_time"))
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:

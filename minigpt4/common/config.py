@@ -16,11 +16,19 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from minigpt4.common import facts
-from minigpt4.common.config_files import CONFIGS, default_sources, import_plugins, load_yaml, shipped_datasets
+from minigpt4.common.config_files import (
+    CONFIGS,
+    default_sources,
+    import_plugins,
+    load_yaml,
+    merge,
+    shipped_datasets,
+    text_at,
+)
 from minigpt4.common.errors import ConfigError, check_names
 from minigpt4.common.options import KeyTypes, is_text, parse_options, without_none
 from minigpt4.common.registry import did_you_mean, registry
@@ -61,10 +69,10 @@ class Config:
         if getattr(args, "offline", False):
             facts.go_offline()
         user, options = load_yaml(args.cfg_path), parse_options(args.options or [], strict=False)
-        request = OmegaConf.merge(user, options)
+        request = merge((args.cfg_path, user), ("--options", options))
         imports = OmegaConf.select(request, "run.imports") or []
-        if isinstance(imports, str):
-            raise ConfigError(f"run.imports = {imports!r} must be a list of modules, as in [{imports}].")
+        if not isinstance(imports, (list, ListConfig)) or not all(isinstance(module, str) for module in imports):
+            raise ConfigError(f"run.imports = {imports!r} must be a list of modules, as in [my.module].")
         import_plugins([*imports, *(getattr(args, "imports", None) or [])])
 
         # (where, settings), in merge order; `origin` finds the source of a value here.
@@ -142,7 +150,7 @@ class Config:
         logging.info(json.dumps(settings["model"], indent=4, sort_keys=True))
 
     def _merged(self) -> DictConfig:
-        return OmegaConf.merge(*(source for _, source in self._sources))
+        return merge(*self._sources)
 
     def _schemas(self, merged: DictConfig) -> dict[str, type | None]:
         """The dataclass of each section. None: any key is accepted."""
@@ -161,7 +169,7 @@ class Config:
     def _schema(kind: str, merged: DictConfig, key: str, builtin: type) -> type | None:
         """The dataclass of a section: ours, or that of the plug-in named at `key` (None: any key is accepted)."""
         default = getattr(builtin, key.split(".")[1])
-        name = OmegaConf.select(merged, key) or default
+        name = text_at(merged, key) or default
         if name == default:
             return builtin
         try:
@@ -183,7 +191,7 @@ class Config:
                 raise ConfigError(
                     f"{section}.{kind} = {own!r} (set in {self.origin(f'{section}.{kind}')}) is no mapping."
                 )
-            dataset[kind] = {**self.preprocess_cfg[kind], **own}
+            dataset[kind] = {**self.preprocess_cfg[kind], **{split: each for split, each in own.items() if each}}
         return dataset
 
     def _typed(self, section: str, merged: DictConfig, schema: type | None, others: bool = False) -> DictConfig:
@@ -231,8 +239,9 @@ class Config:
             if kind == "texts" or hint == list[str]:
                 wrong = [each for each in (value if isinstance(value, list) else [value]) if not _is_text(each)]
             else:
-                textual = kind == "name" or is_text(hint)
-                wrong = [value] if textual and not isinstance(value, (dict, list)) and not _is_text(value) else []
+                is_name = kind == "name" and field.name in raw and not isinstance(value, (str, dict))
+                is_number = is_text(hint) and not isinstance(value, (dict, list)) and not _is_text(value)
+                wrong = [value] if is_name or is_number else []
             if wrong:
                 where = self._where(f"{section}.{field.name}", value)
                 raise ConfigError(f"{where} is not a text: YAML reads {wrong[0]!r}. Put quotes around it.")

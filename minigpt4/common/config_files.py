@@ -3,6 +3,7 @@
 import importlib
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -54,6 +55,38 @@ def _check_keys(prefix: str, section: DictConfig, where: str | Path) -> None:
             )
 
 
+def text_at(settings: DictConfig, key: str) -> str | None:
+    """The text at a key. Raises ConfigError for anything else."""
+    value = OmegaConf.select(settings, key)
+    if value is not None and not isinstance(value, str):
+        raise ConfigError(f"{key} = {value!r} is not a text.")
+    return value
+
+
+def merge(*sources: tuple[str | Path, DictConfig]) -> DictConfig:
+    """The settings of all sources, each with its name; later ones win. Raises ConfigError where kinds differ."""
+    merged = OmegaConf.create({})
+    for where, source in sources:
+        try:
+            merged = OmegaConf.merge(merged, source)
+        except TypeError:
+            key, value = _conflict(*(OmegaConf.to_container(each) for each in (merged, source)))
+            kind = "a mapping" if isinstance(value, list) else "a list"
+            raise ConfigError(f"{key} = {value!r} (set in {where}) must be {kind}.") from None
+    return merged
+
+
+def _conflict(ours: dict, theirs: dict) -> tuple[str, Any] | tuple[()]:
+    """The first key where one has a list and the other a mapping, and its value in the second."""
+    for name in ours.keys() & theirs.keys():
+        pair = ours[name], theirs[name]
+        if {type(each) for each in pair} == {dict, list}:
+            return name, pair[1]
+        if all(isinstance(each, dict) for each in pair) and (found := _conflict(*pair)):
+            return f"{name}.{found[0]}", found[1]
+    return ()
+
+
 def import_plugins(modules: list[str]) -> None:
     """Import modules that register plug-ins. Raises ConfigError if one cannot be found or registered."""
     for module in modules:
@@ -71,15 +104,15 @@ def default_sources(request: DictConfig) -> list[tuple[Path, DictConfig]]:
 
     They are shipped, or those that a plug-in's class names.
     """
-    model = request.get("model") or {}
-    arch, model_type = model.get("arch") or MiniGPT4Config.arch, model.get("model_type") or MiniGPT4Config.model_type
+    arch = text_at(request, "model.arch") or MiniGPT4Config.arch
+    model_type = text_at(request, "model.model_type") or MiniGPT4Config.model_type
     if types := _shipped_models(arch):
         check_names([model_type], types, lambda name: f"model.model_type={name!r} is not known for {arch}")
         sources = [types[model_type]]
     else:
         sources = [_default_of_plugin("model", arch, model_type, "model.arch")]
-    for name, dataset in (request.get("datasets") or {}).items():
-        path, kind = shipped_datasets().get(name), dataset.get("type", "default")
+    for name in request.get("datasets") or {}:
+        path, kind = shipped_datasets().get(name), text_at(request, f"datasets.{name}.type") or "default"
         sources.append(path or _default_of_plugin("builder", name, kind, f"datasets.{name}"))
     return [(path, load_yaml(path)) for path in sources if path]
 

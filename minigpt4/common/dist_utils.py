@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import re
 from collections.abc import Iterator
 from datetime import timedelta
 from functools import cache
@@ -11,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from minigpt4.common.errors import ConfigError
-from minigpt4.common.schema import DEVICES
+from minigpt4.common.schema import DEVICE, DEVICES
 
 # A rank that waits longer than this for the others stops with an error instead of hanging.
 TIMEOUT = timedelta(minutes=20)
@@ -40,11 +41,11 @@ def select_device(name: str) -> torch.device:
     processes than GPUs.
     """
     kind = name.split(":")[0]
+    if not re.fullmatch(DEVICE, name):
+        raise ConfigError(f"run.device={name!r} is not one of {', '.join(DEVICES)}, cuda:0, cuda:1 …")
     if kind == "cuda" and not torch.cuda.is_available():
         warn_of_the_cpu(name)
         name = "cpu"
-    if kind not in DEVICES:
-        raise ConfigError(f"run.device={name!r} is not one of {', '.join(DEVICES)}.")
     device = torch.device(name)
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ConfigError("run.device=mps, but this machine has no Apple GPU. Use cpu or cuda.")

@@ -15,6 +15,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from minigpt4.common.config_files import shipped_datasets, with_sections
 from minigpt4.common.errors import ConfigError
@@ -62,7 +63,10 @@ def parse_options(
             if strict:
                 raise
             value = text
-        OmegaConf.update(parsed, key, value, force_add=True)
+        try:
+            OmegaConf.update(parsed, key, value, force_add=True)
+        except (OmegaConfBaseException, ValueError):
+            raise ConfigError(f"--options {option!r}: a key above it has a value that is no mapping.") from None
     return with_sections(parsed, "--options")
 
 

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from minigpt4.common.config_files import shipped_datasets
 from minigpt4.common.errors import ConfigError
 from minigpt4.common.registry import UnknownNameError, registry
 from minigpt4.common.text import pluralize
@@ -29,17 +30,40 @@ def check_registry(context: RunContext) -> Iterator[Diagnostic]:
         except UnknownNameError as mistake:
             yield error(key, str(mistake), "Change the name, or import the plug-in that registers it.")
     for dataset in sorted(datasets):
-        yield from _check_processors(context, dataset)
-    if datasets and not sum(section.sample_ratio for section in datasets.values()):
+        yield from _check_dataset(context, dataset)
+    yield from _check_splits(context)
+    if not datasets:
+        yield error("datasets", "there is none", "Add a section such as datasets: {cc_sbu_align: {...}}.")
+    elif not sum(section.sample_ratio for section in datasets.values()):
         yield error("sample_ratio", f"it is 0 for every dataset ({', '.join(datasets)})", "Give one more than 0.")
 
 
-def _check_processors(context: RunContext, dataset: str) -> Iterator[Diagnostic]:
+def _check_splits(context: RunContext) -> Iterator[Diagnostic]:
+    """The datasets of the package have one split, "train"."""
+    run, others = context.run, context.cfg.datasets_cfg.keys() - shipped_datasets().keys()
+    for key in ("train_splits", "valid_splits", "test_splits"):
+        unknown = [split for split in run[key] if split != "train" and not others]
+        if unknown or (key == "train_splits" and not run.train_splits and not run.evaluate):
+            what = f"{list(run[key])}, but the datasets have the split 'train'"
+            yield error(f"run.{key}", what, f"--options run.{key}=[train]")
+
+
+def _check_dataset(context: RunContext, dataset: str) -> Iterator[Diagnostic]:
+    """The processors of a dataset can be made, and its storage is named."""
     from minigpt4.datasets.builders.base_dataset_builder import BaseDatasetBuilder, make_processor, processor_class
+    from minigpt4.datasets.builders.image_text_pair_builder import ImageTextPairBuilder
     from minigpt4.processors import BaseProcessor
 
-    if not issubclass(registry.get_builder_class(dataset), BaseDatasetBuilder):
+    builder = registry.get_builder_class(dataset)
+    if not issubclass(builder, BaseDatasetBuilder):
         return  # a plug-in may read the keys otherwise
+    if issubclass(builder, ImageTextPairBuilder) and not context.features(dataset):
+        made = builder(context.cfg.datasets_cfg[dataset])
+        made.name = dataset
+        try:
+            made.storage()
+        except ConfigError as mistake:
+            yield error(f"datasets.{dataset}.build_info.storage", str(mistake))
     for section in ("text_processor", *(() if context.features(dataset) else ("vis_processor",))):
         for split, settings in (context.cfg.datasets_cfg[dataset][section] or {}).items():
             key = f"datasets.{dataset}.{section}.{split}"

@@ -29,7 +29,8 @@ def check_image_settings(context: RunContext) -> Iterator[Diagnostic]:
         if not isinstance(processor, Mapping):
             continue
         own = processor.get("image_size", PROCESSOR_IMAGE_SIZE)
-        if str(processor.get("name")).startswith("blip2_image_") and own != size:
+        ours = str(processor.get("name")).startswith("blip2_image_")
+        if ours and isinstance(own, int) and own != size:  # another type is no size: `check_registry`
             key = f"datasets.{name}.vis_processor.train.image_size"
             fix = f"--options {key}={size}, or model.image_size={own}"
             yield error(key, f"{own}, but model.image_size={size}", fix)
