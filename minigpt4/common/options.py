@@ -7,6 +7,7 @@ have a meaning of their own: `null` is no text, quotes around the whole value ar
 
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from pathlib import Path
@@ -73,8 +74,10 @@ def parse_options(
 def _read(text: str, key: str, type_of: Callable[[str], KeyType]) -> Any:
     """The value of a key. Raises ConfigError."""
     hint, kind = type_of(key)
-    structured = (kind, text[0]) in (("texts", "["), ("name", "{"))
-    if structured or not (is_text(hint) or kind in ("texts", "name")):
+    if kind == "texts" and text.startswith("["):
+        with suppress(ConfigError):  # a pattern, [ab]*.tar
+            return _read_yaml(text, key, type_of)
+    if (kind == "name" and text.startswith("{")) or not (is_text(hint) or kind in ("texts", "name")):
         return _read_yaml(text, key, type_of)
     if text in ("null", "Null", "NULL"):
         return None
