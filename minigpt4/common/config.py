@@ -22,10 +22,12 @@ from omegaconf.errors import OmegaConfBaseException
 from minigpt4.common import facts
 from minigpt4.common.config_files import (
     CONFIGS,
+    conflict,
     default_sources,
     import_plugins,
     load_yaml,
     merge,
+    other_kind,
     shipped_datasets,
     text_at,
 )
@@ -215,17 +217,21 @@ class Config:
                 if (keys := field.metadata.get("keys")) and isinstance(given := values.get(field.name), DictConfig):
                     below = self._checked(f"{section}.{field.name}", given, keys)
                     values[field.name] = {name: below[name] for name in given}
-            typed = OmegaConf.merge(OmegaConf.structured(schema), values)
+            typed = OmegaConf.structured(schema)
+            if wrong := conflict(*(OmegaConf.to_container(each, resolve=False) for each in (typed, values))):
+                key, value = wrong
+                raise ConfigError(f"{self._where(f'{section}.{key}', value)} must be {other_kind(value)}.")
+            typed = OmegaConf.merge(typed, values)
             OmegaConf.resolve(typed)
         except OmegaConfBaseException as error:
             raise self._type_error(section, schema, error) from None
         for field in fields(schema):
-            value, metadata = typed[field.name], field.metadata
-            where = self._where(f"{section}.{field.name}", value)
+            key, value, metadata = f"{section}.{field.name}", typed[field.name], field.metadata
             if (choices := metadata.get("choices")) and value is not None and value not in choices:
-                raise ConfigError(f"{where} is not one of {', '.join(choices)}.{did_you_mean(value, choices)}")
+                known = f"{', '.join(choices)}.{did_you_mean(value, choices)}"
+                raise ConfigError(f"{self._where(key, value)} is not one of {known}")
             if "bounds" in metadata and (broken := broken_bound(value, metadata["bounds"], typed.get)):
-                raise ConfigError(f"{where} {broken}.")
+                raise ConfigError(f"{self._where(key, value)} {broken}.")
         return typed
 
     def _check_texts(self, section: str, values: DictConfig, schema: type) -> None:

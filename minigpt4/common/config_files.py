@@ -70,19 +70,22 @@ def merge(*sources: tuple[str | Path, DictConfig]) -> DictConfig:
         try:
             merged = OmegaConf.merge(merged, source)
         except TypeError:
-            key, value = _conflict(*(OmegaConf.to_container(each) for each in (merged, source)))
-            kind = "a mapping" if isinstance(value, list) else "a list"
-            raise ConfigError(f"{key} = {value!r} (set in {where}) must be {kind}.") from None
+            key, value = conflict(*(OmegaConf.to_container(each) for each in (merged, source)))
+            raise ConfigError(f"{key} = {value!r} (set in {where}) must be {other_kind(value)}.") from None
     return merged
 
 
-def _conflict(ours: dict, theirs: dict) -> tuple[str, Any] | tuple[()]:
+def other_kind(value: dict | list) -> str:
+    return "a mapping" if isinstance(value, list) else "a list"
+
+
+def conflict(ours: dict, theirs: dict) -> tuple[str, Any] | tuple[()]:
     """The first key where one has a list and the other a mapping, and its value in the second."""
     for name in ours.keys() & theirs.keys():
         pair = ours[name], theirs[name]
         if {type(each) for each in pair} == {dict, list}:
             return name, pair[1]
-        if all(isinstance(each, dict) for each in pair) and (found := _conflict(*pair)):
+        if all(isinstance(each, dict) for each in pair) and (found := conflict(*pair)):
             return f"{name}.{found[0]}", found[1]
     return ()
 

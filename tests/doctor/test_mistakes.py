@@ -1,4 +1,7 @@
-"""Mistakes in settings: train.py refuses each in one line, and doctor reports it as an error. Both name the key."""
+"""Mistakes in settings: train.py refuses each in one line, and doctor reports it as an error. Both name the key.
+
+`tests/common/test_config.py` has those that both find when they read the config.
+"""
 
 import json
 import re
@@ -15,24 +18,18 @@ from train import main
 
 PROCESSOR = "datasets.cc_sbu_align.vis_processor.train"
 OPTIONS = [
-    *("run.seed=-1", "run.seed=5000000000", "run.init_lr=-1", "run.init_lr=nan", "run.init_lr=inf", "run.init_lr=.inf"),
-    *("run.min_lr=1", "run.min_lr=-1", "run.warmup_lr=.nan", "run.lr_decay_rate=0", "run.lr_decay_rate=.inf"),
-    *("run.beta2=2", "run.beta2=1", "run.beta2=.nan", "run.weight_decay=.nan", "run.weight_decay=-1"),
-    *("model.drop_path_rate=1", "model.drop_path_rate=.nan", "run.device=cuda:first", "run.num_workers=-1"),
-    *("model.qformer={num_attention_heads: 0}", "model.qformer.hidden_size=abc", "model.qformer=3"),
-    *("model.qformer.hidden_dropout_prob=.nan", "model.qformer.cross_attention_freq=0", "model.qformer.hidden_size=7"),
-    *("model.vit_model={depth: -1}", "model.vit_model={mlp_ratio: .nan}", "model.vit_model=null", "model.vit_model=7"),
-    *("model.vit_model.num_heads=7", "model.vit_model.patch_size=0"),
-    *(f"{PROCESSOR}.{bad}" for bad in ("min_scale=abc", "min_scale=.nan", "max_scale=2", "min_scale=null", "sizes=3")),
-    *(f"{PROCESSOR}.{bad}" for bad in ("mean=3", "mean=[1, 2]", "mean=[a, b, c]", "std=[0, 1, 1]", "std=[.nan, 1, 1]")),
-    *(f"{PROCESSOR}.{bad}" for bad in ("image_size=abc", "image_size=2.5", "image_size=null", "name=blip2_image")),
-    *(f"{PROCESSOR}={bad}" for bad in ("blip2_image_train", "[a]", "{size: 3}", "3")),
-    *("datasets.cc_sbu_align.vis_processor=blip2_image_train", "preprocess.vis_processor.train=blip2_image_train"),
-    "datasets.cc_sbu_align.vis_processor.trian={name: blip2_image_train}",
+    *(
+        "run.init_lr=nan",
+        "model.qformer={num_attention_heads: 0}",
+        "model.vit_model.num_heads=7",
+        "model.vit_model=null",
+    ),
+    *(f"{PROCESSOR}.{bad}" for bad in ("min_scale=abc", "min_scale=.nan", "max_scale=2", "mean=3", "std=[0, 1, 1]")),
+    *(f"{PROCESSOR}.{bad}" for bad in ("image_size=abc", "name=blip2_image", "sizes=3")),
+    *(f"{PROCESSOR}={bad}" for bad in ("blip2_image_train", "[a]", "{size: 3}")),
     "datasets.cc_sbu_align.text_processor.train={name: blip_caption, max_words: many}",
-    *(f"datasets.cc_sbu_align.sample_ratio={bad}" for bad in ("abc", "-1", ".nan", ".inf", "0")),
-    *("model.prompt_path=FOLDER", "model.prompt_path=PICTURE", "model.ckpt=FOLDER", "run.resume_ckpt_path=PICTURE"),
-    *("run.train_splits=[]", "run.valid_splits=[other]", "model.qformer=[1]", "datasets.cc_sbu_align=[1]"),
+    *("datasets.cc_sbu_align.sample_ratio=abc", "datasets.cc_sbu_align.sample_ratio=0", "run.device=cuda:first"),
+    *("model.prompt_path=FOLDER", "model.prompt_path=PICTURE", "run.train_splits=[]", "run.valid_splits=[other]"),
 ]
 # What the messages name, where it is not the key.
 NAMED = {
@@ -42,25 +39,10 @@ NAMED = {
     "run.valid_splits=[other]": "other",
 }
 FILES = [
-    ("{3: {a: 1}}", "3"),
-    ("run: {3: 1}", "run.3"),
     ("run: {no: 1}", "run.False"),
-    ("datasets: {7: {build_info: {}}}", "datasets.7"),
-    ("datasets: {cc_sbu_align: {7: a}}", "datasets.cc_sbu_align.7"),
-    ("datasets: {cc_sbu_align: {build_info: {7: a}}}", "datasets.cc_sbu_align.build_info.7"),
-    ("datasets: {cc_sbu_align: {vis_processor: {7: a}}}", "datasets.cc_sbu_align.vis_processor.7"),
-    ("model: {qformer: {7: 1}}", "model.qformer.7"),
     ("datasets: {cc_sbu_align: {build_info: {storage: 3}}}", "datasets.cc_sbu_align.build_info.storage"),
-    ("datasets: {cc_sbu_align: {build_info: {storage: {a: 1}}}}", "datasets.cc_sbu_align.build_info.storage"),
-    ("datasets: {cc_sbu_align: {build_info: {storage: null}}}", "datasets.cc_sbu_align.build_info.storage"),
     ("datasets: {cc_sbu_align: {build_info: {storage: []}}}", "datasets.cc_sbu_align.build_info.storage"),
-    ("datasets: {cc_sbu_align: {build_info: {features: 3}}}", "datasets.cc_sbu_align.build_info.features"),
     ("datasets: {cc_sbu_align: {text_processor: {train: {name: blip_caption, prompt: 3}}}}", "text_processor.train"),
-    ("run: {imports: 7}", "run.imports"),
-    ("run: {imports: [7]}", "run.imports"),
-    ("run: {task: {a: b}}", "run.task"),
-    ("model: {arch: [a]}", "model.arch"),
-    ("model: {model_type: [a]}", "model.model_type"),
 ]
 PLUGIN = """
 from minigpt4.common.registry import registry
