@@ -84,12 +84,12 @@ class Config:
             (args.cfg_path, user),
             ("--options", options),
         ]
-        merged = self._merged()
+        merged = merge(*self._sources)
         self._check_names("", merged, SECTIONS)
         schemas = self._schemas(merged)
         if args.options:  # a second time, since the keys of plug-ins have types now
             self._sources[-1] = ("--options", parse_options(args.options, KeyTypes(schemas, merged)))
-            merged = self._merged()
+            merged = merge(*self._sources)
         typed = {name: self._typed(name, merged, schema) for name, schema in schemas.items() if "." not in name}
         self.run_cfg, self.model_cfg, self.env_cfg, self.preprocess_cfg = typed.values()
         datasets = {name: self._dataset(name, merged, schemas) for name in merged.get("datasets", {})}
@@ -150,9 +150,6 @@ class Config:
             logging.info(json.dumps(dataset, indent=4, sort_keys=True))
         logging.info("\n======  Model Attributes  ======")
         logging.info(json.dumps(settings["model"], indent=4, sort_keys=True))
-
-    def _merged(self) -> DictConfig:
-        return merge(*self._sources)
 
     def _schemas(self, merged: DictConfig) -> dict[str, type | None]:
         """The dataclass of each section. None: any key is accepted."""

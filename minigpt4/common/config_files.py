@@ -65,14 +65,16 @@ def text_at(settings: DictConfig, key: str) -> str | None:
 
 def merge(*sources: tuple[str | Path, DictConfig]) -> DictConfig:
     """The settings of all sources, each with its name; later ones win. Raises ConfigError where kinds differ."""
-    merged = OmegaConf.create({})
-    for where, source in sources:
-        try:
-            merged = OmegaConf.merge(merged, source)
-        except TypeError:
-            key, value = conflict(*(OmegaConf.to_container(each) for each in (merged, source)))
-            raise ConfigError(f"{key} = {value!r} (set in {where}) must be {other_kind(value)}.") from None
-    return merged
+    try:
+        return OmegaConf.merge(*(source for _, source in sources))
+    except TypeError:
+        merged: dict = {}
+        for where, source in sources:
+            if found := conflict(merged, values := OmegaConf.to_container(source)):
+                key, value = found
+                raise ConfigError(f"{key} = {value!r} (set in {where}) must be {other_kind(value)}.") from None
+            merged = OmegaConf.to_container(OmegaConf.merge(merged, values))
+        raise
 
 
 def other_kind(value: dict | list) -> str:

@@ -18,10 +18,11 @@ def load_chat(cfg: Config, device: torch.device, warm_up: Iterable[int] = ()) ->
     warm_up: numbers of answers computed together, to be prepared for, so that the first answer need not wait.
     """
     dtype = dist_utils.select_dtype(device, cfg.run_cfg.amp, cfg.run_cfg.amp_dtype)
+    vis_processor = load_vis_processor(cfg)  # first: a mistake in it shows before anything slow begins
     model = registry.get_model_class(cfg.model_cfg.arch).build(cfg.model_cfg, device, dtype)
     for rows in warm_up:
         cached_decoding.warm_up(model.llama_model, rows=rows)
-    return Chat(model, load_vis_processor(cfg), device)
+    return Chat(model, vis_processor, device)
 
 
 def load_vis_processor(cfg: Config):
