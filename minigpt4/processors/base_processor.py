@@ -7,7 +7,6 @@ from inspect import formatannotation
 from typing import Any
 
 from omegaconf import OmegaConf
-from PIL import Image
 from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 
 from minigpt4.common.errors import ConfigError, check_names
@@ -56,13 +55,3 @@ def _converted(value: Any, hint: Any, key: str) -> Any:
         reason = error.errors(include_url=False, include_context=False, include_input=False)[0]["msg"]
         expected = EXPECTED.get(hint) or f"of type {formatannotation(hint)}"
         raise ConfigError(f"{key}={value!r} must be {expected}: {reason}.") from None
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """The decoded picture with three channels of 8 bits. Transparency is dropped, not blended."""
-    if image.mode == "RGB":
-        image.load()
-        return image  # `convert` would copy it
-    if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")  # the same colours as without it, but no warning of Pillow's for each file
-    return image.convert("RGB")
