@@ -13,7 +13,7 @@ import shlex
 from pathlib import Path
 
 from minigpt4.benchmarks.published import PARTS, SIZES, VICUNA_VERSIONS
-from minigpt4.common.commands import command_parser
+from minigpt4.common.commands import check_positive, command_parser
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -26,7 +26,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--bin", dest="as_bin", action="store_true", help="write Vicuna as .bin, not .safetensors")
     parser.add_argument("--text-branch", action="store_true", help="write a Q-Former file that has a text branch too")
     parser.add_argument("--shard-gb", type=float, default=2, metavar="N", help="largest shard (%(default)s)")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    check_positive(parser, args, ("shard_gb",))
+    return args
 
 
 def main(argv: list[str]) -> int:

@@ -34,7 +34,7 @@ import psutil
 from minigpt4.benchmarks.harness import report
 from minigpt4.benchmarks.published import SIZES
 from minigpt4.benchmarks.synthetic import ROOT, STAGE_CONFIGS, WORKLOADS, caption, photograph
-from minigpt4.common.commands import command_parser
+from minigpt4.common.commands import check_positive, command_parser
 
 WORK = ("S1/16", "S2/12", "chat")
 LOAD_IN = ("16bit", "8bit", "4bit", "8bit_weights")
@@ -67,7 +67,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=8, metavar="N", help="training steps of a run (%(default)s)")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at the same time (%(default)s)")
     parser.add_argument("--options", nargs="+", default=[], metavar="KEY=VALUE", help="more settings for all runs")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    check_positive(parser, args, ("steps", "jobs"))
+    return args
 
 
 def main(argv: list[str]) -> int:

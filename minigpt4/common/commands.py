@@ -4,6 +4,8 @@ import argparse
 import importlib
 from collections.abc import Callable, Iterable
 
+from minigpt4.common.settings import broken_bound
+
 
 def dispatch(
     arguments: list[str], usage: str, commands: dict[str, str], module_of: Callable[[str], str], noun: str = "command"
@@ -47,8 +49,8 @@ def command_parser(command: str, usage: str) -> argparse.ArgumentParser:
 
 
 def check_positive(parser: argparse.ArgumentParser, args: argparse.Namespace, names: Iterable[str]) -> None:
-    """End the program with a message unless each of these arguments is more than 0."""
+    """End the program with a message unless each of these arguments is None, or finite and more than 0."""
     for name in names:
         value = getattr(args, name)
-        if not value > 0:
-            parser.error(f"--{name.replace('_', '-')} {value} must be more than 0")
+        if broken := broken_bound(value, {"more_than": 0}, args.__getattribute__):
+            parser.error(f"--{name.replace('_', '-')} {value} {broken}")

@@ -1,6 +1,6 @@
 """Building a `Chat` from a config."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 
@@ -18,10 +18,11 @@ def load_chat(cfg: Config, device: torch.device, warm_up: Iterable[int] = ()) ->
     warm_up: numbers of answers computed together, to be prepared for, so that the first answer need not wait.
     """
     dtype = dist_utils.select_dtype(device, cfg.run_cfg.amp, cfg.run_cfg.amp_dtype)
+    vis_processor = load_vis_processor(cfg)  # first: a mistake in it shows before anything slow begins
     model = registry.get_model_class(cfg.model_cfg.arch).build(cfg.model_cfg, device, dtype)
     for rows in warm_up:
         cached_decoding.warm_up(model.llama_model, rows=rows)
-    return Chat(model, load_vis_processor(cfg), device, video_backend=cfg.run_cfg.video_backend)
+    return Chat(model, vis_processor, device, video_backend=cfg.run_cfg.video_backend)
 
 
 def load_vis_processor(cfg: Config):
@@ -36,6 +37,8 @@ def load_vis_processor(cfg: Config):
     own = dataset.vis_processor.get("train") if dataset else None
     settings = default.get("eval") if own is None or own == default.get("train") else own
     settings = settings or {"name": "blip2_image_eval", "image_size": cfg.model_cfg.image_size}
+    if not isinstance(settings, Mapping) or "name" not in settings:
+        raise ConfigError(f"vis_processor.train = {settings!r} has no key 'name', the processor's.")
     try:
         return registry.get_processor_class(settings["name"]).from_config(settings)
     except KeyError as error:

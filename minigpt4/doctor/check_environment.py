@@ -1,5 +1,6 @@
 """Checks of the environment: libraries, device, GPU, shared memory."""
 
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 from minigpt4.common import gpus
-from minigpt4.common.schema import DEVICES
+from minigpt4.common.schema import DEVICE, DEVICES
 from minigpt4.common.text import pluralize
 from minigpt4.doctor.diagnostic import WARNING, Diagnostic, error, ok, verdict, warning
 from minigpt4.doctor.machine import Gpu, readable
@@ -76,7 +77,7 @@ def check_optional_libraries(context: RunContext) -> Iterator[Diagnostic]:
 def check_device(context: RunContext) -> Iterator[Diagnostic]:
     """`run.device` is known. An Apple GPU needs a Mac, and a language model that bitsandbytes has not quantized."""
     kind = context.run.device.split(":")[0]
-    if kind not in DEVICES:
+    if not re.fullmatch(DEVICE, context.run.device):
         what = f"{context.run.device!r} is not one of {', '.join(DEVICES)}"
         yield error("run.device", what, "--options run.device=cuda")
     if kind != "mps":

@@ -19,7 +19,7 @@ from minigpt4.doctor import (
     check_shapes,
     check_tokenizer,
 )
-from minigpt4.doctor.diagnostic import ERROR, OK, Diagnostic, as_text, error, warning
+from minigpt4.doctor.diagnostic import ERROR, NOT_MADE, OK, Diagnostic, as_text, error, warning
 from minigpt4.doctor.machine import list_gpus
 from minigpt4.doctor.run_context import RunContext
 
@@ -53,6 +53,7 @@ RUN: Stage = (
     check_datasets.check_cached_features,
     check_run.check_registry,
     check_run.check_resume,
+    check_run.check_chat,
     check_run.check_length,
 )
 # With the loaders, for MiniGPT4: what can be read, then whether it fits together, then what it takes.
@@ -113,7 +114,7 @@ def results(check: Check, context: RunContext) -> list[Diagnostic]:
         found.append(error(key[0] if key else "config", str(mistake)))
     except Exception as problem:
         what = f"could not be made: {type(problem).__name__}: {problem}"
-        found.append(warning(check.__name__.replace("_", " "), what, "This is a bug of doctor; please report it."))
+        found.append(warning(check.__name__.replace("_", " "), what, NOT_MADE))
     finally:
         logging.disable(logging.NOTSET)
     return found

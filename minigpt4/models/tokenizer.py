@@ -23,9 +23,24 @@ class Tokenizer(Protocol):
     special_tokens: dict[str, int]
     """{text: id} of the texts that are read as one special token each, such as `</s>`."""
 
+    def __len__(self) -> int: ...
+
     def encode(self, text: str) -> list[int]: ...
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str: ...
+
+
+def strip_leading(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
+    """The ids without one leading unk and then one leading bos, which some models write."""
+    for special in (tokenizer.unk_token_id, tokenizer.bos_token_id):
+        if ids and special is not None and ids[0] == special:
+            ids = ids[1:]
+    return ids
+
+
+def end_ids(tokenizer: Tokenizer) -> set[int]:
+    """The control tokens that end an answer: all but unk and bos."""
+    return set(tokenizer.special_tokens.values()) - {tokenizer.unk_token_id, tokenizer.bos_token_id}
 
 
 def load_tokenizer(llama_model: str) -> Tokenizer:

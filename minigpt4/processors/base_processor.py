@@ -1,10 +1,18 @@
 """The base class of processors: callables whose settings may come from a YAML section."""
 
 import inspect
+import json
 from collections.abc import Callable, Mapping
+from inspect import formatannotation
 from typing import Any
 
-from minigpt4.common.errors import check_names
+from omegaconf import OmegaConf
+from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
+
+from minigpt4.common.errors import ConfigError, check_names
+from minigpt4.common.settings import argument_types
+
+EXPECTED = {int: "a whole number", float: "a number", str: "a text"}
 
 
 class BaseProcessor:
@@ -22,10 +30,28 @@ class BaseProcessor:
     def from_config(cls, cfg: Mapping[str, Any] | None = None) -> "BaseProcessor":
         """Build the processor from its YAML section (a mapping, or None for all defaults).
 
-        The key `name`, which selected the class, is ignored. Raises ConfigError for a key that `__init__` lacks.
+        The key `name`, which selected the class, is ignored. Raises ConfigError for a key that `__init__` lacks, and
+        for a value that is not of the argument's type.
         """
-        settings = dict(cfg or {})
+        settings = OmegaConf.to_container(cfg, resolve=True) if OmegaConf.is_config(cfg) else dict(cfg or {})
         name = settings.pop("name", None) or cls.__name__
-        known = inspect.signature(cls).parameters
+        known, types = inspect.signature(cls).parameters, argument_types(cls)
         check_names(settings, known, lambda key: f"Processor {name!r} has no key {key!r}")
+        for key, value in settings.items():
+            if key in types and (value is not None or known[key].default is not None):
+                settings[key] = _converted(value, types[key], f"Processor {name!r}: {key}")
         return cls(**settings)
+
+
+def _converted(value: Any, hint: Any, key: str) -> Any:
+    """A value from YAML as an argument of type `hint`: a list becomes a tuple, for example. Raises ConfigError."""
+    try:
+        adapter, content = TypeAdapter(hint, config=ConfigDict(allow_inf_nan=False)), json.dumps(value)
+    except (PydanticUserError, TypeError):  # it cannot come from YAML
+        return value
+    try:
+        return adapter.validate_json(content, strict=True)
+    except ValidationError as error:
+        reason = error.errors(include_url=False, include_context=False, include_input=False)[0]["msg"]
+        expected = EXPECTED.get(hint) or f"of type {formatannotation(hint)}"
+        raise ConfigError(f"{key}={value!r} must be {expected}: {reason}.") from None

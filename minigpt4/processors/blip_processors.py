@@ -44,6 +44,11 @@ class _Blip2ImageProcessor(BaseProcessor):
     """
 
     def __init__(self, resize: torch.nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
+        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+            raise ConfigError(
+                f"mean={list(mean)} and std={list(std)} of a vis_processor must be three numbers each, red, green and "
+                "blue, those of std more than 0."
+            )
         self.mean, self.std = torch.tensor(list(mean)), torch.tensor(list(std))
         self.transform = transforms.Compose(
             [resize, transforms.ToTensor(), transforms.Normalize(list(mean), list(std))],

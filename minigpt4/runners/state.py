@@ -16,7 +16,7 @@ from minigpt4.processors import normalise
 def seed_everything(seed: int) -> None:
     """Seed python, numpy and torch."""
     random.seed(seed)
-    np.random.seed(seed)
+    np.random.seed(seed % 2**32)  # it takes no more; a rank adds its number
     torch.manual_seed(seed)
 
 

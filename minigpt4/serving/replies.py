@@ -36,6 +36,7 @@ class Reply:
                 stops=[CONV_VISION.sep2 or CONV_VISION.sep, *request.stop],
                 label=f"{CONV_VISION.roles[1]}:",
                 deadline=deadline,
+                min_tokens=min(request.min_tokens, max_tokens),
                 changed=self._signal_change,
             )
             for n in range(request.n)

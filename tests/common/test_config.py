@@ -143,6 +143,79 @@ def test_mistakes_on_the_command_line(option, message):
         load(STAGE1, option)
 
 
+OUT_OF_BOUNDS = {
+    "run.seed": (-1, 2**32),
+    "run.init_lr": (-1, ".nan", "nan", "inf", "-inf", ".inf"),
+    "run.min_lr": (-1, 1, ".nan"),  # above init_lr
+    "run.warmup_lr": (".nan", ".inf"),
+    "run.warmup_steps": (-1,),
+    "run.lr_decay_rate": (0, -1, ".inf"),
+    "run.beta2": (-0.1, 1, 2, ".nan"),
+    "run.weight_decay": (-1, ".nan"),
+    "run.num_workers": (-1,),
+    "model.drop_path_rate": (-0.1, 1, ".nan"),
+    "model.qformer.num_attention_heads": (0, "abc", 1.5),
+    "model.qformer.cross_attention_freq": (0,),
+    "model.qformer.hidden_dropout_prob": (-0.1, 1, ".nan"),
+    "model.qformer": (3, "[1]", "null"),
+    "model.vit_model.depth": (0, -1),
+    "model.vit_model.mlp_ratio": (0, ".nan", "abc"),
+    "model.vit_model": ("null",),
+    "datasets.laion.sample_ratio": ("abc", -1, ".nan", ".inf"),
+    "datasets.laion.vis_processor.train": ("blip2_image_train", "[a]", 3),
+    "datasets.laion.vis_processor.trian": ("{name: blip2_image_train}",),
+    "datasets.laion.vis_processor": ("blip2_image_train", 3),
+    "preprocess.vis_processor.train": ("blip2_image_train", 3),
+    "datasets.laion.build_info": (3, "[a]"),
+    "datasets.laion": ("[1]",),
+}
+
+
+@pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in OUT_OF_BOUNDS.items() for value in values])
+def test_values_out_of_bounds(key, value):
+    with pytest.raises(ConfigError, match=rf"{key}\b.*--options"):
+        load(STAGE1, f"{key}={value}")
+
+
+def test_bounds_that_are_settings():
+    assert load(STAGE1, "run.init_lr=2", "run.min_lr=2").run_cfg.min_lr == 2
+    with pytest.raises(ConfigError, match=r"run\.min_lr = 8e-05 \(set in .*must be at most init_lr=1e-05"):
+        load(STAGE1, "run.init_lr=1e-5")
+
+
+def test_a_null_processor_is_the_default_one():
+    train = load(STAGE1, "datasets.laion.vis_processor.train=null").datasets_cfg.laion.vis_processor.train
+    assert train.name == "blip2_image_train"
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("{3: {a: 1}}", "3"),
+        ("run: {3: 1}", r"run\.3"),
+        ("run: {no: 1}", r"run\.False"),
+        ("datasets: {7: {build_info: {}}}", r"datasets\.7"),
+        ("datasets: {laion: {7: a}}", r"datasets\.laion\.7"),
+        ("datasets: {laion: {build_info: {7: a}}}", r"datasets\.laion\.build_info\.7"),
+        ("datasets: {laion: {vis_processor: {7: a}}}", r"datasets\.laion\.vis_processor\.7"),
+        ("datasets: {laion: {vis_processor: {train: {7: a}}}}", r"datasets\.laion\.vis_processor.* 7 "),
+        ("model: {qformer: {7: 1}}", r"model\.qformer\.7"),
+        ("model: {null: 1}", "model"),
+        ("datasets: {laion: {build_info: {storage: {a: 1}}}}", r"datasets\.laion\.build_info\.storage"),
+        ("datasets: {laion: {build_info: {features: 3}}}", r"datasets\.laion\.build_info\.features"),
+        ("run: {imports: 7}", r"run\.imports"),
+        ("run: {imports: [7]}", r"run\.imports"),
+        ("run: {task: {a: b}}", r"run\.task"),
+        ("model: {arch: [a]}", r"model\.arch"),
+        ("model: {model_type: [a]}", r"model\.model_type"),
+        ("datasets: {laion: {type: 3}}", r"datasets\.laion\.type"),
+    ],
+)
+def test_keys_and_values_of_other_types_in_files(tmp_path, text, key):
+    with pytest.raises(ConfigError, match=key):
+        load(write(tmp_path, text))
+
+
 def test_mistakes_in_files(tmp_path):
     with pytest.raises(ConfigError, match=r"Cannot read nowhere\.yaml"):
         load("nowhere.yaml")
