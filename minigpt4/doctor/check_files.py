@@ -9,7 +9,7 @@ from minigpt4.common.text import pluralize
 from minigpt4.doctor.diagnostic import Diagnostic, error, ok, warning
 from minigpt4.doctor.machine import free_disk, readable
 from minigpt4.doctor.run_context import TOKENIZER_FILES, RunContext
-from minigpt4.weights import locate
+from minigpt4.weights import fingerprint, locate
 
 LLM = "model.llama_model"
 REFETCH = "Fetch or write it again, or name another file or folder."
@@ -49,13 +49,29 @@ def check_weights_files(context: RunContext) -> Iterator[Diagnostic]:
     for key, source in context.sources.items():
         try:
             content = context.content(key)
+            if content is None:
+                continue
+            tensors = checkpoint.weights_of(content, source).values()
+            entries = checkpoint.ENTRIES if key == "run.resume_ckpt_path" else ("config", fingerprint.KEY)
+            checkpoint.check_entries(content, source, entries)
         except (ConfigError, OSError) as mistake:
             yield error(key, str(mistake), REFETCH)
-            continue
-        if content is not None:
-            tensors = checkpoint.weights_of(content).values()
+        else:
             counts = f"{pluralize(len(tensors), 'tensor')}, {pluralize(sum(t.numel() for t in tensors), 'parameter')}"
             yield ok(key, f"{source}: {counts}")
+
+
+def check_numbers(context: RunContext) -> Iterator[Diagnostic]:
+    """All numbers in the files of vision side and checkpoints are finite. The run looks at them as it loads them."""
+    from minigpt4.weights import checkpoint
+
+    for key, source in context.sources.items():
+        content = context.content(key)
+        tensors = dict(checkpoint.tensors_in(content, "")) if content else {}
+        try:
+            checkpoint.check_finite({name.removeprefix("."): value for name, value in tensors.items()}, source)
+        except ConfigError as mistake:
+            yield error(key, str(mistake), REFETCH)
 
 
 def check_language_model(context: RunContext) -> Iterator[Diagnostic]:

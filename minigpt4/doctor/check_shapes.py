@@ -89,7 +89,7 @@ def check_checkpoints(context: RunContext) -> Iterator[Diagnostic]:
         content = context.content(key)
         if content is None:
             continue
-        trained = checkpoint.weights_of(content)
+        trained = checkpoint.weights_of(content, context.sources[key])
         cfg = replace(context.local_model_cfg, ckpt=context.sources[key])
         try:
             if context.llm:

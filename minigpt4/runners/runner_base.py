@@ -247,18 +247,19 @@ class RunnerBase:
         Raises CheckpointError for a checkpoint without optimiser state, or with one that does not fit.
         """
         content = self._load(path)
+        checkpoint.check_finite(dict(checkpoint.tensors_in(content.get("optimizer"), "optimizer")), str(path))
         try:
             for group in content["optimizer"]["param_groups"]:
                 group["fused"] = self.optimizer.defaults["fused"]  # depends on this device, not on the one that saved
             self.optimizer.load_state_dict(content["optimizer"])
-        except (KeyError, ValueError) as error:
+            if content.get("scaler") and self.scaler.is_enabled():
+                self.scaler.load_state_dict(content["scaler"])
+            self.start_epoch = content["epoch"] + 1
+        except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
             raise checkpoint.CheckpointError(
                 f"{path} holds no optimiser state that fits this run ({error}); it cannot go on from there. To start a "
                 f"run from its weights: --options run.resume_ckpt_path=null model.ckpt={path}"
             ) from error
-        if content.get("scaler") and self.scaler.is_enabled():
-            self.scaler.load_state_dict(content["scaler"])
-        self.start_epoch = content["epoch"] + 1
         self.best_metric = content.get("best_metric", self.best_metric)
         restore_rng_states(content.get("rng"))
         logging.info("Resuming after epoch %d from %s.", content["epoch"], path)
@@ -266,9 +267,11 @@ class RunnerBase:
     def _load(self, path: Path) -> dict:
         """Load the trained weights of a checkpoint. Returns the whole content of the file."""
         content = checkpoint.read_file(path)
+        checkpoint.check_entries(content, str(path))
+        weights = checkpoint.weights_of(content, str(path), own=self.module.state_dict().keys())
         allowed = self.cfg.model_cfg.get("allow_llm_mismatch", False)
         fingerprint.check(content.get(fingerprint.KEY), self.fingerprint, str(path), allowed)
-        checkpoint.load_weights(self.module, checkpoint.weights_of(content), str(path), required=set(self._trainable()))
+        checkpoint.load_weights(self.module, weights, str(path), required=set(self._trainable()))
         return content
 
     def _validate(self) -> bool:
