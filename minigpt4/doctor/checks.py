@@ -40,6 +40,7 @@ QUICK: Stage = (
 QUICK_OF_MODEL: Stage = (
     check_files.check_headers,
     check_files.check_language_model,
+    check_files.check_remote_code,
     check_files.check_downloads,
     check_shapes.check_image_settings,
     check_environment.check_optional_libraries,

@@ -64,8 +64,8 @@ def _open_checkpoint(ckpt: str) -> tuple[State, dict | None, dict]:
     """Weights, fingerprint of the language model, and `model:` settings of a checkpoint."""
     path = checkpoint.resolve(ckpt)
     content = checkpoint.read_file(path)
-    checkpoint.check_entries(content, str(path), ("config", fingerprint.KEY))
-    settings = (content.get("config") or {}).get("model")
+    config = content.get("config")  # in a file of another origin it may be anything
+    settings = config.get("model") if isinstance(config, dict) else None
     settings = settings if isinstance(settings, dict) else {}
     return checkpoint.weights_of(content, str(path)), content.get(fingerprint.KEY), settings
 
@@ -168,7 +168,7 @@ def check_width(trained: State | None, cfg: MiniGPT4Config) -> None:
     projection = (trained or {}).get("llama_proj.weight")
     if projection is None:
         return
-    theirs, width = len(projection), llm.embedding_dim(cfg.llama_model)
+    theirs, width = len(projection), llm.embedding_dim(cfg.llama_model, cfg.trust_remote_code)
     if theirs != width:
         known = {4096: " (as in Vicuna-7B)", 5120: " (as in Vicuna-13B)"}
         raise CheckpointError(

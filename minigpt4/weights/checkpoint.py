@@ -11,10 +11,9 @@ import pickle
 import re
 import zipfile
 import zlib
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import NoneType
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,7 +23,6 @@ from minigpt4.common import compat
 from minigpt4.common.errors import ConfigError
 from minigpt4.common.facts import newest_checkpoint
 from minigpt4.common.text import pluralize
-from minigpt4.weights import fingerprint
 from minigpt4.weights.locate import fetch, shards, why_unreadable
 
 # Buffers in checkpoints of the first release that hold no learnt value.
@@ -215,37 +213,6 @@ def _unwrapped(tensors: dict[str, torch.Tensor], source: str, own: Collection[st
     if taken_off:
         logging.info("%s: all names begin with %r, which is taken off.", source, taken_off)
     return dict(zip(names, tensors.values(), strict=True))
-
-
-# Types of the entries of a checkpoint beside its weights.
-ENTRIES = {
-    "optimizer": dict,
-    "config": dict,
-    "scaler": (dict, NoneType),
-    "epoch": int,
-    "rng": (list, NoneType),
-    "best_metric": (int, float),
-    fingerprint.KEY: (dict, NoneType),
-}
-
-
-def check_entries(content: dict, source: str, names: Iterable[str] = tuple(ENTRIES)) -> None:
-    """Raise CheckpointError for an entry of a checkpoint of another type than this project writes."""
-    for name in content.keys() & set(names):
-        value, kinds = content[name], ENTRIES[name]
-        if not isinstance(value, kinds) or isinstance(value, bool):
-            shown = f" {value!r}" if isinstance(value, (str, int, float)) else ""
-            raise CheckpointError(f"{source}: its {name!r} is {_kind(value)}{shown}, as in no checkpoint of a run.")
-
-
-def tensors_in(value: object, name: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """(path, tensor) of all tensors in nested dicts and lists, such as an optimizer's state."""
-    if isinstance(value, torch.Tensor):
-        yield name, value
-    elif isinstance(value, (dict, list, tuple)):
-        items = value.items() if isinstance(value, dict) else enumerate(value)
-        for key, part in items:
-            yield from tensors_in(part, f"{name}.{key}")
 
 
 def trainable_parameters(module: nn.Module) -> dict[str, nn.Parameter]:

@@ -111,8 +111,11 @@ def test_resume_refuses_a_damaged_state(build_golden_model, make_runner):
     broken = {**state[0], "exp_avg": torch.full_like(state[0]["exp_avg"], float("nan"))}
     with pytest.raises(CheckpointError, match=r"NaN or infinity among the numbers of optimizer\.state\.0\.exp_avg"):
         resume(optimizer=whole["optimizer"] | {"state": {**state, 0: broken}})
-    with pytest.raises(CheckpointError, match="its 'epoch' is a str '0'"):
+    with pytest.raises(CheckpointError, match="its 'epoch' is of type str '0'"):
         resume(epoch="0")
+    for entry in ({"epoch": True}, {"epoch": None}, {"optimizer": []}, {"config": "text"}, {"best_metric": "high"}):
+        with pytest.raises(CheckpointError, match=f"its '{next(iter(entry))}' is of type"):
+            resume(**entry)
     with pytest.raises(CheckpointError, match=r"resume_ckpt_path=null model\.ckpt="):
         resume(optimizer={"param_groups": 3, "state": {}})
     wrapped = {f"module.{name}": value for name, value in whole["model"].items()}
