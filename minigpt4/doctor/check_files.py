@@ -134,14 +134,11 @@ def check_language_model_contents(context: RunContext) -> Iterator[Diagnostic]:
     try:
         tensors = context.llm.tensors
         context.tokenizer  # noqa: B018
-    except ConfigError as mistake:
-        yield error(LLM, str(mistake))
-        return
     except Exception as problem:  # the libraries share no base class
         config = folder / "config.json"
         pointer = locate.why_unreadable(config) if config.is_file() else None
         reason = f"{config}: {pointer}" if pointer else problem
-        yield error(LLM, f"{folder} cannot be read: {reason}", REFETCH)
+        yield error(LLM, f"{folder} cannot be read: {reason}", "" if "trust_remote_code" in str(reason) else REFETCH)
         return
     if context.llm_folder and not any((folder / name).is_file() for name in TOKENIZER_FILES):
         yield error(LLM, f"{folder} has no tokenizer ({', '.join(TOKENIZER_FILES)})", "Fetch it into the folder.")
