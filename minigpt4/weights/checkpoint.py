@@ -33,6 +33,10 @@ class CheckpointError(ConfigError):
     """A file without weights, or with weights that do not fit the model."""
 
 
+class NoCheckpointError(CheckpointError, FileNotFoundError):
+    """A folder without a checkpoint."""
+
+
 def read_file(path: Path, prefixes: tuple[str, ...] = ("",)) -> dict:
     """The content of a .pth, .bin or .safetensors file. Tensors are mapped from disk and take memory only when used.
 
@@ -211,7 +215,7 @@ def _unwrapped(tensors: dict[str, torch.Tensor], source: str, own: Collection[st
         taken_off += first[0]
         names = [name.removeprefix(first[0]) for name in names]
     if taken_off:
-        logging.info("%s: all names begin with %r, which is taken off.", source, taken_off)
+        logging.warning("%s: all names begin with %r, which is taken off.", source, taken_off)
     return dict(zip(names, tensors.values(), strict=True))
 
 
@@ -279,14 +283,14 @@ def load_weights(
 def resolve(path: str) -> Path:
     """The checkpoint file of a path or URL; of a run's folder, the newest checkpoint_N.pth.
 
-    Raises FileNotFoundError if there is none.
+    Raises NoCheckpointError for a folder without one, and the errors of `locate.fetch`.
     """
     resolved = fetch(path)
     if resolved.is_file():
         return resolved
     newest = newest_checkpoint(resolved)
     if newest is None:
-        raise FileNotFoundError(
+        raise NoCheckpointError(
             f"{path} is a folder without a checkpoint_N.pth, so no run's own folder. {_files_in(resolved)}"
         )
     return newest
