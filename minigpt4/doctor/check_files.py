@@ -68,10 +68,11 @@ def check_numbers(context: RunContext) -> Iterator[Diagnostic]:
     from minigpt4.weights import checkpoint
 
     for key, source in context.sources.items():
-        content = context.content(key)
-        tensors = dict(state.tensors_in(content, "")) if content else {}
+        content = context.content(key) or {}
+        used = {name: value for name, value in content.items() if name not in ("config", "best_metric")}
+        numbers = ((name.removeprefix("."), value) for name, value in state.numbers_in(used, ""))
         try:
-            checkpoint.check_finite({name.removeprefix("."): value for name, value in tensors.items()}, source)
+            checkpoint.check_finite(numbers, source)
         except ConfigError as mistake:
             yield error(key, str(mistake), REFETCH)
 

@@ -1,6 +1,7 @@
 """Loading the frozen language model in 16, 8 or 4 bit. transformers is imported inside the functions."""
 
 import contextlib
+import itertools
 import logging
 import math
 from collections.abc import Iterator
@@ -107,7 +108,8 @@ def _check_numbers(llm: "PreTrainedModel", llama_model: str, load_in: str) -> No
 
     Layers that bitsandbytes has quantised no longer show them: then the files are looked at.
     """
-    tensors = dict(llm.named_parameters()) | {name: t for name, t in llm.named_buffers() if name.endswith(".scale")}
+    scales = (pair for pair in llm.named_buffers() if pair[0].endswith(".scale"))
+    tensors = itertools.chain(llm.named_parameters(), scales)
     checkpoint.check_finite(tensors, f"the language model {llama_model}")
     if facts.is_gguf(llama_model):
         return
@@ -116,7 +118,7 @@ def _check_numbers(llm: "PreTrainedModel", llama_model: str, load_in: str) -> No
     folder = Path(cached_file(llama_model, "config.json", **pretrained_source(llama_model)[1])).parent
     for name in weight_files.shards(folder):
         if load_in in ("8bit", "4bit"):
-            checkpoint.check_finite(checkpoint.read_file(folder / name), str(folder / name))
+            checkpoint.check_finite(checkpoint.read_file(folder / name).items(), str(folder / name))
         elif not name.endswith(".safetensors"):
             checkpoint.check_archive(folder / name)
 

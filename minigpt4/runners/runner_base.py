@@ -28,7 +28,7 @@ from minigpt4.datasets.loaders import TrainLoader, eval_loader, report_left_out
 from minigpt4.quantization.fp8 import check_fp8_supported
 from minigpt4.runners.prefetch import prefetch
 from minigpt4.runners.schedule import EtaLogger, TrainingSchedule
-from minigpt4.runners.state import check_entries, restore_rng_states, rng_states, tensors_in, to_device
+from minigpt4.runners.state import check_entries, numbers_in, restore_rng_states, rng_states, to_device
 from minigpt4.weights import checkpoint, fingerprint
 
 
@@ -247,7 +247,8 @@ class RunnerBase:
         Raises CheckpointError for a checkpoint without optimiser state, or with one that does not fit.
         """
         content = self._load(path)
-        checkpoint.check_finite(dict(tensors_in(content.get("optimizer"), "optimizer")), str(path))
+        for name in ("optimizer", "scaler"):
+            checkpoint.check_finite(numbers_in(content.get(name), name), str(path))
         try:
             for group in content["optimizer"]["param_groups"]:
                 group["fused"] = self.optimizer.defaults["fused"]  # depends on this device, not on the one that saved

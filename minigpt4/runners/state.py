@@ -36,14 +36,14 @@ def check_entries(content: dict, source: str, names: Iterable[str] = tuple(ENTRI
             raise CheckpointError(f"{source}: its {name!r} is of type {type(value).__name__}{shown}, as in no run's.")
 
 
-def tensors_in(value: object, name: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """(path, tensor) of all tensors in nested dicts and lists, such as an optimizer's state."""
-    if isinstance(value, torch.Tensor):
-        yield name, value
+def numbers_in(value: object, name: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """(path, tensor) of all tensors and floats in nested dicts and lists, such as an optimizer's state."""
+    if isinstance(value, (torch.Tensor, float)):
+        yield name, torch.as_tensor(value)
     elif isinstance(value, (dict, list, tuple)):
         items = value.items() if isinstance(value, dict) else enumerate(value)
         for key, part in items:
-            yield from tensors_in(part, f"{name}.{key}")
+            yield from numbers_in(part, f"{name}.{key}")
 
 
 def seed_everything(seed: int) -> None:

@@ -11,7 +11,7 @@ import pickle
 import re
 import zipfile
 import zlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -137,19 +137,15 @@ def is_finite(tensor: torch.Tensor) -> bool:
     return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
 
 
-def check_finite(tensors: Mapping[str, torch.Tensor], source: str) -> None:
-    """Raise CheckpointError that names the tensors with NaN or infinity among their numbers."""
-    broken = [name for name, tensor in tensors.items() if not is_finite(tensor)]
+def check_finite(tensors: Iterable[tuple[str, torch.Tensor]], source: str) -> None:
+    """Raise CheckpointError that names those of the pairs (name, tensor) whose numbers are not all finite."""
+    broken = [name for name, tensor in tensors if not is_finite(tensor)]
     if broken:
-        raise not_finite(broken, source)
-
-
-def not_finite(names: list[str], source: str) -> CheckpointError:
-    listed = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-    return CheckpointError(
-        f"{source}: NaN or infinity among the numbers of {listed}. The file is damaged, the training that wrote it "
-        "diverged, or float16 cannot hold its numbers (run.amp_dtype=bf16). Use another file."
-    )
+        listed = ", ".join(broken[:5]) + (f" and {len(broken) - 5} more" if len(broken) > 5 else "")
+        raise CheckpointError(
+            f"{source}: NaN or infinity among the numbers of {listed}. The file is damaged, the training that wrote it "
+            "diverged, or float16 cannot hold its numbers (run.amp_dtype=bf16). Use another file."
+        )
 
 
 def read_weights(path: Path, prefixes: tuple[str, ...] = ("",)) -> dict[str, torch.Tensor]:
@@ -271,9 +267,7 @@ def load_weights(
 
     filled = {name: converted(name) for name in empty}
     # All are looked at before any is overwritten.
-    broken = [name for name in weights if not is_finite(filled[name] if name in empty else converted(name))]
-    if broken:
-        raise not_finite(broken, source)
+    check_finite(((name, filled[name] if name in empty else converted(name)) for name in weights), source)
     module.load_state_dict(filled, strict=False, assign=True)
     module.load_state_dict({name: value for name, value in weights.items() if name not in empty}, strict=False)
     numbers = pluralize(sum(value.numel() for value in weights.values()), "parameter")

@@ -237,7 +237,7 @@ def load_model(path: str, dtype: "torch.dtype", device_map: Any, **how: Any) -> 
         weights = llm.state_dict()
     from minigpt4.weights.checkpoint import check_finite
 
-    check_finite(weights, path)
+    check_finite(weights.items(), path)
     return type(empty).from_pretrained(
         None, config=config, state_dict=weights, dtype=dtype, device_map=device_map, **how
     )

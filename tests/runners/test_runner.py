@@ -113,6 +113,9 @@ def test_resume_refuses_a_damaged_state(build_golden_model, make_runner):
         resume(optimizer=whole["optimizer"] | {"state": {**state, 0: broken}})
     with pytest.raises(CheckpointError, match="its 'epoch' is of type str '0'"):
         resume(epoch="0")
+    scaler = {"scale": float("nan"), "growth_factor": 2.0}
+    with pytest.raises(CheckpointError, match=r"NaN or infinity among the numbers of scaler\.scale"):
+        resume(scaler=scaler)
     for entry in ({"epoch": True}, {"epoch": None}, {"optimizer": []}, {"config": "text"}, {"best_metric": "high"}):
         with pytest.raises(CheckpointError, match=f"its '{next(iter(entry))}' is of type"):
             resume(**entry)
