@@ -191,7 +191,7 @@ def weights_of(content: dict, source: str, own: Collection[str] = ()) -> dict[st
             weights = inner
     if not isinstance(weights, dict):
         raise CheckpointError(f"{source} holds {_kind(weights)} in place of its weights, not a dict of tensors.")
-    tensors = {name: value for name, value in weights.items() if isinstance(value, torch.Tensor)}
+    tensors = {name: t for name, t in weights.items() if isinstance(t, torch.Tensor) and isinstance(name, str)}
     # Beside tensors that are not under a key of their own, a file may hold settings.
     others = {name: value for name, value in weights.items() if name not in tensors}
     if others and (weights is not content or not tensors):

@@ -69,6 +69,7 @@ def test_other_objects_are_named_by_type(tmp_path):
         ({"llama_proj.weight": [1.0], "llama_proj.bias": torch.zeros(1)}, "llama_proj.weight is a list"),
         ([torch.zeros(1)], "holds a list in place of its weights"),
         (3, "holds an int in place of its weights"),
+        ({0: torch.zeros(1)}, "0 is a Tensor"),
     ):
         torch.save({"model": weights, "epoch": 3}, tmp_path / "a.pth")
         with pytest.raises(CheckpointError, match=message):
