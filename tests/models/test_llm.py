@@ -344,6 +344,26 @@ def test_a_gguf_file_is_read_as_transformers_reads_it(gguf_file, monkeypatch):
     assert ours[2].model.layers[0].mlp.up_proj.weight.dtype == torch.int8
 
 
+def test_a_gguf_files_vocabulary_is_read_once(gguf_file, monkeypatch):
+    """gguf's own reader takes seconds for one, and its table of names milliseconds for each module of a model."""
+    import gguf
+
+    opened, tables, table_of = [], [], gguf.get_tensor_name_map
+
+    class Reader(gguf.GGUFReader):
+        def __init__(self, path, *args, **kwargs):
+            opened.append(Path(path).stat().st_size)
+            super().__init__(path, *args, **kwargs)
+
+    monkeypatch.setattr(gguf, "GGUFReader", Reader)
+    monkeypatch.setattr(gguf, "get_tensor_name_map", lambda *args: tables.append(args) or table_of(*args))
+    assert embedding_dim(gguf_file) == 128
+    llm, tokenizer = load_llm(gguf_file, torch.device("cpu"), torch.float32), load_tokenizer(gguf_file)
+    check_answers(llm, tokenizer, gguf_file)
+    assert max(opened, default=0) < 5000 < Path(gguf_file).stat().st_size
+    assert len(tables) == 1
+
+
 def test_what_is_wrong_with_a_gguf_file(gguf_file, tmp_path):
     whole = Path(gguf_file).read_bytes()
     for content, message in (
