@@ -133,17 +133,20 @@ def broken_header(path: Path) -> str | None:
 def identity(path_or_url: str) -> dict[str, str | int]:
     """Identifies weights by file name and, if the file is on this machine, size and digest. Nothing is downloaded.
 
+    A URL other than a published one is part of the identity: files of one name may differ.
     The digest covers the whole file, or 64 blocks of 1 MB spread over a larger one; of a folder, all its weight files.
     """
     path = local_path(path_or_url)
     files = [path] if path.is_file() else sorted(path / name for name in shards(path)) if path.is_dir() else []
+    url = path_or_url.partition("#")[0]
+    named = {"file": path.name} | ({"url": url} if is_url(url) and url not in PUBLISHED_KIB else {})
     if not files:
-        return {"file": path.name}
+        return named
     digest = hashlib.sha256()
     for file in files:
         _add_blocks(digest, file)
     size = sum(file.stat().st_size for file in files)
-    return {"file": path.name, "bytes": size, "sha256": digest.hexdigest()}
+    return named | {"bytes": size, "sha256": digest.hexdigest()}
 
 
 def _add_blocks(digest, path: Path, block: int = 1 << 20) -> None:
