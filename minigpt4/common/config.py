@@ -123,8 +123,10 @@ class Config:
         for key in keys:
             section, name = key.split(".")
             value = getattr(self, f"{section}_cfg").get(name)
-            if value and (key, value) != ("model.vit_weights", "published"):
-                yield key, value
+            # A plug-in's section may have anything here. A number is a name, as with our own keys.
+            if value and isinstance(value, (str, int, float)) and not isinstance(value, bool):
+                if (key, value) != ("model.vit_weights", "published"):
+                    yield key, str(value)
 
     def _storages(self) -> Iterator[tuple[str, str]]:
         """(key, value) of the shards, folders and caches of shipped datasets; a plug-in checks its own."""
@@ -132,8 +134,9 @@ class Config:
             build_info = self.datasets_cfg[name].build_info
             key = "features" if facts.cached_features(self.datasets_cfg[name]) else "storage"
             values = build_info.get(key)
-            for value in [values] if isinstance(values, str) else values or []:
-                yield f"datasets.{name}.build_info.{key}", value
+            for value in values if isinstance(values, Sequence) and not isinstance(values, str) else [values]:
+                if value is not None:
+                    yield f"datasets.{name}.build_info.{key}", str(value)
 
     def to_dict(self) -> dict:
         """All settings as plain containers, interpolations resolved."""

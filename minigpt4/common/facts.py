@@ -110,6 +110,11 @@ def is_url(value: str) -> bool:
     return "://" in value
 
 
+def is_gguf(llama_model: str) -> bool:
+    """Whether the value of `model.llama_model` names a .gguf file."""
+    return llama_model.lower().endswith(".gguf")
+
+
 def is_hub_id(value: str) -> bool:
     """Whether the value is `owner/name`. If there is a folder `owner`, it is a misspelt path instead."""
     return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", value) is not None and not Path(value.split("/")[0]).exists()

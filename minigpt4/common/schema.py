@@ -195,6 +195,9 @@ class MiniGPT4Config:
     """Number of the language model's layers, from the first, that recompute their activations in the backward pass."""
     llm_device_map: str | None = setting(None, choices=("auto",))
     """`auto` spreads a language model that does not fit on one GPU over several, for chat; null: the rank's GPU."""
+    trust_remote_code: bool = False
+    """Run the Python files that come with a language model, for models that transformers has no code of its own for.
+    They can do whatever you can: read them first."""
     device_8bit: int | None = None
     """*Inert*: the quantised model is on the rank's own device."""
 

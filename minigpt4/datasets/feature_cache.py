@@ -103,8 +103,8 @@ def check_same(found: Mapping[str, Any], expected: Mapping[str, Any], message: s
 def _differences(found: Any, expected: Any, key: str = "") -> Iterable[str]:
     if isinstance(found, Mapping) and isinstance(expected, Mapping):
         if "file" in found and "file" in expected:
-            # A weights file, identified by its content, or by its name if one of the two files is not here.
-            by = "sha256" if "sha256" in found and "sha256" in expected else "file"
+            # A weights file, identified by its content, or by URL or name if one of the two files is not here.
+            by = next((key for key in ("sha256", "url") if key in found and key in expected), "file")
             if found[by] != expected[by]:
                 yield f"{key}: {found['file']} in the cache, {expected['file']} here, which differ in {by}"
             return

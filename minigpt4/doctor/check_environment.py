@@ -10,7 +10,7 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-from minigpt4.common import gpus
+from minigpt4.common import facts, gpus
 from minigpt4.common.schema import DEVICE, DEVICES
 from minigpt4.common.text import pluralize
 from minigpt4.doctor.diagnostic import WARNING, Diagnostic, error, ok, verdict, warning
@@ -64,7 +64,7 @@ def check_optional_libraries(context: RunContext) -> Iterator[Diagnostic]:
     needed = {}
     if context.load_in in ("8bit", "4bit"):
         needed["bitsandbytes"] = f"model.load_in={context.load_in} (low_resource: {context.model.low_resource})"
-    if str(context.model.llama_model).endswith(".gguf"):
+    if facts.is_gguf(context.model.llama_model):
         needed["gguf"] = "a .gguf file"
     if context.llm_folder and (context.llm_folder / "tokenizer.model").is_file():
         needed["sentencepiece"] = "the language model's tokenizer.model"

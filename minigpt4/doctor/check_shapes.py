@@ -92,11 +92,11 @@ def check_checkpoints(context: RunContext) -> Iterator[Diagnostic]:
         content = context.content(key)
         if content is None:
             continue
-        trained = checkpoint.weights_of(content)
+        trained = checkpoint.weights_of(content, context.sources[key])
         cfg = replace(context.local_model_cfg, ckpt=context.sources[key])
         try:
             if context.llm:
-                loading.check_width(trained, replace(cfg, llama_model=str(context.llm_folder)))
+                loading.check_width(trained, replace(cfg, llama_model=context.llm_source))
             sources = loading.Sources(vision=None, qformer=None, trained=trained, recorded=None)
             loading.load_rest(context.meta_model, cfg, sources, torch.device("meta"))
         except ConfigError as mistake:

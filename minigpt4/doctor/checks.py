@@ -40,6 +40,7 @@ QUICK: Stage = (
 QUICK_OF_MODEL: Stage = (
     check_files.check_headers,
     check_files.check_language_model,
+    check_files.check_remote_code,
     check_files.check_downloads,
     check_shapes.check_image_settings,
     check_environment.check_optional_libraries,
@@ -59,6 +60,7 @@ RUN: Stage = (
 # With the loaders, for MiniGPT4: what can be read, then whether it fits together, then what it takes.
 READ: Stage = (
     check_files.check_weights_files,
+    check_files.check_numbers,
     check_files.check_language_model_contents,
     check_tokenizer.check_prompts,
 )
@@ -68,8 +70,8 @@ FIT: Stage = (
     check_tokenizer.check_tokenizer,
 )
 ESTIMATE: Stage = (check_run.check_output_room, check_memory.check_gpu_memory)
-# train.py and demo.py do these themselves before the model is loaded.
-NOT_AT_START = (check_files.check_paths, *RUN)
+# train.py and demo.py do these themselves, most of them before the model is loaded.
+NOT_AT_START = (check_files.check_paths, check_files.check_numbers, *RUN)
 # Estimates must not keep a run from being tried.
 ESTIMATED = ("GPU memory", "host memory")
 

@@ -264,12 +264,14 @@ class MiniGPT4(vision.Vision):
         """
         cfg, device = cls.config_class(**cfg), torch.device(device)
         prompts = prompt.read_prompts(cfg.prompt_path, cfg.prompt_template) if cfg.prompt_path else []
+        load_in = facts.load_in(cfg.load_in, cfg.low_resource)
+        llm.check_settings(cfg.llama_model, device, load_in, cfg.llm_device_map)
         sources = loading.open_sources(cfg)
         loading.check_width(sources.trained, cfg)
         parts = loading.vision_parts(cfg, sources, device, dtype)
-        load_in = facts.load_in(cfg.load_in, cfg.low_resource)
-        llama_model = llm.load_llm(cfg.llama_model, device, dtype, load_in, cfg.llm_device_map)
-        tokenizer = load_tokenizer(cfg.llama_model)
+        trust = cfg.trust_remote_code
+        llama_model = llm.load_llm(cfg.llama_model, device, dtype, load_in, cfg.llm_device_map, trust)
+        tokenizer = load_tokenizer(cfg.llama_model, trust)
         llm.check_answers(llama_model, tokenizer, cfg.llama_model)
         with torch.device(device):
             model = cls(

@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 from typing import Any, Protocol
 
+from minigpt4.common import facts
 from minigpt4.models import llm
 
 
@@ -43,32 +44,35 @@ def end_ids(tokenizer: Tokenizer) -> set[int]:
     return set(tokenizer.special_tokens.values()) - {tokenizer.unk_token_id, tokenizer.bos_token_id}
 
 
-def load_tokenizer(llama_model: str) -> Tokenizer:
-    """The tokenizer of a language model's folder, hub id or .gguf file."""
+def load_tokenizer(llama_model: str, trust_remote_code: bool = False) -> Tokenizer:
+    """The tokenizer of a language model's folder, hub id or .gguf file.
+
+    trust_remote_code: run the Python files that come with it. Without, a ConfigError is raised if it needs them.
+    """
     from transformers.utils import cached_file
 
-    name, options = llm.pretrained_source(llama_model)
-    if "gguf_file" in options:
+    if facts.is_gguf(llama_model):
         model = _model_in_gguf(llama_model)
         return SentencePieceTokenizer(model_proto=model) if model else HuggingFaceTokenizer(llama_model)
+    name, options = llm.pretrained_source(llama_model)
     model_file, added_file = (
         cached_file(name, file, _raise_exceptions_for_missing_entries=False, **options)
         for file in ("tokenizer.model", "added_tokens.json")
     )
-    return SentencePieceTokenizer(model_file, added_file) if model_file else HuggingFaceTokenizer(llama_model)
+    if model_file:
+        return SentencePieceTokenizer(model_file, added_file)
+    return HuggingFaceTokenizer(llama_model, trust_remote_code)
 
 
 def _model_in_gguf(path: str) -> bytes | None:
     """The SentencePiece model in the .gguf file of a LLaMA; None for other tokenizers."""
-    from gguf import GGUFReader
-
+    from minigpt4.weights.gguf import read_header
     from minigpt4.weights.sentencepiece import bpe_model
 
-    fields = GGUFReader(path).fields
+    fields = read_header(path).fields
 
     def read(key: str) -> Any:
-        field = fields.get(f"tokenizer.ggml.{key}")
-        return field.contents() if field else None
+        return fields.get(f"tokenizer.ggml.{key}")
 
     if read("model") != "llama":
         return None
@@ -79,11 +83,12 @@ def _model_in_gguf(path: str) -> bytes | None:
 class HuggingFaceTokenizer:
     """transformers' tokenizer, which adds no special tokens here."""
 
-    def __init__(self, llama_model: str):
-        from transformers import AutoTokenizer
+    def __init__(self, llama_model: str, trust_remote_code: bool = False):
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-        name, options = llm.pretrained_source(llama_model)
-        self._tokenizer = AutoTokenizer.from_pretrained(name, **options)
+        # AutoTokenizer would read a .gguf file's vocabulary once more, for a config, to come to the same class.
+        kind = PreTrainedTokenizerFast if facts.is_gguf(llama_model) else AutoTokenizer
+        self._tokenizer = llm.from_pretrained(kind, llama_model, trust_remote_code)
         self.bos_token_id: int | None = self._tokenizer.bos_token_id
         self.eos_token_id: int = self._tokenizer.eos_token_id
         self.unk_token_id: int | None = self._tokenizer.unk_token_id

@@ -30,7 +30,7 @@ from minigpt4.runners import data, resume
 from minigpt4.runners.folder import folder_of
 from minigpt4.runners.prefetch import prefetch
 from minigpt4.runners.schedule import EtaLogger, TrainingSchedule
-from minigpt4.runners.state import restore_rng_states, rng_states, to_device
+from minigpt4.runners.state import check_entries, numbers_in, restore_rng_states, rng_states, to_device
 from minigpt4.weights import checkpoint, fingerprint
 
 MARKERS = ("captions", "markers of the prompt (###, <ImageHere>, special tokens)")
@@ -279,6 +279,8 @@ class RunnerBase:
         Raises CheckpointError for a checkpoint without optimiser state, or with one that does not fit.
         """
         content = self._load(path)
+        for name in ("optimizer", "scaler"):
+            checkpoint.check_finite(numbers_in(content.get(name), name), str(path))
         resume.check(content, self.cfg, self.facts, str(path))
         if dist_utils.is_main_process():
             resume.report(content, self.cfg, self.facts)
@@ -286,7 +288,9 @@ class RunnerBase:
             for group in content["optimizer"]["param_groups"]:
                 group["fused"] = self.optimizer.defaults["fused"]  # depends on this device, not on the one that saved
             self.optimizer.load_state_dict(content["optimizer"])
-        except (KeyError, ValueError) as error:
+            if content.get("scaler") and self.scaler.is_enabled():
+                self.scaler.load_state_dict(content["scaler"])
+        except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
             raise checkpoint.CheckpointError(
                 f"{path} holds no optimiser state that fits this run ({error}); it cannot go on from there. To start a "
                 f"run from its weights: --options run.resume_ckpt_path=null model.ckpt={path}"
@@ -296,8 +300,6 @@ class RunnerBase:
             raise checkpoint.CheckpointError(
                 f"{path} cannot be resumed: its epoch is {epoch!r}, not a number from 0 up."
             )
-        if content.get("scaler") and self.scaler.is_enabled():
-            self.scaler.load_state_dict(content["scaler"])
         self.start_epoch = epoch + 1
         splits = ((content.get("config") or {}).get("run") or {}).get("valid_splits", self.run.valid_splits)
         if splits == list(self.run.valid_splits):  # other splits have another metric
@@ -312,9 +314,11 @@ class RunnerBase:
     def _load(self, path: Path) -> dict:
         """Load the trained weights of a checkpoint. Returns the whole content of the file."""
         content = checkpoint.read_file(path)
+        check_entries(content, str(path))
+        weights = checkpoint.weights_of(content, str(path), own=self.module.state_dict().keys())
         allowed = self.cfg.model_cfg.get("allow_llm_mismatch", False)
         fingerprint.check(content.get(fingerprint.KEY), self.fingerprint, str(path), allowed)
-        checkpoint.load_weights(self.module, checkpoint.weights_of(content), str(path), required=set(self._trainable()))
+        checkpoint.load_weights(self.module, weights, str(path), required=set(self._trainable()))
         return content
 
     def _validate(self, epoch: int) -> None:

@@ -247,6 +247,21 @@ def test_hub_ids_and_urls_pass_the_path_check(tmp_path):
     cfg.check_paths()
 
 
+@pytest.mark.parametrize(("value", "missing"), [("3", "'3'"), ("[a, b]", None), ("true", None), ("0", None)])
+def test_a_plugins_own_kind_of_checkpoint(tmp_path, open_registry, value, missing):
+    """A model without `config_class` may have anything there; a number is a file's name, as for our own model."""
+    from minigpt4.common.registry import registry
+    from minigpt4.models import BaseModel
+
+    registry.register_model("anything")(type("Anything", (BaseModel,), {}))
+    cfg = load(write(tmp_path, f"model: {{arch: anything, ckpt: {value}, llama_model: {tmp_path}}}\n"))
+    if missing:
+        with pytest.raises(ConfigError, match=f"model.ckpt = {missing} .* does not exist"):
+            cfg.check_paths()
+    else:
+        cfg.check_paths()
+
+
 def test_home_is_expanded(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "llm").mkdir()

@@ -135,6 +135,35 @@ def test_resume_refuses_a_checkpoint_without_the_trained_part(build_golden_model
         make_runner(build_golden_model(), resume_ckpt_path=str(path))
 
 
+def test_resume_refuses_a_damaged_state(build_golden_model, make_runner):
+    first = make_runner(build_golden_model(), job_id="first", iters_per_epoch=1)
+    first.train()
+    path = first.output_dir / "checkpoint_0.pth"
+    whole = torch.load(path, weights_only=True)
+
+    def resume(**changed):
+        torch.save(whole | changed, path)
+        return make_runner(build_golden_model(), job_id="again", resume_ckpt_path=str(path))
+
+    state = whole["optimizer"]["state"]
+    broken = {**state[0], "exp_avg": torch.full_like(state[0]["exp_avg"], float("nan"))}
+    with pytest.raises(CheckpointError, match=r"NaN or infinity among the numbers of optimizer\.state\.0\.exp_avg"):
+        resume(optimizer=whole["optimizer"] | {"state": {**state, 0: broken}})
+    with pytest.raises(CheckpointError, match="its 'epoch' is of type str '0'"):
+        resume(epoch="0")
+    scaler = {"scale": float("nan"), "growth_factor": 2.0}
+    with pytest.raises(CheckpointError, match=r"NaN or infinity among the numbers of scaler\.scale"):
+        resume(scaler=scaler)
+    for entry in ({"epoch": True}, {"epoch": None}, {"optimizer": []}, {"config": "text"}, {"best_metric": "high"}):
+        with pytest.raises(CheckpointError, match=f"its '{next(iter(entry))}' is of type"):
+            resume(**entry)
+    with pytest.raises(CheckpointError, match=r"resume_ckpt_path=null model\.ckpt="):
+        resume(optimizer={"param_groups": 3, "state": {}})
+    wrapped = {f"module.{name}": value for name, value in whole["model"].items()}
+    resumed = resume(model=wrapped)
+    assert_same(weights(first), weights(resumed))
+
+
 def test_validation_keeps_the_best_and_the_last(build_golden_model, make_runner, pool, caplog):
     caplog.set_level("INFO")
     train = Pictures(*pool)
