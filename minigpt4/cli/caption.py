@@ -18,7 +18,7 @@ import os
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from minigpt4.cli import arguments
 from minigpt4.cli.caption_sources import Item, Sources, listed, named_sources
 from minigpt4.cli.parallel import batches_ahead
 from minigpt4.common import facts
-from minigpt4.common.commands import check_positive, command_parser
+from minigpt4.common.commands import check_positive, command_parser, path_argument
 from minigpt4.common.config import Config
 from minigpt4.common.errors import ConfigError
 from minigpt4.common.output import only_run
@@ -40,10 +40,13 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = command_parser("caption", __doc__)
     parser.add_argument("images", nargs="*", metavar="IMAGE", help="pictures and videos")
     parser.add_argument(
-        "--dir", metavar="FOLDER", help="all pictures and videos in a folder, its subfolders and linked folders"
+        "--dir",
+        type=path_argument,
+        metavar="FOLDER",
+        help="all pictures and videos in a folder, its subfolders and linked folders",
     )
     parser.add_argument("--shards", nargs="+", metavar="TAR", help="webdataset tars; globs and {00..09} are expanded")
-    parser.add_argument("--out", metavar="FILE", help="JSONL file to append to (the screen)")
+    parser.add_argument("--out", type=path_argument, metavar="FILE", help="JSONL file to append to (the screen)")
     parser.add_argument(
         "--prompt", metavar="TEXT", help="a question for model.prompt_template, or a whole prompt with <ImageHere>"
     )
@@ -164,7 +167,7 @@ class Captioner:
 
 
 @contextmanager
-def open_output(name: str | None, settings: dict[str, Any]) -> Iterator["Output"]:
+def open_output(name: Path | None, settings: dict[str, Any]) -> Iterator["Output"]:
     """The `Output` of a run. No other run can have it meanwhile.
 
     Raises ConfigError for a path that is no file, one of another run, and as `Output` does.
@@ -174,7 +177,7 @@ def open_output(name: str | None, settings: dict[str, Any]) -> Iterator["Output"
     if name is None:
         yield Output(None, settings)
         return
-    path = Path(name).resolve()
+    path = name.resolve()
     if path.is_dir():
         raise ConfigError(f"--out {name} is a folder; name a file in it.")
     if path.exists() and not (path.is_file() and os.access(path, os.R_OK | os.W_OK)):
@@ -182,7 +185,7 @@ def open_output(name: str | None, settings: dict[str, Any]) -> Iterator["Output"
     main = dist_utils.is_main_process()
     if main:
         check_output(path, settings)  # before a file for the lock is written beside somebody else's file
-    with only_run(path) if main else nullcontext():
+    with only_run(path, main):
         yield Output(path, settings)
 
 

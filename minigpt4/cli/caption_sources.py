@@ -78,14 +78,14 @@ class Sources:
                 yield shard, PictureError(f"the rest of this tar cannot be read: {error}")
 
 
-def named_sources(images: list[str], folder: str | None, shards: list[str]) -> Sources:
+def named_sources(images: list[str], folder: Path | None, shards: list[str]) -> Sources:
     """The files and shards to describe. Raises ConfigError if there are none, and for files that do not exist."""
     from minigpt4.datasets.datasets.shards import shards_of_argument
 
     sources = Sources([Path(path) for path in images])
     check_files(sources.files)
     if folder:
-        if not Path(folder).is_dir():
+        if not folder.is_dir():
             raise ConfigError(f"--dir {folder} is not a folder.")
         for path in walk(folder, sources.unlisted):
             if _is_taken(path):
@@ -100,7 +100,7 @@ def named_sources(images: list[str], folder: str | None, shards: list[str]) -> S
     return sources
 
 
-def walk(folder: str, unlisted: list[Item]) -> list[Path]:
+def walk(folder: Path, unlisted: list[Item]) -> list[Path]:
     """All files in a folder and its subfolders, sorted. Folders that cannot be listed are added to `unlisted`.
 
     A linked folder is read too: after the others, once, and only if it does not contain `folder`.
@@ -109,10 +109,10 @@ def walk(folder: str, unlisted: list[Item]) -> list[Path]:
     def report(error: OSError) -> None:
         unlisted.append((error.filename, PictureError(f"cannot be listed: {error.strerror}")))
 
-    found, seen, waiting, root = [], set(), [folder], os.path.realpath(folder)
+    found, seen, waiting, root = [], set(), [str(folder)], os.path.realpath(folder)
     while waiting:
         start = waiting.pop(0)
-        if start != folder and Path(root).is_relative_to(os.path.realpath(start)):
+        if start != str(folder) and Path(root).is_relative_to(os.path.realpath(start)):
             continue
         for here, folders, names in os.walk(start, onerror=report):
             if (real := os.path.realpath(here)) in seen:

@@ -3,6 +3,7 @@
 import argparse
 import importlib
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 
 def dispatch(
@@ -44,6 +45,13 @@ def command_parser(command: str, usage: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(
         prog=f"minigpt4 {command}", description=usage, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+
+
+def path_argument(text: str) -> Path:
+    """The `type` of an argument that is a path. An empty one is an error, as of a variable that is not set."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the path is empty")
+    return Path(text).expanduser()
 
 
 def check_positive(parser: argparse.ArgumentParser, args: argparse.Namespace, names: Iterable[str]) -> None:

@@ -44,3 +44,10 @@ def test_help_needs_no_torch(command):
     start = time.monotonic()
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
     assert time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize("command", ["caption", "cache-features", "make-random-weights", "rehearse"])
+def test_an_empty_out_is_an_error(command, capsys):
+    with pytest.raises(SystemExit):
+        main([command, "--out", "", "--cfg-path", "x"])
+    assert "argument --out: the path is empty" in capsys.readouterr().err
