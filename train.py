@@ -15,6 +15,7 @@ import sys
 from datetime import datetime
 
 from minigpt4.cli.arguments import add_config_arguments
+from minigpt4.common.commands import accept_any_text
 from minigpt4.common.config import Config
 from minigpt4.common.errors import ConfigError, format_error
 from minigpt4.common.registry import UnknownNameError
@@ -30,6 +31,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     """Read the config, build task, datasets and model, and run."""
+    accept_any_text()
     cfg = Config(parse_args(argv))
     cfg.check_paths(datasets=True)
     warnings = preflight(cfg, training=True)

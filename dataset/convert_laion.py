@@ -123,6 +123,7 @@ def tsv_line(fields: tuple[str, ...]) -> bytes:
 
 def main(usage: str | None = __doc__, name: str = NAME, argv: list[str] | None = None) -> None:
     """The command. name: of the list and the TSV, without suffix."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # a path may have characters that the screen cannot show
     parser = argparse.ArgumentParser(description=usage, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", type=Path, default=f"{name}.json", metavar="FILE", help="JSON list (%(default)s)")
     parser.add_argument("--output", type=Path, default=f"{name}.tsv", metavar="FILE", help="TSV (%(default)s)")

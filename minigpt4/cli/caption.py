@@ -28,7 +28,7 @@ from minigpt4.cli import arguments
 from minigpt4.cli.caption_sources import Item, Sources, listed, named_sources
 from minigpt4.cli.parallel import batches_ahead
 from minigpt4.common import facts
-from minigpt4.common.commands import check_positive, command_parser, path_argument
+from minigpt4.common.commands import check_positive, command_parser, path_argument, text_argument
 from minigpt4.common.config import Config
 from minigpt4.common.errors import ConfigError
 from minigpt4.common.output import only_run
@@ -48,7 +48,10 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--shards", nargs="+", metavar="TAR", help="webdataset tars; globs and {00..09} are expanded")
     parser.add_argument("--out", type=path_argument, metavar="FILE", help="JSONL file to append to (the screen)")
     parser.add_argument(
-        "--prompt", metavar="TEXT", help="a question for model.prompt_template, or a whole prompt with <ImageHere>"
+        "--prompt",
+        type=text_argument,
+        metavar="TEXT",
+        help="a question for model.prompt_template, or a whole prompt with <ImageHere>",
     )
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="pictures at a time (%(default)s)")
     arguments.add_model_arguments(parser)

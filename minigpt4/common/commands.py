@@ -1,9 +1,25 @@
 """Commands: `python -m minigpt4 <command>`, and `bench <kind>` within it. Importing this needs no torch."""
 
 import argparse
+import codecs
 import importlib
+import json
+import os
+import re
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
+
+
+def accept_any_text() -> None:
+    """Let the screen show every text, and the keyboard send any bytes, whatever their encoding.
+
+    A character that the encoding lacks is shown as an escape of JSON's, so that JSON stays valid: é as \\u00e9.
+    """
+    codecs.register_error("json_escape", lambda e: (json.dumps(e.object[e.start : e.end])[1:-1], e.end))
+    for stream, errors in ((sys.stdout, "json_escape"), (sys.stderr, "json_escape"), (sys.stdin, "replace")):
+        if hasattr(stream, "reconfigure"):  # not of a notebook
+            stream.reconfigure(errors=errors)
 
 
 def dispatch(
@@ -52,6 +68,11 @@ def path_argument(text: str) -> Path:
     if not text.strip():
         raise argparse.ArgumentTypeError("the path is empty")
     return Path(text).expanduser()
+
+
+def text_argument(text: str) -> str:
+    """The `type` of an argument that is a text for the model: as UTF-8 where the locale's encoding cannot read it."""
+    return os.fsencode(text).decode(errors="replace") if re.search("[\ud800-\udfff]", text) else text
 
 
 def check_positive(parser: argparse.ArgumentParser, args: argparse.Namespace, names: Iterable[str]) -> None:
