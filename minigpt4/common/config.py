@@ -15,7 +15,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import get_type_hints
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from minigpt4.common import facts
@@ -60,7 +60,7 @@ class Config:
         user, options = load_yaml(args.cfg_path), parse_options(args.options or [])
         request = OmegaConf.merge(user, options)
         imports = OmegaConf.select(request, "run.imports") or []
-        if isinstance(imports, str):
+        if not isinstance(imports, list | ListConfig):
             raise ConfigError(f"run.imports = {imports!r} must be a list of modules, as in [{imports}].")
         import_plugins([*imports, *(getattr(args, "imports", None) or [])])
 
