@@ -24,6 +24,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from minigpt4 import PACKAGE_ROOT
 from minigpt4.cli import arguments
 from minigpt4.cli.caption_sources import Item, Sources, listed, named_sources
 from minigpt4.cli.parallel import batches_ahead
@@ -40,19 +41,12 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = command_parser("caption", __doc__)
     parser.add_argument("images", nargs="*", metavar="IMAGE", help="pictures and videos")
     parser.add_argument(
-        "--dir",
-        type=path_argument,
-        metavar="FOLDER",
-        help="all pictures and videos in a folder, its subfolders and linked folders",
+        "--dir", type=path_argument, metavar="FOLDER", help="all pictures and videos in a folder and those below it"
     )
     parser.add_argument("--shards", nargs="+", metavar="TAR", help="webdataset tars; globs and {00..09} are expanded")
     parser.add_argument("--out", type=path_argument, metavar="FILE", help="JSONL file to append to (the screen)")
-    parser.add_argument(
-        "--prompt",
-        type=text_argument,
-        metavar="TEXT",
-        help="a question for model.prompt_template, or a whole prompt with <ImageHere>",
-    )
+    about = "a question for model.prompt_template, or a whole prompt with <ImageHere>"
+    parser.add_argument("--prompt", type=text_argument, metavar="TEXT", help=about)
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="pictures at a time (%(default)s)")
     arguments.add_model_arguments(parser)
     arguments.add_answer_arguments(parser, sample=False)
@@ -91,7 +85,8 @@ COMMAND = "minigpt4 caption"
 def settings_of(args: argparse.Namespace, cfg: Config) -> dict[str, Any]:
     """What the captions depend on: {name: value}, for JSON."""
     settings = {"prompt": args.prompt} | arguments.given(args, arguments.AnswerSettings)
-    plain = cfg.to_dict()
+    # Another installation of this package has the same files elsewhere.
+    plain = json.loads(json.dumps(cfg.to_dict(), default=str).replace(json.dumps(str(PACKAGE_ROOT))[1:-1], "minigpt4"))
     settings |= {f"model.{key}": value for key, value in plain["model"].items()}
     ckpt = settings.get("model.ckpt")
     if ckpt and os.path.isdir(ckpt):
@@ -215,8 +210,9 @@ class Output:
             self._own = path.with_name(f"{path.name}.part{dist_utils.get_rank()}")
         if dist_utils.is_main_process():
             check_output(path, settings)
-            content = json.dumps({"command": COMMAND, "settings": settings}) + "\n"
-            _settings_file(path).write_text(content, encoding="utf-8")
+            part = path.with_name(f".{path.name}.settings.part")
+            part.write_text(json.dumps({"command": COMMAND, "settings": settings}) + "\n", encoding="utf-8")
+            part.replace(_settings_file(path))
         self.finish()  # an earlier run
         if path.is_file():
             self.done = {_image(line) for line in _whole_lines(path)}
@@ -256,11 +252,8 @@ def check_output(path: Path, settings: dict[str, Any]) -> None:
         logging.warning("%s has no settings file beside it. Its captions count as made with these settings.", path)
     elif captions:
         now = json.loads(json.dumps(settings))
-        differences = [
-            f"{key}: {kept.get(key)!r} there, {now.get(key)!r} here"
-            for key in sorted(kept.keys() | now.keys())
-            if kept.get(key) != now.get(key)
-        ]
+        keys = [key for key in sorted(kept.keys() | now.keys()) if kept.get(key) != now.get(key)]
+        differences = [f"{key}: {kept.get(key)!r} there, {now.get(key)!r} here" for key in keys]
         if differences:
             raise ConfigError(
                 f"--out {path} has captions that were made with other settings. Name another file, or use the same "
@@ -281,7 +274,7 @@ def _kept_settings(path: Path) -> dict[str, Any] | None:
             return content["settings"]
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass
     raise ConfigError(f"--out {path}: {file.name} beside it is not a settings file of `caption`. Name another --out.")
 
@@ -331,7 +324,7 @@ def _is_cut_off(line: bytes) -> bool:
     """Whether a line is the beginning of one that this command writes."""
     try:
         json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return line.startswith(LINE_START) or LINE_START.startswith(line)
     return False
 
@@ -340,8 +333,9 @@ def _image(line: bytes) -> str | None:
     """The image that a line describes; None: this command did not write the line."""
     try:
         entry = json.loads(line)
-        return entry["image"] if entry.keys() - {"frames"} == {"image", "caption"} else None
-    except (ValueError, KeyError, TypeError, AttributeError):
+        ours = entry.keys() - {"frames"} == {"image", "caption"} and isinstance(entry["image"], str)
+        return entry["image"] if ours else None
+    except (ValueError, AttributeError, RecursionError):
         return None
 
 

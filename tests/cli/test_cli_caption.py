@@ -289,6 +289,8 @@ OTHERS = {
     "data set": b'{"image": "a", "caption": "b", "id": 3}\n{"image": "c", "caption": "d", "id": 4}\n',
     "jpeg": picture_bytes(0, size=32, format="JPEG"),
     "blank": b"\n",
+    "deep": b"[" * 100_000,
+    "an image that is a list": b'{"image": ["a"], "caption": "b"}\n',
 }
 
 
