@@ -27,6 +27,8 @@ from minigpt4.quantization.fp8 import Fp8Linear
 # Largest norm of a difference, as a share of the norm of the library's result. Rounding gives about 1e-6 in float32,
 # 0.01 in 16 bit and 0.1 in fp8.
 EXACT_TOLERANCE, TOLERANCE, FP8_TOLERANCE = 1e-3, 0.05, 0.3
+# The same for a decoding step through all layers in 16 bit: rounding gives 0.03 in the 32 of Vicuna-7B.
+STEP_TOLERANCE = 0.2
 LAYERS = 2
 # Token ids that all sequences share, and the others of each.
 PREFIX = [1, 2]
@@ -201,7 +203,7 @@ def largest_difference(results: Results, expected: Results) -> float:
     return torch.stack([(a.float() - b.float()).norm() / b.float().norm() for a, b in pairs]).max().item()
 
 
-def tolerance_of(result: torch.Tensor) -> float:
+def _tolerance_of(result: torch.Tensor) -> float:
     """The largest difference from a result that rounding explains."""
     exact = result.dtype == torch.float32 and not torch.is_autocast_enabled(result.device.type)
     return EXACT_TOLERANCE if exact else TOLERANCE
@@ -217,7 +219,7 @@ def _agree(name: str, compute: Callable[[], Results], by_library: Callable[[], R
     except Exception as error:  # whatever a changed library raises
         logging.warning("%s does not run with this library (%s: %s). It is off.", name, type(error).__name__, error)
         return False
-    if difference <= (FP8_TOLERANCE if in_fp8 else tolerance_of(expected[0])):  # NaN is not
+    if difference <= (FP8_TOLERANCE if in_fp8 else _tolerance_of(expected[0])):  # NaN is not
         return True
     logging.warning("%s differs from the library's own result by %.2g. It is off.", name, difference)
     return False

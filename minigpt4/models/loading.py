@@ -69,21 +69,29 @@ def vision_parts(cfg: MiniGPT4Config, sources: Sources, device: torch.device, dt
     """
     device = device if cfg.load_vision else torch.device("meta")
     dtype = dtype if cfg.vit_precision == "fp16" else torch.float32
-    with torch.device("meta" if sources.vision else device):
-        vit = eva_vit.create_vit(cfg.vit_model, cfg.image_size, cfg.drop_path_rate, cfg.use_grad_checkpoint)
-    if cfg.freeze_vit:
-        cast_matrices(vit, dtype)
-    if sources.vision:
-        used = eva_vit.checkpoint_filter_fn(sources.vision, vit)
-        source = facts.vit_weights(cfg.vit_model, cfg.vit_weights)
-        _say_unused(sources.vision, used, source)
-        checkpoint.load_weights(vit, used, source, set(vit.state_dict()), device)
-        vit.give_buffers_memory(device)
+    vit = load_encoder(cfg, sources.vision, device, dtype)
     with torch.device("meta" if sources.qformer else device):
         q_former = qformer.QFormer(vit.embed_dim, **cfg.qformer)
     if cfg.freeze_qformer:
         cast_matrices(q_former, dtype)
     return {"visual_encoder": vit, "Qformer": q_former, "num_query_token": cfg.num_query_token, "dtype": dtype}
+
+
+def load_encoder(
+    cfg: MiniGPT4Config, weights: State | None, device: torch.device, dtype: torch.dtype
+) -> eva_vit.EvaViT:
+    """The vision encoder on `device`, with the given weights. If frozen, its matrices are in `dtype`."""
+    with torch.device("meta" if weights else device):
+        vit = eva_vit.create_vit(cfg.vit_model, cfg.image_size, cfg.drop_path_rate, cfg.use_grad_checkpoint)
+    if cfg.freeze_vit:
+        cast_matrices(vit, dtype)
+    if weights:
+        used = eva_vit.checkpoint_filter_fn(weights, vit)
+        source = facts.vit_weights(cfg.vit_model, cfg.vit_weights)
+        _say_unused(weights, used, source)
+        checkpoint.load_weights(vit, used, source, set(vit.state_dict()), device)
+        vit.give_buffers_memory(device)
+    return vit
 
 
 def cast_matrices(module: nn.Module, dtype: torch.dtype) -> None:

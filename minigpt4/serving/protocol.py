@@ -1,5 +1,6 @@
 """The format of requests: the part of OpenAI's chat completions that this endpoint supports."""
 
+import codecs
 from typing import Annotated, Literal
 
 from omegaconf import OmegaConf
@@ -93,7 +94,7 @@ class ChatRequest(_Strict, RowSampling):
 def read_request(body: bytes) -> ChatRequest:
     """Parse and check the body of a request. Raises ApiError."""
     try:
-        fields = from_json(body)
+        fields = from_json(body.removeprefix(codecs.BOM_UTF8))
     except ValueError as error:
         raise ApiError(400, f"The body is not JSON: {error}.") from None
     if not isinstance(fields, dict):

@@ -618,3 +618,12 @@ def test_a_model_that_takes_packed_batches_too(llm):
     assert allow_packing(llm)
     assert cached_decoding.supports(llm)
     assert run(llm, embeds, mask) == expected
+
+
+def test_what_the_check_of_a_compiled_step_takes_for_rounding():
+    expected = torch.randn(2, 100, generator=torch.Generator().manual_seed(0))
+    rounded, other = expected + 0.03 * expected.roll(1), expected.roll(1)
+    loop._check_step(rounded, expected, exact=False)
+    for logits, exact in ((rounded, True), (other, False), (expected * float("nan"), False)):
+        with pytest.raises(RuntimeError, match="differs"):
+            loop._check_step(logits, expected, exact)

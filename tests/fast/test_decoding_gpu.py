@@ -123,6 +123,16 @@ def test_logits_of_compiled_layers_equal_eager_ones(lengths, weights):
     assert (compiled - plain).norm() < bound * plain.norm()
 
 
+@pytest.mark.parametrize("layers", [2, 24])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_compiled_step_passes_its_check(dtype, layers, caplog):
+    llm = random_llm(dtype, num_hidden_layers=layers)
+    embeds, mask = prompts(30, 20)
+    cached_decoding.decoders[llm] = Decoder(llm, compiled=True)
+    run(llm, embeds.to(dtype), mask)
+    assert cached_decoding.decoders[llm].compiled and "could not be compiled" not in caplog.text
+
+
 @pytest.mark.parametrize("options", [{}, {"top_p": 0.8}, {"top_k": 5, "temperature": 0.7, "repetition_penalty": 1.3}])
 def test_sampling_repeats_with_its_seed(llm, options):
     embeds, mask = prompts(30, 30)

@@ -106,6 +106,10 @@ def test_half_characters(fields):
         read(**fields)
 
 
+def test_a_byte_order_mark_is_passed_over():
+    assert read_request(b"\xef\xbb\xbf" + json.dumps(GOOD).encode()) == read()
+
+
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"3", b"\xff\xfe", b"[" * 100_000, b'{"a":' * 50_000, b"1" * 9000])
 def test_no_json_object(body):
     with pytest.raises(ApiError, match="The body"):
