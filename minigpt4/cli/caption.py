@@ -88,6 +88,7 @@ def settings_of(args: argparse.Namespace, cfg: Config) -> dict[str, Any]:
     # Another installation of this package has the same files elsewhere.
     plain = json.loads(json.dumps(cfg.to_dict(), default=str).replace(json.dumps(str(PACKAGE_ROOT))[1:-1], "minigpt4"))
     settings |= {f"model.{key}": value for key, value in plain["model"].items()}
+    settings["run.video_backend"] = plain["run"]["video_backend"]
     ckpt = settings.get("model.ckpt")
     if ckpt and os.path.isdir(ckpt):
         settings["model.ckpt"] = str(facts.newest_checkpoint(Path(ckpt)) or ckpt)

@@ -13,7 +13,7 @@ from PIL import Image
 from minigpt4.cli.arguments import check_files
 from minigpt4.common.errors import ConfigError
 from minigpt4.conversation import PictureError, videos
-from minigpt4.conversation.pictures import FORMATS
+from minigpt4.conversation.pictures import OWN_FORMATS
 
 # A file with such a name is taken for a picture, and is an unreadable one if it is none. Others are taken by content.
 SUFFIXES = {
@@ -137,7 +137,7 @@ def _is_taken(path: Path) -> bool:
             if file.read(12)[4:] in HEIC:
                 return True
             file.seek(0)
-            Image.open(file, formats=FORMATS)
+            Image.open(file, formats=OWN_FORMATS)
             return True
     except OSError:
         return False

@@ -374,6 +374,8 @@ def test_folders_are_read_by_content(run, folder, tmp_path, caplog):
     """Whatever the suffix. Linked folders are read once, and links in a circle end."""
     for name in ("a.jfif", "b.JPE", "no_suffix", "deep/c.dat"):
         (folder / name).write_bytes(picture_bytes(0, size=32, format="JPEG"))
+    for name, form in (("d.avif", "AVIF"), ("avif", "AVIF"), ("e.tif", "TIFF"), ("f.tiff", "TIFF"), ("tiff.1", "TIFF")):
+        (folder / name).write_bytes(picture_bytes(0, size=32, format=form))
     for name in ("notes.txt", "more.TXT", "table.csv", "README", "._a.jfif"):
         (folder / name).write_text("no picture")
     os.mkfifo(folder / "pipe")
@@ -392,7 +394,8 @@ def test_folders_are_read_by_content(run, folder, tmp_path, caplog):
     assert status == 0
     names = {line["image"].removeprefix(f"{folder}/") for line in lines}
     own = {str(path.relative_to(folder)) for path in folder.rglob("*.png") if path.name in {p.name for p in IMAGES}}
-    assert names == own | {"a.jfif", "b.JPE", "no_suffix", "deep/c.dat", "again/x.png", "again/sub/y.png"}
+    others = {"a.jfif", "b.JPE", "no_suffix", "deep/c.dat", "d.avif", "avif", "e.tif", "f.tiff", "tiff.1"}
+    assert names == own | others | {"again/x.png", "again/sub/y.png"}
     assert len(lines) == len(names)
     said = next(r.getMessage() for r in caplog.records if r.getMessage().startswith("Passed over"))
     for part in ("2 × .txt", "1 × .csv", "1 × without suffix", "1 × .jfif", "3 × not a file"):
