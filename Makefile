@@ -49,7 +49,7 @@ lock: $(VENV)/.installed-test
 clean:
 	@for env in "$(VENV)" "$(IMG2DATASET_VENV)"; do \
 		if [ -e "$$env/.made-by-make" ]; then rm -rf "$$env" && echo "Removed $$env."; \
-		elif [ -e "$$env" ]; then echo "Kept $$env: it was there before make was. Remove it by hand."; fi; done
+		elif [ -e "$$env" ]; then echo "Kept $$env: it has no mark of make's. Remove it by hand."; fi; done
 	@for folder in data output; do [ ! -e $$folder ] || \
 		echo "Kept $$folder/, with the pictures and checkpoints in it. Remove it by hand."; done
 

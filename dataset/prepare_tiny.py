@@ -204,6 +204,8 @@ def prepare(output: Path, force: bool = False) -> None:
 
     Exits if files of others are in the way and `force` is False. With `force` they are removed.
     """
+    if output.exists() and not output.is_dir():
+        sys.exit(f"Error: {output} is not a folder. Name another one with --output.")
     if is_complete(output):
         logger.info("%s is complete; nothing to do.", output)
         return

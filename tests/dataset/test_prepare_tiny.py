@@ -13,7 +13,7 @@ import pytest
 import webdataset as wds
 from PIL import Image
 from pixel_baseline import pixel_baseline
-from tiny_pictures import TINY_DIR, encode_webp, read_pictures, write_tar
+from tiny_pictures import TINY_DIR, encode_webp, read_pictures, refuse_existing, write_tar
 from tiny_text import caption_of, full_sentence, load_concepts, named
 
 from minigpt4.datasets.datasets.cc_sbu_dataset import CCSBUAlignDataset
@@ -249,6 +249,21 @@ def test_another_prepared_json_is_not_replaced(small, tmp_path):
     with pytest.raises(SystemExit, match="prepared.json was not written by this script"):
         prepare_tiny.prepare(tmp_path)
     assert (tmp_path / "prepared.json").read_text() == '{"prepared": ["dinner"]}'
+
+
+def test_an_output_that_is_a_file(tmp_path):
+    (tmp_path / "file").write_text("of the user")
+    with pytest.raises(SystemExit, match="file is not a folder"):
+        prepare_tiny.prepare(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "of the user"
+
+
+def test_other_scripts_refuse_files_that_exist(tmp_path):
+    refuse_existing(tmp_path, ["figures.json"], own=TINY_DIR)
+    (tmp_path / "figures.json").write_text("of the user")
+    with pytest.raises(SystemExit, match="figures.json exists already"):
+        refuse_existing(tmp_path, ["concepts.json", "figures.json"], own=TINY_DIR)
+    refuse_existing(tmp_path, ["figures.json"], own=tmp_path)
 
 
 def test_a_kill_between_two_parts_can_be_continued(own_copy, monkeypatch):
