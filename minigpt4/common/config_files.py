@@ -95,8 +95,7 @@ def _option_value(text: str, key: str):
 def import_plugins(modules: list[str]) -> None:
     """Import modules that register plug-ins. Raises ConfigError if one cannot be found, or is not named as a module."""
     for module in modules:
-        parts = module.split(".") if isinstance(module, str) else [""]
-        if parts[-1] == "py" or not all(part.isidentifier() for part in parts):
+        if not re.fullmatch(r"[^\s./\\]+(\.(?!py$)[^\s./\\]+)*", module if isinstance(module, str) else ""):
             raise ConfigError(
                 f"{module!r} (--import, run.imports) is not the name of a module. Put the folder of the file on "
                 "PYTHONPATH, and give the name without .py: my_plugin for my_plugin.py."

@@ -245,3 +245,9 @@ def test_a_key_given_twice():
     with pytest.raises(ConfigError, match=r"storage more than once: 'data/laion/00000.tar' and .*put quotes around"):
         parse_options(shards)
     assert parse_options(["run.seed=1", "run.seed=2"]).run.seed == 2
+
+
+def test_a_plugin_whose_name_is_no_identifier(tmp_path, monkeypatch):
+    (tmp_path / "my-plugin.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert load(STAGE1, "run.imports=[my-plugin]").run_cfg.imports == ["my-plugin"]
