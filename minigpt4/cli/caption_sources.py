@@ -19,7 +19,7 @@ from minigpt4.conversation.pictures import OWN_FORMATS
 SUFFIXES = {
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif")
 }
-HEIC = (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftypmsf1", b"ftyphevc")  # bytes 4 to 11; Pillow alone cannot tell
+HEIC = (b"ftyphe", b"ftypmif", b"ftypmsf")  # how its bytes from the fourth on begin; Pillow alone does not know them
 COMPANIONS = {".json", ".txt"}  # of a picture in a shard
 Item = tuple[str, Path | bytes | PictureError]  # its name and its content, or why there is none
 
@@ -119,7 +119,8 @@ def walk(folder: Path, unlisted: list[Item]) -> list[Path]:
                 folders.clear()
                 continue
             seen.add(real)
-            waiting += sorted(path for name in folders if os.path.islink(path := os.path.join(here, name)))
+            folders.sort()  # of two links to a folder, every run and every rank takes the same
+            waiting += [path for name in folders if os.path.islink(path := os.path.join(here, name))]
             found += [Path(here, name) for name in names]
     return sorted(found)
 
@@ -134,7 +135,7 @@ def _is_taken(path: Path) -> bool:
         return True
     try:
         with open(path, "rb") as file:
-            if file.read(12)[4:] in HEIC:
+            if file.read(12)[4:].startswith(HEIC):
                 return True
             file.seek(0)
             Image.open(file, formats=OWN_FORMATS)
