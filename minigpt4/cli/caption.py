@@ -282,10 +282,8 @@ def _kept_settings(path: Path) -> dict[str, Any] | None:
 
 def _parts(path: Path) -> list[Path]:
     """The files of the ranks of an interrupted run."""
-    if not path.parent.is_dir():
-        return []
     form = re.compile(re.escape(path.name) + r"\.part\d+")
-    return sorted(file for file in path.parent.iterdir() if form.fullmatch(file.name))
+    return sorted(file for file in path.parent.glob("*.part*") if form.fullmatch(file.name))
 
 
 def _whole_lines(path: Path, marked: bool = True) -> list[bytes]:

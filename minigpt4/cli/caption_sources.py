@@ -28,13 +28,12 @@ Item = tuple[str, Path | bytes | PictureError]  # its name and its content, or w
 class Sources:
     """What the arguments name.
 
-    unlisted: the folders that cannot be listed. passed_in_folders, passed_in_shards: the numbers of files that are no
-    pictures or videos, by suffix; those of shards as far as this rank has read them.
+    passed_in_folders, passed_in_shards: the numbers of files that are no pictures or videos, by suffix; those of shards
+    as far as this rank has read them.
     """
 
     files: list[Path] = field(default_factory=list)
     shards: list[str] = field(default_factory=list)
-    unlisted: list[Item] = field(default_factory=list)
     passed_in_folders: Counter[str] = field(default_factory=Counter)
     passed_in_shards: Counter[str] = field(default_factory=Counter)
 
@@ -50,7 +49,6 @@ class Sources:
         parts += [(shard, rank, ranks) for shard in self.shards[whole:]]
 
         def items() -> Iterator[Item]:
-            yield from self.unlisted[rank::ranks]
             yield from ((str(path), path) for path in files)
             for part in parts:
                 yield from self._read(*part, done)
@@ -87,11 +85,11 @@ def named_sources(images: list[str], folder: Path | None, shards: list[str]) -> 
     if folder:
         if not folder.is_dir():
             raise ConfigError(f"--dir {folder} is not a folder.")
-        for path in walk(folder, sources.unlisted):
+        for path in walk(folder):
             if _is_taken(path):
                 sources.files.append(path)
             else:
-                sources.passed_in_folders[_kind(path)] += 1
+                sources.passed_in_folders[path.suffix.lower() if path.is_file() else "not a file"] += 1
     sources.files = list(dict.fromkeys(sources.files))  # a file may be named, and be in the folder too
     sources.shards = list(dict.fromkeys(shards_of_argument(shards)))
     if not sources.files and not sources.shards:
@@ -100,28 +98,24 @@ def named_sources(images: list[str], folder: Path | None, shards: list[str]) -> 
     return sources
 
 
-def walk(folder: Path, unlisted: list[Item]) -> list[Path]:
-    """All files in a folder and its subfolders, sorted. Folders that cannot be listed are added to `unlisted`.
+def walk(folder: Path) -> list[Path]:
+    """All files in a folder and its subfolders, and the subfolders that cannot be listed, sorted.
 
     A linked folder is read too: after the others, once, and only if it does not contain `folder`.
     """
-
-    def report(error: OSError) -> None:
-        unlisted.append((error.filename, PictureError(f"cannot be listed: {error.strerror}")))
-
     found, seen, waiting, root = [], set(), [str(folder)], os.path.realpath(folder)
     while waiting:
         start = waiting.pop(0)
         if start != str(folder) and Path(root).is_relative_to(os.path.realpath(start)):
             continue
-        for here, folders, names in os.walk(start, onerror=report):
+        for here, folders, names in os.walk(start, onerror=lambda error: found.append(Path(error.filename))):
             if (real := os.path.realpath(here)) in seen:
                 folders.clear()
                 continue
             seen.add(real)
             folders.sort()  # of two links to a folder, every run and every rank takes the same
             waiting += [path for name in folders if os.path.islink(path := os.path.join(here, name))]
-            found += [Path(here, name) for name in names]
+            found.extend(Path(here, name) for name in names)
     return sorted(found)
 
 
@@ -129,6 +123,8 @@ def _is_taken(path: Path) -> bool:
     """Whether a file of a folder is a picture or a video, by its suffix or its content."""
     if path.name.startswith("._"):  # a Mac's companion of another file
         return False
+    if path.is_dir():  # it cannot be listed, and opening it tells why
+        return True
     if not path.is_file():  # a broken link is reported; a pipe or a device could not be opened without waiting
         return path.is_symlink() and not path.exists() and path.suffix.lower() in SUFFIXES
     if path.suffix.lower() in SUFFIXES or videos.is_video(path):
@@ -144,10 +140,6 @@ def _is_taken(path: Path) -> bool:
         return False
     except Exception:  # it begins like a picture, and is damaged or too large: open_picture says why
         return True
-
-
-def _kind(path: Path) -> str:
-    return path.suffix.lower() if path.is_file() else "not a file"
 
 
 def listed(passed_over: Counter[str]) -> str:

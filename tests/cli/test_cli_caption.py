@@ -431,3 +431,18 @@ def test_a_line_that_was_cut_off_is_written_again(tmp_path, rest):
     path.write_text(whole + rest)
     assert _whole_lines(path) == [whole.encode()]
     assert path.read_text() == whole
+
+
+def test_a_folder_that_cannot_be_listed_is_reported(run, folder, caplog, monkeypatch):
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("secret"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    (folder / "secret").mkdir()
+    monkeypatch.setattr(os, "scandir", refuse)
+    status, lines = run("--dir", folder)
+    assert (status, len(lines)) == (1, len(IMAGES))
+    assert f"{folder}/secret: " in caplog.text
