@@ -68,7 +68,7 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	$(PIP) --constraint requirements.lock --editable '.[tiny,test]'
 	touch $@
 
-# img2dataset pins older versions of webdataset, pandas and opencv than ours.
+# img2dataset pins older versions of webdataset and pandas than ours.
 $(IMG2DATASET_VENV)/.installed:
 	@[ -e "$(IMG2DATASET_VENV)" ] || { mkdir -p "$(IMG2DATASET_VENV)" && touch "$(IMG2DATASET_VENV)/.made-by-make"; }
 	$(PYTHON) -m venv $(IMG2DATASET_VENV)

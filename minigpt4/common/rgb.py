@@ -1,7 +1,7 @@
 """Opening picture files, and turning any decoded picture into RGB. Training, chat and the commands all do it here.
 
 Pictures come from anywhere: a few kB can unpack to gigabytes. So the size in the header is compared with a bound before
-anything is decompressed, and the text in a PNG is never unpacked if it is long.
+anything is decompressed, and what a PNG holds beside its pixels cannot make it unreadable.
 """
 
 import io
@@ -18,8 +18,8 @@ MAX_PIXELS = 64_000_000
 REDUCIBLE = 4
 WHITE = (255, 255, 255)
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-# Chunks with text, and a colour profile, which nothing here reads.
-PNG_TEXT = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
+# The chunks of a PNG that decide how it looks. The others hold texts, profiles, times …
+PNG_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
 
 
 def open_image(file: BinaryIO, formats: tuple[str, ...] | None = None, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -40,11 +40,13 @@ def open_image(file: BinaryIO, formats: tuple[str, ...] | None = None, max_pixel
         formats = tuple(name for name in formats if name in Image.OPEN)
     try:
         return _open_bounded(file, formats, max_pixels)
-    except ValueError:  # Pillow unpacks at most 1 MB of a text
-        content = _without_text(file)
-        if content is None:
+    except Image.DecompressionBombError:
+        raise
+    except Exception:  # Pillow refuses a PNG for a text of more than 1 MB, unpacked, and for a damaged note
+        file.seek(0)
+        if file.read(len(PNG_SIGNATURE)) != PNG_SIGNATURE:
             raise
-        return _open_bounded(io.BytesIO(content), formats, max_pixels)
+        return _open_bounded(io.BytesIO(_pixels_alone(file.read())), formats, max_pixels)
 
 
 def to_rgb(image: Image.Image, background: tuple[int, int, int] | None = None) -> Image.Image:
@@ -169,17 +171,13 @@ def _to_rgba(image: Image.Image) -> Image.Image:
     return (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
 
 
-def _without_text(file: BinaryIO) -> bytes | None:
-    """The content of a PNG file without its texts and its profile; None for another file."""
-    file.seek(0)
-    content = file.read()
-    if not content.startswith(PNG_SIGNATURE):
-        return None
-    kept, place = [PNG_SIGNATURE], len(PNG_SIGNATURE)
-    while place < len(content):  # a chunk: its length, its kind, its data, a checksum
-        end = place + 12 + int.from_bytes(content[place : place + 4])
-        if content[place + 4 : place + 8] not in PNG_TEXT:
-            kept.append(content[place:end])
+def _pixels_alone(chunks: bytes) -> bytes:
+    """A PNG file with none but PNG_CHUNKS. chunks: the content of a PNG file after its signature."""
+    kept, place = [PNG_SIGNATURE], 0
+    while place < len(chunks):  # a chunk: its length, its kind, its data, a checksum
+        end = place + 12 + int.from_bytes(chunks[place : place + 4])
+        if chunks[place + 4 : place + 8] in PNG_CHUNKS:
+            kept.append(chunks[place:end])
         place = end
     return b"".join(kept)
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import io
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -69,7 +70,7 @@ def to_picture(image: str | Path | bytes | BinaryIO | Image.Image | np.ndarray) 
             image = from_array(image)
         if isinstance(image, Image.Image):
             return to_rgb(image, WHITE)
-    except (ValueError, OSError) as error:  # OSError: a file that Pillow has not read yet, and cannot
+    except (ValueError, OSError, SyntaxError) as error:  # of a file that Pillow has not read yet, and cannot
         raise PictureError(str(error)) from None
     if isinstance(image, str | Path | bytes | bytearray) or hasattr(image, "read"):
         return open_picture(image)
@@ -81,8 +82,8 @@ def to_picture(image: str | Path | bytes | BinaryIO | Image.Image | np.ndarray) 
 
 def name_of(path: str | Path) -> str:
     """The name of a file in messages, without its folder. Raises PictureError for a URL."""
-    if isinstance(path, str) and path.startswith(("http:", "https:", "ftp:", "file:", "data:")):
-        raise PictureError(f"{path[:100]} is a URL, not a file. Download it, and give the path of the file.")
+    if str(path).startswith(("http:/", "https:/", "ftp:/", "file:/", "data:")):  # a Path has only one slash
+        raise PictureError(f"{str(path)[:100]} is a URL, not a file. Download it, and give the path of the file.")
     return Path(path).name
 
 
@@ -94,5 +95,6 @@ def accepted(formats: tuple[str, ...]) -> str:
 
 def _read(file: BinaryIO, max_pixels: int, formats: tuple[str, ...]) -> Image.Image:
     image = open_image(file, (*formats, HEIF), max_pixels)
-    ImageOps.exif_transpose(image, in_place=True)
+    with suppress(Exception):  # a damaged note on how to turn it; damaged pixels raise again below
+        ImageOps.exif_transpose(image, in_place=True)
     return to_rgb(image, WHITE)

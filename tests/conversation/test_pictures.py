@@ -2,6 +2,7 @@
 
 import io
 import os
+from pathlib import Path
 
 import pytest
 from helpers import GOLDEN
@@ -85,8 +86,9 @@ def test_urls_and_contents():
     with pytest.raises(PictureError, match="^The picture is not a picture"):
         open_picture(b"x")
     for url in ("https://example.com/cat.png", "data:image/png;base64,AAAA", "file:///cat.png"):
-        with pytest.raises(PictureError, match="is a URL, not a file. Download it"):
-            open_picture(url)
+        for path in (url, Path(url)):  # the commands make a Path of what they are given
+            with pytest.raises(PictureError, match="is a URL, not a file. Download it"):
+                open_picture(path)
 
 
 def test_heic(tmp_path):
