@@ -273,7 +273,7 @@ def _kept_settings(path: Path) -> dict[str, Any] | None:
         content = json.loads(file.read_text(encoding="utf-8"))
         if content["command"] == COMMAND:
             return content["settings"]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass

@@ -228,6 +228,8 @@ def test_seeds_make_sampling_repeatable(run, tmp_path):
         ([str(IMAGES[0]), "gone.png", "docs"], "There is no file gone.png, docs."),
         ([f"{n}.png" for n in range(9)], "There is no file 0.png, 1.png, 2.png (and 6 more)."),
         ([str(IMAGES[0]), "--out", "/"], "--out / is a folder"),
+        ([str(IMAGES[0]), "--out", str(ROOT / "train.py" / "out.jsonl")], "train.py/out.jsonl cannot be written"),
+        ([str(IMAGES[0]), "--out", "/dev/null"], "--out /dev/null is no file that can be written"),
         ([str(IMAGES[0]), "--out", str(ROOT / "train.py")], "train.py exists, and its line"),
         ([str(IMAGES[0]), "--prompt", "<ImageHere> or <ImageHere>"], "must have <ImageHere> once"),
     ],
