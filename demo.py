@@ -10,7 +10,7 @@ import argparse
 import sys
 
 from minigpt4.cli.arguments import add_model_arguments, check_address
-from minigpt4.common.commands import check_positive
+from minigpt4.common.commands import accept_any_text, check_positive
 from minigpt4.common.config import Config
 from minigpt4.common.errors import format_error, is_mistake
 from minigpt4.doctor.checks import log_warnings, preflight
@@ -41,6 +41,7 @@ def _account(text: str) -> tuple[str, str]:
 
 def main(argv: list[str] | None = None) -> None:
     """Check the config, serve the page, load the model, and run until Ctrl-C."""
+    accept_any_text()
     args = parse_args(argv)
     cfg = Config(args)
     cfg.check_paths()

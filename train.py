@@ -14,6 +14,7 @@ import logging
 import sys
 
 from minigpt4.cli.arguments import add_config_arguments
+from minigpt4.common.commands import accept_any_text
 from minigpt4.common.config import Config
 from minigpt4.common.errors import format_error, is_mistake
 from minigpt4.doctor.checks import log_warnings, preflight
@@ -28,6 +29,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     """Read the config, build task, datasets and model, and run."""
+    accept_any_text()
     cfg = Config(parse_args(argv))
     cfg.check_paths(datasets=True)
     warnings = preflight(cfg, training=True)

@@ -7,7 +7,7 @@ python -m minigpt4 serve --cfg-path eval_configs/minigpt4_eval.yaml
 
 import sys
 
-from minigpt4.common.commands import dispatch
+from minigpt4.common.commands import accept_any_text, dispatch
 
 COMMANDS = {
     "chat": "chat about pictures in the terminal",
@@ -27,6 +27,7 @@ def main(argv: list[str] | None = None) -> int | str | None:
     """Run a command. Returns the process's exit status, or a message for stderr."""
     from minigpt4.common.errors import format_error, is_mistake
 
+    accept_any_text()
     try:
         return dispatch(sys.argv[1:] if argv is None else argv, __doc__, COMMANDS, _module_of)
     except Exception as error:

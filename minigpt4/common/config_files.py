@@ -1,6 +1,7 @@
 """Sources of settings: YAML files, and the default files that belong to a request."""
 
 import importlib
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -93,8 +94,16 @@ def conflict(ours: dict, theirs: dict) -> tuple[str, Any] | tuple[()]:
 
 
 def import_plugins(modules: list[str]) -> None:
-    """Import modules that register plug-ins. Raises ConfigError if one cannot be found or registered."""
+    """Import modules that register plug-ins.
+
+    Raises ConfigError if one cannot be found or registered, or is not named as a module.
+    """
     for module in modules:
+        if not re.fullmatch(r"[^\s./\\]+(\.(?!py$)[^\s./\\]+)*", module if isinstance(module, str) else ""):
+            raise ConfigError(
+                f"{module!r} (--import, run.imports) is not the name of a module. Put the folder of the file on "
+                "PYTHONPATH, and give the name without .py: my_plugin for my_plugin.py."
+            )
         try:
             importlib.import_module(module)
         except ModuleNotFoundError as error:

@@ -18,6 +18,7 @@ import torch
 import webdataset as wds
 
 from minigpt4.common.errors import ConfigError
+from minigpt4.common.output import own_folder
 
 MANIFEST = "cache.json"
 
@@ -35,12 +36,12 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
 
 
 def open_cache(folder: str | Path, manifest: dict[str, Any]) -> None:
-    """Begin a cache, or continue the one in the folder. Raises ConfigError if that has another manifest.
+    """Begin a cache, or continue the one in the folder. Raises ConfigError if that has another manifest or other files.
 
     Several processes may do so at once: all write the same content.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    own_folder(folder, MANIFEST)
     path = folder / MANIFEST
     if path.exists():
         check_same(read_manifest(folder), manifest, f"{folder} holds a cache that differs from the one asked for")

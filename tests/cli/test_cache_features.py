@@ -1,6 +1,7 @@
 """python -m minigpt4 cache-features, and training from its features: the same numbers as from the pictures."""
 
 import json
+import re
 import tarfile
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ from minigpt4.__main__ import main
 from minigpt4.cli import cache_features
 from minigpt4.common import dist_utils
 from minigpt4.common.config import Config
+from minigpt4.common.output import only_run
 from minigpt4.common.registry import registry
 from minigpt4.datasets.datasets.feature_dataset import FeatureSet
 from minigpt4.models import MiniGPT4
@@ -334,3 +336,29 @@ def test_uint8_is_normalised_on_the_gpu_as_on_the_cpu(configs):
     on_cpu, on_gpu = (to_device(batch, torch.device(kind))["image"] for kind in ("cpu", "cuda"))
     assert on_gpu.is_cuda and on_gpu.dtype == torch.float32
     torch.testing.assert_close(on_gpu.cpu(), on_cpu, atol=1e-6, rtol=0)
+
+
+def test_a_folder_with_other_shards_is_refused(configs, tmp_path, monkeypatch):
+    """The shards of the pictures have the same names as those of their features."""
+    monkeypatch.setattr(cache_features, "load_vision", lambda *_: pytest.fail("loaded the encoder"))
+    storage = tmp_path / "laion" / "00000.tar"
+    storage.parent.mkdir()
+    write_tar(storage, [("0.jpg", picture_bytes(0, format="JPEG")), ("0.txt", b"A caption.")])
+    before = storage.read_bytes()
+    message = cache(configs["stage1"], tmp_path, f"datasets.laion.build_info.storage={storage}")
+    assert f"--out {tmp_path}/laion has files that this command did not write, e.g. 00000.tar" in message
+    assert storage.read_bytes() == before and [path.name for path in storage.parent.iterdir()] == ["00000.tar"]
+
+
+@pytest.mark.parametrize("name", ["file", "file/below"])
+def test_an_out_that_can_be_no_folder(configs, tmp_path, monkeypatch, name):
+    monkeypatch.setattr(cache_features, "load_vision", lambda *_: pytest.fail("loaded the encoder"))
+    (tmp_path / "file").write_text("of the user")
+    message = cache(configs["stage1"], tmp_path / name)
+    assert re.search(f"^Error: --out {tmp_path / name}(/laion)? cannot be a folder: ", message)
+    assert (tmp_path / "file").read_text() == "of the user"
+
+
+def test_a_second_run_on_the_same_folder_is_refused(configs, tmp_path):
+    with only_run(tmp_path):
+        assert "another run is writing there" in cache(configs["stage1"], tmp_path)

@@ -126,6 +126,15 @@ def test_option_values(option, expected):
         ("run.imports=[no.such.module]", r"Cannot import 'no\.such\.module'"),
         ("run=3", r"not of the form"),
         ("run.imports=my.module", r"run\.imports = 'my\.module' must be a list"),
+        ("run.imports=3", r"run\.imports = 3 must be a list"),
+        ("run.imports={a: b}", r"run\.imports = \{'a': 'b'\} must be a list"),
+        ("run.imports=[3]", r"^3 \(--import, run\.imports\) is not the name of a module"),
+        ("run.imports=[null]", r"^None \(--import, run\.imports\) is not the name of a module"),
+        ("run.imports=['']", r"^'' \(--import, run\.imports\) is not the name of a module"),
+        ("run.imports=[./my_plugin.py]", r"^'\./my_plugin\.py' \(--import, run\.imports\) is not the name of a module"),
+        ("run.imports=[mine.py]", r"^'mine\.py' \(--import, run\.imports\) is not the name of a module"),
+        ("run.imports=[plugins/mine]", r"^'plugins/mine' \(--import, run\.imports\) is not the name of a module"),
+        ("run.imports=[.mine]", r"^'\.mine' \(--import, run\.imports\) is not the name of a module"),
         ("datasets.cc_sbu=3", r"datasets\.cc_sbu in --options must be a mapping, not 3"),
         ("run.output_dir=${nope}", r"run .*Interpolation key 'nope' not found"),
         ("model.vit_precision=fp61", r"is not one of fp16, fp32\. Did you mean 'fp16'\?"),
@@ -324,3 +333,9 @@ def test_a_key_given_twice():
     with pytest.raises(ConfigError, match=r"storage more than once: 'data/laion/00000.tar' and .*put quotes around"):
         parse_options(shards)
     assert parse_options(["run.seed=1", "run.seed=2"]).run.seed == 2
+
+
+def test_a_plugin_whose_name_is_no_identifier(tmp_path, monkeypatch):
+    (tmp_path / "my-plugin.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert load(STAGE1, "run.imports=[my-plugin]").run_cfg.imports == ["my-plugin"]
