@@ -28,6 +28,7 @@ HOMES = {
     "lr_scheduler": "minigpt4.common.optims",
     "runner": "minigpt4.runners",
     "step": "minigpt4.fast.training_step",
+    "llm_file": "minigpt4.weights.gguf",
 }
 
 

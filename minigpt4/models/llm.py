@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
-from minigpt4.common import compat, dist_utils, facts
+from minigpt4.common import compat, facts
 from minigpt4.common.errors import ConfigError
+from minigpt4.common.registry import registry
 from minigpt4.common.text import pluralize
 from minigpt4.weights import checkpoint
 from minigpt4.weights import locate as weight_files
@@ -92,9 +93,10 @@ def check_settings(llama_model: str, device: torch.device, load_in: str, device_
             "and CPUs. On an Apple GPU: --options model.low_resource=False model.load_in=16bit, or 8bit_weights; or "
             "run.device=cpu."
         )
-    if device_map and dist_utils.get_world_size() > 1:
+    processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    if device_map and processes > 1:
         raise ConfigError(
-            f"model.llm_device_map={device_map} spreads one model over the GPUs, but {dist_utils.get_world_size()} "
+            f"model.llm_device_map={device_map} spreads one model over the GPUs, but {processes} "
             "processes were started, each with a model of its own. Start one, or unset it."
         )
     if device_map and load_in == "8bit_weights":
@@ -162,11 +164,9 @@ def _errors_of(llama_model: str) -> Iterator[None]:
 def read_config(llama_model: str, trust_remote_code: bool = False) -> "PreTrainedConfig":
     """transformers' config of the decoder. Raises the errors of `load_llm`."""
     if facts.is_gguf(llama_model):
-        from minigpt4.weights import gguf
-
         _check_path(llama_model)
         with _errors_of(llama_model):
-            return gguf.read_config(llama_model)
+            return registry.get("llm_file", ".gguf").read_config(llama_model)
     from transformers import AutoConfig
 
     return from_pretrained(AutoConfig, llama_model, trust_remote_code).get_text_config()
@@ -193,9 +193,7 @@ def _check_path(llama_model: str) -> None:
     if path.is_file() and facts.is_gguf(llama_model):
         if find_spec("gguf") is None:
             raise ConfigError(f"model.llama_model={path}: reading a .gguf file needs a package: pip install gguf")
-        from minigpt4.weights.gguf import read_header
-
-        read_header(path)
+        registry.get("llm_file", ".gguf").check(path)
         return
     if path.is_file() or (path.is_dir() and not (path / "config.json").is_file()):
         raise ConfigError(
@@ -250,10 +248,8 @@ def _read(llama_model: str, trust_remote_code: bool, **how: Any) -> "PreTrainedM
     # Without `ignore_mismatched_sizes` transformers would raise an error of its own.
     how |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     if facts.is_gguf(llama_model):
-        from minigpt4.weights import gguf
-
         with _errors_of(llama_model):
-            llm, info = gguf.load_model(llama_model, **how)
+            llm, info = registry.get("llm_file", ".gguf").load_model(llama_model, **how)
     else:
         from transformers import AutoModelForCausalLM
 

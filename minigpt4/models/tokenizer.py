@@ -9,9 +9,10 @@ import itertools
 import json
 import re
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from minigpt4.common import facts
+from minigpt4.common.registry import registry
 from minigpt4.models import llm
 
 
@@ -52,7 +53,7 @@ def load_tokenizer(llama_model: str, trust_remote_code: bool = False) -> Tokeniz
     from transformers.utils import cached_file
 
     if facts.is_gguf(llama_model):
-        model = _model_in_gguf(llama_model)
+        model = registry.get("llm_file", ".gguf").sentencepiece_model(llama_model)
         return SentencePieceTokenizer(model_proto=model) if model else HuggingFaceTokenizer(llama_model)
     name, options = llm.pretrained_source(llama_model)
     model_file, added_file = (
@@ -62,22 +63,6 @@ def load_tokenizer(llama_model: str, trust_remote_code: bool = False) -> Tokeniz
     if model_file:
         return SentencePieceTokenizer(model_file, added_file)
     return HuggingFaceTokenizer(llama_model, trust_remote_code)
-
-
-def _model_in_gguf(path: str) -> bytes | None:
-    """The SentencePiece model in the .gguf file of a LLaMA; None for other tokenizers."""
-    from minigpt4.weights.gguf import read_header
-    from minigpt4.weights.sentencepiece import bpe_model
-
-    fields = read_header(path).fields
-
-    def read(key: str) -> Any:
-        return fields.get(f"tokenizer.ggml.{key}")
-
-    if read("model") != "llama":
-        return None
-    pieces, prefix = zip(read("tokens"), read("scores"), read("token_type"), strict=True), read("add_space_prefix")
-    return bpe_model(pieces, prefix is None or bool(prefix))
 
 
 class HuggingFaceTokenizer:

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from minigpt4.common import compat
 from minigpt4.common.errors import ConfigError
+from minigpt4.common.registry import registry
+from minigpt4.weights.sentencepiece import bpe_model
 
 if TYPE_CHECKING:
     import numpy as np
@@ -288,3 +290,26 @@ def _names(header: Header, model: "torch.nn.Module", processor: Any) -> dict[str
         else:
             names.setdefault(theirs + dot + kind, ours)
     return names
+
+
+def sentencepiece_model(path: str) -> bytes | None:
+    """The SentencePiece model in the .gguf file of a LLaMA; None for other tokenizers."""
+    fields = read_header(path).fields
+
+    def read(key: str) -> Any:
+        return fields.get(f"tokenizer.ggml.{key}")
+
+    if read("model") != "llama":
+        return None
+    pieces, prefix = zip(read("tokens"), read("scores"), read("token_type"), strict=True), read("add_space_prefix")
+    return bpe_model(pieces, prefix is None or bool(prefix))
+
+
+@registry.register("llm_file", ".gguf")
+class GGUFFile:
+    """What the loaders need of a .gguf file; they find it by its suffix."""
+
+    check = staticmethod(read_header)
+    read_config = staticmethod(read_config)
+    load_model = staticmethod(load_model)
+    sentencepiece_model = staticmethod(sentencepiece_model)

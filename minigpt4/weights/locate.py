@@ -15,7 +15,6 @@ from safetensors import SafetensorError, safe_open
 
 from minigpt4.common.errors import ConfigError
 from minigpt4.common.facts import PUBLISHED_KIB, is_url, offline
-from minigpt4.weights.download import DownloadError, check_hash_once, download, size_problem
 
 # Weights of a folder in Hugging Face format: (index, the single file without index). safetensors are preferred.
 HF_WEIGHTS = (
@@ -57,6 +56,8 @@ def fetch(path_or_url: str) -> Path:
         if path.exists():
             return path
         raise FileNotFoundError(f"{path} does not exist.")
+    from minigpt4.weights.download import DownloadError, check_hash_once, download
+
     url, _, fragment = path_or_url.partition("#")
     sha256 = parse_qs(fragment).get("sha256", [None])[0]
     if path.exists():
@@ -110,6 +111,8 @@ def why_unreadable(path: Path) -> str | None:
         return "it is a Git-LFS pointer, not the file itself; run `git lfs pull` in its folder"
     if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
         return "it is a web page, not the file itself; fetch it again"
+    from minigpt4.weights.download import size_problem
+
     by_name = {cached_file(url).name: kibibytes for url, kibibytes in PUBLISHED_KIB.items()}
     problem = size_problem(path.stat().st_size, by_name.get(path.name))
     return f"{problem}; fetch it again" if problem else None

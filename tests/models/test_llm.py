@@ -586,6 +586,7 @@ def test_other_formats_of_bitsandbytes_train_alike_after_a_validation(llm_folder
 def test_device_maps_that_are_refused(llm_folder, monkeypatch):
     with pytest.raises(ConfigError, match=r"model\.load_in=8bit_weights .*model\.llm_device_map"):
         load_llm(llm_folder, torch.device("cpu"), torch.float32, "8bit_weights", "auto")
-    monkeypatch.setattr(llm_module.dist_utils, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     with pytest.raises(ConfigError, match=r"model\.llm_device_map=auto .*2 processes"):
         load_llm(llm_folder, torch.device("cpu"), torch.float32, device_map="auto")
