@@ -72,12 +72,12 @@ def facts_of_model(module: nn.Module, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def check(content: Mapping, cfg: Config, own: Mapping[str, Any], source: str) -> None:
-    """Raise ConfigError that lists the differences which break exactness, unless `run.resume_anyway` is set.
+def check(content: Mapping, cfg: Config, own: Mapping[str, Any], source: str) -> tuple[list[str], list[str]]:
+    """The `differences`. Raises ConfigError if some break exactness, unless `run.resume_anyway` is set.
 
     content: of the checkpoint `source`. own: facts of this run; those that are not given are not compared.
     """
-    breaking, _ = differences(content, cfg, own)
+    breaking, harmless = differences(content, cfg, own)
     if breaking and not cfg.run_cfg.resume_anyway:
         raise ConfigError(
             f"run.resume_ckpt_path={source}: the run would not go on as it began, because it differs in\n  "
@@ -85,11 +85,11 @@ def check(content: Mapping, cfg: Config, own: Mapping[str, Any], source: str) ->
             + "\nTake the checkpoint's values, or go on all the same: --options run.resume_anyway=True. To start a new "
             f"run from its weights: --options run.resume_ckpt_path=null model.ckpt={source}"
         )
+    return breaking, harmless
 
 
-def report(content: Mapping, cfg: Config, own: Mapping[str, Any]) -> None:
-    """Log all differences of a run that goes on."""
-    breaking, harmless = differences(content, cfg, own)
+def report(content: Mapping, breaking: list[str], harmless: list[str]) -> None:
+    """Log the differences between a checkpoint and a run that goes on from it."""
     if not isinstance(content.get("config"), Mapping):
         logging.warning("The checkpoint holds no settings: whether this run has the same is not known.")
     if breaking:

@@ -273,9 +273,9 @@ class RunnerBase:
         Raises CheckpointError for a checkpoint without optimiser state, or with one that does not fit.
         """
         content = self._load(path)
-        resume.check(content, self.cfg, self.facts, str(path))
+        differences = resume.check(content, self.cfg, self.facts, str(path))
         if dist_utils.is_main_process():
-            resume.report(content, self.cfg, self.facts)
+            resume.report(content, *differences)
         try:
             for group in content["optimizer"]["param_groups"]:
                 group["fused"] = self.optimizer.defaults["fused"]  # depends on this device, not on the one that saved
