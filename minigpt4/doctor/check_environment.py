@@ -101,7 +101,8 @@ def check_gpu(context: RunContext) -> Iterator[Diagnostic]:
         yield warning("GPU", what, "With a GPU: check the driver (nvidia-smi) and CUDA_VISIBLE_DEVICES.")
         return
     if "+cpu" in metadata.version("torch"):
-        yield error("GPU", f"torch {metadata.version('torch')} is built for CPUs only", "Install torch with CUDA.")
+        what = f"torch {metadata.version('torch')} is built for CPUs only"
+        yield error("GPU", what, f"Install torch with CUDA. {gpus.ON_THE_CPU}")
         return
     gpu, name = _weakest(context.gpus)
     if gpu.capability < TORCH_WHEELS:

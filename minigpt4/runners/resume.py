@@ -24,16 +24,12 @@ FACTS = "facts"
 """Their key in a checkpoint."""
 
 # A difference in these does not change the weights that are trained, or only to rounding (packed, compile). Files of
-# weights may have moved: FROZEN compares their values. `run.max_epoch` is raised to go on with a finished run.
-HARMLESS = {
-    *(f"run.{key}" for key in ("imports", "max_epoch", "batch_size_eval", "log_freq", "valid_splits", "test_splits")),
-    *(f"run.{key}" for key in ("evaluate", "output_dir", "packed", "compile", "device", "distributed", "dist_backend")),
-    *(f"run.{key}" for key in ("dist_url", "world_size", "gpu", "rank", "use_dist_eval_sampler")),
-    *(f"run.{key}" for key in ("data_timeout_s", "video_backend")),
-    *(f"model.{key}" for key in ("model_type", "use_grad_checkpoint", "llm_grad_checkpoint", "load_vision", "prompt")),
-    *(f"model.{key}" for key in ("llama_model", "vit_weights", "q_former_model", "ckpt", "llm_device_map")),
-    *(f"model.{key}" for key in ("device_8bit", "allow_llm_mismatch", "trust_remote_code")),
-}
+# weights may have moved: FROZEN compares their values. `max_epoch` is raised to go on with a finished run.
+HARMLESS_RUN = """imports max_epoch batch_size_eval log_freq valid_splits test_splits evaluate output_dir packed compile
+    device distributed dist_backend dist_url world_size gpu rank use_dist_eval_sampler data_timeout_s video_backend"""
+HARMLESS_MODEL = """model_type llama_model vit_weights q_former_model ckpt load_vision prompt use_grad_checkpoint
+    llm_grad_checkpoint llm_device_map device_8bit allow_llm_mismatch trust_remote_code"""
+HARMLESS = {f"run.{key}" for key in HARMLESS_RUN.split()} | {f"model.{key}" for key in HARMLESS_MODEL.split()}
 # They say which checkpoint to resume, and how.
 OWN = ("run.resume_ckpt_path", "run.resume_anyway")
 # Facts, and the settings that act through them alone.
@@ -48,6 +44,7 @@ ACT_THROUGH = {
 }
 # Values of a frozen tensor that are compared.
 VALUES = 16
+UNKNOWN = object()
 
 
 def facts_of_data(cfg: Config, training: Mapping, world_size: int) -> dict[str, Any]:
@@ -75,12 +72,12 @@ def facts_of_model(module: nn.Module, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def check(content: Mapping, cfg: Config, own: Mapping[str, Any], source: str) -> None:
-    """Raise ConfigError that lists the differences which break exactness, unless `run.resume_anyway` is set.
+def check(content: Mapping, cfg: Config, own: Mapping[str, Any], source: str) -> tuple[list[str], list[str]]:
+    """The `differences`. Raises ConfigError if some break exactness, unless `run.resume_anyway` is set.
 
     content: of the checkpoint `source`. own: facts of this run; those that are not given are not compared.
     """
-    breaking, _ = differences(content, cfg, own)
+    breaking, harmless = differences(content, cfg, own)
     if breaking and not cfg.run_cfg.resume_anyway:
         raise ConfigError(
             f"run.resume_ckpt_path={source}: the run would not go on as it began, because it differs in\n  "
@@ -88,17 +85,17 @@ def check(content: Mapping, cfg: Config, own: Mapping[str, Any], source: str) ->
             + "\nTake the checkpoint's values, or go on all the same: --options run.resume_anyway=True. To start a new "
             f"run from its weights: --options run.resume_ckpt_path=null model.ckpt={source}"
         )
+    return breaking, harmless
 
 
-def report(content: Mapping, cfg: Config, own: Mapping[str, Any]) -> None:
-    """Log all differences of a run that goes on."""
-    breaking, harmless = differences(content, cfg, own)
+def report(content: Mapping, breaking: list[str], harmless: list[str]) -> None:
+    """Log the differences between a checkpoint and a run that goes on from it."""
     if not isinstance(content.get("config"), Mapping):
         logging.warning("The checkpoint holds no settings: whether this run has the same is not known.")
     if breaking:
         logging.warning("run.resume_anyway: the run goes on, although it differs in\n  %s", "\n  ".join(breaking))
     if harmless:
-        logging.info("Differences without effect on exactness:\n  %s", "\n  ".join(harmless))
+        logging.info("Differences that do not matter to what was trained so far:\n  %s", "\n  ".join(harmless))
 
 
 def differences(content: Mapping, cfg: Config, own: Mapping[str, Any]) -> tuple[list[str], list[str]]:
@@ -126,9 +123,11 @@ def _config_differences(old: Any, new: Mapping) -> Iterator[tuple[str, Any, Any]
         before, now = (_with_effective_load_in(config.get(section) or {}) for config in (old, new))
         for key in before | now:
             # Checkpoints of other releases lack some keys. If there is no default either, nothing can be compared.
-            values = [settings.get(key, getattr(schema, key, ...)) for settings in (before, now)]
-            if values[0] != values[1] and ... not in values and f"{section}.{key}" not in OWN:
-                yield f"{section}.{key}", *values
+            default = getattr(schema, key, UNKNOWN)
+            was, value = before.get(key, default), now.get(key, default)
+            comparable = was is not UNKNOWN and value is not UNKNOWN and f"{section}.{key}" not in OWN
+            if comparable and was != value:
+                yield f"{section}.{key}", was, value
     before, now = (_flat(config.get("datasets") or {}, "datasets") for config in (old, new))
     for key in before | now:
         if _is_trained_on(key) and before.get(key) != now.get(key):

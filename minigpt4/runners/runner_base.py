@@ -281,9 +281,9 @@ class RunnerBase:
         content = self._load(path)
         for name in ("optimizer", "scaler"):
             checkpoint.check_finite(numbers_in(content.get(name), name), str(path))
-        resume.check(content, self.cfg, self.facts, str(path))
+        differences = resume.check(content, self.cfg, self.facts, str(path))
         if dist_utils.is_main_process():
-            resume.report(content, self.cfg, self.facts)
+            resume.report(content, *differences)
         try:
             for group in content["optimizer"]["param_groups"]:
                 group["fused"] = self.optimizer.defaults["fused"]  # depends on this device, not on the one that saved

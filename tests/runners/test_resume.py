@@ -211,7 +211,7 @@ def test_a_checkpoint_without_settings(first, tmp_path, caplog):
     content = read_file(first.last_checkpoint)
     del content["config"], content[resume.FACTS]
     assert resume.differences(content, first.cfg, {})[0] == []
-    resume.report(content, first.cfg, {})
+    resume.report(content, [], [])
     assert "holds no settings" in caplog.text
 
 
