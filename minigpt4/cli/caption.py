@@ -84,7 +84,11 @@ COMMAND = "minigpt4 caption"
 
 def settings_of(args: argparse.Namespace, cfg: Config) -> dict[str, Any]:
     """What the captions depend on: {name: value}, for JSON."""
-    settings = {"prompt": args.prompt} | arguments.given(args, arguments.AnswerSettings)
+    prompt, file = args.prompt, cfg.model_cfg.get("prompt_path")
+    if prompt is None and file:  # the first of the file, which may be edited
+        lines = Path(file).read_text(encoding="utf-8", errors="replace").splitlines()
+        prompt = next((line for line in lines if facts.IMAGE_SLOT in line), None)
+    settings = {"prompt": prompt} | arguments.given(args, arguments.AnswerSettings)
     # Another installation of this package has the same files elsewhere.
     plain = json.loads(json.dumps(cfg.to_dict(), default=str).replace(json.dumps(str(PACKAGE_ROOT))[1:-1], "minigpt4"))
     settings |= {f"model.{key}": value for key, value in plain["model"].items()}

@@ -326,6 +326,17 @@ def test_captions_of_other_settings_are_not_mixed(run, tmp_path, monkeypatch):
     assert "prompt: '<ImageHere> has' there" in message
 
 
+def test_an_edited_prompt_file_is_another_prompt(run, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    options = ["--options", f"model.prompt_path={prompts}", "model.prompt_template={}"]
+    prompts.write_text("A comment\n<ImageHere> is\n<ImageHere> has\n")
+    assert run(IMAGES[0], *options)[0] == 0
+    prompts.write_text("<ImageHere> is\n")
+    assert run(IMAGES[1], *options)[0] == 0
+    prompts.write_text("<ImageHere> has\n")
+    assert "prompt: '<ImageHere> is' there, '<ImageHere> has' here" in run(IMAGES[2], *options)[0]
+
+
 def test_a_file_of_before_there_were_settings_files_is_continued(run, tmp_path, caplog):
     (tmp_path / "out.jsonl").write_text(json.dumps({"image": str(IMAGES[0]), "caption": "Of before."}))
     status, lines = run(*IMAGES[:2])
