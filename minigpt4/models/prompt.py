@@ -176,7 +176,7 @@ def read_prompts(path: str, template: str) -> list[str]:
     """
     if "{}" not in template:
         raise ConfigError(f"model.prompt_template={template!r} has no {{}} where the prompt goes.")
-    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     prompts = [template.replace("{}", line) for line in lines if IMAGE_SLOT in line]
     if not prompts:
         raise ConfigError(

@@ -104,6 +104,13 @@ def test_late_files_of_a_complete_sample_are_no_sample(tmp_path):
     assert len(found) == 3 and causes == {}
 
 
+def test_other_files_of_a_complete_sample_are_no_sample(tmp_path):
+    picture = picture_bytes(0)
+    members = [(f"{i}.{end}", c) for i in "12" for end, c in (("jpg", picture), ("meta.json", b"{}"), ("txt", b"text"))]
+    members += [("1.mask.png", picture)]
+    assert read(write_tar(tmp_path / "0.tar", members)) == ({"1": "text", "2": "text"}, {})
+
+
 def test_members_too_far_apart_are_left_out_and_the_distance_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(tar_reader, "MAX_WAITING", 1 << 20)
     large = [
