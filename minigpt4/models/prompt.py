@@ -178,7 +178,7 @@ def read_prompts(path: str, template: str) -> list[str]:
     if "{}" not in template:
         raise ConfigError(f"model.prompt_template={template!r} has no {{}} where the prompt goes.")
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no text in UTF-8"
         raise ConfigError(

@@ -8,6 +8,9 @@ from braceexpand import braceexpand
 
 from minigpt4.common.errors import ConfigError
 
+# The characters of patterns.
+PATTERN = frozenset("*?[{")
+
 
 def expand_shards(storage: str | Iterable[str], name: str) -> list[str]:
     """All shards that `storage` names, in order.
@@ -67,13 +70,17 @@ def _expand(pattern: str) -> list[str]:
 def _split_list(pattern: str) -> list[str]:
     """The parts of `a.tar::b.tar`; a folder may have `::` in its name."""
     path = os.path.expanduser(pattern)
-    literal = os.path.exists(path) or ("::" in os.path.dirname(path) and os.path.isdir(os.path.dirname(path)))
-    return [path] if literal else [os.path.expanduser(part) for part in pattern.split("::")]
+    folder = os.path.dirname(path)
+    if "::" not in path or os.path.exists(path) or ("::" in folder and os.path.isdir(folder)):
+        return [path]
+    return [os.path.expanduser(part) for part in pattern.split("::")]
 
 
 def _existing_part(path: str) -> tuple[str, str]:
     """A path, split behind the last of its folders that exists under the very name, with `[`, `*` and `{` in it."""
     end = len(path)
+    if not PATTERN.intersection(path):
+        return path, ""
     while end and not os.path.exists(path[:end]):
         end = path.rfind("/", 0, end - 1) + 1
     return path[:end], path[end:]

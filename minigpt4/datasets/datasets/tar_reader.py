@@ -7,6 +7,7 @@ import bz2
 import gzip
 import io
 import lzma
+import os
 import tarfile
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -156,6 +157,10 @@ def read_samples(
             made.add(group.key)
             yield sample
 
+    def is_lost(group: Group) -> bool:
+        # Beside a sample `1.jpg`, `1.txt` there may be others of its files: `1.meta.json`, or `1.json` after all texts.
+        return group.key not in made and os.path.splitext(group.key)[0] not in made
+
     try:
         for key, suffix, content, size in members:
             if key != current.key:
@@ -164,7 +169,8 @@ def read_samples(
                 while held > MAX_WAITING:
                     oldest = waiting.pop(next(iter(waiting)))
                     held -= oldest.size
-                    drop(f"{oldest.cause} within {MAX_WAITING >> 20} MB of it in the tar", oldest)
+                    if is_lost(oldest):
+                        drop(f"{oldest.cause} within {MAX_WAITING >> 20} MB of it in the tar", oldest)
                     dropped = True
                 current = waiting.pop(key, None) or Group(key)
                 held -= current.size
@@ -178,9 +184,8 @@ def read_samples(
         yield from settle(current)
     if problem:
         waiting.pop(current.key, None)  # the rest of it is what is missing
-    for key, group in waiting.items():
-        if key not in made:
-            drop(group.cause, group)
+    for group in filter(is_lost, waiting.values()):
+        drop(group.cause, group)
     if problem:
         raise problem
     if not (made or waiting or dropped):
