@@ -186,17 +186,14 @@ def weights_of(content: dict, source: str, own: Collection[str] = ()) -> dict[st
     """
     weights = content
     for key in ("model", "state_dict"):
-        inner = weights.get(key) if isinstance(weights, dict) else None
-        if inner is not None and not isinstance(inner, torch.Tensor):
-            weights = inner
-    if not isinstance(weights, dict):
-        raise CheckpointError(f"{source} holds {_kind(weights)} in place of its weights, not a dict of tensors.")
+        if isinstance(weights.get(key), dict):
+            weights = weights[key]
     tensors = {name: t for name, t in weights.items() if isinstance(t, torch.Tensor) and isinstance(name, str)}
     # Beside tensors that are not under a key of their own, a file may hold settings.
     others = {name: value for name, value in weights.items() if name not in tensors}
     if others and (weights is not content or not tensors):
         listed = ", ".join(f"{name} is {_kind(value)}" for name, value in [*others.items()][:5])
-        raise CheckpointError(f"{source} holds other objects than tensors among its weights: {listed}.")
+        raise CheckpointError(f"{source} holds other objects than tensors in place of weights: {listed}.")
     return _unwrapped(tensors, source, own)
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -342,6 +343,18 @@ def test_a_gguf_file_is_read_as_transformers_reads_it(gguf_file, monkeypatch):
         assert all(torch.equal(value, theirs.state_dict()[name]) for name, value in llm.state_dict().items())
         assert (llm.config.vocab_size, llm.config.tie_word_embeddings) == (256, theirs.config.tie_word_embeddings)
     assert ours[2].model.layers[0].mlp.up_proj.weight.dtype == torch.int8
+
+
+@pytest.mark.parametrize("load_in", ["16bit", "8bit", "8bit_weights"])
+def test_a_number_in_a_gguf_file_that_is_not_finite(gguf_file, tmp_path, load_in):
+    from minigpt4.weights import gguf
+
+    content = bytearray(Path(gguf_file).read_bytes())
+    start = gguf.read_header(gguf_file).tensors["blk.1.ffn_up.weight"].start
+    content[start : start + 4] = struct.pack("<f", float("nan"))
+    (tmp_path / "a.gguf").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"NaN or infinity among the numbers of model\.layers\.1\.mlp\.up_proj"):
+        load_llm(str(tmp_path / "a.gguf"), torch.device("cpu"), torch.float32, load_in)
 
 
 def test_a_gguf_files_vocabulary_is_read_once(gguf_file, monkeypatch):

@@ -67,8 +67,8 @@ def test_other_objects_are_named_by_type(tmp_path):
         checkpoint.read_weights(tmp_path / "module.pth")
     for weights, message in (
         ({"llama_proj.weight": [1.0], "llama_proj.bias": torch.zeros(1)}, "llama_proj.weight is a list"),
-        ([torch.zeros(1)], "holds a list in place of its weights"),
-        (3, "holds an int in place of its weights"),
+        ([torch.zeros(1)], "model is a list"),
+        (3, "model is an int"),
         ({0: torch.zeros(1)}, "0 is a Tensor"),
     ):
         torch.save({"model": weights, "epoch": 3}, tmp_path / "a.pth")
@@ -77,7 +77,8 @@ def test_other_objects_are_named_by_type(tmp_path):
     torch.save({"epoch": 3, "config": {}}, tmp_path / "b.pth")
     with pytest.raises(CheckpointError, match="epoch is an int, config is a dict"):
         checkpoint.read_weights(tmp_path / "b.pth")
-    torch.save({"epoch": 3, "weight": torch.ones(1)}, tmp_path / "c.pth")  # settings beside the tensors are usual
+    settings = {"epoch": 3, "model": "a name"}  # beside the tensors they are usual
+    torch.save(settings | {"weight": torch.ones(1)}, tmp_path / "c.pth")
     assert checkpoint.read_weights(tmp_path / "c.pth").keys() == {"weight"}
 
 
