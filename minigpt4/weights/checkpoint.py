@@ -134,7 +134,7 @@ def is_finite(tensor: torch.Tensor) -> bool:
     if tensor.element_size() == 1:  # types of 8 bit have no sums
         tensor = tensor.float()
     # NaN and infinity reach the sum. A sum of finite numbers can overflow; that is rare, and looked at again.
-    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
+    return bool(tensor.sum().isfinite()) or all(bool(bound.isfinite()) for bound in tensor.aminmax())
 
 
 def check_finite(tensors: Iterable[tuple[str, torch.Tensor]], source: str) -> None:
