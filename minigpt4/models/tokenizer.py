@@ -62,8 +62,11 @@ def _model_in_gguf(path: str) -> bytes | None:
 
     if read("model") != "llama":
         return None
-    pieces, prefix = zip(read("tokens"), read("scores"), read("token_type"), strict=True), read("add_space_prefix")
-    return bpe_model(pieces, prefix is None or bool(prefix))
+    lists = [read(key) or [] for key in ("tokens", "scores", "token_type")]
+    if len({len(entries) for entries in lists}) > 1:
+        raise ConfigError(f"{path}: its lists of tokens, scores and types differ in length. Fetch it again.")
+    prefix = read("add_space_prefix")
+    return bpe_model(zip(*lists, strict=True), prefix is None or bool(prefix))
 
 
 class HuggingFaceTokenizer:

@@ -46,6 +46,8 @@ def read_file(path: Path, prefixes: tuple[str, ...] = ("",)) -> dict:
     """
     if path.is_dir():
         raise CheckpointError(f"{path} is a folder, not a file of weights. {_files_in(path)}")
+    if not path.is_file():
+        raise CheckpointError(f"{path} is no file of weights: it is a pipe or a device, or is gone.")
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
@@ -277,7 +279,7 @@ def resolve(path: str) -> Path:
     Raises NoCheckpointError for a folder without one, and the errors of `locate.fetch`.
     """
     resolved = fetch(path)
-    if resolved.is_file():
+    if not resolved.is_dir():
         return resolved
     newest = newest_checkpoint(resolved)
     if newest is None:

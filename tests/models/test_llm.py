@@ -377,6 +377,18 @@ def test_a_gguf_files_vocabulary_is_read_once(gguf_file, monkeypatch):
     assert len(tables) == 1
 
 
+def test_a_part_of_a_gguf_file_and_a_hostile_header(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    for name, value, message in (("split.count", 3, "one of 3 parts"), ("general.alignment", 0, "damaged")):
+        writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
+        writer.add_uint32(name, value)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.close()
+        with pytest.raises(ConfigError, match=message):
+            load_llm(str(tmp_path / "a.gguf"), torch.device("cpu"), torch.float32)
+
+
 def test_what_is_wrong_with_a_gguf_file(gguf_file, tmp_path):
     whole = Path(gguf_file).read_bytes()
     for content, message in (
@@ -386,6 +398,7 @@ def test_what_is_wrong_with_a_gguf_file(gguf_file, tmp_path):
         (b"", "cut off or damaged"),
         (b"<html>" + whole[6:], "no .gguf file"),
         (whole[:4] + b"\x09" + whole[5:], "GGUF version 9"),
+        (whole[:16] + b"\xff" * 8 + whole[24:], "cut off or damaged"),
         (whole.replace(b"general.architecture", b"general.architectuer"), "cannot be loaded|None"),
     ):
         (tmp_path / "a.gguf").write_bytes(content)

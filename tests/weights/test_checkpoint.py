@@ -1,5 +1,7 @@
 """Reading, refusing and writing weights."""
 
+import os
+
 import pytest
 import torch
 from helpers import ROOT
@@ -158,6 +160,13 @@ def test_folders_in_place_of_checkpoints(tmp_path):
     (tmp_path / "checkpoint_3.pth").mkdir()
     with pytest.raises(CheckpointError, match="checkpoint_3.pth is a folder"):
         checkpoint.read_file(checkpoint.resolve(str(tmp_path)))
+
+
+@pytest.mark.timeout(20)
+def test_a_pipe_in_place_of_a_checkpoint_does_not_hang(tmp_path):
+    os.mkfifo(tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match="a.pth is no file of weights: it is a pipe"):
+        checkpoint.read_file(checkpoint.resolve(str(tmp_path / "a.pth")))
 
 
 def test_mismatches_are_loud(layer):
