@@ -120,7 +120,7 @@ def _check_numbers(llm: "PreTrainedModel", llama_model: str, load_in: str) -> No
     folder = Path(cached_file(llama_model, "config.json", **pretrained_source(llama_model)[1])).parent
     for name in weight_files.shards(folder):
         if load_in in ("8bit", "4bit"):
-            checkpoint.check_finite(checkpoint.read_file(folder / name).items(), str(folder / name))
+            checkpoint.check_finite(checkpoint.read_weights(folder / name).items(), str(folder / name))
         elif not name.endswith(".safetensors"):
             checkpoint.check_archive(folder / name)
 
@@ -140,6 +140,8 @@ def from_pretrained(auto_class: type, llama_model: str, trust_remote_code: bool,
 def _errors_of(llama_model: str) -> Iterator[None]:
     try:
         yield
+    except ConfigError:
+        raise
     except (SafetensorError, UnpicklingError, EOFError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "PytorchStreamReader" not in str(error):
             raise  # for example, the GPU is out of memory

@@ -80,7 +80,7 @@ class HuggingFaceTokenizer:
         added = self._tokenizer.added_tokens_decoder.items()
         self.special_tokens: dict[str, int] = {token.content: i for i, token in added if token.special}
         if self.eos_token_id is None:
-            raise ValueError(f"The tokenizer of {llama_model} has no end-of-sequence token, which pads batches.")
+            raise ConfigError(f"The tokenizer of {llama_model} has no end-of-sequence token, which pads batches.")
 
     def __len__(self) -> int:
         """The number of token ids, added ones included."""

@@ -46,6 +46,8 @@ def read_file(path: Path, prefixes: tuple[str, ...] = ("",)) -> dict:
     """
     if path.is_dir():
         raise CheckpointError(f"{path} is a folder, not a file of weights. {_files_in(path)}")
+    if not path.is_file():
+        raise CheckpointError(f"{path} is no file of weights: it is a pipe or a device, or is gone.")
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
@@ -134,7 +136,7 @@ def is_finite(tensor: torch.Tensor) -> bool:
     if tensor.element_size() == 1:  # types of 8 bit have no sums
         tensor = tensor.float()
     # NaN and infinity reach the sum. A sum of finite numbers can overflow; that is rare, and looked at again.
-    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
+    return bool(tensor.sum().isfinite()) or all(bool(bound.isfinite()) for bound in tensor.aminmax())
 
 
 def check_finite(tensors: Iterable[tuple[str, torch.Tensor]], source: str) -> None:
@@ -186,17 +188,14 @@ def weights_of(content: dict, source: str, own: Collection[str] = ()) -> dict[st
     """
     weights = content
     for key in ("model", "state_dict"):
-        inner = weights.get(key) if isinstance(weights, dict) else None
-        if inner is not None and not isinstance(inner, torch.Tensor):
-            weights = inner
-    if not isinstance(weights, dict):
-        raise CheckpointError(f"{source} holds {_kind(weights)} in place of its weights, not a dict of tensors.")
+        if isinstance(weights.get(key), dict):
+            weights = weights[key]
     tensors = {name: t for name, t in weights.items() if isinstance(t, torch.Tensor) and isinstance(name, str)}
     # Beside tensors that are not under a key of their own, a file may hold settings.
     others = {name: value for name, value in weights.items() if name not in tensors}
     if others and (weights is not content or not tensors):
         listed = ", ".join(f"{name} is {_kind(value)}" for name, value in [*others.items()][:5])
-        raise CheckpointError(f"{source} holds other objects than tensors among its weights: {listed}.")
+        raise CheckpointError(f"{source} holds other objects than tensors in place of weights: {listed}.")
     return _unwrapped(tensors, source, own)
 
 
@@ -280,7 +279,7 @@ def resolve(path: str) -> Path:
     Raises NoCheckpointError for a folder without one, and the errors of `locate.fetch`.
     """
     resolved = fetch(path)
-    if resolved.is_file():
+    if not resolved.is_dir():
         return resolved
     newest = newest_checkpoint(resolved)
     if newest is None:

@@ -57,8 +57,6 @@ def download(url: str, path: Path, kibibytes: int | None = None, sha256: str | N
         part = _fetch(url, path)
         _check(part, url, kibibytes, sha256)
         os.replace(part, path)
-        if sha256:
-            _record_hash(path, sha256)
 
 
 def _fetch(url: str, path: Path) -> Path:
@@ -151,7 +149,8 @@ def check_hash_once(path: Path, sha256: str) -> None:
     A file `.sha256` beside it records the comparison, with the file's size and time of change.
     Raises DownloadError if they differ; the file stays.
     """
-    done, record = _hash_record(path, sha256)
+    done, stat = path.with_name(f"{path.name}.sha256"), path.stat()
+    record = f"{sha256.lower()} {stat.st_size} {stat.st_mtime_ns}\n"
     if done.is_file() and done.read_text(encoding="utf-8", errors="replace") == record:
         return
     problem = _hash_problem(path, sha256)
@@ -160,18 +159,7 @@ def check_hash_once(path: Path, sha256: str) -> None:
             f"{path} is not the file it should be: {problem}. Move it away to have it fetched, or correct the hash in "
             "the URL."
         )
-    _record_hash(path, sha256)
-
-
-def _hash_record(path: Path, sha256: str) -> tuple[Path, str]:
-    """The file that records that `path` has this hash, and its content."""
-    stat = path.stat()
-    return path.with_name(f"{path.name}.sha256"), f"{sha256.lower()} {stat.st_size} {stat.st_mtime_ns}\n"
-
-
-def _record_hash(path: Path, sha256: str) -> None:
-    done, record = _hash_record(path, sha256)
-    with contextlib.suppress(OSError):  # in a cache that others own, hashes are compared at every start
+    with contextlib.suppress(OSError):  # in a cache that others own, it is compared at every start
         done.write_text(record, encoding="utf-8")
 
 

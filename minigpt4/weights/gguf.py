@@ -32,6 +32,7 @@ TEXT, LIST, UINT32, FLOAT32 = 8, 9, 4, 0  # FLOAT32: of tensors
 # Lists with an entry for each token.
 TOKEN_LISTS = tuple(f"tokenizer.ggml.{name}" for name in ("tokens", "scores", "token_type", "merges"))
 EMBEDDING = "token_embd.weight"
+ALIGNMENTS = [2**n for n in range(17)]
 
 
 @dataclass(frozen=True)
@@ -109,8 +110,8 @@ def _read_header(path: Path, size: int, changed: int) -> Header:
     except (struct.error, EOFError, KeyError, OverflowError, MemoryError, RecursionError, ValueError) as error:
         reason = f"it is cut off or damaged after its {size:,} bytes ({type(error).__name__} in its header)"
         raise ConfigError(f"{path} cannot be read as a .gguf file: {reason}. Fetch it again.") from error
-    parts = header.fields.get("split.count", 0)
-    if parts > 1:
+    parts = header.fields.get("split.count")
+    if parts not in (None, 0, 1):
         raise ConfigError(f"{path} is one of {parts} parts. Join them with llama.cpp's `llama-gguf-split --merge`.")
     return header
 
@@ -131,6 +132,8 @@ def _parse(path: Path, data: mmap.mmap) -> Header:
         name, (dims,) = cursor.text(), cursor.numbers("I")
         table[name] = (cursor.numbers(f"{dims}Q")[::-1], *cursor.numbers("IQ"))
     alignment = fields.get("general.alignment", 32)
+    if alignment not in ALIGNMENTS:
+        raise ValueError
     start = -(-cursor.at // alignment) * alignment
     tensors = {name: Tensor(shape, kind, start + offset) for name, (shape, kind, offset) in table.items()}
     if any(tensor.start + _byte_count(tensor) > len(data) for tensor in tensors.values()):
@@ -301,8 +304,11 @@ def sentencepiece_model(path: str) -> bytes | None:
 
     if read("model") != "llama":
         return None
-    pieces, prefix = zip(read("tokens"), read("scores"), read("token_type"), strict=True), read("add_space_prefix")
-    return bpe_model(pieces, prefix is None or bool(prefix))
+    lists = [read(key) or [] for key in ("tokens", "scores", "token_type")]
+    if len({len(entries) for entries in lists}) > 1:
+        raise ConfigError(f"{path}: its lists of tokens, scores and types differ in length. Fetch it again.")
+    prefix = read("add_space_prefix")
+    return bpe_model(zip(*lists, strict=True), prefix is None or bool(prefix))
 
 
 @registry.register("llm_file", ".gguf")

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -344,6 +345,18 @@ def test_a_gguf_file_is_read_as_transformers_reads_it(gguf_file, monkeypatch):
     assert ours[2].model.layers[0].mlp.up_proj.weight.dtype == torch.int8
 
 
+@pytest.mark.parametrize("load_in", ["16bit", "8bit", "8bit_weights"])
+def test_a_number_in_a_gguf_file_that_is_not_finite(gguf_file, tmp_path, load_in):
+    from minigpt4.weights import gguf
+
+    content = bytearray(Path(gguf_file).read_bytes())
+    start = gguf.read_header(gguf_file).tensors["blk.1.ffn_up.weight"].start
+    content[start : start + 4] = struct.pack("<f", float("nan"))
+    (tmp_path / "a.gguf").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"NaN or infinity among the numbers of model\.layers\.1\.mlp\.up_proj"):
+        load_llm(str(tmp_path / "a.gguf"), torch.device("cpu"), torch.float32, load_in)
+
+
 def test_a_gguf_files_vocabulary_is_read_once(gguf_file, monkeypatch):
     """gguf's own reader takes seconds for one, and its table of names milliseconds for each module of a model."""
     import gguf
@@ -364,6 +377,18 @@ def test_a_gguf_files_vocabulary_is_read_once(gguf_file, monkeypatch):
     assert len(tables) == 1
 
 
+def test_a_part_of_a_gguf_file_and_a_hostile_header(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    for name, value, message in (("split.count", 3, "one of 3 parts"), ("general.alignment", 0, "damaged")):
+        writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
+        writer.add_uint32(name, value)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.close()
+        with pytest.raises(ConfigError, match=message):
+            load_llm(str(tmp_path / "a.gguf"), torch.device("cpu"), torch.float32)
+
+
 def test_what_is_wrong_with_a_gguf_file(gguf_file, tmp_path):
     whole = Path(gguf_file).read_bytes()
     for content, message in (
@@ -373,6 +398,7 @@ def test_what_is_wrong_with_a_gguf_file(gguf_file, tmp_path):
         (b"", "cut off or damaged"),
         (b"<html>" + whole[6:], "no .gguf file"),
         (whole[:4] + b"\x09" + whole[5:], "GGUF version 9"),
+        (whole[:16] + b"\xff" * 8 + whole[24:], "cut off or damaged"),
         (whole.replace(b"general.architecture", b"general.architectuer"), "cannot be loaded|None"),
     ):
         (tmp_path / "a.gguf").write_bytes(content)

@@ -71,8 +71,8 @@ def test_other_objects_are_named_by_type(tmp_path):
         checkpoint.read_weights(tmp_path / "module.pth")
     for weights, message in (
         ({"llama_proj.weight": [1.0], "llama_proj.bias": torch.zeros(1)}, "llama_proj.weight is a list"),
-        ([torch.zeros(1)], "holds a list in place of its weights"),
-        (3, "holds an int in place of its weights"),
+        ([torch.zeros(1)], "model is a list"),
+        (3, "model is an int"),
         ({0: torch.zeros(1)}, "0 is a Tensor"),
     ):
         torch.save({"model": weights, "epoch": 3}, tmp_path / "a.pth")
@@ -81,7 +81,8 @@ def test_other_objects_are_named_by_type(tmp_path):
     torch.save({"epoch": 3, "config": {}}, tmp_path / "b.pth")
     with pytest.raises(CheckpointError, match="epoch is an int, config is a dict"):
         checkpoint.read_weights(tmp_path / "b.pth")
-    torch.save({"epoch": 3, "weight": torch.ones(1)}, tmp_path / "c.pth")  # settings beside the tensors are usual
+    settings = {"epoch": 3, "model": "a name"}  # beside the tensors they are usual
+    torch.save(settings | {"weight": torch.ones(1)}, tmp_path / "c.pth")
     assert checkpoint.read_weights(tmp_path / "c.pth").keys() == {"weight"}
 
 
@@ -161,6 +162,13 @@ def test_folders_in_place_of_checkpoints(tmp_path):
     (tmp_path / "checkpoint_3.pth").mkdir()
     with pytest.raises(CheckpointError, match="checkpoint_3.pth is a folder"):
         checkpoint.read_file(checkpoint.resolve(str(tmp_path)))
+
+
+@pytest.mark.timeout(20)
+def test_a_pipe_in_place_of_a_checkpoint_does_not_hang(tmp_path):
+    os.mkfifo(tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match="a.pth is no file of weights: it is a pipe"):
+        checkpoint.read_file(checkpoint.resolve(str(tmp_path / "a.pth")))
 
 
 def test_mismatches_are_loud(layer):
