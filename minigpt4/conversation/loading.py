@@ -1,15 +1,16 @@
 """Building a `Chat` from a config."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import torch
 
 from minigpt4.common import dist_utils
 from minigpt4.common.config import Config
 from minigpt4.common.errors import ConfigError
-from minigpt4.common.registry import registry
+from minigpt4.common.registry import UnknownNameError, registry
 from minigpt4.conversation.conversation import Chat
 from minigpt4.fast.decoding.loop import cached_decoding
+from minigpt4.processors.base_processor import make_processor
 
 
 def load_chat(cfg: Config, device: torch.device, warm_up: Iterable[int] = ()) -> Chat:
@@ -33,16 +34,14 @@ def load_vis_processor(cfg: Config):
     used. Raises ConfigError for an unknown name.
     """
     default = cfg.preprocess_cfg.vis_processor
-    dataset = next(iter(cfg.datasets_cfg.values()), None)
-    own = dataset.vis_processor.get("train") if dataset else None
-    settings = default.get("eval") if own is None or own == default.get("train") else own
-    settings = settings or {"name": "blip2_image_eval", "image_size": cfg.model_cfg.image_size}
-    if not isinstance(settings, Mapping) or "name" not in settings:
-        raise ConfigError(f"vis_processor.train = {settings!r} has no key 'name', the processor's.")
+    name, dataset = next(iter(cfg.datasets_cfg.items()), ("", None))
+    own, key = dataset.vis_processor.get("train") if dataset else None, f"datasets.{name}.vis_processor.train"
+    if own is None or own == default.get("train"):
+        own, key = default.get("eval"), "preprocess.vis_processor.eval"
     try:
-        return registry.get_processor_class(settings["name"]).from_config(settings)
-    except KeyError as error:
-        raise ConfigError(f"vis_processor: {error.args[0]}") from None
+        return make_processor(key, own or {"name": "blip2_image_eval", "image_size": cfg.model_cfg.image_size})
+    except UnknownNameError as error:
+        raise ConfigError(str(error)) from None
 
 
 def select_gpu(cfg: Config, gpu_id: int) -> torch.device:

@@ -50,9 +50,9 @@ def _check_splits(context: RunContext) -> Iterator[Diagnostic]:
 
 def _check_dataset(context: RunContext, dataset: str) -> Iterator[Diagnostic]:
     """The processors of a dataset can be made, and its storage is named."""
-    from minigpt4.datasets.builders.base_dataset_builder import BaseDatasetBuilder, make_processor, processor_class
+    from minigpt4.datasets.builders.base_dataset_builder import BaseDatasetBuilder
     from minigpt4.datasets.builders.image_text_pair_builder import ImageTextPairBuilder
-    from minigpt4.processors import BaseProcessor
+    from minigpt4.processors.base_processor import BaseProcessor, make_processor, processor_class
 
     builder = registry.get_builder_class(dataset)
     if not issubclass(builder, BaseDatasetBuilder):

@@ -113,7 +113,8 @@ def results(check: Check, context: RunContext) -> list[Diagnostic]:
             found.append(diagnostic)
     except ConfigError as mistake:
         key = re.search(r"(model|run|datasets)(\.\w+)+", str(mistake))
-        found.append(error(key[0] if key else "config", str(mistake)))
+        name = key[0] if key else "config"
+        found.append(error(name, str(mistake).removeprefix(f"{name}: ")))
     except Exception as problem:
         what = f"could not be made: {type(problem).__name__}: {problem}"
         found.append(warning(check.__name__.replace("_", " "), what, NOT_MADE))

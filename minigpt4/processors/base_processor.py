@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 
 from minigpt4.common.errors import ConfigError, check_names
+from minigpt4.common.registry import UnknownNameError, registry
 from minigpt4.common.settings import argument_types
 
 EXPECTED = {int: "a whole number", float: "a number", str: "a text"}
@@ -55,3 +56,28 @@ def _converted(value: Any, hint: Any, key: str) -> Any:
         reason = error.errors(include_url=False, include_context=False, include_input=False)[0]["msg"]
         expected = EXPECTED.get(hint) or f"of type {formatannotation(hint)}"
         raise ConfigError(f"{key}={value!r} must be {expected}: {reason}.") from None
+
+
+def make_processor(key: str, cfg: Mapping[str, Any] | None) -> BaseProcessor:
+    """The processor of the section at `key`; without one, a processor that changes nothing. Raises ConfigError."""
+    cls = processor_class(key, cfg)
+    try:
+        return cls.from_config(cfg) if cls else BaseProcessor()
+    except ConfigError as mistake:
+        raise ConfigError(f"{key}: {mistake}") from None
+
+
+def processor_class(key: str, cfg: Mapping[str, Any] | None) -> type | None:
+    """The class of the processor of the section at `key`; None: there is none.
+
+    Raises ConfigError if it has no name, and UnknownNameError.
+    """
+    if not cfg:
+        return None
+    if not isinstance(cfg, Mapping) or not cfg.get("name"):
+        known = ", ".join(registry.list_processors())
+        raise ConfigError(f"{key} has no key 'name', the processor's. Known: {known}.")
+    try:
+        return registry.get_processor_class(cfg["name"])
+    except UnknownNameError as mistake:
+        raise UnknownNameError(f"{key}.name: {mistake}") from None

@@ -8,12 +8,14 @@ import re
 import sys
 
 import pytest
+import torch
 from helpers import ROOT
 from omegaconf import OmegaConf
 
 from minigpt4.cli import doctor
-from minigpt4.common.config import ConfigError
+from minigpt4.common.config import Config, ConfigError
 from minigpt4.common.registry import UnknownNameError
+from minigpt4.conversation.loading import load_chat
 from train import main
 
 PROCESSOR = "datasets.cc_sbu_align.vis_processor.train"
@@ -141,3 +143,15 @@ def test_registration(run, tmp_path, monkeypatch, open_registry, name):
     for line in (message, error):
         assert name in line
     assert re.search(expected, message), message
+
+
+@pytest.mark.parametrize("bad", ["mean=3", "name=other", "min_scale=0.5"])
+def test_the_processor_of_a_chat(capsys, bad):
+    """It is made before the model is loaded."""
+    argv = ["--cfg-path", str(ROOT / "eval_configs/minigpt4_tiny_eval.yaml"), "--options", f"{PROCESSOR}.{bad}"]
+    assert doctor.main([*argv, "--json"]) == 1
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    (error,) = [each for each in found if each["status"] == "error"]
+    assert error["check"].startswith(PROCESSOR) and not error["what"].startswith(PROCESSOR)
+    with pytest.raises(ConfigError, match=PROCESSOR):
+        load_chat(Config(doctor.parse_args(argv)), torch.device("meta"))

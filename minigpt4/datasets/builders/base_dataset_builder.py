@@ -6,11 +6,12 @@ from typing import Any
 from omegaconf import OmegaConf
 from torch.utils.data import Dataset
 
-from minigpt4.common.errors import ConfigError, check_names
-from minigpt4.common.registry import UnknownNameError, default_yaml, registry
+from minigpt4.common.errors import check_names
+from minigpt4.common.registry import default_yaml
 from minigpt4.common.schema import RunConfig
 from minigpt4.datasets.patience import Patience
 from minigpt4.processors import BaseProcessor
+from minigpt4.processors.base_processor import make_processor
 
 
 class BaseDatasetBuilder:
@@ -75,28 +76,3 @@ class BaseDatasetBuilder:
     def check_keys(self, section: str, keys: Iterable[str], known: Collection[str]) -> None:
         """Raise ConfigError for a key of `datasets.<name>.<section>` that is not among the known ones."""
         check_names(keys, known, lambda key: f"Unknown key datasets.{self.name}.{section}.{key}")
-
-
-def make_processor(key: str, cfg: Mapping[str, Any] | None) -> BaseProcessor:
-    """The processor of the section at `key`; without one, a processor that changes nothing. Raises ConfigError."""
-    cls = processor_class(key, cfg)
-    try:
-        return cls.from_config(cfg) if cls else BaseProcessor()
-    except ConfigError as mistake:
-        raise ConfigError(f"{key}: {mistake}") from None
-
-
-def processor_class(key: str, cfg: Mapping[str, Any] | None) -> type | None:
-    """The class of the processor of the section at `key`; None: there is none.
-
-    Raises ConfigError if it has no name, and UnknownNameError.
-    """
-    if not cfg:
-        return None
-    if not isinstance(cfg, Mapping) or not cfg.get("name"):
-        known = ", ".join(registry.list_processors())
-        raise ConfigError(f"{key} has no key 'name', the processor's. Known: {known}.")
-    try:
-        return registry.get_processor_class(cfg["name"])
-    except UnknownNameError as mistake:
-        raise UnknownNameError(f"{key}.name: {mistake}") from None
