@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 from minigpt4.common import facts
+from minigpt4.common.errors import ConfigError
 from minigpt4.common.registry import registry
 from minigpt4.models import llm
 
