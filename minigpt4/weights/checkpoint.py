@@ -177,7 +177,7 @@ def _read_folder(folder: Path, prefixes: tuple[str, ...]) -> dict[str, torch.Ten
     return {name: value for name, value in weights.items() if name.startswith(prefixes)}
 
 
-def weights_of(content: dict, source: str, own: Collection[str] = ()) -> dict[str, torch.Tensor]:
+def weights_of(content: dict, source: str = "the file", own: Collection[str] = ()) -> dict[str, torch.Tensor]:
     """The tensors in the content of a weights file, without the prefixes of wrappers that all their names have.
 
     Args:

@@ -223,7 +223,7 @@ def load_model(path: str, dtype: "torch.dtype", device_map: Any, **how: Any) -> 
     """The model, unpacked on the host, and the information about its loading. bitsandbytes quantises it from there.
 
     how: further arguments of `from_pretrained`.
-    Raises CheckpointError for numbers that are not finite.
+    Raises CheckpointError for numbers that are not finite and are about to be quantised.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -240,9 +240,10 @@ def load_model(path: str, dtype: "torch.dtype", device_map: Any, **how: Any) -> 
         if dense == how:
             return llm, info
         weights = llm.state_dict()
-    from minigpt4.weights.checkpoint import check_finite
+    if "quantization_config" in how:  # quantised layers no longer show it
+        from minigpt4.weights.checkpoint import check_finite
 
-    check_finite(weights.items(), path)
+        check_finite(weights.items(), path)
     return type(empty).from_pretrained(
         None, config=config, state_dict=weights, dtype=dtype, device_map=device_map, **how
     )
