@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from helpers import ROOT
 
 from minigpt4.models.generation import StopOnText
 from minigpt4.models.sampling import MinNewTokens
@@ -101,9 +100,9 @@ def test_no_text_ends_earlier(stop):
             assert sum(start < end for start in starts) >= least
 
 
-def test_spaces_before_a_stop_text():
+def test_spaces_before_a_stop_text(golden_llm_folder):
     """SentencePiece drops the leading space of the first token; within a text the token holds it."""
-    tokenizer = load_tokenizer(str(ROOT / "tests/golden/tokenizer"))
+    tokenizer = load_tokenizer(str(golden_llm_folder))
     for stop in ("###", " ###"):
         ids = tokenizer.encode("a") + tokenizer.encode(" ###")
         assert stop in tokenizer.decode(ids, skip_special_tokens=False)

@@ -143,7 +143,7 @@ def test_resume_refuses_a_damaged_state(build_golden_model, make_runner):
 
     def resume(**changed):
         torch.save(whole | changed, path)
-        return make_runner(build_golden_model(), job_id="again", resume_ckpt_path=str(path))
+        return make_runner(build_golden_model(), job_id="again", iters_per_epoch=1, resume_ckpt_path=str(path))
 
     state = whole["optimizer"]["state"]
     broken = {**state[0], "exp_avg": torch.full_like(state[0]["exp_avg"], float("nan"))}
