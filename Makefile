@@ -3,6 +3,7 @@
 #   make check         the linters and the quick tests, for every commit: about three minutes
 #   make test          the linters and all tests: about 8 minutes
 #   make lint          let ruff correct and format the code
+#   make clean         remove the environments that make created, and nothing else
 #   make rehearsal     try out how the data of stage 1 is made, with img2dataset in its own environment: two minutes
 # PYTHON=python3.12 picks the interpreter; VENV=DIR the environment; TORCH_INDEX=URL another index for torch's wheels
 # (PyTorch's own CPU index saves some 3 GB on a machine without a GPU; docs/installation.md has its address).
@@ -44,12 +45,18 @@ lock: $(VENV)/.installed-test
 	echo '# The versions that were tested together, on Python 3.11. Made by `make lock`.' > requirements.lock
 	$(BIN)/python -m pip freeze --exclude-editable | grep -viE '^(nvidia-|triton|cuda-|minigpt4)' >> requirements.lock
 
+# Removes the environments that make created. What was downloaded, prepared or trained is not make's to remove.
 clean:
-	rm -rf $(VENV) $(IMG2DATASET_VENV) data output
+	@for env in "$(VENV)" "$(IMG2DATASET_VENV)"; do \
+		if [ -e "$$env/.made-by-make" ]; then rm -rf "$$env" && echo "Removed $$env."; \
+		elif [ -e "$$env" ]; then echo "Kept $$env: it has no mark of make's. Remove it by hand."; fi; done
+	@for folder in data output; do [ ! -e $$folder ] || \
+		echo "Kept $$folder/, with the pictures and checkpoints in it. Remove it by hand."; done
 
 $(VENV)/.installed: requirements.txt requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else \
 		f"Python 3.11 or newer is needed; {sys.executable} is {v[0]}.{v[1]}. Name another: make PYTHON=python3.12 …")'
+	@[ -e "$(VENV)" ] || { mkdir -p "$(VENV)" && touch "$(VENV)/.made-by-make"; }
 	$(PYTHON) -m venv $(VENV)
 	@echo "Installing torch and the rest into $(VENV): a few minutes, 7 GB on Linux."
 	$(PIP) --upgrade pip
@@ -61,8 +68,9 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	$(PIP) --constraint requirements.lock --editable '.[tiny,test]'
 	touch $@
 
-# img2dataset pins older versions of webdataset, pandas and opencv than ours.
+# img2dataset pins older versions of webdataset and pandas than ours.
 $(IMG2DATASET_VENV)/.installed:
+	@[ -e "$(IMG2DATASET_VENV)" ] || { mkdir -p "$(IMG2DATASET_VENV)" && touch "$(IMG2DATASET_VENV)/.made-by-make"; }
 	$(PYTHON) -m venv $(IMG2DATASET_VENV)
 	$(IMG2DATASET_VENV)/bin/pip install --quiet img2dataset==1.47.0
 	touch $@

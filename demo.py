@@ -10,10 +10,9 @@ import argparse
 import sys
 
 from minigpt4.cli.arguments import add_model_arguments, check_address
-from minigpt4.common.commands import check_positive
+from minigpt4.common.commands import accept_any_text, check_positive
 from minigpt4.common.config import Config
-from minigpt4.common.errors import ConfigError
-from minigpt4.common.registry import UnknownNameError
+from minigpt4.common.errors import format_error, is_mistake
 from minigpt4.doctor.checks import log_warnings, preflight
 from minigpt4.web.server import load_model, serve
 
@@ -42,6 +41,7 @@ def _account(text: str) -> tuple[str, str]:
 
 def main(argv: list[str] | None = None) -> None:
     """Check the config, serve the page, load the model, and run until Ctrl-C."""
+    accept_any_text()
     args = parse_args(argv)
     cfg = Config(args)
     cfg.check_paths()
@@ -62,5 +62,7 @@ def main(argv: list[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (ConfigError, UnknownNameError) as error:
-        sys.exit(f"Error: {error}")
+    except Exception as error:
+        if not is_mistake(error):
+            raise
+        sys.exit(format_error(error))

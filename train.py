@@ -12,12 +12,11 @@ Any key of the YAML files can be given on the command line:
 import argparse
 import logging
 import sys
-from datetime import datetime
 
 from minigpt4.cli.arguments import add_config_arguments
+from minigpt4.common.commands import accept_any_text
 from minigpt4.common.config import Config
-from minigpt4.common.errors import ConfigError, format_error
-from minigpt4.common.registry import UnknownNameError
+from minigpt4.common.errors import format_error, is_mistake
 from minigpt4.doctor.checks import log_warnings, preflight
 
 
@@ -30,6 +29,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     """Read the config, build task, datasets and model, and run."""
+    accept_any_text()
     cfg = Config(parse_args(argv))
     cfg.check_paths(datasets=True)
     warnings = preflight(cfg, training=True)
@@ -38,18 +38,20 @@ def main(argv: list[str] | None = None) -> None:
     from minigpt4.common import dist_utils
     from minigpt4.common.logger import setup_logger
     from minigpt4.common.registry import registry
+    from minigpt4.runners.folder import reserved_folder
     from minigpt4.runners.state import seed_everything
 
     setup_logger()
     log_warnings(warnings + preflight(cfg, training=True, with_loaders=True))
-    with dist_utils.process_group(cfg.run_cfg):
+    with dist_utils.process_group(cfg.run_cfg), reserved_folder(cfg.run_cfg.output_dir) as job_id:
         seed_everything(cfg.run_cfg.seed)  # the same on all ranks, so that random weights are equal
         cfg.pretty_print()
-        job_id = dist_utils.broadcast_object(datetime.now().strftime("%Y%m%d%H%M%S"))
         task = registry.get_task_class(cfg.run_cfg.task).setup_task(cfg=cfg)
         runner_class = registry.get_runner_class(cfg.run_cfg.runner)
         registry.get_lr_scheduler_class(cfg.run_cfg.lr_sched)  # reports a misspelt name before anything is loaded
         datasets = task.build_datasets(cfg)
+        if hasattr(runner_class, "check_data"):
+            runner_class.check_data(cfg, datasets)
         model = task.build_model(cfg)
         seed_everything(cfg.run_cfg.seed + dist_utils.get_rank())
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -73,7 +75,9 @@ def how_to_go_on(runner) -> str:
 if __name__ == "__main__":
     try:
         main()
-    except (ConfigError, UnknownNameError, FileNotFoundError, FileExistsError, IsADirectoryError) as error:
-        sys.exit(format_error(error))
     except KeyboardInterrupt:
         sys.exit(130)  # as a shell reports Ctrl-C
+    except Exception as error:
+        if not is_mistake(error):
+            raise
+        sys.exit(format_error(error))

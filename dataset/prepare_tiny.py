@@ -10,6 +10,10 @@ The same inputs always give the same files:
     data/tiny/cc_sbu_align/              stage 2: filter_cap.json and image/<id>.jpg, one or two sentences each
     data/tiny/heldout/                   Fluent, same form, the caption is the name: for evaluation, never for training
     data/tiny/openmoji.tar               the pictures by OpenMoji, drawn once
+    data/tiny/prepared.json              the hashes of the files in these folders
+
+Only files that are in prepared.json, unchanged, are ever replaced. If there are others in these folders, nothing is
+written, unless --force is given.
 """
 
 import argparse
@@ -21,6 +25,8 @@ import logging
 import os
 import random
 import shutil
+import sys
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -39,6 +45,7 @@ STAGE1_ARTISTS = {"laion": ("openmoji", "noto"), "cc_sbu": ("twemoji",)}
 TRAINING_ARTISTS = ("openmoji", "noto", "twemoji")
 HELD_OUT_ARTIST = "fluent"
 LICENCES = {"openmoji": "CC BY-SA 4.0", "noto": "Apache-2.0", "twemoji": "CC BY 4.0", "fluent": "MIT"}
+OPENMOJI = "openmoji.tar"
 PARTS = ("laion", "cc_sbu", "cc_sbu_align", "heldout")
 MISSING_OPENMOJI = (
     "The pictures by OpenMoji (CC BY-SA 4.0) are not part of this repository. Install them with\n"
@@ -67,10 +74,18 @@ def render_openmoji(path: Path, ids: list[str]) -> None:
 
 def load_pictures(openmoji: Path, ids: list[str]) -> Pictures:
     """The pictures of all four artists. OpenMoji's are drawn, unless `openmoji` holds exactly these concepts."""
-    if not openmoji.exists() or sorted(read_pictures(openmoji)) != sorted(ids):
+    if not holds_pictures(openmoji, ids):
         render_openmoji(openmoji, ids)
     committed = {artist: TINY_DIR / f"{artist}.tar.gz" for artist in LICENCES if artist != "openmoji"}
     return {artist: read_pictures(path) for artist, path in {"openmoji": openmoji, **committed}.items()}
+
+
+def holds_pictures(openmoji: Path, ids: list[str]) -> bool:
+    """Whether the tar has the pictures of these concepts."""
+    try:
+        return sorted(read_pictures(openmoji)) == sorted(ids)
+    except (OSError, tarfile.TarError):
+        return False
 
 
 def encode_jpeg(picture: Image.Image) -> bytes:
@@ -137,54 +152,110 @@ def fingerprint() -> str:
     return digest.hexdigest()
 
 
-def inventory(output: Path) -> dict[str, list[int]]:
-    """{part: [number of its files, their bytes]}."""
-    sizes = {part: [p.stat().st_size for p in (output / part).rglob("*") if p.is_file()] for part in PARTS}
-    return {part: [len(of_part), sum(of_part)] for part, of_part in sizes.items()}
+def hashes(output: Path) -> dict[str, str]:
+    """{path relative to `output`: hash} of the files in the folders that this script writes. Links are left out."""
+    files = (path for part in PARTS for path in (output / part).rglob("*") if path.is_file() and not path.is_symlink())
+    return {path.relative_to(output).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def read_record(output: Path) -> dict:
+    """prepared.json; empty if there is none. Exits for a file that is something else."""
+    path = output / "prepared.json"
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if "fingerprint" in record and isinstance(record["files"], dict):
+            return record
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    sys.exit(f"Error: {path} was not written by this script. Name another folder: --output.")
 
 
 def is_complete(output: Path) -> bool:
     """Whether `output` holds what this script would write."""
-    try:
-        record = json.loads((output / "prepared.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return False
-    return record == {"fingerprint": fingerprint(), "files": inventory(output)}
+    record = read_record(output)
+    return record.get("fingerprint") == fingerprint() and record["files"].items() <= hashes(output).items()
 
 
-def prepare(output: Path) -> None:
-    """Write everything to `output`, unless it is complete. Each part appears whole, and prepared.json comes last."""
+def others(output: Path, ids: list[str]) -> list[Path]:
+    """The files that `prepare` would replace or remove, and this script did not write."""
+    known, found = read_record(output).get("files", {}), hashes(output)
+    if known.keys() == set(PARTS):  # of an earlier version: {part: [number of its files, their bytes]}
+        sizes = {part: [p.stat().st_size for p in (output / part).rglob("*") if p.is_file()] for part in PARTS}
+        whole = [part for part in PARTS if known[part] == [len(sizes[part]), sum(sizes[part])]]
+        known = {name: digest for name, digest in found.items() if name.split("/")[0] in whole}
+    ours = {output / name for name, digest in found.items() if digest in known.get(name, "")}
+    there = [path for part in PARTS for path in (output / part, *(output / part).rglob("*")) if os.path.lexists(path)]
+    if os.path.lexists(output / OPENMOJI) and not holds_pictures(output / OPENMOJI, ids):
+        there.append(output / OPENMOJI)
+    return [path for path in there if path not in ours and (path.is_symlink() or not path.is_dir())]
+
+
+def write_record(output: Path, fingerprint: str | None, files: dict[str, str]) -> None:
+    """Write prepared.json, the whole file or nothing."""
+    finished = output / f".prepared-{os.getpid()}.json"
+    finished.write_text(json.dumps({"fingerprint": fingerprint, "files": files}, indent=1) + "\n", encoding="utf-8")
+    finished.replace(output / "prepared.json")
+
+
+def prepare(output: Path, force: bool = False) -> None:
+    """Write everything to `output`, unless it is complete. Each part appears whole, and prepared.json comes last.
+
+    Exits if files of others are in the way and `force` is False. With `force` they are removed.
+    """
+    if output.exists() and not output.is_dir():
+        sys.exit(f"Error: {output} is not a folder. Name another one with --output.")
     if is_complete(output):
         logger.info("%s is complete; nothing to do.", output)
         return
     concepts = load_concepts()
-    pictures = load_pictures(output / "openmoji.tar", [concept.id for concept in concepts])
+    ids = [concept.id for concept in concepts]
+    in_the_way = others(output, ids)
+    if in_the_way and not force:
+        sys.exit(
+            f"Error: {in_the_way[0]} was not written by this script, or was changed since. There are {len(in_the_way)} "
+            f"such files in {output}. Move them away, name another folder with --output, or let them be removed with "
+            "--force."
+        )
+    pictures = load_pictures(output / OPENMOJI, ids)
     partial = output / f".partial-{os.getpid()}"
-    (output / "prepared.json").unlink(missing_ok=True)
     try:
         counts = {name: write_shards(partial / name, artists, concepts, pictures)
                   for name, artists in STAGE1_ARTISTS.items()}  # fmt: skip
         counts["cc_sbu_align"] = write_folder(partial / "cc_sbu_align", align_records(concepts), pictures)
         held_out = [(HELD_OUT_ARTIST, concept, concept.name) for concept in concepts]
         counts["heldout"] = write_folder(partial / "heldout", held_out, pictures)
+        old, new = hashes(output), hashes(partial)
+        # If this is interrupted, some parts are old and some are new.
+        write_record(output, None, {name: old.get(name, "") + new.get(name, "") for name in old.keys() | new.keys()})
         for part in PARTS:
-            shutil.rmtree(output / part, ignore_errors=True)
+            remove(output / part)
             (partial / part).rename(output / part)
             logger.info("%s: %d pictures.", output / part, counts[part])
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    record = {"fingerprint": fingerprint(), "files": inventory(output)}
-    finished = output / f".prepared-{os.getpid()}.json"
-    finished.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    finished.replace(output / "prepared.json")
+    write_record(output, fingerprint(), hashes(output))
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link (not what it leads to) or a folder, if there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=ROOT / "data" / "tiny", help="folder (default: data/tiny)")
+    parser.add_argument("--force", action="store_true", help="remove files of others that are in the way")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    prepare(args.output)
+    try:
+        prepare(args.output, args.force)
+    except OSError as error:
+        sys.exit(f"Error: {error}")
 
 
 if __name__ == "__main__":

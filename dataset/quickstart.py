@@ -24,7 +24,12 @@ def run(command: list[str], log: Path | None = None) -> str:
     print(f"\n$ python {' '.join(command)}", flush=True)
     lines = []
     process = subprocess.Popen(
-        [sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [sys.executable, *command],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
     )
     for line in process.stdout:
         lines.append(line)
@@ -49,6 +54,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--options", nargs="+", default=[], metavar="KEY=VALUE", help="settings of both stages")
     args = parser.parse_args()
+    sys.stdout.reconfigure(errors="backslashreplace")  # the screen may not know every character
     OUTPUT.mkdir(parents=True, exist_ok=True)
 
     run(["dataset/prepare_tiny.py"])

@@ -20,7 +20,7 @@ import logging
 from collections import Counter
 from pathlib import Path
 
-from tiny_pictures import SKIN_TONES, TINY_DIR, concept_id, encode_webp, render_svg, write_tar
+from tiny_pictures import SKIN_TONES, TINY_DIR, concept_id, encode_webp, refuse_existing, render_svg, write_tar
 
 from minigpt4.processors.blip_processors import BlipCaptionProcessor
 
@@ -126,6 +126,7 @@ def main() -> None:
     parser.add_argument("--packages", type=Path, required=True, help="folder of unpacked npm packages")
     parser.add_argument("--output", type=Path, default=TINY_DIR, help="where to write (default: dataset/tiny)")
     args = parser.parse_args()
+    refuse_existing(args.output, ("concepts.json", *(f"{artist}.tar.gz" for artist in PACKAGES)), own=TINY_DIR)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
     svgs = {artist: load_svgs(args.packages, artist) for artist in PACKAGES}

@@ -11,6 +11,7 @@ import gzip
 import io
 import os
 import re
+import sys
 import tarfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -46,6 +47,13 @@ def encode_webp(picture: Image.Image) -> bytes:
     buffer = io.BytesIO()
     picture.save(buffer, "WEBP", lossless=True, quality=75, method=4)
     return buffer.getvalue()
+
+
+def refuse_existing(folder: Path, names: Iterable[str], own: Path) -> None:
+    """Exit if one of the files that a script is about to write exists, unless the folder is the script's own."""
+    for path in (folder / name for name in names):
+        if folder.resolve() != own and path.exists():
+            sys.exit(f"Error: {path} exists already. Move it away, or name another folder with --output.")
 
 
 def write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> None:

@@ -22,6 +22,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from PIL import Image
+from tiny_pictures import refuse_existing
 from tiny_text import exact, full_sentence, named
 
 from minigpt4.common.config import Config
@@ -32,6 +33,7 @@ from minigpt4.models.generation import answer_text, continue_embeds
 from minigpt4.models.prompt import IMAGE_SLOT
 
 ROOT = Path(__file__).resolve().parents[1]
+QUICKSTART = ROOT / "output" / "quickstart"
 HELD_OUT = ROOT / "data" / "tiny" / "heldout"
 HEAD_PREDICTIONS = ROOT / "dataset" / "tiny" / "head_predictions.json"
 EVAL_CONFIG = ROOT / "eval_configs" / "minigpt4_tiny_eval.yaml"
@@ -188,8 +190,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage1", type=Path, required=True, help="run folder or checkpoint of stage 1")
     parser.add_argument("--stage2", type=Path, required=True, help="run folder or checkpoint of stage 2")
-    parser.add_argument("--output", type=Path, default=ROOT / "output" / "quickstart", help="where the files go")
+    parser.add_argument("--output", type=Path, default=QUICKSTART, help="where the files go")
     args = parser.parse_args()
+    refuse_existing(args.output, ("contact_sheet.png", "figures.json"), own=QUICKSTART)
     for name, value in report(args.stage1, args.stage2, args.output).items():
         print(f"{name}: {value}")
 

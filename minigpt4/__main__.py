@@ -7,7 +7,7 @@ python -m minigpt4 serve --cfg-path eval_configs/minigpt4_eval.yaml
 
 import sys
 
-from minigpt4.common.commands import dispatch
+from minigpt4.common.commands import accept_any_text, dispatch
 
 COMMANDS = {
     "chat": "chat about pictures in the terminal",
@@ -25,12 +25,14 @@ BENCHMARKS = ("bench", "make-random-weights", "rehearse")
 
 def main(argv: list[str] | None = None) -> int | str | None:
     """Run a command. Returns the process's exit status, or a message for stderr."""
-    from minigpt4.common.errors import ConfigError, format_error
-    from minigpt4.common.registry import UnknownNameError
+    from minigpt4.common.errors import format_error, is_mistake
 
+    accept_any_text()
     try:
         return dispatch(sys.argv[1:] if argv is None else argv, __doc__, COMMANDS, _module_of)
-    except (ConfigError, UnknownNameError) as error:
+    except Exception as error:
+        if not is_mistake(error):
+            raise
         return format_error(error)
 
 

@@ -16,9 +16,16 @@ from helpers import GOLDEN, QFORMER, ROOT, VIT
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-# These variables, which a user may have set, change the results of tests. Tests that need one set it.
-for name in ("HF_HUB_OFFLINE", "MINIGPT4_API_KEY", "TRITON_INTERPRET", "WORLD_SIZE", "RANK", "LOCAL_RANK"):
-    os.environ.pop(name, None)
+# These variables, which a user or a launcher may have set, change the results of tests. Tests that need one set it.
+# Libraries that read them when they are imported are imported later.
+OURS = ("HF_HUB_OFFLINE", "MINIGPT4_API_KEY", "TRITON_INTERPRET")
+LAUNCHERS = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+DATA_SCRIPTS = ("URL_LIST", "OUTPUT_FOLDER", "PROCESSES", "THREADS", "IMAGE_SIZE", "WANDB", "DISTRIBUTOR")
+OTHERS = ("PYTHONWARNINGS", "PYTHONOPTIMIZE", "HF_TOKEN", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
+for name in list(os.environ):
+    is_proxy = name.lower() in ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
+    if name in (*OURS, *LAUNCHERS, *DATA_SCRIPTS, *OTHERS) or name.startswith(("GRADIO_", "TORCHELASTIC_")) or is_proxy:
+        del os.environ[name]
 
 LONGEST_SECONDS = 10
 # Slow as a whole (browsers, several processes, interpreted kernels) or in one test. Others have the mark themselves.
@@ -29,7 +36,7 @@ SLOW_TESTS = (
     "tests/cli/test_cli_caption.py::test_several_ranks",
     "tests/cli/test_cli_chat.py::test_the_whole_command",
     "tests/cli/test_cli_serve.py",
-    "tests/conversation/test_videos.py::test_decord_is_imported_only_for_a_video",
+    "tests/conversation/test_videos.py::test_decoders_are_imported_only_for_a_video",
     "tests/doctor/test_estimate.py",
     "tests/fast/test_decoding.py::test_a_cache_that_grows_captures_its_prefills_anew",
     "tests/fast/test_vit.py::test_a_compiled_step_of_a_frozen_encoder",
@@ -140,6 +147,20 @@ def _isolate():
     yield
     logging.getLogger().setLevel(level)
     logging.captureWarnings(False)
+
+
+@pytest.fixture(autouse=True)
+def _hide_gpus(request):
+    """Only tests that need a GPU see one. All others do the same on every machine, and so do the processes they start.
+
+    A test that needs one says so in its `skipif`, or is in a file named `…_gpu.py`.
+    """
+    reasons = [mark.kwargs.get("reason", "") for mark in request.node.iter_markers("skipif")]
+    with pytest.MonkeyPatch.context() as patch:
+        if not (request.path.stem.endswith("_gpu") or any("GPU" in reason for reason in reasons)):
+            patch.setattr(torch.cuda, "is_available", lambda: False)
+            patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        yield
 
 
 @pytest.fixture

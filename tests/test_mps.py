@@ -35,6 +35,7 @@ def mac(monkeypatch):
         raise AssertionError("there is no CUDA on a Mac")
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # a Mac has no nvidia-smi, which this machine may have
     for name in CUDA_ONLY:
         monkeypatch.setattr(torch.cuda, name, refuse)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
@@ -93,6 +94,7 @@ def test_no_apple_gpu(monkeypatch, caplog):
     with pytest.raises(ConfigError, match="run.device=mps.*no Apple GPU.*cpu or cuda"):
         dist_utils.select_device("mps")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     dist_utils.warn_of_the_cpu.cache_clear()
     dist_utils.select_device("cuda")
     assert "run.device=cuda" in caplog.text and "mps" not in caplog.text

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -238,6 +239,36 @@ def test_ctrl_c_says_how_to_go_on(configs, tmp_path):
     saved = re.findall(r"Stopped by Ctrl-C.* run.resume_ckpt_path=(.*)", said)[-1]
     assert torch.load(saved, weights_only=True)["model"]
     assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(("path", "reason"), [("/dev/null/out", "Not a directory"), ("a" * 300, "File name too long")])
+def test_files_that_cannot_be_used_are_named_without_a_traceback(configs, monkeypatch, tmp_path, path, reason):
+    """Whatever the error's class, and although no check has seen it coming."""
+    monkeypatch.setattr("minigpt4.doctor.checks.preflight", lambda *_, **__: [])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        sys, "argv", ["train.py", "--cfg-path", str(configs["stage1"]), "--options", f"run.output_dir={path}"]
+    )
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+    assert str(caught.value).startswith(f"Error: {path}") and str(caught.value).endswith(f": {reason}.")
+
+
+def test_a_broken_split_is_found_before_the_model_is_loaded(configs, monkeypatch):
+    monkeypatch.setattr("minigpt4.tasks.base_task.BaseTask.build_model", lambda *_: pytest.fail("loads"))
+    fails(configs, "stage1", "run.valid_splits=[dev]", match="No dataset has the split 'dev'")
+    fails(configs, "stage1", "run.iters_per_epoch=null", match="run.iters_per_epoch must say how long")
+    fails(configs, "stage1", "run.valid_splits=[train]", match="cannot be evaluated")
+
+
+def test_a_resume_with_another_seed_is_refused_before_the_model_is_loaded(configs, tmp_path, monkeypatch):
+    main(["--cfg-path", str(configs["stage1"]), "--options", "run.max_epoch=1", "run.num_workers=0"])
+    path = run_folder(tmp_path, "stage1")
+    monkeypatch.setattr("minigpt4.tasks.base_task.BaseTask.build_model", lambda *_: pytest.fail("loads"))
+    options = [f"run.resume_ckpt_path={path}", "run.seed=7", "run.num_workers=2"]
+    match = r"(?s)run.resume_ckpt_path=.*checkpoint_0.pth.*num_workers of streams: 1 .*, 2 .*run.seed: 42 .*, 7 here"
+    fails(configs, "stage1", *options, match=match)
+    assert run_folder(tmp_path, "stage1") == path  # the refused run leaves no folder
 
 
 def test_a_mistake_is_reported_once_per_machine(configs):

@@ -14,6 +14,7 @@ import statistics
 import time
 
 from minigpt4.benchmarks.harness import bench_parser, clock, free_memory, peak_memory, report, reset_peak_memory
+from minigpt4.common.commands import check_positive
 
 PROMPT = " w" * 24 + "<ImageHere>" + " w" * 23  # with <s> and 32 vectors: 80
 NEXT_QUESTION = 20
@@ -40,7 +41,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--layers", nargs="+", choices=LAYERS, default=["compiled"], help="in the CUDA graph")
     parser.add_argument("--compare", action="store_true", help="also time transformers' generate, with 16-bit weights")
     parser.add_argument("--profile", action="store_true", help="print the kernels that take the GPU's time")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    check_positive(parser, args, ("tokens", "answers"))
+    return args
 
 
 def main(argv: list[str]) -> int:

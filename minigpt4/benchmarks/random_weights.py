@@ -78,7 +78,7 @@ def write(
         {part: path}, with the files that existed.
 
     Raises:
-        ConfigError: the disk has too little free space.
+        ConfigError: the disk has too little free space, or something else is at the path of a file.
     """
     sizes = published.SIZES[size]
     if vicuna == "v0":  # its tokenizer has a pad token more
@@ -94,6 +94,11 @@ def write(
     written = {part for part, (path, *_) in files.items() if path.is_file() or (path / "config.json").is_file()}
     missing = {part: file for part, file in files.items() if part not in written}
     folder.mkdir(parents=True, exist_ok=True)
+    for path, *_ in missing.values():
+        if path.exists():
+            raise ConfigError(
+                f"{path} is in the way: it is not what this command writes. Move it, or name another --out."
+            )
     needed, free = sum(_nbytes(table, dtype) for _, table, dtype in missing.values()), shutil.disk_usage(folder).free
     if needed > free:
         raise ConfigError(
@@ -103,7 +108,10 @@ def write(
     for part, (path, table, dtype) in missing.items():
         values = RandomValues(seed + PARTS.index(part))
         if part == "llm":
-            _write_llm(path, table, values, sizes, vicuna, as_bin, shard_gb)
+            incomplete = path.with_name(f".{path.name}.part")
+            shutil.rmtree(incomplete, ignore_errors=True)  # of an interrupted run
+            _write_llm(incomplete, table, values, sizes, vicuna, as_bin, shard_gb)
+            incomplete.replace(path)
         else:
             tensors = {name: values.tensor(name, shape, dtype) for name, shape in table.items()}
             checkpoint.save(tensors if part == "vision" else {"model": tensors}, path)
@@ -120,7 +128,7 @@ def yaml_options(size: str, paths: dict[str, Path]) -> list[str]:
 
 
 def _write_llm(folder, table, values, sizes, vicuna, as_bin, shard_gb) -> None:
-    """Write a language model's folder. config.json, by which a complete folder is recognised, is written last."""
+    """Write a language model's folder."""
     folder.mkdir(exist_ok=True)
     empty = {name: torch.empty(shape, dtype=torch.float16, device="meta") for name, shape in table.items()}
     shards = split_torch_state_dict_into_shards(empty, max_shard_size=int(shard_gb * 1e9)).filename_to_tensors.values()

@@ -4,8 +4,9 @@
     python -m minigpt4 rehearse --out rehearsal --size small           # the same with a small model, also on a CPU
 
 Run this in the repository's folder. It writes weights (`make-random-weights`) and a few synthetic pictures to --out,
-unless they exist. Then it runs train.py and `python -m minigpt4 chat` with the shipped YAML files, and sets the paths
-with --options. It prints a line for each run, and appends it to rehearsal.jsonl:
+unless they exist. --out is a new folder, or one of an earlier rehearsal. Then it runs train.py and `python -m minigpt4
+chat` with the shipped YAML files, and sets the paths with --options. It prints a line for each run, and appends it to
+rehearsal.jsonl:
 
 ready_s      seconds from the start of the process to the end of its first step, or to the chat's first prompt
 gpu_GB       peak of the GPU memory that the process's tensors took, in 10^9 bytes
@@ -20,6 +21,7 @@ import argparse
 import contextlib
 import json
 import logging
+import os
 import random
 import subprocess
 import sys
@@ -28,15 +30,18 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
+from typing import TextIO
 
 import psutil
 
 from minigpt4.benchmarks.harness import report
 from minigpt4.benchmarks.published import SIZES
 from minigpt4.benchmarks.synthetic import ROOT, STAGE_CONFIGS, WORKLOADS, caption, photograph
-from minigpt4.common.commands import command_parser
+from minigpt4.common.commands import check_positive, command_parser, path_argument
+from minigpt4.common.output import only_run, own_folder
 
 WORK = ("S1/16", "S2/12", "chat")
+RESULTS = "rehearsal.jsonl"  # also marks a folder as one of this command's
 LOAD_IN = ("16bit", "8bit", "4bit", "8bit_weights")
 # Runs a script as `python script …` would, and writes the memory that it took to a file when it ends.
 WATCHED = """
@@ -58,7 +63,9 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = command_parser("rehearse", __doc__)
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for weights, data and results")
+    parser.add_argument(
+        "--out", required=True, type=path_argument, metavar="DIR", help="folder for weights, data and results"
+    )
     parser.add_argument("--size", nargs="+", default=["7b"], choices=list(SIZES), help="Vicuna's sizes (7b)")
     parser.add_argument("--work", nargs="+", default=list(WORK), choices=WORK, help="what to run (all)")
     parser.add_argument(
@@ -67,17 +74,27 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=8, metavar="N", help="training steps of a run (%(default)s)")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at the same time (%(default)s)")
     parser.add_argument("--options", nargs="+", default=[], metavar="KEY=VALUE", help="more settings for all runs")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    check_positive(parser, args, ("steps", "jobs"))
+    return args
 
 
 def main(argv: list[str]) -> int:
     """Write the files, run the commands, and print the results. Returns the number of runs that failed."""
     args = parse_args(argv)
     args.out = args.out.resolve()
-    from minigpt4.benchmarks import random_weights
     from minigpt4.common.logger import setup_logger
 
     setup_logger()
+    own_folder(args.out, RESULTS)
+    with only_run(args.out), open(args.out / RESULTS, "a", encoding="utf-8") as kept:
+        return rehearse_all(args, kept)
+
+
+def rehearse_all(args: argparse.Namespace, kept: TextIO) -> int:
+    """Write the files, run the commands, and append the results to `kept`. Returns the number of runs that failed."""
+    from minigpt4.benchmarks import random_weights
+
     make_data(args.out / "data")
     options = {}
     for size in args.size:
@@ -89,7 +106,7 @@ def main(argv: list[str]) -> int:
     runs = [(size, load_in, work) for size, work, load_in in product(args.size, args.work, args.load_in)]
     logging.info("%d runs", len(runs))
     failed = 0
-    with ThreadPoolExecutor(args.jobs) as pool, open(args.out / "rehearsal.jsonl", "a", encoding="utf-8") as kept:
+    with ThreadPoolExecutor(args.jobs) as pool:
         for row in pool.map(lambda run: rehearse(args, *run, options[run[0]]), runs):
             failed += "failed" in row
             report(row, as_json=True)
@@ -158,12 +175,14 @@ def _watch_host(process: psutil.Popen, row: dict) -> None:
 def make_data(folder: Path, count: int = 64) -> None:
     """Write synthetic pictures: two shards with captions of stage 1, and a cc_sbu_align folder with those of stage 2.
 
-    count: pictures in each of the three.
+    count: pictures in each of the three. Raises ConfigError for a folder that has other files.
     """
     from webdataset import TarWriter
 
-    if (folder / "cc_sbu_align/filter_cap.json").exists():
+    own_folder(folder, "cc_sbu_align/filter_cap.json")
+    if os.listdir(folder):
         return
+    complete, folder = folder, folder.with_name(f".{folder.name}.part")
     rng = random.Random(1)
     (folder / "shards").mkdir(parents=True, exist_ok=True)
     (folder / "cc_sbu_align/image").mkdir(parents=True, exist_ok=True)
@@ -176,3 +195,5 @@ def make_data(folder: Path, count: int = 64) -> None:
     for i, picture in enumerate(pictures):
         (folder / f"cc_sbu_align/image/{i}.jpg").write_bytes(picture)
     (folder / "cc_sbu_align/filter_cap.json").write_text(json.dumps({"annotations": records}))
+    complete.rmdir()
+    folder.rename(complete)

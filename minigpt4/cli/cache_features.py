@@ -20,9 +20,10 @@ from tqdm import tqdm
 
 from minigpt4.cli.arguments import add_config_arguments
 from minigpt4.cli.parallel import batches_ahead
-from minigpt4.common.commands import check_positive, command_parser
+from minigpt4.common.commands import check_positive, command_parser, path_argument
 from minigpt4.common.config import Config
 from minigpt4.common.errors import ConfigError
+from minigpt4.common.output import only_run, own_folder
 from minigpt4.common.registry import registry
 from minigpt4.common.text import pluralize
 
@@ -30,7 +31,7 @@ from minigpt4.common.text import pluralize
 def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = command_parser("cache-features", __doc__)
     add_config_arguments(parser, "the training run's YAML file")
-    parser.add_argument("--out", required=True, metavar="FOLDER", help="folder for the features")
+    parser.add_argument("--out", required=True, type=path_argument, metavar="FOLDER", help="folder for the features")
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="pictures at a time (%(default)s)")
     parser.add_argument("--threads", type=int, default=8, metavar="N", help="decoding threads (%(default)s)")
     args = parser.parse_args(argv)
@@ -48,15 +49,19 @@ def main(argv: list[str]) -> int:
 
     from minigpt4.common import dist_utils
     from minigpt4.common.logger import setup_logger
+    from minigpt4.datasets import feature_cache
 
     setup_logger()
-    with dist_utils.process_group(cfg.run_cfg) as device:
+    for name in cfg.datasets_cfg:
+        own_folder(args.out / name, feature_cache.MANIFEST)  # a wrong --out is reported before models are loaded
+    with dist_utils.process_group(cfg.run_cfg) as device, only_run(args.out, dist_utils.is_main_process()):
+        dist_utils.barrier()  # rank 0 has found that no other run writes there
         sources = {name: (source_dataset(cfg, name), manifest_of(cfg, name)) for name in cfg.datasets_cfg}
         model = load_vision(cfg, device)
         with ThreadPoolExecutor(args.threads) as pool:
             writer = Writer(model, device, pool, args.batch_size)
             for name, (dataset, manifest) in sources.items():
-                folder = Path(args.out) / name
+                folder = args.out / name
                 writer.write(name, dataset, manifest, folder)
                 logging.info("To train from them: --options datasets.%s.build_info.features=%s", name, folder)
     return 0
@@ -149,6 +154,12 @@ class Writer:
                 features = self._features([fields for _, fields in good])
                 for (sample, _), row in zip(good, features, strict=True):
                     yield sample.key, row, {"caption": sample.caption, "image_id": sample.image_id}
+        lost = getattr(getattr(dataset, "patience", None), "given_up", None)
+        if lost:  # a cache without them would pass for complete
+            raise ConfigError(
+                f"{next(iter(lost))} is out of reach, so this shard is not written. Run the same command again when it "
+                "can be read; it goes on where it stopped."
+            )
 
     def _features(self, fields: list[dict]):
         """The features of loaded pictures, float16 [B,Q,W]. Raises FloatingPointError if float16 cannot hold them."""

@@ -6,43 +6,47 @@
     torchrun --nproc_per_node 4 -m minigpt4 caption --dir photos --out captions.jsonl --cfg-path …
 
 Of a video, the model sees --frames pictures at even distances, and its line has their number: {…, "frames": 8}. An
-interrupted run continues where it stopped if it gets the same --out. Unreadable files are skipped, and listed last.
+interrupted run continues where it stopped if it gets the same --out and settings, which are kept in
+<out>.settings.json. Unreadable files are skipped, and listed last.
 """
 
 import argparse
 import io
 import json
 import logging
-import tarfile
-import zlib
+import os
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from glob import escape
-from itertools import islice
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
+from minigpt4 import PACKAGE_ROOT
 from minigpt4.cli import arguments
+from minigpt4.cli.caption_sources import Item, Sources, listed, named_sources
 from minigpt4.cli.parallel import batches_ahead
-from minigpt4.common.commands import check_positive, command_parser
+from minigpt4.common import facts
+from minigpt4.common.commands import check_positive, command_parser, path_argument, text_argument
 from minigpt4.common.config import Config
 from minigpt4.common.errors import ConfigError
+from minigpt4.common.output import only_run
 from minigpt4.common.text import pluralize
 from minigpt4.conversation import Decoding, PictureError, open_media, open_picture, videos
-
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"}
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = command_parser("caption", __doc__)
     parser.add_argument("images", nargs="*", metavar="IMAGE", help="pictures and videos")
-    parser.add_argument("--dir", metavar="FOLDER", help="all pictures and videos in a folder and its subfolders")
-    parser.add_argument("--shards", nargs="+", metavar="TAR", help="webdataset tars; globs and {00..09} are expanded")
-    parser.add_argument("--out", metavar="FILE", help="JSONL file to append to (the screen)")
     parser.add_argument(
-        "--prompt", metavar="TEXT", help="a question for the model's template, or a whole prompt with <ImageHere>"
+        "--dir", type=path_argument, metavar="FOLDER", help="all pictures and videos in a folder and those below it"
     )
+    parser.add_argument("--shards", nargs="+", metavar="TAR", help="webdataset tars; globs and {00..09} are expanded")
+    parser.add_argument("--out", type=path_argument, metavar="FILE", help="JSONL file to append to (the screen)")
+    about = "a question for model.prompt_template, or a whole prompt with <ImageHere>"
+    parser.add_argument("--prompt", type=text_argument, metavar="TEXT", help=about)
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="pictures at a time (%(default)s)")
     arguments.add_model_arguments(parser)
     arguments.add_answer_arguments(parser, sample=False)
@@ -58,7 +62,7 @@ def main(argv: list[str]) -> int:
     args = parse_args(argv)
     cfg = Config(args)
     cfg.check_paths()
-    files, shards = named_files(args)
+    sources = named_sources(args.images, args.dir, args.shards or [])
     from minigpt4.common import dist_utils
     from minigpt4.common.logger import setup_logger
     from minigpt4.conversation.loading import load_chat, select_gpu
@@ -66,49 +70,37 @@ def main(argv: list[str]) -> int:
     setup_logger()
     gpu = None if args.gpu_id is None else select_gpu(cfg, args.gpu_id)
     with dist_utils.process_group(cfg.run_cfg, gpu) as device:
-        chat = load_chat(cfg, device)
-        template = getattr(chat.model, "template", None)
-        captioner = Captioner(chat, args, template.prompt if template else cfg.model_cfg.get("prompt_template"))
-        unreadable = caption(files, shards, captioner, Output(args.out))
+        with open_output(args.out, settings_of(args, cfg)) as output:
+            chat = load_chat(cfg, device)
+            template = getattr(chat.model, "template", None)
+            around = template.prompt if template else cfg.model_cfg.get("prompt_template")
+            unreadable = caption(sources, Captioner(chat, args, around), output)
     return 1 if unreadable else 0
 
 
-# How a line of the JSONL file begins.
+# How a line of the JSONL file begins, and what marks a settings file as this command's.
 LINE_START = b'{"image": '
+COMMAND = "minigpt4 caption"
 
 
-def named_files(args: argparse.Namespace) -> tuple[list[Path], list[str]]:
-    """The files and the shards to describe. Raises ConfigError if there are none, and for files that do not exist."""
-    from minigpt4.datasets.datasets.shards import shards_of_argument
-
-    files = [Path(path) for path in args.images]
-    arguments.check_files(files)
-    if args.dir:
-        if not Path(args.dir).is_dir():
-            raise ConfigError(f"--dir {args.dir} is not a folder.")
-        kinds = SUFFIXES | {*videos.SUFFIXES}
-        files += sorted(path for path in Path(args.dir).rglob("*") if path.suffix.lower() in kinds)
-    shards = shards_of_argument(args.shards or [])
-    if not files and not shards:
-        raise ConfigError(f"--dir {args.dir} holds no pictures or videos ({', '.join(sorted(kinds))}).")
-    return list(dict.fromkeys(files)), shards  # a file may be named, and be in the folder too
-
-
-def read_items(files: list[Path], shards: list[str]) -> Iterator[tuple[str, Path | bytes | PictureError]]:
-    """Yield (name, path or bytes) of each picture and video, or (tar, PictureError) for a damaged tar."""
-    from minigpt4.datasets.datasets.tar_reader import is_hidden
-
-    for path in files:
-        yield str(path), path
-    for shard in shards:
-        try:
-            with tarfile.open(shard) as tar:
-                for member in tar:
-                    suffix = Path(member.name).suffix.lower()
-                    if member.isfile() and suffix in SUFFIXES and not is_hidden(member.name):
-                        yield f"{shard}/{member.name}", tar.extractfile(member).read()
-        except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
-            yield shard, PictureError(f"the rest of this tar cannot be read: {error}")
+def settings_of(args: argparse.Namespace, cfg: Config) -> dict[str, Any]:
+    """What the captions depend on: {name: value}, for JSON."""
+    prompt, file = args.prompt, cfg.model_cfg.get("prompt_path")
+    if prompt is None and file:  # the first of the file, which may be edited
+        lines = Path(file).read_text(encoding="utf-8", errors="replace").splitlines()
+        prompt = next((line for line in lines if facts.IMAGE_SLOT in line), None)
+    settings = {"prompt": prompt} | arguments.given(args, arguments.AnswerSettings)
+    # Another installation of this package has the same files elsewhere.
+    plain = json.loads(json.dumps(cfg.to_dict(), default=str).replace(json.dumps(str(PACKAGE_ROOT))[1:-1], "minigpt4"))
+    settings |= {f"model.{key}": value for key, value in plain["model"].items()}
+    settings["run.video_backend"] = plain["run"]["video_backend"]
+    ckpt = settings.get("model.ckpt")
+    if ckpt and os.path.isdir(ckpt):
+        settings["model.ckpt"] = str(facts.newest_checkpoint(Path(ckpt)) or ckpt)
+    settings["preprocess.vis_processor"] = plain["preprocess"]["vis_processor"]
+    for name, dataset in plain["datasets"].items():
+        settings[f"datasets.{name}.vis_processor"] = dataset.get("vis_processor")
+    return settings
 
 
 class Captioner:
@@ -138,7 +130,7 @@ class Captioner:
             raise ConfigError(f"--prompt {self._prompt!r} must have {IMAGE_SLOT} once: each line is about one file.")
         self._slot = IMAGE_TURN if IMAGE_TURN in self._prompt else IMAGE_SLOT
 
-    def load(self, item: tuple[str, Path | bytes | PictureError]):
+    def load(self, item: Item):
         """Read an item. Returns (name, processed pictures [3,H,W]), or (name, PictureError) if there are none."""
         name, source = item
         try:
@@ -147,7 +139,7 @@ class Captioner:
             if isinstance(source, bytes):
                 pictures = [open_picture(io.BytesIO(source), Path(name).name)]
             else:
-                pictures = open_media(source, self._frames)
+                pictures = open_media(source, self._frames, self._chat.video_backend)
             self._check_length(Path(name).name, len(pictures))
             return name, [self._chat.vis_processor(picture) for picture in pictures]
         except PictureError as error:
@@ -178,35 +170,69 @@ class Captioner:
             )
 
 
-class Output:
-    """The JSONL file, or the screen. Of several ranks, each writes to a file of its own until `finish`."""
+@contextmanager
+def open_output(name: Path | None, settings: dict[str, Any]) -> Iterator["Output"]:
+    """The `Output` of a run. No other run can have it meanwhile.
 
-    def __init__(self, path: str | None):
+    Raises ConfigError for a path that is no file, one of another run, and as `Output` does.
+    """
+    from minigpt4.common import dist_utils
+
+    if name is None:
+        yield Output(None, settings)
+        return
+    path = name.resolve()
+    if path.is_dir():
+        raise ConfigError(f"--out {name} is a folder; name a file in it.")
+    if path.exists() and not (path.is_file() and os.access(path, os.R_OK | os.W_OK)):
+        raise ConfigError(f"--out {name} is no file that can be written. Leave --out away to write to the screen.")
+    main = dist_utils.is_main_process()
+    if main:
+        check_output(path, settings)  # before a file for the lock is written beside somebody else's file
+    with only_run(path, main):
+        yield Output(path, settings)
+
+
+class Output:
+    """The JSONL file, or the screen. Of several ranks, each writes to a file of its own until `finish`.
+
+    Args:
+        path: the JSONL file; None: the screen.
+        settings: what the captions depend on. They are kept beside the JSONL file, in `<name>.settings.json`, which is
+            written first and marks the JSONL file as this command's.
+
+    Raises ConfigError for a file that this command did not write, and for one with captions of other settings. Nothing
+    is changed then.
+    """
+
+    def __init__(self, path: Path | None, settings: dict[str, Any]):
         from minigpt4.common import dist_utils
 
-        self._path = self._own = Path(path) if path else None
+        self._path = self._own = path
         self.done: set[str] = set()
-        if self._path is None:
+        if path is None:
             return
-        if self._path.is_dir():
-            raise ConfigError(f"--out {path} is a folder; name a file in it.")
         if dist_utils.is_distributed():
-            self._own = self._path.with_name(f"{self._path.name}.part{dist_utils.get_rank()}")
+            self._own = path.with_name(f"{path.name}.part{dist_utils.get_rank()}")
+        if dist_utils.is_main_process():
+            check_output(path, settings)
+            part = path.with_name(f".{path.name}.settings.part")
+            part.write_text(json.dumps({"command": COMMAND, "settings": settings}) + "\n", encoding="utf-8")
+            part.replace(_settings_file(path))
         self.finish()  # an earlier run
-        if self._path.is_file():
-            self.done = {_image(line) for line in _whole_lines(self._path)}
+        if path.is_file():
+            self.done = {_image(line) for line in _whole_lines(path)}
         dist_utils.barrier()  # all ranks have read before any writes
 
     def write(self, entries: list[dict]) -> None:
         """Append lines. They are on disk when this returns, so that an interrupted run can be continued."""
         lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
-        # A file name that is not UTF-8 has lone surrogates. JSON escapes them just like Python's backslashreplace.
-        content = lines.encode("utf-8", "backslashreplace")
         if self._path is None:
-            print(content.decode(), end="", flush=True)
+            print(lines, end="", flush=True)
             return
         with self._own.open("ab") as file:
-            file.write(content)
+            # A file name that is not UTF-8 has lone surrogates. JSON escapes them just like Python's backslashreplace.
+            file.write(lines.encode("utf-8", "backslashreplace"))
 
     def finish(self) -> None:
         """Rank 0 appends the files of all ranks to the JSONL file."""
@@ -214,39 +240,95 @@ class Output:
 
         dist_utils.barrier()  # all ranks have written
         if self._path and dist_utils.is_main_process():
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            for part in sorted(self._path.parent.glob(f"{escape(self._path.name)}.part[0-9]*")):
+            for part in _parts(self._path):
+                # A part that was appended, but not yet removed when a run ended, is not appended again.
+                done = {_image(line) for line in _whole_lines(self._path)} if self._path.exists() else set()
                 with self._path.open("ab") as file:
-                    file.writelines(_whole_lines(part))
+                    file.writelines(line for line in _whole_lines(part) if _image(line) not in done)
                 part.unlink()
         dist_utils.barrier()
 
 
-def _whole_lines(path: Path) -> list[bytes]:
-    """The complete lines of a file. One that a run was interrupted in is cut off the file.
+def check_output(path: Path, settings: dict[str, Any]) -> None:
+    """Raise ConfigError if `path`, or a part of it, has lines of others, or captions of other settings."""
+    kept = _kept_settings(path)
+    files = [file for file in (path, *_parts(path)) if file.exists()]
+    captions = [line for file in files for line in _look(file, marked=kept is not None)[0]]
+    if captions and kept is None:
+        logging.warning("%s has no settings file beside it. Its captions count as made with these settings.", path)
+    elif captions:
+        now = json.loads(json.dumps(settings))
+        keys = [key for key in sorted(kept.keys() | now.keys()) if kept.get(key) != now.get(key)]
+        differences = [f"{key}: {kept.get(key)!r} there, {now.get(key)!r} here" for key in keys]
+        if differences:
+            raise ConfigError(
+                f"--out {path} has captions that were made with other settings. Name another file, or use the same "
+                f"settings ({_settings_file(path).name} has them):\n  " + "\n  ".join(differences)
+            )
 
-    Raises ConfigError for a file that this command did not write; the file stays as it is then.
+
+def _settings_file(path: Path) -> Path:
+    return path.with_name(f"{path.name}.settings.json")
+
+
+def _kept_settings(path: Path) -> dict[str, Any] | None:
+    """The settings beside a JSONL file; None: there are none. Raises ConfigError for a file that has something else."""
+    file = _settings_file(path)
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if content["command"] == COMMAND:
+            return content["settings"]
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        pass
+    raise ConfigError(f"--out {path}: {file.name} beside it is not a settings file of `caption`. Name another --out.")
+
+
+def _parts(path: Path) -> list[Path]:
+    """The files of the ranks of an interrupted run."""
+    form = re.compile(re.escape(path.name) + r"\.part\d+")
+    return sorted(file for file in path.parent.glob("*.part*") if form.fullmatch(file.name))
+
+
+def _whole_lines(path: Path, marked: bool = True) -> list[bytes]:
+    """The lines of a file as `_look` finds them. The last one is completed, or removed if it was cut off."""
+    lines, cut_off = _look(path, marked)
+    whole = sum(map(len, lines))
+    if cut_off:
+        logging.warning("%s ends in a line that was cut off, which is removed: %r", path, cut_off)
+        os.truncate(path, whole)
+    elif whole > path.stat().st_size:
+        with path.open("ab") as file:
+            file.write(b"\n")
+    return lines
+
+
+def _look(path: Path, marked: bool) -> tuple[list[bytes], bytes]:
+    """The lines of a file of captions, with their line breaks; and the beginning of one that a run was interrupted in.
+
+    marked: there is a settings file beside the file.
+
+    Raises ConfigError for a file that this command did not write.
     """
     content = path.read_bytes()
     end = content.rfind(b"\n") + 1
     lines = content[:end].splitlines(keepends=True)  # of bytes, since U+2028 in a caption would end a line of text
     rest = content[end:]
-    if rest and not _is_cut_off(rest):
+    cut_off = rest if (marked or lines) and _is_cut_off(rest) else b""
+    if rest and not cut_off:
         lines.append(rest + b"\n")
     for line in lines:
         if _image(line) is None:
             raise ConfigError(f"--out {path} exists, and its line {line[:60]!r} is not a caption. Name another file.")
-    whole = b"".join(lines)
-    if whole != content:
-        path.write_bytes(whole)
-    return lines
+    return lines, cut_off
 
 
 def _is_cut_off(line: bytes) -> bool:
     """Whether a line is the beginning of one that this command writes."""
     try:
         json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return line.startswith(LINE_START) or LINE_START.startswith(line)
     return False
 
@@ -255,19 +337,20 @@ def _image(line: bytes) -> str | None:
     """The image that a line describes; None: this command did not write the line."""
     try:
         entry = json.loads(line)
-        return entry["image"] if "caption" in entry else None
-    except (ValueError, KeyError, TypeError):
+        ours = entry.keys() - {"frames"} == {"image", "caption"} and isinstance(entry["image"], str)
+        return entry["image"] if ours else None
+    except (ValueError, AttributeError, RecursionError):
         return None
 
 
-def caption(files: list[Path], shards: list[str], captioner: Captioner, output: Output) -> list[str]:
+def caption(sources: Sources, captioner: Captioner, output: Output) -> list[str]:
     """Describe this rank's share of the pictures that `output` lacks. Returns why all ranks skipped pictures."""
     from minigpt4.common import dist_utils
 
-    rank, ranks = dist_utils.get_rank(), dist_utils.get_world_size()
-    own = islice((item for item in read_items(files, shards) if item[0] not in output.done), rank, None, ranks)
-    total = None if shards else len([path for path in files if str(path) not in output.done][rank::ranks])
+    rank = dist_utils.get_rank()
+    files, own = sources.share(output.done, rank, dist_utils.get_world_size())
     skipped, written = [], 0
+    total = None if sources.shards else len(files)
     with ThreadPoolExecutor(4) as pool, tqdm(total=total, unit="file", disable=rank > 0) as bar:
         for batch in batches_ahead(pool, captioner.load, own, captioner.batch_size):
             good = [(name, pictures) for name, pictures in batch if not isinstance(pictures, Exception)]
@@ -278,6 +361,10 @@ def caption(files: list[Path], shards: list[str], captioner: Captioner, output: 
                 written += len(good)
             bar.update(len(batch))
     output.finish()
+    # Every rank has counted the files of the folder, and each the shards that it read.
+    passed_over = sum(dist_utils.gather_objects(sources.passed_in_shards), sources.passed_in_folders)
+    if passed_over:
+        logging.warning("Passed over, since they are no pictures or videos: %s.", listed(passed_over))
     skipped = [line for lines in dist_utils.gather_objects(skipped) for line in lines]
     if skipped:
         logging.warning("Skipped, %d in all:\n  %s", len(skipped), "\n  ".join(skipped))

@@ -7,7 +7,8 @@
 
 Checks every file that the config names, shapes, tokenizer and template, and the machine, and estimates memory and time.
 Paths, keys and the machine come first, within a second; the loaders check the rest if those have no errors.
-Exit status: 0 for no errors (warnings are allowed), 1 for errors, 2 for a config that cannot be read.
+Exit status: 0 for no errors (warnings are allowed), 1 for errors and for a check that could not be made, 2 for a config
+that cannot be read.
 """
 
 import argparse
@@ -15,7 +16,7 @@ import json
 from dataclasses import asdict
 
 from minigpt4.cli.arguments import add_config_arguments
-from minigpt4.common.commands import command_parser
+from minigpt4.common.commands import check_positive, command_parser
 from minigpt4.common.config import Config
 from minigpt4.common.errors import ConfigError
 from minigpt4.common.registry import UnknownNameError
@@ -34,14 +35,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--probe", action="store_true", help="then load everything and take three steps with the longest batch"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object for each diagnostic")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    check_positive(parser, args, ("gpus", "gpu_memory", "step_time"))
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:
     """Print the diagnostics. Returns the exit status."""
     args = parse_args(argv)
     from minigpt4.doctor.checks import examine, has_errors
-    from minigpt4.doctor.diagnostic import ERROR, WARNING, as_text
+    from minigpt4.doctor.diagnostic import ERROR, NOT_MADE, WARNING, as_text
     from minigpt4.doctor.machine import imagined_gpu, list_gpus
     from minigpt4.doctor.run_context import RunContext
 
@@ -69,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"\n{pluralize(counts[0], 'error')}, {pluralize(counts[1], 'warning')}.")
         if args.probe and broken:
             print("No step was taken: the errors come first.")
-    return int(has_errors(diagnostics))
+    return int(has_errors(diagnostics) or any(each.fix == NOT_MADE for each in diagnostics))
 
 
 def is_training(cfg: Config) -> bool:

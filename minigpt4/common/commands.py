@@ -1,8 +1,27 @@
 """Commands: `python -m minigpt4 <command>`, and `bench <kind>` within it. Importing this needs no torch."""
 
 import argparse
+import codecs
 import importlib
+import json
+import os
+import re
+import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from minigpt4.common.settings import broken_bound
+
+
+def accept_any_text() -> None:
+    """Let the screen show every text, and the keyboard send any bytes, whatever their encoding.
+
+    A character that the encoding lacks is shown as an escape of JSON's, so that JSON stays valid: é as \\u00e9.
+    """
+    codecs.register_error("json_escape", lambda e: (json.dumps(e.object[e.start : e.end])[1:-1], e.end))
+    for stream, errors in ((sys.stdout, "json_escape"), (sys.stderr, "json_escape"), (sys.stdin, "replace")):
+        if hasattr(stream, "reconfigure"):  # not of a notebook
+            stream.reconfigure(errors=errors)
 
 
 def dispatch(
@@ -46,9 +65,21 @@ def command_parser(command: str, usage: str) -> argparse.ArgumentParser:
     )
 
 
+def path_argument(text: str) -> Path:
+    """The `type` of an argument that is a path. An empty one is an error, as of a variable that is not set."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the path is empty")
+    return Path(text).expanduser()
+
+
+def text_argument(text: str) -> str:
+    """The `type` of an argument that is a text for the model: as UTF-8 where the locale's encoding cannot read it."""
+    return os.fsencode(text).decode(errors="replace") if re.search("[\ud800-\udfff]", text) else text
+
+
 def check_positive(parser: argparse.ArgumentParser, args: argparse.Namespace, names: Iterable[str]) -> None:
-    """End the program with a message unless each of these arguments is more than 0."""
+    """End the program with a message unless each of these arguments is None, or finite and more than 0."""
     for name in names:
         value = getattr(args, name)
-        if not value > 0:
-            parser.error(f"--{name.replace('_', '-')} {value} must be more than 0")
+        if broken := broken_bound(value, {"more_than": 0}, args.__getattribute__):
+            parser.error(f"--{name.replace('_', '-')} {value} {broken}")

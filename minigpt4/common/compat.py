@@ -148,6 +148,22 @@ def decoder_layers(llm: Any) -> Any:
     return next(part for part in lists if len(part) == count)
 
 
+def gguf_processor(architecture: str, config: Any) -> Any | None:
+    """transformers' own treatment of the tensors of a .gguf file: transpositions, permutations, joined experts.
+
+    None: transformers has none for the architecture, or the name is gone. Then its public `from_pretrained` with
+    `gguf_file` reads the file, which takes half a minute for 135 M parameters.
+    """
+    try:
+        from transformers import modeling_gguf_pytorch_utils as theirs
+
+        if architecture in theirs.TENSOR_PROCESSORS or architecture in theirs.GGUF_SUPPORTED_ARCHITECTURES:
+            return theirs.TENSOR_PROCESSORS.get(architecture, theirs.TensorProcessor)(config=config.to_dict())
+    except (ImportError, AttributeError):
+        pass
+    return None
+
+
 # timm
 
 

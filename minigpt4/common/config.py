@@ -11,25 +11,38 @@ import json
 import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, fields
+from dataclasses import fields
+from enum import Enum
 from pathlib import Path
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from minigpt4.common import facts
 from minigpt4.common.config_files import (
     CONFIGS,
+    conflict,
     default_sources,
     import_plugins,
     load_yaml,
-    parse_options,
+    merge,
+    other_kind,
     shipped_datasets,
+    text_at,
 )
 from minigpt4.common.errors import ConfigError, check_names
+from minigpt4.common.options import KeyTypes, is_text, parse_options, without_none
 from minigpt4.common.registry import did_you_mean, registry
-from minigpt4.common.schema import DatasetConfig, EnvConfig, MiniGPT4Config, PreprocessConfig, RunConfig
+from minigpt4.common.schema import (
+    DatasetConfig,
+    EnvConfig,
+    MiniGPT4Config,
+    PreprocessConfig,
+    RunConfig,
+    ShippedDatasetConfig,
+)
+from minigpt4.common.settings import broken_bound
 
 SECTIONS = ("run", "model", "datasets", "preprocess", "env")
 # Keys whose value is a path or URL. prompt_path takes no URL; llama_model takes a hub id instead of one.
@@ -57,11 +70,11 @@ class Config:
     def __init__(self, args):
         if getattr(args, "offline", False):
             facts.go_offline()
-        user, options = load_yaml(args.cfg_path), parse_options(args.options or [])
-        request = OmegaConf.merge(user, options)
+        user, options = load_yaml(args.cfg_path), parse_options(args.options or [], strict=False)
+        request = merge((args.cfg_path, user), ("--options", options))
         imports = OmegaConf.select(request, "run.imports") or []
-        if isinstance(imports, str):
-            raise ConfigError(f"run.imports = {imports!r} must be a list of modules, as in [{imports}].")
+        if not isinstance(imports, (list, ListConfig)) or not all(isinstance(module, str) for module in imports):
+            raise ConfigError(f"run.imports = {imports!r} must be a list of modules, as in [my.module].")
         import_plugins([*imports, *(getattr(args, "imports", None) or [])])
 
         # (where, settings), in merge order; `origin` finds the source of a value here.
@@ -71,13 +84,16 @@ class Config:
             (args.cfg_path, user),
             ("--options", options),
         ]
-        merged = OmegaConf.merge(*(source for _, source in self._sources))
+        merged = merge(*self._sources)
         self._check_names("", merged, SECTIONS)
-        self.run_cfg = self._typed("run", merged, self._schema("task", merged, "run.task", RunConfig))
-        self.model_cfg = self._typed("model", merged, self._schema("model", merged, "model.arch", MiniGPT4Config))
-        self.env_cfg = self._typed("env", merged, EnvConfig)
-        self.preprocess_cfg = self._typed("preprocess", merged, PreprocessConfig)
-        self.datasets_cfg = OmegaConf.create({name: self._dataset(name, merged) for name in merged.get("datasets", {})})
+        schemas = self._schemas(merged)
+        if args.options:  # a second time, since the keys of plug-ins have types now
+            self._sources[-1] = ("--options", parse_options(args.options, KeyTypes(schemas, merged)))
+            merged = merge(*self._sources)
+        typed = {name: self._typed(name, merged, schema) for name, schema in schemas.items() if "." not in name}
+        self.run_cfg, self.model_cfg, self.env_cfg, self.preprocess_cfg = typed.values()
+        datasets = {name: self._dataset(name, merged, schemas) for name in merged.get("datasets", {})}
+        self.datasets_cfg = OmegaConf.create(datasets)
         for key in PATH_KEYS:
             section, name = key.split(".")
             cfg = getattr(self, f"{section}_cfg")
@@ -99,15 +115,18 @@ class Config:
         for key, value in [*self._paths(keys), *(self._storages() if datasets else [])]:
             if not _exists(value, key):
                 fix = f"Change it there, or on the command line: --options {key}=/where/it/is"
-                yield key, f"{value!r} (set in {self.origin(key)}) does not exist", fix
+                wrong = "is a pipe or a device" if Path(value).expanduser().exists() else "does not exist"
+                yield key, f"{value!r} (set in {self.origin(key)}) {wrong}", fix
 
     def _paths(self, keys: Sequence[str]) -> Iterator[tuple[str, str]]:
         """(key, value) of the paths of the model and the run."""
         for key in keys:
             section, name = key.split(".")
             value = getattr(self, f"{section}_cfg").get(name)
-            if value and (key, value) != ("model.vit_weights", "published"):
-                yield key, value
+            # A plug-in's section may have anything here. A number is a name, as with our own keys.
+            if value and isinstance(value, (str, int, float)) and not isinstance(value, bool):
+                if (key, value) != ("model.vit_weights", "published"):
+                    yield key, str(value)
 
     def _storages(self) -> Iterator[tuple[str, str]]:
         """(key, value) of the shards, folders and caches of shipped datasets; a plug-in checks its own."""
@@ -115,8 +134,9 @@ class Config:
             build_info = self.datasets_cfg[name].build_info
             key = "features" if facts.cached_features(self.datasets_cfg[name]) else "storage"
             values = build_info.get(key)
-            for value in [values] if isinstance(values, str) else values or []:
-                yield f"datasets.{name}.build_info.{key}", value
+            for value in values if isinstance(values, Sequence) and not isinstance(values, str) else [values]:
+                if value is not None:
+                    yield f"datasets.{name}.build_info.{key}", str(value)
 
     def to_dict(self) -> dict:
         """All settings as plain containers, interpolations resolved."""
@@ -135,58 +155,107 @@ class Config:
         logging.info("\n======  Model Attributes  ======")
         logging.info(json.dumps(settings["model"], indent=4, sort_keys=True))
 
+    def _schemas(self, merged: DictConfig) -> dict[str, type | None]:
+        """The dataclass of each section. None: any key is accepted."""
+        schemas = {
+            "run": self._schema("task", merged, "run.task", RunConfig),
+            "model": self._schema("model", merged, "model.arch", MiniGPT4Config),
+            "env": EnvConfig,
+            "preprocess": PreprocessConfig,
+        }
+        for name in merged.get("datasets", {}):
+            own = None if name in shipped_datasets() else registry.get_builder_class(name)
+            schemas[f"datasets.{name}"] = getattr(own, "config_class", None) if own else ShippedDatasetConfig
+        return schemas
+
     @staticmethod
     def _schema(kind: str, merged: DictConfig, key: str, builtin: type) -> type | None:
         """The dataclass of a section: ours, or that of the plug-in named at `key` (None: any key is accepted)."""
         default = getattr(builtin, key.split(".")[1])
-        name = OmegaConf.select(merged, key) or default
+        name = text_at(merged, key) or default
         if name == default:
             return builtin
         try:
             plugin = registry.get(kind, name)
         except KeyError as error:
             raise ConfigError(f"{key}: {error.args[0]}") from None
-        # A plug-in task may have no keys of its own; a plug-in model without `config_class` may have any.
-        return getattr(plugin, "config_class", None) or (builtin if kind == "task" else None)
+        schema = getattr(plugin, "config_class", None)
+        if kind == "model":
+            return schema  # without one, a plug-in's model takes any key
+        if schema and not issubclass(schema, builtin):
+            raise ConfigError(f"{key}: {plugin.__name__}.config_class must be a subclass of {builtin.__name__}.")
+        return schema or builtin
 
-    def _dataset(self, name: str, merged: DictConfig) -> DictConfig:
+    def _dataset(self, name: str, merged: DictConfig, schemas: dict[str, type | None]) -> DictConfig:
         """A section `datasets.<name>`. Splits without a processor get that of `preprocess`."""
-        if name in shipped_datasets():
-            schema = DatasetConfig
-        else:
-            schema = getattr(registry.get_builder_class(name), "config_class", None)
-        dataset = self._typed(f"datasets.{name}", merged, schema)
-        if schema is None:
-            dataset = OmegaConf.merge(asdict(DatasetConfig()), dataset)
+        section = f"datasets.{name}"
+        dataset = self._typed(section, merged, schemas[section])
+        if schemas[section] is None:  # keys of its own beside ours
+            dataset = OmegaConf.merge(dataset, self._typed(section, merged, DatasetConfig, others=True))
         for kind in ("vis_processor", "text_processor"):
-            dataset[kind] = self.preprocess_cfg[kind] | dataset[kind]
+            own = dataset.get(kind) or {}
+            if not isinstance(own, (dict, DictConfig)):
+                raise ConfigError(
+                    f"{section}.{kind} = {own!r} (set in {self.origin(f'{section}.{kind}')}) is no mapping."
+                )
+            dataset[kind] = {**self.preprocess_cfg[kind], **{split: each for split, each in own.items() if each}}
         return dataset
 
-    def _typed(self, section: str, merged: DictConfig, schema: type | None) -> DictConfig:
-        """The section checked against its dataclass, defaults filled in."""
+    def _typed(self, section: str, merged: DictConfig, schema: type | None, others: bool = False) -> DictConfig:
+        """The section checked against its dataclass, defaults filled in. others: leave out keys that it lacks."""
         values = OmegaConf.select(merged, section)
         values = OmegaConf.create({}) if values is None else values
         if schema is None:
             return values
+        known = [f.name for f in fields(schema)]
+        if others:
+            values = OmegaConf.masked_copy(values, [name for name in values if name in known])
+        return self._checked(section, values, schema)
+
+    def _checked(self, section: str, values: DictConfig, schema: type) -> DictConfig:
+        """The values at the key `section` with the types and within the bounds of a dataclass, defaults filled in."""
         self._check_names(f"{section}.", values, [f.name for f in fields(schema)])
+        self._check_texts(section, values, schema)
         try:
-            typed = OmegaConf.merge(OmegaConf.structured(schema), values)
+            values = OmegaConf.create(values)  # a copy
+            for field in fields(schema):
+                if (keys := field.metadata.get("keys")) and isinstance(given := values.get(field.name), DictConfig):
+                    below = self._checked(f"{section}.{field.name}", given, keys)
+                    values[field.name] = {name: below[name] for name in given}
+            typed = OmegaConf.structured(schema)
+            if wrong := conflict(*(OmegaConf.to_container(each, resolve=False) for each in (typed, values))):
+                key, value = wrong
+                raise ConfigError(f"{self._where(f'{section}.{key}', value)} must be {other_kind(value)}.")
+            typed = OmegaConf.merge(typed, values)
             OmegaConf.resolve(typed)
         except OmegaConfBaseException as error:
             raise self._type_error(section, schema, error) from None
         for field in fields(schema):
-            self._check_value(f"{section}.{field.name}", typed[field.name], **field.metadata)
+            key, value, metadata = f"{section}.{field.name}", typed[field.name], field.metadata
+            if (choices := metadata.get("choices")) and value is not None and value not in choices:
+                known = f"{', '.join(choices)}.{did_you_mean(value, choices)}"
+                raise ConfigError(f"{self._where(key, value)} is not one of {known}")
+            if "bounds" in metadata and (broken := broken_bound(value, metadata["bounds"], typed.get)):
+                raise ConfigError(f"{self._where(key, value)} {broken}.")
         return typed
 
-    def _check_value(self, key: str, value, keys=(), choices=(), least=None) -> None:
-        """Check a value against the metadata of its field in the schema."""
-        if keys and isinstance(value, DictConfig):
-            self._check_names(f"{key}.", value, keys)
-        where = f"{key} = {value!r} (set in {self.origin(key)})"
-        if choices and value is not None and value not in choices:
-            raise ConfigError(f"{where} is not one of {', '.join(choices)}.{did_you_mean(value, choices)}")
-        if least is not None and value is not None and value < least:
-            raise ConfigError(f"{where} must be at least {least}.")
+    def _check_texts(self, section: str, values: DictConfig, schema: type) -> None:
+        """Raise ConfigError for a text that YAML has read as a number or a truth value: 007 would become 7."""
+        hints, raw = get_type_hints(schema), OmegaConf.to_container(values, resolve=False)
+        for field in fields(schema):
+            if field.metadata.get("choices"):
+                continue  # they tell which texts there are
+            value, kind = raw.get(field.name), field.metadata.get("kind")
+            hint = without_none(hints[field.name])
+            if kind == "texts" or hint == list[str]:
+                wrong = [each for each in (value if isinstance(value, list) else [value]) if not _is_text(each)]
+            else:
+                is_name = kind == "name" and field.name in raw and not isinstance(value, (str, dict))
+                is_number = is_text(hint) and not isinstance(value, (dict, list)) and not _is_text(value)
+                wrong = [value] if is_name or is_number else []
+            if wrong:
+                where = self._where(f"{section}.{field.name}", value)
+                raise ConfigError(f"{where} is not a text: YAML reads {wrong[0]!r}. Put quotes around it.")
 
     def _type_error(self, section: str, schema: type, error: OmegaConfBaseException) -> ConfigError:
         name = (getattr(error, "full_key", None) or "").split(".")[-1].split("[")[0]
@@ -197,10 +266,20 @@ class Config:
             return ConfigError(f"{section} (set in {self.origin(section)}): {str(error).splitlines()[0]}")
         value = OmegaConf.to_container(OmegaConf.select(source, section), resolve=False)[name]
         expected = hint.__name__ if type(hint) is type else hint
-        return ConfigError(f"{key} = {value!r} (set in {self.origin(key)}) is not of type {expected}.")
+        return ConfigError(f"{self._where(key, value)} is not of type {expected}.")
+
+    def _where(self, key: str, value: Any) -> str:
+        """The beginning of a message about a value."""
+        return f"{key} = {value!r} (set in {self.origin(key)})"
 
     def _check_names(self, prefix: str, values: DictConfig, known: Iterable[str]) -> None:
-        check_names(values, sorted(known), lambda name: f"Unknown key {prefix}{name} in {self.origin(prefix + name)}")
+        check_names(
+            values, sorted(known), lambda name: f"Unknown key {prefix}{name} in {self.origin(f'{prefix}{name}')}"
+        )
+
+
+def _is_text(value) -> bool:
+    return value is None or isinstance(value, (str, bytes, Path, Enum))
 
 
 def _sets(source: DictConfig, key: str) -> bool:
@@ -219,4 +298,4 @@ def _exists(value: str, key: str) -> bool:
     path = Path(value).expanduser()
     if key.endswith("storage") and re.search(r"[{*?\[]", value):
         path = Path(re.split(r"[{*?\[]", str(path))[0] + "x").parent
-    return path.exists()
+    return path.is_file() or path.is_dir()  # reading a pipe might never end

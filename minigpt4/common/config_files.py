@@ -1,15 +1,16 @@
-"""Sources of settings: YAML files, `--options`, and the default files that belong to a request."""
+"""Sources of settings: YAML files, and the default files that belong to a request."""
 
 import importlib
 import re
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from minigpt4 import PACKAGE_ROOT
 from minigpt4.common.errors import ConfigError, check_names
-from minigpt4.common.registry import registry
+from minigpt4.common.registry import RegistrationError, registry
 from minigpt4.common.schema import MiniGPT4Config
 
 CONFIGS = PACKAGE_ROOT / "configs"
@@ -28,78 +29,88 @@ def load_yaml(path: str | Path) -> DictConfig:
         raise ConfigError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(loaded, DictConfig):
         raise ConfigError(f"{path} must hold a mapping with sections such as run: and model:.")
-    return _with_sections(loaded, path)
+    return with_sections(loaded, path)
 
 
-def parse_options(options: list[str]) -> DictConfig:
-    """`["run.batch_size_train=8", …]` as a nested config. If a key is given twice, the later value wins.
+def with_sections(source: DictConfig, where: str | Path) -> DictConfig:
+    """The source with empty sections (`run:` and nothing below) as empty mappings.
 
-    Raises ConfigError for an item without key or value, and for shards that are given twice: a shell expands an
-    unquoted `{00000..01255}` to many items, and the run would read only the last shard.
+    Raises ConfigError for anything else in their place, and for keys that YAML reads as something else than text.
     """
-    parsed, given = OmegaConf.create({}), {}
-    for option in options:
-        key, equals, text = option.partition("=")
-        if not equals or not re.fullmatch(r"[A-Za-z_][\w-]*(\.[\w-]+)+", key):
-            form = "section.key=value, without spaces around =, as in run.init_lr=1e-4"
-            raise ConfigError(f"--options {option!r} is not of the form {form}.")
-        if not text:
-            raise ConfigError(
-                f"--options {option!r} has no value. Write it after the = without a space; {key}=null unsets the key, "
-                f"{key}='\"\"' empties it."
-            )
-        if key.endswith(".storage") and given.setdefault(key, text) != text:
-            raise ConfigError(
-                f"--options gives {key} more than once: {given[key]!r} and {text!r}. Give it once; put quotes around "
-                f"a range, as in {key}='{{00000..01255}}.tar', or the shell expands it."
-            )
-        OmegaConf.update(parsed, key, _option_value(text, key), force_add=True)
-    return _with_sections(parsed, "--options")
-
-
-def _with_sections(source: DictConfig, where: str | Path) -> DictConfig:
-    """The source with empty sections (`run:` and nothing below) as empty mappings; anything else is a ConfigError."""
-    for section in source:
-        if source[section] is None:
-            source[section] = {}
-        if not isinstance(source[section], DictConfig):
-            raise ConfigError(f"{section} in {where} must be a mapping, not {source[section]!r}.")
-    for name, dataset in source.get("datasets", {}).items():
-        if dataset is None:
-            source.datasets[name] = {}
-        elif not isinstance(dataset, DictConfig):
-            raise ConfigError(f"datasets.{name} in {where} must be a mapping, not {dataset!r}.")
+    for prefix, parent in (("", source), ("datasets.", source.get("datasets") or {})):
+        _check_keys(prefix, parent, where)
+        for name in parent:
+            if parent[name] is None:
+                parent[name] = {}
+            if not isinstance(parent[name], DictConfig):
+                raise ConfigError(f"{prefix}{name} in {where} must be a mapping, not {parent[name]!r}.")
+            _check_keys(f"{prefix}{name}.", parent[name], where)
     return source
 
 
-def _option_value(text: str, key: str):
-    """Numbers, booleans, null, quoted text, [lists] and {mappings} are YAML; anything else is the text itself.
+def _check_keys(prefix: str, section: DictConfig, where: str | Path) -> None:
+    for key in section:
+        if not isinstance(key, str):
+            raise ConfigError(
+                f"{prefix}{key} in {where}: the key {key!r} is not a text. Correct it, or put quotes around it."
+            )
 
-    Plain YAML would drop everything after a `#`, read `Human: {}` as a mapping and strip spaces. Prompt templates
-    contain all three.
-    """
-    if text.startswith("#") or text.isspace():
-        return text
-    # A brace range of shards, such as {00000..01255}.tar, is no mapping.
-    structured = text[0] in "[\"'" or (text[0] == "{" and ":" in text)
+
+def text_at(settings: DictConfig, key: str) -> str | None:
+    """The text at a key. Raises ConfigError for anything else."""
+    value = OmegaConf.select(settings, key)
+    if value is not None and not isinstance(value, str):
+        raise ConfigError(f"{key} = {value!r} is not a text.")
+    return value
+
+
+def merge(*sources: tuple[str | Path, DictConfig]) -> DictConfig:
+    """The settings of all sources, each with its name; later ones win. Raises ConfigError where kinds differ."""
     try:
-        value = OmegaConf.create(f"value: {text}")
-        value = OmegaConf.to_container(value, resolve=False)["value"]
-    except Exception as error:  # the errors of yaml share no public base class
-        if structured:
-            raise ConfigError(f"--options {key}={text} is not valid YAML: {error}") from None
-        return text
-    return value if structured or not isinstance(value, (str, dict, list)) else text
+        return OmegaConf.merge(*(source for _, source in sources))
+    except TypeError:
+        merged: dict = {}
+        for where, source in sources:
+            if found := conflict(merged, values := OmegaConf.to_container(source)):
+                key, value = found
+                raise ConfigError(f"{key} = {value!r} (set in {where}) must be {other_kind(value)}.") from None
+            merged = OmegaConf.to_container(OmegaConf.merge(merged, values))
+        raise
+
+
+def other_kind(value: dict | list) -> str:
+    return "a mapping" if isinstance(value, list) else "a list"
+
+
+def conflict(ours: dict, theirs: dict) -> tuple[str, Any] | tuple[()]:
+    """The first key where one has a list and the other a mapping, and its value in the second."""
+    for name in ours.keys() & theirs.keys():
+        pair = ours[name], theirs[name]
+        if {type(each) for each in pair} == {dict, list}:
+            return name, pair[1]
+        if all(isinstance(each, dict) for each in pair) and (found := conflict(*pair)):
+            return f"{name}.{found[0]}", found[1]
+    return ()
 
 
 def import_plugins(modules: list[str]) -> None:
-    """Import modules that register plug-ins. Raises ConfigError if one cannot be found."""
+    """Import modules that register plug-ins.
+
+    Raises ConfigError if one cannot be found or registered, or is not named as a module.
+    """
     for module in modules:
+        if not re.fullmatch(r"[^\s./\\]+(\.(?!py$)[^\s./\\]+)*", module if isinstance(module, str) else ""):
+            raise ConfigError(
+                f"{module!r} (--import, run.imports) is not the name of a module. Put the folder of the file on "
+                "PYTHONPATH, and give the name without .py: my_plugin for my_plugin.py."
+            )
         try:
             importlib.import_module(module)
         except ModuleNotFoundError as error:
             hint = " Is its folder on PYTHONPATH?" if error.name and module.startswith(error.name) else ""
             raise ConfigError(f"Cannot import {module!r} (--import, run.imports): {error}.{hint}") from error
+        except RegistrationError as error:
+            raise ConfigError(f"Cannot import {module!r} (--import, run.imports): {error}") from error
 
 
 def default_sources(request: DictConfig) -> list[tuple[Path, DictConfig]]:
@@ -107,15 +118,15 @@ def default_sources(request: DictConfig) -> list[tuple[Path, DictConfig]]:
 
     They are shipped, or those that a plug-in's class names.
     """
-    model = request.get("model") or {}
-    arch, model_type = model.get("arch") or MiniGPT4Config.arch, model.get("model_type") or MiniGPT4Config.model_type
+    arch = text_at(request, "model.arch") or MiniGPT4Config.arch
+    model_type = text_at(request, "model.model_type") or MiniGPT4Config.model_type
     if types := _shipped_models(arch):
         check_names([model_type], types, lambda name: f"model.model_type={name!r} is not known for {arch}")
         sources = [types[model_type]]
     else:
         sources = [_default_of_plugin("model", arch, model_type, "model.arch")]
-    for name, dataset in (request.get("datasets") or {}).items():
-        path, kind = shipped_datasets().get(name), dataset.get("type", "default")
+    for name in request.get("datasets") or {}:
+        path, kind = shipped_datasets().get(name), text_at(request, f"datasets.{name}.type") or "default"
         sources.append(path or _default_of_plugin("builder", name, kind, f"datasets.{name}"))
     return [(path, load_yaml(path)) for path in sources if path]
 

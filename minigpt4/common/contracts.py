@@ -361,3 +361,6 @@ class RunnerExtras(Protocol):
     last_checkpoint: Any
     """The newest checkpoint of the run. train.py names it when the run is stopped with Ctrl-C; None, or absent: it
     says that there is none."""
+    check_data: Callable[[Any, Mapping[str, Mapping[str, Any]]], None]
+    """A class method that raises ConfigError for datasets which the runner could not use. train.py calls it as
+    `check_data(cfg, datasets)` before the model is built. If it is absent, the constructor finds out."""

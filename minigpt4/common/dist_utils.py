@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import re
 from collections.abc import Iterator
 from datetime import timedelta
 from functools import cache
@@ -10,8 +11,9 @@ from functools import cache
 import torch
 import torch.distributed as dist
 
+from minigpt4.common import gpus
 from minigpt4.common.errors import ConfigError
-from minigpt4.common.schema import DEVICES
+from minigpt4.common.schema import DEVICE, DEVICES
 
 # A rank that waits longer than this for the others stops with an error instead of hanging.
 TIMEOUT = timedelta(minutes=20)
@@ -34,17 +36,18 @@ def is_main_process() -> bool:
 
 
 def select_device(name: str) -> torch.device:
-    """The device of this rank. `cuda` without a GPU falls back to the CPU, with a warning at the first call.
+    """The device of this rank. `cuda` on a machine without a GPU means the CPU, with a warning at the first call.
 
-    An Apple GPU (`mps`) is used only if it is named. Raises ConfigError for an unknown or absent device, and for more
-    processes than GPUs.
+    An Apple GPU (`mps`) is used only if it is named. Raises ConfigError for an unknown or absent device, for a GPU that
+    torch cannot use, and for more processes than GPUs.
     """
-    kind = name.split(":")[0]
-    if kind == "cuda" and not torch.cuda.is_available():
+    if not re.fullmatch(DEVICE, name):
+        raise ConfigError(f"run.device={name!r} is not one of {', '.join(DEVICES)}, cuda:0, cuda:1 …")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        if problem := gpus.why_unusable():
+            raise ConfigError(f"run.device={name}: {problem} {gpus.ON_THE_CPU}")
         warn_of_the_cpu(name)
         name = "cpu"
-    if kind not in DEVICES:
-        raise ConfigError(f"run.device={name!r} is not one of {', '.join(DEVICES)}.")
     device = torch.device(name)
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ConfigError("run.device=mps, but this machine has no Apple GPU. Use cpu or cuda.")
@@ -54,14 +57,18 @@ def select_device(name: str) -> torch.device:
             "share an Apple GPU. Start one, or use run.device=cpu."
         )
     if device.type == "cuda" and device.index is None:
-        processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
-        if processes > gpus:
+        processes, count = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+        if processes > count:
             raise ConfigError(
-                f"torchrun started {processes} processes on this machine, and torch sees {gpus} of its GPUs; each "
-                f"process needs one of its own. Use --nproc_per_node {gpus}, or check CUDA_VISIBLE_DEVICES."
+                f"torchrun started {processes} processes on this machine, and torch sees {count} of its GPUs; each "
+                f"process needs one of its own. Use --nproc_per_node {count}, or check CUDA_VISIBLE_DEVICES."
             )
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     if device.type == "cuda":
+        if device.index >= torch.cuda.device_count():
+            raise ConfigError(f"run.device={name}: this machine's GPUs are 0 to {torch.cuda.device_count() - 1}.")
+        if problem := gpus.unsupported_architecture(device.index):
+            raise ConfigError(f"run.device={name}: {problem} {gpus.ON_THE_CPU}")
         # Batches of another size can reuse this memory: CUDA graphs of several sizes share one pool.
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         torch.cuda.set_device(device)

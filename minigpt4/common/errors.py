@@ -4,7 +4,7 @@ import os
 import time
 from collections.abc import Callable, Collection, Iterable
 
-from minigpt4.common.registry import did_you_mean
+from minigpt4.common.registry import UnknownNameError, did_you_mean
 
 # Seconds that torchrun gets to end the other processes of a machine after the first has reported a mistake.
 PATIENCE = 10
@@ -27,6 +27,16 @@ def check_names(names: Iterable[str], known: Collection[str], unknown: Callable[
             raise ConfigError(f"{unknown(name)}.{did_you_mean(name, known)} Known: {', '.join(known) or 'none'}.")
 
 
+def is_mistake(error: Exception) -> bool:
+    """Whether one line says all about an error: a mistake in the settings, or a file that cannot be used.
+
+    An OSError names a file, or its text is our own (such errors have no number).
+    """
+    if isinstance(error, OSError):
+        return error.errno is None or error.filename is not None
+    return isinstance(error, (ConfigError, UnknownNameError))
+
+
 def format_error(error: Exception) -> str:
     """The text that a command prints when it ends with `error`.
 
@@ -35,4 +45,6 @@ def format_error(error: Exception) -> str:
     """
     if int(os.environ.get("LOCAL_RANK", 0)):
         time.sleep(PATIENCE)
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"Error: {error.filename}: {error.strerror}."
     return f"Error: {error}"

@@ -75,6 +75,9 @@ def vit_sizes(vit_model: str | Mapping[str, float]) -> Mapping[str, float]:
         return VIT_MODELS[vit_model]
     if set(vit_model) != set(VIT_KEYS):
         raise ConfigError(f"model.vit_model needs exactly the sizes {sorted(VIT_KEYS)}; it has {sorted(vit_model)}.")
+    width, heads = vit_model["embed_dim"], vit_model["num_heads"]
+    if width % heads:
+        raise ConfigError(f"model.vit_model.embed_dim={width} is not a multiple of model.vit_model.num_heads={heads}.")
     return vit_model
 
 
@@ -105,6 +108,11 @@ def go_offline() -> None:
 
 def is_url(value: str) -> bool:
     return "://" in value
+
+
+def is_gguf(llama_model: str) -> bool:
+    """Whether the value of `model.llama_model` names a .gguf file."""
+    return llama_model.lower().endswith(".gguf")
 
 
 def is_hub_id(value: str) -> bool:

@@ -28,6 +28,7 @@ HOMES = {
     "lr_scheduler": "minigpt4.common.optims",
     "runner": "minigpt4.runners",
     "step": "minigpt4.fast.training_step",
+    "llm_file": "minigpt4.weights.gguf",
 }
 
 
@@ -54,6 +55,12 @@ class UnknownNameError(KeyError):
         return self.args[0]  # KeyError would show it in quotes
 
 
+class RegistrationError(KeyError):
+    """A class that cannot be registered."""
+
+    __str__ = UnknownNameError.__str__
+
+
 class Registry:
     """Tables of classes by kind and name, and of paths by name."""
 
@@ -62,13 +69,24 @@ class Registry:
         self._paths: dict[str, str] = {}
 
     def register(self, kind: str, name: str) -> Callable[[type], type]:
-        """Class decorator: register the class under `name`. Raises KeyError if another class has that name."""
+        """Class decorator: register the class under `name`.
+
+        Raises RegistrationError, a KeyError, if another class has that name, and for anything that is no class.
+        """
+        if not isinstance(name, str) or not name:
+            what = getattr(name, "__qualname__", repr(name))
+            raise RegistrationError(
+                f'{what}: @registry.register_{kind} needs a name, as in @registry.register_{kind}("mine").'
+            )
 
         def decorator(cls: type) -> type:
+            if not isinstance(cls, type):
+                what = getattr(cls, "__qualname__", repr(cls))
+                raise RegistrationError(f"{kind} {name!r}: {what} is no class, but {type(cls).__name__}.")
             owner = self._classes[kind].setdefault(name, cls)
             # The same definition may come twice, if a notebook cell is run again or a module is reloaded.
             if (owner.__module__, owner.__qualname__) != (cls.__module__, cls.__qualname__):
-                raise KeyError(
+                raise RegistrationError(
                     f"{kind} {name!r} is already registered by {owner.__module__}.{owner.__qualname__}; "
                     f"give {cls.__module__}.{cls.__qualname__} another name."
                 )

@@ -12,7 +12,8 @@ class Decoding:
     max_new_tokens: int = setting(300, "most tokens of an answer", at_least=1)
     num_beams: int = setting(1, "beams of the beam search; 1: no beam search", at_least=1)
     """Beam search (more than one) is slower and cannot be streamed."""
-    min_length: int = setting(1, "fewest tokens of an answer", at_least=0)
+    min_length: int = setting(1, "fewest tokens of an answer", at_least=0, at_most="max_new_tokens")
+    """Neither an end token nor the separator ends the answer before it has so many tokens."""
     top_p: float = setting(
         0.9, "sample from the likeliest tokens that together have this probability", more_than=0, at_most=1
     )
@@ -33,8 +34,6 @@ class Decoding:
             fix = "For the likeliest answer set do_sample=False."
             raise ValueError(f"temperature={self.temperature!r} must be more than 0. {fix}")
         check_bounds(self)
-        if self.min_length > self.max_new_tokens:
-            raise ValueError(f"min_length={self.min_length} must be at most max_new_tokens={self.max_new_tokens}.")
 
     def options(self) -> dict:
         """The settings as keyword arguments of transformers' `generate`."""

@@ -7,9 +7,10 @@ import torch
 from minigpt4.common import dist_utils
 from minigpt4.common.config import Config
 from minigpt4.common.errors import ConfigError
-from minigpt4.common.registry import registry
+from minigpt4.common.registry import UnknownNameError, registry
 from minigpt4.conversation.conversation import Chat
 from minigpt4.fast.decoding.loop import cached_decoding
+from minigpt4.processors.base_processor import make_processor
 
 
 def load_chat(cfg: Config, device: torch.device, warm_up: Iterable[int] = ()) -> Chat:
@@ -18,12 +19,14 @@ def load_chat(cfg: Config, device: torch.device, warm_up: Iterable[int] = ()) ->
     warm_up: numbers of answers computed together, to be prepared for, so that the first answer need not wait.
     """
     dtype = dist_utils.select_dtype(device, cfg.run_cfg.amp, cfg.run_cfg.amp_dtype)
+    vis_processor = load_vis_processor(cfg)  # first: a mistake in it shows before anything slow begins
     model = registry.get_model_class(cfg.model_cfg.arch).build(cfg.model_cfg, device, dtype)
     for rows in warm_up:
         cached_decoding.warm_up(model.llama_model, rows=rows)
     # The first release's chat differs a little from its training; its published weights expect that.
     own = cfg.model_cfg.get("template") not in (None, "vicuna_v0")
-    return Chat(model, load_vis_processor(cfg), device, template=model.template if own else None)
+    options = {"template": model.template if own else None, "video_backend": cfg.run_cfg.video_backend}
+    return Chat(model, vis_processor, device, **options)
 
 
 def load_vis_processor(cfg: Config):
@@ -34,14 +37,14 @@ def load_vis_processor(cfg: Config):
     used. Raises ConfigError for an unknown name.
     """
     default = cfg.preprocess_cfg.vis_processor
-    dataset = next(iter(cfg.datasets_cfg.values()), None)
-    own = dataset.vis_processor.get("train") if dataset else None
-    settings = default.get("eval") if own is None or own == default.get("train") else own
-    settings = settings or {"name": "blip2_image_eval", "image_size": cfg.model_cfg.image_size}
+    name, dataset = next(iter(cfg.datasets_cfg.items()), ("", None))
+    own, key = dataset.vis_processor.get("train") if dataset else None, f"datasets.{name}.vis_processor.train"
+    if own is None or own == default.get("train"):
+        own, key = default.get("eval"), "preprocess.vis_processor.eval"
     try:
-        return registry.get_processor_class(settings["name"]).from_config(settings)
-    except KeyError as error:
-        raise ConfigError(f"vis_processor: {error.args[0]}") from None
+        return make_processor(key, own or {"name": "blip2_image_eval", "image_size": cfg.model_cfg.image_size})
+    except UnknownNameError as error:
+        raise ConfigError(str(error)) from None
 
 
 def select_gpu(cfg: Config, gpu_id: int) -> torch.device:

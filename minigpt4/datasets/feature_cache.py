@@ -18,6 +18,7 @@ import torch
 import webdataset as wds
 
 from minigpt4.common.errors import ConfigError
+from minigpt4.common.output import own_folder
 
 MANIFEST = "cache.json"
 
@@ -35,12 +36,12 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
 
 
 def open_cache(folder: str | Path, manifest: dict[str, Any]) -> None:
-    """Begin a cache, or continue the one in the folder. Raises ConfigError if that has another manifest.
+    """Begin a cache, or continue the one in the folder. Raises ConfigError if that has another manifest or other files.
 
     Several processes may do so at once: all write the same content.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    own_folder(folder, MANIFEST)
     path = folder / MANIFEST
     if path.exists():
         check_same(read_manifest(folder), manifest, f"{folder} holds a cache that differs from the one asked for")
@@ -103,8 +104,8 @@ def check_same(found: Mapping[str, Any], expected: Mapping[str, Any], message: s
 def _differences(found: Any, expected: Any, key: str = "") -> Iterable[str]:
     if isinstance(found, Mapping) and isinstance(expected, Mapping):
         if "file" in found and "file" in expected:
-            # A weights file, identified by its content, or by its name if one of the two files is not here.
-            by = "sha256" if "sha256" in found and "sha256" in expected else "file"
+            # A weights file, identified by its content, or by URL or name if one of the two files is not here.
+            by = next((key for key in ("sha256", "url") if key in found and key in expected), "file")
             if found[by] != expected[by]:
                 yield f"{key}: {found['file']} in the cache, {expected['file']} here, which differ in {by}"
             return

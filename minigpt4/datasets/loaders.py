@@ -68,9 +68,9 @@ class TrainLoader:
         """
         self.names = list(datasets)
         self.ratios = [float((sample_ratios or {}).get(name, 1.0)) for name in self.names]
+        check_sizes(datasets, self.ratios, batch_size, world_size)
         self.batch_size = batch_size
         self.seed, self.rank, self.world_size = seed, rank, world_size
-        self._check_sizes(datasets)
         self._text_lengths = {name: getattr(dataset, "text_length", None) for name, dataset in datasets.items()}
         self._walks = {
             name: EndlessWalk(len(dataset), derive_seed(seed, name))
@@ -122,23 +122,25 @@ class TrainLoader:
         indices = [walk[p] for p in range(batches_done * count, (batches_done + 1) * count)]
         return rank_share(indices, text_length, self.rank, self.world_size)
 
-    def _check_sizes(self, datasets: Mapping[str, Dataset]) -> None:
-        if self.batch_size < 1:
-            raise ConfigError(f"batch_size_train={self.batch_size} must be at least 1.")
-        if not self.names or min(self.ratios) < 0 or not 0 < sum(self.ratios) < float("inf"):
-            ratios = dict(zip(self.names, self.ratios, strict=True))
-            raise ConfigError(f"Nothing to draw batches from: the datasets and their sample_ratio are {ratios}.")
-        for name, dataset in datasets.items():
-            if isinstance(dataset, IterableDataset):
-                continue
-            per_rank = len(dataset) // self.world_size
-            if per_rank < self.batch_size:
-                share = f" ({per_rank} for each of {self.world_size} ranks)" if self.world_size > 1 else ""
-                raise ConfigError(
-                    f"batch_size_train={self.batch_size} needs at least {self.batch_size} samples per rank; "
-                    f"{name} has {len(dataset)}{share}. Lower run.batch_size_train (--options "
-                    f"run.batch_size_train={max(per_rank, 1)}) or add data to datasets.{name}.build_info.storage."
-                )
+
+def check_sizes(datasets: Mapping[str, Dataset], ratios: list[float], batch_size: int, world_size: int) -> None:
+    """Raise ConfigError unless a batch for each rank can be drawn from each dataset."""
+    if batch_size < 1:
+        raise ConfigError(f"batch_size_train={batch_size} must be at least 1.")
+    if not datasets or min(ratios) < 0 or not 0 < sum(ratios) < float("inf"):
+        ratios = dict(zip(datasets, ratios, strict=True))
+        raise ConfigError(f"Nothing to draw batches from: the datasets and their sample_ratio are {ratios}.")
+    for name, dataset in datasets.items():
+        if isinstance(dataset, IterableDataset):
+            continue
+        per_rank = len(dataset) // world_size
+        if per_rank < batch_size:
+            share = f" ({per_rank} for each of {world_size} ranks)" if world_size > 1 else ""
+            raise ConfigError(
+                f"batch_size_train={batch_size} needs at least {batch_size} samples per rank; "
+                f"{name} has {len(dataset)}{share}. Lower run.batch_size_train (--options "
+                f"run.batch_size_train={max(per_rank, 1)}) or add data to datasets.{name}.build_info.storage."
+            )
 
 
 class EndlessWalk:
@@ -213,8 +215,10 @@ class BatchMaker(Dataset):
         bad_in_a_row = 0
         for sample in samples:
             try:
-                if isinstance(sample, Mapping) and isinstance(text := sample.get("text_input", "-"), str | None):
-                    usable(text)
+                # A plug-in may have no texts, or others than strings.
+                if isinstance(sample, Mapping) and "text_input" in sample:
+                    text = sample["text_input"]
+                    usable(text if isinstance(text, str | None) else "another")
             except Unusable as cause:
                 self._tallies[name].drop(str(cause), str(sample.get("image_id", "a sample")))
                 bad_in_a_row += 1

@@ -1,5 +1,6 @@
 """Waits for files that are out of reach for a while: a file server or a network that comes back."""
 
+import errno
 import io
 import logging
 import time
@@ -9,6 +10,7 @@ from typing import Any, TypeVar
 
 import webdataset as wds
 
+from minigpt4.common.files import open_regular
 from minigpt4.datasets.datasets.shards import is_local
 from minigpt4.datasets.left_out import Tally
 
@@ -16,9 +18,12 @@ log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
+# Waiting does not help: a pipe or a folder in place of a file.
+FINAL = (errno.EINVAL, errno.EISDIR)
 # Seconds before the first repetition. Each further pause is twice as long, up to LONGEST_PAUSE.
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 30.0
-# Seconds to wait for a file that is out of reach while others of its dataset are not: it has probably been deleted.
+# Seconds to wait for a file that is out of reach while others of its dataset are not: it has probably been deleted. For
+# each further one half as long, so that many of them do not stop a run.
 WAIT_FOR_ONE = 10.0
 
 
@@ -29,35 +34,36 @@ class OutOfReach(OSError):
 class Patience:
     """Repeats what raises OSError, with growing pauses, for up to `timeout_s` seconds; counts the waits in `tally`.
 
+    others_in_reach: whether other files of the dataset than this one can be read, so that it is waited for in vain.
     Builders set `timeout_s` to `run.data_timeout_s`.
 
     The time is that of the whole outage: when it is over, other files are not waited for either, until one is read. A
     file that was waited for in vain is not waited for again.
     """
 
-    def __init__(self, tally: Tally, timeout_s: float = 0.0) -> None:
-        self.tally, self.timeout_s = tally, timeout_s
+    def __init__(self, tally: Tally, others_in_reach: Callable[[str], bool]) -> None:
+        self.tally, self.others_in_reach, self.timeout_s = tally, others_in_reach, 0.0
         self._outage_began: float | None = None
-        self._given_up: set[str] = set()
+        self.given_up: set[str] = set()
 
-    def retry(self, action: Callable[[], Result], path: str, others_in_reach: Callable[[], bool]) -> Result:
-        """The result of `action`. Raises OutOfReach if it raised OSError until the end of the wait.
-
-        others_in_reach: whether other files of the dataset can be read, so that only this one is waited for in vain.
-        """
+    def retry(self, action: Callable[[], Result], path: str) -> Result:
+        """The result of `action`, which reads `path`. Raises OutOfReach if that fails until the end of the wait."""
         try:
             result = action()
         except OSError as error:
-            result = self._wait(action, path, others_in_reach, error)
+            if error.errno in FINAL:
+                raise
+            result = self._wait(action, path, error)
         self._outage_began = None
         return result
 
-    def _wait(self, action: Callable[[], Any], path: str, others_in_reach: Callable[[], bool], error: OSError) -> Any:
+    def _wait(self, action: Callable[[], Any], path: str, error: OSError) -> Any:
         start, pause = time.monotonic(), FIRST_PAUSE
         self._outage_began = start if self._outage_began is None else self._outage_began
         deadline = self._outage_began + self.timeout_s
-        while path not in self._given_up and (left := deadline - time.monotonic()) > 0:
-            if time.monotonic() - start > WAIT_FOR_ONE and others_in_reach():
+        wait_for_one = WAIT_FOR_ONE / 2 ** min(len(self.given_up), 50)
+        while path not in self.given_up and (left := deadline - time.monotonic()) > 0:
+            if time.monotonic() - start > wait_for_one and self.others_in_reach(path):
                 break
             if pause == 8 * FIRST_PAUSE:
                 name = self.tally.name
@@ -71,17 +77,16 @@ class Patience:
                 continue
             detail = f"{time.monotonic() - start:.1f} s; {error}"
             self.tally.drop("a file that was out of reach", path, detail, verb="waited for")
-            self._given_up.discard(path)
             return result
-        self._given_up.add(path)
+        self.given_up.add(path)
         raise OutOfReach(f"{type(error).__name__}: {error}") from error
 
 
 class PatientFile(io.RawIOBase):
     """The bytes of a shard: a path, a URL or `pipe:command`. After an outage it goes on where it was."""
 
-    def __init__(self, shard: str, patience: Patience, others_in_reach: Callable[[], bool]) -> None:
-        self._shard, self._patience, self._others_in_reach = shard, patience, others_in_reach
+    def __init__(self, shard: str, patience: Patience) -> None:
+        self._shard, self._patience = shard, patience
         self._stream: Any = None
         self._position, self._ended = 0, False
 
@@ -92,7 +97,7 @@ class PatientFile(io.RawIOBase):
         """Raises OutOfReach if the shard cannot be read."""
         if self._ended:
             return 0
-        content = self._patience.retry(lambda: self._read(len(buffer)), self._shard, self._others_in_reach)
+        content = self._patience.retry(lambda: self._read(len(buffer)), self._shard)
         buffer[: len(content)] = content
         self._position += len(content)
         return len(content)
@@ -125,7 +130,7 @@ class PatientFile(io.RawIOBase):
 
 def open_shard(shard: str) -> Any:
     """A readable stream of bytes. Raises OSError."""
-    return open(shard, "rb", buffering=0) if is_local(shard) else wds.gopen(shard)
+    return open_regular(shard) if is_local(shard) else wds.gopen(shard)
 
 
 def _skip(stream: Any, count: int) -> None:

@@ -5,12 +5,11 @@ import random
 import tarfile
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 from minigpt4.common.errors import ConfigError
 from minigpt4.common.facts import SEPARATOR, offline
@@ -20,127 +19,106 @@ from minigpt4.doctor.diagnostic import Diagnostic, error, ok, warning
 from minigpt4.doctor.run_context import RunContext
 from minigpt4.weights import locate
 
-# How many local shards are opened, and how many samples of each are looked at. All local shards must exist.
+# How many shards are opened, and how many samples of each are looked at. All local shards must exist.
 SAMPLED_SHARDS, SAMPLES = 8, 50
 # Seconds for the first sample of a URL or a command.
 REMOTE_TIMEOUT = 30
-LEFT_OUT = "They are left out and counted in training: docs/data.md"
 
 
 def check_shards(context: RunContext) -> Iterator[Diagnostic]:
     """The shards of laion and cc_sbu exist, and the sampled ones have usable samples."""
     for name, storage in _storages(context, "laion", "cc_sbu"):
-        key = f"datasets.{name}.build_info.storage"
-        sources = [storage] if isinstance(storage, str) else storage
+        key, sources = f"datasets.{name}.build_info.storage", [storage] if isinstance(storage, str) else storage
         try:
-            shards = [expand_shards(source, name) for source in sources]
+            shards_of_sources = [expand_shards(source, name) for source in sources]
         except (ConfigError, OSError) as mistake:
             yield error(key, str(mistake).removeprefix(f"{key}="))
             continue
-        looked_at = Looked(context)
-        for of_source in shards:
-            local = [shard for shard in of_source if is_local(shard)]
-            count = min(max(SAMPLED_SHARDS // len(shards), 1), len(local))
-            sample = random.Random(0).sample(local, count) or of_source[:1]
-            looked_at.example = ""
-            problems = {shard: reason for shard in sample if (reason := looked_at.why_unusable(name, shard))}
+        looks: list[Look] = []
+        for shards in shards_of_sources:
+            sample = random.Random(0).sample(shards, min(SAMPLED_SHARDS, len(shards)) if is_local(shards[0]) else 1)
+            of_source = [look_into(context, name, shard) for shard in sample]
+            problems = {shard: look.problem for shard, look in zip(sample, of_source, strict=True) if look.problem}
             for shard, reason in problems.items():
                 share = f"{len(problems)} of {pluralize(len(sample), 'opened shard')} cannot be used whole"
                 yield warning(key, f"{shard}: {reason}. {share}", "Such shards are left out; fetch them again.")
-            if not looked_at.example:
+            if example := next((look.example for look in of_source if look.example), None):
+                yield ok(key, f"{pluralize(len(shards), 'shard')}; opened {len(sample)}; a sample: {example}")
+            else:
                 what = f"none of {pluralize(len(sample), 'shard')} can be used, e.g. {sample[0]}"
                 yield error(key, what, "Is this the right folder?")
-            else:
-                opened = f"{pluralize(len(local), 'local shard')}; " if local else ""
-                yield ok(key, f"{opened}opened {len(sample)}; {looked_at.example}")
-        yield from looked_at.warnings(key)
+            looks += of_source
+        causes = sum((look.causes for look in looks), Counter())
+        yield from caption_warnings(context, key, causes, [text for look in looks for text in look.captions])
 
 
-class Looked:
-    """What was seen of a dataset's samples: an example, the causes of those left out, captions with markers."""
+@dataclass
+class Look:
+    """What was seen in a shard."""
 
-    def __init__(self, context: RunContext) -> None:
-        self.context = context
-        self.example = ""
-        self.causes: Counter[str] = Counter()
-        self.captions: list[str] = []
+    problem: str | None = None
+    """Why it cannot be used whole."""
+    example: str = ""
+    """A usable sample."""
+    captions: list[str] = field(default_factory=list)
+    causes: Counter[str] = field(default_factory=Counter)
+    """Of the samples left out."""
 
-    def why_unusable(self, name: str, shard: str) -> str | None:
-        """The reason why a shard cannot be used whole. None: its samples and its end are there."""
-        if is_local(shard):
-            return why_no_shard(Path(shard)) or self._why_no_samples(name, shard)
-        if offline() and not shard.startswith(("file:", "pipe:")):
-            return "it is not looked into (HF_HUB_OFFLINE)"
-        return _within(REMOTE_TIMEOUT, lambda: self._why_no_samples(name, shard))
-
-    def _why_no_samples(self, name: str, shard: str) -> str | None:
-        from minigpt4.datasets.datasets.image_text_stream import ImageTextStream
-        from minigpt4.processors import BaseProcessor
-
-        stream = ImageTextStream([shard], BaseProcessor(), text_processor(self.context, name), name)
-        example = ""
-        for sample in islice(stream.part(0), SAMPLES if is_local(shard) else 1):
+    def read(self, stream, samples: int) -> None:
+        """Look at the first samples of a stream's first shard."""
+        for sample in islice(stream.part(0), samples):
             text, fields = stream.text_of(sample), stream.load(sample)
             self.captions += [text] if text else []
-            if text and fields and not example:
-                example = shown(sample.image_id, text, fields["image"])
-        self.example = example or self.example
-        causes = stream.read.left_out + stream.decoded.left_out
-        self.causes += causes
-        if example:
-            return None
-        return "no usable sample: " + ", ".join(f"{count} × {cause}" for cause, count in causes.most_common())
-
-    def warnings(self, key: str) -> Iterator[Diagnostic]:
-        """The causes for which samples are left out, and captions with markers of the prompt."""
-        looked_at = len(self.captions) + self.causes.total()
-        for cause, count in self.causes.most_common():
-            yield warning(key, f"{count} of {pluralize(looked_at, 'sample')} looked at: {cause}", LEFT_OUT)
-        marked = with_markers(self.context, self.captions)
-        if marked:
-            what = f"{pluralize(len(marked), 'caption')} of {len(self.captions)} with markers of the prompt, "
-            what += f"such as {SEPARATOR}, e.g. {marked[0][:100]!r}"
-            yield warning(key, what, "They are broken up by a space in training, as in chat.")
+            if text and fields:
+                self.example = self.example or _shown(sample.image_id, text)
+        self.causes = stream.read.left_out + stream.decoded.left_out
+        counts = ", ".join(f"{count} × {cause}" for cause, count in self.causes.most_common())
+        self.problem = None if self.example else f"no usable sample: {counts}"
 
 
-def text_processor(context: RunContext, name: str) -> Callable[[str], str]:
-    """The text processor of a dataset in training; one that changes nothing, if another check reports a mistake."""
+def look_into(context: RunContext, name: str, shard: str) -> Look:
+    """A look into a shard of laion or cc_sbu. Of a URL or a command only the first sample is read, within 30 s."""
+    from minigpt4.datasets.datasets.image_text_stream import ImageTextStream
+    from minigpt4.processors import BaseProcessor
+
+    problem = why_no_shard(Path(shard)) if is_local(shard) else "it is not looked into: --offline" if offline() else ""
+    look = Look(problem or f"no sample within {REMOTE_TIMEOUT} s")
+    if not problem:
+        stream = ImageTextStream([shard], BaseProcessor(), _text_processor(context, name), name)
+        reading = threading.Thread(target=look.read, args=(stream, SAMPLES if is_local(shard) else 1), daemon=True)
+        reading.start()
+        reading.join(None if is_local(shard) else REMOTE_TIMEOUT)
+    return look
+
+
+def _text_processor(context: RunContext, name: str):
     from minigpt4.common.registry import registry
     from minigpt4.processors import BaseProcessor
 
-    with suppress(Exception):
-        settings = context.cfg.datasets_cfg[name].text_processor.train
-        return registry.get_processor_class(settings.name).from_config(settings)
-    return BaseProcessor()
+    builder = registry.get_builder_class(name)(context.cfg.datasets_cfg[name])
+    with suppress(Exception):  # another check reports it
+        builder.build_processors()
+    return builder.text_processors.get("train", BaseProcessor())
 
 
-def shown(image_id: str, caption: str, image: Any) -> str:
-    """A sample for people."""
-    caption = caption if len(caption) <= 100 else caption[:100] + "…"
-    text = f"a sample: {image_id}, {image.width} x {image.height} pixels, {caption!r}"
-    return text.encode("utf-8", errors="backslashreplace").decode()  # a tar's names may be in any encoding
+def _shown(image_id: str, caption: str) -> str:
+    # A tar's names may be in any encoding.
+    return f"{image_id}: {caption[:100]!r}".encode("utf-8", errors="backslashreplace").decode()
 
 
-def with_markers(context: RunContext, captions: Iterable[str]) -> list[str]:
-    """The captions in which training breaks up markers of the prompt."""
+def caption_warnings(context: RunContext, key: str, causes: Counter[str], captions: list[str]) -> Iterator[Diagnostic]:
+    """The causes for which samples are left out, and captions with markers of the prompt."""
     from minigpt4.models.prompt import sanitize
 
-    tokenizer = SimpleNamespace(special_tokens={"<s>": 1, "</s>": 2})
-    if context.is_ours:
-        with suppress(Exception):  # another check reports it
-            tokenizer = context.tokenizer or tokenizer
-    captions = list(captions)
-    sound = sanitize(captions, tokenizer, [context.model.get("end_sym") or "", SEPARATOR])
-    return [caption for caption, other in zip(captions, sound, strict=True) if caption != other]
-
-
-def _within(seconds: float, action: Callable[[], str | None]) -> str | None:
-    """The result of an action that may hang."""
-    results: list[str | None] = []
-    thread = threading.Thread(target=lambda: results.append(action()), daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return results[0] if results else f"no sample within {seconds} s"
+    total = pluralize(len(captions) + causes.total(), "sample")
+    for cause, count in causes.most_common():
+        yield warning(key, f"{count} of {total} looked at: {cause}", "They are left out and counted: docs/data.md")
+    end_sym = context.model.get("end_sym") or ""
+    sound = sanitize(captions, {"<s>", "</s>", "<unk>"}, [end_sym, SEPARATOR])
+    marked = [caption for caption, other in zip(captions, sound, strict=True) if caption != other]
+    if marked:
+        what = f"{len(marked)} of {total} looked at: markers of the prompt in the caption, e.g. {marked[0][:100]!r}"
+        yield warning(key, what, "They are broken up by a space in training, as in chat.")
 
 
 def why_no_shard(path: Path) -> str | None:
@@ -179,18 +157,15 @@ def check_records(context: RunContext) -> Iterator[Diagnostic]:
             what = f"{storage} is a file" if is_file else str(mistake).removeprefix(f"{key}=")
             yield error(key, what, "The folder holds filter_cap.json and image/: dataset/README_2_STAGE.md")
             continue
-        looked_at = Looked(context)
-        looked_at.causes = dataset.unusable + dataset.tally.left_out
-        looked_at.captions = list(dataset.captions)
-        yield from looked_at.warnings(key)
+        yield from caption_warnings(context, key, dataset.unusable + dataset.tally.left_out, list(dataset.captions))
         records, per_rank = len(dataset), len(dataset) // context.world_size
         if per_rank < context.run.batch_size_train:
             what = f"{pluralize(records, 'record')}, {per_rank} for each process; "
             what += f"run.batch_size_train={context.run.batch_size_train}"
             yield error(key, what, f"--options run.batch_size_train={max(per_rank, 1)}, or add data.")
         else:
-            example = shown(sample["image_id"], sample["text_input"], sample["image"])
-            yield ok(key, f"{pluralize(records, 'record')}; {example}")
+            example = _shown(sample["image_id"], sample["text_input"])
+            yield ok(key, f"{pluralize(records, 'record')}; a sample: {example}")
 
 
 def check_cached_features(context: RunContext) -> Iterator[Diagnostic]:
@@ -203,16 +178,12 @@ def check_cached_features(context: RunContext) -> Iterator[Diagnostic]:
         folder = context.features(name)
         if not folder or not Path(folder, MANIFEST).is_file():  # the run says so
             continue
-        key = f"datasets.{name}.build_info.features"
-        stream = FeatureStream(folder, str, name)
-        sample = next((s for s in islice(stream.part(0), SAMPLES) if stream.load(s)), None)
-        if sample is None:
-            causes = stream.read.left_out + stream.decoded.left_out
-            what = ", ".join(f"{count} × {cause}" for cause, count in causes.most_common())
-            yield error(key, f"{stream.shards[0]}: no usable sample: {what}", "Make the cache again.")
+        key, stream, look = f"datasets.{name}.build_info.features", FeatureStream(folder, str, name), Look()
+        look.read(stream, SAMPLES)
+        if look.problem:
+            yield error(key, f"{stream.shards[0]}: {look.problem}", "Make the cache again.")
         else:
-            what = f"{pluralize(stream.num_parts, 'shard')}; a sample: {sample.image_id}, {sample.caption[:100]!r}"
-            yield ok(key, what)
+            yield ok(key, f"{pluralize(stream.num_parts, 'shard')}; a sample: {look.example}")
 
 
 def _storages(context: RunContext, *names: str) -> Iterator[tuple[str, str | list[str]]]:

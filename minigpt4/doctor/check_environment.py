@@ -1,5 +1,6 @@
 """Checks of the environment: libraries, device, GPU, shared memory."""
 
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -9,7 +10,8 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-from minigpt4.common.schema import DEVICES
+from minigpt4.common import facts, gpus
+from minigpt4.common.schema import DEVICE, DEVICES
 from minigpt4.common.text import pluralize
 from minigpt4.doctor.diagnostic import WARNING, Diagnostic, error, ok, verdict, warning
 from minigpt4.doctor.machine import Gpu, readable
@@ -62,7 +64,7 @@ def check_optional_libraries(context: RunContext) -> Iterator[Diagnostic]:
     needed = {}
     if context.load_in in ("8bit", "4bit"):
         needed["bitsandbytes"] = f"model.load_in={context.load_in} (low_resource: {context.model.low_resource})"
-    if str(context.model.llama_model).endswith(".gguf"):
+    if facts.is_gguf(context.model.llama_model):
         needed["gguf"] = "a .gguf file"
     if context.llm_folder and (context.llm_folder / "tokenizer.model").is_file():
         needed["sentencepiece"] = "the language model's tokenizer.model"
@@ -75,7 +77,7 @@ def check_optional_libraries(context: RunContext) -> Iterator[Diagnostic]:
 def check_device(context: RunContext) -> Iterator[Diagnostic]:
     """`run.device` is known. An Apple GPU needs a Mac, and a language model that bitsandbytes has not quantized."""
     kind = context.run.device.split(":")[0]
-    if kind not in DEVICES:
+    if not re.fullmatch(DEVICE, context.run.device):
         what = f"{context.run.device!r} is not one of {', '.join(DEVICES)}"
         yield error("run.device", what, "--options run.device=cuda")
     if kind != "mps":
@@ -89,15 +91,18 @@ def check_device(context: RunContext) -> Iterator[Diagnostic]:
 
 
 def check_gpu(context: RunContext) -> Iterator[Diagnostic]:
-    """The GPU exists and has the types that the run computes in."""
+    """The GPU exists and has the types that the run computes in. `check_torch_gpu` asks whether torch can use it."""
     if not context.run.device.startswith("cuda"):
+        return
+    if not context.gpus and gpus.is_there():
         return
     if not context.gpus:
         what = "no NVIDIA GPU was found: the run falls back to the CPU"
         yield warning("GPU", what, "With a GPU: check the driver (nvidia-smi) and CUDA_VISIBLE_DEVICES.")
         return
     if "+cpu" in metadata.version("torch"):
-        yield error("GPU", f"torch {metadata.version('torch')} is built for CPUs only", "Install torch with CUDA.")
+        what = f"torch {metadata.version('torch')} is built for CPUs only"
+        yield error("GPU", what, f"Install torch with CUDA. {gpus.ON_THE_CPU}")
         return
     gpu, name = _weakest(context.gpus)
     if gpu.capability < TORCH_WHEELS:
@@ -113,6 +118,14 @@ def check_gpu(context: RunContext) -> Iterator[Diagnostic]:
         yield warning("GPU", what, f"On one machine: torchrun --nproc_per_node {len(context.gpus)}")
     if gpu.capability >= TORCH_WHEELS:
         yield ok("GPU", f"{len(context.gpus)} × {name}, {readable(gpu.total)}")
+
+
+def check_torch_gpu(context: RunContext) -> Iterator[Diagnostic]:
+    """torch can use the GPU that is in this machine. A GPU that is only assumed need not be."""
+    if not context.run.device.startswith("cuda") or any(gpu.imagined for gpu in context.gpus):
+        return
+    if problem := gpus.why_unusable():
+        yield error("GPU", problem, gpus.ON_THE_CPU)
 
 
 def _weakest(gpus: list[Gpu]) -> tuple[Gpu, str]:

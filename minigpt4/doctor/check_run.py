@@ -1,9 +1,11 @@
 """Checks of the `run:` section: registered names, how long the run is, the output folder."""
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from minigpt4.common.config_files import shipped_datasets
+from minigpt4.common.errors import ConfigError
 from minigpt4.common.registry import UnknownNameError, registry
 from minigpt4.common.text import pluralize
 from minigpt4.doctor.check_memory import trainable_parameters
@@ -18,22 +20,88 @@ CHECKPOINT_BYTES_PER_PARAMETER = 12
 
 
 def check_registry(context: RunContext) -> Iterator[Diagnostic]:
-    """Schedule, runner and the processors of shipped datasets are registered. Imports what registers them."""
+    """Schedule and runner are registered, and processors can be made. Imports what registers them."""
     if not context.training:
         return
-    run = context.run
-    named = [("run.lr_sched", "lr_scheduler", run.lr_sched), ("run.runner", "runner", run.runner)]
-    shipped = context.cfg.datasets_cfg.keys() & shipped_datasets().keys()  # a plug-in may read the keys otherwise
-    for dataset in sorted(shipped):
-        for section in ("text_processor", *(() if context.features(dataset) else ("vis_processor",))):
-            for split, settings in (context.cfg.datasets_cfg[dataset][section] or {}).items():
-                if isinstance(settings, Mapping) and settings.get("name"):  # the builder reports a missing name
-                    named.append((f"datasets.{dataset}.{section}.{split}.name", "processor", settings.name))
-    for key, kind, name in named:
+    run, datasets = context.run, context.cfg.datasets_cfg
+    for key, kind, name in (("run.lr_sched", "lr_scheduler", run.lr_sched), ("run.runner", "runner", run.runner)):
         try:
             registry.get(kind, name)
         except UnknownNameError as mistake:
             yield error(key, str(mistake), "Change the name, or import the plug-in that registers it.")
+    for dataset in sorted(datasets):
+        yield from _check_dataset(context, dataset)
+    yield from _check_splits(context)
+    if not datasets:
+        yield error("datasets", "there is none", "Add a section such as datasets: {cc_sbu_align: {...}}.")
+    elif not sum(section.sample_ratio for section in datasets.values()):
+        yield error("sample_ratio", f"it is 0 for every dataset ({', '.join(datasets)})", "Give one more than 0.")
+
+
+def _check_splits(context: RunContext) -> Iterator[Diagnostic]:
+    """The datasets of the package have one split, "train"."""
+    run, others = context.run, context.cfg.datasets_cfg.keys() - shipped_datasets().keys()
+    for key in ("train_splits", "valid_splits", "test_splits"):
+        unknown = [split for split in run[key] if split != "train" and not others]
+        if unknown or (key == "train_splits" and not run.train_splits and not run.evaluate):
+            what = f"{list(run[key])}, but the datasets have the split 'train'"
+            yield error(f"run.{key}", what, f"--options run.{key}=[train]")
+
+
+def _check_dataset(context: RunContext, dataset: str) -> Iterator[Diagnostic]:
+    """The processors of a dataset can be made, and its storage is named."""
+    from minigpt4.datasets.builders.base_dataset_builder import BaseDatasetBuilder
+    from minigpt4.datasets.builders.image_text_pair_builder import ImageTextPairBuilder
+    from minigpt4.processors.base_processor import BaseProcessor, make_processor, processor_class
+
+    builder = registry.get_builder_class(dataset)
+    if not issubclass(builder, BaseDatasetBuilder):
+        return  # a plug-in may read the keys otherwise
+    if issubclass(builder, ImageTextPairBuilder) and not context.features(dataset):
+        made = builder(context.cfg.datasets_cfg[dataset])
+        made.name = dataset
+        try:
+            made.storage()
+        except ConfigError as mistake:
+            yield error(f"datasets.{dataset}.build_info.storage", str(mistake))
+    for section in ("text_processor", *(() if context.features(dataset) else ("vis_processor",))):
+        for split, settings in (context.cfg.datasets_cfg[dataset][section] or {}).items():
+            key = f"datasets.{dataset}.{section}.{split}"
+            try:
+                cls = processor_class(key, settings)
+                if cls and issubclass(cls, BaseProcessor):
+                    make_processor(key, settings)
+            except (ConfigError, UnknownNameError) as mistake:
+                key, what = re.match(r"([\w.-]+):? (.*)", str(mistake), re.DOTALL).groups()
+                yield error(key, what)
+
+
+def check_chat(context: RunContext) -> Iterator[Diagnostic]:
+    """The image processor of a chat can be made."""
+    from minigpt4.conversation.loading import load_vis_processor
+
+    if not context.training:
+        load_vis_processor(context.cfg)
+        yield ok("vis_processor", "can be made")
+
+
+def check_resume(context: RunContext) -> Iterator[Diagnostic]:
+    """The run goes on from a checkpoint as it began. The model's own facts are compared when it is loaded."""
+    from minigpt4.runners import resume
+    from minigpt4.weights import checkpoint, locate
+
+    key, source = "run.resume_ckpt_path", context.run.resume_ckpt_path
+    if not context.training or context.run.evaluate or not source or not locate.local_path(source).exists():
+        return
+    content = checkpoint.read_file(checkpoint.resolve(source))
+    breaking, harmless = resume.differences(content, context.cfg, {resume.RANKS: context.world_size})
+    what = f"the run would not go on as it began: {'; '.join(breaking)}"
+    if breaking and context.run.resume_anyway:
+        yield warning(key, what, "run.resume_anyway=True lets it go on all the same.")
+    elif breaking:
+        yield error(key, what, "Take the checkpoint's values, or --options run.resume_anyway=True")
+    else:
+        yield ok(key, f"the settings are those of {source}" + "".join(f"; {line}" for line in harmless))
 
 
 def check_length(context: RunContext) -> Iterator[Diagnostic]:

@@ -4,7 +4,7 @@ The loaders' own checks are used. The vision side is built on the meta device, w
 shapes and reads no weights.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from minigpt4.common.errors import ConfigError
@@ -25,9 +25,12 @@ def check_image_settings(context: RunContext) -> Iterator[Diagnostic]:
         yield error("model.image_size", what, f"--options model.image_size={lower}")
         return
     for name, dataset in context.cfg.datasets_cfg.items():
-        processor = (dataset.get("vis_processor") or {}).get("train") or {}
+        processor = (dataset.get("vis_processor") or {}).get("train")
+        if not isinstance(processor, Mapping):
+            continue
         own = processor.get("image_size", PROCESSOR_IMAGE_SIZE)
-        if str(processor.get("name")).startswith("blip2_image_") and own != size:
+        ours = str(processor.get("name")).startswith("blip2_image_")
+        if ours and isinstance(own, int) and own != size:  # another type is no size: `check_registry`
             key = f"datasets.{name}.vis_processor.train.image_size"
             fix = f"--options {key}={size}, or model.image_size={own}"
             yield error(key, f"{own}, but model.image_size={size}", fix)
@@ -89,11 +92,11 @@ def check_checkpoints(context: RunContext) -> Iterator[Diagnostic]:
         content = context.content(key)
         if content is None:
             continue
-        trained = checkpoint.weights_of(content)
+        trained = checkpoint.weights_of(content, context.sources[key])
         cfg = replace(context.local_model_cfg, ckpt=context.sources[key])
         try:
             if context.llm:
-                loading.check_width(trained, replace(cfg, llama_model=str(context.llm_folder)))
+                loading.check_width(trained, replace(cfg, llama_model=context.llm_source))
             sources = loading.Sources(vision=None, qformer=None, trained=trained, recorded=None)
             loading.load_rest(context.meta_model, cfg, sources, torch.device("meta"))
         except ConfigError as mistake:

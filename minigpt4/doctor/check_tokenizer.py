@@ -20,7 +20,7 @@ def check_tokenizer(context: RunContext) -> Iterator[Diagnostic]:
     rows = context.llm.vocabulary
     if len(tokenizer) > rows + ADDED_TOKENS:
         what = f"the tokenizer knows {len(tokenizer)} tokens, the model embeds {rows}: they do not belong together"
-        yield error(key, what, f"Put the model's own tokenizer into {context.llm_folder}.")
+        yield error(key, what, f"Put the model's own tokenizer into {context.llm_source}.")
         return
     for name, text in {"model.end_sym": end_sym, "the separator of a chat": SEPARATOR}.items():
         ids = tokenizer.encode(f"a{text}")

@@ -19,7 +19,7 @@ from minigpt4.doctor import (
     check_shapes,
     check_tokenizer,
 )
-from minigpt4.doctor.diagnostic import ERROR, OK, Diagnostic, as_text, error, warning
+from minigpt4.doctor.diagnostic import ERROR, NOT_MADE, OK, Diagnostic, as_text, error, warning
 from minigpt4.doctor.machine import list_gpus
 from minigpt4.doctor.run_context import RunContext
 
@@ -40,6 +40,7 @@ QUICK: Stage = (
 QUICK_OF_MODEL: Stage = (
     check_files.check_headers,
     check_files.check_language_model,
+    check_files.check_remote_code,
     check_files.check_downloads,
     check_shapes.check_image_settings,
     check_environment.check_optional_libraries,
@@ -47,15 +48,19 @@ QUICK_OF_MODEL: Stage = (
 )
 # With torch, for any model.
 RUN: Stage = (
+    check_environment.check_torch_gpu,
     check_datasets.check_shards,
     check_datasets.check_records,
     check_datasets.check_cached_features,
     check_run.check_registry,
+    check_run.check_resume,
+    check_run.check_chat,
     check_run.check_length,
 )
 # With the loaders, for MiniGPT4: what can be read, then whether it fits together, then what it takes.
 READ: Stage = (
     check_files.check_weights_files,
+    check_files.check_numbers,
     check_files.check_language_model_contents,
     check_tokenizer.check_prompts,
 )
@@ -65,8 +70,8 @@ FIT: Stage = (
     check_tokenizer.check_tokenizer,
 )
 ESTIMATE: Stage = (check_run.check_output_room, check_memory.check_gpu_memory)
-# train.py and demo.py do these themselves before the model is loaded.
-NOT_AT_START = (check_files.check_paths, *RUN)
+# train.py and demo.py do these themselves, most of them before the model is loaded.
+NOT_AT_START = (check_files.check_paths, check_files.check_numbers, *RUN)
 # Estimates must not keep a run from being tried.
 ESTIMATED = ("GPU memory", "host memory")
 
@@ -108,10 +113,11 @@ def results(check: Check, context: RunContext) -> list[Diagnostic]:
             found.append(diagnostic)
     except ConfigError as mistake:
         key = re.search(r"(model|run|datasets)(\.\w+)+", str(mistake))
-        found.append(error(key[0] if key else "config", str(mistake)))
+        name = key[0] if key else "config"
+        found.append(error(name, str(mistake).removeprefix(f"{name}: ")))
     except Exception as problem:
         what = f"could not be made: {type(problem).__name__}: {problem}"
-        found.append(warning(check.__name__.replace("_", " "), what, "This is a bug of doctor; please report it."))
+        found.append(warning(check.__name__.replace("_", " "), what, NOT_MADE))
     finally:
         logging.disable(logging.NOTSET)
     return found

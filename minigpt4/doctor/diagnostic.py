@@ -3,6 +3,8 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+# The advice where a check itself failed, after which the run can be tried, but is not known to work.
+NOT_MADE = "The run may fail likewise. If the message names no setting of yours, please report this as a bug of doctor."
 OK, WARNING, ERROR = "ok", "warning", "error"
 
 

@@ -19,6 +19,8 @@ class Gpu:
     capability: tuple[int, int]
     total: int
     free: int
+    imagined: bool = False
+    """Whether it is assumed, for an estimate."""
 
 
 def list_gpus() -> list[Gpu]:
@@ -31,8 +33,11 @@ def list_gpus() -> list[Gpu]:
         return []
     gpus = []
     for line in lines:
-        name, capability, total, free = line.rsplit(", ", 3)
-        major, minor = map(int, capability.split("."))
+        try:
+            name, capability, total, free = line.rsplit(", ", 3)
+            major, minor = map(int, capability.split("."))
+        except ValueError:  # a GPU that does not answer
+            continue
         # A GPU that shares the host's memory has none of its own: "[N/A]".
         sizes = [int(size) * MIB if size.isdigit() else available_memory() for size in (total, free)]
         gpus.append(Gpu(name, (major, minor), *sizes))
@@ -45,7 +50,7 @@ def list_gpus() -> list[Gpu]:
 def imagined_gpu(gigabytes: float) -> Gpu:
     """An unused, recent GPU that is sold with this many GB, which are GiB."""
     size = int(gigabytes * 2**30)
-    return Gpu(f"a GPU of {gigabytes:g} GB", (8, 0), size, size)
+    return Gpu(f"a GPU of {gigabytes:g} GB", (8, 0), size, size, imagined=True)
 
 
 def readable(size: float) -> str:

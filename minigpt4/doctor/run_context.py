@@ -13,7 +13,7 @@ from minigpt4.common import facts
 from minigpt4.common.config import Config
 from minigpt4.common.schema import MiniGPT4Config
 from minigpt4.doctor.machine import Gpu
-from minigpt4.weights import locate
+from minigpt4.weights import gguf, locate
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +36,9 @@ class LanguageModel:
     width: int
     """Width of the token embeddings."""
     tensors: dict[str, "torch.Tensor"]
-    """All weights, mapped from the disk."""
+    """All weights, mapped from the disk; of a .gguf file, only their shapes."""
+    embedding: "torch.Tensor | GgufEmbedding | None"
+    """The token embeddings [V,D]."""
 
     @property
     def layers(self) -> int:
@@ -57,11 +59,6 @@ class LanguageModel:
         return head_dim * (getattr(self.config, "num_key_value_heads", None) or heads)
 
     @property
-    def embedding(self) -> "torch.Tensor | None":
-        """The token embeddings [V,D]."""
-        return next((tensor for name, tensor in self.tensors.items() if name.endswith(EMBEDDINGS)), None)
-
-    @property
     def vocabulary(self) -> int:
         """Rows of the token embeddings."""
         return self.config.vocab_size if self.embedding is None else len(self.embedding)
@@ -71,6 +68,21 @@ class LanguageModel:
         matrices = {n: t for n, t in self.tensors.items() if t.ndim >= 2 and not n.endswith(NOT_QUANTIZED)}
         quantizable = sum(tensor.numel() for tensor in matrices.values())
         return quantizable, sum(tensor.numel() for tensor in self.tensors.values()) - quantizable
+
+
+class GgufEmbedding:
+    """The token embeddings [V,D] of a .gguf file. Rows are read when they are asked for."""
+
+    def __init__(self, header: gguf.Header):
+        self.header, self.shape = header, header.tensors[gguf.EMBEDDING].shape
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: list[int]) -> "torch.Tensor":
+        import torch
+
+        return torch.from_numpy(gguf.read_tensor(self.header, gguf.EMBEDDING, rows))
 
 
 @dataclass
@@ -153,6 +165,14 @@ class RunContext:
             return folder if locate.shards(folder) and not locate.missing_shards(folder) else None
         return None
 
+    @cached_property
+    def llm_source(self) -> str | None:
+        """The folder or .gguf file of the language model on this machine. None: there is neither."""
+        if self.llm_folder:
+            return str(self.llm_folder)
+        path = Path(self.model.llama_model).expanduser()
+        return str(path) if facts.is_gguf(path.name) and path.is_file() else None
+
     @property
     def weights_paths(self) -> dict[str, Path]:
         """{key: file or folder} of the weights on this machine."""
@@ -185,26 +205,35 @@ class RunContext:
 
     @cached_property
     def tokenizer(self):
-        """The language model's tokenizer. None: it is not in a local folder."""
-        if self.llm_folder is None or not any((self.llm_folder / name).is_file() for name in TOKENIZER_FILES):
+        """The language model's tokenizer. None: it is not on this machine."""
+        folder = self.llm_folder
+        if self.llm_source is None or (folder and not any((folder / name).is_file() for name in TOKENIZER_FILES)):
             return None
         from minigpt4.models.tokenizer import load_tokenizer
 
-        return load_tokenizer(str(self.llm_folder))
+        return load_tokenizer(self.llm_source, self.model.trust_remote_code)
 
     @cached_property
     def llm(self) -> LanguageModel | None:
-        """The language model's sizes. None: it is not in a local folder. Raises what the loaders raise."""
-        if self.llm_folder is None:
+        """The language model's sizes. None: it is not on this machine. Raises what the loaders raise."""
+        if self.llm_source is None:
             return None
-        from transformers import AutoConfig
+        import torch
 
-        from minigpt4.models.llm import embedding_dim
+        from minigpt4.models.llm import embedding_dim, read_config
         from minigpt4.weights import checkpoint
 
-        width = embedding_dim(str(self.llm_folder))
-        config = AutoConfig.from_pretrained(self.llm_folder).get_text_config()
-        return LanguageModel(config, width, checkpoint.read_weights(self.llm_folder))
+        source = self.llm_source, self.model.trust_remote_code
+        config, width = read_config(*source), embedding_dim(*source)
+        if self.llm_folder:
+            tensors = checkpoint.read_weights(self.llm_folder)
+            embedding = next((tensor for name, tensor in tensors.items() if name.endswith(EMBEDDINGS)), None)
+            return LanguageModel(config, width, tensors, embedding)
+        header = gguf.read_header(self.llm_source)
+        names = {gguf.EMBEDDING: EMBEDDINGS[0], "output.weight": "lm_head.weight"}
+        shapes = {names.get(name, name): tensor.shape for name, tensor in header.tensors.items()}
+        tensors = {name: torch.empty(shape, dtype=torch.float16, device="meta") for name, shape in shapes.items()}
+        return LanguageModel(config, width, tensors, GgufEmbedding(header))
 
     @cached_property
     def meta_model(self):

@@ -25,7 +25,7 @@ from minigpt4.fast.packing.batch import MicroBatch, PackedBatch, Sizes, pack
 from minigpt4.fast.self_check import TrainingCheck, sees_like_the_library
 from minigpt4.fast.vit import FusedViT, supports_fused_vit
 from minigpt4.models.mini_gpt4 import MiniGPT4, PlainStep, summed_cross_entropy
-from minigpt4.models.vision import PREFIXES
+from minigpt4.models.vision import is_vision
 from minigpt4.quantization.bitsandbytes import has_bitsandbytes_layers
 from minigpt4.quantization.fp8 import MULTIPLE, Fp8Linear, convert_linear_layers, supports_fp8
 
@@ -146,7 +146,7 @@ class FastStep(PlainStep):
         # that train, under any name.
         in_float16 = model.llama_model.get_input_embeddings().weight.dtype == torch.float16
         at_once = self.packed and not in_float16 and not _overrides(model, "predict", "embed")
-        if at_once and all(name.startswith(PREFIXES) for name in trained):
+        if at_once and all(map(is_vision, trained)):
             self.loss_and_gradient = functools.partial(self._loss_and_gradient, model)
             if compiled and not self.quantized:
                 self.loss_and_gradient = GraphedFunction(self.loss_and_gradient, "language model")

@@ -14,18 +14,17 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from minigpt4.models.sampling import DEFAULTS, Sampling
+from minigpt4.models.sampling import DEFAULTS, MinNewTokens, Sampling
+from minigpt4.models.tokenizer import Tokenizer, end_ids, strip_leading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from minigpt4.models.tokenizer import Tokenizer
 
 
 class StopOnText:
     """Stopping criterion for transformers' `generate`: a row ends when its new text contains one of `stops`."""
 
-    def __init__(self, tokenizer: "Tokenizer", *stops: str):
+    def __init__(self, tokenizer: Tokenizer, *stops: str):
         self._tokenizer = tokenizer
         self._stops = stops
         # A token is at least one byte of text.
@@ -55,7 +54,7 @@ class DecodingLoop(Protocol):
 
 def continue_embeds(
     llm: "PreTrainedModel",
-    tokenizer: "Tokenizer",
+    tokenizer: Tokenizer,
     inputs_embeds: torch.Tensor,
     attention_mask: torch.Tensor,
     stop: str,
@@ -74,11 +73,14 @@ def continue_embeds(
         decoding_loop: decodes with the ids that transformers' `generate` would give. `generate` itself decodes if the
             loop is None, if it does not support the model, or if an option needs `generate`, such as beams.
         options: as for transformers' `generate`, for example max_new_tokens=60, num_beams=5, do_sample=True.
+            `min_new_tokens` counts the tokens before `stop`, too.
 
     Returns:
         The new token ids [B,T]; a row that ended early is filled up with the eos id.
     """
     criteria = [*([StopOnText(tokenizer, stop)] if stop else []), *criteria]
+    least = options.get("min_new_tokens")
+    first = [MinNewTokens(tokenizer, (least, [stop]))] if least and stop else []
     sampling = Sampling.of(llm, options) if decoding_loop and decoding_loop.supports(llm) else None
     if sampling is None:
         with torch.inference_mode():
@@ -87,10 +89,10 @@ def continue_embeds(
                 attention_mask=attention_mask,
                 pad_token_id=tokenizer.eos_token_id,
                 stopping_criteria=criteria,
-                logits_processor=[*processors],
+                logits_processor=[*first, *processors],
                 **DEFAULTS | options,
             )
-    sampling.processors += processors
+    sampling.processors = [*first, *sampling.processors, *processors]
     # KV caches outlive this call, and inference tensors cannot be written to outside of inference mode.
     with torch.inference_mode(False), torch.no_grad():
         rows = torch.full((len(inputs_embeds), sampling.max_new_tokens), tokenizer.eos_token_id)
@@ -152,16 +154,8 @@ def stream(
         thread.join()
 
 
-def strip_leading(tokenizer: "Tokenizer", ids: list[int]) -> list[int]:
-    """The ids without one leading unk and then one leading bos, which some models write."""
-    for special in (tokenizer.unk_token_id, tokenizer.bos_token_id):
-        if ids and special is not None and ids[0] == special:
-            ids = ids[1:]
-    return ids
-
-
 def answer_text(
-    tokenizer: "Tokenizer", ids: list[int], stop: str | Iterable[str], label: str | None = None, complete: bool = True
+    tokenizer: Tokenizer, ids: list[int], stop: str | Iterable[str], label: str | None = None, complete: bool = True
 ) -> str:
     """The answer in new token ids, stripped.
 
@@ -179,11 +173,6 @@ def answer_text(
         text = text[: len(text) - max(_overlap(text, marker) for marker in (*stops, label or ""))]
     text = text[:stopped]
     return (text.split(label)[-1] if label else text).strip()
-
-
-def end_ids(tokenizer: "Tokenizer") -> set[int]:
-    """The control tokens that end an answer: all but unk and bos."""
-    return set(tokenizer.special_tokens.values()) - {tokenizer.unk_token_id, tokenizer.bos_token_id}
 
 
 def _overlap(text: str, marker: str) -> int:

@@ -1,7 +1,10 @@
 """Loading the frozen language model in 16, 8 or 4 bit. transformers is imported inside the functions."""
 
+import contextlib
+import itertools
 import logging
 import math
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from pickle import UnpicklingError
@@ -10,14 +13,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
-from minigpt4.common import compat, dist_utils, facts
+from minigpt4.common import compat, facts
 from minigpt4.common.errors import ConfigError
+from minigpt4.common.registry import registry
 from minigpt4.common.text import pluralize
+from minigpt4.weights import checkpoint
 from minigpt4.weights import locate as weight_files
 from minigpt4.weights.checkpoint import CheckpointError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
     from minigpt4.models.tokenizer import Tokenizer
 
@@ -31,38 +36,37 @@ def load_llm(
     dtype: torch.dtype,
     load_in: str = "16bit",
     device_map: str | None = None,
+    trust_remote_code: bool = False,
 ) -> "PreTrainedModel":
     """Load any decoder that transformers' Auto classes know, frozen and in eval mode.
 
     Args:
-        llama_model: a folder in Hugging Face format, a hub id, or a .gguf file, which is converted to `dtype`.
+        llama_model: a folder in Hugging Face format, a hub id, or a .gguf file, which is first converted to `dtype`.
         device: device of the weights, which are copied to it directly from the mapped files.
         dtype: dtype of the weights that are not quantised.
         load_in: "16bit" (meaning `dtype`); "8bit" or "4bit" (nf4), quantised by bitsandbytes; or "8bit_weights", 8 bit
             without bitsandbytes (`quantization/int8.py`).
         device_map: "auto" spreads the layers over the GPUs, from `device` on, and then the host. None: all are on
             `device`.
+        trust_remote_code: run the Python files that come with the model.
 
     Raises:
         ConfigError: there is no language model at `llama_model`, or it cannot be loaded with these settings.
-        CheckpointError: tensors are missing from its files or have other shapes.
+        CheckpointError: tensors are missing from its files or have other shapes; a file differs from its checksums; a
+            number is not finite.
     """
-    _check_load_in(llama_model, load_in, device_map)
-    if device.type == "mps" and load_in in ("8bit", "4bit"):
-        raise ConfigError(
-            f"model.load_in={load_in} (8bit with model.low_resource) is bitsandbytes', which computes on NVIDIA's GPUs "
-            "and CPUs. On an Apple GPU: --options model.low_resource=False model.load_in=16bit, or 8bit_weights; or "
-            "run.device=cpu."
-        )
+    check_settings(llama_model, device, load_in, device_map)
     logging.info("Loading the language model from %s in %s", llama_model, load_in if load_in != "16bit" else dtype)
     from minigpt4.quantization import convert_layers
 
     # On the host, weights of unchanged dtype are mapped from disk. Each layer is read when it is rounded.
     mapped = load_in == "8bit_weights"
-    how = {"dtype": "auto" if mapped else dtype, **_quantization(load_in, dtype)}
+    how = {"dtype": "auto" if mapped and not facts.is_gguf(llama_model) else dtype, **_quantization(load_in, dtype)}
 
     def read(device_map: str | dict) -> "PreTrainedModel":
-        return convert_layers(_read(llama_model, device_map=device_map, **how), load_in, device, dtype)
+        return convert_layers(
+            _read(llama_model, trust_remote_code, device_map=device_map, **how), load_in, device, dtype
+        )
 
     on_one = {"": "cpu" if mapped else device}
     llm = read(device_map or on_one)
@@ -76,15 +80,23 @@ def load_llm(
             f"model.llm_device_map={device_map} puts the first layer on {first}, but the vision side is on {device}. "
             "Use the first GPU (--gpu-id 0)."
         )
+    _check_numbers(llm, llama_model, load_in)
     return llm.requires_grad_(False).eval()
 
 
-def _check_load_in(llama_model: str, load_in: str, device_map: str | None) -> None:
-    if llama_model.endswith(".gguf") and load_in != "16bit":
-        raise ConfigError(f"model.llama_model={llama_model}: a .gguf file is unpacked; model.load_in must be 16bit.")
-    if device_map and dist_utils.get_world_size() > 1:
+def check_settings(llama_model: str, device: torch.device, load_in: str, device_map: str | None) -> None:
+    """Raise the ConfigErrors of `load_llm` that need no weights."""
+    _check_path(llama_model)
+    if device.type == "mps" and load_in in ("8bit", "4bit"):
         raise ConfigError(
-            f"model.llm_device_map={device_map} spreads one model over the GPUs, but {dist_utils.get_world_size()} "
+            f"model.load_in={load_in} (8bit with model.low_resource) is bitsandbytes', which computes on NVIDIA's GPUs "
+            "and CPUs. On an Apple GPU: --options model.low_resource=False model.load_in=16bit, or 8bit_weights; or "
+            "run.device=cpu."
+        )
+    processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    if device_map and processes > 1:
+        raise ConfigError(
+            f"model.llm_device_map={device_map} spreads one model over the GPUs, but {processes} "
             "processes were started, each with a model of its own. Start one, or unset it."
         )
     if device_map and load_in == "8bit_weights":
@@ -93,16 +105,55 @@ def _check_load_in(llama_model: str, load_in: str, device_map: str | None) -> No
         )
 
 
-def _from_pretrained(auto_class: type, llama_model: str, **how: Any) -> Any:
-    """Call the `from_pretrained` of one of transformers' Auto classes. Its errors are turned into ours."""
+def _check_numbers(llm: "PreTrainedModel", llama_model: str, load_in: str) -> None:
+    """Raise CheckpointError for files that differ from their checksums, and numbers that are not finite.
+
+    Layers that bitsandbytes has quantised no longer show them: then the files are looked at.
+    """
+    scales = (pair for pair in llm.named_buffers() if pair[0].endswith(".scale"))
+    tensors = itertools.chain(llm.named_parameters(), scales)
+    checkpoint.check_finite(tensors, f"the language model {llama_model}")
+    if facts.is_gguf(llama_model):
+        return
+    from transformers.utils import cached_file
+
+    folder = Path(cached_file(llama_model, "config.json", **pretrained_source(llama_model)[1])).parent
+    for name in weight_files.shards(folder):
+        if load_in in ("8bit", "4bit"):
+            checkpoint.check_finite(checkpoint.read_weights(folder / name).items(), str(folder / name))
+        elif not name.endswith(".safetensors"):
+            checkpoint.check_archive(folder / name)
+
+
+def from_pretrained(auto_class: type, llama_model: str, trust_remote_code: bool, **how: Any) -> Any:
+    """Call the `from_pretrained` of one of transformers' Auto classes. Its errors are turned into ours.
+
+    The model's own code runs only with `trust_remote_code`; transformers does not ask at the terminal.
+    """
     _check_path(llama_model)
     name, options = pretrained_source(llama_model)
+    with _errors_of(llama_model):
+        return auto_class.from_pretrained(name, trust_remote_code=trust_remote_code, **how, **options)
+
+
+@contextlib.contextmanager
+def _errors_of(llama_model: str) -> Iterator[None]:
     try:
-        return auto_class.from_pretrained(name, **how, **options)
+        yield
+    except ConfigError:
+        raise
     except (SafetensorError, UnpicklingError, EOFError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "PytorchStreamReader" not in str(error):
             raise  # for example, the GPU is out of memory
         raise _unreadable(llama_model, error) from error
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ConfigError(f"model.llama_model={llama_model} cannot be loaded: {reason}") from error
+        raise ConfigError(
+            f"model.llama_model={llama_model} comes with Python files of its own, without which transformers cannot "
+            "load it. They can do whatever you can. Read them; to run them: --options model.trust_remote_code=True"
+        ) from error
     except OSError as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         hint = " Nothing may be fetched (--offline or HF_HUB_OFFLINE)." if facts.offline() else ""
@@ -112,11 +163,20 @@ def _from_pretrained(auto_class: type, llama_model: str, **how: Any) -> Any:
         ) from error
 
 
-def embedding_dim(llama_model: str) -> int:
-    """Width of the language model's token embeddings, from its config alone. Raises the errors of `load_llm`."""
+def read_config(llama_model: str, trust_remote_code: bool = False) -> "PreTrainedConfig":
+    """transformers' config of the decoder. Raises the errors of `load_llm`."""
+    if facts.is_gguf(llama_model):
+        _check_path(llama_model)
+        with _errors_of(llama_model):
+            return registry.get("llm_file", ".gguf").read_config(llama_model)
     from transformers import AutoConfig
 
-    config = _from_pretrained(AutoConfig, llama_model).get_text_config()
+    return from_pretrained(AutoConfig, llama_model, trust_remote_code).get_text_config()
+
+
+def embedding_dim(llama_model: str, trust_remote_code: bool = False) -> int:
+    """Width of the language model's token embeddings, from its config alone. Raises the errors of `load_llm`."""
+    config = read_config(llama_model, trust_remote_code)
     return getattr(config, "word_embed_proj_dim", None) or config.hidden_size
 
 
@@ -124,7 +184,7 @@ def pretrained_source(llama_model: str) -> tuple[str, dict]:
     """Arguments of transformers' `from_pretrained` for `llama_model`: a folder or hub id, and keyword arguments."""
     options = {"local_files_only": True} if facts.offline() else {}
     path = Path(llama_model)
-    if path.suffix == ".gguf":
+    if facts.is_gguf(llama_model):
         return str(path.parent), options | {"gguf_file": path.name}
     return llama_model, options
 
@@ -132,9 +192,10 @@ def pretrained_source(llama_model: str) -> tuple[str, dict]:
 def _check_path(llama_model: str) -> None:
     """Raise ConfigError for a folder or file without a language model, or without all of its shards."""
     path = Path(llama_model)
-    if path.is_file() and path.suffix == ".gguf":
+    if path.is_file() and facts.is_gguf(llama_model):
         if find_spec("gguf") is None:
             raise ConfigError(f"model.llama_model={path}: reading a .gguf file needs a package: pip install gguf")
+        registry.get("llm_file", ".gguf").check(path)
         return
     if path.is_file() or (path.is_dir() and not (path / "config.json").is_file()):
         raise ConfigError(
@@ -184,20 +245,24 @@ def recompute_layers(llm: "PreTrainedModel", count: int) -> None:
         layers[index] = compat.recomputed(layer)
 
 
-def _read(llama_model: str, **how: Any) -> "PreTrainedModel":
+def _read(llama_model: str, trust_remote_code: bool, **how: Any) -> "PreTrainedModel":
     """Load the model. Missing and reshaped tensors are a CheckpointError; a warning is logged for surplus ones."""
-    from transformers import AutoModelForCausalLM
-
     # Without `ignore_mismatched_sizes` transformers would raise an error of its own.
     how |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    llm, info = _from_pretrained(AutoModelForCausalLM, llama_model, **how)
+    if facts.is_gguf(llama_model):
+        with _errors_of(llama_model):
+            llm, info = registry.get("llm_file", ".gguf").load_model(llama_model, **how)
+    else:
+        from transformers import AutoModelForCausalLM
+
+        llm, info = from_pretrained(AutoModelForCausalLM, llama_model, trust_remote_code, **how)
     missing = sorted(info["missing_keys"])
     reshaped = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info["mismatched_keys"])
     if missing or reshaped:
         problems = [*(f"{name} is missing" for name in missing), *(f"{name} has another shape" for name in reshaped)]
         more = f"\n  … and {len(problems) - 10} more" if len(problems) > 10 else ""
         raise CheckpointError(
-            f"The weights in {llama_model} do not fit its config.json:\n  " + "\n  ".join(problems[:10]) + more
+            f"The weights in {llama_model} do not fit its config:\n  " + "\n  ".join(problems[:10]) + more
         )
     surplus = sorted(name for name in info["unexpected_keys"] if not name.endswith("rotary_emb.inv_freq"))
     if surplus:

@@ -44,8 +44,7 @@ def open_sources(cfg: MiniGPT4Config) -> Sources:
         CheckpointError: a file contains no weights, or the checkpoint was trained with another Q-Former.
         DownloadError: see `weights.locate.fetch`.
     """
-    content = checkpoint.read_file(checkpoint.resolve(cfg.ckpt)) if cfg.ckpt else None
-    trained, recorded = (checkpoint.weights_of(content), content.get(fingerprint.KEY)) if content else (None, None)
+    trained, recorded, settings = _open_checkpoint(cfg.ckpt) if cfg.ckpt else (None, None, {})
     if not cfg.load_vision:
         return Sources(None, None, trained, recorded)
     vit_source = facts.vit_weights(cfg.vit_model, cfg.vit_weights)
@@ -54,11 +53,21 @@ def open_sources(cfg: MiniGPT4Config) -> Sources:
     if cfg.q_former_model:
         path = locate.fetch(cfg.q_former_model)
         read = checkpoint.read_weights(path, (hf_names.QFORMER, hf_names.LN_VISION, "query_tokens"))
-        if content:
-            _check_qformer(path, read, content, cfg)
+        if trained:
+            _check_qformer(path, read, trained, settings, cfg)
     if not (vision and read):
         logging.warning("Parts of the vision side have random weights, as the config asks.")
     return Sources(vision, read, trained, recorded)
+
+
+def _open_checkpoint(ckpt: str) -> tuple[State, dict | None, dict]:
+    """Weights, fingerprint of the language model, and `model:` settings of a checkpoint."""
+    path = checkpoint.resolve(ckpt)
+    content = checkpoint.read_file(path)
+    config = content.get("config")  # in a file of another origin it may be anything
+    settings = config.get("model") if isinstance(config, dict) else None
+    settings = settings if isinstance(settings, dict) else {}
+    return checkpoint.weights_of(content, str(path)), content.get(fingerprint.KEY), settings
 
 
 def vision_parts(cfg: MiniGPT4Config, sources: Sources, device: torch.device, dtype: torch.dtype) -> dict:
@@ -118,7 +127,7 @@ def load_rest(model: nn.Module, cfg: MiniGPT4Config, sources: Sources, device: t
     if sources.qformer:
         used = qformer.checkpoint_filter_fn(sources.qformer)
         _say_unused(sources.qformer, used, cfg.q_former_model)
-        own = {name for name in model.state_dict() if name.startswith(("Qformer.", "ln_vision.", "query_tokens"))}
+        own = {name for name in model.state_dict() if name.split(".")[0] in PARTS[1:4]}
         checkpoint.load_weights(model, used, cfg.q_former_model, own, device)
     if sources.trained is not None:
         absent = set(PARTS) - {name.split(".")[0] for name in model.state_dict()}
@@ -169,7 +178,7 @@ def check_width(trained: State | None, cfg: MiniGPT4Config) -> None:
     projection = (trained or {}).get("llama_proj.weight")
     if projection is None:
         return
-    theirs, width = len(projection), llm.embedding_dim(cfg.llama_model)
+    theirs, width = len(projection), llm.embedding_dim(cfg.llama_model, cfg.trust_remote_code)
     if theirs != width:
         known = {4096: " (as in Vicuna-7B)", 5120: " (as in Vicuna-13B)"}
         raise CheckpointError(
@@ -178,14 +187,14 @@ def check_width(trained: State | None, cfg: MiniGPT4Config) -> None:
         )
 
 
-def _check_qformer(path: Path, state: State, content: dict, cfg: MiniGPT4Config) -> None:
+def _check_qformer(path: Path, state: State, trained: State, settings: dict, cfg: MiniGPT4Config) -> None:
     """Raise CheckpointError if the checkpoint was trained with the published Q-Former, and `path` is another one.
 
     It was trained with the published one if its config names no other file and its projection has the published width.
+    trained, settings: weights of the checkpoint, and the `model:` section of its config.
     """
-    settings = (content.get("config") or {}).get("model") or {}
     trained_on = str(settings.get("q_former_model", BLIP2_URL))
-    projection = checkpoint.weights_of(content).get("llama_proj.weight")
+    projection = trained.get("llama_proj.weight")
     has_width = projection is not None and projection.shape[1] == PUBLISHED_QFORMER_WIDTH
     if not has_width or Path(trained_on).name != locate.cached_file(BLIP2_URL).name:
         return

@@ -4,6 +4,7 @@ B batch, Q query tokens, W width of the Q-Former (of an image [B,3,H,W]: its wid
 S sequence, K positions whose logits are computed, V vocabulary.
 """
 
+import functools
 import logging
 import random
 from collections.abc import Mapping
@@ -168,11 +169,9 @@ class MiniGPT4(vision.Vision):
 
         Adds "broken_up": the beginnings of the texts that were changed. The runner calls this before `prepare`.
         """
-        texts, separators = samples.get("text_input", []), [self.end_sym, facts.SEPARATOR]
-        if hasattr(texts, "sanitize"):
-            sound = texts.sanitize(self.tokenizer, separators)
-        else:
-            sound = prompt.sanitize([*texts], self.tokenizer, separators)
+        texts, special = samples.get("text_input", []), self.tokenizer.special_tokens
+        sanitize = getattr(texts, "sanitize", functools.partial(prompt.sanitize, [*texts]))
+        sound = sanitize(special, [self.end_sym, facts.SEPARATOR])
         broken_up = [str(text)[:60] for text, other in zip(texts, sound, strict=True) if text != other]
         return {**samples, "text_input": sound, "broken_up": broken_up} if broken_up else samples
 
@@ -285,12 +284,14 @@ class MiniGPT4(vision.Vision):
         cfg, device = cls.config_class(**cfg), torch.device(device)
         template = resolve(cfg)
         prompts = prompt.read_prompts(cfg.prompt_path, template.prompt) if cfg.prompt_path else []
+        load_in = facts.load_in(cfg.load_in, cfg.low_resource)
+        llm.check_settings(cfg.llama_model, device, load_in, cfg.llm_device_map)
         sources = loading.open_sources(cfg)
         loading.check_width(sources.trained, cfg)
         parts = loading.vision_parts(cfg, sources, device, dtype)
-        load_in = facts.load_in(cfg.load_in, cfg.low_resource)
-        llama_model = llm.load_llm(cfg.llama_model, device, dtype, load_in, cfg.llm_device_map)
-        tokenizer = load_tokenizer(cfg.llama_model)
+        trust = cfg.trust_remote_code
+        llama_model = llm.load_llm(cfg.llama_model, device, dtype, load_in, cfg.llm_device_map, trust)
+        tokenizer = load_tokenizer(cfg.llama_model, trust)
         llm.check_answers(llama_model, tokenizer, cfg.llama_model)
         with torch.device(device):
             model = cls(

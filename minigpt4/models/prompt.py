@@ -101,12 +101,12 @@ def break_up(text: str, markers: Iterable[str]) -> str:
     return text
 
 
-def sanitize(texts: list[str], tokenizer: "Tokenizer", separators: list[str]) -> list[str]:
+def sanitize(texts: list[str], special_tokens: Iterable[str], separators: list[str]) -> list[str]:
     """Texts of users or datasets in which separators, image slots and special tokens are broken up by a space.
 
     A space also follows a text that ends like the beginning of a separator, which it would become part of.
     """
-    markers = (*separators, IMAGE_SLOT, *tokenizer.special_tokens)
+    markers = (*separators, IMAGE_SLOT, *special_tokens)
     beginnings = tuple(marker[0] for marker in map(str.strip, separators) if len(marker) > 1)
     has_marker = _any_of(markers).search
     texts = [text.replace(BOUNDARY, " ") for text in texts]
@@ -199,11 +199,18 @@ def pad(sequences: list[list[int]], labels: list[list[int]], pad_id: int, side: 
 def read_prompts(path: str, template: str) -> list[str]:
     """The prompts of a text file, one per line, each put into `template`. Lines without an image slot are left out.
 
-    Raises ConfigError if no line has a slot, if a prompt has several, or if the template has no `{}`.
+    Raises ConfigError for a file that is no text, if no line has a slot, if a prompt has several, or if the template
+    has no `{}`.
     """
     if "{}" not in template:
         raise ConfigError(f"model.prompt_template={template!r} has no {{}} where the prompt goes.")
-    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no text in UTF-8"
+        raise ConfigError(
+            f"model.prompt_path={path} cannot be read: {reason}. It is a text file, a prompt a line."
+        ) from None
     prompts = [template.replace("{}", line) for line in lines if IMAGE_SLOT in line]
     if not prompts:
         raise ConfigError(

@@ -3,10 +3,14 @@
 B batch, T new tokens, V vocabulary.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
+
+from minigpt4.models.tokenizer import Tokenizer, end_ids, strip_leading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -83,3 +87,69 @@ def _processors(settings: dict, eos_ids: list[int], llm: "PreTrainedModel") -> l
         if settings["top_p"] < 1:
             processors.append(transformers.TopPLogitsWarper(settings["top_p"]))
     return processors
+
+
+class MinNewTokens:
+    """Logits processor: no row ends, by a control token or a stop text, before its answer has so many tokens.
+
+    transformers' own processor knows the eos token only. Here the tokens that would complete a stop text are excluded,
+    too, while fewer tokens lie before that text. A leading unk or bos counts only while it is alone.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *rows: tuple[int, Iterable[str]]):
+        """rows: (fewest tokens, stop texts), one for each row, or a single one for all."""
+        self._tokenizer, self._ends = tokenizer, sorted(end_ids(tokenizer))
+        self._rows = [(least, [stop for stop in stops if stop]) for least, stops in rows]
+        # As in StopOnText, a token is at least one byte of text.
+        self._tail = max([len(stop.encode()) for _, stops in self._rows for stop in stops], default=0) + 8
+        self._all_may_end = False
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """The scores [B,V], -inf for excluded tokens. `input_ids` [B,T] are the new tokens so far."""
+        if self._all_may_end:
+            return scores
+        scores, self._all_may_end = scores.clone(), True
+        for row, ids in enumerate(input_ids.tolist()):
+            answer = strip_leading(self._tokenizer, ids) or ids
+            excluded = self._excluded(answer, *self._rows[row % len(self._rows)])
+            if excluded:
+                self._all_may_end = False
+                columns = torch.tensor(excluded, device=scores.device)
+                scores[row, columns[columns < scores.shape[1]]] = -torch.inf
+        return scores
+
+    def _excluded(self, ids: list[int], least: int, stops: list[str]) -> list[int]:
+        """The tokens that may not follow the new ids of a row."""
+        tail = ids[-self._tail :]
+        text = self._text(tail)
+        # A stop text may begin within the last of the `least` tokens, behind its first character.
+        before = tail[: max(least - 1 - len(ids) + len(tail), 0)]
+        earliest = len(self._text(before)) + 1 if len(ids) >= least > 0 else least and len(text) + 1
+        excluded = [] if len(ids) >= least else self._ends.copy()
+        for stop in stops:
+            for begun in range(min(len(stop), len(text) + 1)):
+                if text.endswith(stop[:begun]) and len(text) - begun < earliest:
+                    excluded += completing(self._tokenizer, stop[begun:], whole=not begun)
+            if text.endswith("\ufffd") and not stop.isascii():  # a character is written byte by byte
+                for token in completing(self._tokenizer, "\ufffd", whole=False):
+                    if 0 <= self._text([*tail, token]).find(stop) < earliest:
+                        excluded.append(token)
+        return excluded
+
+    def _text(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=False)
+
+
+@lru_cache(maxsize=128)
+def completing(tokenizer: Tokenizer, text: str, whole: bool) -> list[int]:
+    """The tokens whose text contains `text`, if it is a `whole` stop text, else those whose text begins with it."""
+    texts = token_texts(tokenizer)
+    return [i for i, each in enumerate(texts) if (text in each if whole else each.startswith(text))]
+
+
+@lru_cache(maxsize=2)
+def token_texts(tokenizer: Tokenizer) -> list[str]:
+    """The text of each token within a text. At the beginning, tokenizers drop a token's leading space."""
+    first = tokenizer.encode("a")[-1:]
+    start = len(tokenizer.decode(first, skip_special_tokens=False))
+    return [tokenizer.decode([*first, i], skip_special_tokens=False)[start:] for i in range(len(tokenizer))]

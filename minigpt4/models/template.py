@@ -123,7 +123,7 @@ def resolve(cfg: MiniGPT4Config) -> Template:
         check_names(value, [f.name for f in fields(Template)], lambda name: f"model.template has no key {name}")
         return Template(**value)
     if value == "auto":
-        return from_chat_template(*chat_template(cfg.llama_model))
+        return from_chat_template(*chat_template(cfg.llama_model, cfg.trust_remote_code))
     check_names([value], [*TEMPLATES, "auto"], lambda name: f"model.template={name!r} is not known")
     return TEMPLATES[value]
 

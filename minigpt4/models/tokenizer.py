@@ -10,9 +10,11 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
+from minigpt4.common import facts
 from minigpt4.common.errors import ConfigError
+from minigpt4.common.registry import registry
 from minigpt4.models import llm
 
 
@@ -25,35 +27,54 @@ class Tokenizer(Protocol):
     special_tokens: dict[str, int]
     """{text: id} of the texts that are read as one special token each, such as `</s>`."""
 
+    def __len__(self) -> int: ...
+
     def encode(self, text: str) -> list[int]: ...
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str: ...
 
 
-def load_tokenizer(llama_model: str) -> Tokenizer:
-    """The tokenizer of a language model's folder, hub id or .gguf file."""
+def strip_leading(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
+    """The ids without one leading unk and then one leading bos, which some models write."""
+    for special in (tokenizer.unk_token_id, tokenizer.bos_token_id):
+        if ids and special is not None and ids[0] == special:
+            ids = ids[1:]
+    return ids
+
+
+def end_ids(tokenizer: Tokenizer) -> set[int]:
+    """The control tokens that end an answer: all but unk and bos."""
+    return set(tokenizer.special_tokens.values()) - {tokenizer.unk_token_id, tokenizer.bos_token_id}
+
+
+def load_tokenizer(llama_model: str, trust_remote_code: bool = False) -> Tokenizer:
+    """The tokenizer of a language model's folder, hub id or .gguf file.
+
+    trust_remote_code: run the Python files that come with it. Without, a ConfigError is raised if it needs them.
+    """
     from transformers.utils import cached_file
 
-    name, options = llm.pretrained_source(llama_model)
-    if "gguf_file" in options:
-        model = _model_in_gguf(llama_model)
+    if facts.is_gguf(llama_model):
+        model = registry.get("llm_file", ".gguf").sentencepiece_model(llama_model)
         return SentencePieceTokenizer(model_proto=model) if model else HuggingFaceTokenizer(llama_model)
+    name, options = llm.pretrained_source(llama_model)
     model_file, added_file = (
         cached_file(name, file, _raise_exceptions_for_missing_entries=False, **options)
         for file in ("tokenizer.model", "added_tokens.json")
     )
-    return SentencePieceTokenizer(model_file, added_file) if model_file else HuggingFaceTokenizer(llama_model)
+    if model_file:
+        return SentencePieceTokenizer(model_file, added_file)
+    return HuggingFaceTokenizer(llama_model, trust_remote_code)
 
 
-def chat_template(llama_model: str) -> tuple[Callable[[list[dict]], str], str]:
+def chat_template(llama_model: str, trust_remote_code: bool = False) -> tuple[Callable[[list[dict]], str], str]:
     """The chat template of a language model's tokenizer and the text of its end token, for `from_chat_template`.
 
     Raises ConfigError if it has no chat template.
     """
     from transformers import AutoTokenizer
 
-    name, options = llm.pretrained_source(llama_model)
-    tokenizer = AutoTokenizer.from_pretrained(name, **options)
+    tokenizer = llm.from_pretrained(AutoTokenizer, llama_model, trust_remote_code)
     if not tokenizer.chat_template:
         raise ConfigError(
             f"model.template=auto: the tokenizer of {llama_model} has no chat template. Give a name or a mapping."
@@ -66,39 +87,22 @@ def chat_template(llama_model: str) -> tuple[Callable[[list[dict]], str], str]:
     return render, tokenizer.eos_token
 
 
-def _model_in_gguf(path: str) -> bytes | None:
-    """The SentencePiece model in the .gguf file of a LLaMA; None for other tokenizers."""
-    from gguf import GGUFReader
-
-    from minigpt4.weights.sentencepiece import bpe_model
-
-    fields = GGUFReader(path).fields
-
-    def read(key: str) -> Any:
-        field = fields.get(f"tokenizer.ggml.{key}")
-        return field.contents() if field else None
-
-    if read("model") != "llama":
-        return None
-    pieces, prefix = zip(read("tokens"), read("scores"), read("token_type"), strict=True), read("add_space_prefix")
-    return bpe_model(pieces, prefix is None or bool(prefix))
-
-
 class HuggingFaceTokenizer:
     """transformers' tokenizer, which adds no special tokens here."""
 
-    def __init__(self, llama_model: str):
-        from transformers import AutoTokenizer
+    def __init__(self, llama_model: str, trust_remote_code: bool = False):
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-        name, options = llm.pretrained_source(llama_model)
-        self._tokenizer = AutoTokenizer.from_pretrained(name, **options)
+        # AutoTokenizer would read a .gguf file's vocabulary once more, for a config, to come to the same class.
+        kind = PreTrainedTokenizerFast if facts.is_gguf(llama_model) else AutoTokenizer
+        self._tokenizer = llm.from_pretrained(kind, llama_model, trust_remote_code)
         self.bos_token_id: int | None = self._tokenizer.bos_token_id
         self.eos_token_id: int = self._tokenizer.eos_token_id
         self.unk_token_id: int | None = self._tokenizer.unk_token_id
         added = self._tokenizer.added_tokens_decoder.items()
         self.special_tokens: dict[str, int] = {token.content: i for i, token in added if token.special}
         if self.eos_token_id is None:
-            raise ValueError(f"The tokenizer of {llama_model} has no end-of-sequence token, which pads batches.")
+            raise ConfigError(f"The tokenizer of {llama_model} has no end-of-sequence token, which pads batches.")
 
     def __len__(self) -> int:
         """The number of token ids, added ones included."""

@@ -15,8 +15,10 @@ from minigpt4.common.schema import MiniGPT4Config
 from minigpt4.models import eva_vit, loading, qformer
 from minigpt4.models.base_model import BaseModel
 
-PREFIXES = ("visual_encoder.", "ln_vision.", "query_tokens", "Qformer.")
-"""The beginnings of its parameters' names."""
+
+def is_vision(name: str) -> bool:
+    """Whether a parameter is one of the vision side. A plug-in's name may begin alike, such as `query_tokens_2`."""
+    return name.partition(".")[0] in loading.PARTS[:4]
 
 
 class Vision(BaseModel):

@@ -11,7 +11,8 @@ from torchvision.transforms.v2 import functional as F
 
 from minigpt4.common.errors import ConfigError
 from minigpt4.common.registry import registry
-from minigpt4.processors.base_processor import BaseProcessor, to_rgb
+from minigpt4.common.rgb import to_rgb
+from minigpt4.processors.base_processor import BaseProcessor
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -43,6 +44,11 @@ class _Blip2ImageProcessor(BaseProcessor):
     """
 
     def __init__(self, resize: torch.nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
+        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+            raise ConfigError(
+                f"mean={list(mean)} and std={list(std)} of a vis_processor must be three numbers each, red, green and "
+                "blue, those of std more than 0."
+            )
         self.mean, self.std = torch.tensor(list(mean)), torch.tensor(list(std))
         self.transform = transforms.Compose(
             [resize, transforms.ToTensor(), transforms.Normalize(list(mean), list(std))],

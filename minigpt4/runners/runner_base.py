@@ -8,13 +8,13 @@ import math
 import time
 import warnings
 from collections import Counter
+from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import IterableDataset
 
 from minigpt4.common import dist_utils
 from minigpt4.common.config import Config
@@ -26,9 +26,11 @@ from minigpt4.common.registry import registry
 from minigpt4.common.text import pluralize
 from minigpt4.datasets.loaders import LeftOut, TrainLoader, eval_loader, report_left_out
 from minigpt4.quantization.fp8 import check_fp8_supported
+from minigpt4.runners import data, resume
+from minigpt4.runners.folder import folder_of
 from minigpt4.runners.prefetch import prefetch
 from minigpt4.runners.schedule import EtaLogger, TrainingSchedule
-from minigpt4.runners.state import restore_rng_states, rng_states, to_device
+from minigpt4.runners.state import check_entries, numbers_in, restore_rng_states, rng_states, to_device
 from minigpt4.weights import checkpoint, fingerprint
 
 CUT = LeftOut("texts", "the end of a text longer than model.max_txt_len tokens", "in training", "cut off")
@@ -52,13 +54,13 @@ class RunnerBase:
         job_id: name of the run's folder in `run.output_dir`; the same on every rank.
 
     Raises:
-        ConfigError: a split that no dataset has, a dataset smaller than a batch, a stream without `iters_per_epoch`,
-            `evaluate` without `test_splits`, fp8 that cannot run, a checkpoint that cannot be resumed.
+        ConfigError: data that `check_data` refuses, fp8 that cannot run, a checkpoint that cannot be resumed.
         ValueError: nothing to train.
-        FileExistsError: the folder exists; a run is never overwritten.
+        FileExistsError: the folder holds something; a run is never overwritten.
     """
 
     def __init__(self, cfg: Config, task: Task, model: nn.Module, datasets: dict[str, dict], job_id: str):
+        self.check_data(cfg, datasets)
         self.cfg, self.run, self.task, self.datasets = cfg, cfg.run_cfg, task, datasets
         self.device = dist_utils.select_device(self.run.device)
         if any(parameter.device != self.device for parameter in islice(model.parameters(), 1)):
@@ -67,28 +69,39 @@ class RunnerBase:
         self.module = self.model = model  # with several ranks, `self.model` becomes DDP around `self.module`
         self.dtype = dist_utils.select_dtype(self.device, self.run.amp, self.run.amp_dtype)
         self.world_size = dist_utils.get_world_size()
-        self.output_dir = Path(self.run.output_dir) / job_id
+        self.output_dir = folder_of(self.run.output_dir, job_id)
         self.start_epoch, self.best_metric = 0, float("-inf")
+        self.validated = True  # whether the epoch of the last checkpoint was compared with the best
         self.last_checkpoint: Path | None = None
         self.labels_of_step: list[torch.Tensor] = []  # number of labels of each micro-batch, over all ranks
-        if self.run.evaluate and not self.run.test_splits:
-            raise ConfigError("run.evaluate=True needs run.test_splits, the splits to evaluate. For example: [test]")
-        for split in (*self.run.valid_splits, *self.run.test_splits):
-            self._check_evaluated(split)
         if not self.run.evaluate:
             self._prepare_training()
         elif self.run.resume_ckpt_path:
             self._load(checkpoint.resolve(self.run.resume_ckpt_path))
         if dist_utils.is_main_process():
-            if self.output_dir.exists():
-                raise FileExistsError(f"{self.output_dir} exists: another run began in the same second. Start again.")
-            self.output_dir.mkdir(parents=True)
-            self._append_log(cfg.to_dict(), indent=4)
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            if any(self.output_dir.iterdir()):
+                raise FileExistsError(f"{self.output_dir} holds another run. Start again, with another job id.")
+            with open(self.output_dir / "log.txt", "x", encoding="utf-8") as file:
+                file.write(json.dumps(cfg.to_dict(), indent=4) + "\n")
+
+    @classmethod
+    def check_data(cls, cfg: Config, datasets: dict[str, dict]) -> None:
+        """Raise ConfigError for data that the run could not use, and for a checkpoint that it could not go on from.
+
+        train.py calls it before the model is loaded.
+        """
+        run, world_size = cfg.run_cfg, dist_utils.get_world_size()
+        data.check_data(cfg, datasets, world_size)
+        if run.resume_ckpt_path and not run.evaluate:
+            path = checkpoint.resolve(run.resume_ckpt_path)
+            own = resume.facts_of_data(cfg, data.training_data(cfg, datasets)[0], world_size)
+            resume.check(checkpoint.read_file(path), cfg, own, str(path))
 
     def _prepare_training(self) -> None:
         """Build what a step needs, resume a checkpoint if there is one, then make the model fast and distributed."""
         run = self.run
-        datasets, ratios = self._train_datasets()
+        datasets, ratios = data.training_data(self.cfg, self.datasets)
         self.loader = TrainLoader(
             datasets,
             ratios,
@@ -98,7 +111,9 @@ class RunnerBase:
             rank=dist_utils.get_rank(),
             world_size=self.world_size,
         )
-        self.iters_per_epoch = run.iters_per_epoch or self._batches_per_pass(datasets)
+        self.iters_per_epoch = data.batches_per_epoch(self.cfg, datasets, self.world_size)
+        self.facts = resume.facts_of_data(self.cfg, datasets, self.world_size)
+        self.facts |= resume.facts_of_model(self.module, self.dtype)
         self.optimizer = create_optimizer(self.module, run.init_lr, run.weight_decay, run.beta2)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.lr_sched = registry.get_lr_scheduler_class(run.lr_sched)(
@@ -134,11 +149,16 @@ class RunnerBase:
         start = time.time()
         if not self.run.evaluate:
             self._log_plan()
+            if self.run.valid_splits and not self.validated:
+                logging.info("Epoch %d is validated first: the run that is resumed has not.", self.start_epoch - 1)
+                self._validate(self.start_epoch - 1)
             for epoch in range(self.start_epoch, self.run.max_epoch):
                 logging.info("Start training epoch %d, %d iters per inner epoch.", epoch, self.iters_per_epoch)
-                self._log_stats("train", self.train_epoch(epoch))
-                is_best = self._validate()
-                self.save_checkpoint(epoch, is_best)
+                stats = self.train_epoch(epoch)
+                self.validated = False
+                self.save_checkpoint(epoch)  # before all that could fail
+                self._log_stats("train", stats)
+                self._validate(epoch)
         for split in self.run.test_splits:
             self._log_stats(split, {"loss": self.evaluate(split)})
         logging.info("Training time %s", datetime.timedelta(seconds=int(time.time() - start)))
@@ -174,7 +194,7 @@ class RunnerBase:
         with contextlib.nullcontext() if is_update or self.world_size == 1 else self.model.no_sync():
             with self._autocast():
                 output = self.task.train_step(self.model, samples)
-            loss, num_labels = _loss_and_labels(output)
+            loss, num_labels = _loss_and_labels(output, f"{type(self.task).__name__}.train_step", with_gradient=True)
             # torch.full runs on the GPU; copying a tensor from the host would make the host wait.
             labels = torch.full((), float(num_labels), device=self.device)
             if self.world_size > 1:
@@ -210,18 +230,20 @@ class RunnerBase:
         run, rank = self.run, dist_utils.get_rank()
         self.module.eval()
         total = torch.zeros(2, dtype=torch.float64)
-        for dataset in self._split(split).values():
+        for dataset in data.split_of(self.datasets, split).values():
             for samples in eval_loader(dataset, run.batch_size_eval, run.num_workers, rank, self.world_size):
                 with self._autocast():
                     output = self.task.valid_step(self.module, to_device(self._sanitize(samples), self.device))
-                loss, num_labels = _loss_and_labels(output)
-                total += torch.tensor([float(loss) * num_labels, num_labels], dtype=torch.float64)
+                loss, num_labels = _loss_and_labels(output, f"{type(self.task).__name__}.valid_step")
+                if num_labels:  # the mean of nothing may be NaN
+                    total += torch.tensor([float(loss) * num_labels, num_labels], dtype=torch.float64)
         loss, num_labels = dist_utils.all_reduce_sum(total).tolist()
         return loss / num_labels if num_labels else math.nan
 
     def save_checkpoint(self, epoch: int, is_best: bool = False) -> None:
-        """Write checkpoint_<epoch>.pth, and a copy as checkpoint_best.pth if it is the best so far.
+        """Write checkpoint_<epoch>.pth, and before it a copy as checkpoint_best.pth if it is the best so far.
 
+        Called after each epoch, and again after its validation, if there is one, with the new `best_metric`.
         Raises FloatingPointError for weights that are not finite.
         """
         weights = {name: parameter.detach() for name, parameter in self._trainable().items()}
@@ -241,13 +263,17 @@ class RunnerBase:
             "epoch": epoch,
             "rng": states,
             "best_metric": self.best_metric,
+            "validated": self.validated,
+            resume.FACTS: self.facts,
         }
         if self.fingerprint:
             content[fingerprint.KEY] = self.fingerprint
-        for name in [f"checkpoint_{epoch}.pth", *(["checkpoint_best.pth"] if is_best else [])]:
-            logging.info("Saving checkpoint at epoch %d to %s.", epoch, self.output_dir / name)
-            checkpoint.save(content, self.output_dir / name)
-        self.last_checkpoint = self.output_dir / f"checkpoint_{epoch}.pth"
+        path = self.output_dir / f"checkpoint_{epoch}.pth"
+        for each in [*([self.output_dir / "checkpoint_best.pth"] if is_best else []), path]:
+            if each != self.last_checkpoint:  # else only what the validation found is added
+                logging.info("Saving checkpoint at epoch %d to %s.", epoch, each)
+            checkpoint.save(content, each)
+        self.last_checkpoint = path
 
     def _resume(self, path: Path) -> None:
         """Restore weights, optimiser, scaler, random states and best metric, to continue after the checkpoint's epoch.
@@ -255,72 +281,64 @@ class RunnerBase:
         Raises CheckpointError for a checkpoint without optimiser state, or with one that does not fit.
         """
         content = self._load(path)
+        for name in ("optimizer", "scaler"):
+            checkpoint.check_finite(numbers_in(content.get(name), name), str(path))
+        differences = resume.check(content, self.cfg, self.facts, str(path))
+        if dist_utils.is_main_process():
+            resume.report(content, *differences)
         try:
             for group in content["optimizer"]["param_groups"]:
                 group["fused"] = self.optimizer.defaults["fused"]  # depends on this device, not on the one that saved
             self.optimizer.load_state_dict(content["optimizer"])
-        except (KeyError, ValueError) as error:
+            if content.get("scaler") and self.scaler.is_enabled():
+                self.scaler.load_state_dict(content["scaler"])
+        except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
             raise checkpoint.CheckpointError(
                 f"{path} holds no optimiser state that fits this run ({error}); it cannot go on from there. To start a "
                 f"run from its weights: --options run.resume_ckpt_path=null model.ckpt={path}"
             ) from error
-        if content.get("scaler") and self.scaler.is_enabled():
-            self.scaler.load_state_dict(content["scaler"])
-        self.start_epoch = content["epoch"] + 1
-        self.best_metric = content.get("best_metric", self.best_metric)
+        epoch = content.get("epoch")
+        if not isinstance(epoch, int) or epoch < 0:
+            raise checkpoint.CheckpointError(
+                f"{path} cannot be resumed: its epoch is {epoch!r}, not a number from 0 up."
+            )
+        self.start_epoch = epoch + 1
+        splits = ((content.get("config") or {}).get("run") or {}).get("valid_splits", self.run.valid_splits)
+        if splits == list(self.run.valid_splits):  # other splits have another metric
+            best = content.get("best_metric", self.best_metric)
+            self.best_metric = best if math.isfinite(best) else self.best_metric
+            self.validated = content.get("validated", True)
+        else:
+            self.validated = False
         restore_rng_states(content.get("rng"))
-        logging.info("Resuming after epoch %d from %s.", content["epoch"], path)
+        logging.info("Resuming after epoch %d from %s.", epoch, path)
 
     def _load(self, path: Path) -> dict:
         """Load the trained weights of a checkpoint. Returns the whole content of the file."""
         content = checkpoint.read_file(path)
+        check_entries(content, str(path))
+        weights = checkpoint.weights_of(content, str(path), own=self.module.state_dict().keys())
         allowed = self.cfg.model_cfg.get("allow_llm_mismatch", False)
         fingerprint.check(content.get(fingerprint.KEY), self.fingerprint, str(path), allowed)
-        checkpoint.load_weights(self.module, checkpoint.weights_of(content), str(path), required=set(self._trainable()))
+        checkpoint.load_weights(self.module, weights, str(path), required=set(self._trainable()))
         return content
 
-    def _validate(self) -> bool:
-        """Evaluate the validation splits. Returns True if the metric is the best so far."""
+    def _validate(self, epoch: int) -> None:
+        """Evaluate the validation splits, if there are any, and save the epoch's checkpoint with the result."""
         if not self.run.valid_splits:
-            return False
+            return
         losses = {split: self.evaluate(split) for split in self.run.valid_splits}
         for split, loss in losses.items():
             self._log_stats(split, {"loss": loss})
         metric = self.task.agg_metrics(sum(losses.values()) / len(losses))
-        if math.isnan(metric):
-            logging.warning("The metric of %s is not a number; this epoch is not compared.", ", ".join(losses))
-        is_best = metric > self.best_metric
+        # The metric of a loss that is not finite may be finite, and the best.
+        broken = [name for name, value in {**losses, "agg_metrics": metric}.items() if not math.isfinite(value)]
+        if broken:
+            logging.warning("Of %s, the result is not a number; epoch %d is not compared.", ", ".join(broken), epoch)
+        is_best = not broken and metric > self.best_metric
         self.best_metric = metric if is_best else self.best_metric
-        return is_best
-
-    def _train_datasets(self) -> tuple[dict, dict[str, float]]:
-        """The datasets of all training splits and their sample ratios, by name."""
-        datasets, ratios = {}, {}
-        for split in self.run.train_splits:
-            for name, dataset in self._split(split).items():
-                key = name if len(self.run.train_splits) == 1 else f"{name}/{split}"
-                datasets[key] = dataset
-                ratios[key] = self.cfg.datasets_cfg[name].sample_ratio if name in self.cfg.datasets_cfg else 1.0
-        return datasets, ratios
-
-    def _split(self, split: str) -> dict:
-        """{dataset name: dataset} of the datasets that have the split. Raises ConfigError if none has it."""
-        found = {name: splits[split] for name, splits in self.datasets.items() if split in splits}
-        if not found:
-            known = {name: list(splits) for name, splits in self.datasets.items()}
-            raise ConfigError(f"No dataset has the split {split!r}; there are {known}. Change run.*_splits.")
-        return found
-
-    def _check_evaluated(self, split: str) -> None:
-        """Raise ConfigError if a split cannot be evaluated, at the start rather than after an epoch."""
-        for name, dataset in self._split(split).items():
-            if isinstance(dataset, IterableDataset):
-                raise ConfigError(
-                    f"datasets.{name}: a stream of shards has no end, so its split {split!r} cannot be evaluated. "
-                    "Change run.valid_splits or run.test_splits."
-                )
-            if not len(dataset):
-                raise ConfigError(f"datasets.{name} has no samples in its split {split!r}, which is to be evaluated.")
+        self.validated = True
+        self.save_checkpoint(epoch, is_best)
 
     def _distributed(self) -> DistributedDataParallel:
         """The module with gradients exchanged between ranks. All ranks start from rank 0's trainable weights.
@@ -333,16 +351,6 @@ class RunnerBase:
             # torch 2.14 deprecates the name broadcast_buffers; torch 2.11 does not have the new one
             warnings.simplefilter("ignore", FutureWarning)
             return DistributedDataParallel(self.module, init_sync=False, broadcast_buffers=False)
-
-    def _batches_per_pass(self, datasets: dict) -> int:
-        """The number of batches in one pass over the data. Raises ConfigError for a stream, which has no end."""
-        streams = [name for name, dataset in datasets.items() if isinstance(dataset, IterableDataset)]
-        if streams:
-            raise ConfigError(
-                f"{', '.join(streams)}: a stream of shards has no end, so run.iters_per_epoch must say how long an "
-                "epoch is. For example: --options run.iters_per_epoch=500"
-            )
-        return sum(map(len, datasets.values())) // (self.run.batch_size_train * self.world_size)
 
     def _trainable(self) -> dict[str, torch.nn.Parameter]:
         return checkpoint.trainable_parameters(self.module)
@@ -364,14 +372,36 @@ class RunnerBase:
         logging.info("%s: %s", title, "  ".join(f"{name}: {value:.4f}" for name, value in stats.items()))
         self._append_log({f"{split}_{name}": f"{value:.3f}" for name, value in stats.items()})
 
-    def _append_log(self, entry: dict, indent: int | None = None) -> None:
-        if dist_utils.is_main_process():
+    def _append_log(self, entry: dict) -> None:
+        if not dist_utils.is_main_process():
+            return
+        try:
             with open(self.output_dir / "log.txt", "a", encoding="utf-8") as file:
-                file.write(json.dumps(entry, indent=indent) + "\n")
+                file.write(json.dumps(entry) + "\n")
+        except OSError as error:  # the same numbers are in the log on the screen
+            logging.warning("Nothing was added to log.txt; the run goes on. %s", error)
 
 
-def _loss_and_labels(output: dict | torch.Tensor) -> tuple[torch.Tensor, float]:
-    """A step's loss, and the number of labels that it is the mean of (1 if the task returns none)."""
-    if isinstance(output, torch.Tensor):
-        return output, 1
-    return output["loss"], output.get("num_labels", 1)
+def _loss_and_labels(output, source: str, with_gradient: bool = False) -> tuple[torch.Tensor | float, float]:
+    """A step's loss, and the number of labels that it is the mean of (1 if the task returns none).
+
+    Raises ConfigError that names `source`, whose result `output` is, if it holds no loss.
+    """
+    is_dict = isinstance(output, Mapping)
+    loss, num_labels = (output.get("loss"), output.get("num_labels", 1)) if is_dict else (output, 1)
+    problem = None
+    if isinstance(loss, (int, float)) and not with_gradient:
+        return loss, num_labels
+    if not isinstance(loss, torch.Tensor):
+        keys = f" with the keys {', '.join(map(str, output)) or 'none'}" if is_dict else ""
+        problem = f"a {type(output).__name__}{keys}"
+    elif loss.numel() != 1:
+        problem = f"a loss of shape {list(loss.shape)}"
+    elif with_gradient and not loss.requires_grad:
+        problem = "a loss that depends on no trainable parameter"
+    if problem:
+        raise ConfigError(
+            f"{source} (by default, the model's forward) returned {problem}. It must return the mean loss of the batch "
+            'as a tensor with one number, or {"loss": that tensor, "num_labels": …}.'
+        )
+    return loss, num_labels

@@ -1,8 +1,9 @@
-"""Random states, and moving a batch to the device: helpers of the training loop."""
+"""The state in a checkpoint, random states, and moving a batch to the device: helpers of the training loop."""
 
 import logging
 import random
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from types import NoneType
 
 import numpy as np
 import torch
@@ -11,12 +12,44 @@ from minigpt4.common import dist_utils
 from minigpt4.common.errors import ConfigError
 from minigpt4.common.text import pluralize
 from minigpt4.processors import normalise
+from minigpt4.weights import fingerprint
+from minigpt4.weights.checkpoint import CheckpointError
+
+# Types of the entries of a checkpoint beside its weights.
+ENTRIES = {
+    "optimizer": dict,
+    "config": dict,
+    "scaler": (dict, NoneType),
+    "epoch": int,
+    "rng": (list, NoneType),
+    "best_metric": (int, float),
+    fingerprint.KEY: (dict, NoneType),
+}
+
+
+def check_entries(content: dict, source: str, names: Iterable[str] = tuple(ENTRIES)) -> None:
+    """Raise CheckpointError for an entry of a checkpoint of another type than this project writes."""
+    for name in content.keys() & set(names):
+        value, kinds = content[name], ENTRIES[name]
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            shown = f" {value!r}" if isinstance(value, (str, int, float)) else ""
+            raise CheckpointError(f"{source}: its {name!r} is of type {type(value).__name__}{shown}, as in no run's.")
+
+
+def numbers_in(value: object, name: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """(path, tensor) of all tensors and floats in nested dicts and lists, such as an optimizer's state."""
+    if isinstance(value, (torch.Tensor, float)):
+        yield name, torch.as_tensor(value)
+    elif isinstance(value, (dict, list, tuple)):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, part in items:
+            yield from numbers_in(part, f"{name}.{key}")
 
 
 def seed_everything(seed: int) -> None:
     """Seed python, numpy and torch."""
     random.seed(seed)
-    np.random.seed(seed)
+    np.random.seed(seed % 2**32)  # it takes no more; a rank adds its number
     torch.manual_seed(seed)
 
 

@@ -17,8 +17,9 @@ from functools import partial
 
 import torch
 
-from minigpt4.conversation import Chat
+from minigpt4.conversation import Chat, Decoding
 from minigpt4.models.generation import StopOnText, answer_text, continue_embeds, end_ids
+from minigpt4.models.sampling import MinNewTokens
 from minigpt4.models.tokenizer import Tokenizer
 from minigpt4.serving.sampling import RowSampler, RowSampling
 
@@ -43,6 +44,7 @@ class Answer:
         stops: texts that end the answer.
         label: a text that models repeat at the beginning of an answer ("Assistant:"), and which is removed.
         deadline: time (`time.monotonic()`) at which the answer ends at its current length.
+        min_tokens: neither a token nor a stop text ends the answer before it has so many tokens.
         changed: called by the model's thread after each token and at the end.
         ids: the token ids so far.
         started: True once a batch with this answer has started.
@@ -56,6 +58,7 @@ class Answer:
     stops: list[str]
     label: str
     deadline: float
+    min_tokens: int = Decoding.min_length
     changed: Callable[[], None] = lambda: None
     ids: list[int] = field(default_factory=list)
     started: bool = False
@@ -211,12 +214,16 @@ class Batcher(threading.Thread):
             sampler = RowSampler(
                 [answer.sampling for answer in batch] + [RowSampling(temperature=0)] * fill, max_tokens, device
             )
+            shortest = MinNewTokens(
+                model.tokenizer, *[(answer.min_tokens, answer.stops) for answer in batch], *[(0, [])] * fill
+            )
             context, mask = model.context([answer.prompt.text for answer in batch], self._images(batch))
             context, mask = (torch.cat([rows, *[rows[-1:]] * fill]) for rows in (context, mask))
             continue_embeds(
                 model.llama_model, model.tokenizer, context, mask, stop="",
-                criteria=[partial(_add_tokens, batch, fill)], processors=[sampler],
-                decoding_loop=self.chat.decoding_loop, max_new_tokens=max_tokens, min_new_tokens=1,
+                criteria=[partial(_add_tokens, batch, fill)], processors=[shortest, sampler],
+                decoding_loop=self.chat.decoding_loop, max_new_tokens=max_tokens,
+                min_new_tokens=min(answer.min_tokens for answer in batch),
             )  # fmt: skip
 
     def _images(self, batch: list[Answer]) -> list[torch.Tensor]:

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, ValidationErro
 from pydantic_core import from_json
 
 from minigpt4 import PACKAGE_ROOT
+from minigpt4.conversation.decoding import Decoding
 from minigpt4.serving.errors import ApiError
 from minigpt4.serving.sampling import RowSampling
 
@@ -71,6 +72,8 @@ class ChatRequest(_Strict, RowSampling):
     stream_options: StreamOptions = StreamOptions()
     max_tokens: int | None = Field(default=None, ge=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
+    min_tokens: int = Field(default=Decoding.min_length, ge=0)
+    """Not OpenAI's; vLLM's name. The server's own limit of an answer's length comes first."""
     n: int = Field(default=1, ge=1, le=MAX_CHOICES)
     stop: list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]] = Field(
         default=[], max_length=MAX_STOPS
@@ -104,13 +107,17 @@ def read_request(body: bytes) -> ChatRequest:
         if name in given and given.pop(name) not in neutral:
             raise ApiError(400, f"{name} is not supported here.", "unsupported_parameter", name)
     try:
-        return ChatRequest.model_validate(given)
+        request = ChatRequest.model_validate(given)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         place = _place(first["loc"])
         if first["type"] == "extra_forbidden":
             raise ApiError(400, f"Unrecognized request argument: {place}", "unknown_parameter", place) from None
         raise ApiError(400, f"{place}: {first['msg'][:300]}", "invalid_value", place) from None
+    if request.min_tokens > (request.new_tokens or request.min_tokens):
+        what = f"min_tokens={request.min_tokens} must be at most max_tokens={request.new_tokens}."
+        raise ApiError(400, what, "invalid_value", "min_tokens")
+    return request
 
 
 def _place(location: tuple[str | int, ...]) -> str:

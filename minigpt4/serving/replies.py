@@ -37,6 +37,7 @@ class Reply:
                 stops=[empty.stop, *request.stop],
                 label=f"{empty.roles[1]}:",
                 deadline=deadline,
+                min_tokens=min(request.min_tokens, max_tokens),
                 changed=self._signal_change,
             )
             for n in range(request.n)

@@ -10,7 +10,7 @@ from minigpt4.common.config import Config
 from minigpt4.common.errors import ConfigError
 from minigpt4.common.schema import MiniGPT4Config
 from minigpt4.datasets.feature_cache import check_same, read_manifest
-from minigpt4.models.vision import PREFIXES
+from minigpt4.models.vision import is_vision
 from minigpt4.weights import checkpoint, locate
 
 
@@ -65,7 +65,7 @@ def check_cache(cfg: Config, name: str) -> None:
 def _trained_vision(ckpt: str | None) -> str | None:
     """SHA-256 of the vision side's tensors in `model.ckpt`, names and values; None: the vision side was frozen."""
     trained = checkpoint.read_weights(checkpoint.resolve(ckpt)) if ckpt else {}
-    names = [name for name in sorted(trained) if name.startswith(PREFIXES) and not checkpoint.TOLERATED.search(name)]
+    names = [name for name in sorted(trained) if is_vision(name) and not checkpoint.TOLERATED.search(name)]
     digest = hashlib.sha256()
     for name in names:
         digest.update(name.encode() + trained[name].float().numpy().tobytes())

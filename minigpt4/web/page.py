@@ -93,6 +93,9 @@ class Page:
             settings["do_sample"] = gr.Checkbox(True, label="Sample", info="Off: always the likeliest answer")
             settings["top_p"] = gr.Slider(0.05, 1.0, 0.9, step=0.05, label="Top p")
             settings["max_new_tokens"] = gr.Slider(1, 1000, 300, step=1, precision=0, label="Longest answer, in tokens")
+            settings["min_length"] = gr.Slider(
+                1, 1000, 1, step=1, precision=0, label="Shortest answer, in tokens", elem_id="shortest"
+            )
             settings["repetition_penalty"] = gr.Slider(1.0, 2.0, 1.0, step=0.05, label="Repetition penalty")
             settings["length_penalty"] = gr.Slider(
                 -2.0, 2.0, 1.0, step=0.1, label="Length penalty", info="With beam search"

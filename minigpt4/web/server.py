@@ -50,28 +50,33 @@ def serve(
     with tempfile.TemporaryDirectory(prefix="minigpt4-uploads-") as uploads:
         os.environ |= {"GRADIO_TEMP_DIR": uploads, "GRADIO_ANALYTICS_ENABLED": "False"}
         from minigpt4.common.logger import setup_logger
-        from minigpt4.web.page import CSS_FILE, THEME, Page
 
         setup_logger()
         logging.getLogger("httpx").setLevel(logging.WARNING)
-        page = Page(Path(uploads), concurrency, emoji)
-        page.blocks.queue(max_size=100)
-        page.blocks.launch(
-            server_name=host,
-            server_port=port,
-            share=share,
-            auth=auth,
-            max_file_size=int(max_upload_mb * 2**20),
-            prevent_thread_lock=True,
-            theme=THEME,
-            css_paths=CSS_FILE,
-            footer_links=[],
-            run_history=False,
-            enable_monitoring=False,
-            ssr_mode=False,
-            quiet=True,  # gradio's hints are for programmers
-            state_session_capacity=200,  # gradio keeps about 300 kB for a session
-        )
+        # gradio makes a client when it is imported, and asks its own server whether it is there. Only sharing the page
+        # takes a proxy.
+        others = os.environ.get("no_proxy") or os.environ.get("NO_PROXY", "")
+        with _no_proxy(f"localhost,127.0.0.1,::1,{host},{others}" if share else "*"):
+            from minigpt4.web.page import CSS_FILE, THEME, Page
+
+            page = Page(Path(uploads), concurrency, emoji)
+            page.blocks.queue(max_size=100)
+            page.blocks.launch(
+                server_name=host,
+                server_port=port,
+                share=share,
+                auth=auth,
+                max_file_size=int(max_upload_mb * 2**20),
+                prevent_thread_lock=True,
+                theme=THEME,
+                css_paths=CSS_FILE,
+                footer_links=[],
+                run_history=False,
+                enable_monitoring=False,
+                ssr_mode=False,
+                quiet=True,  # gradio's hints are for programmers
+                state_session_capacity=200,  # gradio keeps about 300 kB for a session
+            )
         try:
             threading.Thread(target=_keep_cleaning, args=(page.sessions,), name="cleaning", daemon=True).start()
             logging.info("Running on local URL:  %s", page.blocks.local_url)
@@ -80,6 +85,19 @@ def serve(
             yield page
         finally:
             page.blocks.close()
+
+
+@contextmanager
+def _no_proxy(hosts: str) -> Iterator[None]:
+    """While entered, no proxy is used for these hosts. `*`: none at all, so that httpx does not even look at them."""
+    before = os.environ.get("no_proxy")
+    os.environ["no_proxy"] = hosts
+    try:
+        yield
+    finally:
+        os.environ.pop("no_proxy")
+        if before is not None:
+            os.environ["no_proxy"] = before
 
 
 def load_model(page: Page, cfg: Config, gpu_id: int, check_weights: Callable[[], None] = lambda: None) -> None:

@@ -4,11 +4,15 @@ A checkpoint holds only the trainable tensors, under the keys of the first relea
 (``{"model", "optimizer", "config", "scaler", "epoch"}``), and the state that an exact resume needs.
 """
 
+import functools
 import logging
 import os
 import pickle
 import re
 import zipfile
+import zlib
+from collections.abc import Collection, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -29,30 +33,121 @@ class CheckpointError(ConfigError):
     """A file without weights, or with weights that do not fit the model."""
 
 
+class NoCheckpointError(CheckpointError, FileNotFoundError):
+    """A folder without a checkpoint."""
+
+
 def read_file(path: Path, prefixes: tuple[str, ...] = ("",)) -> dict:
     """The content of a .pth, .bin or .safetensors file. Tensors are mapped from disk and take memory only when used.
 
     prefixes: of a .safetensors file, only tensors whose names begin with one of these are read.
 
-    Raises CheckpointError for any other content.
+    Raises CheckpointError for any other content, and for bytes that differ from the checksums in the file.
     """
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a folder, not a file of weights. {_files_in(path)}")
+    if not path.is_file():
+        raise CheckpointError(f"{path} is no file of weights: it is a pipe or a device, or is gone.")
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys() if name.startswith(prefixes)}
+        check_archive(path)
         mmap = zipfile.is_zipfile(path)  # only the current format of torch.save can be mapped
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError, OSError, ValueError, LookupError) as error:
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        if isinstance(error, (pickle.UnpicklingError, LookupError)):  # torch would advise to allow any code in the file
-            reason = "it is no weights file, or holds more than tensors, such as code, and is not opened"
-        if isinstance(error, SafetensorError):
-            reason = f"it is cut off, or no safetensors file ({reason})"
-        reason = why_unreadable(path) or reason
-        raise CheckpointError(f"{path} ({path.stat().st_size:,} bytes) cannot be read as weights: {reason}") from error
+    except CheckpointError:
+        raise
+    except Exception as error:  # a damaged pickle can raise anything
+        reason = _reason(error)
+        raise CheckpointError(
+            f"{path} ({path.stat().st_size:,} bytes) cannot be read as weights: {why_unreadable(path) or reason}"
+        ) from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}, not a dict of tensors.")
+        raise CheckpointError(f"{path} holds {_kind(content)}, not a dict of tensors.")
     return content
+
+
+def _reason(error: Exception) -> str:
+    """Why a file cannot be read, in words."""
+    first_line = str(error).partition("\n")[0] or type(error).__name__
+    if isinstance(error, SafetensorError):
+        return f"it is cut off, or no safetensors file ({first_line})"
+    foreign = re.search(r"(?:GLOBAL|global|class) ([\w.]+\.\w+)", str(error))
+    if isinstance(error, pickle.UnpicklingError) and foreign:  # torch would advise to allow any code in the file
+        return (
+            f"it holds an object of type {foreign[1]}, and only tensors and plain values are read: other objects can "
+            "run code. Save the model's state_dict() instead"
+        )
+    if isinstance(error, (pickle.UnpicklingError, LookupError)):
+        return "it is no weights file, or holds more than tensors, such as code, and is not opened"
+    return first_line
+
+
+def _kind(value: object) -> str:
+    """The type of a value, for messages: `a list`, `an int`."""
+    name = type(value).__name__
+    return f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"
+
+
+def _files_in(folder: Path) -> str:
+    """Advice that names a file of weights in a folder."""
+    names = sorted(f.name for f in folder.iterdir() if f.suffix in (".pth", ".safetensors", ".bin", ".pt"))
+    return f"Give a file, such as {folder / names[-1]}." if names else "Give the file itself."
+
+
+def check_archive(path: Path) -> None:
+    """Compare a file of torch.save with the checksums that it holds, once in a process.
+
+    Files of other formats have none, as have files that were saved without (`torch.serialization.set_crc32_options`).
+    Raises CheckpointError.
+    """
+    if path.is_file() and zipfile.is_zipfile(path):
+        stat = path.stat()
+        _check_records(path, stat.st_size, stat.st_mtime_ns)
+
+
+@functools.lru_cache
+def _check_records(path: Path, size: int, changed: int) -> None:
+    """size, changed: those of the file, so that it is read again once it has changed."""
+    with zipfile.ZipFile(path) as archive, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        records = [record for record in archive.infolist() if record.CRC]
+
+        def is_damaged(record: zipfile.ZipInfo) -> bool:
+            try:
+                with archive.open(record) as file:
+                    while file.read(1 << 22):
+                        pass
+            except (zipfile.BadZipFile, EOFError, zlib.error):
+                return True
+            return False
+
+        damaged = [record.filename for record, bad in zip(records, pool.map(is_damaged, records), strict=True) if bad]
+    if damaged:
+        raise CheckpointError(
+            f"{path} is damaged: {len(damaged)} of {pluralize(len(records), 'part')} differ from their checksums, the "
+            f"first is {damaged[0]}. Copy or fetch the file again."
+        )
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether all numbers of a tensor are finite. It costs one pass over them, and no memory."""
+    if tensor.is_meta or not tensor.is_floating_point():
+        return True
+    if tensor.element_size() == 1:  # types of 8 bit have no sums
+        tensor = tensor.float()
+    # NaN and infinity reach the sum. A sum of finite numbers can overflow; that is rare, and looked at again.
+    return bool(tensor.sum().isfinite()) or all(bool(bound.isfinite()) for bound in tensor.aminmax())
+
+
+def check_finite(tensors: Iterable[tuple[str, torch.Tensor]], source: str) -> None:
+    """Raise CheckpointError that names those of the pairs (name, tensor) whose numbers are not all finite."""
+    broken = [name for name, tensor in tensors if not is_finite(tensor)]
+    if broken:
+        listed = ", ".join(broken[:5]) + (f" and {len(broken) - 5} more" if len(broken) > 5 else "")
+        raise CheckpointError(
+            f"{source}: NaN or infinity among the numbers of {listed}. The file is damaged, the training that wrote it "
+            "diverged, or float16 cannot hold its numbers (run.amp_dtype=bf16). Use another file."
+        )
 
 
 def read_weights(path: Path, prefixes: tuple[str, ...] = ("",)) -> dict[str, torch.Tensor]:
@@ -65,7 +160,7 @@ def read_weights(path: Path, prefixes: tuple[str, ...] = ("",)) -> dict[str, tor
     """
     if path.is_dir():
         return _read_folder(path, prefixes)
-    return weights_of(read_file(path))
+    return weights_of(read_file(path), str(path))
 
 
 def _read_folder(folder: Path, prefixes: tuple[str, ...]) -> dict[str, torch.Tensor]:
@@ -82,12 +177,41 @@ def _read_folder(folder: Path, prefixes: tuple[str, ...]) -> dict[str, torch.Ten
     return {name: value for name, value in weights.items() if name.startswith(prefixes)}
 
 
-def weights_of(content: dict) -> dict[str, torch.Tensor]:
-    """The tensors in the content of a weights file."""
+def weights_of(content: dict, source: str = "the file", own: Collection[str] = ()) -> dict[str, torch.Tensor]:
+    """The tensors in the content of a weights file, without the prefixes of wrappers that all their names have.
+
+    Args:
+        source: path of the file, for messages.
+        own: names in the model. Prefixes that they have are kept.
+
+    Raises CheckpointError for a file without tensors, and for other objects among the weights.
+    """
+    weights = content
     for key in ("model", "state_dict"):
-        if isinstance(content.get(key), dict):
-            content = content[key]
-    return {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
+        if isinstance(weights.get(key), dict):
+            weights = weights[key]
+    tensors = {name: t for name, t in weights.items() if isinstance(t, torch.Tensor) and isinstance(name, str)}
+    # Beside tensors that are not under a key of their own, a file may hold settings.
+    others = {name: value for name, value in weights.items() if name not in tensors}
+    if others and (weights is not content or not tensors):
+        listed = ", ".join(f"{name} is {_kind(value)}" for name, value in [*others.items()][:5])
+        raise CheckpointError(f"{source} holds other objects than tensors in place of weights: {listed}.")
+    return _unwrapped(tensors, source, own)
+
+
+def _unwrapped(tensors: dict[str, torch.Tensor], source: str, own: Collection[str]) -> dict[str, torch.Tensor]:
+    """Take off the prefixes that DistributedDataParallel and torch.compile put before all names."""
+    names, wrapper = list(tensors), re.compile(r"(module|_orig_mod)\.")
+    taken_off = ""
+    while names and not set(own).issuperset(names):
+        first = wrapper.match(names[0])
+        if first is None or not all(name.startswith(first[0]) for name in names):
+            break
+        taken_off += first[0]
+        names = [name.removeprefix(first[0]) for name in names]
+    if taken_off:
+        logging.warning("%s: all names begin with %r, which is taken off.", source, taken_off)
+    return dict(zip(names, tensors.values(), strict=True))
 
 
 def trainable_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -118,7 +242,8 @@ def load_weights(
         device: target of tensors on the meta device; required if there are any.
 
     Raises:
-        CheckpointError: a required tensor is missing, has another shape, or is unknown to the module.
+        CheckpointError: a required tensor is missing, has another shape, or is unknown to the module; a number is not
+            finite.
     """
     weights = {name: value for name, value in weights.items() if not TOLERATED.search(name)}
     own = module.state_dict()
@@ -134,8 +259,14 @@ def load_weights(
         more = f"\n  … and {len(problems) - 10} more" if len(problems) > 10 else ""
         raise CheckpointError(f"{source} does not fit the model:\n  " + "\n  ".join(problems[:10]) + more)
     empty = {name for name in weights if own[name].is_meta}
-    # Move first, convert second: a GPU converts faster, and the host needs no memory for it.
-    filled = {name: weights[name].to(device).to(own[name].dtype) for name in empty}
+
+    def converted(name: str) -> torch.Tensor:
+        """Move first, convert second: a GPU converts faster, and the host needs no memory for it."""
+        return weights[name].to(device if name in empty else own[name].device).to(own[name].dtype)
+
+    filled = {name: converted(name) for name in empty}
+    # All are looked at before any is overwritten.
+    check_finite(((name, filled[name] if name in empty else converted(name)) for name in weights), source)
     module.load_state_dict(filled, strict=False, assign=True)
     module.load_state_dict({name: value for name, value in weights.items() if name not in empty}, strict=False)
     numbers = pluralize(sum(value.numel() for value in weights.values()), "parameter")
@@ -145,19 +276,24 @@ def load_weights(
 def resolve(path: str) -> Path:
     """The checkpoint file of a path or URL; of a run's folder, the newest checkpoint_N.pth.
 
-    Raises FileNotFoundError if there is none.
+    Raises NoCheckpointError for a folder without one, and the errors of `locate.fetch`.
     """
     resolved = fetch(path)
-    if resolved.is_file():
+    if not resolved.is_dir():
         return resolved
     newest = newest_checkpoint(resolved)
     if newest is None:
-        raise FileNotFoundError(f"{path} is a folder without a checkpoint_N.pth. Give a file, or a run's own folder.")
+        raise NoCheckpointError(
+            f"{path} is a folder without a checkpoint_N.pth, so no run's own folder. {_files_in(resolved)}"
+        )
     return newest
 
 
 def save(content: dict, path: Path) -> None:
-    """Write a checkpoint atomically: if the run is killed meanwhile, the old file or the whole new one remains."""
+    """Write a checkpoint atomically: if the run is killed meanwhile, the old file or the whole new one remains.
+
+    Raises CheckpointError if it cannot be written, for example on a full disk.
+    """
     part = path.with_name(f".{path.name}.part")
     try:
         with open(part, "wb") as file:
@@ -165,5 +301,8 @@ def save(content: dict, path: Path) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # torch's writer raises the latter, after the OSError of the file
+        reason = next((each.strerror for each in (error, error.__context__) if isinstance(each, OSError)), error)
+        raise CheckpointError(f"{path} cannot be written: {reason}. What was saved before is untouched.") from error
     finally:
         part.unlink(missing_ok=True)

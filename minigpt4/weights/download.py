@@ -1,5 +1,6 @@
 """Download a URL to a file: once per machine, resumed after an interruption, and checked."""
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -136,13 +137,37 @@ def _check(part: Path, url: str, kibibytes: int | None, sha256: str | None) -> N
     """Raise DownloadError and remove the part if its size or hash is not the known one."""
     problem = size_problem(_size(part), kibibytes)
     if sha256 and not problem:
-        with open(part, "rb") as file:
-            actual = hashlib.file_digest(file, "sha256").hexdigest()
-        if actual != sha256.lower():
-            problem = f"its sha256 is {actual}, not {sha256}"
+        problem = _hash_problem(part, sha256)
     if problem:
         part.unlink()
         raise DownloadError(f"{url} is not the file it should be: {problem}.")
+
+
+def check_hash_once(path: Path, sha256: str) -> None:
+    """Compare the hash of a cached file with `sha256`, in hex, unless that was done before.
+
+    A file `.sha256` beside it records the comparison, with the file's size and time of change.
+    Raises DownloadError if they differ; the file stays.
+    """
+    done, stat = path.with_name(f"{path.name}.sha256"), path.stat()
+    record = f"{sha256.lower()} {stat.st_size} {stat.st_mtime_ns}\n"
+    if done.is_file() and done.read_text(encoding="utf-8", errors="replace") == record:
+        return
+    problem = _hash_problem(path, sha256)
+    if problem:
+        raise DownloadError(
+            f"{path} is not the file it should be: {problem}. Move it away to have it fetched, or correct the hash in "
+            "the URL."
+        )
+    with contextlib.suppress(OSError):  # in a cache that others own, it is compared at every start
+        done.write_text(record, encoding="utf-8")
+
+
+def _hash_problem(path: Path, sha256: str) -> str | None:
+    """How the hash of a file differs from `sha256`, in words; None: it does not."""
+    with open(path, "rb") as file:
+        actual = hashlib.file_digest(file, "sha256").hexdigest()
+    return None if actual == sha256.lower() else f"its sha256 is {actual}, not {sha256}"
 
 
 def size_problem(size: int, kibibytes: int | None) -> str | None:

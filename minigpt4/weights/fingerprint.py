@@ -70,6 +70,8 @@ def check(recorded: dict | None, own: dict | None, source: str, allow_mismatch: 
     """
     if not recorded or not own:
         return
+    if not isinstance(recorded, dict):
+        raise MismatchError(f"{source}: its {KEY!r} is of type {type(recorded).__name__}, which is no fingerprint.")
     difference = difference_of(recorded, own)
     if difference:
         message = (

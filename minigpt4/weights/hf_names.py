@@ -56,7 +56,9 @@ def qformer_from_hf(state: State) -> State:
 
 
 def _renamed(state: State, names) -> State:
-    rules = [(re.compile(re.escape(old).replace(r"\#", r"(\d+)")), new.replace("#", r"\1")) for old, new in names]
+    # A name without a dot at its end is a whole name.
+    patterns = (re.escape(old).replace(r"\#", r"(\d+)") + ("" if old.endswith(".") else "$") for old, _ in names)
+    rules = [(re.compile(pattern), new.replace("#", r"\1")) for pattern, (_, new) in zip(patterns, names, strict=True)]
     renamed = {}
     for name, value in state.items():
         for pattern, new in rules:

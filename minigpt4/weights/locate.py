@@ -15,7 +15,6 @@ from safetensors import SafetensorError, safe_open
 
 from minigpt4.common.errors import ConfigError
 from minigpt4.common.facts import PUBLISHED_KIB, is_url, offline
-from minigpt4.weights.download import DownloadError, download, size_problem
 
 # Weights of a folder in Hugging Face format: (index, the single file without index). safetensors are preferred.
 HF_WEIGHTS = (
@@ -25,10 +24,17 @@ HF_WEIGHTS = (
 
 
 def cached_file(url: str) -> Path:
-    """The path of a URL's file in torch's cache of checkpoints, whether or not it was fetched."""
+    """The path of a URL's file in torch's cache of checkpoints, whether or not it was fetched.
+
+    Published files have torch hub's path, so that files of torch and LAVIS are found. Any other URL has a folder of its
+    own there: files of two URLs, or of two hashes, may have one name.
+    """
     cache = os.environ.get("XDG_CACHE_HOME", "~/.cache")
     home = Path(os.environ.get("TORCH_HOME", os.path.join(cache, "torch"))).expanduser()
-    return home / "hub" / "checkpoints" / os.path.basename(urlparse(url).path)
+    folder, name = home / "hub" / "checkpoints", os.path.basename(urlparse(url).path)
+    if url.partition("#")[0] in PUBLISHED_KIB:
+        return folder / name
+    return folder / hashlib.sha256(url.encode()).hexdigest()[:16] / (name or "weights")
 
 
 def local_path(path_or_url: str) -> Path:
@@ -39,24 +45,30 @@ def local_path(path_or_url: str) -> Path:
 def fetch(path_or_url: str) -> Path:
     """The local file or folder of a path or URL. A URL's file is fetched into the cache unless it is there.
 
-    If the URL ends in `#sha256=…`, the hash is checked.
+    If the URL ends in `#sha256=…`, the hash is checked, also of a cached file, unless it was checked before.
 
     Raises:
         FileNotFoundError: a path does not exist.
         DownloadError: a URL cannot be fetched, gives a wrong file, or may not be fetched because of `offline()`.
     """
     path = local_path(path_or_url)
-    if path.exists():
-        return path
     if not is_url(path_or_url):
+        if path.exists():
+            return path
         raise FileNotFoundError(f"{path} does not exist.")
+    from minigpt4.weights.download import DownloadError, check_hash_once, download
+
     url, _, fragment = path_or_url.partition("#")
+    sha256 = parse_qs(fragment).get("sha256", [None])[0]
+    if path.exists():
+        if sha256:
+            check_hash_once(path, sha256)
+        return path
     if offline() and not url.startswith("file:"):
         raise DownloadError(
             f"{path.name} is not in the cache, and nothing may be fetched (--offline or HF_HUB_OFFLINE). Put the file "
             f"of {url} at {path}, or give the path of a copy in the config."
         )
-    sha256 = parse_qs(fragment).get("sha256", [None])[0]
     download(url, path, PUBLISHED_KIB.get(url), sha256)
     return path
 
@@ -99,6 +111,8 @@ def why_unreadable(path: Path) -> str | None:
         return "it is a Git-LFS pointer, not the file itself; run `git lfs pull` in its folder"
     if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
         return "it is a web page, not the file itself; fetch it again"
+    from minigpt4.weights.download import size_problem
+
     by_name = {cached_file(url).name: kibibytes for url, kibibytes in PUBLISHED_KIB.items()}
     problem = size_problem(path.stat().st_size, by_name.get(path.name))
     return f"{problem}; fetch it again" if problem else None
@@ -122,17 +136,20 @@ def broken_header(path: Path) -> str | None:
 def identity(path_or_url: str) -> dict[str, str | int]:
     """Identifies weights by file name and, if the file is on this machine, size and digest. Nothing is downloaded.
 
+    A URL other than a published one is part of the identity: files of one name may differ.
     The digest covers the whole file, or 64 blocks of 1 MB spread over a larger one; of a folder, all its weight files.
     """
     path = local_path(path_or_url)
     files = [path] if path.is_file() else sorted(path / name for name in shards(path)) if path.is_dir() else []
+    url = path_or_url.partition("#")[0]
+    named = {"file": path.name} | ({"url": url} if is_url(url) and url not in PUBLISHED_KIB else {})
     if not files:
-        return {"file": path.name}
+        return named
     digest = hashlib.sha256()
     for file in files:
         _add_blocks(digest, file)
     size = sum(file.stat().st_size for file in files)
-    return {"file": path.name, "bytes": size, "sha256": digest.hexdigest()}
+    return named | {"bytes": size, "sha256": digest.hexdigest()}
 
 
 def _add_blocks(digest, path: Path, block: int = 1 << 20) -> None:

@@ -33,7 +33,6 @@ def test_in_4_bit(capsys):
     assert (row["weights"], row["batch"]) == ("4bit", 1) and row["tokens_per_s"] > 0
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 def test_nothing_is_compiled_on_a_cpu(capsys):
     (row,) = rows(capsys, "--batch", "1", "--weights", "16bit")
     assert row["by"] == "minigpt4, eager"

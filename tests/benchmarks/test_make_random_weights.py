@@ -9,6 +9,7 @@ import torch
 from helpers import ROOT
 from safetensors import safe_open
 
+from minigpt4.__main__ import main
 from minigpt4.benchmarks import published, random_weights
 from minigpt4.common.config import Config
 from minigpt4.common.errors import ConfigError
@@ -123,3 +124,14 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
             random_weights.write(tmp_path, "small", parts=("llm",))
     folder = random_weights.write(tmp_path, "small", parts=("llm",))["llm"]
     assert (folder / "tokenizer.model").is_file()
+
+
+def test_a_folder_that_is_not_of_this_command_is_left_alone(tmp_path, capsys):
+    folder = tmp_path / "vicuna-small-v1.1"
+    folder.mkdir()
+    (folder / "model-00001-of-00001.safetensors").write_bytes(b"of the user")
+    with pytest.raises(ConfigError, match=f"{folder} is in the way"):
+        random_weights.write(tmp_path, "small")
+    assert [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()] == [b"of the user"]
+    file = next(folder.iterdir())
+    assert f"--out {file} cannot be a folder" in main(["make-random-weights", "--out", str(file), "--size", "small"])

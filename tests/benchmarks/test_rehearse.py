@@ -6,6 +6,8 @@ import sys
 import pytest
 
 from minigpt4.benchmarks import rehearse
+from minigpt4.common.errors import ConfigError
+from minigpt4.common.output import only_run
 
 
 @pytest.mark.slow
@@ -34,6 +36,37 @@ def test_the_data_have_the_workloads_lengths(tmp_path):
     assert all((tmp_path / f"cc_sbu_align/image/{record['image_id']}.jpg").is_file() for record in records)
     rehearse.make_data(tmp_path, count=1)  # the files exist
     assert len(list((tmp_path / "cc_sbu_align/image").iterdir())) == 20
+
+
+@pytest.mark.parametrize("name", ["data/shards/00000.tar", "data/cc_sbu_align/image/0.jpg", "small-16bit-S1_16.log"])
+def test_a_folder_with_files_of_others_is_refused(tmp_path, name):
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text("of the user")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ConfigError, match=f"--out {tmp_path} has files that this command did not write"):
+        rehearse.main(["--out", str(tmp_path), "--size", "small"])
+    assert sorted(tmp_path.rglob("*")) == before and (tmp_path / name).read_text() == "of the user"
+    if "data" in name:  # also in a folder that is a rehearsal's
+        (tmp_path / "rehearsal.jsonl").touch()
+        with pytest.raises(ConfigError, match=f"--out {tmp_path}/data has files that this command did not write"):
+            rehearse.main(["--out", str(tmp_path), "--size", "small"])
+        assert (tmp_path / name).read_text() == "of the user"
+
+
+def test_a_second_rehearsal_in_the_same_folder_is_refused(tmp_path):
+    with only_run(tmp_path):
+        (tmp_path / "rehearsal.jsonl").touch()
+        with pytest.raises(ConfigError, match="another run is writing there"):
+            rehearse.main(["--out", str(tmp_path), "--size", "small"])
+
+
+def test_interrupted_data_are_written_again(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(rehearse.json, "dumps", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            rehearse.make_data(tmp_path / "data", count=2)
+    rehearse.make_data(tmp_path / "data", count=2)
+    assert len(list((tmp_path / "data").rglob("*.*"))) == 5  # two shards, two pictures, filter_cap.json
 
 
 def test_a_failed_run_is_reported(tmp_path, capsys):

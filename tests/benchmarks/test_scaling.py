@@ -23,14 +23,15 @@ def torchrun(*arguments) -> subprocess.CompletedProcess:
 
 @pytest.mark.slow
 def test_two_ranks_make_one_report():
-    done = torchrun("--small", "--work", "S1/16", "--steps", "1", "--warmup", "0", "--json")
+    """On the CPU, since each rank would need a GPU of its own."""
+    options = ("--options", "run.device=cpu")
+    done = torchrun("--small", "--work", "S1/16", "--steps", "1", "--warmup", "0", "--json", *options)
     assert done.returncode == 0, done.stderr
     (row,) = map(json.loads, done.stdout.splitlines())
     assert row["ranks"] == 2
     assert row["images_per_s"] == pytest.approx(2 * 16 / row["median_s"], rel=0.01)
     assert row["efficiency"] == pytest.approx(row["alone_s"] / row["median_s"], rel=0.01)
     assert row["no_exchange_s"] > 0 and row["communication"] < 1
-    assert done.stderr.count("there is no GPU") == (not torch.cuda.is_available())
 
 
 @pytest.mark.parametrize(

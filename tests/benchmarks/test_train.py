@@ -143,7 +143,6 @@ def test_batches_are_repeatable():
     assert WordTokenizer().encode("w") == [9601]  # in every process
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_full_size_needs_a_gpu():
     """Otherwise the machine would run out of memory in half a minute."""
     assert "there is no GPU. Add --small" in main(["bench", "train", "--work", "S1/16"])

@@ -1,18 +1,20 @@
 """python -m minigpt4 cache-features, and training from its features: the same numbers as from the pictures."""
 
 import json
+import re
 import tarfile
 from types import SimpleNamespace
 
 import pytest
 import torch
-from dataset_files import picture_bytes, write_align, write_tar
+from dataset_files import picture_bytes, write_align, write_shards, write_tar
 from torch.utils.data import default_collate
 
 from minigpt4.__main__ import main
 from minigpt4.cli import cache_features
 from minigpt4.common import dist_utils
 from minigpt4.common.config import Config
+from minigpt4.common.output import only_run
 from minigpt4.common.registry import registry
 from minigpt4.datasets.datasets.feature_dataset import FeatureSet
 from minigpt4.models import MiniGPT4
@@ -152,6 +154,24 @@ def test_broken_pictures_are_left_out_and_counted(configs, tmp_path, caplog):
     assert "1.jpg" in caplog.text
     cached = FeatureSet(str(tmp_path / "f" / "cc_sbu_align"))
     assert [cached[i]["image_id"] for i in range(3)] == ["0", "2", "3"]
+
+
+@pytest.mark.parametrize(("stage", "name", "lost"), [("stage1", "laion", "*.tar"), ("stage2", "cc_sbu_align", "1.jpg")])
+def test_files_out_of_reach_are_not_left_out_of_a_cache(configs, tmp_path, monkeypatch, stage, name, lost):
+    """It would pass for complete."""
+    storage = {"laion": write_shards(tmp_path / "data", 1), "cc_sbu_align": write_align(tmp_path / "data", 4)}[name]
+    option = f"datasets.{name}.build_info.storage={storage}{'/*.tar' if name == 'laion' else ''}"
+    opened, build = [], cache_features.source_dataset
+
+    def then_away(cfg, built):
+        dataset = build(cfg, built)
+        opened.extend(path.rename(tmp_path / path.name) for path in storage.rglob(lost) if built == name)
+        return dataset
+
+    monkeypatch.setattr(cache_features, "source_dataset", then_away)
+    message = cache(configs[stage], tmp_path / "f", option, "run.data_timeout_s=0")
+    assert "is out of reach, so this shard is not written" in message
+    assert opened and not list(tmp_path.glob(f"f/{name}/*.tar"))
 
 
 def test_a_stream_with_hardly_any_pictures_is_an_error(configs, tmp_path):
@@ -316,3 +336,29 @@ def test_uint8_is_normalised_on_the_gpu_as_on_the_cpu(configs):
     on_cpu, on_gpu = (to_device(batch, torch.device(kind))["image"] for kind in ("cpu", "cuda"))
     assert on_gpu.is_cuda and on_gpu.dtype == torch.float32
     torch.testing.assert_close(on_gpu.cpu(), on_cpu, atol=1e-6, rtol=0)
+
+
+def test_a_folder_with_other_shards_is_refused(configs, tmp_path, monkeypatch):
+    """The shards of the pictures have the same names as those of their features."""
+    monkeypatch.setattr(cache_features, "load_vision", lambda *_: pytest.fail("loaded the encoder"))
+    storage = tmp_path / "laion" / "00000.tar"
+    storage.parent.mkdir()
+    write_tar(storage, [("0.jpg", picture_bytes(0, format="JPEG")), ("0.txt", b"A caption.")])
+    before = storage.read_bytes()
+    message = cache(configs["stage1"], tmp_path, f"datasets.laion.build_info.storage={storage}")
+    assert f"--out {tmp_path}/laion has files that this command did not write, e.g. 00000.tar" in message
+    assert storage.read_bytes() == before and [path.name for path in storage.parent.iterdir()] == ["00000.tar"]
+
+
+@pytest.mark.parametrize("name", ["file", "file/below"])
+def test_an_out_that_can_be_no_folder(configs, tmp_path, monkeypatch, name):
+    monkeypatch.setattr(cache_features, "load_vision", lambda *_: pytest.fail("loaded the encoder"))
+    (tmp_path / "file").write_text("of the user")
+    message = cache(configs["stage1"], tmp_path / name)
+    assert re.search(f"^Error: --out {tmp_path / name}(/laion)? cannot be a folder: ", message)
+    assert (tmp_path / "file").read_text() == "of the user"
+
+
+def test_a_second_run_on_the_same_folder_is_refused(configs, tmp_path):
+    with only_run(tmp_path):
+        assert "another run is writing there" in cache(configs["stage1"], tmp_path)

@@ -7,15 +7,18 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from collections import Counter
 
 import pytest
 import torch
+from dataset_files import picture_bytes
 from helpers import GOLDEN, ROOT, free_port
 from video_files import bad_videos, write_video
 
 from minigpt4.__main__ import main
 from minigpt4.cli.caption import _whole_lines
-from minigpt4.common.errors import ConfigError
+from minigpt4.cli.caption_sources import named_sources
+from minigpt4.common.output import only_run
 
 IMAGES = sorted((GOLDEN / "images").glob("*.png"))
 
@@ -28,7 +31,7 @@ def run(golden_config, tmp_path):
         out = tmp_path / "out.jsonl"
         torch.manual_seed(0)  # the model's vision side is random
         status = main(
-            ["caption", *map(str, arguments), "--out", str(out), "--cfg-path", str(golden_config)]
+            ["caption", "--out", str(out), *map(str, arguments), "--cfg-path", str(golden_config)]
             + ["--max-new-tokens", "8"]
         )
         return status, [json.loads(line) for line in out.read_bytes().splitlines()] if out.exists() else []
@@ -128,6 +131,7 @@ def test_prompts_for_videos(run, monkeypatch, tmp_path):
         MiniGPT4, "generate", lambda self, images, texts, **o: seen.append((len(images), texts)) or ["x"] * len(texts)
     )
     run(IMAGES[0], write_video(tmp_path / "clip.mp4"), "--frames", 2, "--prompt", "Is <Img><ImageHere></Img> new?")
+    (tmp_path / "out.jsonl").unlink()
     run(write_video(tmp_path / "other.mp4"), "--frames", 2, "--prompt", "<ImageHere>")
     picture = "<Img><ImageHere></Img>"
     assert seen == [(3, [f"Is {picture} new?", f"Is {picture} {picture} new?"]), (2, ["<ImageHere> <ImageHere>"])]
@@ -180,7 +184,7 @@ def test_unreadable_files_are_skipped_and_listed(run, folder, caplog):
     assert "bad.png is not a picture" in caplog.text
 
 
-def test_prompts(run, golden_config, monkeypatch):
+def test_prompts(run, golden_config, monkeypatch, tmp_path):
     from minigpt4.models import MiniGPT4
 
     prompts = []
@@ -188,8 +192,9 @@ def test_prompts(run, golden_config, monkeypatch):
         MiniGPT4, "generate", lambda self, images, texts, **o: prompts.append(texts) or ["x"] * len(texts)
     )
     template = ["--options", "model.prompt_template=###Human: {} ###Assistant: "]
-    run(IMAGES[0])
-    run(IMAGES[1], "--prompt", "What is it?", *template)
+    for arguments in ([IMAGES[0]], [IMAGES[1], "--prompt", "What is it?", *template]):
+        run(*arguments)
+        (tmp_path / "out.jsonl").unlink()
     run(IMAGES[2], "--prompt", "<ImageHere> is", *template)
     assert prompts == [
         ["<ImageHere>"],
@@ -223,6 +228,8 @@ def test_seeds_make_sampling_repeatable(run, tmp_path):
         ([str(IMAGES[0]), "gone.png", "docs"], "There is no file gone.png, docs."),
         ([f"{n}.png" for n in range(9)], "There is no file 0.png, 1.png, 2.png (and 6 more)."),
         ([str(IMAGES[0]), "--out", "/"], "--out / is a folder"),
+        ([str(IMAGES[0]), "--out", str(ROOT / "train.py" / "out.jsonl")], "train.py/out.jsonl cannot be written"),
+        ([str(IMAGES[0]), "--out", "/dev/null"], "--out /dev/null is no file that can be written"),
         ([str(IMAGES[0]), "--out", str(ROOT / "train.py")], "train.py exists, and its line"),
         ([str(IMAGES[0]), "--prompt", "<ImageHere> or <ImageHere>"], "must have <ImageHere> once"),
     ],
@@ -270,20 +277,158 @@ def test_several_ranks(golden_config, tmp_path):
     assert sorted(line["image"] for line in lines) == sorted(map(str, IMAGES))  # none twice
     assert [line["caption"] for line in lines[:3]] == kept
     assert not {line["caption"] for line in lines[3:]} & {*kept}
-    assert sorted(path.name for path in tmp_path.glob("out*")) == ["out.jsonl"]
+    assert sorted(path.name for path in tmp_path.glob("out*")) == ["out.jsonl", "out.jsonl.settings.json"]
 
 
-@pytest.mark.parametrize(
-    "content",
-    ['{"accuracy": 0.9}', "line 1\nline 2", '{"image": "a", "caption": "b"}\nline 2', '{"image": "a"}', "[1]"],
-)
-def test_files_of_others_stay_as_they_are(tmp_path, content):
-    """A last line without its end is cut off only where this command wrote it."""
-    path = tmp_path / "file"
-    path.write_text(content)
-    with pytest.raises(ConfigError, match="is not a caption"):
-        _whole_lines(path)
-    assert path.read_text() == content
+OTHERS = {
+    "json": b'{"accuracy": 0.9}',
+    "note": b"line 1\nline 2",
+    "brace": b"{",
+    "start of a caption": b'{"image": "a.png", "boxes": [1',
+    "captions and a note": b'{"image": "a", "caption": "b"}\nline 2',
+    "no caption": b'{"image": "a"}',
+    "list": b"[1]",
+    "data set": b'{"image": "a", "caption": "b", "id": 3}\n{"image": "c", "caption": "d", "id": 4}\n',
+    "jpeg": picture_bytes(0, size=32, format="JPEG"),
+    "blank": b"\n",
+    "deep": b"[" * 100_000,
+    "an image that is a list": b'{"image": ["a"], "caption": "b"}\n',
+}
+
+
+@pytest.mark.parametrize("content", OTHERS.values(), ids=OTHERS)
+@pytest.mark.parametrize("name", ["out.jsonl", "out.jsonl.part0", "out.jsonl.settings.json"])
+def test_files_of_others_stay_as_they_are(golden_config, tmp_path, monkeypatch, name, content):
+    monkeypatch.setattr("minigpt4.conversation.loading.load_chat", lambda *_: pytest.fail("loaded the model"))
+    path = tmp_path / name
+    path.write_bytes(content)
+    message = main(["caption", str(IMAGES[0]), "--out", f"{tmp_path}/out.jsonl", "--cfg-path", str(golden_config)])
+    assert str(tmp_path / "out.jsonl") in message
+    assert path.read_bytes() == content
+    assert {file.name for file in tmp_path.iterdir()} - {golden_config.name} == {name}  # nothing is left beside it
+
+
+def test_captions_of_other_settings_are_not_mixed(run, tmp_path, monkeypatch):
+    """The message names the settings that differ."""
+    run(*IMAGES[:2], "--prompt", "<ImageHere> is")
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("out*")}
+    message, _ = run(*IMAGES, "--prompt", "<ImageHere> has", "--frames", 3)
+    assert "prompt: '<ImageHere> is' there, '<ImageHere> has' here" in message and "frames: 8 there, 3 here" in message
+    message, _ = run(*IMAGES, "--prompt", "<ImageHere> is", "--options", "model.max_txt_len=77")
+    assert "\n  model.max_txt_len: " in message and message.endswith(" there, 77 here")
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("out*")} == before
+    status, lines = run(*IMAGES, "--prompt", "<ImageHere> is", "--batch-size", 1)
+    assert (status, len(lines)) == (0, len(IMAGES))
+    (tmp_path / "out.jsonl").unlink()
+    status, lines = run(IMAGES[0], "--prompt", "<ImageHere> has")
+    assert (status, len(lines)) == (0, 1)
+    message, _ = run(IMAGES[0], "--prompt", "<ImageHere> is")
+    assert "prompt: '<ImageHere> has' there" in message
+
+
+def test_an_edited_prompt_file_is_another_prompt(run, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    options = ["--options", f"model.prompt_path={prompts}", "model.prompt_template={}"]
+    prompts.write_text("A comment\n<ImageHere> is\n<ImageHere> has\n")
+    assert run(IMAGES[0], *options)[0] == 0
+    prompts.write_text("<ImageHere> is\n")
+    assert run(IMAGES[1], *options)[0] == 0
+    prompts.write_text("<ImageHere> has\n")
+    assert "prompt: '<ImageHere> is' there, '<ImageHere> has' here" in run(IMAGES[2], *options)[0]
+
+
+def test_a_file_of_before_there_were_settings_files_is_continued(run, tmp_path, caplog):
+    (tmp_path / "out.jsonl").write_text(json.dumps({"image": str(IMAGES[0]), "caption": "Of before."}))
+    status, lines = run(*IMAGES[:2])
+    assert (status, [line["image"] for line in lines]) == (0, [str(path) for path in IMAGES[:2]])
+    assert lines[0]["caption"] == "Of before." and "has no settings file" in caplog.text
+
+
+def test_a_second_run_cannot_have_the_same_file(run, tmp_path):
+    _, lines = run(IMAGES[0])
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "out.jsonl")
+    with only_run(tmp_path / "out.jsonl"):
+        message, same = run(*IMAGES)
+        assert "another run is writing there" in message and same == lines
+        message, same = run(*IMAGES, "--out", tmp_path / "link.jsonl")
+        assert "another run is writing there" in message and same == lines
+    assert run(*IMAGES)[0] == 0
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_ranks_share_shards_and_read_no_picture_twice(tmp_path, monkeypatch, ranks):
+    """Nor the content of a picture that has its caption already."""
+    shards = [tmp_path / f"{number}.tar" for number in range(5)]
+    for number, shard in enumerate(shards):
+        with tarfile.open(shard, "w") as tar:
+            for path in IMAGES[:3]:
+                tar.add(path, f"{number}{path.name}")
+                tar.add(ROOT / "train.py", f"{number}{path.stem}.json")
+                tar.add(ROOT / "train.py", f"{number}{path.stem}.npz")
+    opened, read = [], []
+    open_tar, extract = tarfile.open, tarfile.TarFile.extractfile
+    monkeypatch.setattr(tarfile, "open", lambda path: opened.append(path) or open_tar(path))
+    monkeypatch.setattr(tarfile.TarFile, "extractfile", lambda tar, m: read.append(m.name) or extract(tar, m))
+    names = [f"{shard}/{number}{path.name}" for number, shard in enumerate(shards) for path in IMAGES[:3]]
+    done, seen, passed = set(names[::2]), [], Counter()
+    for rank in range(ranks):
+        sources = named_sources([], None, list(map(str, shards)))
+        for name, content in sources.share(done, rank, ranks)[1]:
+            seen.append(name)
+            assert content == IMAGES[[path.name for path in IMAGES].index(name.rsplit("/", 1)[1][1:])].read_bytes()
+        passed += sources.passed_in_shards
+    assert sorted(seen) == names[1::2]
+    assert len(read) == len(seen)
+    assert len(opened) == 5 // ranks * ranks + 5 % ranks * ranks  # the last ones are read by all
+    assert passed == {".npz": 15}
+
+
+def test_folders_are_read_by_content(run, folder, tmp_path, caplog):
+    """Whatever the suffix. Linked folders are read once, and links in a circle end."""
+    for name in ("a.jfif", "b.JPE", "no_suffix", "deep/c.dat"):
+        (folder / name).write_bytes(picture_bytes(0, size=32, format="JPEG"))
+    for name, form in (("d.avif", "AVIF"), ("avif", "AVIF"), ("e.tif", "TIFF"), ("f.tiff", "TIFF"), ("tiff.1", "TIFF")):
+        (folder / name).write_bytes(picture_bytes(0, size=32, format=form))
+    for name in ("notes.txt", "more.TXT", "table.csv", "README", "._a.jfif"):
+        (folder / name).write_text("no picture")
+    os.mkfifo(folder / "pipe")
+    os.mkfifo(folder / "pipe.png")
+    other = tmp_path / "other"
+    (other / "sub").mkdir(parents=True)
+    for path in (other / "x.png", other / "sub" / "y.png"):
+        shutil.copy(IMAGES[0], path)
+    for link, target in {
+        "linked": other, "again": other, "sub": other / "sub", "itself": folder, "up": tmp_path, "root": "/",
+        "deep/back": folder, "gone": tmp_path / "nothing",
+    }.items():  # fmt: skip
+        (folder / link).symlink_to(target)
+    (other / "sub" / "circle").symlink_to(folder / "linked")
+    status, lines = run("--dir", folder)
+    assert status == 0
+    names = {line["image"].removeprefix(f"{folder}/") for line in lines}
+    own = {str(path.relative_to(folder)) for path in folder.rglob("*.png") if path.name in {p.name for p in IMAGES}}
+    others = {"a.jfif", "b.JPE", "no_suffix", "deep/c.dat", "d.avif", "avif", "e.tif", "f.tiff", "tiff.1"}
+    assert names == own | others | {"again/x.png", "again/sub/y.png"}
+    assert len(lines) == len(names)
+    said = next(r.getMessage() for r in caplog.records if r.getMessage().startswith("Passed over"))
+    for part in ("2 × .txt", "1 × .csv", "1 × without suffix", "1 × .jfif", "3 × not a file"):
+        assert part in said
+
+
+def test_pictures_that_only_look_so_and_empty_folders(run, tmp_path, caplog):
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "a.heic").write_text("no picture")
+    (tmp_path / "d" / "photo").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0")
+    (tmp_path / "d" / "b.png").symlink_to(tmp_path / "nothing")
+    status, lines = run("--dir", tmp_path / "d")
+    assert (status, lines) == (1, [])
+    assert "Skipped, 3 in all" in caplog.text
+    assert all(f"{tmp_path}/d/{name}: " in caplog.text for name in ("a.heic", "b.png", "photo"))
+    (tmp_path / "e").mkdir()
+    (tmp_path / "e" / "c.pdf").write_text("no picture")
+    assert run("--dir", tmp_path / "e")[0] == (
+        f"Error: --dir {tmp_path}/e holds no pictures or videos. It has other files: 1 × .pdf."
+    )
 
 
 def test_a_last_caption_without_its_end_is_kept(tmp_path):
@@ -299,3 +444,18 @@ def test_a_line_that_was_cut_off_is_written_again(tmp_path, rest):
     path.write_text(whole + rest)
     assert _whole_lines(path) == [whole.encode()]
     assert path.read_text() == whole
+
+
+def test_a_folder_that_cannot_be_listed_is_reported(run, folder, caplog, monkeypatch):
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("secret"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    (folder / "secret").mkdir()
+    monkeypatch.setattr(os, "scandir", refuse)
+    status, lines = run("--dir", folder)
+    assert (status, len(lines)) == (1, len(IMAGES))
+    assert f"{folder}/secret: " in caplog.text

@@ -126,6 +126,15 @@ def test_option_values(option, expected):
         ("run.imports=[no.such.module]", r"Cannot import 'no\.such\.module'"),
         ("run=3", r"not of the form"),
         ("run.imports=my.module", r"run\.imports = 'my\.module' must be a list"),
+        ("run.imports=3", r"run\.imports = 3 must be a list"),
+        ("run.imports={a: b}", r"run\.imports = \{'a': 'b'\} must be a list"),
+        ("run.imports=[3]", r"Cannot import '3' \(--import, run\.imports\)"),
+        ("run.imports=[[a]]", r"run\.imports = .* must be a list of modules"),
+        ("run.imports=['']", r"^'' \(--import, run\.imports\) is not the name of a module"),
+        ("run.imports=[./my_plugin.py]", r"^'\./my_plugin\.py' \(--import, run\.imports\) is not the name of a module"),
+        ("run.imports=[mine.py]", r"^'mine\.py' \(--import, run\.imports\) is not the name of a module"),
+        ("run.imports=[plugins/mine]", r"^'plugins/mine' \(--import, run\.imports\) is not the name of a module"),
+        ("run.imports=[.mine]", r"^'\.mine' \(--import, run\.imports\) is not the name of a module"),
         ("datasets.cc_sbu=3", r"datasets\.cc_sbu in --options must be a mapping, not 3"),
         ("run.output_dir=${nope}", r"run .*Interpolation key 'nope' not found"),
         ("model.vit_precision=fp61", r"is not one of fp16, fp32\. Did you mean 'fp16'\?"),
@@ -141,6 +150,79 @@ def test_option_values(option, expected):
 def test_mistakes_on_the_command_line(option, message):
     with pytest.raises(ConfigError, match=message):
         load(STAGE1, option)
+
+
+OUT_OF_BOUNDS = {
+    "run.seed": (-1, 2**32),
+    "run.init_lr": (-1, ".nan", "nan", "inf", "-inf", ".inf"),
+    "run.min_lr": (-1, 1, ".nan"),  # above init_lr
+    "run.warmup_lr": (".nan", ".inf"),
+    "run.warmup_steps": (-1,),
+    "run.lr_decay_rate": (0, -1, ".inf"),
+    "run.beta2": (-0.1, 1, 2, ".nan"),
+    "run.weight_decay": (-1, ".nan"),
+    "run.num_workers": (-1,),
+    "model.drop_path_rate": (-0.1, 1, ".nan"),
+    "model.qformer.num_attention_heads": (0, "abc", 1.5),
+    "model.qformer.cross_attention_freq": (0,),
+    "model.qformer.hidden_dropout_prob": (-0.1, 1, ".nan"),
+    "model.qformer": (3, "[1]", "null"),
+    "model.vit_model.depth": (0, -1),
+    "model.vit_model.mlp_ratio": (0, ".nan", "abc"),
+    "model.vit_model": ("null",),
+    "datasets.laion.sample_ratio": ("abc", -1, ".nan", ".inf"),
+    "datasets.laion.vis_processor.train": ("blip2_image_train", "[a]", 3),
+    "datasets.laion.vis_processor.trian": ("{name: blip2_image_train}",),
+    "datasets.laion.vis_processor": ("blip2_image_train", 3),
+    "preprocess.vis_processor.train": ("blip2_image_train", 3),
+    "datasets.laion.build_info": (3, "[a]"),
+    "datasets.laion": ("[1]",),
+}
+
+
+@pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in OUT_OF_BOUNDS.items() for value in values])
+def test_values_out_of_bounds(key, value):
+    with pytest.raises(ConfigError, match=rf"{key}\b.*--options"):
+        load(STAGE1, f"{key}={value}")
+
+
+def test_bounds_that_are_settings():
+    assert load(STAGE1, "run.init_lr=2", "run.min_lr=2").run_cfg.min_lr == 2
+    with pytest.raises(ConfigError, match=r"run\.min_lr = 8e-05 \(set in .*must be at most init_lr=1e-05"):
+        load(STAGE1, "run.init_lr=1e-5")
+
+
+def test_a_null_processor_is_the_default_one():
+    train = load(STAGE1, "datasets.laion.vis_processor.train=null").datasets_cfg.laion.vis_processor.train
+    assert train.name == "blip2_image_train"
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("{3: {a: 1}}", "3"),
+        ("run: {3: 1}", r"run\.3"),
+        ("run: {no: 1}", r"run\.False"),
+        ("datasets: {7: {build_info: {}}}", r"datasets\.7"),
+        ("datasets: {laion: {7: a}}", r"datasets\.laion\.7"),
+        ("datasets: {laion: {build_info: {7: a}}}", r"datasets\.laion\.build_info\.7"),
+        ("datasets: {laion: {vis_processor: {7: a}}}", r"datasets\.laion\.vis_processor\.7"),
+        ("datasets: {laion: {vis_processor: {train: {7: a}}}}", r"datasets\.laion\.vis_processor.* 7 "),
+        ("model: {qformer: {7: 1}}", r"model\.qformer\.7"),
+        ("model: {null: 1}", "model"),
+        ("datasets: {laion: {build_info: {storage: {a: 1}}}}", r"datasets\.laion\.build_info\.storage"),
+        ("datasets: {laion: {build_info: {features: 3}}}", r"datasets\.laion\.build_info\.features"),
+        ("run: {imports: 7}", r"run\.imports"),
+        ("run: {imports: [7]}", r"run\.imports"),
+        ("run: {task: {a: b}}", r"run\.task"),
+        ("model: {arch: [a]}", r"model\.arch"),
+        ("model: {model_type: [a]}", r"model\.model_type"),
+        ("datasets: {laion: {type: 3}}", r"datasets\.laion\.type"),
+    ],
+)
+def test_keys_and_values_of_other_types_in_files(tmp_path, text, key):
+    with pytest.raises(ConfigError, match=key):
+        load(write(tmp_path, text))
 
 
 def test_mistakes_in_files(tmp_path):
@@ -172,6 +254,21 @@ def test_missing_paths_are_listed_together():
 def test_hub_ids_and_urls_pass_the_path_check(tmp_path):
     cfg = load(STAGE1, "model.llama_model=lmsys/vicuna-7b-v1.5", "model.q_former_model=https://x.org/a.pth")
     cfg.check_paths()
+
+
+@pytest.mark.parametrize(("value", "missing"), [("3", "'3'"), ("[a, b]", None), ("true", None), ("0", None)])
+def test_a_plugins_own_kind_of_checkpoint(tmp_path, open_registry, value, missing):
+    """A model without `config_class` may have anything there; a number is a file's name, as for our own model."""
+    from minigpt4.common.registry import registry
+    from minigpt4.models import BaseModel
+
+    registry.register_model("anything")(type("Anything", (BaseModel,), {}))
+    cfg = load(write(tmp_path, f"model: {{arch: anything, ckpt: {value}, llama_model: {tmp_path}}}\n"))
+    if missing:
+        with pytest.raises(ConfigError, match=f"model.ckpt = {missing} .* does not exist"):
+            cfg.check_paths()
+    else:
+        cfg.check_paths()
 
 
 def test_home_is_expanded(tmp_path, monkeypatch):
@@ -236,3 +333,9 @@ def test_a_key_given_twice():
     with pytest.raises(ConfigError, match=r"storage more than once: 'data/laion/00000.tar' and .*put quotes around"):
         parse_options(shards)
     assert parse_options(["run.seed=1", "run.seed=2"]).run.seed == 2
+
+
+def test_a_plugin_whose_name_is_no_identifier(tmp_path, monkeypatch):
+    (tmp_path / "my-plugin.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert load(STAGE1, "run.imports=[my-plugin]").run_cfg.imports == ["my-plugin"]

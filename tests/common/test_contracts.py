@@ -453,3 +453,26 @@ def test_every_member_is_explained():
         for name in methods(protocol):
             member = inspect.getattr_static(protocol, name)
             assert inspect.getdoc(getattr(member, "__func__", member)), (protocol, name)
+
+
+def test_keys_of_a_task_that_replace_those_of_runs(run):
+    class Alone:
+        """Not a RunConfig."""
+
+    with pytest.raises(ConfigError, match=r"run\.task: Task\.config_class must be a subclass of RunConfig"):
+        run({"task": type("Task", (BaseTask,), {"config_class": Alone})}, task="smallest")
+
+
+def test_a_runner_refuses_data_before_the_model_is_built(run):
+    class Picky(RunnerBase):
+        @classmethod
+        def check_data(cls, cfg, datasets):
+            raise ConfigError(f"no {', '.join(datasets)} for me")
+
+    class Unbuilt(SmallestModel):
+        @classmethod
+        def from_config(cls, cfg):
+            raise AssertionError("is built")
+
+    with pytest.raises(ConfigError, match="no smallest for me"):
+        run({"runner": Picky, "model": Unbuilt}, runner="smallest")

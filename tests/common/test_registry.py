@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from minigpt4.common.registry import Registry, registry
+from minigpt4.common.registry import RegistrationError, Registry, registry
 
 KNOWN = {
     "builder": ["cc_sbu", "cc_sbu_align", "laion"],
@@ -61,3 +61,16 @@ def test_importing_it_is_cheap(module):
     code = f"import sys, {module}; print([m for m in ('torch', 'transformers', 'timm') if m in sys.modules])"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert output.strip() == "[]"
+
+
+@pytest.mark.parametrize("thing", [5, "text", len, lambda: None])
+def test_only_classes_are_registered(thing):
+    with pytest.raises(RegistrationError, match="'mine': .* is no class"):
+        Registry().register_model("mine")(thing)
+
+
+def test_a_decorator_without_parentheses():
+    with pytest.raises(RegistrationError, match=r"Mine: @registry\.register_task needs a name"):
+
+        @Registry().register_task
+        class Mine: ...

@@ -1,4 +1,4 @@
-"""Replaces img2dataset in tests: takes the flags of dataset/download.sh and writes shards in img2dataset's format."""
+"""Replaces img2dataset in tests: takes the flags of dataset/download_*.sh and writes shards in img2dataset's format."""
 
 import argparse
 import csv

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 import subprocess
 import sys
@@ -146,3 +147,18 @@ def test_bad_arguments(tmp_path):
     for argument in ("--limit=0", "--rows-per-file=-1", "--limit=x"):
         done = run("convert_laion", argument, folder=tmp_path)
         assert done.returncode == 2 and argument.split("=")[0] in done.stderr
+
+
+def test_a_path_that_the_screen_cannot_show(tmp_path):
+    write_list(tmp_path / "list.json", AWKWARD)
+    script = ROOT / "dataset" / "convert_laion.py"
+    command = [sys.executable, script, "--input", "list.json", "--output", "猫.tsv"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0 and done.stdout.strip() == b"Wrote 12 pairs to \\u732b.tsv"
+
+
+def test_a_missing_library_is_one_line():
+    code = "import runpy, sys; sys.modules['ijson'] = None; runpy.run_path(sys.argv[1])"
+    script = str(ROOT / "dataset" / "convert_cc_sbu.py")
+    done = subprocess.run([sys.executable, "-c", code, script], capture_output=True, text=True)
+    assert done.returncode == 1 and re.fullmatch("Error: .*ijson.* pip install ijson tqdm\n", done.stderr)

@@ -13,7 +13,7 @@ import pytest
 import webdataset as wds
 from PIL import Image
 from pixel_baseline import pixel_baseline
-from tiny_pictures import TINY_DIR, encode_webp, read_pictures, write_tar
+from tiny_pictures import TINY_DIR, encode_webp, read_pictures, refuse_existing, write_tar
 from tiny_text import caption_of, full_sentence, load_concepts, named
 
 from minigpt4.datasets.datasets.cc_sbu_dataset import CCSBUAlignDataset
@@ -190,6 +190,108 @@ def test_an_interrupted_run_leaves_nothing_half_done(own_copy, monkeypatch):
     assert (own_copy / "laion" / "00000.tar").read_bytes() == before["laion/00000.tar"]
     prepare_tiny.prepare(own_copy)
     assert everything(own_copy) == before
+
+
+def refused(output: Path, *names: str) -> None:
+    """The script names the first of the files, and changes nothing."""
+    before = everything(output)
+    with pytest.raises(SystemExit) as stopped:
+        prepare_tiny.prepare(output)
+    assert f"{output / names[0]} was not written" in stopped.value.code
+    assert f"There are {len(names)} such files" in stopped.value.code
+    assert everything(output) == before
+
+
+@pytest.mark.parametrize("part", ["laion/00000.tar", "cc_sbu_align/filter_cap.json", "heldout/image/7.png", "cc_sbu"])
+def test_files_of_others_are_not_replaced(small, tmp_path, part):
+    (tmp_path / part).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / part).write_text("of the user")
+    write_tar(tmp_path / "openmoji.tar", stand_in())
+    refused(tmp_path, part)
+    prepare_tiny.prepare(tmp_path, force=True)
+    assert prepare_tiny.is_complete(tmp_path)
+
+
+def test_files_that_were_added_or_changed_are_not_replaced(own_copy, monkeypatch):
+    (own_copy / "cc_sbu_align" / "filter_cap.json").write_text("corrected by hand")
+    (own_copy / "laion" / "of_the_user.tar").write_text("x")
+    refused(own_copy, "laion/of_the_user.tar", "cc_sbu_align/filter_cap.json")
+    shutil.move(own_copy / "laion" / "of_the_user.tar", own_copy)
+    (own_copy / "cc_sbu_align" / "filter_cap.json").unlink()
+    prepare_tiny.prepare(own_copy)
+    assert prepare_tiny.is_complete(own_copy) and (own_copy / "of_the_user.tar").read_text() == "x"
+    (own_copy / "laion" / "of_the_user.tar").write_text("x")
+    assert prepare_tiny.is_complete(own_copy)  # more than was written; nothing to do
+    monkeypatch.setattr(prepare_tiny, "fingerprint", lambda: "another")
+    refused(own_copy, "laion/of_the_user.tar")
+
+
+def test_linked_folders_are_not_removed(own_copy, tmp_path, monkeypatch):
+    shutil.move(own_copy / "heldout", tmp_path / "elsewhere")
+    (own_copy / "heldout").symlink_to(tmp_path / "elsewhere")
+    monkeypatch.setattr(prepare_tiny, "fingerprint", lambda: "another")
+    refused(own_copy, "heldout")
+    prepare_tiny.prepare(own_copy, force=True)  # takes the link away, not the files
+    assert not (own_copy / "heldout").is_symlink() and (tmp_path / "elsewhere" / "filter_cap.json").exists()
+
+
+@pytest.mark.parametrize("content", [b"no tar", None])
+def test_another_openmoji_tar_is_not_replaced(small, tmp_path, content):
+    if content is None:
+        write_tar(tmp_path / "openmoji.tar", stand_in()[:3])
+    else:
+        (tmp_path / "openmoji.tar").write_bytes(content)
+    refused(tmp_path, "openmoji.tar")
+
+
+def test_another_prepared_json_is_not_replaced(small, tmp_path):
+    (tmp_path / "prepared.json").write_text('{"prepared": ["dinner"]}')
+    with pytest.raises(SystemExit, match="prepared.json was not written by this script"):
+        prepare_tiny.prepare(tmp_path)
+    assert (tmp_path / "prepared.json").read_text() == '{"prepared": ["dinner"]}'
+
+
+def test_an_output_that_is_a_file(tmp_path):
+    (tmp_path / "file").write_text("of the user")
+    with pytest.raises(SystemExit, match="file is not a folder"):
+        prepare_tiny.prepare(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "of the user"
+
+
+def test_other_scripts_refuse_files_that_exist(tmp_path):
+    refuse_existing(tmp_path, ["figures.json"], own=TINY_DIR)
+    (tmp_path / "figures.json").write_text("of the user")
+    with pytest.raises(SystemExit, match="figures.json exists already"):
+        refuse_existing(tmp_path, ["concepts.json", "figures.json"], own=TINY_DIR)
+    refuse_existing(tmp_path, ["figures.json"], own=tmp_path)
+
+
+def test_a_kill_between_two_parts_can_be_continued(own_copy, monkeypatch):
+    """The old parts and the new ones are this script's, whatever the order."""
+    monkeypatch.setattr(prepare_tiny, "SEED", 3)
+    remove = prepare_tiny.remove
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_tiny, "remove", lambda path: remove(path) if path.name != "cc_sbu_align" else 1 / 0)
+        (own_copy / "laion" / "00000.tar").unlink()
+        with pytest.raises(ZeroDivisionError):
+            prepare_tiny.prepare(own_copy)
+    assert not prepare_tiny.is_complete(own_copy)
+    prepare_tiny.prepare(own_copy)
+    assert prepare_tiny.is_complete(own_copy)
+
+
+def test_a_folder_of_the_version_before_is_known(own_copy):
+    sizes = {
+        part: [p.stat().st_size for p in (own_copy / part).rglob("*") if p.is_file()] for part in prepare_tiny.PARTS
+    }
+    files = {part: [len(of_part), sum(of_part)] for part, of_part in sizes.items()}
+    (own_copy / "prepared.json").write_text(json.dumps({"fingerprint": "of before", "files": files}))
+    (own_copy / "laion" / "of_the_user.tar").write_text("x")
+    with pytest.raises(SystemExit, match="laion/.* was not written"):
+        prepare_tiny.prepare(own_copy)
+    (own_copy / "laion" / "of_the_user.tar").unlink()
+    prepare_tiny.prepare(own_copy)
+    assert prepare_tiny.is_complete(own_copy)
 
 
 def test_missing_openmoji_says_what_to_install(small, tmp_path, monkeypatch):

@@ -115,10 +115,13 @@ def break_a_picture(path):
 
 
 def test_from_the_list_to_training(tmp_path, web, downloader, caplog):
+    """With the scripts where readers of tutorials put them: beside the data."""
     good = write_list(tmp_path, web)
-    command(sys.executable, str(ROOT / "dataset/convert_cc_sbu.py"), "--rows-per-file", "25", folder=tmp_path)
+    for name in ("convert_cc_sbu.py", "download_cc_sbu.sh"):
+        shutil.copy(ROOT / "dataset" / name, tmp_path)
+    command(sys.executable, "convert_cc_sbu.py", "--rows-per-file", "25", folder=tmp_path)
     command(
-        *("bash", str(ROOT / "dataset/download_cc_sbu.sh"), "--number_sample_per_shard", str(PER_SHARD)),
+        *("sh", "download_cc_sbu.sh", "--number_sample_per_shard", str(PER_SHARD)),
         *("--timeout", "10"),
         folder=tmp_path,
         IMG2DATASET=downloader,
@@ -147,29 +150,95 @@ def test_from_the_list_to_training(tmp_path, web, downloader, caplog):
         assert any(f"{shard} (" in report for shard in shards)
 
 
+@pytest.fixture(params=["sh", "bash", "dash"])
+def shell(request):
+    if not shutil.which(request.param):
+        pytest.skip(f"needs {request.param}")
+    return request.param
+
+
+@pytest.mark.parametrize(
+    ("suffix", "names"),
+    [
+        (
+            "convert_{}.py",
+            {"ccs_synthetic": "laion_synthetic", "CC3M + CC12M + SBU to a TSV": "LAION (115 million pairs) to TSVs"},
+        ),
+        ("download_{}.sh", {"ccs_synthetic": "laion_synthetic", "CC3M + CC12M + SBU": "LAION"}),
+    ],
+)
+def test_the_scripts_of_both_lists_are_the_same(suffix, names):
+    one, other = ((ROOT / "dataset" / suffix.format(name)).read_text() for name in ("cc_sbu", "laion"))
+    for name, another in (names | {"_cc_sbu.": "_laion.", "cc_sbu_dataset": "laion_dataset"}).items():
+        one = one.replace(name, another)
+    assert one == other.replace("_cc_sbu.", "_laion.")
+
+
+@pytest.mark.parametrize("name", ["cc_sbu", "laion"])
+def test_each_script_works_alone(tmp_path, name, shell):
+    """Copied to a folder with a blank in its name, and called by a path or from within it, without this repository."""
+    stem = {"cc_sbu": "ccs", "laion": "laion"}[name] + "_synthetic_filtered_large"
+    folder = tmp_path / "my data"
+    folder.mkdir()
+    for script in (f"convert_{name}.py", f"download_{name}.sh"):
+        shutil.copy(ROOT / "dataset" / script, folder)
+    (folder / f"{stem}.json").write_text('[{"caption": "A cat.", "url": "http://example.org/1.jpg"}]')
+    command(sys.executable, "-I", f"convert_{name}.py", folder=folder)
+    assert (folder / f"{stem}.tsv").read_text() == "caption\turl\nA cat.\thttp://example.org/1.jpg\n"
+    for place, script in ((folder, f"download_{name}.sh"), (tmp_path, f"my data/download_{name}.sh")):
+        said = command(shell, script, folder=place, IMG2DATASET="echo", URL_LIST=str(folder / f"{stem}.tsv"))
+        assert said.stdout.startswith(f"--url_list {folder}/{stem}.tsv ") and not said.stderr
+
+
+def test_a_tsv_is_not_overwritten(tmp_path):
+    (tmp_path / "list.json").write_text('[{"caption": "A cat.", "url": "http://example.org/1.jpg"}]')
+    for target in ("list.json", "list.tsv"):
+        (tmp_path / "list.tsv").write_text("of the user")
+        before = (tmp_path / target).read_text()
+        arguments = [ROOT / "dataset/convert_laion.py", "--input", "list.json", "--output", target]
+        done = subprocess.run([sys.executable, *arguments], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 1 and f"Error: {target} exists already. Move it away" in done.stderr
+        assert (tmp_path / target).read_text() == before
+
+
+def test_shards_of_others_are_not_overwritten(tmp_path, shell):
+    """img2dataset writes 00000.tar anew unless there is a 00000_stats.json; an interrupted run leaves _tmp/."""
+    (tmp_path / "list.tsv").write_text("caption\turl\n")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "00000.tar").write_text("of the user")
+    env = os.environ | {"IMG2DATASET": "echo", "URL_LIST": "list.tsv", "OUTPUT_FOLDER": "out"}
+    run = [shell, ROOT / "dataset/download_laion.sh"]
+    done = subprocess.run(run, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 1 and "Error: out has shards that img2dataset did not write" in done.stderr
+    for name in ("_tmp", "00001_stats.json"):
+        (tmp_path / "out" / name).mkdir()
+        assert subprocess.run(run, cwd=tmp_path, env=env).returncode == 0
+        (tmp_path / "out" / name).rmdir()
+
+
 @pytest.mark.parametrize(
     ("program", "message"),
     [("/no/such", "pipx install img2dataset"), ("true", "there is no laion_synthetic_filtered_large.tsv")],
 )
-def test_without_img2dataset_or_without_a_list(tmp_path, program, message):
+def test_without_img2dataset_or_without_a_list(tmp_path, program, message, shell):
     script, env = ROOT / "dataset/download_laion.sh", os.environ | {"IMG2DATASET": program}
-    done = subprocess.run(["bash", script], cwd=tmp_path, env=env, capture_output=True, text=True)
+    done = subprocess.run([shell, script], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 1
     assert message in done.stderr
 
 
 @pytest.mark.parametrize("name", ["cc_sbu", "laion"])
-def test_the_settings_of_the_first_release(tmp_path, name):
+def test_the_settings_of_the_first_release(tmp_path, name, shell):
     stem = {"cc_sbu": "ccs", "laion": "laion"}[name] + "_synthetic_filtered_large"
     (tmp_path / f"{stem}.tsv").write_text("caption\turl\n")
     script = f"{ROOT}/dataset/download_{name}.sh"
-    said = command("bash", script, "--retries", "2", folder=tmp_path, IMG2DATASET="echo").stdout.strip()
+    said = command(shell, script, "--retries", "2", folder=tmp_path, IMG2DATASET="echo").stdout.strip()
     assert said == (
         f"--url_list {stem}.tsv --input_format tsv --url_col url --caption_col caption --output_format webdataset "
         f"--output_folder {name}_dataset --processes_count 16 --thread_count 128 --image_size 256 "
         "--enable_wandb False --distributor multiprocessing --retries 2"
     )
     changed = dict(PROCESSES="2", THREADS="4", IMAGE_SIZE="512", WANDB="True", DISTRIBUTOR="ray", OUTPUT_FOLDER="/x")
-    said = command("bash", script, folder=tmp_path, IMG2DATASET="echo", **changed).stdout
+    said = command(shell, script, folder=tmp_path, IMG2DATASET="echo", **changed).stdout
     for part in ("processes_count 2", "thread_count 4", "image_size 512", "wandb True", "distributor ray", "folder /x"):
         assert part in said

@@ -2,12 +2,14 @@
 
 import io
 import json
+import pickle
 from itertools import islice
 
 import numpy as np
 import pytest
 import torch
 
+from minigpt4.common import facts
 from minigpt4.common.errors import ConfigError
 from minigpt4.common.registry import registry
 from minigpt4.datasets import feature_cache
@@ -154,6 +156,13 @@ def test_captions_that_cannot_be_used_are_left_out(tmp_path, caplog):
     assert stream.read.left_out["an empty caption"] > 0
 
 
+def test_workers_get_their_own_copy(tmp_path):
+    """Python 3.14 starts workers by forkserver, and macOS by spawn."""
+    folder = str(write_cache(tmp_path / "cache"))
+    assert pickle.loads(pickle.dumps(FeatureSet(folder)))[0]["image_id"] == "0.x"
+    assert next(iter(pickle.loads(pickle.dumps(FeatureStream(folder, str)))))["text_input"]
+
+
 def test_a_shard_out_of_reach_is_waited_for(tmp_path, monkeypatch):
     folder = write_cache(tmp_path / "cache")
     dataset = FeatureSet(str(folder))
@@ -188,13 +197,17 @@ def test_weights_files_are_identified_by_content(tmp_path):
 def test_weights_that_are_not_here_are_identified_by_name(tmp_path, monkeypatch):
     """Training from a cache needs no encoder: its published weights are not downloaded to compare them."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "empty"))
-    away = locate.identity("https://host/BLIP2/eva_vit_g.pth?x=1")
+    away = locate.identity(facts.VIT_WEIGHTS["eva_clip_g"])
     assert away == {"file": "eva_vit_g.pth"}
     (tmp_path / "eva_vit_g.pth").write_bytes(b"weights")
     here = locate.identity(str(tmp_path / "eva_vit_g.pth"))
     feature_cache.check_same({"w": here}, {"w": away}, "x")
     with pytest.raises(ConfigError, match="w: eva_vit_g.pth in the cache, other.pth here, which differ in file"):
         feature_cache.check_same({"w": here}, {"w": {"file": "other.pth"}}, "x")
+    one, other = (locate.identity(f"https://host/{run}/vit.pth") for run in ("runA", "runB"))
+    with pytest.raises(ConfigError, match="which differ in url"):
+        feature_cache.check_same({"w": one | {"sha256": "0"}}, {"w": other}, "x")
+    feature_cache.check_same({"w": one | {"sha256": "0"}}, {"w": one}, "x")
 
 
 def test_the_manifest_is_json_that_a_person_can_read(tmp_path):

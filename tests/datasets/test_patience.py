@@ -171,6 +171,28 @@ def test_one_shard_that_is_gone_does_not_stop_the_others(tmp_path, clock):
     assert {key[1] for key in dataset.take_left_out()} == {f"{folder}/00001.tar"}
 
 
+def test_many_files_that_are_gone_cost_little_time(tmp_path, monkeypatch, clock):
+    """Less than 20 s together."""
+    monkeypatch.setattr(patience, "WAIT_FOR_ONE", 10.0)
+    dataset = CCSBUAlignDataset(str(write_align(tmp_path, records=60)), BaseProcessor())
+    dataset.patience.timeout_s = 600.0
+    for i in range(0, 60, 2):
+        (tmp_path / "image" / f"{i}.jpg").unlink()
+    for _ in range(2):
+        assert [dataset[i]["image_id"] for i in range(60)] == [str(i | 1) for i in range(60)]
+    assert 1010 < clock.now < 1025
+    assert dataset.take_left_out().total() == 60
+
+
+def test_a_command_that_always_fails_at_its_end_is_waited_for_once(tmp_path, clock):
+    path = write_tar(tmp_path / "0.tar", good_members(0, 10))
+    dataset = stream(f"pipe:cat {path}; exit 3", timeout=50)
+    for _ in range(3):
+        assert len(list(dataset.part(0))) == 10
+    assert clock.now == pytest.approx(1050)
+    assert dataset.take_left_out() == {("a shard, or a part of it, that cannot be read", f"pipe:cat {path}; exit 3"): 3}
+
+
 def test_without_a_time_nothing_is_waited_for(clock):
     clock.sleep = lambda seconds: pytest.fail("waited")
     with pytest.raises(RuntimeError, match="1 of 1 shards, e.g. pipe:false"):

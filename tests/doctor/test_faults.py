@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import sentencepiece
 import torch
 from dataset_files import good_members, picture_bytes, write_tar
 from safetensors.torch import load_file, save_file
@@ -18,7 +19,7 @@ from minigpt4.datasets import feature_cache
 from minigpt4.doctor import check_environment, check_files, check_memory, check_run, checks, machine
 from minigpt4.doctor.diagnostic import ERROR, WARNING
 from minigpt4.doctor.machine import Gpu
-from minigpt4.weights import hf_names
+from minigpt4.weights import hf_names, locate
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 5\n"
 
@@ -34,11 +35,11 @@ def test_a_sample_of_each_source_is_shown(patient):
     patient.stage = "stage1"
     patient.options = [f"{LAION}=[{patient.shards}/*.tar,'pipe:cat {patient.shards}/00002.tar']"]
     found = [f.what for f in patient.diagnostics() if f.check == LAION]
-    assert len(found) == 2 and "3 local shards; opened 3; a sample: 0000" in found[0]
-    assert found[1].endswith("a sample: 00002.tar/000000008, 20 x 20 pixels, 'sample 8'")
+    assert len(found) == 2 and found[0].startswith("3 shards; opened 3; a sample: 0000")
+    assert found[1] == "1 shard; opened 1; a sample: 00002.tar/000000008: 'sample 8'"
     patient.stage, patient.options = "stage2", []
     (what,) = [f.what for f in patient.diagnostics() if f.check == ALIGN]
-    assert what == "20 records; a sample: 0, 20 x 20 pixels, 'Caption Number 0!'"
+    assert what == "20 records; a sample: 0: 'Caption Number 0!'"
 
 
 def rename(path):
@@ -90,6 +91,23 @@ def tokenizer_without_separator(p):
     (p.llm / "tokenizer.model").unlink()
     model = {"type": "WordLevel", "vocab": {"<unk>": 0, "a": 1}, "unk_token": "<unk>"}
     p.write(p.llm / "tokenizer.json", json.dumps({"version": "1.0", "added_tokens": [], "model": model}))
+
+
+def infinite_encoder(p):
+    content = torch.load(p.vision, weights_only=True)
+    content["pos_embed"][0, 0, 0] = float("inf")
+    torch.save(content, replace(p.vision))
+
+
+def flipped_bytes(p):
+    content = bytearray(p.qformer.read_bytes())
+    content[len(content) // 2] ^= 1
+    p.write(p.qformer, bytes(content))
+
+
+def own_code(p):
+    p.edit(p.llm / "config.json", model_type="strange", auto_map={"AutoConfig": "a.StrangeConfig"})
+    p.write(p.llm / "a.py", "raise SystemExit('this code was run')")
 
 
 def options(*given):
@@ -251,6 +269,31 @@ FAULTS = {
         "nobody's",
     ),
     "broken index": ("chat", lambda p: p.write(p.llm / "model.safetensors.index.json", "{"), ERROR, LLM, "index.json"),
+    "NaN in ckpt": (
+        "stage2",
+        checkpoint({"llama_proj.weight": torch.full((128, SIZES["qformer_width"]), float("nan"))}),
+        ERROR,
+        "model.ckpt",
+        "NaN .*llama_proj.weight",
+    ),
+    "infinity in the encoder": ("stage1", infinite_encoder, ERROR, "model.vit_weights", "infinity .* pos_embed"),
+    "flipped bytes": ("stage1", flipped_bytes, ERROR, "model.q_former_model", "is damaged"),
+    "objects in ckpt": ("stage2", checkpoint({"llama_proj.weight": [0.0]}), ERROR, "model.ckpt", "is a list"),
+    "a number as ckpt's epoch": (
+        "stage2",
+        also(checkpoint(linear(48, 128), epoch="3"), lambda p: p.options.append(f"run.resume_ckpt_path={p.ckpt}")),
+        ERROR,
+        "run.resume_ckpt_path",
+        "'epoch' is of type str",
+    ),
+    "code in the model's folder": ("chat", own_code, ERROR, LLM, "model.trust_remote_code=True"),
+    "code that is trusted": (
+        "chat",
+        also(lambda p: p.write(p.llm / "a.py", ""), options("model.trust_remote_code=True")),
+        WARNING,
+        "model.trust_remote_code",
+        "a.py of",
+    ),
     # shapes
     "13B projection": ("stage2", checkpoint(linear(SIZES["qformer_width"], 5120)), ERROR, "model.ckpt", "5120 .* 128"),
     "another Q-Former's": ("stage2", checkpoint(linear(99, 128)), ERROR, "model.ckpt", r"\(128, 99\)"),
@@ -345,7 +388,13 @@ FAULTS = {
         "none of 1 shard can be used, e.g. pipe:false",
     ),
     "empty captions": ("stage2", records(caption("")), WARNING, ALIGN, "1 of 20 samples looked at: an empty caption"),
-    "markers in captions": ("stage2", records(caption("a ### b")), WARNING, ALIGN, "1 caption of 20 .*'a ### b'"),
+    "markers in captions": (
+        "stage2",
+        records(caption("a ### b")),
+        WARNING,
+        ALIGN,
+        "1 of 20 samples looked at: markers .*'a ### b'",
+    ),
     "broken cached features": ("stage2", broken_cache, ERROR, ALIGN_FEATURES, "1 × features that are broken"),
     "no align folder": ("stage2", lambda p: rename(p.align), ERROR, ALIGN, "does not exist"),
     "align is a file": ("stage2", lambda p: setattr(p, "align", p.ckpt), ERROR, ALIGN, "is a file"),
@@ -436,6 +485,61 @@ def test_a_fault_is_named(patient, fault):
     assert any((d.check, d.status) == (key, status) and re.search(evidence, d.what, re.DOTALL) for d in found), found
 
 
+def test_a_gguf_file(patient, tmp_path):
+    """Its header is told, its sizes give the memory, and a checkpoint is compared with its embeddings."""
+    path = write_gguf(tmp_path / "a.GGUF", patient.llm)
+    patient.options.append(f"model.llama_model={path}")
+    patient.stage = "stage2"
+    found = {d.check: d for d in patient.diagnostics(ERROR, WARNING)}
+    assert found == {}
+    told = [d.what for d in patient.diagnostics() if d.check == "model.llama_model"]
+    llm = json.loads((patient.llm / "config.json").read_text())
+    sizes = f"llama, {llm['num_hidden_layers']} layers, {llm['hidden_size']} wide"
+    assert sizes in told[0] and f"tokenizer llama with {llm['vocab_size']} tokens; no chat template" in told[0]
+    whole = patient.context().llm
+    patient.options[-1] = f"model.llama_model={patient.llm}"
+    of_folder = patient.context().llm
+    assert whole.parameter_counts() == of_folder.parameter_counts() and whole.kv_width == of_folder.kv_width
+    patient.options[-1] = f"model.llama_model={path}"
+    rows = torch.zeros(8, whole.width).half()
+    other = {"name": "x", "width": whole.width, "layers": whole.layers, "vocabulary": whole.vocabulary}
+    content = torch.load(patient.ckpt, weights_only=True) | {"llm_fingerprint": other | {"embedding_rows": rows}}
+    torch.save(content, replace(patient.ckpt))
+    assert any("token embeddings do not" in d.what for d in patient.diagnostics(ERROR))
+    path.write_bytes(path.read_bytes()[:-1])
+    assert any("cut off" in d.what and d.check == "model.llama_model" for d in patient.diagnostics(ERROR))
+
+
+def write_gguf(path, folder):
+    """The Llama of a folder as a .gguf file, as far as doctor looks at it: its tensors in any order of rows."""
+    gguf = pytest.importorskip("gguf")
+    config = json.loads((folder / "config.json").read_text())
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(2048)
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_layer_norm_rms_eps(1e-6)
+    tokenizer = sentencepiece.SentencePieceProcessor(str(folder / "tokenizer.model"))
+    kinds = {tokenizer.IsUnknown: 2, tokenizer.IsControl: 3, tokenizer.IsByte: 6}
+    ids = range(config["vocab_size"])
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([tokenizer.IdToPiece(i) for i in ids])
+    writer.add_token_scores([tokenizer.GetScore(i) for i in ids])
+    writer.add_token_types([next((kind for is_kind, kind in kinds.items() if is_kind(i)), 1) for i in ids])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    names = {"model.embed_tokens.weight": "token_embd.weight", "lm_head.weight": "output.weight"}
+    for name, value in load_file(folder / "model.safetensors").items():
+        writer.add_tensor(names.get(name, name), value.float().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
 @pytest.mark.parametrize("form", ["a folder", "the format before 2020"])
 def test_other_forms_of_weights(patient, form):
     if form == "a folder":
@@ -507,7 +611,9 @@ def test_downloads(patient, monkeypatch, tmp_path):
     patient.options = ["model.q_former_model=https://example.org/blip2.pth"]
     (found,) = patient.diagnostics(ERROR, WARNING)
     assert found.status == WARNING and "blip2.pth is not in the cache and will be fetched" in found.what
-    assert f"Put the file of https://example.org/blip2.pth at {tmp_path}/torch/hub/checkpoints/blip2.pth" in found.fix
+    target = locate.cached_file("https://example.org/blip2.pth")
+    assert f"Put the file of https://example.org/blip2.pth at {target}" in found.fix
+    assert target.is_relative_to(tmp_path / "torch/hub/checkpoints") and target.name == "blip2.pth"
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert "nothing may be fetched" in patient.diagnostics(ERROR)[0].what

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from helpers import ROOT, loss_and_gradient
 from safetensors.torch import load_file, save_file
 
 from minigpt4.benchmarks import random_weights
+from minigpt4.common import compat
 from minigpt4.common.errors import ConfigError
 from minigpt4.models import llm as llm_module
 from minigpt4.models.llm import check_answers, embedding_dim, load_llm
@@ -313,15 +315,173 @@ def test_a_gguf_file_goes_into_the_whole_model(gguf_file, llm_folder):
     torch.testing.assert_close(gradient, expected_gradient, atol=1e-6, rtol=1e-3)
 
 
-def test_a_gguf_file_is_not_quantized_again(gguf_file):
-    with pytest.raises(ConfigError, match=r"\.gguf.*model\.load_in must be 16bit"):
-        load_llm(gguf_file, torch.device("cpu"), torch.float32, "8bit")
+@pytest.mark.parametrize("load_in", ["8bit", "4bit", "8bit_weights"])
+def test_a_gguf_file_is_quantized_as_its_folder_is(gguf_file, llm_folder, load_in):
+    cpu = torch.device("cpu")
+    actual, expected = (load_llm(path, cpu, torch.float32, load_in).state_dict() for path in (gguf_file, llm_folder))
+    assert actual.keys() == expected.keys()
+    assert {value.dtype for value in actual.values()} - {torch.float32} == {
+        torch.uint8 if load_in == "4bit" else torch.int8
+    }
+    for name, value in actual.items():
+        difference = (value.int() - expected[name].int()).abs() if value.dtype == torch.int8 else 0
+        torch.testing.assert_close(value, expected[name]) if value.dtype != torch.int8 else None
+        assert torch.as_tensor(difference).max() <= 1
+
+
+def test_a_gguf_file_is_read_as_transformers_reads_it(gguf_file, monkeypatch):
+    """Also where transformers has another way to read the architecture."""
+    from transformers import AutoModelForCausalLM
+
+    path = Path(gguf_file)
+    theirs = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    ours = [load_llm(gguf_file, torch.device("cpu"), torch.float32)]
+    monkeypatch.setattr(compat, "gguf_processor", lambda architecture, config: None)
+    ours += [load_llm(gguf_file, torch.device("cpu"), torch.float32, load_in) for load_in in ("16bit", "8bit")]
+    for llm in ours[:2]:
+        assert llm.state_dict().keys() == theirs.state_dict().keys()
+        assert all(torch.equal(value, theirs.state_dict()[name]) for name, value in llm.state_dict().items())
+        assert (llm.config.vocab_size, llm.config.tie_word_embeddings) == (256, theirs.config.tie_word_embeddings)
+    assert ours[2].model.layers[0].mlp.up_proj.weight.dtype == torch.int8
+
+
+@pytest.mark.parametrize("load_in", ["16bit", "8bit", "8bit_weights"])
+def test_a_number_in_a_gguf_file_that_is_not_finite(gguf_file, tmp_path, load_in):
+    from minigpt4.weights import gguf
+
+    content = bytearray(Path(gguf_file).read_bytes())
+    start = gguf.read_header(gguf_file).tensors["blk.1.ffn_up.weight"].start
+    content[start : start + 4] = struct.pack("<f", float("nan"))
+    (tmp_path / "a.gguf").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"NaN or infinity among the numbers of model\.layers\.1\.mlp\.up_proj"):
+        load_llm(str(tmp_path / "a.gguf"), torch.device("cpu"), torch.float32, load_in)
+
+
+def test_a_gguf_files_vocabulary_is_read_once(gguf_file, monkeypatch):
+    """gguf's own reader takes seconds for one, and its table of names milliseconds for each module of a model."""
+    import gguf
+
+    opened, tables, table_of = [], [], gguf.get_tensor_name_map
+
+    class Reader(gguf.GGUFReader):
+        def __init__(self, path, *args, **kwargs):
+            opened.append(Path(path).stat().st_size)
+            super().__init__(path, *args, **kwargs)
+
+    monkeypatch.setattr(gguf, "GGUFReader", Reader)
+    monkeypatch.setattr(gguf, "get_tensor_name_map", lambda *args: tables.append(args) or table_of(*args))
+    assert embedding_dim(gguf_file) == 128
+    llm, tokenizer = load_llm(gguf_file, torch.device("cpu"), torch.float32), load_tokenizer(gguf_file)
+    check_answers(llm, tokenizer, gguf_file)
+    assert max(opened, default=0) < 5000 < Path(gguf_file).stat().st_size
+    assert len(tables) == 1
+
+
+def test_a_part_of_a_gguf_file_and_a_hostile_header(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    for name, value, message in (("split.count", 3, "one of 3 parts"), ("general.alignment", 0, "damaged")):
+        writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
+        writer.add_uint32(name, value)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.close()
+        with pytest.raises(ConfigError, match=message):
+            load_llm(str(tmp_path / "a.gguf"), torch.device("cpu"), torch.float32)
+
+
+def test_what_is_wrong_with_a_gguf_file(gguf_file, tmp_path):
+    whole = Path(gguf_file).read_bytes()
+    for content, message in (
+        (whole[:-100], "cut off or damaged"),
+        (whole[:3000], "cut off or damaged"),
+        (whole[:10], "cut off or damaged"),
+        (b"", "cut off or damaged"),
+        (b"<html>" + whole[6:], "no .gguf file"),
+        (whole[:4] + b"\x09" + whole[5:], "GGUF version 9"),
+        (whole[:16] + b"\xff" * 8 + whole[24:], "cut off or damaged"),
+        (whole.replace(b"general.architecture", b"general.architectuer"), "cannot be loaded|None"),
+    ):
+        (tmp_path / "a.gguf").write_bytes(content)
+        with pytest.raises(ConfigError, match=message):
+            load_llm(str(tmp_path / "a.gguf"), torch.device("cpu"), torch.float32)
 
 
 def test_a_gguf_file_without_the_package(gguf_file, monkeypatch):
     monkeypatch.setattr(llm_module, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="pip install gguf"):
         embedding_dim(gguf_file)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+@pytest.mark.parametrize("load_in", ["16bit", "8bit", "4bit", "8bit_weights"])
+def test_numbers_that_are_not_finite_raise(llm_folder, tmp_path, load_in, number):
+    shutil.copytree(llm_folder, tmp_path, dirs_exist_ok=True)
+    weights = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    weights[name][3, 3] = number
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"NaN or infinity among the numbers of model\.layers\.1\.mlp\.up_proj"):
+        load_llm(str(tmp_path), torch.device("cpu"), torch.float32, load_in)
+
+
+def test_a_bin_file_that_differs_from_its_checksums_raises(llm_folder, tmp_path):
+    weights = load_file(Path(llm_folder) / "model.safetensors")
+    shutil.copy(Path(llm_folder) / "config.json", tmp_path)
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    load_llm(str(tmp_path), torch.device("cpu"), torch.float32)
+    content = bytearray((tmp_path / "pytorch_model.bin").read_bytes())
+    content[len(content) // 2] ^= 1  # in the middle of a weight, which stays finite
+    (tmp_path / "pytorch_model.bin").write_bytes(content)
+    for load_in in ("16bit", "8bit"):
+        with pytest.raises(CheckpointError, match=r"pytorch_model\.bin is damaged"):
+            load_llm(str(tmp_path), torch.device("cpu"), torch.float32, load_in)
+
+
+@pytest.fixture
+def folder_with_code(llm_folder, tmp_path):
+    """A Llama under a model type that transformers does not know, with the code for it, which leaves a mark."""
+    shutil.copytree(llm_folder, tmp_path / "model")
+    mark = tmp_path / "mark"
+    (tmp_path / "model/code_of_strangers.py").write_text(
+        "from pathlib import Path\n"
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        f"Path({str(mark)!r}).touch()\n"
+        "class StrangeConfig(LlamaConfig):\n    model_type = 'strange'\n"
+        "class StrangeForCausalLM(LlamaForCausalLM):\n    config_class = StrangeConfig\n"
+    )
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    classes = {"AutoConfig": "StrangeConfig", "AutoModelForCausalLM": "StrangeForCausalLM"}
+    auto_map = {auto: f"code_of_strangers.{name}" for auto, name in classes.items()}
+    config |= {"model_type": "strange", "architectures": ["StrangeForCausalLM"], "auto_map": auto_map}
+    (tmp_path / "model/config.json").write_text(json.dumps(config))
+    return str(tmp_path / "model"), mark
+
+
+def test_a_models_own_code_runs_only_if_it_is_trusted(folder_with_code, monkeypatch, tmp_path):
+    folder, mark = folder_with_code
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("builtins.input", lambda *args: "y")  # nobody is asked
+    for read in (embedding_dim, lambda path: load_llm(path, torch.device("cpu"), torch.float32)):
+        with pytest.raises(ConfigError, match=r"--options model\.trust_remote_code=True"):
+            read(folder)
+    assert not mark.exists()
+    assert embedding_dim(folder, trust_remote_code=True) == 128
+    llm = load_llm(folder, torch.device("cpu"), torch.float32, trust_remote_code=True)
+    assert mark.exists() and type(llm).__name__ == "StrangeForCausalLM"
+
+
+def test_transformers_is_told_whom_to_trust_wherever_it_could_ask():
+    """Each call of an Auto class's `from_pretrained` says so."""
+    users = {
+        path.relative_to(ROOT).as_posix(): path.read_text().count(".from_pretrained(")
+        for path in ROOT.glob("minigpt4/**/*.py")
+        if ".from_pretrained(" in path.read_text()
+    }
+    # The tokenizer calls ours, and one of the calls is of a class that is no Auto class.
+    assert users == {"minigpt4/models/llm.py": 1, "minigpt4/models/tokenizer.py": 1, "minigpt4/weights/gguf.py": 4}
+    for path in ("minigpt4/models/llm.py", "minigpt4/weights/gguf.py"):
+        said = re.findall(r'trust_remote_code(?:=|": False)', (ROOT / path).read_text())
+        assert len(said) >= users[path] - 1
 
 
 def test_logits_that_are_not_finite_raise(llm_folder, golden_llm_folder):
@@ -452,6 +612,7 @@ def test_other_formats_of_bitsandbytes_train_alike_after_a_validation(llm_folder
 def test_device_maps_that_are_refused(llm_folder, monkeypatch):
     with pytest.raises(ConfigError, match=r"model\.load_in=8bit_weights .*model\.llm_device_map"):
         load_llm(llm_folder, torch.device("cpu"), torch.float32, "8bit_weights", "auto")
-    monkeypatch.setattr(llm_module.dist_utils, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     with pytest.raises(ConfigError, match=r"model\.llm_device_map=auto .*2 processes"):
         load_llm(llm_folder, torch.device("cpu"), torch.float32, device_map="auto")

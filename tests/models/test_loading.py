@@ -11,8 +11,10 @@ from helpers import ROOT
 from helpers import SMALL_SIZES as SMALL
 
 from minigpt4.benchmarks import random_weights
+from minigpt4.common.errors import ConfigError
 from minigpt4.models import MiniGPT4, llm, loading
 from minigpt4.models.loading import PUBLISHED_QFORMER, qformer_origin
+from minigpt4.tasks.cached_features import vision_identity
 from minigpt4.weights import checkpoint
 from minigpt4.weights.checkpoint import CheckpointError
 
@@ -52,6 +54,61 @@ def test_an_encoder_that_trains_is_in_float32(files):
         torch.testing.assert_close(again.state_dict()[name] + 1, model.state_dict()[name])
 
 
+class MoreQueries(MiniGPT4):
+    """A plug-in whose parameters' names begin like those of the Q-Former's queries and of the projection."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.query_tokens_x = torch.nn.Parameter(torch.ones(3))
+        self.module = torch.nn.Linear(2, 2)
+
+
+def test_a_plugins_parameter_is_not_taken_for_the_qformers(files, tmp_path):
+    model = MoreQueries.from_config(config(files))
+    assert torch.equal(model.query_tokens_x.detach(), torch.ones(3))
+    trained = {name: p.detach() + 1 for name, p in model.named_parameters() if p.requires_grad}
+    assert {"query_tokens_x", "module.weight", "llama_proj.weight"} <= trained.keys()
+    torch.save({"model": trained}, tmp_path / "trained.pth")
+    again = MoreQueries.from_config(config(files, ckpt=str(tmp_path / "trained.pth")))
+    assert torch.equal(again.query_tokens_x.detach(), torch.full((3,), 2.0))
+    assert torch.equal(again.module.weight.detach(), trained["module.weight"])
+    cfg = config(files, ckpt=str(tmp_path / "trained.pth"))
+    assert vision_identity(cfg)["ckpt"] is None  # so that cached features stay valid
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod."])
+def test_a_checkpoint_of_a_wrapped_model(files, tmp_path, prefix, caplog):
+    caplog.set_level("INFO")
+    content = torch.load(files["ckpt"], weights_only=True)
+    content["model"] = {f"{prefix}{name}": value for name, value in content["model"].items()}
+    torch.save(content, tmp_path / "wrapped.pth")
+    wrapped, whole = (
+        MiniGPT4.from_config(config(files, ckpt=str(p))) for p in (tmp_path / "wrapped.pth", files["ckpt"])
+    )
+    assert torch.equal(wrapped.llama_proj.weight, whole.llama_proj.weight)
+    assert f"wrapped.pth: all names begin with {prefix!r}" in caplog.text
+
+
+@pytest.mark.parametrize("part", ["vision", "qformer", "ckpt"])
+def test_each_part_is_looked_at_for_nan(files, tmp_path, part):
+    content = torch.load(files[part], weights_only=True)
+    weights = content.get("model", content)
+    name = {"vision": "blocks.1.norm1.weight", "qformer": "query_tokens", "ckpt": "llama_proj.weight"}[part]
+    weights[name].view(-1)[-1] = float("nan")
+    torch.save(content, tmp_path / "nan.pth")
+    key = {"vision": "vit_weights", "qformer": "q_former_model", "ckpt": "ckpt"}[part]
+    with pytest.raises(CheckpointError, match=f"nan.pth: NaN or infinity among the numbers of {name}"):
+        MiniGPT4.from_config(config(files, **{key: str(tmp_path / "nan.pth")}))
+
+
+def test_settings_of_the_language_model_are_refused_before_anything_is_read(files, monkeypatch):
+    """No weights of the vision side are loaded first."""
+    monkeypatch.setattr(loading, "open_sources", lambda cfg: pytest.fail("weights were opened"))
+    for wrong in ({"llama_model": str(files["ckpt"])}, {"llm_device_map": "auto", "load_in": "8bit_weights"}):
+        with pytest.raises(ConfigError, match="model\\.(llama_model|load_in)="):
+            MiniGPT4.from_config(config(files, **wrong))
+
+
 @pytest.mark.parametrize("frozen", [True, False])
 def test_a_frozen_qformer_is_in_16_bit(files, frozen):
     model = MiniGPT4.from_config(config(files, freeze_qformer=frozen), dtype=torch.bfloat16)
@@ -88,6 +145,7 @@ def test_the_host_holds_no_second_copy(tmp_path, files):
     }
     code = f"""
 import threading, time, torch
+from minigpt4.common.errors import ConfigError
 from minigpt4.models import MiniGPT4
 def own():
     return int(next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1]) * 1024

@@ -11,6 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torchvision import transforms
 
+from minigpt4.common.errors import ConfigError
 from minigpt4.common.registry import registry
 from minigpt4.processors import BaseProcessor, to_rgb
 
@@ -142,3 +143,32 @@ def test_base_processor_changes_nothing_and_takes_a_transform():
     doubled = BaseProcessor()
     doubled.transform = lambda item: 2 * item
     assert doubled(3) == 6
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"min_scale": "abc"}, "min_scale='abc' must be a number"),
+        ({"min_scale": float("nan")}, "min_scale=nan"),
+        ({"mean": 3}, "mean=3"),
+        ({"mean": [1, 2]}, "three numbers"),
+        ({"mean": [0.1, "a", 0.2]}, "mean="),
+        ({"std": [1, 1, 0]}, "three numbers"),
+        ({"image_size": True}, "image_size=True must be a whole number"),
+    ],
+)
+def test_arguments_of_another_type(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        make("blip2_image_train", **settings)
+
+
+def test_types_of_a_plugins_processor():
+    class Mine(BaseProcessor):
+        def __init__(self, size: tuple[int, int] = (1, 1), name_of: str = None, scale: float = 1.0, free=None):  # noqa: RUF013
+            self.arguments = size, name_of, scale, free
+
+    settings = {"size": [2, 3], "name_of": None, "scale": 2, "free": {"a": [1]}}
+    assert Mine.from_config(OmegaConf.create(settings)).arguments == ((2, 3), None, 2.0, {"a": [1]})
+    assert Mine.from_config({"free": print}).arguments[3] is print  # from Python
+    with pytest.raises(ConfigError, match="size="):
+        Mine.from_config({"size": [1]})

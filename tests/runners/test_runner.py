@@ -11,6 +11,7 @@ from helpers import Pictures
 from torch.utils.data import IterableDataset
 
 from minigpt4.common.errors import ConfigError
+from minigpt4.weights import checkpoint
 from minigpt4.weights.checkpoint import CheckpointError
 from minigpt4.weights.fingerprint import MismatchError
 
@@ -112,7 +113,7 @@ def test_resume_on_another_device_keeps_the_optimiser_of_this_one(build_golden_m
     for group in content["optimizer"]["param_groups"]:
         group["fused"] = True
     torch.save(content, path)
-    again = make_runner(build_golden_model(), job_id="again", resume_ckpt_path=str(path))
+    again = make_runner(build_golden_model(), job_id="again", iters_per_epoch=1, resume_ckpt_path=str(path))
     assert [group["fused"] for group in again.optimizer.param_groups] == [False] * 2
 
 
@@ -120,7 +121,8 @@ def test_resume_of_a_finished_run_trains_nothing(build_golden_model, make_runner
     caplog.set_level("INFO")
     first = make_runner(build_golden_model(), job_id="first", iters_per_epoch=1)
     first.train()
-    again = make_runner(build_golden_model(), job_id="again", resume_ckpt_path=str(first.output_dir))
+    settings = {"iters_per_epoch": 1, "resume_ckpt_path": str(first.output_dir)}
+    again = make_runner(build_golden_model(), job_id="again", **settings)
     again.train()
     assert "Nothing left to train" in caplog.text
     assert_same(weights(first), weights(again))
@@ -131,6 +133,35 @@ def test_resume_refuses_a_checkpoint_without_the_trained_part(build_golden_model
     torch.save({"model": {"llama_proj.bias": torch.zeros(40)}, "epoch": 0}, path)
     with pytest.raises(CheckpointError, match=r"llama_proj\.weight is missing"):
         make_runner(build_golden_model(), resume_ckpt_path=str(path))
+
+
+def test_resume_refuses_a_damaged_state(build_golden_model, make_runner):
+    first = make_runner(build_golden_model(), job_id="first", iters_per_epoch=1)
+    first.train()
+    path = first.output_dir / "checkpoint_0.pth"
+    whole = torch.load(path, weights_only=True)
+
+    def resume(**changed):
+        torch.save(whole | changed, path)
+        return make_runner(build_golden_model(), job_id="again", iters_per_epoch=1, resume_ckpt_path=str(path))
+
+    state = whole["optimizer"]["state"]
+    broken = {**state[0], "exp_avg": torch.full_like(state[0]["exp_avg"], float("nan"))}
+    with pytest.raises(CheckpointError, match=r"NaN or infinity among the numbers of optimizer\.state\.0\.exp_avg"):
+        resume(optimizer=whole["optimizer"] | {"state": {**state, 0: broken}})
+    with pytest.raises(CheckpointError, match="its 'epoch' is of type str '0'"):
+        resume(epoch="0")
+    scaler = {"scale": float("nan"), "growth_factor": 2.0}
+    with pytest.raises(CheckpointError, match=r"NaN or infinity among the numbers of scaler\.scale"):
+        resume(scaler=scaler)
+    for entry in ({"epoch": True}, {"epoch": None}, {"optimizer": []}, {"config": "text"}, {"best_metric": "high"}):
+        with pytest.raises(CheckpointError, match=f"its '{next(iter(entry))}' is of type"):
+            resume(**entry)
+    with pytest.raises(CheckpointError, match=r"resume_ckpt_path=null model\.ckpt="):
+        resume(optimizer={"param_groups": 3, "state": {}})
+    wrapped = {f"module.{name}": value for name, value in whole["model"].items()}
+    resumed = resume(model=wrapped)
+    assert_same(weights(first), weights(resumed))
 
 
 def test_validation_keeps_the_best_and_the_last(build_golden_model, make_runner, pool, caplog):
@@ -177,11 +208,87 @@ def test_splits_that_cannot_be_evaluated_are_found_at_the_start(build_golden_mod
 
 
 def test_a_metric_that_is_not_a_number_is_not_compared(build_golden_model, make_runner, pool, monkeypatch, caplog):
-    runner = make_runner(build_golden_model(), {"train": Pictures(*pool), "val": Pictures(*pool)}, valid_splits="[val]")
-    losses = iter([1.0, float("nan"), 5.0, 0.5])
+    """Nor is one that a task makes of a loss that is not finite: `max` would give 0, better than any -loss."""
+    splits = {"train": Pictures(*pool), "val": Pictures(*pool)}
+    runner = make_runner(build_golden_model(), splits, valid_splits="[val]", iters_per_epoch=1, max_epoch=6)
+    losses = iter([1.0, float("nan"), float("-inf"), 5.0, 0.5, float("inf")])
     monkeypatch.setattr(runner, "evaluate", lambda split: next(losses))
-    assert [runner._validate() for _ in range(4)] == [True, False, False, True]
-    assert "not a number" in caplog.text
+    monkeypatch.setattr(runner.task, "agg_metrics", lambda loss: 0.0 if math.isnan(loss) else -loss)
+    runner.train()
+    assert caplog.text.count("not a number") == 3
+    best = torch.load(runner.output_dir / "checkpoint_best.pth", weights_only=True)
+    assert (best["epoch"], best["best_metric"]) == (4, -0.5)
+    last = torch.load(runner.output_dir / "checkpoint_5.pth", weights_only=True)
+    assert (last["best_metric"], last["validated"]) == (-0.5, True)
+
+
+@pytest.mark.parametrize("stop_in", ["_validate", "_log_stats"])
+def test_an_epoch_is_saved_before_all_that_could_fail(build_golden_model, make_runner, pool, monkeypatch, stop_in):
+    """Killed right after the epoch, a run goes on with the validation, and has the best checkpoint of a whole run."""
+    splits = {"train": Pictures(*pool), "val": Pictures(*pool)}
+    settings = {"valid_splits": "[val]", "iters_per_epoch": 2, "max_epoch": 2, "init_lr": 0.01}
+    whole = make_runner(build_golden_model(), splits, job_id="whole", **settings)
+    whole.train()
+    killed = make_runner(build_golden_model(), splits, job_id="killed", **settings)
+
+    def kill(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(killed, stop_in, kill)
+    with pytest.raises(KeyboardInterrupt):
+        killed.train()
+    assert [p.name for p in killed.output_dir.glob("*.pth")] == ["checkpoint_0.pth"] == [killed.last_checkpoint.name]
+    path = str(killed.last_checkpoint)
+    # In the second run the last epoch is the worse one, so that only the validation made up for can give the best.
+    worse = iter([1.0, 2.0])
+    again = make_runner(build_golden_model(), splits, job_id="again", resume_ckpt_path=path, **settings)
+    monkeypatch.setattr(again, "evaluate", lambda split: next(worse))
+    again.train()
+    assert_same(weights(whole), weights(again))
+    best = torch.load(again.output_dir / "checkpoint_best.pth", weights_only=True)
+    assert (best["epoch"], best["best_metric"]) == (0, -1.0)
+    for name, value in torch.load(path, weights_only=True)["model"].items():
+        assert torch.equal(value, best["model"][name])
+
+
+def test_killed_between_the_best_checkpoint_and_the_epochs_own(build_golden_model, make_runner, pool, monkeypatch):
+    splits = {"train": Pictures(*pool), "val": Pictures(*pool)}
+    settings = {"valid_splits": "[val]", "iters_per_epoch": 1}
+    runner = make_runner(build_golden_model(), splits, job_id="killed", **settings)
+    save, saved = checkpoint.save, []
+
+    def kill(content, path):
+        if len(saved) == 2:
+            raise KeyboardInterrupt
+        saved.append(path.name)
+        save(content, path)
+
+    monkeypatch.setattr(checkpoint, "save", kill)
+    with pytest.raises(KeyboardInterrupt):
+        runner.train()
+    assert saved == ["checkpoint_0.pth", "checkpoint_best.pth"]
+    monkeypatch.setattr(checkpoint, "save", save)
+    path = str(runner.output_dir / "checkpoint_0.pth")
+    again = make_runner(build_golden_model(), splits, job_id="again", resume_ckpt_path=path, **settings)
+    again.train()
+    assert (again.output_dir / "checkpoint_best.pth").exists() and again.best_metric == runner.best_metric
+
+
+def test_a_log_that_cannot_be_written_does_not_end_the_run(build_golden_model, make_runner, caplog):
+    runner = make_runner(build_golden_model(), iters_per_epoch=1)
+    (runner.output_dir / "log.txt").unlink()
+    (runner.output_dir / "log.txt").mkdir()
+    runner.train()
+    assert (runner.output_dir / "checkpoint_0.pth").exists()
+    assert "log.txt" in caplog.text
+
+
+def test_a_batch_without_labels_does_not_spoil_a_validation(build_golden_model, make_runner, pool):
+    """The mean over nothing is NaN in torch's own losses."""
+    runner = make_runner(build_golden_model(), {"train": Pictures(*pool), "val": Pictures(*pool)}, batch_size_eval=4)
+    results = iter([(2.0, 4), (float("nan"), 0)])
+    runner.task.valid_step = lambda *_: dict(zip(("loss", "num_labels"), next(results), strict=True))
+    assert runner.evaluate("val") == 2.0
 
 
 @pytest.mark.parametrize("labels", [0.5, 2])
@@ -341,4 +448,82 @@ def test_a_run_does_not_go_on_with_another_language_model(build_golden_model, ma
     other = build_golden_model()
     other.fingerprint = other.fingerprint | {"embedding_rows": other.fingerprint["embedding_rows"].flip(0)}
     with pytest.raises(MismatchError, match="trained with another language model"):
-        make_runner(other, job_id="second", resume_ckpt_path=path)
+        make_runner(other, job_id="second", iters_per_epoch=1, resume_ckpt_path=path)
+
+
+@pytest.mark.parametrize("datasets", [None, {"pictures": None}])
+def test_a_builder_that_returns_nothing(build_golden_model, make_runner, datasets):
+    runner = make_runner(build_golden_model())
+    with pytest.raises(ConfigError, match="returned None, not a dict"):
+        runner.check_data(runner.cfg, datasets)
+
+
+@pytest.mark.parametrize("recorded", [float("nan"), float("inf")])
+def test_a_best_metric_that_is_not_a_number_is_not_taken_over(build_golden_model, make_runner, pool, recorded):
+    """Old checkpoints may hold one, which no epoch could beat."""
+    splits = {"train": Pictures(*pool), "val": Pictures(*pool)}
+    settings = {"valid_splits": "[val]", "iters_per_epoch": 1}
+    first = make_runner(build_golden_model(), splits, job_id="first", **settings)
+    first.best_metric = recorded
+    first.save_checkpoint(0)
+    path = str(first.last_checkpoint)
+    settings |= {"resume_ckpt_path": path, "max_epoch": 2}
+    again = make_runner(build_golden_model(), splits, job_id="again", **settings)
+    again.train()
+    assert (again.output_dir / "checkpoint_best.pth").exists() and -10 < again.best_metric < 0
+
+
+def test_other_validation_splits_start_a_new_comparison(build_golden_model, make_runner, pool):
+    """The metric of the epoch that is resumed is made up for."""
+    splits = {"train": Pictures(*pool), "val": Pictures(*pool)}
+    settings = {"iters_per_epoch": 1}
+    first = make_runner(build_golden_model(), splits, job_id="first", valid_splits="[train]", **settings)
+    first.best_metric = 7.0
+    first.save_checkpoint(0)
+    path = str(first.last_checkpoint)
+    again = make_runner(
+        build_golden_model(), splits, job_id="again", valid_splits="[val]", resume_ckpt_path=path, **settings
+    )
+    assert again.best_metric == float("-inf")
+    again.train()
+    best = torch.load(again.output_dir / "checkpoint_best.pth", weights_only=True)
+    assert best["epoch"] == 0 and -10 < best["best_metric"] < 0
+
+
+class NoLength:
+    def __getitem__(self, index):
+        return {"x": index}
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_dataset_without_length(build_golden_model, make_runner, pool, split):
+    splits = {"train": Pictures(*pool), "val": Pictures(*pool)} | {split: NoLength()}
+    with pytest.raises(ConfigError, match=rf"datasets\.pictures: its split '{split}' is a NoLength without __len__"):
+        make_runner(build_golden_model(), splits, valid_splits="[val]")
+
+
+@pytest.mark.parametrize("step", ["train_step", "valid_step"])
+@pytest.mark.parametrize(
+    ("result", "what"),
+    [
+        (None, "a NoneType"),
+        ((torch.tensor(1.0), 3), "a tuple"),
+        ({"logits": 1, "labels": 2}, "a dict with the keys logits, labels"),
+        ({}, "a dict with the keys none"),
+        ({"loss": None}, "a dict with the keys loss"),
+        ({"loss": torch.ones(3)}, r"a loss of shape \[3\]"),
+        (torch.ones(2, 1), r"a loss of shape \[2, 1\]"),
+    ],
+)
+def test_steps_without_a_loss(build_golden_model, make_runner, pool, step, result, what):
+    runner = make_runner(build_golden_model(), {"train": Pictures(*pool), "val": Pictures(*pool)}, iters_per_epoch=1)
+    setattr(runner.task, step, lambda *_: result)
+    with pytest.raises(ConfigError, match=rf"ImageTextPretrainTask\.{step} .*returned {what}\. It must return"):
+        runner.train() if step == "train_step" else runner.evaluate("val")
+
+
+def test_a_loss_without_gradient(build_golden_model, make_runner):
+    runner = make_runner(build_golden_model(), iters_per_epoch=1)
+    runner.task.train_step = lambda *_: {"loss": torch.tensor(1.0)}
+    with pytest.raises(ConfigError, match="a loss that depends on no trainable parameter"):
+        runner.train()

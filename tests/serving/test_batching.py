@@ -127,6 +127,19 @@ def test_length_and_stop(served, talkative):
     assert newer["usage"]["completion_tokens"] == 3
 
 
+def test_fewest_tokens(served):
+    """Each of the answers that are computed together has its own; stop texts of a request count as ours does."""
+    ask = user(text("Hello"))
+    short = served.ask(ask, temperature=0).json()
+    assert short["choices"][0]["finish_reason"] == "stop" and short["usage"]["completion_tokens"] < 30
+    long = served.ask(ask, min_tokens=30, max_tokens=60, n=2, seed=1, stop=["e", ". "]).json()
+    assert long["usage"]["completion_tokens"] > 2 * 30
+    assert not [choice for choice in long["choices"] if {"e", "#"} & set(choice["message"]["content"])]
+    assert served.ask(ask, temperature=0).json()["choices"] == short["choices"]
+    refused = served.ask(ask, min_tokens=9, max_tokens=8)
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "min_tokens"
+
+
 def test_an_answer_ends_where_the_window_does(served, chat, talkative, monkeypatch):
     tokens = served.ask(user(text("Hello")), max_tokens=1).json()["usage"]["prompt_tokens"]
     monkeypatch.setattr(chat, "window", lambda: tokens + 5)

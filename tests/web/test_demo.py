@@ -1,5 +1,6 @@
 """demo.py, without a browser."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -35,6 +36,28 @@ def test_the_whole_command(golden_config):
     assert urllib.request.urlopen(f"http://127.0.0.1:{port}", timeout=10).status == 200
     process.send_signal(signal.SIGINT)
     process.wait(60)
+
+
+@pytest.mark.slow
+def test_proxies_are_not_asked_for_the_page():
+    """Nor does one that httpx does not know stop the page. Afterwards the environment is as before."""
+    code = """
+import os, urllib.request
+from minigpt4.web.server import serve
+
+before = dict(os.environ)
+with serve() as page:
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    assert opener.open(page.blocks.local_url, timeout=10).status == 200
+names = {name for name in before.keys() | os.environ.keys() if name.lower().endswith("_proxy")}
+assert all(before.get(name) == os.environ.get(name) for name in names) and len(names) >= 4
+"""
+    proxies = {"http_proxy": "http://127.0.0.1:9", "HTTPS_PROXY": "127.0.0.1:9", "NO_PROXY": "example.org"}
+    proxies["ALL_PROXY"] = "socks4://127.0.0.1:9"
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=os.environ | proxies, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
 
 
 def test_a_wrong_path_is_reported_before_anything_is_served(tmp_path):

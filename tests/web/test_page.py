@@ -323,6 +323,25 @@ def test_several_pictures_and_beams(page, visit):
 
 
 @needs_chromium
+def test_the_shortest_answer(visit, chat, monkeypatch):
+    given, answer = [], chat.stream_answer
+
+    def stream_answer(conv, img_list, **settings):
+        given.append(settings["min_length"])
+        return answer(conv, img_list, **settings)
+
+    monkeypatch.setattr(chat, "stream_answer", stream_answer)
+    tab = visit()
+    upload(tab, PICTURE)
+    tab.click("text=More settings")
+    tab.wait_for_selector("#shortest input[type=number]")
+    choose(tab, "shortest", "7")
+    ask(tab, "What is it?")
+    wait_for_end(tab)
+    assert given == [7]
+
+
+@needs_chromium
 def test_videos(page, visit, tmp_path):
     tab = visit()
     tab.click("text=More settings")

@@ -1,5 +1,9 @@
 """Reading, refusing and writing weights."""
 
+import errno
+import io
+import os
+
 import pytest
 import torch
 from helpers import ROOT
@@ -61,6 +65,112 @@ def test_a_tensor_alone_is_no_state_dict(tmp_path):
         checkpoint.read_weights(tmp_path / "tensor.pth")
 
 
+def test_other_objects_are_named_by_type(tmp_path):
+    torch.save({"model": nn.Linear(2, 2)}, tmp_path / "module.pth")
+    with pytest.raises(CheckpointError, match=r"of type torch\.nn\.modules\.linear\.Linear.*state_dict"):
+        checkpoint.read_weights(tmp_path / "module.pth")
+    for weights, message in (
+        ({"llama_proj.weight": [1.0], "llama_proj.bias": torch.zeros(1)}, "llama_proj.weight is a list"),
+        ([torch.zeros(1)], "model is a list"),
+        (3, "model is an int"),
+        ({0: torch.zeros(1)}, "0 is a Tensor"),
+    ):
+        torch.save({"model": weights, "epoch": 3}, tmp_path / "a.pth")
+        with pytest.raises(CheckpointError, match=message):
+            checkpoint.read_weights(tmp_path / "a.pth")
+    torch.save({"epoch": 3, "config": {}}, tmp_path / "b.pth")
+    with pytest.raises(CheckpointError, match="epoch is an int, config is a dict"):
+        checkpoint.read_weights(tmp_path / "b.pth")
+    settings = {"epoch": 3, "model": "a name"}  # beside the tensors they are usual
+    torch.save(settings | {"weight": torch.ones(1)}, tmp_path / "c.pth")
+    assert checkpoint.read_weights(tmp_path / "c.pth").keys() == {"weight"}
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+@pytest.mark.parametrize("key", ["model", "state_dict", None])
+def test_prefixes_of_wrappers_are_taken_off(tmp_path, caplog, prefix, key):
+    caplog.set_level("INFO")
+    state = {f"{prefix}{name}": torch.ones(2) for name in ("llama_proj.weight", "llama_proj.bias")}
+    torch.save({key: state} if key else state, tmp_path / "a.pth")
+    assert checkpoint.read_weights(tmp_path / "a.pth").keys() == {"llama_proj.weight", "llama_proj.bias"}
+    assert repr(prefix) in caplog.text
+
+
+def test_prefixes_that_are_no_wrappers_stay(tmp_path):
+    ours = {"module.weight": torch.ones(2)}
+    assert checkpoint.weights_of(ours, "a.pth", own=["module.weight"]).keys() == {"module.weight"}
+    assert checkpoint.weights_of({f"module.{n}": t for n, t in ours.items()}, "a.pth", own=list(ours)).keys() == {
+        "module.weight"
+    }
+    mixed = ours | {"bias": torch.ones(2)}
+    assert checkpoint.weights_of(mixed, "a.pth").keys() == mixed.keys()
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("on_meta", [False, True])
+def test_numbers_that_are_not_finite_are_refused(number, on_meta):
+    weight = torch.ones(2, 3)
+    weight[1, 1] = number
+    with torch.device("meta" if on_meta else "cpu"):
+        layer = nn.Linear(3, 2)
+    with pytest.raises(CheckpointError, match="a.pth: NaN or infinity among the numbers of weight"):
+        checkpoint.load_weights(layer, {"weight": weight, "bias": torch.ones(2)}, "a.pth", {"weight"}, "cpu")
+    assert on_meta or torch.isfinite(layer.weight).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn])
+def test_is_finite(dtype):
+    """Also where the sum of finite numbers overflows."""
+    largest = torch.full((64,), torch.finfo(dtype).max, dtype=torch.float64).to(dtype)
+    assert checkpoint.is_finite(largest)
+    largest[7] = float("nan")
+    assert not checkpoint.is_finite(largest)
+    assert checkpoint.is_finite(torch.ones(2, dtype=torch.int64)) and checkpoint.is_finite(torch.ones(2, device="meta"))
+
+
+def test_numbers_that_the_models_type_cannot_hold_are_refused():
+    layer = nn.Linear(1, 1).half()
+    with pytest.raises(CheckpointError, match="float16 cannot hold"):
+        checkpoint.load_weights(layer, {"weight": torch.full((1, 1), 1e6)}, "a.pth", set())
+
+
+def test_flipped_bytes_are_found_by_the_archives_checksums(tmp_path):
+    path = tmp_path / "a.pth"
+    torch.save({"model": {"weight": torch.randn(1000)}, "epoch": 1}, path)
+    checkpoint.read_file(path)
+    content = bytearray(path.read_bytes())
+    for i in range(64):
+        content[2000 + i] ^= 1  # the numbers stay finite
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="a.pth is damaged: 1 of 7 .* a/data/0"):
+        checkpoint.read_file(path)
+
+
+def test_archives_without_checksums_are_read(tmp_path):
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"weight": torch.ones(3)}, tmp_path / "a.pth")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert torch.equal(checkpoint.read_weights(tmp_path / "a.pth")["weight"], torch.ones(3))
+
+
+def test_folders_in_place_of_checkpoints(tmp_path):
+    save_file({"a": torch.ones(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(FileNotFoundError, match=r"Give a file, such as .*model\.safetensors"):
+        checkpoint.resolve(str(tmp_path))
+    (tmp_path / "checkpoint_3.pth").mkdir()
+    with pytest.raises(CheckpointError, match="checkpoint_3.pth is a folder"):
+        checkpoint.read_file(checkpoint.resolve(str(tmp_path)))
+
+
+@pytest.mark.timeout(20)
+def test_a_pipe_in_place_of_a_checkpoint_does_not_hang(tmp_path):
+    os.mkfifo(tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match="a.pth is no file of weights: it is a pipe"):
+        checkpoint.read_file(checkpoint.resolve(str(tmp_path / "a.pth")))
+
+
 def test_mismatches_are_loud(layer):
     good = {k: v.detach().clone() + 1 for k, v in layer.state_dict().items()}
     for weights, message in (
@@ -96,6 +206,22 @@ def test_saving_is_atomic(tmp_path, monkeypatch):
         checkpoint.save({"epoch": 2}, path)
     assert checkpoint.read_file(path) == {"epoch": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint_0.pth"]
+
+
+def test_a_full_disk(tmp_path, monkeypatch):
+    """torch's own writer hides the reason behind an error of its own."""
+    path = tmp_path / "checkpoint_0.pth"
+    checkpoint.save({"a": torch.zeros(2)}, path)
+    before = path.read_bytes()
+
+    class Full(io.FileIO):
+        def write(self, data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(checkpoint, "open", lambda name, mode: Full(name, mode), raising=False)
+    with pytest.raises(CheckpointError, match=r"checkpoint_0\.pth cannot be written: No space left on device"):
+        checkpoint.save({"a": torch.ones(100_000)}, path)
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
 def test_checkpoint_folder_means_its_newest(tmp_path):

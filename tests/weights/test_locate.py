@@ -21,12 +21,31 @@ from minigpt4.weights.download import DownloadError
 def test_a_url_is_fetched_once_under_its_published_name(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     source = tmp_path / "eva_vit_g.pth"
-    source.write_bytes(b"weights")
+    source.write_bytes(bytes(1024))
+    monkeypatch.setitem(facts.PUBLISHED_KIB, source.as_uri(), 1)
     fetched = locate.fetch(source.as_uri())
     assert fetched == tmp_path / "hub/checkpoints/eva_vit_g.pth"
-    assert fetched.read_bytes() == b"weights"
+    assert fetched.read_bytes() == bytes(1024)
     source.unlink()
     assert locate.fetch(source.as_uri()) == fetched
+
+
+def test_files_of_one_name_do_not_meet(tmp_path, monkeypatch):
+    """Two URLs, a query, and a hash tell files apart; a copy under torch hub's name is a published file's alone."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    (tmp_path / "cache/hub/checkpoints").mkdir(parents=True)
+    (tmp_path / "cache/hub/checkpoints/checkpoint_0.pth").write_bytes(b"of an earlier version")
+    for run in ("runA", "runB"):
+        (tmp_path / run).mkdir()
+        (tmp_path / run / "checkpoint_0.pth").write_bytes(run.encode())
+    urls = [(tmp_path / run / "checkpoint_0.pth").as_uri() for run in ("runA", "runB")]
+    for url, content in [*zip(urls, (b"runA", b"runB"), strict=True), *zip(urls, (b"runA", b"runB"), strict=True)]:
+        assert locate.fetch(url).read_bytes() == content
+        assert locate.fetch(url).name == "checkpoint_0.pth"
+    assert locate.cached_file("https://a/x.pth?v=1") != locate.cached_file("https://a/x.pth?v=2")
+    mirror, published = "https://mirror/eva_vit_g.pth", facts.VIT_WEIGHTS["eva_clip_g"]
+    assert locate.cached_file(mirror) != locate.cached_file(published)
+    assert locate.cached_file(f"{published}#sha256={'0' * 64}") == locate.cached_file(published)
 
 
 def test_a_path_is_taken_as_it_is(tmp_path):
@@ -55,9 +74,8 @@ def test_the_cache_is_torchs_own(monkeypatch, tmp_path):
             monkeypatch.delenv(name, raising=False)
         for name, value in set_to.items():
             monkeypatch.setenv(name, value)
-        assert locate.cached_file("https://a/b/eva_vit_g.pth?x=1") == Path(torch.hub.get_dir()) / (
-            "checkpoints/eva_vit_g.pth"
-        )
+        published = facts.VIT_WEIGHTS["eva_clip_g"]
+        assert locate.cached_file(published) == Path(torch.hub.get_dir()) / "checkpoints/eva_vit_g.pth"
 
 
 def test_a_hash_in_the_url(tmp_path, monkeypatch):
@@ -70,13 +88,34 @@ def test_a_hash_in_the_url(tmp_path, monkeypatch):
     assert locate.fetch(f"{url}#sha256={right}").read_bytes() == b"weights"
 
 
+def test_a_hash_is_checked_on_a_cached_file_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    right, wrong = (hashlib.sha256(content).hexdigest() for content in (b"weights", b"other"))
+    url = facts.VIT_WEIGHTS["eva_clip_g"]
+    path = locate.cached_file(url)
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"weights")  # by the user, or by an earlier run without a hash
+    for _ in range(2):
+        with pytest.raises(DownloadError, match=f"eva_vit_g.pth is not the file it should be: its sha256 is {right}"):
+            locate.fetch(f"{url}#sha256={wrong}")
+    assert path.read_bytes() == b"weights"
+    locate.fetch(f"{url}#sha256={right}")
+    hashed = []
+    with monkeypatch.context() as patched:
+        patched.setattr(hashlib, "file_digest", lambda *args: hashed.append(args))
+        assert locate.fetch(f"{url}#sha256={right.upper()}") == path and not hashed
+    path.write_bytes(b"changed since")
+    with pytest.raises(DownloadError, match="its sha256 is"):
+        locate.fetch(f"{url}#sha256={right}")
+
+
 def test_the_size_of_a_published_file_is_checked(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
     (tmp_path / "a.pth").write_bytes(b"a page of a captive portal")
     monkeypatch.setitem(facts.PUBLISHED_KIB, (tmp_path / "a.pth").as_uri(), 1000)
     with pytest.raises(DownloadError, match="is truncated, with 26 bytes instead of about 1,024,000"):
         locate.fetch((tmp_path / "a.pth").as_uri())
-    assert not locate.cached_file("a.pth").exists()
+    assert not locate.cached_file((tmp_path / "a.pth").as_uri()).exists()
 
 
 @pytest.mark.parametrize("value", ["1", "true", "YES"])

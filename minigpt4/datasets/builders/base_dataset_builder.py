@@ -6,11 +6,12 @@ from typing import Any
 from omegaconf import OmegaConf
 from torch.utils.data import Dataset
 
-from minigpt4.common.errors import ConfigError, check_names
-from minigpt4.common.registry import default_yaml, registry
+from minigpt4.common.errors import check_names
+from minigpt4.common.registry import default_yaml
 from minigpt4.common.schema import RunConfig
 from minigpt4.datasets.patience import Patience
 from minigpt4.processors import BaseProcessor
+from minigpt4.processors.base_processor import make_processor
 
 
 class BaseDatasetBuilder:
@@ -70,15 +71,7 @@ class BaseDatasetBuilder:
         section = self.config.get(kind) or {}
         splits = ("train", "eval")
         self.check_keys(kind, section, splits)
-        return {split: self._processor(f"{kind}.{split}", section.get(split)) for split in splits}
-
-    def _processor(self, key: str, cfg: Mapping[str, Any] | None) -> BaseProcessor:
-        if not cfg:
-            return BaseProcessor()
-        if not isinstance(cfg, Mapping) or not cfg.get("name"):
-            known = ", ".join(registry.list_processors())
-            raise ConfigError(f"datasets.{self.name}.{key} has no key 'name', the processor's. Known: {known}.")
-        return registry.get_processor_class(cfg.get("name")).from_config(cfg)
+        return {split: make_processor(f"datasets.{self.name}.{kind}.{split}", section.get(split)) for split in splits}
 
     def check_keys(self, section: str, keys: Iterable[str], known: Collection[str]) -> None:
         """Raise ConfigError for a key of `datasets.<name>.<section>` that is not among the known ones."""

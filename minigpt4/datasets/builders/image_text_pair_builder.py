@@ -1,6 +1,6 @@
 """laion, cc_sbu (streams of shards) and cc_sbu_align (a folder with a list of captions)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch.utils.data import Dataset
@@ -44,7 +44,12 @@ class ImageTextPairBuilder(BaseDatasetBuilder):
         if not storage:
             key = f"datasets.{self.name}.build_info.storage"
             raise ConfigError(f"{key} is not set. Set it in the YAML or with --options {key}=/data/{self.name}/…")
-        return storage if isinstance(storage, str) else list(storage)
+        texts = [storage] if isinstance(storage, str) else storage
+        if not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
+            raise ConfigError(
+                f"datasets.{self.name}.build_info.storage = {storage!r} is no path, and no list of paths."
+            )
+        return storage if isinstance(storage, str) else list(texts)
 
 
 @registry.register_builder("laion")

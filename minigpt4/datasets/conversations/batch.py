@@ -4,7 +4,7 @@ A conversation is ((role, parts), …): the roles are [system,] user, assistant,
 message are texts, and None where an image stands. The images of a batch are in the order of these places.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from minigpt4.models import prompt
@@ -70,11 +70,11 @@ def encode(
 class Conversations(list[Conversation]):
     """The "text_input" of a batch of conversations, in the place of a list of captions. `MiniGPT4` uses it."""
 
-    def sanitize(self, tokenizer: "Tokenizer", separators: list[str]) -> "Conversations":
+    def sanitize(self, special_tokens: Collection[str], separators: list[str]) -> "Conversations":
         """The conversations with the markers of the prompt broken up in their texts (`prompt.sanitize`)."""
 
         def sound(part: str | None) -> str | None:
-            return part if part is None else prompt.sanitize([part], tokenizer, separators)[0]
+            return part if part is None else prompt.sanitize([part], special_tokens, separators)[0]
 
         return Conversations(tuple((role, tuple(map(sound, parts))) for role, parts in each) for each in self)
 

@@ -12,6 +12,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from minigpt4.common.errors import ConfigError
+from minigpt4.common.files import read_regular
 from minigpt4.common.text import pluralize
 from minigpt4.datasets.captions import Unusable, load_json, usable
 from minigpt4.datasets.datasets.packed_strings import PackedStrings
@@ -74,7 +75,7 @@ class CCSBUAlignDataset(Dataset):
         self.image_ids = PackedStrings(image_ids)
         self.captions = PackedStrings(captions)
         self.tally = Tally(name)
-        self.patience = Patience(self.tally)
+        self.patience = Patience(self.tally, self._folder_in_reach)
         log.info("%s: %s.", name, pluralize(len(self), "record"))
 
     def __len__(self) -> int:
@@ -120,14 +121,14 @@ class CCSBUAlignDataset(Dataset):
     def _load(self, index: int) -> dict[str, Any] | None:
         path = self._path(index)
         try:
-            content = self.patience.retry(Path(path).read_bytes, path, self._folder_in_reach)
+            content = self.patience.retry(lambda: read_regular(path), path)
             picture = read_picture(content, self.vis_processor)
         except Exception as error:  # Pillow's plug-ins raise nearly every kind of error on broken files
             self.tally.drop("an image that is not one, or is broken", path, str(error))
             return None
         return to_sample(self.vis_processor, picture)
 
-    def _folder_in_reach(self) -> bool:
+    def _folder_in_reach(self, path: str) -> bool:
         with suppress(OSError), os.scandir(self.image_folder) as entries:
             return next(entries, None) is not None
         return False
@@ -158,7 +159,7 @@ def read_annotations(path: str) -> tuple[list[str], list[str], Counter[str]]:
     """
     form = 'Expected {"annotations": [{"image_id": "2", "caption": "…"}, …]}.'
     try:
-        content = load_json(Path(path).read_bytes())
+        content = load_json(read_regular(path))
     except Unusable as error:
         reason = locate.why_unreadable(Path(path)) or error.__cause__ or error
         raise ConfigError(f"{path} is not JSON in UTF-8: {reason}. {form}") from error

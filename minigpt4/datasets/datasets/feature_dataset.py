@@ -64,7 +64,7 @@ class FeatureSet(Dataset):
         self.shards = shards_of(folder)
         self.name = name
         self.tally = Tally(name)
-        self.patience = Patience(self.tally)
+        self.patience = Patience(self.tally, _folder_in_reach)
         found = [(number, *sample) for number, path in enumerate(self.shards) for sample in _index(path)]
         samples = [sample for sample in found if _is_usable(sample[-1])]
         if unusable := len(found) - len(samples):
@@ -82,7 +82,7 @@ class FeatureSet(Dataset):
         number, offset, size = self._places[index]
         path = self.shards[number]
         try:
-            content = self.patience.retry(lambda: _read_part(path, offset, size), str(path), path.parent.exists)
+            content = self.patience.retry(lambda: _read_part(path, offset, size), str(path))
             features = read_features(content, self.manifest["shape"])
         except (ValueError, EOFError, OutOfReach) as error:
             raise _broken(path, error) from error
@@ -95,6 +95,10 @@ class FeatureSet(Dataset):
     def take_left_out(self) -> Counter[tuple[str, ...]]:
         """Counts of the waits of this process since the last call."""
         return self.tally.take()
+
+
+def _folder_in_reach(path: str) -> bool:
+    return Path(path).parent.exists()
 
 
 def _read_part(path: Path, offset: int, size: int) -> bytes:

@@ -18,9 +18,9 @@ from torch.utils.data import IterableDataset, get_worker_info
 from minigpt4.common.text import pluralize
 from minigpt4.datasets.captions import Incomplete, Unusable, read_caption, usable
 from minigpt4.datasets.datasets.shards import expand_shards, is_local
-from minigpt4.datasets.datasets.tar_reader import Group, Member, ShardError, describe, read_members, read_samples
+from minigpt4.datasets.datasets.tar_reader import Group, ShardError, read_members, read_samples
 from minigpt4.datasets.left_out import Gate
-from minigpt4.datasets.patience import Patience, PatientFile, open_shard
+from minigpt4.datasets.patience import OutOfReach, Patience, PatientFile, open_shard
 from minigpt4.datasets.seeding import derive_seed
 from minigpt4.processors import read_picture, to_sample
 from minigpt4.weights import locate
@@ -74,7 +74,7 @@ class ImageTextStream(IterableDataset):
         self.shuffle_buffer = shuffle_buffer
         self.read = Gate(name, len(self.shards))
         self.decoded = Gate(name, len(self.shards))
-        self.patience = Patience(self.read)
+        self.patience = Patience(self.read, self._others_in_reach)
         self._last_read = ""  # shard
         self.epoch = 0
         self.set_seed(0)
@@ -140,24 +140,18 @@ class ImageTextStream(IterableDataset):
         def drop(cause: str, group: Group) -> None:
             self.read.drop(cause, shard, str(group))
 
-        def counted(members: Iterable[Member]) -> Iterator[Member]:
-            for member in members:
-                suffixes[member.suffix] += 1
-                yield member
-
-        seen, suffixes = self.read.seen, Counter()
-        with closing(PatientFile(shard, self.patience, partial(self._others_in_reach, shard))) as file:
-            members = counted(read_members(file, self.MEMBERS))
+        with closing(PatientFile(shard, self.patience)) as file:
+            members = read_members(file, self.MEMBERS)
             try:
                 for sample in read_samples(members, partial(self._raw_sample, shard), drop):
                     self._last_read = shard
                     self.read.keep()
                     yield sample
             except ShardError as problem:
-                reason = is_local(shard) and os.path.exists(shard) and locate.why_unreadable(Path(shard))
+                reason = None
+                with suppress(OSError):
+                    reason = is_local(shard) and locate.why_unreadable(Path(shard))
                 self.read.drop(problem.cause, shard, reason or problem.detail)
-        if self.read.seen == seen:
-            self.read.drop("a shard without samples", shard, describe(suffixes))
 
     def _raw_sample(self, shard: str, group: Group) -> RawSample:
         """Raises Unusable for a sample without picture or usable caption."""
@@ -184,8 +178,8 @@ class ImageTextStream(IterableDataset):
         first = next(samples)
         size = 0
         if is_local(first.shard):
-            others_in_reach = partial(self._others_in_reach, first.shard)
-            size = self.patience.retry(lambda: os.path.getsize(first.shard), first.shard, others_in_reach)
+            with suppress(OutOfReach):
+                size = self.patience.retry(lambda: os.path.getsize(first.shard), first.shard)
         bytes_to_skip = rng.random() * size
         for sample in chain([first], samples):
             if bytes_to_skip > 0 and sample.shard == first.shard:

@@ -8,6 +8,9 @@ from braceexpand import braceexpand
 
 from minigpt4.common.errors import ConfigError
 
+# The characters of patterns.
+PATTERN = frozenset("*?[{")
+
 
 def expand_shards(storage: str | Iterable[str], name: str) -> list[str]:
     """All shards that `storage` names, in order.
@@ -67,13 +70,17 @@ def _expand(pattern: str) -> list[str]:
 def _split_list(pattern: str) -> list[str]:
     """The parts of `a.tar::b.tar`; a folder may have `::` in its name."""
     path = os.path.expanduser(pattern)
-    literal = os.path.exists(path) or ("::" in os.path.dirname(path) and os.path.isdir(os.path.dirname(path)))
-    return [path] if literal else [os.path.expanduser(part) for part in pattern.split("::")]
+    folder = os.path.dirname(path)
+    if "::" not in path or os.path.exists(path) or ("::" in folder and os.path.isdir(folder)):
+        return [path]
+    return [os.path.expanduser(part) for part in pattern.split("::")]
 
 
 def _existing_part(path: str) -> tuple[str, str]:
     """A path, split behind the last of its folders that exists under the very name, with `[`, `*` and `{` in it."""
     end = len(path)
+    if not PATTERN.intersection(path):
+        return path, ""
     while end and not os.path.exists(path[:end]):
         end = path.rfind("/", 0, end - 1) + 1
     return path[:end], path[end:]
@@ -95,10 +102,12 @@ def _check_files(paths: list[str], pattern: str) -> None:
         raise IsADirectoryError(
             f"{pattern}: {paths[0]} is a folder; name the shards in it: {paths[0].rstrip('/')}/*.tar."
         )
-    listed = {folder: _names_in(folder) for folder in {os.path.dirname(path) for path in paths}}
+    listed = {folder: _files_in(folder) for folder in {os.path.dirname(path) for path in paths}}
     missing = [path for path in paths if os.path.basename(path) not in listed[os.path.dirname(path)]]
     if not missing:
         return
+    if os.path.exists(missing[0]):
+        raise OSError(f"{pattern}: {missing[0]} is a pipe or a device, not a file. For a command, write pipe:COMMAND.")
     folder = os.path.dirname(missing[0]) or "."
     hint = "" if os.path.isdir(folder) else f" There is no folder {folder}."
     if len(missing) < len(paths):
@@ -106,5 +115,9 @@ def _check_files(paths: list[str], pattern: str) -> None:
     raise FileNotFoundError(f"{pattern}: {len(missing)} of {len(paths)} shards are missing, e.g. {missing[0]}.{hint}")
 
 
-def _names_in(folder: str) -> set[str]:
-    return set(os.listdir(folder or ".")) if os.path.isdir(folder or ".") else set()
+def _files_in(folder: str) -> set[str]:
+    """The names in a folder, without pipes and devices: reading one might never end."""
+    if not os.path.isdir(folder or "."):
+        return set()
+    with os.scandir(folder or ".") as entries:
+        return {e.name for e in entries if e.is_symlink() or e.is_file(follow_symlinks=False) or e.is_dir()}

@@ -7,11 +7,11 @@ import bz2
 import gzip
 import io
 import lzma
+import os
 import tarfile
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 from minigpt4.datasets.captions import Incomplete, Unusable
 from minigpt4.datasets.patience import OutOfReach
@@ -38,22 +38,14 @@ class ShardError(Exception):
         self.cause, self.detail = cause, detail
 
 
-class Member(NamedTuple):
-    """A file in a tar."""
-
-    key: str
-    """Its name without the suffix."""
-    suffix: str
-    """In lower case, without the dot."""
-    content: bytes | None
-    """None: the suffix is not one of those asked for."""
-    size: int
-    """Bytes that it takes in the tar."""
+Member = tuple[str, str, bytes | None, int]
+"""A file in a tar: its name without the suffix, the suffix in lower case, its content (None: not asked for), and the
+bytes that it takes in the tar."""
 
 
 @dataclass
 class Group:
-    """The members of a tar with one key."""
+    """The members of a tar with one key, the name without the suffix."""
 
     key: str
     files: dict[str, bytes] = field(default_factory=dict)
@@ -62,12 +54,8 @@ class Group:
     """Of all."""
     size: int = 0
     """Bytes that they take in the tar."""
-
-    def add(self, member: Member) -> None:
-        self.suffixes.append(member.suffix)
-        self.size += member.size
-        if member.content is not None:
-            self.files.setdefault(member.suffix, member.content)
+    cause: str = ""
+    """Why they make no sample."""
 
     def __str__(self) -> str:
         return f"{self.key} has {', '.join('.' + suffix for suffix in self.suffixes)}"
@@ -106,7 +94,7 @@ def read_members(raw: io.RawIOBase, pictures: Collection[str]) -> Iterator[Membe
                 if info.isreg() and not is_hidden(info.name):
                     key, suffix = split_name(info.name, pictures)
                     content = tar.extractfile(info).read() if suffix in wanted else None
-                    yield Member(key, suffix, content, BLOCK + info.size + -info.size % BLOCK)
+                    yield key, suffix, content, BLOCK + info.size + -info.size % BLOCK
             _check_end(tar)
     except OutOfReach as error:
         raise ShardError(UNREADABLE, str(error)) from error
@@ -147,52 +135,58 @@ def read_samples(
     """The samples that `make` makes of members with the same key, each once it is complete.
 
     make: raises Incomplete for members whose sample may still be completed by later ones, Unusable for others.
-    drop: is called with the cause and the members that make no sample.
-    Raises what `members` raises, after all samples up to there.
+    drop: is called with the cause and the members that make no sample, also for a tar without any.
+    Raises the ShardError of `members` after all samples up to there.
     """
     waiting: dict[str, Group] = {}
     made: set[str] = set()
-    causes: dict[str, str] = {}  # of those that wait
-    held, current, problem = 0, Group(""), None
+    held, dropped, current, problem = 0, False, Group("it"), None
 
     def settle(group: Group) -> Iterator[Sample]:
-        nonlocal held
-        if not group.files:
-            return
+        nonlocal held, dropped
         try:
             sample = make(group)
         except Incomplete as cause:
-            waiting[group.key], causes[group.key] = group, str(cause)
+            group.cause = str(cause)
+            waiting[group.key] = group
             held += group.size
         except Unusable as cause:
             drop(str(cause), group)
+            dropped = True
         else:
             made.add(group.key)
             yield sample
 
+    def is_lost(group: Group) -> bool:
+        # Beside a sample `1.jpg`, `1.txt` there may be others of its files: `1.meta.json`, or `1.json` after all texts.
+        return group.key not in made and os.path.splitext(group.key)[0] not in made
+
     try:
-        for member in members:
-            if member.key != current.key:
-                yield from settle(current)
+        for key, suffix, content, size in members:
+            if key != current.key:
+                if current.files:
+                    yield from settle(current)
                 while held > MAX_WAITING:
                     oldest = waiting.pop(next(iter(waiting)))
                     held -= oldest.size
-                    drop(f"{causes.pop(oldest.key)} within {MAX_WAITING >> 20} MB of it in the tar", oldest)
-                current = waiting.pop(member.key, None) or Group(member.key)
+                    if is_lost(oldest):
+                        drop(f"{oldest.cause} within {MAX_WAITING >> 20} MB of it in the tar", oldest)
+                    dropped = True
+                current = waiting.pop(key, None) or Group(key)
                 held -= current.size
-            current.add(member)
+            current.suffixes.append(suffix)
+            current.size += size
+            if content is not None:
+                current.files.setdefault(suffix, content)
     except ShardError as error:
         problem = error
-    yield from settle(current)
+    if current.files:
+        yield from settle(current)
     if problem:
         waiting.pop(current.key, None)  # the rest of it is what is missing
-    for key, group in waiting.items():
-        if key not in made:
-            drop(causes[key], group)
+    for group in filter(is_lost, waiting.values()):
+        drop(group.cause, group)
     if problem:
         raise problem
-
-
-def describe(suffixes: Counter[str]) -> str:
-    """What is in a tar, for messages: `24 × .gif, 3 × .md`."""
-    return ", ".join(f"{count} × .{suffix}" for suffix, count in suffixes.most_common(5))
+    if not (made or waiting or dropped):
+        drop("a shard without samples", current)

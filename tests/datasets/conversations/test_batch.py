@@ -124,7 +124,7 @@ def random_conversation(rng: random.Random) -> tuple:
 def test_the_answers_are_learnt_and_nothing_else(kind, template):
     tokenizer, template, rng = TOKENIZERS[kind](), TEMPLATES[template], random.Random(0)
     for _ in range(350):
-        (conversation,) = Conversations([random_conversation(rng)]).sanitize(tokenizer, [template.end])
+        (conversation,) = Conversations([random_conversation(rng)]).sanitize(tokenizer.special_tokens, [template.end])
         parts = [*exchanges(conversation, template, "")]
         found = encode(tokenizer, parts, QUERIES, LONG, template.bos)
         runs, previous = [], IGNORE_INDEX

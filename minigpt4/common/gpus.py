@@ -1,0 +1,76 @@
+"""GPUs that are in the machine, whether or not torch can use them. torch is imported only by `why_unusable`."""
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+# The oldest driver for each CUDA that torch is built with (NVIDIA's table of minor version compatibility).
+OLDEST_DRIVER = {"12": 525, "13": 580}
+ON_THE_CPU = "To run on the CPU: --options run.device=cpu"
+
+
+def is_there() -> bool:
+    """Whether NVIDIA's driver lists a GPU, and CUDA_VISIBLE_DEVICES does not hide all of them.
+
+    A driver that cannot list them, such as one that was updated without a restart, has their device files.
+    """
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
+        return False
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
+    except OSError:
+        return False
+    if listed.returncode == 0 or "No devices" in listed.stdout:
+        return bool(listed.stdout.strip()) and "No devices" not in listed.stdout
+    return any(Path("/dev").glob("nvidia[0-9]*"))
+
+
+def why_unusable() -> str | None:
+    """Why torch cannot use the GPU that is there, and what to install; None: it can, or there is no GPU."""
+    import torch
+
+    if torch.cuda.is_available() or not is_there():
+        return None
+    version = torch.version.cuda
+    if version is None:
+        reason, fix = "it is built without CUDA", "Install torch with CUDA (docs/installation.md)."
+    else:
+        try:
+            torch.cuda.init()
+            reason = "it finds none"
+        except Exception as error:  # its types are not documented
+            reason = re.split(r"[.\n]\s", f"{error} ")[0].strip().rstrip(".")
+        oldest = OLDEST_DRIVER.get(version.split(".")[0])
+        needed = f"driver {oldest} or newer" if oldest else "a newer driver"
+        fix = (
+            f"CUDA {version}, which it is built with, needs {needed}; nvidia-smi shows yours. Install that driver, or "
+            "a torch built with an older CUDA (docs/installation.md)."
+        )
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible:
+        fix += f" Or check CUDA_VISIBLE_DEVICES={visible}."
+    return f"there is a GPU, but torch {torch.__version__} cannot use it: {reason}. {fix}"
+
+
+def unsupported_architecture(index: int) -> str | None:
+    """Why torch's kernels do not run on GPU `index`, which it sees, and what to install; None: they do."""
+    import torch
+
+    compiled = [re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", name) for name in torch.cuda.get_arch_list()]
+    if None in compiled or not compiled:  # of another maker
+        return None
+    try:
+        own = torch.cuda.get_device_capability(index)
+    except (AssertionError, RuntimeError):  # the first use of the GPU says more
+        return None
+    for match in compiled:
+        built = int(match[2]), int(match[3])
+        # Machine code runs on later minor versions; PTX is compiled for any later GPU.
+        if own == built or (not match[4] and built <= own and (match[1] == "compute" or own[0] == built[0])):
+            return None
+    return (
+        f"torch {torch.__version__} has no kernels for {torch.cuda.get_device_name(index)}, compute capability "
+        f"{own[0]}.{own[1]}; it has {', '.join(match[0] for match in compiled)}. Install a torch that supports it "
+        "(docs/installation.md)."
+    )

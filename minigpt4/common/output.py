@@ -1,0 +1,58 @@
+"""Where commands write. Nothing that they did not write themselves is replaced or removed."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from minigpt4.common.errors import ConfigError
+
+
+@contextmanager
+def only_run(path: Path, main: bool = True) -> Iterator[None]:
+    """While entered, no other run writes to this folder, or to this file, whose folder is created.
+
+    main: False for the ranks that rely on rank 0.
+    Raises ConfigError if another run does, and if nothing can be written there.
+    """
+    from filelock import FileLock, Timeout
+
+    if not main:
+        yield
+        return
+    lock = FileLock(path / ".lock" if path.is_dir() else path.parent / f".{path.name}.lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise ConfigError(f"--out {path}: another run is writing there. Wait for it, or name another place.") from None
+    except OSError as error:
+        raise ConfigError(f"--out {path} cannot be written: {error.strerror}. Name another place.") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def make_folder(folder: Path) -> None:
+    """Create a folder, unless it exists. Raises ConfigError if there can be no folder at this path."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {folder} cannot be a folder: {error.strerror}. Name another place.") from None
+
+
+def own_folder(folder: Path, mark: str) -> None:
+    """Create a folder for a command's files, or go on with the one that an earlier run made.
+
+    mark: a file that the command writes to the folder before any other, by which it knows the folder again.
+    Raises ConfigError for a folder with files and without the mark, and for a path where there can be no folder.
+    """
+    make_folder(folder)
+    # Listed before the look for the mark: another rank may write the mark, and then files, meanwhile.
+    others = [name for name in sorted(os.listdir(folder)) if not name.startswith(f".{mark}")]
+    if others and not (folder / mark).is_file():
+        raise ConfigError(
+            f"--out {folder} has files that this command did not write, e.g. {others[0]} (it knows its own folders by "
+            f"their {mark}). Nothing was changed. Name a folder that is new or empty."
+        )

@@ -1,0 +1,44 @@
+"""The folder of a run."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from itertools import count
+from pathlib import Path
+
+from minigpt4.common import dist_utils
+
+
+@contextmanager
+def reserved_folder(output_dir: str) -> Iterator[str]:
+    """Make a folder for a run in `output_dir`, and yield its name (the job id), the same on every rank.
+
+    The name is the time in seconds. A run that finds it taken gets a suffix, as in 20261130091500-2: making a folder is
+    atomic, so runs that start together never share one. Folders into which nothing was written are removed at the end.
+    """
+    made: list[Path] = []
+    if dist_utils.is_main_process():
+        made = _make_folder(folder_of(output_dir, datetime.now().strftime("%Y%m%d%H%M%S")))
+    name = dist_utils.broadcast_object(made[0].name if made else None)
+    try:
+        yield name
+    finally:
+        with suppress(OSError):  # one is not empty
+            for folder in made:
+                folder.rmdir()
+
+
+def folder_of(output_dir: str, job_id: str) -> Path:
+    """The folder of a run."""
+    return Path(output_dir).expanduser() / job_id
+
+
+def _make_folder(folder: Path) -> list[Path]:
+    """Make `folder`, or the first with a suffix that is free. Returns it, and the parents that were made for it."""
+    missing = [parent for parent in folder.parents if not parent.exists()]
+    for number in count(1):
+        own = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
+        with suppress(FileExistsError):
+            own.mkdir(parents=True)
+            return [own, *missing]
+    raise AssertionError("count never ends")

@@ -1,0 +1,54 @@
+"""Folders and files of a command's own, and one run at a time."""
+
+import subprocess
+import sys
+
+import pytest
+from helpers import ROOT
+
+from minigpt4.common.errors import ConfigError
+from minigpt4.common.output import make_folder, only_run, own_folder
+
+
+def test_a_folder_is_ones_own_if_it_is_new_empty_or_marked(tmp_path):
+    own_folder(tmp_path / "a" / "b", "mark.json")
+    assert (tmp_path / "a" / "b").is_dir()
+    (tmp_path / "a" / "b" / ".mark.json.123").touch()  # another rank writes the mark
+    own_folder(tmp_path / "a" / "b", "mark.json")
+    (tmp_path / "a" / "b" / "x.tar").touch()
+    with pytest.raises(ConfigError, match=r"a/b has files that this command did not write, e\.g\. x\.tar"):
+        own_folder(tmp_path / "a" / "b", "mark.json")
+    (tmp_path / "a" / "b" / "mark.json").touch()
+    own_folder(tmp_path / "a" / "b", "mark.json")
+
+
+@pytest.mark.parametrize("name", ["file", "file/below"])
+def test_where_there_can_be_no_folder(tmp_path, name):
+    (tmp_path / "file").write_text("of the user")
+    for function in (make_folder, lambda path: own_folder(path, "mark")):
+        with pytest.raises(ConfigError, match=f"--out {tmp_path / name} cannot be a folder"):
+            function(tmp_path / name)
+    with pytest.raises(ConfigError, match="--out .* cannot be written: "), only_run(tmp_path / "file" / "out.jsonl"):
+        pass
+
+
+def test_one_process_at_a_time(tmp_path):
+    """The lock ends with its process, however that ends."""
+    path = tmp_path / "new" / "out.jsonl"
+    code = (
+        "import pathlib, sys\nfrom minigpt4.common.output import only_run\n"
+        "with only_run(pathlib.Path(sys.argv[1])):\n    print('held', flush=True)\n    sys.stdin.read()\n"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", code, str(path)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert other.stdout.readline() == b"held\n"
+    with pytest.raises(ConfigError, match="another run is writing there"), only_run(path):
+        pass
+    with only_run(path, main=False):  # another rank of the same run
+        pass
+    other.kill()
+    other.wait()
+    for _ in range(2):
+        with only_run(path):
+            pass
