@@ -30,6 +30,7 @@ ROLES["system"] = "system"
 PLACE = "<image>"
 
 Turns = list[tuple[Any, Any]]
+Form = Callable[[Mapping[str, Any]], Turns]
 
 
 def ours(item: Mapping[str, Any]) -> Turns:
@@ -80,7 +81,7 @@ def texts(item: Mapping[str, Any]) -> Turns:
     return turns
 
 
-def any_of_these(item: Mapping[str, Any]) -> Turns:
+def any_form(item: Mapping[str, Any]) -> Turns:
     """The form that the keys of the record show."""
     form = conversations if item.get("conversations") is not None else texts if item.get("texts") is not None else ours
     return form(item)
@@ -106,7 +107,7 @@ def pictures_of(item: Mapping[str, Any]) -> list[Any]:
     return [each for value in values for each in (value if isinstance(value, list) else [value])]
 
 
-def make_record(form: Callable[[Mapping], Turns], item: Mapping[str, Any], find: Find, where: str) -> Record:
+def make_record(form: Form, item: Mapping[str, Any], find: Find, where: str) -> Record:
     """The record of a parsed item. Raises ConfigError, without the place, for a mistake in it."""
     turns = form(item)
     if item.get("system"):

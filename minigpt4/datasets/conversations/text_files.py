@@ -48,7 +48,7 @@ def decode(content: bytes) -> str:
     except UnicodeDecodeError as error:
         place = max(0, error.start - 20)
         raise ConfigError(
-            f"is not text in {encoding.removesuffix('-sig').upper()}: {shown(content[place : error.end])}. Save the "
+            f"is not text in {encoding.removesuffix('-sig').upper()}: {shown(content[place : error.end + 20])}. Save the "
             "file in UTF-8; for one in Latin-1: iconv -f LATIN1 -t UTF-8 OLD > NEW"
         ) from None
 
@@ -80,6 +80,12 @@ class TextFile:
             raise ConfigError(f"{self.path} has changed since it was opened. Start the command again.")
         file.seek(self.start)
         return file
+
+    def begin(self, size: int) -> tuple[str, str]:
+        """The first `size` bytes as text, without leading blanks, and the first line of it."""
+        with self.open() as file:
+            text = file.read(size).decode(errors="replace").lstrip()
+        return text, text.partition("\n")[0]
 
 
 class TextRecords:
@@ -165,25 +171,22 @@ class Table:
     """How the rows of a CSV or TSV file are cut and parsed. Its first row names the columns."""
 
     def __init__(self, file: TextFile, delimiter: str) -> None:
-        """Raises ConfigError for a broken row, one whose quotation mark is not closed for example."""
         # The captions of Flickr30k, between |, have quotation marks of their own.
         plain = {"quoting": csv.QUOTE_NONE, "skipinitialspace": True} if delimiter == "|" else {"strict": True}
         self._dialect = {"delimiter": delimiter, **plain}
-        start, end, _ = next(self._scan(file), (0, 0, 0))
+        start, end, _ = next(self._rows(file), (0, 0, 0))
         with file.open() as stream:
             stream.seek(start)
             header = decode(stream.read(end - start))
-        if not header:
-            raise ConfigError(f"{file.path} is empty. Its first line names the columns, e.g. image,caption.")
-        self.columns = [name.strip() for name in self._row(header)]
+        self.columns = [name.strip() for name in self._fields(header)]
 
-    def spans(self, file: TextFile) -> Iterator[Span]:
-        """The rows below the header."""
-        return islice(self._scan(file), 1, None)
+    def scan(self, file: TextFile) -> Iterator[Span]:
+        """The rows below the header. Raises ConfigError for a broken one: its quotation mark is not closed."""
+        return islice(self._rows(file), 1, None)
 
     def parse(self, text: str) -> dict[str, str]:
         """{column: field} of a row. Raises ConfigError if it has another number of fields than the header."""
-        row = self._row(text)
+        row = self._fields(text)
         if len(row) != len(self.columns):
             raise ConfigError(
                 f"has {len(row)} fields; the header has {len(self.columns)} ({', '.join(self.columns)}). Put fields "
@@ -192,10 +195,10 @@ class Table:
             )
         return dict(zip(self.columns, row, strict=True))
 
-    def _row(self, text: str) -> list[str]:
-        return next(csv.reader(io.StringIO(text, newline=""), **self._dialect))
+    def _fields(self, text: str) -> list[str]:
+        return next(csv.reader(io.StringIO(text, newline=""), **self._dialect), [])
 
-    def _scan(self, file: TextFile) -> Iterator[Span]:
+    def _rows(self, file: TextFile) -> Iterator[Span]:
         start = position = file.start
         line = 1
 
