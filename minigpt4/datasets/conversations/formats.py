@@ -269,7 +269,7 @@ def name_columns(path: str, there: list[str], given: Mapping[str, str]) -> dict[
     named = known | dict(given)
     if not set(TEXTS) & set(named):
         raise ConfigError(
-            f"{path} has the columns {', '.join(there)}. Which are the picture and its text? Name them: "
-            "build_info.columns: {image: …, caption: …} or {image: …, prompt: …, answer: …}."
+            f"{path} has the columns {shown(there)} (its first line). Which are the picture and its text? "
+            "Name them: build_info.columns: {image: …, caption: …} or {image: …, prompt: …, answer: …}."
         )
     return named

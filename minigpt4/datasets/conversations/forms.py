@@ -18,6 +18,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping
+from itertools import cycle
 from typing import Any
 
 from minigpt4.common.errors import ConfigError
@@ -41,8 +42,9 @@ def ours(item: Mapping[str, Any]) -> Turns:
     if answer is not None:
         return [("user", item.get("prompt") or ""), ("assistant", answer)]
     if item.get("caption") is None:
-        keys = ", ".join(map(str, item)) or "nothing"
-        raise ConfigError(f"has {keys}. A record has 'messages', or 'prompt' and 'answer', or 'caption'.")
+        raise ConfigError(
+            f"has the keys {shown(list(item))}. A record has 'messages', or 'prompt' and 'answer', or 'caption'."
+        )
     if not pictures_of(item):
         raise ConfigError("has a caption and no picture. Name it under 'image', or write 'prompt' and 'answer'.")
     return [("user", ""), ("assistant", item["caption"])]
@@ -175,12 +177,13 @@ def _fill(pieces: list[list[Any]], pictures: list[Picture], roles: list[Any], fi
 
 
 def _check_order(roles: list[str]) -> None:
-    turns = roles[1:] if roles[:1] == ["system"] else roles
-    if not turns or turns != ["user", "assistant"] * (len(turns) // 2):
-        raise ConfigError(
-            f"has the order {', '.join(roles) or 'of no messages'}. It is: one system text or none, then question "
-            "(user, human) and answer (assistant, gpt) in turn, and an answer at the end."
-        )
+    first = 2 if roles[:1] == ["system"] else 1
+    rule = "Question (user, human) and answer (assistant, gpt) come in turn, perhaps after one system text."
+    for number, (role, right) in enumerate(zip(roles[first - 1 :], cycle(("user", "assistant")), strict=False), first):
+        if role != right:
+            raise ConfigError(f"has message {number} of {role}, where one of {right} belongs. {rule}")
+    if roles[-1:] != ["assistant"]:
+        raise ConfigError(f"has no answer at its end. {rule}")
 
 
 def _check_characters(text: str) -> None:

@@ -54,13 +54,13 @@ def folder(tmp_path):
         ('{"image": "a.jpg", "caption": "x"', ["JSON", "delimiter"]),
         ('{"caption": ' + "[" * 100_000, ["nested too deeply"]),
         (b'{"image": "a.jpg", "caption": "\xe9cole"}', ["UTF-8", "\\xe9cole", "iconv"]),
-        ({"image": "a.jpg"}, ["has image", "'caption'"]),
-        ({}, ["nothing", "'caption'"]),
+        ({"image": "a.jpg"}, ["'image'", "'caption'"]),
+        ({}, ["keys []", "'caption'"]),
         ({"caption": "x"}, ["no picture", "'image'"]),
         ({"image": "a.jpg", "caption": 7}, ["has 7", "text"]),
         ({"image": "a.jpg", "caption": ""}, ["nothing in message 2"]),
         ({"image": "a.jpg", "caption": "\ud83d"}, ["surrogate", "\\ud83d"]),
-        ({"image": "a.jpg", "prompt": "Q"}, ["has image, prompt", "'answer'"]),
+        ({"image": "a.jpg", "prompt": "Q"}, ["['image', 'prompt']", "'answer'"]),
         ({"prompt": "", "answer": "A"}, ["nothing in message 1"]),
         ({"image": 5, "caption": "x"}, ["5", "path"]),
         ({"image": "none.jpg", "caption": "x"}, ["'none.jpg'", "FOLDER/none.jpg", "build_info.images"]),
@@ -77,13 +77,19 @@ def folder(tmp_path):
         ({"messages": [{"from": "human", "value": "x"}]}, ["message 1", "'role'"]),
         ({"messages": chat(("tool", "x"))}, ["'tool'", "message 1", "assistant"]),
         ({"messages": chat((["user"], "x"))}, ["['user']", "message 1"]),
-        ({"messages": chat(("user", "x"))}, ["order user.", "answer at the end"]),
-        ({"messages": chat(("assistant", "x"))}, ["order assistant"]),
-        ({"messages": chat(("system", "x"))}, ["order system"]),
-        ({"messages": chat(("user", "a"), ("user", "b"), ("assistant", "c"))}, ["order user, user, assistant"]),
-        ({"messages": chat(("user", "a"), ("assistant", "b"), ("user", "c"))}, ["order user, assistant, user"]),
-        ({"messages": chat(("user", "a"), ("system", "s"), ("assistant", "c"))}, ["order user, system"]),
-        ({"system": "s", "messages": chat(("system", "s"), ("user", "a"), ("assistant", "c"))}, ["system, system"]),
+        ({"messages": chat(("user", "x"))}, ["no answer at its end", "in turn"]),
+        ({"messages": chat(("assistant", "x"))}, ["message 1 of assistant", "user belongs"]),
+        ({"messages": chat(("system", "x"))}, ["no answer at its end"]),
+        (
+            {"messages": chat(("user", "a"), ("user", "b"), ("assistant", "c"))},
+            ["message 2 of user", "assistant belongs"],
+        ),
+        ({"messages": chat(("user", "a"), ("assistant", "b"), ("user", "c"))}, ["no answer at its end"]),
+        ({"messages": chat(("user", "a"), ("system", "s"), ("assistant", "c"))}, ["message 2 of system"]),
+        (
+            {"system": "s", "messages": chat(("system", "s"), ("user", "a"), ("assistant", "c"))},
+            ["message 2 of system", "one system text"],
+        ),
         ({"messages": chat(("user", None), ("assistant", "c"))}, ["None", "list of parts"]),
         ({"messages": chat(("user", [{"type": "video"}]), ("assistant", "c"))}, ["'video'", '"image"']),
         ({"messages": chat(("user", ["x"]), ("assistant", "c"))}, ["'x'", '"text"']),
@@ -116,12 +122,12 @@ def test_the_lead_decides_what_is_fatal(folder):
     ("format", "content", "place", "word"),
     [
         ("llava", [llava(("human", "Q"), ("gpt", "A")), llava(("human", "<image>"))], "record 2, line 1", "0 pictures"),
-        ("llava", [llava(("gpt", "A"), ("human", "Q"))], "record 1, line 1", "order assistant, user"),
+        ("llava", [llava(("gpt", "A"), ("human", "Q"))], "record 1, line 1", "message 1 of assistant"),
         ("llava", [{"id": 1, "conversation": []}], "record 1, line 1", "'conversations'"),
         ("sharegpt", [llava(("human", "Q"), ("observation", "A"))], "record 1, line 1", "'observation'"),
         ("sharegpt", [{"conversations": [{"from": "human"}]}], "record 1, line 1", "'value'"),
         ("openai", openai(("user", "Q"), ("tool", "A")), "record 1, line 1", "'tool'"),
-        ("openai", openai(("user", "Q")), "record 1, line 1", "order user"),
+        ("openai", openai(("user", "Q")), "record 1, line 1", "no answer"),
         ("openai", openai(("user", "Q"), ("assistant", "A"), weight=0), "record 1, line 1", "weight"),
         ("openai", openai(("user", image_url("https://x.org/a.png")), ("gpt", "A")), "record 1, line 1", "Download"),
         ("openai", openai(("user", image_url()), ("assistant", "A")), "record 1, line 1", "None"),
@@ -167,7 +173,7 @@ def test_no_records(folder, content, format):
 def test_tables(folder):
     path = folder / "my.csv"
     path.write_text("picture,words\na.jpg,x\n")
-    assert "picture, words" in mistake(path) and "columns" in mistake(path)
+    assert "['picture', 'words']" in mistake(path) and "columns" in mistake(path)
     message = mistake(path, columns={"image": "picture", "caption": "word"})
     assert "columns.caption=word" in message and "'words'" in message
     assert "columns.title" in mistake(path, columns={"title": "words"})
@@ -230,7 +236,7 @@ def test_parquet(folder):
     pq.write_table(pa.table({"image": [{"bytes": None, "path": "none.jpg"}], "caption": ["a"]}), path)
     assert f"{folder}/none.jpg" in mistake(path)
     pq.write_table(pa.table({"picture": [b"1"], "label": [3]}), path)
-    assert "picture, label" in mistake(path)
+    assert "['picture', 'label']" in mistake(path)
     pq.write_table(pa.table({"image": pa.array([], pa.binary()), "caption": pa.array([], pa.string())}), path)
     assert "no records" in mistake(path)
     path.write_bytes(b"PAR1 and no more")
