@@ -40,14 +40,14 @@ def ours(item: Mapping[str, Any]) -> Turns:
         return _turns(item["messages"], "messages", ("role", "content"))
     answer = item.get("caption") if item.get("prompt") and item.get("answer") is None else item.get("answer")
     if answer is not None:
-        return [("user", item.get("prompt") or ""), ("assistant", answer)]
+        return [("user", item.get("prompt") or ""), ("assistant", _literal(answer))]
     if item.get("caption") is None:
         raise ConfigError(
             f"has the keys {shown(list(item))}. A record has 'messages', or 'prompt' and 'answer', or 'caption'."
         )
     if not pictures_of(item):
         raise ConfigError("has a caption and no picture. Name it under 'image', or write 'prompt' and 'answer'.")
-    return [("user", ""), ("assistant", item["caption"])]
+    return [("user", ""), ("assistant", _literal(item["caption"]))]
 
 
 def conversations(item: Mapping[str, Any]) -> Turns:
@@ -62,7 +62,7 @@ def openai(item: Mapping[str, Any]) -> Turns:
     """
     turns: Turns = []
     for role, content in _turns(item.get("messages"), "messages", ("role", "content")):
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        parts = _literal(content)
         if turns and role == turns[-1][0] == "user" and isinstance(parts, list):
             parts = [*turns.pop()[1], {"type": "text", "text": "\n"}, *parts]
         turns.append((role, parts))
@@ -87,6 +87,11 @@ def any_form(item: Mapping[str, Any]) -> Turns:
     """The form that the keys of the record show."""
     form = conversations if item.get("conversations") is not None else texts if item.get("texts") is not None else ours
     return form(item)
+
+
+def _literal(content: Any) -> Any:
+    """A text in which `<image>` is no place of a picture."""
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
 def _turns(value: Any, key: str, *names: tuple[str, str]) -> Turns:

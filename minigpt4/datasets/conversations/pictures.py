@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
-from urllib.parse import unquote_to_bytes, urlparse
+from urllib.parse import urlparse
 from urllib.request import url2pathname
 
 from minigpt4.common.errors import ConfigError
@@ -68,6 +68,6 @@ class PictureFolder:
 def _decode(url: str) -> bytes:
     head, _, body = url.partition(",")
     with suppress(ValueError):
-        if head.endswith(";base64") and (content := base64.b64decode(unquote_to_bytes(body), validate=True)):
+        if head.endswith(";base64") and (content := base64.b64decode(body, validate=True)):
             return content
     raise ConfigError(f"has the picture {shown(url)}. A data: URL is data:image/png;base64,… in base64.")

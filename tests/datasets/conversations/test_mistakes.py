@@ -43,6 +43,7 @@ def mistake(path: Path | str, **options) -> str:
 def folder(tmp_path):
     for name in ("a.jpg", "b.jpg"):
         (tmp_path / name).write_bytes(b"picture")
+    (tmp_path / "folder.jpg").mkdir()
     return tmp_path
 
 
@@ -65,6 +66,7 @@ def folder(tmp_path):
         ({"image": 5, "caption": "x"}, ["5", "path"]),
         ({"image": "none.jpg", "caption": "x"}, ["'none.jpg'", "FOLDER/none.jpg", "build_info.images"]),
         ({"image": "c/a.jpg", "caption": "x"}, ["FOLDER/c/a.jpg"]),
+        ({"image": "folder.jpg", "caption": "x"}, ["FOLDER/folder.jpg"]),
         ({"image": "/none/a.jpg", "caption": "x"}, ["no file /none/a.jpg"]),
         ({"image": "a\0.jpg", "caption": "x"}, ["no file"]),
         ({"image": "", "prompt": "<image>", "answer": "x"}, ["0 pictures", "1 places"]),
