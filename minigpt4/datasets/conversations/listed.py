@@ -71,14 +71,15 @@ def open_coco(path: str) -> ListedRecords:
         try:
             coco.dataset = parse_json(decode(file.read()))
             coco.createIndex()
+            lacks = next((key for key in ("images", "annotations") if not coco.dataset.get(key)), None)
         except ConfigError as error:
             raise ConfigError(f"{path} {error}") from None
         except (KeyError, TypeError, AttributeError) as error:
-            raise ConfigError(f"{path} is no file of COCO: an image or annotation lacks {error}.") from None
-    if not coco.imgs or not coco.anns:
+            lacks = error
+    if lacks:
         raise ConfigError(
-            f"{path} has {len(coco.imgs)} 'images' and {len(coco.anns)} 'annotations'; a captions file of COCO has "
-            "both. A filter_cap.json is read by the builder cc_sbu_align."
+            f"{path} is no captions file of COCO: it lacks {lacks}. It has 'images' (id, file_name) and 'annotations' "
+            "(id, image_id, caption). A filter_cap.json is read by the builder cc_sbu_align."
         )
 
     def items() -> Iterator[str]:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from dataset_files import picture_bytes, write_tar
 
+from minigpt4.common.errors import ConfigError
 from minigpt4.datasets.conversations.formats import read_records
 from minigpt4.datasets.conversations.record import Message, Picture, Record
 
@@ -273,6 +274,19 @@ def test_tsv_with_named_columns(tmp_path):
     picture = at(tmp_path, "pics/a.jpg")
     assert format == "tsv"
     assert messages_of(records) == [turns((picture, "Colour, please?"), "red"), turns((picture, "Kind?"), "cat")]
+
+
+def test_named_columns_win(tmp_path):
+    pictures(tmp_path, "a.jpg", "b.jpg")
+    path = tmp_path / "x.csv"
+    path.write_text("path,Image,question,answer,text,label\nb.jpg,a.jpg,Q,A,T,L\n")
+    a = at(tmp_path, "a.jpg")
+    assert messages_of(read_records(str(path))[1]) == [turns((a, "Q"), "A")]
+    assert messages_of(read_records(str(path), columns={"caption": "label"})[1]) == [turns(a, "L")]
+    named = {"image": "path", "prompt": "text", "answer": "label"}
+    assert messages_of(read_records(str(path), columns=named)[1]) == [turns((at(tmp_path, "b.jpg"), "T"), "L")]
+    with pytest.raises(ConfigError, match="columns is for tables"):
+        read_records(str(tmp_path), columns=named)
 
 
 def test_a_table_with_semicolons_and_huggingface_names(tmp_path):

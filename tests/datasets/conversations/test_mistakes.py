@@ -1,6 +1,7 @@
 """A mistake in a user's file gives one error that names the place, what stands there, and the fix."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -201,8 +202,10 @@ def test_folders(folder):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"images": []}, ["0 'images'", "1 'annotations'", "cc_sbu_align"]),
-        ({"annotations": []}, ["0 'annotations'"]),
+        ({"images": []}, ["lacks images", "cc_sbu_align"]),
+        ({"annotations": []}, ["lacks annotations"]),
+        ({"annotations": [{"image_id": "2", "caption": "x"}]}, ["lacks 'id'", "cc_sbu_align"]),
+        ({"annotations": [7]}, ["lacks"]),
         ({"annotations": [{"id": 1, "image_id": 9, "caption": "x"}]}, ["annotations[0]", "image_id 9"]),
         ({"annotations": [{"id": 1, "image_id": 1, "bbox": []}]}, ["annotations[0]", "captions_*.json"]),
         ({"annotations": [{"id": 1, "caption": "x"}]}, ["'image_id'"]),
@@ -226,6 +229,15 @@ def test_coco_that_is_no_json(folder):
     for content in (b'{"images": [{', b'{"images": [{"file_name": "\xe9"}]}', b'{"a": ' + b"[" * 100_000, b"[]"):
         (folder / "captions.json").write_bytes(content)
         assert mistake(folder / "captions.json", format="coco").startswith(f"{folder}/captions.json ")
+
+
+@pytest.mark.parametrize(("module", "extra"), [("pycocotools.coco", "coco"), ("pyarrow.parquet", "parquet")])
+def test_packages_that_are_not_installed(folder, monkeypatch, module, extra):
+    monkeypatch.setitem(sys.modules, module, None)
+    (folder / "data").write_bytes(b"PAR1" if extra == "parquet" else b'{"images": [{}]}')
+    assert f"{folder}/data" in mistake(folder / "data") and f"pip install 'minigpt4[{extra}]'" in mistake(
+        folder / "data"
+    )
 
 
 def test_parquet(folder):
