@@ -22,6 +22,7 @@ from itertools import cycle
 from typing import Any
 
 from minigpt4.common.errors import ConfigError
+from minigpt4.common.text import pluralize
 from minigpt4.datasets.conversations.pictures import Find
 from minigpt4.datasets.conversations.record import Message, Picture, Record
 from minigpt4.datasets.conversations.text_files import shown
@@ -169,7 +170,7 @@ def _fill(pieces: list[list[Any]], pictures: list[Picture], roles: list[Any], fi
         places = 1
     if places != len(pictures):
         raise ConfigError(
-            f"names {len(pictures)} pictures ('image', 'images') and has {places} places for them. Write {PLACE} once "
+            f"names {pluralize(len(pictures), 'picture')} and has {pluralize(places, 'place')} for pictures. Write {PLACE} once "
             "for each picture, where it stands in the question."
         )
     waiting = iter(pictures)

@@ -129,7 +129,10 @@ def parse_json(text: str) -> dict:
     try:
         item = json.loads(text)
     except ValueError as error:
-        raise ConfigError(f"is not JSON: {error}. It begins {shown(text)}. Write one record {{…}} on a line.") from None
+        reason = f"{error.msg} (character {error.pos + 1})" if isinstance(error, json.JSONDecodeError) else error
+        raise ConfigError(
+            f"is not JSON: {reason}. It begins {shown(text)}. Write one record {{…}} on a line."
+        ) from None
     except RecursionError:
         raise ConfigError("is JSON that is nested too deeply to be a record. Take it out.") from None
     if not isinstance(item, dict):
