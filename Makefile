@@ -61,7 +61,7 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	$(PIP) --constraint requirements.lock --editable '.[tiny,test]'
 	touch $@
 
-# img2dataset pins older versions of webdataset, pandas and opencv than ours.
+# img2dataset pins older versions of webdataset and pandas than ours.
 $(IMG2DATASET_VENV)/.installed:
 	$(PYTHON) -m venv $(IMG2DATASET_VENV)
 	$(IMG2DATASET_VENV)/bin/pip install --quiet img2dataset==1.47.0

@@ -29,7 +29,7 @@ SLOW_TESTS = (
     "tests/cli/test_cli_caption.py::test_several_ranks",
     "tests/cli/test_cli_chat.py::test_the_whole_command",
     "tests/cli/test_cli_serve.py",
-    "tests/conversation/test_videos.py::test_decord_is_imported_only_for_a_video",
+    "tests/conversation/test_videos.py::test_decoders_are_imported_only_for_a_video",
     "tests/doctor/test_estimate.py",
     "tests/fast/test_decoding.py::test_a_cache_that_grows_captures_its_prefills_anew",
     "tests/fast/test_vit.py::test_a_compiled_step_of_a_frozen_encoder",

@@ -143,7 +143,7 @@ class Captioner:
             if isinstance(source, bytes):
                 pictures = [open_picture(io.BytesIO(source), Path(name).name)]
             else:
-                pictures = open_media(source, self._frames)
+                pictures = open_media(source, self._frames, self._chat.video_backend)
             self._check_length(Path(name).name, len(pictures))
             return name, [self._chat.vis_processor(picture) for picture in pictures]
         except PictureError as error:

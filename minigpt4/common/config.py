@@ -99,7 +99,8 @@ class Config:
         for key, value in [*self._paths(keys), *(self._storages() if datasets else [])]:
             if not _exists(value, key):
                 fix = f"Change it there, or on the command line: --options {key}=/where/it/is"
-                yield key, f"{value!r} (set in {self.origin(key)}) does not exist", fix
+                wrong = "is a pipe or a device" if Path(value).expanduser().exists() else "does not exist"
+                yield key, f"{value!r} (set in {self.origin(key)}) {wrong}", fix
 
     def _paths(self, keys: Sequence[str]) -> Iterator[tuple[str, str]]:
         """(key, value) of the paths of the model and the run."""
@@ -219,4 +220,4 @@ def _exists(value: str, key: str) -> bool:
     path = Path(value).expanduser()
     if key.endswith("storage") and re.search(r"[{*?\[]", value):
         path = Path(re.split(r"[{*?\[]", str(path))[0] + "x").parent
-    return path.exists()
+    return path.is_file() or path.is_dir()  # reading a pipe might never end

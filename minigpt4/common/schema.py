@@ -108,6 +108,9 @@ class RunConfig:
     device: str = "cuda"
     """`cuda`, `cuda:N`, `cpu` or `mps` (an Apple GPU). Without an NVIDIA GPU, `cuda` falls back to the CPU with
     a warning."""
+    video_backend: str = field(default="av", metadata={"choices": ("av", "decord")})
+    """Decoder of videos in `chat` and `caption`. `decord` decodes more codecs, but its FFmpeg is of 2020 and has known
+    holes, so it is for files of your own only. The page always takes `av`."""
     distributed: bool = True
     """Train together with the other processes that torchrun started; False with several is an error."""
 

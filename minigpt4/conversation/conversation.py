@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 from minigpt4.conversation.decoding import Decoding
-from minigpt4.conversation.pictures import open_picture
+from minigpt4.conversation.pictures import PictureError, to_picture
 from minigpt4.conversation.videos import FRAMES, open_video
 from minigpt4.fast.decoding.loop import cached_decoding
 from minigpt4.models.generation import DecodingLoop, answer_text, continue_embeds, end_ids, stream, strip_leading
@@ -102,6 +102,7 @@ class Chat:
         vis_processor: turns a PIL image into a tensor [3,H,W].
         device: the device of the model.
         decoding_loop: see `continue_embeds`; None: transformers' `generate` decodes.
+        video_backend: decoder of `upload_video`: "av", or "decord" for files of one's own.
     """
 
     def __init__(
@@ -110,22 +111,34 @@ class Chat:
         vis_processor: Callable,
         device: str | torch.device = "cpu",
         decoding_loop: DecodingLoop | None = cached_decoding,
+        video_backend: str = "av",
     ):
         self.model = model.eval()
         self.decoding_loop = decoding_loop
+        self.video_backend = video_backend
         self.vis_processor = vis_processor
         self.device = torch.device(device)
 
     @torch.inference_mode()
-    def upload_img(self, image: str | Path | Image.Image | torch.Tensor, conv: Conversation, img_list: list) -> str:
-        """Add an image to the conversation: a file, a PIL image, or a processed tensor [3,H,W].
+    def upload_img(
+        self,
+        image: str | Path | bytes | Image.Image | np.ndarray | torch.Tensor,
+        conv: Conversation,
+        img_list: list,
+    ) -> str:
+        """Add an image to the conversation: a file, its content, a PIL image, an array [H,W], [H,W,3] (RGB) or [H,W,4]
+        (RGBA), or a processed float tensor [3,H,W].
 
-        Its embeddings [1,Q,D] are appended to `img_list`. Raises PictureError for a file that is not a usable picture.
+        Its embeddings [1,Q,D] are appended to `img_list`. Raises PictureError for anything that is not a usable
+        picture.
         """
-        if isinstance(image, (str, Path)):
-            image = open_picture(image)
         if not isinstance(image, torch.Tensor):
-            image = self.vis_processor(image)
+            image = self.vis_processor(to_picture(image))
+        elif not image.is_floating_point() or image.ndim not in (3, 4) or image.shape[-3] != 3:
+            raise PictureError(
+                f"A tensor of shape {list(image.shape)} and type {image.dtype} is no processed picture: floats [3,H,W] "
+                "are expected. Give the picture itself, or call `vis_processor` on it first."
+            )
         pixels = image if image.ndim == 4 else image.unsqueeze(0)
         img_list.append(self.model.encode_img(pixels.to(self.device))[0])
         conv.add_to_question(IMAGE_TURN)
@@ -133,7 +146,7 @@ class Chat:
 
     def upload_video(self, video: str | Path, conv: Conversation, img_list: list, frames: int = FRAMES) -> str:
         """Add a video file to the conversation: `frames` evenly spaced frames, in one turn. Raises PictureError."""
-        for frame in open_video(video, frames):
+        for frame in open_video(video, frames, self.video_backend):
             self.upload_img(frame, conv, img_list)
         return "Received."
 

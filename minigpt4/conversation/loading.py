@@ -21,7 +21,7 @@ def load_chat(cfg: Config, device: torch.device, warm_up: Iterable[int] = ()) ->
     model = registry.get_model_class(cfg.model_cfg.arch).build(cfg.model_cfg, device, dtype)
     for rows in warm_up:
         cached_decoding.warm_up(model.llama_model, rows=rows)
-    return Chat(model, load_vis_processor(cfg), device)
+    return Chat(model, load_vis_processor(cfg), device, video_backend=cfg.run_cfg.video_backend)
 
 
 def load_vis_processor(cfg: Config):

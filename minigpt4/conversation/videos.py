@@ -1,6 +1,8 @@
 """Opening untrusted video files: a few evenly spaced frames become pictures.
 
-decord decodes them in a separate process with limited time and memory (`draw_frames.py`).
+They are decoded in a separate process with limited time and memory, and without environment variables or network
+(`draw_frames.py`). PyAV decodes by default. decord may decode files of one's own: its FFmpeg is of 2020 and has known
+holes.
 """
 
 import importlib.util
@@ -12,11 +14,13 @@ from pathlib import Path
 
 from PIL import Image
 
-from minigpt4.conversation.pictures import PictureError, open_picture
+from minigpt4.common.files import open_regular
+from minigpt4.conversation.pictures import OWN_FORMATS, PictureError, name_of, open_picture
 
 SUFFIXES = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi")
 FRAMES = 8
 MAX_FRAMES = 64
+BACKENDS = ("av", "decord")
 SECONDS = 60  # limit of the decoding time
 WORKER = Path(__file__).with_name("draw_frames.py")
 
@@ -26,30 +30,40 @@ def is_video(path: str | Path) -> bool:
     return Path(path).suffix.lower() in SUFFIXES
 
 
-def open_media(path: str | Path, frames: int = FRAMES) -> list[Image.Image]:
-    """The frames of a video file, or the one picture in any other file. Raises PictureError."""
-    return open_video(path, frames) if is_video(path) else [open_picture(path)]
+def open_media(
+    path: str | Path, frames: int = FRAMES, backend: str = "av", formats: tuple[str, ...] = OWN_FORMATS
+) -> list[Image.Image]:
+    """The frames of a video file, or the one picture in any other file (`open_picture`). Raises PictureError."""
+    return open_video(path, frames, backend) if is_video(path) else [open_picture(path, formats=formats)]
 
 
-def open_video(path: str | Path, frames: int = FRAMES) -> list[Image.Image]:
+def open_video(path: str | Path, frames: int = FRAMES, backend: str = "av") -> list[Image.Image]:
     """Evenly spaced frames of a video file in RGB, at most 512 pixels wide and high.
 
     There are `frames` of them, or fewer if the video has fewer frames.
 
+    Args:
+        backend: "av", or "decord", which is for files of one's own only.
+
     Raises:
-        ValueError: `frames` is not from 1 to 64.
-        PictureError: the file is not a video, is damaged, lasts more than an hour, or takes more than 2 GiB or a minute
-            to decode; or decord is not installed.
+        ValueError: `frames` is not from 1 to 64, or there is no such backend.
+        PictureError: the file is not a video, has another codec, is damaged, lasts more than an hour, or takes more
+            than 2 GiB or a minute to decode; or the backend is not installed.
     """
     if not 1 <= frames <= MAX_FRAMES:
         raise ValueError(f"frames={frames} must be from 1 to {MAX_FRAMES}.")
-    name = Path(path).name
-    if importlib.util.find_spec("decord") is None:
-        raise PictureError(f"{name} is a video: it takes `pip install decord` (or eva-decord, on other processors).")
+    if backend not in BACKENDS:
+        raise ValueError(f"The video backend {backend!r} must be one of {', '.join(BACKENDS)}.")
+    if not isinstance(path, str | Path):
+        raise PictureError(f"A {type(path).__name__} is no video. Give the path of a file.")
+    name = name_of(path)
+    if importlib.util.find_spec(backend) is None:
+        raise PictureError(f"{name} is a video: it takes `pip install {backend}`.")
     _check_container(path, name)
-    command = [sys.executable, "-P", str(WORKER), os.path.abspath(path), str(frames)]
-    # Each thread of a numerical library takes address space, which is limited.
-    environment = os.environ | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    folders = [os.path.abspath(folder) for folder in sys.path]  # PYTHONPATH is one of the variables that it lacks
+    command = [sys.executable, "-P", str(WORKER), os.path.abspath(path), str(frames), backend, *folders]
+    # Keys and passwords are in the environment. Windows starts no program without this variable.
+    environment = {key: os.environ[key] for key in ("SYSTEMROOT",) if key in os.environ}
     try:
         result = subprocess.run(
             # stderr is dropped, because decoders can write any amount to it.
@@ -73,7 +87,7 @@ def _check_container(path: str | Path, name: str) -> None:
     FFmpeg reads some text files as playlists, which can name other files and addresses.
     """
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             head = file.read(12)
     except OSError as error:
         raise PictureError(f"{name} cannot be read: {error.strerror}.") from None

@@ -4,8 +4,6 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from PIL import Image
-
 from minigpt4.common.errors import check_names
 
 
@@ -31,13 +29,3 @@ class BaseProcessor:
         known = inspect.signature(cls).parameters
         check_names(settings, known, lambda key: f"Processor {name!r} has no key {key!r}")
         return cls(**settings)
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """The decoded picture with three channels of 8 bits. Transparency is dropped, not blended."""
-    if image.mode == "RGB":
-        image.load()
-        return image  # `convert` would copy it
-    if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")  # the same colours as without it, but no warning of Pillow's for each file
-    return image.convert("RGB")

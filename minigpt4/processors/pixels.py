@@ -10,7 +10,7 @@ from PIL import Image
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.functional import pil_to_tensor
 
-from minigpt4.processors.base_processor import to_rgb
+from minigpt4.common.rgb import open_image, to_rgb
 
 Picture = Image.Image | torch.Tensor
 
@@ -18,12 +18,14 @@ Picture = Image.Image | torch.Tensor
 def read_picture(content: bytes, vis_processor: Callable) -> Picture:
     """Decode a picture file for `to_sample`: to uint8 [3,H,W] if the processor takes it, otherwise to a PIL image.
 
-    EXIF data are ignored. A file that is no picture, or is broken, may raise any kind of error: Pillow's plug-ins do.
+    EXIF data and transparency are ignored. A picture of more than 64 million pixels raises
+    Image.DecompressionBombError (see `open_image`). A file that is no picture, or is broken, may raise any kind of
+    error: Pillow's plug-ins do.
     """
-    image = Image.open(io.BytesIO(content))
+    image = open_image(io.BytesIO(content))
     if not takes_pixels(vis_processor):
         return to_rgb(image)
-    if image.format == "JPEG" and image.mode == "RGB":
+    if image.format == "JPEG" and image.mode == "RGB" and not image.decoderconfig:  # this one is not to be reduced
         with suppress(RuntimeError):  # Pillow reads or refuses the files that this decoder cannot read
             return decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.RGB)
     return pil_to_tensor(to_rgb(image))

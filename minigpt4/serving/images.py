@@ -12,7 +12,14 @@ from minigpt4.serving.errors import ApiError
 
 MAX_REDIRECTS = 3
 FETCH_SECONDS = 15
-NAT64 = ipaddress.ip_network("64:ff9b::/96")
+# Addresses of the public internet: global unicast. Of IPv6 it is one block, without those inside it that serve a
+# purpose (tunnels, benchmarks, overlays, examples).
+GLOBAL_6 = ipaddress.ip_network("2000::/3")
+SPECIAL_6 = [ipaddress.ip_network(block) for block in ("2001::/23", "2001:db8::/32", "3fff::/20")]
+# In addition to what Python knows: protocols, relays of 6to4, and Azure's platform, as a machine there sees it.
+SPECIAL_4 = [ipaddress.ip_network(block) for block in ("192.0.0.0/24", "192.88.99.0/24", "168.63.129.16/32")]
+NAT64 = ipaddress.ip_network("64:ff9b::/96")  # by which networks without IPv4 reach it: their resolvers give it out
+ISATAP = 0x5EFE  # begins the lower half of an address, before the IPv4 address
 
 
 class Images:
@@ -149,12 +156,17 @@ class PublicNetwork(httpcore.AnyIOBackend):
 
 
 def is_public(address: str) -> bool:
-    """True if an IP address, and any IPv4 address that it embeds, belongs to the public internet."""
+    """True if an IP address belongs to the public internet.
+
+    Three kinds of IPv6 address can be public that hold an IPv4 address: mapped, 6to4, and NAT64's well-known ones. The
+    address inside decides. All other kinds are refused.
+    """
     ip = ipaddress.ip_address(address)
-    if ip.version == 6:
-        inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo and ip.teredo[1])
-        if ip in NAT64:
-            inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
-        if inner:
-            return is_public(str(inner))
-    return ip.is_global and not ip.is_multicast
+    if ip.version == 4:
+        is_unicast = not (ip.is_multicast or ip.is_reserved)
+        return ip.is_global and is_unicast and not any(ip in block for block in SPECIAL_4)
+    inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF) if ip in NAT64 else ip.ipv4_mapped or ip.sixtofour
+    if inner:
+        return is_public(str(inner))
+    is_isatap = int(ip) >> 32 & 0xFDFFFFFF == ISATAP  # one bit says whether the IPv4 address is a public one
+    return ip in GLOBAL_6 and not is_isatap and not any(ip in block for block in SPECIAL_6)

@@ -4,10 +4,9 @@ Each message is a turn. If all text of a message precedes its pictures, as in Op
 to the front, because the model was trained with pictures before text.
 """
 
-import io
-
 from minigpt4.conversation import CONV_VISION, Chat, Conversation, PictureError, open_picture
 from minigpt4.conversation.conversation import IMAGE_TURN
+from minigpt4.conversation.pictures import FORMATS
 from minigpt4.serving.batching import Prompt
 from minigpt4.serving.errors import ApiError
 from minigpt4.serving.protocol import Image, Message, Text
@@ -45,7 +44,8 @@ def read_prompt(chat: Chat, messages: list[Message], pictures: dict[str, bytes],
     pixels = []
     for place, content in pictures.items():
         try:
-            pixels.append(chat.vis_processor(open_picture(io.BytesIO(content), f"The picture in {place}", max_pixels)))
+            picture = open_picture(content, f"The picture in {place}", max_pixels, FORMATS)
+            pixels.append(chat.vis_processor(picture))
         except PictureError as error:
             raise ApiError(400, str(error), "invalid_image", place) from None
     return Prompt(prompt, pixels, tokens)

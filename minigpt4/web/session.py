@@ -13,6 +13,7 @@ from PIL import Image
 
 from minigpt4.common.text import pluralize
 from minigpt4.conversation import CONV_VISION, Chat, Conversation, PictureError, open_media
+from minigpt4.conversation.pictures import FORMATS
 from minigpt4.conversation.videos import FRAMES
 
 MAX_PICTURES = 16  # in a conversation, video frames included
@@ -76,7 +77,7 @@ class ChatSession:
     def _open(self, path: str, frames: int) -> list[Image.Image]:
         """The picture, or the frames of the video, in a file. Raises PictureError if there are too many."""
         room = MAX_PICTURES - len(self.img_list) - len(self._new_images)
-        pictures = open_media(path, frames) if room else []
+        pictures = open_media(path, frames, formats=FORMATS) if room else []
         if not 0 < len(pictures) <= room:
             many = f"has {len(pictures)} pictures, too many" if len(pictures) > 1 else "is one too many"
             limit = f"at most {MAX_PICTURES} in a conversation, those of videos included"

@@ -4,10 +4,11 @@ import logging
 from functools import partial
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 
-from minigpt4.conversation import CONV_VISION, Chat, Conversation, Decoding, conversation
+from minigpt4.conversation import CONV_VISION, Chat, Conversation, Decoding, PictureError, conversation
 from minigpt4.conversation.conversation import break_up
 from minigpt4.fast.decoding import loop
 from minigpt4.fast.decoding.loop import cached_decoding
@@ -213,6 +214,52 @@ def test_upload_takes_files_pictures_and_tensors(golden, model, tmp_path):
         chat.upload_img(image, conv, img_list)
     assert all(torch.equal(image, img_list[0]) for image in img_list)
     assert human(conv)[0].count(IMAGE_SLOT) == 5
+    array = np.asarray(picture)
+    for image in (array, array / 255, array.astype("uint16") * 257, (tmp_path / "red.png").read_bytes()):
+        chat.upload_img(image, conv, img_list)
+    assert all(torch.equal(image, img_list[0]) for image in img_list)
+    gray = Image.new("L", (40, 30), 70)
+    for image in (gray, np.asarray(gray), np.asarray(gray)[:, :, None], gray.convert("I")):
+        chat.upload_img(image, conv, img_list)
+    assert all(torch.equal(image, img_list[-1]) for image in img_list[-4:])
+
+
+def test_upload_shows_transparent_pictures_on_white(model):
+    from PIL import Image
+
+    from minigpt4.processors import Blip2ImageEvalProcessor
+
+    chat = Chat(model, Blip2ImageEvalProcessor(28))
+    conv, img_list = CONV_VISION.copy(), []
+    invisible = Image.new("RGBA", (40, 30), (200, 30, 60, 0))
+    for image in (Image.new("RGB", (40, 30), "white"), invisible, np.asarray(invisible)):
+        chat.upload_img(image, conv, img_list)
+    assert all(torch.equal(image, img_list[0]) for image in img_list)
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        ("https://example.com/cat.png", "https://example.com/cat.png is a URL, not a file"),
+        (b"no picture", "The picture is not a picture that can be read"),
+        (np.zeros((3, 8, 8)), r"shape \[3, 8, 8\] and type float64 is no picture"),
+        (torch.zeros(8, 8, 3), r"shape \[8, 8, 3\] .* is no processed picture"),
+        (torch.zeros(3, 8, 8, dtype=torch.uint8), "type torch.uint8 is no processed picture"),
+        (None, "A NoneType is no picture"),
+        (["cat.png"], "A list is no picture"),
+    ],
+)
+def test_upload_refuses_what_is_no_picture(chat, image, message):
+    conv, img_list = CONV_VISION.copy(), []
+    with pytest.raises(PictureError, match=message):
+        chat.upload_img(image, conv, img_list)
+    assert not img_list and not conv.messages
+
+
+@pytest.mark.parametrize("video", ["https://example.com/cat.mp4", b"content", None])
+def test_upload_refuses_what_is_no_video(chat, video):
+    with pytest.raises(PictureError, match="is a URL, not a file|is no video. Give the path of a file"):
+        chat.upload_video(video, CONV_VISION.copy(), [])
 
 
 def test_copies_do_not_share_messages(play):

@@ -1,13 +1,15 @@
 """Building a chat from a config."""
 
 import argparse
+from contextlib import nullcontext
 
 import pytest
 import torch
 from helpers import GOLDEN, ROOT
+from video_files import write_video
 
 from minigpt4.common.config import Config, ConfigError
-from minigpt4.conversation import CONV_VISION
+from minigpt4.conversation import CONV_VISION, PictureError
 from minigpt4.conversation.loading import load_chat, load_vis_processor, select_gpu
 from minigpt4.processors import Blip2ImageEvalProcessor, Blip2ImageTrainProcessor
 
@@ -24,6 +26,20 @@ def test_load_chat(golden_config):
     chat.upload_img(GOLDEN / "images" / "rgb.png", conv, img_list)
     chat.ask("What is it?", conv)
     assert isinstance(chat.answer(conv, img_list, max_new_tokens=5)[0], str)
+
+
+def test_video_backend(golden_config, tmp_path):
+    pytest.importorskip("decord")
+    path = write_video(tmp_path / "camera.avi", codec="mjpeg")
+    for options, backend in (([], "av"), (["run.video_backend=decord"], "decord")):
+        cfg = config(golden_config, *options)
+        chat, img_list = load_chat(cfg, select_gpu(cfg, 0)), []
+        assert chat.video_backend == backend
+        with nullcontext() if options else pytest.raises(PictureError, match="coded as mjpeg"):
+            chat.upload_video(path, CONV_VISION.copy(), img_list, frames=2)
+        assert len(img_list) == (2 if options else 0)
+    with pytest.raises(ConfigError, match="run.video_backend = 'opencv' .* is not one of av, decord"):
+        config(golden_config, "run.video_backend=opencv")
 
 
 def test_the_processor_is_that_of_the_first_dataset_as_in_the_first_release():

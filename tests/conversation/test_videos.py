@@ -1,13 +1,18 @@
 """Opening video files, hostile ones included."""
 
+import contextlib
+import random
+import struct
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from helpers import GOLDEN, ROOT
-from video_files import CODECS, STEP, bad_videos, write_video
+from PIL import Image
+from video_files import CODECS, STEP, bad_videos, write_pictures, write_video
 
-from minigpt4.conversation import CONV_VISION, Chat, PictureError, open_media, open_video, videos
+from minigpt4.conversation import CONV_VISION, Chat, PictureError, draw_frames, open_media, open_video, videos
 from minigpt4.models.prompt import IMAGE_SLOT
 from minigpt4.processors import Blip2ImageEvalProcessor
 
@@ -31,6 +36,104 @@ def test_every_suffix_is_tested():
 @pytest.mark.parametrize(("frames", "expected"), [(1, [2]), (3, [0, 2, 4]), (5, [*range(5)]), (64, [*range(5)])])
 def test_short_videos(tmp_path, frames, expected):
     assert places(open_video(write_video(tmp_path / "short.mp4", frames=5), frames)) == expected
+
+
+ENCODERS = {
+    "h264": ("x.mp4", "libx264", {"bf": "3", "g": "20"}),
+    "hevc": ("x.mkv", "libx265", {"x265-params": "log-level=none"}),
+    "vp8": ("x.webm", "libvpx", {}),
+    "vp9": ("x.webm", "libvpx-vp9", {}),
+    "av1": ("x.mp4", "libsvtav1", {"preset": "12", "svtav1-params": "lp=1"}),
+    "mpeg4": ("x.avi", "mpeg4", {"bf": "2"}),
+}
+
+
+def film(path, codec, options, frames=60, size=(128, 96)):
+    """Frames that move, over a picture of smooth colours."""
+    large = Image.effect_noise((8, 6), 200).resize((size[0] + frames, size[1]), Image.BICUBIC)
+    still = np.stack([np.asarray(large), np.asarray(large)[::-1], np.asarray(large)[:, ::-1]], axis=2)
+    pictures = [np.ascontiguousarray(still[:, n : n + size[0]]) for n in range(frames)]
+    write_pictures(path, pictures, 10, size, codec, **options)
+    return pictures
+
+
+def test_every_accepted_codec_is_tested():
+    assert set(ENCODERS) == set(draw_frames.CODECS)
+
+
+@pytest.mark.parametrize("codec", ENCODERS)
+def test_codecs(tmp_path, codec):
+    """The right frames, also where decoding starts at a key frame in the middle, and frames are stored out of order."""
+    name, encoder, options = ENCODERS[codec]
+    pictures = film(tmp_path / name, encoder, options)
+    drawn = open_video(tmp_path / name, 4)
+    for place, frame in zip([7, 22, 37, 52], drawn, strict=True):
+        distances = [np.abs(np.asarray(frame).astype(int) - picture).mean() for picture in pictures]
+        assert np.argmin(distances) == place and min(distances) < 12
+
+
+@pytest.mark.parametrize("size", [(128, 96), (1280, 720)])
+@pytest.mark.parametrize("codec", ["h264", "vp9"])
+def test_frames_equal_decords(tmp_path, codec, size):
+    pytest.importorskip("decord")
+    name, encoder, options = ENCODERS[codec]
+    film(tmp_path / name, encoder, options, frames=12, size=size)
+    for ours, theirs in zip(*(open_video(tmp_path / name, 3, backend) for backend in videos.BACKENDS), strict=True):
+        assert np.abs(np.asarray(ours).astype(int) - np.asarray(theirs)).max() <= 2
+
+
+def test_other_codecs_are_refused(tmp_path):
+    """Also where the file's suffix and container are those of an accepted one."""
+    for name, encoder in (("x.avi", "mjpeg"), ("x.mp4", "mjpeg"), ("x.mkv", "ffv1"), ("x.mov", "prores_ks")):
+        path = write_video(tmp_path / name, codec=encoder)
+        with pytest.raises(PictureError, match=f"^{name} is coded as {encoder[:6]}.*; accepted are h264, hevc, "):
+            open_video(path)
+
+
+def test_a_phones_video_becomes_upright(tmp_path):
+    """A phone writes frames as its sensor lies, and how they are to be turned."""
+    path = tmp_path / "phone.mp4"
+    upright = film(path, "mpeg4", {}, frames=3)[1]
+    content = path.read_bytes()
+    matrix = content.index(b"tkhd") + 44
+    turned = struct.pack(">9i", 0, 65536, 0, -65536, 0, 0, 0, 0, 1 << 30)
+    path.write_bytes(content[:matrix] + turned + content[matrix + len(turned) :])
+    (frame,) = open_video(path, 1)
+    assert frame.size == (96, 128)
+    assert np.abs(np.asarray(frame).astype(int) - np.rot90(upright, -1)).mean() < 8
+
+
+def test_damaged_files_raise_nothing_else(tmp_path):
+    rng, good = random.Random(0), write_video(tmp_path / "good.webm").read_bytes()
+    for n in range(16):
+        content = bytearray(good[: rng.randrange(40, len(good))] if n % 2 else good)
+        for place in rng.sample(range(12, len(content)), 10):
+            content[place] ^= 1 << rng.randrange(8)
+        path = tmp_path / "bad.webm"
+        path.write_bytes(content)
+        with contextlib.suppress(PictureError):
+            assert len(open_video(path, 2)) <= 2
+
+
+def test_the_decoding_process_has_no_secrets(tmp_path, monkeypatch):
+    """Its only variable is one that Python itself sets."""
+    worker = tmp_path / "worker.py"
+    worker.write_text("import os, sys; print(sorted(set(os.environ) - {'LC_CTYPE'})); sys.exit(2)")
+    monkeypatch.setattr(videos, "WORKER", worker)
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    with pytest.raises(PictureError, match=r"^x.mp4 \[\]$"):
+        open_video(write_video(tmp_path / "x.mp4"))
+
+
+def test_the_decoding_process_has_no_network(tmp_path):
+    code = "import socket, sys; from minigpt4.conversation import draw_frames; draw_frames.leave_network()\n"
+    code += "print(sorted(name for _, name in socket.if_nameindex()))"
+    command = [sys.executable, "-c", code]
+    interfaces = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
+    code = "import ctypes; raise SystemExit(ctypes.CDLL(None).unshare(0x50000000) != 0)"
+    if subprocess.run([sys.executable, "-c", code], capture_output=True).returncode:
+        pytest.skip("this system lets no user leave the network")
+    assert interfaces == "['lo']"  # and it is down
 
 
 def test_large_frames_are_shrunk(tmp_path):
@@ -73,14 +176,17 @@ def test_number_of_frames(tmp_path, frames):
         open_video(tmp_path / "video.mp4", frames)
 
 
-def test_without_decord(tmp_path, monkeypatch):
+def test_without_the_decoder(tmp_path, monkeypatch):
+    path = write_video(tmp_path / "video.mp4")
     monkeypatch.setattr(videos.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(PictureError, match="pip install decord"):
-        open_video(write_video(tmp_path / "video.mp4"))
+    for backend in videos.BACKENDS:
+        with pytest.raises(PictureError, match=f"pip install {backend}"):
+            open_video(path, backend=backend)
 
 
-def test_decord_is_imported_only_for_a_video():
-    code = "import sys; from minigpt4.conversation import Chat, open_video; sys.exit('decord' in sys.modules)"
+def test_decoders_are_imported_only_for_a_video():
+    imports = "import sys; from minigpt4.conversation import Chat, open_video"
+    code = f"{imports}; sys.exit('av' in sys.modules or 'decord' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 

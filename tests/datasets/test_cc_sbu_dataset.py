@@ -2,10 +2,12 @@
 
 import json
 import logging
+import os
 import pickle
 
 import pytest
 from dataset_files import picture_bytes, write_align
+from PIL import Image
 
 from minigpt4.datasets.datasets.cc_sbu_dataset import CCSBUAlignDataset
 from minigpt4.datasets.datasets.packed_strings import PackedStrings
@@ -95,6 +97,26 @@ def test_an_image_that_is_not_one_is_replaced_by_the_next(tmp_path, content, cap
     assert samples[-1]["text_input"] == "Caption Number 0!"
     (warning,) = [record.getMessage() for record in caplog.records]
     assert str(tmp_path / "image" / "11.jpg") in warning and "an image that is not one" in warning
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no named pipes")
+def test_a_pipe_is_left_out(tmp_path, caplog):
+    """Opening it would wait for ever."""
+    (write_align(tmp_path) / "image" / "3.jpg").unlink()
+    os.mkfifo(tmp_path / "image" / "3.jpg")
+    dataset = align_dataset(tmp_path)
+    assert dataset[3]["image_id"] == "4"
+    assert "it is a pipe or a device" in caplog.text
+    (tmp_path / "filter_cap.json").unlink()
+    os.mkfifo(tmp_path / "filter_cap.json")
+    with pytest.raises(OSError, match="it is a pipe or a device.*filter_cap.json"):
+        align_dataset(tmp_path)
+
+
+def test_a_picture_of_16_bits(tmp_path):
+    folder = write_align(tmp_path, records=1, suffix=".png")
+    Image.new("I;16", (9, 9), 100 * 257).save(folder / "image" / "0.png")
+    assert align_dataset(folder)[0]["image"].getpixel((3, 3)) == (100, 100, 100)
 
 
 def test_nothing_but_bad_images_is_an_error(tmp_path):

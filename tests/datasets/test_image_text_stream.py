@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import re
 import tarfile
 from collections import Counter
@@ -123,6 +124,15 @@ def test_storage_forms(shards):
     urls = "https://host/{0..2}.tar"
     assert expand_shards([urls, paths[0]], "laion") == [f"https://host/{i}.tar" for i in range(3)] + paths[:1]
     assert expand_shards("pipe:curl -s https://host/{0..1}.tar", "laion")[1] == "pipe:curl -s https://host/1.tar"
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no named pipes")
+def test_a_pipe_is_no_shard(tmp_path):
+    os.mkfifo(tmp_path / "0.tar")
+    (tmp_path / "1.tar").symlink_to(tmp_path / "elsewhere.tar")  # a link is taken at its word
+    assert expand_shards(str(tmp_path / "1.tar"), "laion") == [str(tmp_path / "1.tar")]
+    with pytest.raises(OSError, match=r"build_info\.storage=.*0\.tar is a pipe or a device.*pipe:COMMAND"):
+        expand_shards(str(tmp_path / "{0..1}.tar"), "laion")
 
 
 def test_home_and_relative_paths(shards, monkeypatch):

@@ -1,7 +1,11 @@
 """Turning messages into a prompt."""
 
+import io
+
 import pytest
+import torch
 from endpoint import assistant, image, text, user
+from PIL import Image
 
 from minigpt4.conversation import CONV_VISION
 from minigpt4.models.prompt import IMAGE_SLOT
@@ -109,6 +113,19 @@ def test_pictures_and_tokens(chat, pictures):
     with pytest.raises(ApiError, match=r"The picture in messages\[0\].content\[0\] is 64 × 64 pixels") as error:
         read_prompt(chat, raw, dict(zip(places, pictures, strict=False)), 1000)
     assert (error.value.code, error.value.param) == ("invalid_image", "messages[0].content[0]")
+
+
+def test_transparent_pictures_and_those_of_16_bits(chat):
+    """White where nothing is to be seen, and middle gray: not what lies below, and not white."""
+    raw = messages(user(CAT, CAT))
+    contents = []
+    for picture in (Image.new("RGBA", (40, 30), (200, 30, 60, 0)), Image.new("I;16", (40, 30), 128 * 257)):
+        buffer = io.BytesIO()
+        picture.save(buffer, "PNG")
+        contents.append(buffer.getvalue())
+    prompt = read_prompt(chat, raw, dict(zip(image_urls(raw, 8), contents, strict=True)), 10**6)
+    for pixels, gray in zip(prompt.pixels, (255, 128), strict=True):
+        assert torch.equal(pixels, chat.vis_processor(Image.new("RGB", (40, 30), (gray, gray, gray))))
 
 
 def test_a_long_text_is_refused_quickly(chat):

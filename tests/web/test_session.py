@@ -5,7 +5,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import GOLDEN
+from PIL import Image
 from video_files import bad_videos, write_video
 
 from minigpt4.conversation import CONV_VISION, Chat
@@ -87,6 +89,22 @@ def test_limits(chat, tmp_path):
     (tmp_path / "bad.png").write_text("x")
     assert "bad.png" in session.add_files(chat, [str(tmp_path / "bad.png")])[0]
     assert not session.started
+
+
+def test_transparent_pictures_and_those_of_16_bits(chat, tmp_path):
+    """White where nothing is to be seen, and middle gray: not what lies below, and not white."""
+    Image.new("RGBA", (40, 30), (200, 30, 60, 0)).save(tmp_path / "invisible.png")
+    Image.new("I;16", (40, 30), 128 * 257).save(tmp_path / "gray.png")
+    Image.new("RGB", (40, 30)).save(tmp_path / "scan.tif")
+    session = ChatSession()
+    (problem,) = session.add_files(chat, [str(tmp_path / name) for name in ("invisible.png", "gray.png", "scan.tif")])
+    assert problem.startswith("scan.tif is not a picture that can be read")
+    session.ask("What is it?")
+    answer(session, chat)
+    for embeds, gray in zip(session.img_list, (255, 128), strict=True):
+        expected = []
+        chat.upload_img(Image.new("RGB", (40, 30), (gray, gray, gray)), CONV_VISION.copy(), expected)
+        assert torch.equal(embeds, expected[0])
 
 
 def test_videos(chat, tmp_path):

@@ -170,8 +170,8 @@ def _fill(pieces: list[list[Any]], pictures: list[Picture], roles: list[Any], fi
         places = 1
     if places != len(pictures):
         raise ConfigError(
-            f"names {pluralize(len(pictures), 'picture')} and has {pluralize(places, 'place')} for pictures. Write {PLACE} once "
-            "for each picture, where it stands in the question."
+            f"names {pluralize(len(pictures), 'picture')} and has {pluralize(places, 'place')} for pictures. Write "
+            f"{PLACE} once for each picture, where it stands in the question."
         )
     waiting = iter(pictures)
     for parts in pieces:

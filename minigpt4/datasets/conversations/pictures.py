@@ -12,7 +12,7 @@ from minigpt4.common.errors import ConfigError
 from minigpt4.datasets.conversations.record import Picture
 from minigpt4.datasets.conversations.text_files import shown
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+SUFFIXES = tuple(".jpg .jpeg .png .webp .bmp .gif .tif .tiff .avif .heic .heif".split())
 
 Find = Callable[[Any], Picture]
 """From what a record gives for a picture to the picture. Raises ConfigError."""

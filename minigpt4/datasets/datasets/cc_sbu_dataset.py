@@ -1,5 +1,6 @@
 """cc_sbu_align, the well-written descriptions of stage 2, and any other folder of the same form."""
 
+import io
 import json
 import logging
 import os
@@ -12,6 +13,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from minigpt4.common.errors import ConfigError
+from minigpt4.common.files import open_regular
 from minigpt4.common.text import pluralize
 from minigpt4.datasets.datasets.packed_strings import PackedStrings
 from minigpt4.processors import read_picture, to_sample
@@ -113,7 +115,7 @@ class CCSBUAlignDataset(Dataset):
 
     def _load(self, index: int) -> dict[str, Any] | None:
         try:
-            with open(self._path(index), "rb") as file:
+            with open_regular(self._path(index)) as file:
                 picture = read_picture(file.read(), self.vis_processor)
         except Exception as error:  # Pillow's plug-ins raise nearly every kind of error on broken files
             self._unreported["an image that is not one, or is broken", self._path(index)] += 1
@@ -148,7 +150,7 @@ def read_annotations(path: str) -> tuple[list[str], list[str]]:
     """Image ids and captions of a filter_cap.json. Raises ConfigError that names the file and the place."""
     form = 'Expected {"annotations": [{"image_id": "2", "caption": "…"}, …]}.'
     try:
-        with open(path, encoding="utf-8") as file:
+        with io.TextIOWrapper(open_regular(path), encoding="utf-8") as file:
             content = json.load(file)
     except ValueError as error:
         reason = locate.why_unreadable(Path(path)) or error

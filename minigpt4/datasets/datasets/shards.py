@@ -70,10 +70,12 @@ def _check_files(paths: list[str], pattern: str) -> None:
         raise IsADirectoryError(
             f"{pattern}: {paths[0]} is a folder; name the shards in it: {paths[0].rstrip('/')}/*.tar."
         )
-    listed = {folder: _names_in(folder) for folder in {os.path.dirname(path) for path in paths}}
+    listed = {folder: _files_in(folder) for folder in {os.path.dirname(path) for path in paths}}
     missing = [path for path in paths if os.path.basename(path) not in listed[os.path.dirname(path)]]
     if not missing:
         return
+    if os.path.exists(missing[0]):
+        raise OSError(f"{pattern}: {missing[0]} is a pipe or a device, not a file. For a command, write pipe:COMMAND.")
     folder = os.path.dirname(missing[0]) or "."
     hint = "" if os.path.isdir(folder) else f" There is no folder {folder}."
     if len(missing) < len(paths):
@@ -81,5 +83,9 @@ def _check_files(paths: list[str], pattern: str) -> None:
     raise FileNotFoundError(f"{pattern}: {len(missing)} of {len(paths)} shards are missing, e.g. {missing[0]}.{hint}")
 
 
-def _names_in(folder: str) -> set[str]:
-    return set(os.listdir(folder or ".")) if os.path.isdir(folder or ".") else set()
+def _files_in(folder: str) -> set[str]:
+    """The names in a folder, without pipes and devices: reading one might never end."""
+    if not os.path.isdir(folder or "."):
+        return set()
+    with os.scandir(folder or ".") as entries:
+        return {e.name for e in entries if e.is_symlink() or e.is_file(follow_symlinks=False) or e.is_dir()}
