@@ -1,63 +1,47 @@
 """Recognises the format of a user's files by their content, and reads their records."""
 
-import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from glob import has_magic
-from typing import Any
 
 import numpy as np
 
 from minigpt4.common.errors import ConfigError, check_names
-from minigpt4.datasets.conversations import forms
+from minigpt4.datasets.conversations import forms, text_files
 from minigpt4.datasets.conversations.listed import ListedRecords, open_coco, open_folder
 from minigpt4.datasets.conversations.parquet import ParquetRows
 from minigpt4.datasets.conversations.pictures import PictureFolder
 from minigpt4.datasets.conversations.record import Record
 from minigpt4.datasets.conversations.shards import ShardRecords
-from minigpt4.datasets.conversations.text_files import (
-    Table,
-    TextFile,
-    TextRecords,
-    parse_json,
-    scan_json_list,
-    scan_lines,
-    shown,
-)
+from minigpt4.datasets.conversations.text_files import TextFile, TextRecords, shown
 from minigpt4.datasets.datasets.packed_strings import PackedStrings
 from minigpt4.datasets.datasets.shards import expand_shards, is_local
 
-log = logging.getLogger(__name__)
-
-FORMS: dict[str, Callable[[Mapping], forms.Turns]] = {
+FORMS: dict[str, forms.Form] = {
     "jsonl": forms.ours,
     "llava": forms.conversations,
     "sharegpt": forms.conversations,
     "openai": forms.openai,
-    "csv": forms.ours,
-    "tsv": forms.ours,
-    "folder": forms.ours,
-    "coco": forms.ours,
-    "flickr": forms.ours,
-    "parquet": forms.any_of_these,
-    "shards": forms.any_of_these,
+    **dict.fromkeys(("csv", "tsv", "folder", "coco", "flickr"), forms.ours),
+    **dict.fromkeys(("parquet", "shards"), forms.any_form),
 }
-# Names of columns that are recognised by themselves.
+TABLES = ("csv", "tsv", "flickr", "parquet")
+# Names of columns that are found by themselves.
 COLUMNS = {
     "id": ("id",),
+    "system": ("system",),
     "image": ("image", "image_path", "img", "file_name", "filename", "file", "path", "image_name"),
     "images": ("images",),
     "prompt": ("prompt", "question", "instruction", "query"),
     "answer": ("answer", "response", "output"),
     "caption": ("caption", "text", "description", "comment"),
-    "system": ("system",),
     "messages": ("messages",),
     "conversations": ("conversations",),
     "texts": ("texts",),
 }
-ANSWERS = ("answer", "caption", "messages", "conversations", "texts")
+TEXTS = ("answer", "caption", "messages", "conversations", "texts")
 FLICKR_LINE = re.compile(r"(?P<id>(?P<image>.+)#\d+)\t(?P<caption>.*)")
 TARS = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz")
 HEAD = 1 << 20  # bytes by which a file is recognised
@@ -68,27 +52,29 @@ class Part:
     """The records of one file or folder."""
 
     source: TextRecords | ListedRecords | ParquetRows
-    form: Callable[[Mapping], forms.Turns]
+    form: forms.Form
     find: PictureFolder
     columns: Mapping[str, str]
-    """{our key: its name in the file}."""
+    """Of a table: {our key: column}."""
 
-    def record(self, read: Callable[[int], dict], index: int, find: PictureFolder) -> Record:
-        where = self.source.where(index)
-        try:
-            item = read(index)
-            if self.columns:
-                named = {ours: item.pop(theirs, None) for ours, theirs in self.columns.items()}
-                item |= named
-            return forms.make_record(self.form, item, find, where)
-        except ConfigError as error:
-            raise ConfigError(f"{where} {error}") from None
+    def records(self, indices: Sequence[int], check: bool, find: PictureFolder) -> Iterator[Record | ConfigError]:
+        """The records at some indices; a mistake comes as the error."""
+        with self.source.reader(check) as read:
+            for index in indices:
+                where = self.source.where(index)
+                try:
+                    item = read(index)
+                    if self.columns:
+                        item = {ours: item[column] for ours, column in self.columns.items()}
+                    yield forms.make_record(self.form, item, find, where)
+                except ConfigError as error:
+                    yield ConfigError(f"{where} {error}")
 
 
 class Records(Sequence[Record]):
-    """The records of files and folders, parsed at each access. `ids` are those of all, once `read_records` read them.
+    """The records of files and folders, parsed at each access. An item with a mistake in it raises ConfigError.
 
-    An item raises ConfigError for a record with a mistake in it.
+    ids: those of all records, once `read_records` has checked them.
     """
 
     def __init__(self, parts: list[Part]) -> None:
@@ -103,8 +89,10 @@ class Records(Sequence[Record]):
         index = range(len(self))[index]
         number = int(np.searchsorted(self._ends, index, side="right"))
         part = self.parts[number]
-        with part.source.reader() as read:
-            return part.record(read, index - (int(self._ends[number - 1]) if number else 0), part.find)
+        (record,) = part.records([index - int(self._ends[number]) + len(part.source)], False, part.find)
+        if isinstance(record, ConfigError):
+            raise record
+        return record
 
     def checked(self) -> Iterator[Record | ConfigError]:
         """All records in order, each file read once. A record with a mistake comes as the error.
@@ -113,13 +101,18 @@ class Records(Sequence[Record]):
         """
         listings: dict[str, set[str]] = {}
         for part in self.parts:
-            find = part.find.checked(listings)
-            with part.source.reader(check=True) as read:
-                for index in range(len(part.source)):
-                    try:
-                        yield part.record(read, index, find)
-                    except ConfigError as error:
-                        yield error
+            yield from part.records(range(len(part.source)), True, part.find.checked(listings))
+
+    def check(self) -> None:
+        """Set `ids`. Raises ConfigError for the first mistake."""
+
+        def ids() -> Iterator[str]:
+            for record in self.checked():
+                if isinstance(record, ConfigError):
+                    raise record
+                yield record.id
+
+        self.ids = PackedStrings(ids())
 
 
 def read_records(
@@ -128,39 +121,17 @@ def read_records(
     format: str = "auto",
     columns: Mapping[str, str] | None = None,
     name: str = "conversation",
+    check: bool = True,
 ) -> tuple[str, Records | ShardRecords]:
-    """The name of the format and the records; those of files and folders are all checked, those of shards are not.
-
-    The arguments are those of `open_records`. Raises ConfigError for the first record with a mistake.
-    """
-    format, records = open_records(storage, images, format, columns, name)
-    if isinstance(records, Records):
-        records.ids = PackedStrings(_checked_ids(records))
-    return format, records
-
-
-def _checked_ids(records: Records) -> Iterator[str]:
-    for record in records.checked():
-        if isinstance(record, ConfigError):
-            raise record
-        yield record.id
-
-
-def open_records(
-    storage: str | list[str],
-    images: str | None = None,
-    format: str = "auto",
-    columns: Mapping[str, str] | None = None,
-    name: str = "conversation",
-) -> tuple[str, Records | ShardRecords]:
-    """The name of the format and the records, not checked yet.
+    """The name of the format and the records.
 
     storage: files, folders or shards, with brace ranges and globs.
     images: the folder that paths of pictures start from; None: the folder of the file that names them.
     format: a key of FORMS, or "auto".
-    columns: {our key: name of the column}, e.g. {"image": "file_name", "caption": "text"}.
+    columns: of a table, {our key: column}, e.g. {"image": "file_name", "caption": "label"}.
     name: the dataset's name in the YAML, for messages.
-    Raises ConfigError for missing, unknown, empty or broken files.
+    check: whether all records of files and folders are checked now. Those of shards are not.
+    Raises ConfigError for missing, unknown, empty or broken files, and for the first record with a mistake.
     """
     key = f"datasets.{name}.build_info"
     check_names([format], ["auto", *FORMS], lambda value: f"{key}.format={value} is not known")
@@ -170,13 +141,14 @@ def open_records(
         raise ConfigError(f"{key}.images: there is no folder {images}.")
     paths, streamed = _paths(storage, name)
     if streamed:
-        return "shards", ShardRecords(paths, FORMS["shards" if format == "auto" else format], columns)
+        return "shards", ShardRecords(paths, FORMS["shards" if format == "auto" else format])
     formats = [recognise(path) if format == "auto" else format for path in paths]
-    parts = [open_part(*pair, images, columns) for pair in zip(paths, formats, strict=True)]
-    empty = next((path for path, part in zip(paths, parts, strict=True) if not len(part.source)), None)
-    if empty:
-        raise ConfigError(f"{empty} has no records.")
-    return ", ".join(dict.fromkeys(formats)), Records(parts)
+    if columns and not set(formats) <= set(TABLES):
+        raise ConfigError(f"{key}.columns is for tables ({', '.join(TABLES)}); the files are {', '.join(formats)}.")
+    records = Records([open_part(*pair, images, columns) for pair in zip(paths, formats, strict=True)])
+    if check:
+        records.check()
+    return ", ".join(dict.fromkeys(formats)), records
 
 
 def _paths(storage: str | list[str], name: str) -> tuple[list[str], bool]:
@@ -185,11 +157,11 @@ def _paths(storage: str | list[str], name: str) -> tuple[list[str], bool]:
     items = [storage] if isinstance(storage, str) else list(storage or [])
     if not items or not all(isinstance(item, str) and item.strip() for item in items):
         raise ConfigError(f"{key}={storage!r} names no file. Set it in the YAML or with --options {key}=/data/my.jsonl")
-    streamed = [item for item in items if not is_local(item) or item.endswith(TARS)]
-    if streamed:
-        if len(streamed) < len(items):
-            raise ConfigError(f"{key} has shards and files ({streamed[0]}, …). Make them two datasets.")
+    streamed = [not is_local(item) or item.endswith(TARS) for item in items]
+    if all(streamed):
         return expand_shards(items, name), True
+    if any(streamed):
+        raise ConfigError(f"{key} has shards and files. Make them two datasets.")
     paths = []
     for item in items:
         path = os.path.expanduser(item)
@@ -206,16 +178,15 @@ def recognise(path: str) -> str:
     """The format of a file or folder, a key of FORMS. Raises ConfigError that shows how the file begins."""
     if os.path.isdir(path):
         return "folder"
-    with TextFile(path).open() as file:
-        head = file.read(HEAD)
-    if head.startswith(b"PAR1"):
+    text, line = TextFile(path).begin(HEAD)
+    if text.startswith("PAR1"):
         return "parquet"
-    text = head.decode(errors="replace").lstrip()
-    line = text.partition("\n")[0]
-    format = _recognise_json(text) if text.startswith(("[", "{")) else None
-    if FLICKR_LINE.match(line) or re.match(r"image_name\W+comment", line.lower()):
+    format = None
+    if text.startswith(("[", "{")):
+        format = _recognise_json(text)
+    elif FLICKR_LINE.match(line) or re.match(r"image_name\W+comment", line.lower()):
         format = "flickr"
-    elif not text.startswith(("[", "{")) and re.search("[,;|\t]", line):
+    elif re.search("[,;|\t]", line):
         format = "tsv" if "\t" in line else "csv"
     if format is None:
         raise ConfigError(
@@ -236,46 +207,45 @@ def _recognise_json(text: str) -> str | None:
     if has("messages"):
         is_ours = has("images?") or re.search(r'"type"\s*:\s*"image"', text)
         return "jsonl" if is_ours and not has("image_url") else "openai"
-    return "jsonl" if any(map(has, ("caption", "prompt", "answer"))) else None
+    return "jsonl" if has("caption|prompt|answer") else None
 
 
 def open_part(path: str, format: str, images: str | None, columns: Mapping[str, str] | None) -> Part:
-    """The records of a file or folder in a format. Raises ConfigError for one that is broken as a whole."""
+    """The records of a file or folder in a format. Raises ConfigError for one that is empty or broken as a whole."""
     is_folder = os.path.isdir(path)
-    if is_folder != (format == "folder"):
-        raise ConfigError(f"{path} is a {'folder' if is_folder else 'file'}; build_info.format={format} does not fit.")
-    if format == "shards":
-        raise ConfigError(f"{path}: shards end in {', '.join(TARS)}. Rename the file.")
+    if is_folder != (format == "folder") or format == "shards":
+        raise ConfigError(
+            f"build_info.format={format} does not fit {path}, a {'folder' if is_folder else 'file'}. Shards end in "
+            f"{', '.join(TARS)}."
+        )
     base = os.path.abspath(path) if is_folder else os.path.dirname(os.path.abspath(path))
-    find = PictureFolder(images or base, "build_info.images" if images else f"the folder of {path}")
-    names: dict[str, str] = dict(columns or {})
-    if format == "folder":
+    names: list[str] | None = None
+    if is_folder:
         source = open_folder(base, images)
     elif format == "coco":
         source = open_coco(path)
     elif format == "parquet":
         source = ParquetRows(path)
-        names = name_columns(path, source.columns, names)
+        names = source.columns
     else:
-        source, table = open_text(TextFile(path), format)
-        if table:
-            names = name_columns(path, table.columns, names)
-    return Part(source, FORMS[format], find, names)
+        source, names = open_text(TextFile(path), format)
+    if not len(source):
+        raise ConfigError(f"{path} has no records.")
+    find = PictureFolder(images or base, "build_info.images" if images else f"the folder of {path}")
+    return Part(source, FORMS[format], find, {} if names is None else name_columns(path, names, columns or {}))
 
 
-def open_text(file: TextFile, format: str) -> tuple[TextRecords, Table | None]:
-    """The records of a text file in a format, and its table if it is one."""
-    with file.open() as stream:
-        head = stream.read(HEAD).decode(errors="replace").lstrip()
-    line = head.partition("\n")[0]
+def open_text(file: TextFile, format: str) -> tuple[TextRecords, list[str] | None]:
+    """The records of a text file in a format, and the names of its columns if it is a table."""
+    text, line = file.begin(HEAD)
     if format == "flickr" and FLICKR_LINE.match(line):
-        return TextRecords(file, scan_lines(file), parse_flickr), None
-    if format in ("csv", "tsv", "flickr"):
-        table = Table(file, "\t" if format == "tsv" else max(",;|", key=line.count))
-        return TextRecords(file, table.spans(file), table.parse), table
-    if head.startswith("["):
-        return TextRecords(file, scan_json_list(file), parse_json, "record"), None
-    return TextRecords(file, scan_lines(file), parse_json), None
+        return TextRecords(file, text_files.scan_lines(file), parse_flickr), None
+    if format in TABLES:
+        table = text_files.Table(file, "\t" if format == "tsv" else max(",;|", key=line.count))
+        return TextRecords(file, table.scan(file), table.parse), table.columns
+    if text.startswith("["):
+        return TextRecords(file, text_files.scan_json_list(file), text_files.parse_json, "record"), None
+    return TextRecords(file, text_files.scan_lines(file), text_files.parse_json), None
 
 
 def parse_flickr(text: str) -> dict[str, str]:
@@ -287,16 +257,19 @@ def parse_flickr(text: str) -> dict[str, str]:
 
 
 def name_columns(path: str, there: list[str], given: Mapping[str, str]) -> dict[str, str]:
-    """{our key: column}: those given, and those whose names are known. Raises ConfigError if no text is among them."""
-    key = "build_info.columns"
+    """{our key: column}: those given, and those with known names; other texts only if none is given.
+
+    Raises ConfigError if no text is among them.
+    """
     for ours, column in given.items():
-        check_names([column], there, lambda name, ours=ours: f"{key}.{ours}={name} is no column of {path}")
+        check_names([column], there, lambda name, ours=ours: f"build_info.columns.{ours}={name} is no column of {path}")
     lower = {name.lower(): name for name in reversed(there)}
-    known = {ours: next((lower[n] for n in names if n in lower), None) for ours, names in COLUMNS.items()}
-    named: dict[str, Any] = known | dict(given)
-    if not any(named[ours] for ours in ANSWERS):
+    open_keys = [ours for ours in COLUMNS if ours not in ("prompt", *TEXTS) or not set(TEXTS) & set(given)]
+    known = {ours: lower[name] for ours in open_keys for name in reversed(COLUMNS[ours]) if name in lower}
+    named = known | dict(given)
+    if not set(TEXTS) & set(named):
         raise ConfigError(
-            f"{path} has the columns {', '.join(there)}. Which are the picture and its text? Name them: "
-            f"{key}: {{image: …, caption: …}} or {{image: …, prompt: …, answer: …}}."
+            f"{path} has the columns {shown(there)} (its first line). Which are the picture and its text? "
+            "Name them: build_info.columns: {image: …, caption: …} or {image: …, prompt: …, answer: …}."
         )
-    return {ours: column for ours, column in named.items() if column}
+    return named

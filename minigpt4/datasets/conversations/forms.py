@@ -18,9 +18,11 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping
+from itertools import cycle
 from typing import Any
 
 from minigpt4.common.errors import ConfigError
+from minigpt4.common.text import pluralize
 from minigpt4.datasets.conversations.pictures import Find
 from minigpt4.datasets.conversations.record import Message, Picture, Record
 from minigpt4.datasets.conversations.text_files import shown
@@ -30,6 +32,7 @@ ROLES["system"] = "system"
 PLACE = "<image>"
 
 Turns = list[tuple[Any, Any]]
+Form = Callable[[Mapping[str, Any]], Turns]
 
 
 def ours(item: Mapping[str, Any]) -> Turns:
@@ -38,13 +41,14 @@ def ours(item: Mapping[str, Any]) -> Turns:
         return _turns(item["messages"], "messages", ("role", "content"))
     answer = item.get("caption") if item.get("prompt") and item.get("answer") is None else item.get("answer")
     if answer is not None:
-        return [("user", item.get("prompt") or ""), ("assistant", answer)]
+        return [("user", item.get("prompt") or ""), ("assistant", _literal(answer))]
     if item.get("caption") is None:
-        keys = ", ".join(map(str, item)) or "nothing"
-        raise ConfigError(f"has {keys}. A record has 'messages', or 'prompt' and 'answer', or 'caption'.")
+        raise ConfigError(
+            f"has the keys {shown(list(item))}. A record has 'messages', or 'prompt' and 'answer', or 'caption'."
+        )
     if not pictures_of(item):
         raise ConfigError("has a caption and no picture. Name it under 'image', or write 'prompt' and 'answer'.")
-    return [("user", ""), ("assistant", item["caption"])]
+    return [("user", ""), ("assistant", _literal(item["caption"]))]
 
 
 def conversations(item: Mapping[str, Any]) -> Turns:
@@ -59,7 +63,7 @@ def openai(item: Mapping[str, Any]) -> Turns:
     """
     turns: Turns = []
     for role, content in _turns(item.get("messages"), "messages", ("role", "content")):
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        parts = _literal(content)
         if turns and role == turns[-1][0] == "user" and isinstance(parts, list):
             parts = [*turns.pop()[1], {"type": "text", "text": "\n"}, *parts]
         turns.append((role, parts))
@@ -80,10 +84,15 @@ def texts(item: Mapping[str, Any]) -> Turns:
     return turns
 
 
-def any_of_these(item: Mapping[str, Any]) -> Turns:
+def any_form(item: Mapping[str, Any]) -> Turns:
     """The form that the keys of the record show."""
     form = conversations if item.get("conversations") is not None else texts if item.get("texts") is not None else ours
     return form(item)
+
+
+def _literal(content: Any) -> Any:
+    """A text in which `<image>` is no place of a picture."""
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
 def _turns(value: Any, key: str, *names: tuple[str, str]) -> Turns:
@@ -106,7 +115,7 @@ def pictures_of(item: Mapping[str, Any]) -> list[Any]:
     return [each for value in values for each in (value if isinstance(value, list) else [value])]
 
 
-def make_record(form: Callable[[Mapping], Turns], item: Mapping[str, Any], find: Find, where: str) -> Record:
+def make_record(form: Form, item: Mapping[str, Any], find: Find, where: str) -> Record:
     """The record of a parsed item. Raises ConfigError, without the place, for a mistake in it."""
     turns = form(item)
     if item.get("system"):
@@ -161,8 +170,8 @@ def _fill(pieces: list[list[Any]], pictures: list[Picture], roles: list[Any], fi
         places = 1
     if places != len(pictures):
         raise ConfigError(
-            f"names {len(pictures)} pictures ('image', 'images') and has {places} places for them. Write {PLACE} once "
-            "for each picture, where it stands in the question."
+            f"names {pluralize(len(pictures), 'picture')} and has {pluralize(places, 'place')} for pictures. Write "
+            f"{PLACE} once for each picture, where it stands in the question."
         )
     waiting = iter(pictures)
     for parts in pieces:
@@ -174,12 +183,13 @@ def _fill(pieces: list[list[Any]], pictures: list[Picture], roles: list[Any], fi
 
 
 def _check_order(roles: list[str]) -> None:
-    turns = roles[1:] if roles[:1] == ["system"] else roles
-    if not turns or turns != ["user", "assistant"] * (len(turns) // 2):
-        raise ConfigError(
-            f"has the order {', '.join(roles) or 'of no messages'}. It is: one system text or none, then question "
-            "(user, human) and answer (assistant, gpt) in turn, and an answer at the end."
-        )
+    first = 2 if roles[:1] == ["system"] else 1
+    rule = "Question (user, human) and answer (assistant, gpt) come in turn, perhaps after one system text."
+    for number, (role, right) in enumerate(zip(roles[first - 1 :], cycle(("user", "assistant")), strict=False), first):
+        if role != right:
+            raise ConfigError(f"has message {number} of {role}, where one of {right} belongs. {rule}")
+    if roles[-1:] != ["assistant"]:
+        raise ConfigError(f"has no answer at its end. {rule}")
 
 
 def _check_characters(text: str) -> None:

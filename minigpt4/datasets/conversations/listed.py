@@ -8,7 +8,7 @@ from functools import partial
 
 from minigpt4.common.errors import ConfigError
 from minigpt4.datasets.conversations.pictures import SUFFIXES
-from minigpt4.datasets.conversations.text_files import TextFile, decode, parse_json, shown
+from minigpt4.datasets.conversations.text_files import TextFile, decode, optional, parse_json, shown
 from minigpt4.datasets.datasets.packed_strings import PackedStrings
 
 
@@ -39,19 +39,16 @@ def open_folder(folder: str, images: str | None) -> ListedRecords:
     for a folder without pictures.
     """
     top = images or folder
-    found, others = [], set()
+    found: list[str] = []
     for place, folders, names in os.walk(top, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
         for name in sorted(name for name in names if not name.startswith(".")):
-            suffix = os.path.splitext(name)[1].lower()
-            if suffix in SUFFIXES:
+            if name.lower().endswith(SUFFIXES):
                 found.append(os.path.relpath(os.path.join(place, name), top))
-            others.add(suffix)
     if not found:
-        inside = ", ".join(sorted(suffix or "files without suffix" for suffix in others)) or "no files"
         raise ConfigError(
-            f"{top} has no pictures ({', '.join(SUFFIXES)}), but {inside}. A folder is read as pictures with a .txt of "
-            f"the same name each. Name other files one by one, or as {top.rstrip('/')}/*.parquet."
+            f"{top} has no pictures ({', '.join(SUFFIXES)}). A folder is read as pictures with a .txt of the same name "
+            f"each. Name other files one by one, or as {top.rstrip('/')}/*.parquet."
         )
     return ListedRecords(found, partial(_read_pair, folder), os.path.join(top, ""), "{item}")
 
@@ -69,23 +66,20 @@ def _read_pair(folder: str, picture: str) -> dict:
 
 def open_coco(path: str) -> ListedRecords:
     """The captions of a COCO file, in the order of its annotations. Raises ConfigError for a file of another kind."""
-    try:
-        from pycocotools.coco import COCO
-    except ImportError:
-        raise ConfigError(f"{path}: reading COCO's files needs a package: pip install 'minigpt4[coco]'") from None
-    coco = COCO()
+    coco = optional("pycocotools.coco", "coco", path).COCO()
     with TextFile(path).open() as file, redirect_stdout(None):
         try:
             coco.dataset = parse_json(decode(file.read()))
             coco.createIndex()
+            lacks = next((key for key in ("images", "annotations") if not coco.dataset.get(key)), None)
         except ConfigError as error:
             raise ConfigError(f"{path} {error}") from None
         except (KeyError, TypeError, AttributeError) as error:
-            raise ConfigError(f"{path} is no file of COCO: an image or annotation lacks {error}.") from None
-    if not coco.imgs or not coco.anns:
+            lacks = error
+    if lacks:
         raise ConfigError(
-            f"{path} has {len(coco.imgs)} 'images' and {len(coco.anns)} 'annotations'; a captions file of COCO has "
-            "both. A filter_cap.json is read by the builder cc_sbu_align."
+            f"{path} is no captions file of COCO: it lacks {lacks}. It has 'images' (id, file_name) and 'annotations' "
+            "(id, image_id, caption). A filter_cap.json is read by the builder cc_sbu_align."
         )
 
     def items() -> Iterator[str]:

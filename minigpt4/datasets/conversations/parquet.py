@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 
 from minigpt4.common.errors import ConfigError
+from minigpt4.datasets.conversations.text_files import optional
 
 log = logging.getLogger(__name__)
 
-LARGE_GROUP = 64 << 20
+LARGE_GROUP = 64  # MB
 
 
 class ParquetRows:
@@ -26,13 +27,9 @@ class ParquetRows:
         groups = [meta.row_group(number) for number in range(meta.num_row_groups)]
         self._ends = np.cumsum([group.num_rows for group in groups], dtype=np.int64)
         self.columns: list[str] = self._open().schema_arrow.names
-        largest = max((group.total_byte_size for group in groups), default=0)
+        largest = max((group.total_byte_size for group in groups), default=0) >> 20
         if largest > LARGE_GROUP:
-            log.warning(
-                "%s: each sample in random order reads up to %d MB, a row group. Shards are faster.",
-                path,
-                largest >> 20,
-            )
+            log.warning("%s: each sample in random order reads up to %d MB. Shards are faster.", path, largest)
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
@@ -69,27 +66,15 @@ class ParquetRows:
         if not check:
             return file.read_row_group(group), []
         parts = file.metadata.row_group(group)
-        columns = [parts.column(number) for number in range(parts.num_columns)]
-        paths = {column.path_in_schema for column in columns}
-        left_out = {
-            column.path_in_schema
-            for column in columns
-            if column.path_in_schema.endswith(".bytes")
-            and column.path_in_schema.removesuffix("bytes") + "path" in paths
-            and column.statistics is not None
-            and column.statistics.null_count == 0
-        }
-        table = file.read_row_group(group, columns=sorted(paths - left_out))
+        chunks = {part.path_in_schema: part for part in map(parts.column, range(parts.num_columns))}
+        whole = {path for path, chunk in chunks.items() if chunk.statistics and chunk.statistics.null_count == 0}
+        left_out = {path for path in whole if path.endswith(".bytes") and path[: -len("bytes")] + "path" in chunks}
+        table = file.read_row_group(group, columns=sorted(chunks.keys() - left_out))
         return table, [path.split(".")[0] for path in left_out]
 
     def _open(self) -> Any:
+        parquet = optional("pyarrow.parquet", "parquet", self.path)
         try:
-            import pyarrow.parquet
-        except ImportError:
-            raise ConfigError(
-                f"{self.path}: reading Parquet needs a package: pip install 'minigpt4[parquet]'"
-            ) from None
-        try:
-            return pyarrow.parquet.ParquetFile(self.path)
-        except (pyarrow.ArrowException, OSError) as error:
+            return parquet.ParquetFile(self.path)
+        except (ValueError, OSError) as error:  # pyarrow's own errors are ValueErrors
             raise ConfigError(f"{self.path} is no Parquet file, or a broken one: {error}. Fetch it again.") from None

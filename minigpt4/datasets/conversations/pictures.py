@@ -3,15 +3,16 @@
 import base64
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
-from urllib.parse import unquote_to_bytes, urlparse
+from urllib.parse import urlparse
 from urllib.request import url2pathname
 
 from minigpt4.common.errors import ConfigError
 from minigpt4.datasets.conversations.record import Picture
 from minigpt4.datasets.conversations.text_files import shown
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+SUFFIXES = tuple(".jpg .jpeg .png .webp .bmp .gif .tif .tiff .avif .heic .heif".split())
 
 Find = Callable[[Any], Picture]
 """From what a record gives for a picture to the picture. Raises ConfigError."""
@@ -41,7 +42,7 @@ class PictureFolder:
             raise ConfigError(f"has {shown(value)} for a picture. A picture is a path, a data: URL or a file: URL.")
         scheme = value[:8].partition(":")[0].lower()
         if scheme == "data":
-            return Picture(decode_data_url(value))
+            return Picture(_decode(value))
         if scheme in ("http", "https"):
             raise ConfigError(f"has the picture {shown(value)}. Download it, and write the path of the file instead.")
         path = os.path.join(self.folder, url2pathname(urlparse(value).path) if scheme == "file" else value)
@@ -64,13 +65,9 @@ class PictureFolder:
         return name in self.listings[folder]
 
 
-def decode_data_url(url: str) -> bytes:
-    """The content of a `data:` URL. Raises ConfigError if it is not base64, or empty."""
+def _decode(url: str) -> bytes:
     head, _, body = url.partition(",")
-    try:
-        content = base64.b64decode(unquote_to_bytes(body), validate=True) if head.endswith(";base64") else b""
-    except ValueError:
-        content = b""
-    if not content:
-        raise ConfigError(f"has the picture {shown(url)}. A data: URL is data:image/png;base64,… in base64.")
-    return content
+    with suppress(ValueError):
+        if head.endswith(";base64") and (content := base64.b64decode(body, validate=True)):
+            return content
+    raise ConfigError(f"has the picture {shown(url)}. A data: URL is data:image/png;base64,… in base64.")

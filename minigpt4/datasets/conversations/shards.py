@@ -3,12 +3,12 @@
 import os
 import re
 import tarfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from itertools import chain
 from typing import Any
 
 from minigpt4.common.errors import ConfigError
-from minigpt4.datasets.conversations.forms import Turns, make_record, pictures_of
+from minigpt4.datasets.conversations.forms import Form, make_record, pictures_of
 from minigpt4.datasets.conversations.pictures import SUFFIXES, PictureFolder
 from minigpt4.datasets.conversations.record import Picture, Record
 from minigpt4.datasets.conversations.text_files import decode, parse_json
@@ -19,13 +19,11 @@ FORM_KEYS = {"messages", "conversations", "texts", "answer", "caption", "prompt"
 class ShardRecords:
     """The records of shards, in order. A ConfigError for a sample does not end the iterator: the next one follows.
 
-    shards: paths, URLs or `pipe:` commands. form: of the .json. columns: {our key: its key in the .json}.
+    shards: paths, URLs or `pipe:` commands. form: of the .json.
     """
 
-    def __init__(
-        self, shards: list[str], form: Callable[[Mapping], Turns], columns: Mapping[str, str] | None = None
-    ) -> None:
-        self.shards, self.form, self.columns = shards, form, columns or {}
+    def __init__(self, shards: list[str], form: Form) -> None:
+        self.shards, self.form = shards, form
 
     def __iter__(self) -> Iterator[Record]:
         return chain.from_iterable(map(self.read, self.shards))
@@ -50,7 +48,6 @@ class ShardRecords:
 
     def _item(self, files: Mapping[str, Any]) -> dict[str, Any]:
         item = parse_json(decode(files["json"])) if "json" in files else {}
-        item |= {ours: item.get(theirs) for ours, theirs in self.columns.items()}
         if not any(item.get(key) is not None for key in FORM_KEYS) and "txt" in files:
             item["caption"] = decode(files["txt"]).rstrip("\r\n")
         if not item:

@@ -6,6 +6,7 @@ embedded in the text, so a file can be far larger than the memory.
 
 import codecs
 import csv
+import importlib
 import io
 import json
 import os
@@ -21,35 +22,41 @@ import numpy as np
 from minigpt4.common.errors import ConfigError
 
 # Longest first: the mark of UTF-32 begins with that of UTF-16.
-MARKS = (
-    (codecs.BOM_UTF32_LE, "utf-32"),
-    (codecs.BOM_UTF32_BE, "utf-32"),
-    (codecs.BOM_UTF16_LE, "utf-16"),
-    (codecs.BOM_UTF16_BE, "utf-16"),
-)
+MARKS = {mark: "utf-32" for mark in (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)}
+MARKS |= {mark: "utf-16" for mark in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)}
 JSON_OPEN, JSON_NEXT = re.compile(r"[ \t\r\n]*\[[ \t\r\n]*"), re.compile(r"[ \t\r\n]*([,\]]?)[ \t\r\n]*")
 
 Span = tuple[int, int, int]  # first byte, end, line (from 1)
 
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 60
+_short.maxlist = 30
+
+
+def optional(module: str, extra: str, path: str) -> Any:
+    """A module of an extra. Raises ConfigError that says how to install it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise ConfigError(f"{path}: reading it needs a package: pip install 'minigpt4[{extra}]'") from None
 
 
 def shown(value: Any) -> str:
-    """A value for a message, cut to some 60 characters."""
-    return _short.repr(value)
+    """A value for a message, cut to some 60 characters a text and 200 in all."""
+    text = _short.repr(value)
+    return text if len(text) <= 200 else text[:200] + "…"
 
 
 def decode(content: bytes) -> str:
     """Text in UTF-8, or in UTF-16 or UTF-32 with a byte-order mark. Raises ConfigError for others."""
-    encoding = next((name for mark, name in MARKS if content.startswith(mark)), "utf-8-sig")
+    encoding = next((name for mark, name in MARKS.items() if content.startswith(mark)), "utf-8-sig")
     try:
         return content.decode(encoding)
     except UnicodeDecodeError as error:
         place = max(0, error.start - 20)
         raise ConfigError(
-            f"is not text in {encoding.removesuffix('-sig').upper()}: {shown(content[place : error.end])}. Save the "
-            "file in UTF-8; for one in Latin-1: iconv -f LATIN1 -t UTF-8 OLD > NEW"
+            f"is not text in {encoding.removesuffix('-sig').upper()}: {shown(content[place : error.end + 20])}. Save "
+            "it in UTF-8; for one in Latin-1: iconv -f LATIN1 -t UTF-8 OLD > NEW"
         ) from None
 
 
@@ -63,7 +70,7 @@ class TextFile:
         with open(path, "rb") as file:
             self._modified = os.fstat(file.fileno()).st_mtime_ns
             head = file.read(4)
-            if any(head.startswith(mark) for mark, _ in MARKS):
+            if head.startswith(tuple(MARKS)):
                 try:
                     self._recoded = decode(head + file.read()).encode()
                 except ConfigError as error:
@@ -80,6 +87,12 @@ class TextFile:
             raise ConfigError(f"{self.path} has changed since it was opened. Start the command again.")
         file.seek(self.start)
         return file
+
+    def begin(self, size: int) -> tuple[str, str]:
+        """The first `size` bytes as text, without leading blanks, and the first line of it."""
+        with self.open() as file:
+            text = file.read(size).decode(errors="replace").lstrip()
+        return text, text.partition("\n")[0]
 
 
 class TextRecords:
@@ -116,7 +129,10 @@ def parse_json(text: str) -> dict:
     try:
         item = json.loads(text)
     except ValueError as error:
-        raise ConfigError(f"is not JSON: {error}. It begins {shown(text)}. Write one record {{…}} on a line.") from None
+        reason = f"{error.msg} (character {error.pos + 1})" if isinstance(error, json.JSONDecodeError) else error
+        raise ConfigError(
+            f"is not JSON: {reason}. It begins {shown(text)}. Write one record {{…}} on a line."
+        ) from None
     except RecursionError:
         raise ConfigError("is JSON that is nested too deeply to be a record. Take it out.") from None
     if not isinstance(item, dict):
@@ -151,51 +167,48 @@ def scan_json_list(file: TextFile) -> Iterator[Span]:
         except (ValueError, RecursionError) as error:
             place = f"{file.path} record {number}, line {getattr(error, 'lineno', line)}"
             reason = f"is not JSON: {error}" if isinstance(error, ValueError) else "is nested too deeply"
-            raise ConfigError(f"{place}: {reason}. Correct the list, or write one record on a line (.jsonl).") from None
+            raise ConfigError(f"{place} {reason}. Correct the list, or write one record on a line (.jsonl).") from None
         yield file.start + index, file.start + end, line
         following = JSON_NEXT.match(text, end)
         sign, index = following[1], following.end()
         if not sign or (sign == "]" and index < len(text)):
             found = shown(text[index : index + 60].encode("latin-1").decode("utf-8", errors="replace"))
             place = f"{file.path} record {number}, line {line + text.count(chr(10), counted, index)}"
-            raise ConfigError(f"{place}: behind it stands {found}; a JSON list goes on with ',' or ends with ']'.")
+            raise ConfigError(f"{place} is followed by {found}; a JSON list goes on with ',' or ends with ']'.")
 
 
 class Table:
     """How the rows of a CSV or TSV file are cut and parsed. Its first row names the columns."""
 
     def __init__(self, file: TextFile, delimiter: str) -> None:
-        """Raises ConfigError for a broken row, one whose quotation mark is not closed for example."""
         # The captions of Flickr30k, between |, have quotation marks of their own.
         plain = {"quoting": csv.QUOTE_NONE, "skipinitialspace": True} if delimiter == "|" else {"strict": True}
         self._dialect = {"delimiter": delimiter, **plain}
-        start, end, _ = next(self._scan(file), (0, 0, 0))
+        start, end, _ = next(self._rows(file), (0, 0, 0))
         with file.open() as stream:
             stream.seek(start)
             header = decode(stream.read(end - start))
-        if not header:
-            raise ConfigError(f"{file.path} is empty. Its first line names the columns, e.g. image,caption.")
-        self.columns = [name.strip() for name in self._row(header)]
+        self.columns = [name.strip() for name in self._fields(header)]
 
-    def spans(self, file: TextFile) -> Iterator[Span]:
-        """The rows below the header."""
-        return islice(self._scan(file), 1, None)
+    def scan(self, file: TextFile) -> Iterator[Span]:
+        """The rows below the header. Raises ConfigError for a broken one: its quotation mark is not closed."""
+        return islice(self._rows(file), 1, None)
 
     def parse(self, text: str) -> dict[str, str]:
         """{column: field} of a row. Raises ConfigError if it has another number of fields than the header."""
-        row = self._row(text)
+        row = self._fields(text)
         if len(row) != len(self.columns):
             raise ConfigError(
-                f"has {len(row)} fields; the header has {len(self.columns)} ({', '.join(self.columns)}). Put fields "
+                f"has {len(row)} fields; the header has {len(self.columns)} {shown(self.columns)}. Put fields "
                 f"that hold {self._dialect['delimiter']!r} into quotation marks, or add what is missing. "
                 f"It begins {shown(text)}."
             )
         return dict(zip(self.columns, row, strict=True))
 
-    def _row(self, text: str) -> list[str]:
-        return next(csv.reader(io.StringIO(text, newline=""), **self._dialect))
+    def _fields(self, text: str) -> list[str]:
+        return next(csv.reader(io.StringIO(text, newline=""), **self._dialect), [])
 
-    def _scan(self, file: TextFile) -> Iterator[Span]:
+    def _rows(self, file: TextFile) -> Iterator[Span]:
         start = position = file.start
         line = 1
 

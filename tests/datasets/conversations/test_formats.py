@@ -3,6 +3,7 @@
 import base64
 import codecs
 import json
+import os
 import pickle
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import numpy as np
 import pytest
 from dataset_files import picture_bytes, write_tar
 
-from minigpt4.datasets.conversations.formats import open_records, read_records
+from minigpt4.common.errors import ConfigError
+from minigpt4.datasets.conversations.formats import read_records
 from minigpt4.datasets.conversations.record import Message, Picture, Record
 
 PIXEL = b"\x89PNG not opened here"
@@ -86,13 +88,14 @@ def test_jsonl(tmp_path):
         },
         {"image": "cat.jpg", "prompt": "", "answer": " as it is \n"},
         {"image": "cat.jpg", "prompt": "Describe.", "caption": "A cat."},
-        {"image": "cat.jpg", "prompt": "Before\n<image>", "answer": "a"},
+        {"image": "cat.jpg", "prompt": "Before\n<image>", "answer": "<image>"},
+        {"image": "cat.jpg", "caption": "The tag <image>"},
     ]
     path = tmp_path / "my.jsonl"
     path.write_text("\n" + lines(*items), encoding="utf-8")
     format, records = read_records(str(path))
     cat, dog = at(tmp_path, "cat.jpg"), at(tmp_path, "sub/dog.png")
-    assert format == "jsonl" and len(records) == 10
+    assert format == "jsonl" and len(records) == 11
     assert messages_of(records) == [
         turns(cat, "A cat on a red sofa."),
         turns((cat, "Which animal?"), "A cat."),
@@ -109,12 +112,13 @@ def test_jsonl(tmp_path):
         turns(cat, "Cat"),
         turns(cat, " as it is \n"),
         turns((cat, "Describe."), "A cat."),
-        turns(("Before\n", cat), "a"),
+        turns(("Before\n", cat), "<image>"),
+        turns(cat, "The tag <image>"),
     ]
     assert (records[1].id, records[2].id) == ("q7", "8")
-    assert (records[0].where, records[-1].where) == (f"{path} line 2", f"{path} line 11")
+    assert (records[0].where, records[-1].where) == (f"{path} line 2", f"{path} line 12")
     with pytest.raises(IndexError):
-        records[10]
+        records[11]
 
 
 def test_a_list_of_ours(tmp_path):
@@ -258,7 +262,7 @@ def test_csv(tmp_path):
         turns("No picture?", "None"),
     ]
     assert [record.where for record in records] == [f"{path} line {line}" for line in (2, 5, 6)]
-    assert list(records.ids)[:2] == ["7", "x"]
+    assert list(records.ids)[:2] == ["7", "x"] and len(records.ids[2]) == 16
 
 
 def test_tsv_with_named_columns(tmp_path):
@@ -270,6 +274,19 @@ def test_tsv_with_named_columns(tmp_path):
     picture = at(tmp_path, "pics/a.jpg")
     assert format == "tsv"
     assert messages_of(records) == [turns((picture, "Colour, please?"), "red"), turns((picture, "Kind?"), "cat")]
+
+
+def test_named_columns_win(tmp_path):
+    pictures(tmp_path, "a.jpg", "b.jpg")
+    path = tmp_path / "x.csv"
+    path.write_text("path,Image,question,answer,text,label\nb.jpg,a.jpg,Q,A,T,L\n")
+    a = at(tmp_path, "a.jpg")
+    assert messages_of(read_records(str(path))[1]) == [turns((a, "Q"), "A")]
+    assert messages_of(read_records(str(path), columns={"caption": "label"})[1]) == [turns(a, "L")]
+    named = {"image": "path", "prompt": "text", "answer": "label"}
+    assert messages_of(read_records(str(path), columns=named)[1]) == [turns((at(tmp_path, "b.jpg"), "T"), "L")]
+    with pytest.raises(ConfigError, match="columns is for tables"):
+        read_records(str(tmp_path), columns=named)
 
 
 def test_a_table_with_semicolons_and_huggingface_names(tmp_path):
@@ -284,11 +301,11 @@ def test_a_table_with_semicolons_and_huggingface_names(tmp_path):
     ("name", "content"),
     [
         ("Flickr30k.token", "1000092795.jpg#0\tTwo young guys .\n"
-         '1000092795.jpg#1\tTwo "men" , a yard .\n36979.jpg#0\tA child\n'),
+         '1000092795.jpg#1\t"Men" in a yard .\n36979.jpg#0\tA child\n'),
         ("results.csv", "image_name| comment_number| comment\n1000092795.jpg| 0| Two young guys .\n"
-         '1000092795.jpg| 1| Two "men" , a yard .\n36979.jpg| 0| A child\n'),
+         '1000092795.jpg| 1| "Men" in a yard .\n36979.jpg| 0| A child\n'),
         ("results_comma.csv", "image_name,comment_number,comment\n1000092795.jpg,0,Two young guys .\n"
-         '1000092795.jpg,1,"Two ""men"" , a yard ."\n36979.jpg,0,A child\n'),
+         '1000092795.jpg,1,"""Men"" in a yard ."\n36979.jpg,0,A child\n'),
     ],
 )  # fmt: skip
 def test_flickr(tmp_path, name, content):
@@ -299,7 +316,7 @@ def test_flickr(tmp_path, name, content):
     assert format == "flickr"
     assert messages_of(records) == [
         turns(guys, "Two young guys ."),
-        turns(guys, 'Two "men" , a yard .'),
+        turns(guys, '"Men" in a yard .'),
         turns(child, "A child"),
     ]
     if name == "Flickr30k.token":
@@ -436,7 +453,8 @@ def test_parquet_with_conversations_and_messages(tmp_path):
 
 def test_parquet_reads_no_pictures_to_check(tmp_path):
     image = [{"bytes": b"1" * 1000, "path": None}] * 3
-    _, records = open_records(write_parquet(tmp_path / "a.parquet", {"image": image, "caption": list("abc")}))
+    path = write_parquet(tmp_path / "a.parquet", {"image": image, "caption": list("abc")})
+    _, records = read_records(path, check=False)
     assert messages_of(records.checked()) == [turns(Picture(b""), c) for c in "abc"]
     assert messages_of(records) == [turns(Picture(b"1" * 1000), c) for c in "abc"]
 
@@ -558,9 +576,24 @@ def test_workers_get_small_copies(tmp_path):
     assert len(sent) < 25_000 < path.stat().st_size
     assert list(pickle.loads(sent)) == list(records)
     _, records = read_records(
-        write_parquet(tmp_path / "a.parquet", {"image": [PIXEL] * 9, "caption": list("abcdefghi")})
+        write_parquet(tmp_path / "a.parquet", {"image": [b"1" * 50_000] * 5, "text": list("abcde")})
     )
-    assert records[3] == pickle.loads(pickle.dumps(records))[3]
+    third = records[3]
+    sent = pickle.dumps(records)
+    assert len(sent) < 5_000 and pickle.loads(sent)[3] == third
+
+
+def test_each_folder_of_pictures_is_listed_once(tmp_path, monkeypatch):
+    pictures(tmp_path, "x/a.jpg", "x/b.jpg", "y/c.jpg")
+    for name in ("1.jsonl", "2.jsonl"):
+        (tmp_path / name).write_text(
+            lines(*[{"image": n, "caption": "c"} for n in ("x/a.jpg", "x/b.jpg", "y/c.jpg")] * 5)
+        )
+    listed, scandir = [], os.scandir
+    monkeypatch.setattr(os, "scandir", lambda folder: listed.append(str(folder)) or scandir(folder))
+    _, records = read_records([str(tmp_path / "1.jsonl"), str(tmp_path / "2.jsonl")])
+    assert sorted(listed) == [f"{tmp_path}/x", f"{tmp_path}/y"]
+    assert len(list(records)) == 30 and len(listed) == 2
 
 
 def test_numpy_indices(tmp_path):

@@ -1,13 +1,14 @@
 """A mistake in a user's file gives one error that names the place, what stands there, and the fix."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 from dataset_files import write_tar
 
 from minigpt4.common.errors import ConfigError
-from minigpt4.datasets.conversations.formats import open_records, read_records
+from minigpt4.datasets.conversations.formats import read_records
 
 GOOD = {"image": "a.jpg", "caption": "A cat."}
 
@@ -43,6 +44,7 @@ def mistake(path: Path | str, **options) -> str:
 def folder(tmp_path):
     for name in ("a.jpg", "b.jpg"):
         (tmp_path / name).write_bytes(b"picture")
+    (tmp_path / "folder.jpg").mkdir()
     return tmp_path
 
 
@@ -53,37 +55,44 @@ def folder(tmp_path):
         ('"text"', ["'text'", "{…}"]),
         ('{"image": "a.jpg", "caption": "x"', ["JSON", "delimiter"]),
         ('{"caption": ' + "[" * 100_000, ["nested too deeply"]),
-        (b'{"image": "a.jpg", "caption": "caf\xe9"}', ["UTF-8", "caf\\xe9", "iconv"]),
-        ({"image": "a.jpg"}, ["has image", "'caption'"]),
-        ({}, ["nothing", "'caption'"]),
+        (b'{"image": "a.jpg", "caption": "\xe9cole"}', ["UTF-8", "\\xe9cole", "iconv"]),
+        ({"image": "a.jpg"}, ["'image'", "'caption'"]),
+        ({}, ["keys []", "'caption'"]),
         ({"caption": "x"}, ["no picture", "'image'"]),
         ({"image": "a.jpg", "caption": 7}, ["has 7", "text"]),
         ({"image": "a.jpg", "caption": ""}, ["nothing in message 2"]),
         ({"image": "a.jpg", "caption": "\ud83d"}, ["surrogate", "\\ud83d"]),
-        ({"image": "a.jpg", "prompt": "Q"}, ["has image, prompt", "'answer'"]),
+        ({"image": "a.jpg", "prompt": "Q"}, ["['image', 'prompt']", "'answer'"]),
         ({"prompt": "", "answer": "A"}, ["nothing in message 1"]),
         ({"image": 5, "caption": "x"}, ["5", "path"]),
         ({"image": "none.jpg", "caption": "x"}, ["'none.jpg'", "FOLDER/none.jpg", "build_info.images"]),
         ({"image": "c/a.jpg", "caption": "x"}, ["FOLDER/c/a.jpg"]),
+        ({"image": "folder.jpg", "caption": "x"}, ["FOLDER/folder.jpg"]),
         ({"image": "/none/a.jpg", "caption": "x"}, ["no file /none/a.jpg"]),
         ({"image": "a\0.jpg", "caption": "x"}, ["no file"]),
-        ({"image": "", "prompt": "<image>", "answer": "x"}, ["0 pictures", "1 places"]),
+        ({"image": "", "prompt": "<image>", "answer": "x"}, ["0 pictures", "1 place for"]),
         ({"image": "http://x.org/a.jpg", "caption": "x"}, ["http://x.org/a.jpg", "Download"]),
         ({"image": "data:image/png;base64,@@", "caption": "x"}, ["data:image/png;base64"]),
         ({"images": ["a.jpg", "b.jpg"], "caption": "x"}, ["2 pictures", "0 places", "<image>"]),
-        ({"images": ["a.jpg"], "prompt": "<image> <image>", "answer": "x"}, ["1 pictures", "2 places"]),
+        ({"images": ["a.jpg"], "prompt": "<image> <image>", "answer": "x"}, ["1 picture and", "2 places"]),
         ({"messages": []}, ["'messages'", "role"]),
         ({"messages": "hello"}, ["'hello'", "role"]),
         ({"messages": [{"from": "human", "value": "x"}]}, ["message 1", "'role'"]),
         ({"messages": chat(("tool", "x"))}, ["'tool'", "message 1", "assistant"]),
         ({"messages": chat((["user"], "x"))}, ["['user']", "message 1"]),
-        ({"messages": chat(("user", "x"))}, ["order user.", "answer at the end"]),
-        ({"messages": chat(("assistant", "x"))}, ["order assistant"]),
-        ({"messages": chat(("system", "x"))}, ["order system"]),
-        ({"messages": chat(("user", "a"), ("user", "b"), ("assistant", "c"))}, ["order user, user, assistant"]),
-        ({"messages": chat(("user", "a"), ("assistant", "b"), ("user", "c"))}, ["order user, assistant, user"]),
-        ({"messages": chat(("user", "a"), ("system", "s"), ("assistant", "c"))}, ["order user, system"]),
-        ({"system": "s", "messages": chat(("system", "s"), ("user", "a"), ("assistant", "c"))}, ["system, system"]),
+        ({"messages": chat(("user", "x"))}, ["no answer at its end", "in turn"]),
+        ({"messages": chat(("assistant", "x"))}, ["message 1 of assistant", "user belongs"]),
+        ({"messages": chat(("system", "x"))}, ["no answer at its end"]),
+        (
+            {"messages": chat(("user", "a"), ("user", "b"), ("assistant", "c"))},
+            ["message 2 of user", "assistant belongs"],
+        ),
+        ({"messages": chat(("user", "a"), ("assistant", "b"), ("user", "c"))}, ["no answer at its end"]),
+        ({"messages": chat(("user", "a"), ("system", "s"), ("assistant", "c"))}, ["message 2 of system"]),
+        (
+            {"system": "s", "messages": chat(("system", "s"), ("user", "a"), ("assistant", "c"))},
+            ["message 2 of system", "one system text"],
+        ),
         ({"messages": chat(("user", None), ("assistant", "c"))}, ["None", "list of parts"]),
         ({"messages": chat(("user", [{"type": "video"}]), ("assistant", "c"))}, ["'video'", '"image"']),
         ({"messages": chat(("user", ["x"]), ("assistant", "c"))}, ["'x'", '"text"']),
@@ -104,7 +113,7 @@ def test_jsonl(folder, record, words):
 def test_the_lead_decides_what_is_fatal(folder):
     path = folder / "my.jsonl"
     path.write_text("\n".join(map(json.dumps, [GOOD, {"image": "none.jpg", "caption": "x"}, {"caption": 5}, GOOD])))
-    _, records = open_records(str(path))
+    _, records = read_records(str(path), check=False)
     kinds = [isinstance(each, ConfigError) for each in records.checked()]
     assert kinds == [False, True, True, False]
     assert records[1].where == f"{path} line 2"  # pictures are looked for once, at the start
@@ -116,12 +125,12 @@ def test_the_lead_decides_what_is_fatal(folder):
     ("format", "content", "place", "word"),
     [
         ("llava", [llava(("human", "Q"), ("gpt", "A")), llava(("human", "<image>"))], "record 2, line 1", "0 pictures"),
-        ("llava", [llava(("gpt", "A"), ("human", "Q"))], "record 1, line 1", "order assistant, user"),
+        ("llava", [llava(("gpt", "A"), ("human", "Q"))], "record 1, line 1", "message 1 of assistant"),
         ("llava", [{"id": 1, "conversation": []}], "record 1, line 1", "'conversations'"),
         ("sharegpt", [llava(("human", "Q"), ("observation", "A"))], "record 1, line 1", "'observation'"),
         ("sharegpt", [{"conversations": [{"from": "human"}]}], "record 1, line 1", "'value'"),
         ("openai", openai(("user", "Q"), ("tool", "A")), "record 1, line 1", "'tool'"),
-        ("openai", openai(("user", "Q")), "record 1, line 1", "order user"),
+        ("openai", openai(("user", "Q")), "record 1, line 1", "no answer"),
         ("openai", openai(("user", "Q"), ("assistant", "A"), weight=0), "record 1, line 1", "weight"),
         ("openai", openai(("user", image_url("https://x.org/a.png")), ("gpt", "A")), "record 1, line 1", "Download"),
         ("openai", openai(("user", image_url()), ("assistant", "A")), "record 1, line 1", "None"),
@@ -132,13 +141,13 @@ def test_the_lead_decides_what_is_fatal(folder):
         ("llava", '[{"id": 1},]', "record 2, line 1", "JSON"),
         ("llava", '[\n\n' + '[' * 100_000, "record 1, line 3", "nested too deeply"),
         ("llava", '[\n\n"x"]', "record 1, line 3", "'x'"),
-        ("llava", b'[\n{"conversations": [{"from": "human", "value": "caf\xe9"}]}]', "record 1, line 2", "iconv"),
+        ("llava", b'[\n{"conversations": [{"from": "human", "value": "\xe9cole"}]}]', "record 1, line 2", "iconv"),
         ("llava", '{"id": 1}\n{"id": 2', "line 1", "'conversations'"),
         ("csv", "image,caption\na.jpg,x\na.jpg,x,y\n", "line 3", "3 fields"),
         ("csv", "image,caption\na.jpg,x\na.jpg\n", "line 3", "1 fields"),
         ("csv", 'image,caption\na.jpg,x\na.jpg,"x\na.jpg,x\n', "line 3", "quotation mark"),
         ("csv", 'image,caption\na.jpg,"x" y\n', "line 2", "quotation mark"),
-        ("csv", b"image,caption\na.jpg,x\na.jpg,caf\xe9\n", "line 3", "iconv"),
+        ("csv", b"image,caption\na.jpg,x\na.jpg,\xe9cole\n", "line 3", "iconv"),
         ("csv", "image,caption\na.jpg,x\nnone.jpg,x\n", "line 3", "none.jpg"),
         ("csv", "image,caption\na.jpg,x\na.jpg,\n", "line 3", "nothing in message 2"),
         ("csv", "image,question,answer\n,,x\n", "line 2", "nothing in message 1"),
@@ -167,21 +176,21 @@ def test_no_records(folder, content, format):
 def test_tables(folder):
     path = folder / "my.csv"
     path.write_text("picture,words\na.jpg,x\n")
-    assert "picture, words" in mistake(path) and "columns" in mistake(path)
+    assert "['picture', 'words']" in mistake(path) and "columns" in mistake(path)
     message = mistake(path, columns={"image": "picture", "caption": "word"})
     assert "columns.caption=word" in message and "'words'" in message
     assert "columns.title" in mistake(path, columns={"title": "words"})
     path.write_text("image,caption\n")
     assert "no records" in mistake(path)
     path.write_text("")
-    assert "empty" in mistake(path, format="csv")
+    assert "no records" in mistake(path, format="csv")
 
 
 def test_folders(folder):
     (folder / "a.txt").write_text("x")
     message = mistake(folder)
     assert message.startswith(f"{folder}/b.jpg ") and f"{folder}/b.txt" in message
-    (folder / "b.txt").write_bytes(b"caf\xe9")
+    (folder / "b.txt").write_bytes(b"\xe9cole")
     assert mistake(folder).startswith(f"{folder}/b.jpg ") and "iconv" in mistake(folder)
     (folder / "b.txt").write_bytes(b"\n")
     assert "nothing in message 2" in mistake(folder)
@@ -193,8 +202,10 @@ def test_folders(folder):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"images": []}, ["0 'images'", "1 'annotations'", "cc_sbu_align"]),
-        ({"annotations": []}, ["0 'annotations'"]),
+        ({"images": []}, ["lacks images", "cc_sbu_align"]),
+        ({"annotations": []}, ["lacks annotations"]),
+        ({"annotations": [{"image_id": "2", "caption": "x"}]}, ["lacks 'id'", "cc_sbu_align"]),
+        ({"annotations": [7]}, ["lacks"]),
         ({"annotations": [{"id": 1, "image_id": 9, "caption": "x"}]}, ["annotations[0]", "image_id 9"]),
         ({"annotations": [{"id": 1, "image_id": 1, "bbox": []}]}, ["annotations[0]", "captions_*.json"]),
         ({"annotations": [{"id": 1, "caption": "x"}]}, ["'image_id'"]),
@@ -220,6 +231,15 @@ def test_coco_that_is_no_json(folder):
         assert mistake(folder / "captions.json", format="coco").startswith(f"{folder}/captions.json ")
 
 
+@pytest.mark.parametrize(("module", "extra"), [("pycocotools.coco", "coco"), ("pyarrow.parquet", "parquet")])
+def test_packages_that_are_not_installed(folder, monkeypatch, module, extra):
+    monkeypatch.setitem(sys.modules, module, None)
+    (folder / "data").write_bytes(b"PAR1" if extra == "parquet" else b'{"images": [{}]}')
+    assert f"{folder}/data" in mistake(folder / "data") and f"pip install 'minigpt4[{extra}]'" in mistake(
+        folder / "data"
+    )
+
+
 def test_parquet(folder):
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     path = folder / "x.parquet"
@@ -230,7 +250,7 @@ def test_parquet(folder):
     pq.write_table(pa.table({"image": [{"bytes": None, "path": "none.jpg"}], "caption": ["a"]}), path)
     assert f"{folder}/none.jpg" in mistake(path)
     pq.write_table(pa.table({"picture": [b"1"], "label": [3]}), path)
-    assert "picture, label" in mistake(path)
+    assert "['picture', 'label']" in mistake(path)
     pq.write_table(pa.table({"image": pa.array([], pa.binary()), "caption": pa.array([], pa.string())}), path)
     assert "no records" in mistake(path)
     path.write_bytes(b"PAR1 and no more")
@@ -244,7 +264,7 @@ def test_shards_go_on_after_a_mistake(folder):
         ("002.jpg", b"2"),
         ("003.0.jpg", b"3"), ("003.1.jpg", b"3"), ("003.txt", b"Two pictures"),
         ("004.jpg", b"4"), ("004.1.jpg", b"4"), ("004.json", b'{"image": "x.jpg", "caption": "x"}'),
-        ("005.jpg", b"5"), ("005.txt", b"caf\xe9"),
+        ("005.jpg", b"5"), ("005.txt", b"\xe9cole"),
         ("006.json", b'{"image": "https://x.org/a.jpg", "caption": "x"}'),
         ("007.jpg", b"7"), ("007.txt", b"Seven"),
     ]  # fmt: skip
