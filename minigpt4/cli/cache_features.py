@@ -74,7 +74,7 @@ def source_dataset(cfg, name: str):
     eval_processor = section.vis_processor.get("eval")
     section = OmegaConf.merge(section, {"vis_processor": {"train": None}, "build_info": {"features": None}})
     section.vis_processor.train = eval_processor
-    builder = registry.get_builder_class(name)(section)
+    builder = cfg.builder_class(name)(section)
     builder.name, builder.data_timeout_s = name, cfg.run_cfg.data_timeout_s
     dataset = builder.build_datasets()["train"]
     if not all(hasattr(dataset, method) for method in ("num_parts", "part", "load")):

@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from minigpt4.common import facts
 from minigpt4.common.config_files import (
     CONFIGS,
+    builder_name,
     conflict,
     default_sources,
     import_plugins,
@@ -130,13 +131,23 @@ class Config:
 
     def _storages(self) -> Iterator[tuple[str, str]]:
         """(key, value) of the shards, folders and caches of shipped datasets; a plug-in checks its own."""
-        for name in self.datasets_cfg.keys() & shipped_datasets().keys():
+        for name in self.datasets_cfg:
+            if self.builder(name) not in shipped_datasets():
+                continue
             build_info = self.datasets_cfg[name].build_info
             key = "features" if facts.cached_features(self.datasets_cfg[name]) else "storage"
             values = build_info.get(key)
             for value in values if isinstance(values, Sequence) and not isinstance(values, str) else [values]:
                 if value is not None:
                     yield f"datasets.{name}.build_info.{key}", str(value)
+
+    def builder(self, dataset: str) -> str:
+        """The registered name of a dataset's builder."""
+        return self.datasets_cfg[dataset].get("builder") or dataset
+
+    def builder_class(self, dataset: str) -> type:
+        """The builder of a dataset."""
+        return registry.get_builder_class(self.builder(dataset))
 
     def to_dict(self) -> dict:
         """All settings as plain containers, interpolations resolved."""
@@ -164,7 +175,8 @@ class Config:
             "preprocess": PreprocessConfig,
         }
         for name in merged.get("datasets", {}):
-            own = None if name in shipped_datasets() else registry.get_builder_class(name)
+            builder = builder_name(merged, name)
+            own = None if builder in shipped_datasets() else registry.get_builder_class(builder)
             schemas[f"datasets.{name}"] = getattr(own, "config_class", None) if own else ShippedDatasetConfig
         return schemas
 

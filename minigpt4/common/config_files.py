@@ -125,10 +125,23 @@ def default_sources(request: DictConfig) -> list[tuple[Path, DictConfig]]:
         sources = [types[model_type]]
     else:
         sources = [_default_of_plugin("model", arch, model_type, "model.arch")]
+    found = [(path, load_yaml(path)) for path in sources if path]
     for name in request.get("datasets") or {}:
-        path, kind = shipped_datasets().get(name), text_at(request, f"datasets.{name}.type") or "default"
-        sources.append(path or _default_of_plugin("builder", name, kind, f"datasets.{name}"))
-    return [(path, load_yaml(path)) for path in sources if path]
+        builder, kind = builder_name(request, name), text_at(request, f"datasets.{name}.type") or "default"
+        # A dataset of one's own has a name that no builder has.
+        key = f"datasets.{name}.builder" if builder != name else f"datasets.{name} (without builder: conversation)"
+        path = shipped_datasets().get(builder) or _default_of_plugin("builder", builder, kind, key)
+        if path:
+            defaults = load_yaml(path)
+            if name != builder and builder in defaults.get("datasets", {}):
+                defaults = OmegaConf.create({"datasets": {name: defaults.datasets[builder]}})
+            found.append((path, defaults))
+    return found
+
+
+def builder_name(settings: DictConfig, dataset: str) -> str:
+    """The registered name of a dataset's builder: the key `builder` of its section, or the dataset's own name."""
+    return text_at(settings, f"datasets.{dataset}.builder") or dataset
 
 
 def _shipped_models(arch: str) -> dict[str, Path]:

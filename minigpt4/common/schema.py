@@ -233,6 +233,8 @@ class DatasetConfig:
 
     data_type: str = "images"
     """*Inert*: the builder determines the kind of data."""
+    builder: str = ""
+    """Registered name of the builder, such as `conversation`; empty: the name of the dataset."""
     type: str = "default"
     """Which default YAML of a plug-in's dataset to start from."""
     build_info: dict[str, Any] = field(default_factory=dict)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
+from minigpt4.common.config_files import shipped_datasets
 from minigpt4.common.errors import ConfigError
 from minigpt4.common.facts import SEPARATOR, offline
 from minigpt4.common.text import pluralize
@@ -92,10 +93,9 @@ def look_into(context: RunContext, name: str, shard: str) -> Look:
 
 
 def _text_processor(context: RunContext, name: str):
-    from minigpt4.common.registry import registry
     from minigpt4.processors import BaseProcessor
 
-    builder = registry.get_builder_class(name)(context.cfg.datasets_cfg[name])
+    builder = context.cfg.builder_class(name)(context.cfg.datasets_cfg[name])
     with suppress(Exception):  # another check reports it
         builder.build_processors()
     return builder.text_processors.get("train", BaseProcessor())
@@ -173,8 +173,8 @@ def check_cached_features(context: RunContext) -> Iterator[Diagnostic]:
     from minigpt4.datasets.datasets.feature_dataset import FeatureStream
     from minigpt4.datasets.feature_cache import MANIFEST
 
-    shipped = context.cfg.datasets_cfg.keys() & {"laion", "cc_sbu", "cc_sbu_align"}
-    for name in sorted(shipped) if context.training else ():
+    cached = [name for name in context.cfg.datasets_cfg if context.cfg.builder(name) in shipped_datasets()]
+    for name in sorted(cached) if context.training else ():
         folder = context.features(name)
         if not folder or not Path(folder, MANIFEST).is_file():  # the run says so
             continue
@@ -186,12 +186,30 @@ def check_cached_features(context: RunContext) -> Iterator[Diagnostic]:
             yield ok(key, f"{pluralize(stream.num_parts, 'shard')}; a sample: {look.example}")
 
 
+def check_conversations(context: RunContext) -> Iterator[Diagnostic]:
+    """The files of each dataset of the builder `conversation` have no mistake; a sample of each is shown."""
+    names = [name for name in context.cfg.datasets_cfg if context.cfg.builder(name) == "conversation"]
+    for name in names if context.training else ():
+        key = f"datasets.{name}.build_info"
+        builder = context.cfg.builder_class(name)(context.cfg.datasets_cfg[name])
+        builder.name = name
+        try:
+            dataset = builder.build_datasets()["train"]
+            sample = next(iter(dataset))
+        except (ConfigError, RuntimeError) as mistake:
+            yield error(key, str(mistake), "docs/own_data.md shows each format.")
+            continue
+        asked, answer = sample["text_input"][-2:]
+        size = pluralize(len(dataset), "record") if hasattr(dataset, "__len__") else "a stream"
+        yield ok(key, f"{size}; a sample: {_shown(sample['image_id'], f'{asked[1]} {answer[1][0]}')}")
+
+
 def _storages(context: RunContext, *names: str) -> Iterator[tuple[str, str | list[str]]]:
     """(name, storage) of those datasets with these names that are trained on from pictures."""
     if not context.training:
         return
-    for name in names:
-        if name in context.cfg.datasets_cfg:
+    for name in context.cfg.datasets_cfg:
+        if context.cfg.builder(name) in names:
             storage = context.cfg.datasets_cfg[name].build_info.get("storage")
             if storage and not context.features(name):
                 yield name, storage if isinstance(storage, str) else list(storage)

@@ -40,7 +40,8 @@ def check_registry(context: RunContext) -> Iterator[Diagnostic]:
 
 def _check_splits(context: RunContext) -> Iterator[Diagnostic]:
     """The datasets of the package have one split, "train"."""
-    run, others = context.run, context.cfg.datasets_cfg.keys() - shipped_datasets().keys()
+    run, builders = context.run, {context.cfg.builder(name) for name in context.cfg.datasets_cfg}
+    others = builders - shipped_datasets().keys()
     for key in ("train_splits", "valid_splits", "test_splits"):
         unknown = [split for split in run[key] if split != "train" and not others]
         if unknown or (key == "train_splits" and not run.train_splits and not run.evaluate):
@@ -54,7 +55,7 @@ def _check_dataset(context: RunContext, dataset: str) -> Iterator[Diagnostic]:
     from minigpt4.datasets.builders.image_text_pair_builder import ImageTextPairBuilder
     from minigpt4.processors.base_processor import BaseProcessor, make_processor, processor_class
 
-    builder = registry.get_builder_class(dataset)
+    builder = context.cfg.builder_class(dataset)
     if not issubclass(builder, BaseDatasetBuilder):
         return  # a plug-in may read the keys otherwise
     if issubclass(builder, ImageTextPairBuilder) and not context.features(dataset):

@@ -52,6 +52,7 @@ RUN: Stage = (
     check_datasets.check_shards,
     check_datasets.check_records,
     check_datasets.check_cached_features,
+    check_datasets.check_conversations,
     check_run.check_registry,
     check_run.check_resume,
     check_run.check_chat,

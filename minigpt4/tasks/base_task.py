@@ -37,7 +37,7 @@ class BaseTask:
             raise ConfigError("The config has no dataset. Add a section such as datasets: {cc_sbu_align: {...}}.")
         datasets = {}
         for name, section in cfg.datasets_cfg.items():
-            builder = registry.get_builder_class(name)(section)
+            builder = cfg.builder_class(name)(section)
             builder.name = name  # for messages, whatever name a plug-in gives itself
             builder.data_timeout_s = cfg.run_cfg.data_timeout_s
             if builder.from_features(section):
@@ -51,7 +51,7 @@ class BaseTask:
         dtype = dist_utils.select_dtype(device, cfg.run_cfg.amp, cfg.run_cfg.amp_dtype)
         model_cfg = cfg.model_cfg
         # The builder decides: one of a plug-in may give the key `features` another meaning.
-        cached = [registry.get_builder_class(name).from_features(cfg.datasets_cfg[name]) for name in cfg.datasets_cfg]
+        cached = [cfg.builder_class(name).from_features(cfg.datasets_cfg[name]) for name in cfg.datasets_cfg]
         if model_cfg.get("load_vision") and not facts.loads_vision(model_cfg, cached):
             logging.info("Every dataset is cached features: encoder and Q-Former are not loaded.")
             model_cfg = OmegaConf.merge(model_cfg, {"load_vision": False})
