@@ -8,7 +8,7 @@ import functools
 import logging
 import random
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +21,10 @@ from minigpt4.common.schema import MiniGPT4Config
 from minigpt4.models import llm, loading, prompt, qformer, vision
 from minigpt4.models.eva_vit import EvaViT
 from minigpt4.models.generation import DecodingLoop, answer_text, continue_embeds
-from minigpt4.models.template import Template, resolve
 from minigpt4.models.tokenizer import Tokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    from minigpt4.models.template import Template
 
 
 class PlainStep:
@@ -44,15 +46,6 @@ class PlainStep:
         """The mean cross-entropy over the labels of a batch, given its images [B,Q,D]."""
         logits = model.predict(model.embed(batch, image_embeds), batch)  # [B,K,V]
         return summed_cross_entropy(logits, batch.targets) / max(batch.num_labels, 1)
-
-
-def _select_images(samples: dict, seen: list[bool]) -> dict:
-    """The batch with the images at which `seen` is true, and with what belongs to them."""
-    if all(seen):
-        return samples
-    kept = torch.tensor(seen).nonzero().flatten()
-    per_image = [key for key in samples if key.startswith("image") and isinstance(samples[key], torch.Tensor)]
-    return {**samples, **{key: samples[key][kept.to(samples[key].device)] for key in per_image}}
 
 
 def summed_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -92,7 +85,7 @@ class MiniGPT4(vision.Vision):
         prompt_list: list[str] | None = None,
         max_txt_len: int = 32,
         end_sym: str = "\n",
-        template: Template | None = None,
+        template: "Template | None" = None,
         freeze_vit: bool = True,
         freeze_qformer: bool = True,
         llm_grad_checkpoint: int = 0,
@@ -185,7 +178,7 @@ class MiniGPT4(vision.Vision):
         limits = self.query_tokens.shape[1], self.max_txt_len
         if hasattr(texts, "training_sequences"):
             found = texts.training_sequences(self.tokenizer, self.template, drawn, *limits)
-            samples = _select_images(samples, found.images_seen)
+            samples = texts.select_images(samples, found.images_seen)
         else:
             bos = self.template is None or self.template.bos
             found = prompt.training_sequences(self.tokenizer, drawn, texts, *limits, self.end_sym, bos)
@@ -282,6 +275,8 @@ class MiniGPT4(vision.Vision):
             ConfigError: weights cannot be found or downloaded.
         """
         cfg, device = cls.config_class(**cfg), torch.device(device)
+        from minigpt4.models.template import resolve
+
         template = resolve(cfg)
         prompts = prompt.read_prompts(cfg.prompt_path, template.prompt) if cfg.prompt_path else []
         load_in = facts.load_in(cfg.load_in, cfg.low_resource)

@@ -7,6 +7,8 @@ message are texts, and None where an image stands. The images of a batch are in 
 from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
+
 from minigpt4.models import prompt
 from minigpt4.models.prompt import IGNORE_INDEX, IMAGE_SLOT
 from minigpt4.models.template import Template, join_parts
@@ -77,6 +79,15 @@ class Conversations(list[Conversation]):
             return part if part is None else prompt.sanitize([part], special_tokens, separators)[0]
 
         return Conversations(tuple((role, tuple(map(sound, parts))) for role, parts in each) for each in self)
+
+    @staticmethod
+    def select_images(samples: dict, seen: list[bool]) -> dict:
+        """The batch with the images at which `seen` is true, and with what belongs to them."""
+        if all(seen):
+            return samples
+        kept = torch.tensor(seen).nonzero().flatten()
+        per_image = [key for key in samples if key.startswith("image") and isinstance(samples[key], torch.Tensor)]
+        return {**samples, **{key: samples[key][kept.to(samples[key].device)] for key in per_image}}
 
     def training_sequences(
         self, tokenizer: "Tokenizer", template: Template, image_prompt: str, num_query_tokens: int, max_txt_len: int
