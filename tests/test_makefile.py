@@ -10,7 +10,7 @@ pytestmark = pytest.mark.skipif(not shutil.which("make"), reason="needs make")
 
 
 def make(*arguments, folder):
-    command = ["make", "-f", str(ROOT / "Makefile"), *arguments]
+    command = ["make", "--no-print-directory", "-f", str(ROOT / "Makefile"), *arguments]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -40,6 +40,7 @@ def test_the_mark_is_set_only_where_there_was_nothing(tmp_path):
     for name in ("old", "new"):
         command = [
             "make",
+            "--no-print-directory",
             "-f",
             str(ROOT / "Makefile"),
             f"{name}/.installed",

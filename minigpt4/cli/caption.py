@@ -327,9 +327,13 @@ def _look(path: Path, marked: bool) -> tuple[list[bytes], bytes]:
 def _is_cut_off(line: bytes) -> bool:
     """Whether a line is the beginning of one that this command writes."""
     try:
-        json.loads(line)
+        text = line.decode(errors="ignore")  # which leaves out the half of a character at the end
+        json.loads(text)
+    except json.JSONDecodeError as error:
+        unfinished = error.msg.startswith("Unterminated string") or error.pos >= len(text.rstrip())
+        return unfinished and (line.startswith(LINE_START) or LINE_START.startswith(line))
     except (ValueError, RecursionError):
-        return line.startswith(LINE_START) or LINE_START.startswith(line)
+        return False
     return False
 
 

@@ -247,6 +247,8 @@ class Config:
             if (choices := metadata.get("choices")) and value is not None and value not in choices:
                 known = f"{', '.join(choices)}.{did_you_mean(value, choices)}"
                 raise ConfigError(f"{self._where(key, value)} is not one of {known}")
+            if metadata.get("kind") == "path" and isinstance(value, str) and not value.strip():
+                raise ConfigError(f"{self._where(key, value)} is an empty path.")
             if "bounds" in metadata and (broken := broken_bound(value, metadata["bounds"], typed.get)):
                 raise ConfigError(f"{self._where(key, value)} {broken}.")
         return typed

@@ -7,6 +7,7 @@ from pathlib import Path
 
 # The oldest driver for each CUDA that torch is built with (NVIDIA's table of minor version compatibility).
 OLDEST_DRIVER = {"12": 525, "13": 580}
+SECONDS = 30  # for nvidia-smi, which may hang with its driver
 ON_THE_CPU = "To run on the CPU: --options run.device=cpu"
 
 
@@ -18,9 +19,11 @@ def is_there() -> bool:
     if os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
         return False
     try:
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=SECONDS)
     except OSError:
         return False
+    except subprocess.TimeoutExpired:  # a driver that hangs has its device files
+        return any(Path("/dev").glob("nvidia[0-9]*"))
     if listed.returncode == 0 or "No devices" in listed.stdout:
         return bool(listed.stdout.strip()) and "No devices" not in listed.stdout
     return any(Path("/dev").glob("nvidia[0-9]*"))

@@ -107,6 +107,8 @@ def _read_yaml(text: str, key: str, type_of: Callable[[str], KeyType]) -> Any:
         return text
     if structured:
         return _with_texts(value, written, key, type_of)
+    if type(value) is int and re.fullmatch(r"[+-]?0[0-9]+", text) and type_of(key)[0] is not Any:
+        return int(text)  # to YAML 1.1 it is octal
     # 2024_01_05 and 007 are whole numbers to YAML. Of a key without a type they are more likely names.
     is_name = type(value) is int and str(value) != text and type_of(key)[0] is Any
     return text if is_name or isinstance(value, (str, dict, list)) else value

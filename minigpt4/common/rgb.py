@@ -11,7 +11,7 @@ from functools import cache
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, JpegImagePlugin
+from PIL import Image, ImageOps, JpegImagePlugin
 
 MAX_PIXELS = 64_000_000
 # A JPEG with more pixels than the bound, but at most this many times as many, is decoded at half its width and height.
@@ -77,8 +77,9 @@ def to_8_bits(values: np.ndarray) -> np.ndarray:
     """Numbers of any type as uint8 of the same shape. NaN becomes black.
 
     The range of the whole array decides: values from 0 to 1 (floats only), 0 to 255 or 0 to 65535 (integers only) are
-    scaled from there; floats may exceed these by a tenth, as resizing makes them do. All others are scaled from their
-    own range, which begins at 0 if none is negative.
+    scaled from there; floats may exceed these by a tenth, as resizing makes them do. All others, and those that use
+    less than a sixteenth of the larger range (but not uint16), are scaled from their own, which begins at 0 if none is
+    negative.
     """
     if values.dtype == np.uint8:
         return values
@@ -88,12 +89,14 @@ def to_8_bits(values: np.ndarray) -> np.ndarray:
     finite = values[np.isfinite(values)] if is_float else values
     least, most = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
     slack = 0.1 if is_float else 0.0
-    for full in (1, 255) if is_float else (255, 65535):
-        if least >= -slack * most and most <= full + slack * full:
-            low, high = 0.0, float(full)
-            break
-    else:
-        low, high = min(least, 0.0), max(most, 0.0)
+    low, high = min(least, 0.0), max(most, 0.0) or 1.0
+    ranges = [1, 255] if is_float else [255, 65535]
+    full = next((full for full in ranges if most <= full + slack * full), 0)
+    # A dark picture of 16 bits stays dark. In other types, values far below a range have another unit, such as metres.
+    if full == ranges[1] and values.dtype != np.uint16 and most < full / 16:
+        full = 0
+    if full and least >= -slack * most:
+        low, high = 0.0, float(full)
     scaled = values.astype(np.float32)
     np.nan_to_num(scaled, copy=False, nan=low, posinf=high, neginf=low)
     scaled -= low
@@ -160,7 +163,11 @@ def _from_many_bits(image: Image.Image) -> Image.Image:
     tags = getattr(image, "tag_v2", {})
     if image.mode == "I" and tags.get(258) == (32,) and tags.get(339, (1,)) == (1,):  # a TIFF of unsigned numbers
         values = values.view(np.uint32)
+    if tags.get(258) == (12,):
+        values = values << 4
     gray = Image.fromarray(to_8_bits(values))
+    if tags.get(262) == 0:  # a TIFF in which 0 is white; Pillow turns 8 bits round itself
+        gray = ImageOps.invert(gray)
     key = image.info.get("transparency")
     if isinstance(key, int):
         gray.putalpha(Image.fromarray(to_8_bits(values != key)))

@@ -324,6 +324,6 @@ class Chat:
             conv.messages.pop()
             raise
         finally:
-            tokenizer = self.model.tokenizer
-            special = [text for text, i in tokenizer.special_tokens.items() if i in end_ids(tokenizer)]
+            tokenizer, ends = self.model.tokenizer, end_ids(self.model.tokenizer)
+            special = [text for text, i in tokenizer.special_tokens.items() if i in ends]
             pending[1] = break_up(pending[1] or "", [IMAGE_SLOT, *special])

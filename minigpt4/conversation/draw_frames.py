@@ -50,7 +50,7 @@ def leave_network() -> None:
             unshare(NEW_USER | NEW_NETWORK)
 
 
-def middles(frames: int, count: int, seconds: float) -> tuple[list[int], float]:
+def middles(frames: int, count: int, seconds: float) -> list[int]:
     """The numbers of the middle frames of `frames` equal parts of a video with `count` frames; all if it has fewer.
 
     Raises Refusal if the video has no frames or is too long.

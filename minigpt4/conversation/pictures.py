@@ -14,7 +14,7 @@ from minigpt4.common.rgb import MAX_PIXELS, WHITE, from_array, open_image, to_rg
 
 # Names of Pillow's. HEIC is accepted in addition if pillow-heif is installed.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "AVIF")
-OWN_FORMATS = (*FORMATS, "TIFF")  # a container of many codecs, so not for the files of strangers
+OWN_FORMATS = (*FORMATS, "TIFF")  # a container of many codecs, so not for the files of others
 HEIF = "HEIF"
 
 
@@ -35,7 +35,7 @@ def open_picture(
         source: a path, the content of a file, or an open binary file.
         name: the file's name in error messages; by default that of `source`.
         max_pixels: limit of width × height, before anything is decompressed (`common.rgb.open_image`).
-        formats: FORMATS for the files of strangers.
+        formats: FORMATS for the files of others.
 
     Raises:
         PictureError: the file is not a picture, has another format, is damaged, or has too many pixels.

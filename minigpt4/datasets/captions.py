@@ -24,7 +24,8 @@ _MARKS = (
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
 # Lone surrogates, which no tokenizer takes, and control characters: signs of UTF-16 or of data read as UTF-8.
-_NO_TEXT = re.compile("[\0-\x08\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
+BLANK = " \u2800\u3164"  # spaces, and letters without ink
+_NO_TEXT = re.compile("[\0-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff\ufffd-\uffff]")
 
 
 class Unusable(ValueError):
@@ -64,7 +65,7 @@ def usable(caption: Any) -> str:
     caption = caption.removeprefix("\ufeff")
     if _NO_TEXT.search(caption):
         raise Unusable("a caption with lone surrogates or control characters")
-    if not any(char.isprintable() and char != " " for char in caption):
+    if not any(char.isprintable() and char not in BLANK for char in caption):
         raise Unusable("an empty caption")
     return caption
 

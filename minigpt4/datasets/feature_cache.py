@@ -87,10 +87,12 @@ def write_shard(path: Path, samples: Iterable[tuple[str, np.ndarray, dict[str, s
 
 
 def read_features(content: bytes, shape: list[int]) -> torch.Tensor:
-    """The content of an .npy as float16 [Q,W]. Raises ValueError for another shape or type, and for a broken file."""
+    """The content of an .npy as float16 [Q,W]. Raises ValueError for another shape or type, NaN, and a broken file."""
     features = np.load(io.BytesIO(content), allow_pickle=False)
     if features.dtype != np.float16 or list(features.shape) != list(shape):
         raise ValueError(f"{features.dtype} {features.shape} instead of float16 {tuple(shape)}")
+    if not np.isfinite(features).all():
+        raise ValueError("NaN or infinity among the features")
     return torch.from_numpy(features)
 
 

@@ -9,6 +9,11 @@ log = logging.getLogger(__name__)
 MAX_DETAIL = 200
 
 
+def _shown(text: str) -> str:
+    """A text from a user's file, without control characters, which could forge lines of a log."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
 class Tally:
     """Counts of a process by cause. It warns at the 1st, 10th, 100th … of a cause.
 
@@ -22,6 +27,7 @@ class Tally:
 
     def drop(self, cause: str, where: str, detail: str = "", verb: str = "left out") -> None:
         """Count something that is left out. where: its shard or file. verb: what was done with it, if not that."""
+        where, detail = _shown(where), _shown(detail)
         self.left_out[cause] += 1
         self._unreported[(cause, where) if verb == "left out" else (cause, where, verb)] += 1
         count = self.left_out[cause]

@@ -67,11 +67,15 @@ class Look:
 
     def read(self, stream, samples: int) -> None:
         """Look at the first samples of a stream's first shard."""
-        for sample in islice(stream.part(0), samples):
-            text, fields = stream.text_of(sample), stream.load(sample)
-            self.captions += [text] if text else []
-            if text and fields:
-                self.example = self.example or _shown(sample.image_id, text)
+        try:
+            for sample in islice(stream.part(0), samples):
+                text, fields = stream.text_of(sample), stream.load(sample)
+                self.captions += [text] if text else []
+                if text and fields:
+                    self.example = self.example or _shown(sample.image_id, text)
+        except Exception as error:  # of a plug-in's processor, in a thread
+            self.problem = f"{type(error).__name__}: {error}"
+            return
         self.causes = stream.read.left_out + stream.decoded.left_out
         counts = ", ".join(f"{count} × {cause}" for cause, count in self.causes.most_common())
         self.problem = None if self.example else f"no usable sample: {counts}"
@@ -86,9 +90,12 @@ def look_into(context: RunContext, name: str, shard: str) -> Look:
     look = Look(problem or f"no sample within {REMOTE_TIMEOUT} s")
     if not problem:
         stream = ImageTextStream([shard], BaseProcessor(), _text_processor(context, name), name)
-        reading = threading.Thread(target=look.read, args=(stream, SAMPLES if is_local(shard) else 1), daemon=True)
-        reading.start()
-        reading.join(None if is_local(shard) else REMOTE_TIMEOUT)
+        if is_local(shard):
+            look.read(stream, SAMPLES)
+        else:
+            reading = threading.Thread(target=look.read, args=(stream, 1), daemon=True)
+            reading.start()
+            reading.join(REMOTE_TIMEOUT)
     return look
 
 

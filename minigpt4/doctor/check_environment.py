@@ -124,7 +124,10 @@ def check_torch_gpu(context: RunContext) -> Iterator[Diagnostic]:
     """torch can use the GPU that is in this machine. A GPU that is only assumed need not be."""
     if not context.run.device.startswith("cuda") or any(gpu.imagined for gpu in context.gpus):
         return
-    if problem := gpus.why_unusable():
+    problem = gpus.why_unusable()
+    if not problem and context.gpus:
+        problem = next(filter(None, map(gpus.unsupported_architecture, range(len(context.gpus)))), None)
+    if problem:
         yield error("GPU", problem, gpus.ON_THE_CPU)
 
 

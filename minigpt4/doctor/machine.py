@@ -8,6 +8,7 @@ from pathlib import Path
 
 import psutil
 
+SECONDS = 30  # for nvidia-smi, which may hang with its driver
 MIB = 2**20
 
 
@@ -28,11 +29,11 @@ def list_gpus() -> list[Gpu]:
     fields = "name,compute_cap,memory.total,memory.free"
     command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
     try:
-        lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    except (OSError, subprocess.CalledProcessError):
+        shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=SECONDS)
+    except (OSError, subprocess.SubprocessError):
         return []
-    gpus = []
-    for line in lines:
+    gpus: dict[int, Gpu] = {}
+    for number, line in enumerate(shown.stdout.splitlines()):
         try:
             name, capability, total, free = line.rsplit(", ", 3)
             major, minor = map(int, capability.split("."))
@@ -40,11 +41,11 @@ def list_gpus() -> list[Gpu]:
             continue
         # A GPU that shares the host's memory has none of its own: "[N/A]".
         sizes = [int(size) * MIB if size.isdigit() else available_memory() for size in (total, free)]
-        gpus.append(Gpu(name, (major, minor), *sizes))
+        gpus[number] = Gpu(name, (major, minor), *sizes)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None or not all(part.strip().isdigit() for part in visible.split(",") if part):
-        return gpus  # UUIDs and slices of GPUs are not supported here
-    return [gpus[int(part)] for part in visible.split(",") if part and int(part) < len(gpus)]
+        return list(gpus.values())  # UUIDs and slices of GPUs are not supported here
+    return [gpus[int(part)] for part in visible.split(",") if part and int(part) in gpus]
 
 
 def imagined_gpu(gigabytes: float) -> Gpu:
@@ -72,6 +73,8 @@ def free_disk(path: Path) -> int:
 
 def is_writable(path: Path) -> bool:
     """Whether the folder `path` can be made, or written to."""
+    if any(each.is_symlink() and not each.exists() for each in (path, *path.parents)):
+        return False  # no folder can be made in the place of a broken link
     path = _existing(path)
     return path.is_dir() and os.access(path, os.W_OK)
 

@@ -36,9 +36,10 @@ def folder_of(output_dir: str, job_id: str) -> Path:
 def _make_folder(folder: Path) -> list[Path]:
     """Make `folder`, or the first with a suffix that is free. Returns it, and the parents that were made for it."""
     missing = [parent for parent in folder.parents if not parent.exists()]
+    folder.parent.mkdir(parents=True, exist_ok=True)  # raises FileExistsError for a file or a broken link
     for number in count(1):
         own = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
         with suppress(FileExistsError):
-            own.mkdir(parents=True)
+            own.mkdir()
             return [own, *missing]
     raise AssertionError("count never ends")

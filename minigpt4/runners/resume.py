@@ -6,6 +6,7 @@ difference is either harmless, and reported, or it breaks exactness, and the run
 
 import hashlib
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -111,6 +112,8 @@ def differences(content: Mapping, cfg: Config, own: Mapping[str, Any]) -> tuple[
     harmless = []
     for key, old, new in _config_differences(content.get("config"), cfg.to_dict()):
         is_harmless = key in HARMLESS or ACT_THROUGH.get(key) in recorded
+        if key == "run.max_epoch":  # the length of the schedule, unless the run was finished
+            is_harmless = content.get("epoch", 0) + 1 >= old
         (harmless if is_harmless else breaking).append(f"{key}: {old!r} in the checkpoint, {new!r} here")
     return breaking, harmless
 
@@ -146,6 +149,8 @@ def _flat(settings: Mapping, prefix: str) -> dict[str, Any]:
     flat = {}
     for name, value in settings.items():
         key = f"{prefix}.{name}"
+        if isinstance(value, str) and prefix.endswith(".build_info"):
+            value = os.path.realpath(os.path.expanduser(value)) if os.path.exists(os.path.expanduser(value)) else value
         flat |= _flat(value, key) if isinstance(value, Mapping) else {key: value}
     return {key: value for key, value in flat.items() if value is not None and value != _default(key)}
 
@@ -161,7 +166,11 @@ def _is_trained_on(key: str) -> bool:
 
 
 def _extent(dataset: Any) -> str:
+    """The size of a dataset, and the digest of its content if it has one."""
     if isinstance(dataset, IterableDataset):
         parts = getattr(dataset, "num_parts", None)
-        return "a stream" if parts is None else pluralize(parts, "shard")
-    return pluralize(len(dataset), "sample")
+        extent = "a stream" if parts is None else pluralize(parts, "shard")
+    else:
+        extent = pluralize(len(dataset), "sample")
+    digest = getattr(dataset, "digest", None)
+    return f"{extent}, {digest()}" if digest else extent

@@ -30,7 +30,7 @@ from minigpt4.runners import data, resume
 from minigpt4.runners.folder import folder_of
 from minigpt4.runners.prefetch import prefetch
 from minigpt4.runners.schedule import EtaLogger, TrainingSchedule
-from minigpt4.runners.state import check_entries, numbers_in, restore_rng_states, rng_states, to_device
+from minigpt4.runners.state import check_entries, check_shapes, numbers_in, restore_rng_states, rng_states, to_device
 from minigpt4.weights import checkpoint, fingerprint
 
 CUT = LeftOut("texts", "the end of a text longer than model.max_txt_len tokens", "in training", "cut off")
@@ -96,7 +96,9 @@ class RunnerBase:
         if run.resume_ckpt_path and not run.evaluate:
             path = checkpoint.resolve(run.resume_ckpt_path)
             own = resume.facts_of_data(cfg, data.training_data(cfg, datasets)[0], world_size)
-            resume.check(checkpoint.read_file(path), cfg, own, str(path))
+            content = checkpoint.read_file(path)
+            check_entries(content, str(path))
+            resume.check(content, cfg, own, str(path))
 
     def _prepare_training(self) -> None:
         """Build what a step needs, resume a checkpoint if there is one, then make the model fast and distributed."""
@@ -290,6 +292,7 @@ class RunnerBase:
             for group in content["optimizer"]["param_groups"]:
                 group["fused"] = self.optimizer.defaults["fused"]  # depends on this device, not on the one that saved
             self.optimizer.load_state_dict(content["optimizer"])
+            check_shapes(self.optimizer)
             if content.get("scaler") and self.scaler.is_enabled():
                 self.scaler.load_state_dict(content["scaler"])
         except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:

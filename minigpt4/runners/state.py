@@ -23,6 +23,8 @@ ENTRIES = {
     "epoch": int,
     "rng": (list, NoneType),
     "best_metric": (int, float),
+    "validated": bool,
+    "facts": dict,
     fingerprint.KEY: (dict, NoneType),
 }
 
@@ -31,9 +33,17 @@ def check_entries(content: dict, source: str, names: Iterable[str] = tuple(ENTRI
     """Raise CheckpointError for an entry of a checkpoint of another type than this project writes."""
     for name in content.keys() & set(names):
         value, kinds = content[name], ENTRIES[name]
-        if not isinstance(value, kinds) or isinstance(value, bool):
+        if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
             shown = f" {value!r}" if isinstance(value, (str, int, float)) else ""
             raise CheckpointError(f"{source}: its {name!r} is of type {type(value).__name__}{shown}, as in no run's.")
+    config = content.get("config") or {}
+    datasets = config.get("datasets") or {}
+    sections = {name: config.get(name) or {} for name in ("run", "model")} | {"datasets": datasets}
+    if isinstance(datasets, Mapping):
+        sections |= {f"datasets.{name}": section or {} for name, section in datasets.items()}
+    for name, section in sections.items():
+        if not isinstance(section, Mapping):
+            raise CheckpointError(f"{source}: {name} in its config is {section!r}, and no mapping as in a run's.")
 
 
 def numbers_in(value: object, name: str) -> Iterator[tuple[str, torch.Tensor]]:
@@ -44,6 +54,14 @@ def numbers_in(value: object, name: str) -> Iterator[tuple[str, torch.Tensor]]:
         items = value.items() if isinstance(value, dict) else enumerate(value)
         for key, part in items:
             yield from numbers_in(part, f"{name}.{key}")
+
+
+def check_shapes(optimizer: torch.optim.Optimizer) -> None:
+    """Raise ValueError for a state of an optimizer that has another shape than its parameter."""
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, torch.Tensor) and value.ndim and value.shape != parameter.shape:
+                raise ValueError(f"{name} has shape {tuple(value.shape)}, its parameter {tuple(parameter.shape)}")
 
 
 def seed_everything(seed: int) -> None:
@@ -72,7 +90,15 @@ def restore_rng_states(states: list[dict] | None) -> None:
         found = "no random states" if states is None else f"the random states of {pluralize(len(states), 'rank')}"
         logging.warning("The checkpoint holds %s: the run goes on with other random numbers.", found)
         return
-    own = states[dist_utils.get_rank()]
+    try:
+        _restore(states[dist_utils.get_rank()])
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise CheckpointError(
+            f"The random states of the checkpoint are damaged ({error!r}). Take another one."
+        ) from error
+
+
+def _restore(own: dict) -> None:
     version, internal, gauss = own["python"]
     random.setstate((version, tuple(internal), gauss))
     version, keys, *rest = own["numpy"]

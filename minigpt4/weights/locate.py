@@ -7,9 +7,10 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import zipfile
 from pathlib import Path
-from urllib.parse import parse_qs, urlparse
+from urllib.parse import urlparse
 
 from safetensors import SafetensorError, safe_open
 
@@ -59,7 +60,9 @@ def fetch(path_or_url: str) -> Path:
     from minigpt4.weights.download import DownloadError, check_hash_once, download
 
     url, _, fragment = path_or_url.partition("#")
-    sha256 = parse_qs(fragment).get("sha256", [None])[0]
+    if fragment and not re.fullmatch(r"sha256=[0-9a-fA-F]{64}", fragment):
+        raise ConfigError(f"{path_or_url}: #{fragment} must be #sha256= and 64 hexadecimal digits.")
+    sha256 = fragment.removeprefix("sha256=").lower() or None
     if path.exists():
         if sha256:
             check_hash_once(path, sha256)

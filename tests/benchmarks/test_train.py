@@ -45,7 +45,7 @@ def test_compare(capsys):
 
 
 def test_compare_gives_the_difference_of_losses(capsys):
-    options = ["--work", "S1/16", "--options", "run.init_lr=0", "--compare", "run.init_lr=0.01"]
+    options = ["--work", "S1/16", "--options", "run.init_lr=0", "run.min_lr=0", "--compare", "run.init_lr=0.01"]
     found = rows(capsys, "--small", *options)
     assert found[2]["loss difference, mean of pairs"] > 0.01
 

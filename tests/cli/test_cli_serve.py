@@ -128,7 +128,7 @@ def test_wrong_arguments(capsys):
     for arguments, message in {
         ("--max-queue", "0"): "max_queue=0 must be more than 0",
         ("--timeout", "-1"): "timeout=-1.0 must be more than 0",
-        ("--max-upload-mb", "nan"): "max_upload_mb=nan must be more than 0",
+        ("--max-upload-mb", "nan"): "max_upload_mb=nan must be a finite number",
         ("--api-key", ""): "is empty",
         ("--port", "x"): "--port: invalid int value: 'x'",
     }.items():

@@ -128,6 +128,7 @@ def test_option_values(option, expected):
         ("run.imports=my.module", r"run\.imports = 'my\.module' must be a list"),
         ("run.imports=3", r"run\.imports = 3 must be a list"),
         ("run.imports={a: b}", r"run\.imports = \{'a': 'b'\} must be a list"),
+        ("run.output_dir=''", r"run\.output_dir = '' .* is an empty path"),
         ("run.imports=[3]", r"Cannot import '3' \(--import, run\.imports\)"),
         ("run.imports=[[a]]", r"run\.imports = .* must be a list of modules"),
         ("run.imports=['']", r"^'' \(--import, run\.imports\) is not the name of a module"),

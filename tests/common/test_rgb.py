@@ -207,3 +207,25 @@ def test_a_jpeg_beyond_the_bound_is_decoded_at_half_its_size(monkeypatch):
     for large in (file_of(image.resize((600, 400)), "JPEG"), file_of(image, "JPEG", progressive=True)):
         with pytest.raises(Image.DecompressionBombError, match="at most 0.02 million"):
             trained(large)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (np.array([[0, 500, 1000]], np.int32), [0, 128, 255]),
+        (np.array([[0, 5, 10]], np.float32), [0, 128, 255]),
+        (np.array([[0, 0.6, 1.2]], np.float32), [0, 127, 255]),
+        (np.array([[0, 128, 256]], np.uint16), [0, 0, 1]),  # a dark picture
+        (np.zeros((1, 3), np.float32), [0, 0, 0]),
+    ],
+)
+def test_ranges_between_the_usual_ones(values, expected):
+    assert rgb.to_8_bits(values).tolist() == [expected]
+
+
+def test_a_tiff_in_which_zero_is_white(tmp_path):
+    ramp = Image.fromarray(np.arange(0, 65536, 4096, dtype=np.uint16).reshape(4, 4))
+    ramp.save(tmp_path / "white.tif", tiffinfo={262: 0})
+    with open(tmp_path / "white.tif", "rb") as file:
+        shown = np.asarray(rgb.to_rgb(rgb.open_image(file)))
+    assert shown[0, 0, 0] == 255 and shown[3, 3, 0] < 20

@@ -751,6 +751,10 @@ def test_gpus_as_nvidia_smi_prints_them(monkeypatch):
     assert second == Gpu("NVIDIA GB10", (12, 1), total=7, free=7)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
     assert machine.list_gpus() == [second]
+    printed.stdout = "Unable to determine the device handle\n" + printed.stdout.splitlines()[1]
+    assert machine.list_gpus() == [second]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert machine.list_gpus() == []
 
 
 def test_gpus_are_listed_without_torch(monkeypatch):

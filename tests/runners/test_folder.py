@@ -6,6 +6,7 @@ from threading import Barrier
 import pytest
 
 from minigpt4.common import dist_utils
+from minigpt4.doctor.machine import is_writable
 from minigpt4.runners import folder
 
 
@@ -63,3 +64,13 @@ def test_a_folder_in_the_home(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     with folder.reserved_folder("~/runs") as name:
         assert (tmp_path / "runs" / name).is_dir() and folder.folder_of("~/runs", name).is_dir()
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    """A link to a disk that is not mounted, and a file in the place of a folder."""
+    (tmp_path / "gone").symlink_to(tmp_path / "not mounted")
+    (tmp_path / "file").touch()
+    for place in ("gone", "file", "gone/below"):
+        with pytest.raises(OSError), folder.reserved_folder(str(tmp_path / place)):
+            pass
+        assert not is_writable(tmp_path / place)

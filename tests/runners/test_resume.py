@@ -3,13 +3,14 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 from helpers import Pictures
 from torch.utils.data import IterableDataset
 
 from minigpt4.common.config import Config
 from minigpt4.common.errors import ConfigError
 from minigpt4.runners import resume
-from minigpt4.weights.checkpoint import read_file
+from minigpt4.weights.checkpoint import CheckpointError, read_file
 
 SETTINGS = {"iters_per_epoch": 2, "max_epoch": 2}
 
@@ -36,6 +37,7 @@ def first(build_golden_model, make_runner):
         {"accum_grad_iters": 2},
         {"iters_per_epoch": 3},
         {"seed": 43},
+        {"max_epoch": 5},
         {"init_lr": 0.02},
         {"min_lr": 1e-6},
         {"warmup_steps": 1},
@@ -69,7 +71,6 @@ def test_what_breaks_exactness_is_refused(build_golden_model, make_runner, first
 @pytest.mark.parametrize(
     "changed",
     [
-        {"max_epoch": 5},
         {"log_freq": 7},
         {"num_workers": 2},
         {"batch_size_eval": 5},
@@ -88,6 +89,33 @@ def test_what_is_harmless_is_reported(build_golden_model, make_runner, first, ch
     own = first.cfg.to_dict()["run"][key]
     (line,) = [r for r in caplog.records if f"run.{key}: {own!r} in the checkpoint, " in r.getMessage()]
     assert line.levelname == "INFO"
+
+
+def test_a_finished_run_goes_on_for_more_epochs(build_golden_model, make_runner, first, caplog):
+    caplog.set_level("INFO")
+    first.save_checkpoint(1)
+    again = make_runner(
+        build_golden_model(), job_id="again", resume_ckpt_path=str(first.last_checkpoint), **SETTINGS | {"max_epoch": 5}
+    )
+    assert again.start_epoch == 2 and "run.max_epoch: 2 in the checkpoint, 5 here" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"facts": ["a"]}, "'facts' is of type list"),
+        ({"validated": "no"}, "'validated' is of type str"),
+        ({"config": {"run": 5}}, "run in its config is 5"),
+        ({"config": {"datasets": ["a"]}}, "datasets in its config"),
+        ({"config": {"datasets": {"a": 3}}}, r"datasets\.a in its config"),
+        ({"rng": [{}]}, "random states"),
+    ],
+)
+def test_entries_of_another_kind(build_golden_model, make_runner, first, changed, words):
+    path = first.last_checkpoint
+    torch.save(torch.load(path, weights_only=True) | changed, path)
+    with pytest.raises(CheckpointError, match=words):
+        make_runner(build_golden_model(), job_id="again", resume_ckpt_path=str(path), **SETTINGS)
 
 
 def test_the_same_settings_are_no_difference(build_golden_model, make_runner, first, caplog):

@@ -94,6 +94,10 @@ class CCSBUAlignDataset(Dataset):
             f"read, e.g. {self._path(index)}. Are these files really pictures?"
         )
 
+    def digest(self) -> str:
+        """Identifies the records, in their order, by which a resumed run knows its data."""
+        return f"{self.image_ids.digest()}{self.captions.digest()}"
+
     def text_length(self, index: int) -> int:
         """Characters of a caption, for length balancing."""
         return len(self.captions[index])

@@ -1,5 +1,6 @@
 """Endless streams of pictures with captions from webdataset shards: laion and cc_sbu."""
 
+import hashlib
 import logging
 import os
 import random
@@ -102,6 +103,12 @@ class ImageTextStream(IterableDataset):
         drawn = (rng.choice(self.shards) for _ in count())
         shuffle = wds.shuffle(self.shuffle_buffer, initial=self.shuffle_buffer, seed=derive_seed(seed, "shuffle"))
         return self._decode(shuffle(self._start_anywhere(self._raw_samples(drawn), rng)))
+
+    def digest(self) -> str:
+        """Identifies the shards by their names and, of local ones, their sizes; a resumed run knows its data by it."""
+        sizes = (os.path.getsize(shard) if is_local(shard) and os.path.exists(shard) else 0 for shard in self.shards)
+        named = [f"{os.path.basename(shard)} {size}" for shard, size in zip(self.shards, sizes, strict=True)]
+        return hashlib.sha256("\n".join(named).encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
     @property
     def num_parts(self) -> int:

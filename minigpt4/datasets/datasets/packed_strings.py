@@ -1,5 +1,6 @@
 """A list of many strings in two arrays."""
 
+import hashlib
 from collections.abc import Iterable
 
 import numpy as np
@@ -16,6 +17,10 @@ class PackedStrings:
         encoded = [s.encode("utf-8", errors="surrogatepass") for s in strings]
         self._bytes = np.frombuffer(b"".join(encoded), dtype=np.uint8)
         self._ends = np.cumsum([len(e) for e in encoded], dtype=np.int64)
+
+    def digest(self) -> str:
+        """The beginning of the SHA-256 of all strings and their lengths."""
+        return hashlib.sha256(self._bytes.tobytes() + self._ends.tobytes()).hexdigest()[:16]
 
     def __len__(self) -> int:
         return len(self._ends)

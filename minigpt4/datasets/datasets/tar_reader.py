@@ -62,10 +62,18 @@ class Group:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a path in a tar is none of its maker's files: `._0001.jpg` and `__MACOSX/` of a Mac, dot files."""
+    """Whether a path in a tar is none of its maker's files: `._0001.jpg` and `__MACOSX/` of a Mac, dot files.
+
+    A folder may begin with a dot.
+    """
     parts = [part for part in name.split("/") if part not in ("", ".", "..")]
-    return any(part.startswith(".") or part == "__MACOSX" for part in parts) or (
-        len(parts) == 1 and parts[0].startswith("__") and parts[0].endswith("__")  # webdataset's own
+    return (
+        parts[-1:]
+        and parts[-1].startswith(".")
+        or "__MACOSX" in parts
+        or (
+            len(parts) == 1 and parts[0].startswith("__") and parts[0].endswith("__")  # webdataset's own
+        )
     )
 
 
@@ -163,7 +171,8 @@ def read_samples(
 
     try:
         for key, suffix, content, size in members:
-            if key != current.key:
+            # A second picture or text of one name begins another sample of that name.
+            if key != current.key or (content is not None and suffix in current.files):
                 if current.files:
                     yield from settle(current)
                 while held > MAX_WAITING:
@@ -177,7 +186,7 @@ def read_samples(
             current.suffixes.append(suffix)
             current.size += size
             if content is not None:
-                current.files.setdefault(suffix, content)
+                current.files[suffix] = content
     except ShardError as error:
         problem = error
     if current.files:
