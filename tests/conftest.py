@@ -27,6 +27,11 @@ for name in list(os.environ):
     if name in (*OURS, *LAUNCHERS, *DATA_SCRIPTS, *OTHERS) or name.startswith(("GRADIO_", "TORCHELASTIC_")) or is_proxy:
         del os.environ[name]
 
+# The driver reads CUDA_VISIBLE_DEVICES once in a process. It must see the GPUs before `_hide_gpus` changes it.
+if torch.cuda.is_available():
+    torch.cuda.init()
+    torch.cuda.device_count()  # which torch keeps from now on
+
 LONGEST_SECONDS = 10
 # Slow as a whole (browsers, several processes, interpreted kernels) or in one test. Others have the mark themselves.
 SLOW_TESTS = (
