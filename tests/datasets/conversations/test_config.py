@@ -58,7 +58,7 @@ def test_several_datasets_of_one_form(tmp_path):
         ({"build_info": {"storage": "x"}}, r"datasets\.mine \(without builder: conversation\): Unknown builder 'mine'"),
         ({"builder": "conversations"}, r"datasets\.mine\.builder: .*Did you mean 'conversation'"),
         ({"builder": 3}, r"datasets\.mine\.builder = 3 is not a text"),
-        ({"builder": "conversation", "build_info": {"storag": "x"}}, r"build_info\.storag"),
+        ({"builder": "conversation", "build_info": {"sotrage": "x"}}, r"build_info\.sotrage"),
         ({"builder": "conversation", "build_info": {"storage": "/no/such.jsonl"}}, r"/no/such\.jsonl"),
         ({"builder": "conversation"}, r"datasets\.mine\.build_info\.storage"),
     ],
