@@ -195,6 +195,8 @@ def check_cached_features(context: RunContext) -> Iterator[Diagnostic]:
 
 def check_conversations(context: RunContext) -> Iterator[Diagnostic]:
     """The files of each dataset of the builder `conversation` have no mistake; a sample of each is shown."""
+    from minigpt4.models.template import join_parts
+
     names = [name for name in context.cfg.datasets_cfg if context.cfg.builder(name) == "conversation"]
     for name in names if context.training else ():
         key = f"datasets.{name}.build_info"
@@ -206,9 +208,9 @@ def check_conversations(context: RunContext) -> Iterator[Diagnostic]:
         except (ConfigError, RuntimeError) as mistake:
             yield error(key, str(mistake), "docs/own_data.md shows each format.")
             continue
-        asked, answer = sample["text_input"][-2:]
+        (_, asked), (_, answer) = sample["text_input"][-2:]
         size = pluralize(len(dataset), "record") if hasattr(dataset, "__len__") else "a stream"
-        yield ok(key, f"{size}; a sample: {_shown(sample['image_id'], f'{asked[1]} {answer[1][0]}')}")
+        yield ok(key, f"{size}; a sample: {_shown(sample['image_id'], f'{join_parts(asked)} → {answer[0]}')}")
 
 
 def _storages(context: RunContext, *names: str) -> Iterator[tuple[str, str | list[str]]]:

@@ -12,6 +12,8 @@ from minigpt4.common.config import Config
 from minigpt4.common.errors import ConfigError
 from minigpt4.common.registry import registry
 from minigpt4.datasets.builders import CCSBUAlignBuilder, ConversationBuilder
+from minigpt4.doctor import check_datasets
+from minigpt4.doctor.run_context import RunContext
 
 
 def config(tmp_path, datasets, *options) -> Config:
@@ -67,3 +69,15 @@ def test_mistakes(tmp_path, section, words):
     with pytest.raises(ConfigError, match=words):
         cfg = config(tmp_path, {"mine": section})
         registry.get_task_class("image_text_pretrain").setup_task(cfg).build_datasets(cfg)
+
+
+def test_doctor_shows_a_record_and_names_a_mistake(tmp_path):
+    storage = write_own(tmp_path / "a")
+    context = RunContext(config(tmp_path, {"mine": {"builder": "conversation", "build_info": {"storage": storage}}}))
+    (found,) = check_datasets.check_conversations(context)
+    assert (found.check, found.status) == ("datasets.mine.build_info", "ok")
+    assert "6 records" in found.what and "What? → A0." in found.what
+    with open(storage, "a") as file:
+        file.write('\n{"prompt": "no answer"}')
+    (found,) = check_datasets.check_conversations(context)
+    assert found.status == "error" and "own.jsonl line 7" in found.what
