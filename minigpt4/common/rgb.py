@@ -16,6 +16,8 @@ from PIL import Image, ImageOps, JpegImagePlugin
 MAX_PIXELS = 64_000_000
 # A JPEG with more pixels than the bound, but at most this many times as many, is decoded at half its width and height.
 REDUCIBLE = 4
+# Formats that Pillow unpacks before their size is known, or gives to another program.
+UNBOUNDED = {"ICO", "ICNS", "EPS", "WMF"}
 WHITE = (255, 255, 255)
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 # The chunks of a PNG that decide how it looks. The others hold texts, profiles, times …
@@ -26,18 +28,17 @@ def open_image(file: BinaryIO, formats: tuple[str, ...] | None = None, max_pixel
     """Open a picture file. The pixels of a PNG are decoded at once, those of other formats when they are first used.
 
     Args:
-        formats: names of Pillow's that are accepted, and of pillow-heif, "HEIF"; None: all that are installed.
+        formats: names of Pillow's that are accepted, and of pillow-heif, "HEIF"; None: all that are installed but
+            UNBOUNDED.
         max_pixels: limit of width × height. A JPEG beyond it is opened at half its width and height, if this is enough.
 
     Raises Image.DecompressionBombError for too many pixels, whose text follows the name of the file. A file that is no
     picture, or is broken, may raise any kind of error: Pillow's plug-ins do.
     """
-    _prepare_pillow(read_heif=file.read(12)[4:8] == b"ftyp")  # which begins HEIC and AVIF
+    head = file.read(12)
     file.seek(0)
     max_pixels = min(max_pixels, Image.MAX_IMAGE_PIXELS or max_pixels)  # Pillow's, if someone has set it lower
-    if formats:
-        Image.init()
-        formats = tuple(name for name in formats if name in Image.OPEN)
+    formats = _installed(formats, read_heif=head[4:8] == b"ftyp")  # which begins HEIC and AVIF
     try:
         return _open_bounded(file, formats, max_pixels)
     except Image.DecompressionBombError:
@@ -119,7 +120,7 @@ def from_array(array: np.ndarray) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(to_8_bits(array)))
 
 
-def _open_bounded(file: BinaryIO, formats: tuple[str, ...] | None, max_pixels: int) -> Image.Image:
+def _open_bounded(file: BinaryIO, formats: tuple[str, ...], max_pixels: int) -> Image.Image:
     try:
         image = Image.open(file, formats=formats)
     except Image.DecompressionBombError:  # Pillow's own bound, before we know the format
@@ -190,12 +191,17 @@ def _pixels_alone(chunks: bytes) -> bytes:
 
 
 @cache
-def _prepare_pillow(read_heif: bool) -> None:
-    """read_heif: let Pillow read HEIC, if pillow-heif is installed. It reads AVIF itself."""
+def _installed(formats: tuple[str, ...] | None, read_heif: bool) -> tuple[str, ...]:
+    """Those of the formats that can be read, in the order in which Pillow tries them. None: all but UNBOUNDED.
+
+    read_heif: let Pillow read HEIC, if pillow-heif is installed. It reads AVIF itself.
+    """
     # Of a picture beyond Pillow's own bound, which is larger than ours.
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+    Image.init()
     if read_heif:
         with suppress(ImportError):
             import pillow_heif
 
             pillow_heif.register_heif_opener()
+    return tuple(name for name in Image.ID if (name in formats if formats else name not in UNBOUNDED))

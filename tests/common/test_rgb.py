@@ -6,7 +6,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image, PngImagePlugin
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from minigpt4.common import rgb
 from minigpt4.common.rgb import open_image, to_rgb
@@ -229,3 +229,12 @@ def test_a_tiff_in_which_zero_is_white(tmp_path):
     with open(tmp_path / "white.tif", "rb") as file:
         shown = np.asarray(rgb.to_rgb(rgb.open_image(file)))
     assert shown[0, 0, 0] == 255 and shown[3, 3, 0] < 20
+
+
+@pytest.mark.parametrize("format", ["ICO", "ICNS", "EPS"])
+def test_formats_that_cannot_be_bounded_are_not_read_in_training(format):
+    file = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(file, format)
+    file.seek(0)
+    with pytest.raises(UnidentifiedImageError):
+        rgb.open_image(file)
