@@ -230,3 +230,9 @@ def test_two_samples_of_one_name(tmp_path):
         found = tar_reader.read_members(file, ["jpg"])
         samples = [*tar_reader.read_samples(found, lambda group: dict(group.files), lambda *dropped: None)]
     assert samples == [{"jpg": b"1", "txt": b"one"}, {"jpg": b"2", "txt": b"two"}]
+
+
+def test_tars_joined_by_cat_are_named(tmp_path):
+    first, second = (write_tar(tmp_path / f"{name}.tar", pairs(name)) for name in "ab")
+    (tmp_path / "c.tar").write_bytes(first.read_bytes() + second.read_bytes())
+    assert read(tmp_path / "c.tar") == ({"a": "a"}, {tar_reader.JOINED: 1})

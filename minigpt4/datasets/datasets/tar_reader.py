@@ -28,6 +28,7 @@ MAX_WAITING = 256 << 20
 UNREADABLE = "a shard, or a part of it, that cannot be read"
 CORRUPT = "the rest of a corrupt tar"
 CUT_OFF = "the rest of a tar that was cut off"
+JOINED = "the rest of a file of several tars (joined by cat), of which only the first is read"
 
 
 class ShardError(Exception):
@@ -132,7 +133,8 @@ def _check_end(tar: tarfile.TarFile) -> None:
     """
     while rest := tar.fileobj.read(1 << 20):
         if rest.strip(b"\0"):
-            raise ShardError(CORRUPT)
+            is_tar = rest.lstrip(b"\0")[257:262] == b"ustar"
+            raise ShardError(JOINED if is_tar else CORRUPT)
     if tar.fileobj.tell() - tar.offset < 2 * BLOCK:
         raise ShardError(CUT_OFF)
 
