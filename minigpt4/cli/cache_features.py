@@ -128,6 +128,8 @@ class Writer:
 
         _, num_query_token, width = self.model.query_tokens.shape
         size = {"shape": [num_query_token, width], "parts": dataset.num_parts}
+        if hasattr(dataset, "digest"):
+            size["content"] = dataset.digest()
         feature_cache.open_cache(folder, manifest | size)
         rank, ranks = dist_utils.get_rank(), dist_utils.get_world_size()
         own = {number: feature_cache.shard_path(folder, number) for number in range(rank, dataset.num_parts, ranks)}

@@ -44,7 +44,10 @@ def open_cache(folder: str | Path, manifest: dict[str, Any]) -> None:
     own_folder(folder, MANIFEST)
     path = folder / MANIFEST
     if path.exists():
-        check_same(read_manifest(folder), manifest, f"{folder} holds a cache that differs from the one asked for")
+        found = read_manifest(folder)
+        if "content" not in found:  # of an earlier version
+            manifest = {key: value for key, value in manifest.items() if key != "content"}
+        check_same(found, manifest, f"{folder} holds a cache that differs from the one asked for")
         return
     part = folder / f".{MANIFEST}.{os.getpid()}"
     part.write_text(json.dumps(manifest, indent=2), encoding="utf-8")

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import tarfile
 from types import SimpleNamespace
 
@@ -134,6 +135,16 @@ def test_it_continues_where_it_stopped(configs, tmp_path, monkeypatch, caplog):
     assert shard.read_bytes() == (whole / "laion" / "00002.tar").read_bytes()
     assert kept.read_bytes() == b"not touched"
     assert "laion: 40 features in 1 shard, 0 pictures left out; already there: 3 shards (rank 0)." in caplog.text
+
+
+def test_changed_data_are_not_already_done(configs, parts, tmp_path):
+    folder = tmp_path / "align"
+    shutil.copytree(parts["folder"] / "align", folder)
+    storage = f"datasets.cc_sbu_align.build_info.storage={folder}"
+    assert cache(configs["stage2"], tmp_path / "cache", storage) == 0
+    captions = folder / "filter_cap.json"
+    captions.write_text(captions.read_text().replace('"caption": "', '"caption": "Now ', 1))
+    assert "differs from the one asked for" in cache(configs["stage2"], tmp_path / "cache", storage)
 
 
 def test_ranks_share_the_shards(configs, tmp_path, monkeypatch):
