@@ -101,8 +101,11 @@ TEMPLATES = {
 def from_prompt(prompt_template: str, end: str) -> Template:
     """The template of the first release's keys `prompt_template`, with `{}` for the question, and `end_sym`.
 
-    A question that begins with `end` does so once only: the answer before it ends with it.
+    A question that begins with `end` does so once only: the answer before it ends with it. Raises ConfigError for a
+    text without `{}`.
     """
+    if "{}" not in prompt_template:
+        raise ConfigError(f"model.prompt_template={prompt_template!r} has no {{}} where the prompt goes.")
     start, _, rest = prompt_template.partition("{}")
     after = prompt_template.removeprefix(end)
     return Template(start=start, system="{}" + start, question="{}" + rest, next_question=after, end=end)
