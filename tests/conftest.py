@@ -164,6 +164,7 @@ def _hide_gpus(request):
     with pytest.MonkeyPatch.context() as patch:
         if not (request.path.stem.endswith("_gpu") or any("GPU" in reason for reason in reasons)):
             patch.setattr(torch.cuda, "is_available", lambda: False)
+            patch.setattr(torch.cuda, "is_initialized", lambda: False)
             patch.setenv("CUDA_VISIBLE_DEVICES", "")
         yield
 

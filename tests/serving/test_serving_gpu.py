@@ -33,7 +33,16 @@ def test_batches(build_golden_model, golden, dtype):
     def ask():
         changed = threading.Event()
         answers = [
-            Answer(batcher.chat.model.tokenizer, prompt, sampling, 20, ["###"], "", time.monotonic() + 60, changed.set)
+            Answer(
+                batcher.chat.model.tokenizer,
+                prompt,
+                sampling,
+                max_tokens=20,
+                stops=["###"],
+                label="",
+                deadline=time.monotonic() + 60,
+                changed=changed.set,
+            )
             for prompt, sampling in rows
         ]
         batcher.submit(answers)
