@@ -18,7 +18,7 @@ MANGLED = [
     ('name: "blip_caption"', 'name:"blip_caption"', "'name:\"blip_caption\"'", "'name: \"blip_caption\"'"),
     ("  arch: mini", "\tarch: mini", "'\\tarch: mini_gpt4'", "a tab"),
     ("arch: mini", "arch：mini", "'arch：mini_gpt4'", "'arch: mini_gpt4'"),
-    ("arch: mini", "arch ： mini", "'arch ： mini_gpt4'", "'arch: mini_gpt4'"),
+    ("arch: mini", "arch ： mini", "'arch ： mini_gpt4'", "'arch : mini_gpt4'"),
     ("model:", "model：", "'model：'", "'model:'"),
     ("run:", "run：", "'run：'", "'run:'"),
     ('end_sym: "###"', "end_sym: “###”", "'“###”'", "'\"###\"'"),
