@@ -11,9 +11,11 @@ from functools import cache
 import torch
 import torch.distributed as dist
 
-from minigpt4.common import gpus
+from minigpt4.common import first_release, gpus
 from minigpt4.common.errors import ConfigError
 from minigpt4.common.schema import DEVICE, DEVICES
+
+__getattr__ = first_release.attributes_of(__name__)  # for names that are gone
 
 # A rank that waits longer than this for the others stops with an error instead of hanging.
 TIMEOUT = timedelta(minutes=20)

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from minigpt4.common import first_release
 from minigpt4.common.facts import SEPARATOR
 from minigpt4.conversation.decoding import Decoding
 from minigpt4.conversation.pictures import PictureError, to_picture
@@ -28,6 +29,8 @@ from minigpt4.fast.decoding.loop import cached_decoding
 from minigpt4.models.generation import DecodingLoop, answer_text, continue_embeds, end_ids, stream, strip_leading
 from minigpt4.models.prompt import IMAGE_SLOT, break_up, encode_with_images, sanitize
 from minigpt4.models.template import Template, open_prompt
+
+__getattr__ = first_release.attributes_of(__name__)  # for names that are gone
 
 IMAGE_TURN = f"<Img>{IMAGE_SLOT}</Img>"
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 from torch.utils.data import Dataset
 
+from minigpt4.common import first_release
 from minigpt4.common.errors import ConfigError
 from minigpt4.common.files import read_regular
 from minigpt4.common.text import pluralize
@@ -20,6 +21,8 @@ from minigpt4.datasets.left_out import Tally
 from minigpt4.datasets.patience import Patience
 from minigpt4.processors import read_picture, to_sample
 from minigpt4.weights import locate
+
+__getattr__ = first_release.attributes_of(__name__)  # for names that are gone
 
 log = logging.getLogger(__name__)
 
