@@ -102,6 +102,7 @@ def init_process_group(device: torch.device, backend: str | None = None, distrib
         return
     if not distributed:
         raise ConfigError(f"run.distributed=False, but torchrun started {world_size} processes. Set it to True.")
+    logging.info("| distributed init (rank %d, world %d): env://", int(os.environ["RANK"]), world_size)
     backend = backend or ("nccl" if device.type == "cuda" else "gloo")
     dist.init_process_group(backend, timeout=TIMEOUT, device_id=device if backend == "nccl" else None)
 

@@ -1,7 +1,9 @@
-"""What to use in place of modules and names of the first releases that are gone. The package puts `find_spec` last
-among Python's finders, so it is asked only for a module that nothing else has found.
+"""What to use in place of modules and names of the first releases that are gone.
+
+This module is the last of Python's finders, so it is asked only for a module that no other has found.
 """
 
+import sys
 from collections.abc import Callable
 
 PAGE = "docs/from_the_first_release.md"
@@ -77,6 +79,9 @@ def find_spec(name: str, path: object = None, target: object = None) -> None:
     if name in GONE:
         # Not a ModuleNotFoundError, which `from package import name` would replace by a message of its own.
         raise ImportError(f"{name} is of an earlier release. Now: {GONE[name]}. More: {PAGE}", name=name)
+
+
+sys.meta_path.append(sys.modules[__name__])
 
 
 def attributes_of(module: str) -> Callable[[str], None]:

@@ -1,5 +1,6 @@
 """The datasets of a run by split, checked before the model is loaded."""
 
+import logging
 from collections.abc import Mapping
 
 from torch.utils.data import IterableDataset
@@ -51,6 +52,18 @@ def training_data(cfg: Config, datasets: Mapping[str, Mapping]) -> tuple[dict, d
             training[key] = dataset
             ratios[key] = cfg.datasets_cfg[name].sample_ratio if name in cfg.datasets_cfg else 1.0
     return training, ratios
+
+
+def log_data(cfg: Config, datasets: Mapping[str, Mapping]) -> None:
+    """Log the lines of the first release about the training data. Streams have no number of records."""
+    for split in cfg.run_cfg.train_splits:
+        sizes = [len(each) for each in split_of(datasets, split).values() if not isinstance(each, IterableDataset)]
+        if sizes:
+            logging.info("Loaded %d records for %s split from the dataset.", sum(sizes), split)
+    if all(cfg.origin(f"datasets.{name}.sample_ratio") == "the defaults" for name in datasets):
+        logging.info("dataset_ratios not specified, so each dataset has the same share (datasets.<name>.sample_ratio).")
+    if not cfg.run_cfg.valid_splits:
+        logging.info("No validation splits found.")
 
 
 def batches_per_epoch(cfg: Config, training: Mapping, world_size: int) -> int:

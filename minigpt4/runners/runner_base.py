@@ -369,6 +369,8 @@ class RunnerBase:
             done = pluralize(self.run.max_epoch, "epoch")
             logging.info("Nothing left to train: the checkpoint has done %s. Raise run.max_epoch to go on.", done)
             return
+        data.log_data(self.cfg, self.datasets)
+        logging.info("Start training")
         logging.info("Computing in %s on %s.", str(self.dtype).removeprefix("torch."), self.device)
         self.eta.log_schedule()
 

@@ -106,6 +106,7 @@ def load_model(page: Page, cfg: Config, gpu_id: int, check_weights: Callable[[],
     check_weights: called once the libraries are loaded, before the model is.
     """
     start = time.monotonic()
+    logging.info("Initializing Chat")
     handler = _ProgressHandler(page)
     logging.getLogger().addHandler(handler)
     try:
@@ -117,6 +118,7 @@ def load_model(page: Page, cfg: Config, gpu_id: int, check_weights: Callable[[],
         page.chat = load_chat(cfg, select_gpu(cfg, gpu_id), warm_up=[1])
     finally:
         logging.getLogger().removeHandler(handler)
+    logging.info("Initialization Finished")
     logging.info("The model is ready after %.0f s.", time.monotonic() - start)
 
 

@@ -51,7 +51,9 @@ def test_only_names_that_are_gone_are_answered():
 def test_a_command_line_shows_it():
     code = "from minigpt4.common.gradcam import getAttMap"  # without torch
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stderr.splitlines()[-1].startswith("ImportError: minigpt4.common.gradcam is of an earlier release. Now: ")
+    assert done.stderr.splitlines()[-1].startswith(
+        "ImportError: minigpt4.common.gradcam is of an earlier release. Now: "
+    )
 
 
 def test_the_page_names_the_modules():
