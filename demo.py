@@ -50,6 +50,7 @@ def main(argv: list[str] | None = None) -> None:
         check_address(args.host, args.port)
     warnings = preflight(cfg, training=False, gpu=args.gpu_id)
     options = {name: getattr(args, name) for name in ("host", "port", "share", "auth", "concurrency", "max_upload_mb")}
+    # Here stood demo.launch(share=True): its arguments are flags now, --share, --host 0.0.0.0 (server_name) and --port.
     with serve(**options, emoji=cfg.model_cfg.get("model_type") == "tiny") as page:
         log_warnings(warnings)
 

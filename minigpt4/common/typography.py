@@ -61,10 +61,10 @@ def _outside_quotes(change: Callable[[str], str], text: str) -> str:
 
 def slip_in_value(text: str) -> Slip | None:
     """The slip in a value: YAML would read something else than a text from it, were it typed in plain characters."""
-    needed = plain(text).strip(" ")
-    if needed == text or (text.strip(SPACES) == text and not _means_more(needed)):
+    typed = plain(text)
+    if typed == text or (text.strip(SPACES) == text and not _means_more(typed.strip(" "))):
         return None
-    return Slip(text, needed)
+    return Slip(text, typed.strip(" "))
 
 
 def _means_more(text: str) -> bool:

@@ -81,7 +81,7 @@ def serve(
             threading.Thread(target=_keep_cleaning, args=(page.sessions,), name="cleaning", daemon=True).start()
             logging.info("Running on local URL:  %s", page.blocks.local_url)
             if not share:
-                logging.info("To create a public link, start with --share.")
+                logging.info("For the network, start with --host 0.0.0.0. To create a public link, start with --share.")
             yield page
         finally:
             page.blocks.close()

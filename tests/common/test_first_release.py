@@ -88,3 +88,34 @@ def test_the_table_is_sorted():
     (table,) = [node for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "GONE"]
     names = [key.value for key in table.value.keys]
     assert names == sorted(names)
+
+
+@pytest.mark.parametrize(
+    ("path", "line", "key"),
+    [
+        ("minigpt4/configs/models/minigpt4.yaml", 16, "llama_model"),
+        ("eval_configs/minigpt4_eval.yaml", 11, "ckpt"),
+        ("minigpt4/configs/datasets/laion/defaults.yaml", 5, "storage"),
+        ("minigpt4/configs/datasets/cc_sbu/defaults.yaml", 5, "storage"),
+        ("minigpt4/configs/datasets/cc_sbu/align.yaml", 5, "storage"),
+    ],
+)
+def test_keys_are_in_the_lines_that_tutorials_name(path, line, key):
+    lines = (ROOT / path).read_text(encoding="utf-8").splitlines()
+    assert lines[line - 1].strip().startswith(f"{key}: ")
+    assert f"line {line}, as in the first release" in "\n".join(lines[line - 2 : line]).lower()
+
+
+@pytest.mark.parametrize(
+    ("path", "searched", "answer"),
+    [
+        ("dataset/convert_laion.py", "rows = ", "--limit 1000"),
+        ("dataset/convert_cc_sbu.py", "rows = ", "--limit 1000"),
+        ("dataset/download_laion.sh", "--enable_wandb", "WANDB=True"),
+        ("dataset/download_cc_sbu.sh", "--enable_wandb", "WANDB=True"),
+        ("demo.py", "demo.launch(", "--share, --host 0.0.0.0 (server_name) and --port"),
+    ],
+)
+def test_edits_of_lines_that_are_gone_are_answered_there(path, searched, answer):
+    lines = (ROOT / path).read_text(encoding="utf-8").splitlines()
+    assert any(searched in line and answer in line and line.strip().startswith("#") for line in lines)
