@@ -134,7 +134,7 @@ def main(usage: str | None = __doc__, name: str = NAME, argv: list[str] | None =
     )
     args = parser.parse_args(argv)
     if args.limit is None:
-        print("Converting all pairs. For a first try, --limit 1000 takes the first 1,000.", flush=True)
+        print("Converting all pairs. For a first try, --limit 1000 takes the first 1,000.", file=sys.stderr)
     try:
         counts = convert(args.input, args.output, args.limit, args.rows_per_file)
     except FileNotFoundError:
