@@ -7,5 +7,7 @@ __version__ = "0.1.0"
 
 PACKAGE_ROOT = Path(__file__).resolve().parent
 
-# Says what to use in place of modules that are gone. The name is computed, because that module ranks higher than this.
-importlib.import_module(f"{__name__}.common.first_release")
+# The first ends a program on an older Python. The second says what to use in place of modules that are gone. The names
+# are computed, because these modules rank higher than this.
+for module in ("python_version", "first_release"):
+    importlib.import_module(f"{__name__}.common.{module}")
