@@ -5,7 +5,7 @@ import re
 
 from helpers import ROOT
 
-PAGES = [ROOT / "docs/faq.md"]
+PAGES = [ROOT / "docs/faq.md", ROOT / "docs/zh/faq.md"]
 # Messages of the first release and of other programs.
 OF_OTHERS = {
     "No matching distribution found for torch",
