@@ -53,10 +53,17 @@ class Preview(NamedTuple):
     """Whether it was longer than `model.max_txt_len`."""
     broken_up: bool
     """Whether it had markers of the prompt, which a space has broken up."""
+    ends_early: bool
+    """Whether an answer holds its end sign, which is too short to be broken up: a generated answer would stop there."""
 
     @property
     def num_tokens(self) -> int:
         return sum(segment.num_tokens for segment in self.segments)
+
+    @property
+    def text_len(self) -> int:
+        """Tokens that count for `model.max_txt_len`: those from the first learnt one on."""
+        return sum(s.num_tokens for s in itertools.dropwhile(lambda segment: not segment.learnt, self.segments))
 
     @property
     def num_learnt(self) -> int:
@@ -66,6 +73,7 @@ class Preview(NamedTuple):
         """All of it on one line, the learnt parts between LEARNT's marks."""
         facts = [pluralize(self.num_tokens, "token"), f"{self.num_learnt} learnt"]
         facts += ["cut at model.max_txt_len"] * self.cut + ["markers broken up"] * self.broken_up
+        facts += ["an answer holds its end sign"] * self.ends_early
         texts = [(_shown(segment.text), segment.learnt) for segment in self.segments]
         return f"{', '.join(facts)}: " + "".join(LEARNT.format(text) if learnt else text for text, learnt in texts)
 
@@ -114,8 +122,11 @@ class TextReader:
         prompt = self.prompts[number % len(self.prompts)] if self.prompts else IMAGE_SLOT
         limits = self.num_query_tokens, self.max_txt_len
         found = encode_batch(self.tokenizer, texts, prompt, *limits, self.template.end, self.template)
+        turns = [("assistant", texts)] if isinstance(text, str) else texts[0]
+        answers = [part for role, parts in turns if role == "assistant" for part in parts]
+        ends_early = bool(self.template.end) and any(self.template.end in answer for answer in answers)
         segments = [*self._segments(found.ids[0], found.labels[0])]
-        return Preview(segments, cut=bool(found.num_cut), broken_up=bool(broken_up))
+        return Preview(segments, bool(found.num_cut), bool(broken_up), ends_early)
 
     def _segments(self, ids: list[int], labels: list[int]) -> Iterator[Segment]:
         kinds = [(i == IMAGE_ID, label != IGNORE_INDEX) for i, label in zip(ids, labels, strict=True)]

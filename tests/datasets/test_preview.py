@@ -56,7 +56,7 @@ def test_what_is_shown_is_what_is_trained(build_golden_model, text, max_txt_len)
 
 def test_a_line_of_a_log():
     segments = [Segment("<s>\n", False, 2), Segment("<ImageHere>", False, 8), Segment("x" * 999 + "#\t", True, 400)]
-    shown = Preview(segments, cut=False, broken_up=False)
+    shown = Preview(segments, cut=False, broken_up=False, ends_early=False)
     assert (shown.num_tokens, shown.num_learnt) == (410, 400)
     line = str(shown)
     assert line.startswith("410 tokens, 400 learnt: <s>\\n<ImageHere>«xxx") and line.endswith("xxx#\\t»")

@@ -39,6 +39,10 @@ class ConversationStream(IterableDataset):
         self.set_seed(0)
         log.info("%s: streaming %s.", name, pluralize(len(records.shards), "shard"))
 
+    @property
+    def shards(self) -> list[str]:
+        return self.records.shards
+
     def set_seed(self, seed: int, rank: int = 0, world_size: int = 1) -> None:
         """Set the seed and the rank. Each rank draws its own shards, so their number does not matter here."""
         self.seed, self.rank = seed, rank
