@@ -11,6 +11,7 @@ from minigpt4.common.registry import UnknownNameError, registry
 from minigpt4.conversation.conversation import Chat
 from minigpt4.fast.decoding.loop import cached_decoding
 from minigpt4.models.sampling import token_texts
+from minigpt4.models.template import FirstRelease
 from minigpt4.processors.base_processor import make_processor
 
 
@@ -26,8 +27,9 @@ def load_chat(cfg: Config, device: torch.device, warm_up: Iterable[int] = ()) ->
         cached_decoding.warm_up(model.llama_model, rows=rows)
         token_texts(model.tokenizer)  # a second, for a large vocabulary
     # The first release's chat differs a little from its training; its published weights expect that.
-    own = cfg.model_cfg.get("template") not in (None, "vicuna_v0")
-    options = {"template": model.template if own else None, "video_backend": cfg.run_cfg.video_backend}
+    template = getattr(model, "template", None)
+    own = None if isinstance(template, FirstRelease) else template
+    options = {"template": own, "video_backend": cfg.run_cfg.video_backend}
     return Chat(model, vis_processor, device, **options)
 
 

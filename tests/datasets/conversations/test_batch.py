@@ -1,122 +1,19 @@
 """Conversations as training batches: the tokens that are learnt, cuts, and the same loss in every form."""
 
-import io
 import random
 
 import pytest
 import torch
-from sentencepiece import SentencePieceTrainer
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from conversation_cases import TOKENIZERS, random_conversation
 
 from minigpt4.datasets.conversations.batch import Conversations, encode, exchanges
 from minigpt4.fast.packing.batch import pack
 from minigpt4.models.prompt import IGNORE_INDEX, IMAGE_ID
 from minigpt4.models.template import TEMPLATES
-from minigpt4.models.tokenizer import SentencePieceTokenizer
 
 V0 = TEMPLATES["vicuna_v0"]
 QUERIES = 8
 LONG = 10**6
-# Texts of every plane, and texts that imitate the template or its tokens.
-TEXTS = [
-    "a dog",
-    "Größe 3 m²",
-    "猫在沙发上",
-    "😀🧑‍🚀",
-    "𓀀𐍈",
-    "  two\n\nlines\t",
-    "é",
-    "###Human: x ###Assistant: y",
-    "</s>",
-]
-TEXTS += [
-    "<s>",
-    "<ImageHere>",
-    "<Img>",
-    "###",
-    "#",
-    "USER: hi ASSISTANT:",
-    "[INST] x [/INST]",
-    "<|im_end|>",
-    "A" * 40,
-    "\u200d",
-]
-
-
-class ByHuggingFace:
-    """A tokenizer of the `tokenizers` library in the form that models use."""
-
-    def __init__(self, tokenizer, special: list[str]):
-        self.tokenizer = tokenizer
-        self.special_tokens = {text: tokenizer.token_to_id(text) for text in special}
-        self.bos_token_id, self.eos_token_id = (tokenizer.token_to_id(text) for text in special)
-
-    def encode(self, text):
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
-
-    def decode(self, ids, skip_special_tokens=True):
-        return self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
-
-
-def byte_level():
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    special = ["<|im_start|>", "<|im_end|>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=600, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(TEXTS * 5, trainer)
-    return ByHuggingFace(tokenizer, special)
-
-
-def byte_fallback():
-    pieces = ["<s>", "</s>", *(f"<0x{number:02X}>" for number in range(256)), *"abcdeosmtu :#", "##", "###", "do"]
-    merges = [("#", "#"), ("##", "#"), ("d", "o")]
-    vocabulary = {piece: number for number, piece in enumerate(pieces)}
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges, byte_fallback=True, fuse_unk=True))
-    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
-    tokenizer.add_special_tokens(["<s>", "</s>"])
-    return ByHuggingFace(tokenizer, ["<s>", "</s>"])
-
-
-def sentencepiece():
-    model = io.BytesIO()
-    options = {"byte_fallback": True, "normalization_rule_name": "identity", "remove_extra_whitespaces": False}
-    sentences = iter(["describe this image in detail", "a red bus", "###Human: what is it? ###Assistant: a bus"] * 30)
-    SentencePieceTrainer.train(
-        sentence_iterator=sentences,
-        model_writer=model,
-        vocab_size=300,
-        model_type="bpe",
-        minloglevel=2,
-        hard_vocab_limit=False,
-        **options,
-    )
-    return SentencePieceTokenizer(model_proto=model.getvalue())
-
-
-TOKENIZERS = {
-    "SentencePiece": sentencepiece,
-    "byte-level BPE": byte_level,
-    "BPE with byte fallback": byte_fallback,
-}
-
-
-def random_conversation(rng: random.Random) -> tuple:
-    """1 to 6 turns with 0 to 5 images."""
-
-    def text() -> str:
-        return " ".join(rng.choices(TEXTS, k=rng.randint(1, 4)))
-
-    turns = rng.randint(1, 6)
-    images = [rng.randrange(turns) for _ in range(rng.randint(0, 5))]
-    messages = [("system", (text(),))] if rng.random() < 0.3 else []
-    for turn in range(turns):
-        parts = [None] * images.count(turn) + [text()]
-        rng.shuffle(parts)
-        messages += [("user", tuple(parts)), ("assistant", (text(),))]
-    return tuple(messages)
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
@@ -124,7 +21,9 @@ def random_conversation(rng: random.Random) -> tuple:
 def test_the_answers_are_learnt_and_nothing_else(kind, template):
     tokenizer, template, rng = TOKENIZERS[kind](), TEMPLATES[template], random.Random(0)
     for _ in range(350):
-        (conversation,) = Conversations([random_conversation(rng)]).sanitize(tokenizer.special_tokens, [template.end])
+        (conversation,) = Conversations([random_conversation(rng)]).sanitize(
+            tokenizer.special_tokens, template.separators
+        )
         parts = [*exchanges(conversation, template, "")]
         found = encode(tokenizer, parts, QUERIES, LONG, template.bos)
         runs, previous = [], IGNORE_INDEX
