@@ -4,12 +4,12 @@ import random
 
 import pytest
 import torch
-from conversation_cases import TOKENIZERS, random_conversation
+from conversation_cases import CHATML, TOKENIZERS, random_conversation, renderer
 
 from minigpt4.datasets.conversations.batch import Conversations, encode, exchanges
 from minigpt4.fast.packing.batch import pack
 from minigpt4.models.prompt import IGNORE_INDEX, IMAGE_ID
-from minigpt4.models.template import TEMPLATES
+from minigpt4.models.template import TEMPLATES, from_chat_template
 
 V0 = TEMPLATES["vicuna_v0"]
 QUERIES = 8
@@ -37,6 +37,23 @@ def test_the_answers_are_learnt_and_nothing_else(kind, template):
         images = sum(parts.count(None) for _, parts in conversation)
         assert (found.num_images, found.cut) == (images, False)
         assert found.ids.count(IMAGE_ID) == images * QUERIES
+
+
+@pytest.mark.parametrize("template", [*TEMPLATES.values(), from_chat_template(renderer(CHATML), "<|im_end|>")])
+def test_all_texts_but_the_first_question_are_learnt(tokenizer, template):
+    """Where they are asked for; images never are, and the ids are the same."""
+    rng = random.Random(0)
+    for _ in range(30):
+        parts = [*exchanges(random_conversation(rng), template, "")]
+        for room in (LONG, 40):
+            how = parts, QUERIES, room, template.bos
+            default, all_texts = encode(tokenizer, *how), encode(tokenizer, *how, "all")
+            start = next(i for i, label in enumerate(default.labels) if label != IGNORE_INDEX)
+            assert all_texts._replace(labels=default.labels) == default
+            after = [IGNORE_INDEX if i == IMAGE_ID else i for i in default.ids[start:]]
+            assert all_texts.labels == [IGNORE_INDEX] * start + after
+            learnt = [label for label in default.labels[start:] if label != IGNORE_INDEX]
+            assert (len(learnt) < len(after)) == (len(parts) > 1 and len(default.ids) > start + len(learnt))
 
 
 @pytest.fixture
@@ -79,19 +96,23 @@ def test_a_caption_equals_a_conversation_of_one_image(build_golden_model):
 
 @pytest.fixture
 def uneven():
-    """Conversations with 2, 0, 1 and 3 images."""
+    """Conversations with 2, 0, 1, 3, 0 and 0 images."""
     return Conversations(
         [
             (("user", (None, "What is it?")), ("assistant", ("a dog",)), ("user", (None,)), ("assistant", ("a cat",))),
             (("user", ("Hello",)), ("assistant", ("Hello! What can I do?",))),
             (("system", ("Be brief.",)), ("user", ("See", None)), ("assistant", ("Yes.",))),
             (("user", (None, None, "Which is red?", None)), ("assistant", ("The second one, I think.",))),
+            # Their beginnings, an answer included, are equal.
+            (("user", ("Hi",)), ("assistant", ("Yes?",)), ("user", ("A dog?",)), ("assistant", ("No.",))),
+            (("user", ("Hi",)), ("assistant", ("Yes?",)), ("user", ("A cat?",)), ("assistant", ("Yes, a cat.",))),
         ]
     )
 
 
-def test_packed_padded_and_one_by_one_are_equal(build_golden_model, uneven):
-    model = build_golden_model(template="vicuna_v0", max_txt_len=200)
+@pytest.mark.parametrize("learn_on", ["answers", "all"])
+def test_packed_padded_and_one_by_one_are_equal(build_golden_model, uneven, learn_on):
+    model = build_golden_model(template="vicuna_v0", max_txt_len=200, learn_on=learn_on)
     images = torch.randn(6, 3, 28, 28)
 
     def loss_and_gradient(samples):
@@ -109,7 +130,7 @@ def test_packed_padded_and_one_by_one_are_equal(build_golden_model, uneven):
         assert other == pytest.approx(loss, rel=1e-5) and count == labels
         assert (own - gradient).norm() < 1e-5 * gradient.norm()
     total, first = 0.0, 0
-    for conversation, count in zip(uneven, (2, 0, 1, 3), strict=True):
+    for conversation, count in zip(uneven, (2, 0, 1, 3, 0, 0), strict=True):
         alone = {"image": images[first : first + count], "text_input": Conversations([conversation])}
         part, own, count_of_labels = loss_and_gradient(alone)
         total, first = total + part * count_of_labels, first + count
@@ -120,7 +141,7 @@ def test_packed_padded_and_one_by_one_are_equal(build_golden_model, uneven):
 def test_images_that_were_cut_off_are_not_seen(build_golden_model, uneven):
     model = build_golden_model(template="vicuna_v0", max_txt_len=6)
     images = torch.randn(6, 3, 28, 28)
-    prepared = model.prepare({"image": images, "text_input": uneven, "image_id": ["a", "b", "c", "d"]})
+    prepared = model.prepare({"image": images, "text_input": uneven, "image_id": [*"abcdef"]})
     assert torch.equal(prepared["image"], images[[0, 2, 3, 4, 5]])
     others = images.clone()
     others[1] = 0
