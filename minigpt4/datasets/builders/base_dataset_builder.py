@@ -1,6 +1,7 @@
 """The base class of dataset builders: the default YAML and the processors."""
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+import logging
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -13,6 +14,8 @@ from minigpt4.datasets.patience import Patience
 from minigpt4.datasets.splits import Share
 from minigpt4.processors import BaseProcessor
 from minigpt4.processors.base_processor import make_processor
+
+log = logging.getLogger(__name__)
 
 
 class BaseDatasetBuilder:
@@ -28,6 +31,8 @@ class BaseDatasetBuilder:
     data_timeout_s: float = RunConfig.data_timeout_s
     """`run.data_timeout_s`."""
     train_dataset_cls: type[Dataset] | None = None
+    takes_texts_as_they_are = False
+    """Whether its datasets have no text processor, even if its section names one."""
 
     def __init__(self, cfg: Mapping[str, Any] | None = None) -> None:
         """cfg: the section with the keys data_type, build_info, vis_processor, text_processor; None: the default's."""
@@ -48,6 +53,7 @@ class BaseDatasetBuilder:
     def build_datasets(self) -> dict[str, Dataset]:
         """{split: dataset}."""
         self.build_processors()
+        log.info("%s: %s", self.name, self._about_texts())
         datasets = self.build()
         for dataset in datasets.values():
             if isinstance(patience := getattr(dataset, "patience", None), Patience):
@@ -80,12 +86,28 @@ class BaseDatasetBuilder:
             if not 0 < val < 1:
                 raise ConfigError(f"{key}={val} must be a share of more than 0 and less than 1, or name files.")
             return {"train": make(source, "train", Share(val, False)), "val": make(source, "eval", Share(val, True))}
-        return {"train": make(source, "train", None), "val": make(read(val), "eval", None)}
+        if not isinstance(val, str | Sequence) or not val or not all(isinstance(each, str) for each in val):
+            raise ConfigError(f"{key}={val!r} is no share, no path and no list of paths.")
+        try:
+            others = make(read(val if isinstance(val, str) else list(val)), "eval", None)
+        except (ConfigError, OSError) as error:
+            raise type(error)(str(error).replace("build_info.storage", "build_info.val")) from None
+        return {"train": make(source, "train", None), "val": others}
 
     def build_processors(self) -> None:
         """Fill `vis_processors` and `text_processors`. A split without processor gets one that changes nothing."""
         self.vis_processors = self._processors("vis_processor")
         self.text_processors = self._processors("text_processor")
+
+    def _about_texts(self) -> str:
+        """What happens to texts in training, for the log."""
+        settings, processor = (self.config.get("text_processor") or {}).get("train"), self.text_processors["train"]
+        if not settings:
+            return "texts are taken as they are."
+        if self.takes_texts_as_they_are:
+            return f"texts are taken as they are; text_processor {settings['name']} is not used."
+        what = (type(processor).__doc__ or "").partition("\n")[0]
+        return f"text_processor {settings['name']}. {what}".rstrip()
 
     def _processors(self, kind: str) -> dict[str, BaseProcessor]:
         section = self.config.get(kind) or {}
