@@ -72,7 +72,9 @@ def source_dataset(cfg, name: str):
 
     section = cfg.datasets_cfg[name]
     eval_processor = section.vis_processor.get("eval")
-    section = OmegaConf.merge(section, {"vis_processor": {"train": None}, "build_info": {"features": None, "val": None}})
+    section = OmegaConf.merge(
+        section, {"vis_processor": {"train": None}, "build_info": {"features": None, "val": None}}
+    )
     section.vis_processor.train = eval_processor
     builder = cfg.builder_class(name)(section)
     builder.name, builder.data_timeout_s = name, cfg.run_cfg.data_timeout_s

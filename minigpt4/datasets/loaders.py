@@ -10,7 +10,7 @@ import random
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import count, islice
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,7 +22,6 @@ from minigpt4.datasets.captions import Unusable, usable
 from minigpt4.datasets.left_out import Tally
 from minigpt4.datasets.length_balancing import POOL, balanced_batches, rank_share
 from minigpt4.datasets.seeding import derive_seed, seeded
-
 
 # Samples in a row with texts that cannot be used; more end the run.
 MAX_BAD_IN_A_ROW = 1000
@@ -276,12 +275,13 @@ class OnePass(IterableDataset):
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
         reader = self.rank * workers + number
         samples = usable_samples(self.stream.one_pass(reader, self.world_size * workers), Tally("evaluation"))
-        for batch in count():
-            with seeded(derive_seed("eval", reader, batch)):
+        batch, number = [None], 0
+        while batch:
+            with seeded(derive_seed("eval", reader, number)):
                 batch = list(islice(samples, self.batch_size))
-            if not batch:
-                return
-            yield collate_fn_of(self.stream)(batch)
+            number += 1
+            if batch:
+                yield collate_fn_of(self.stream)(batch)
 
 
 def collate_fn_of(dataset: Dataset) -> Callable[[list[Any]], Any]:

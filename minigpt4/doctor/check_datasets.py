@@ -13,7 +13,7 @@ from pathlib import Path
 
 from minigpt4.common.config_files import shipped_datasets
 from minigpt4.common.errors import ConfigError
-from minigpt4.common.facts import SEPARATOR, offline
+from minigpt4.common.facts import offline
 from minigpt4.common.text import pluralize
 from minigpt4.datasets.datasets.shards import expand_shards, is_local
 from minigpt4.doctor.diagnostic import Diagnostic, error, ok, warning
@@ -50,7 +50,7 @@ def check_shards(context: RunContext) -> Iterator[Diagnostic]:
                 yield error(key, what, "Is this the right folder?")
             looks += of_source
         causes = sum((look.causes for look in looks), Counter())
-        yield from caption_warnings(context, key, causes, [text for look in looks for text in look.captions])
+        yield from cause_warnings(key, causes, sum(len(look.captions) for look in looks))
 
 
 @dataclass
@@ -113,19 +113,11 @@ def _shown(image_id: str, caption: str) -> str:
     return f"{image_id}: {caption[:100]!r}".encode("utf-8", errors="backslashreplace").decode()
 
 
-def caption_warnings(context: RunContext, key: str, causes: Counter[str], captions: list[str]) -> Iterator[Diagnostic]:
-    """The causes for which samples are left out, and captions with markers of the prompt."""
-    from minigpt4.models.prompt import sanitize
-
-    total = pluralize(len(captions) + causes.total(), "sample")
+def cause_warnings(key: str, causes: Counter[str], usable: int) -> Iterator[Diagnostic]:
+    """The causes for which samples are left out."""
+    total = pluralize(usable + causes.total(), "sample")
     for cause, count in causes.most_common():
         yield warning(key, f"{count} of {total} looked at: {cause}", "They are left out and counted: docs/data.md")
-    end_sym = context.model.get("end_sym") or ""
-    sound = sanitize(captions, {"<s>", "</s>", "<unk>"}, [end_sym, SEPARATOR])
-    marked = [caption for caption, other in zip(captions, sound, strict=True) if caption != other]
-    if marked:
-        what = f"{len(marked)} of {total} looked at: markers of the prompt in the caption, e.g. {marked[0][:100]!r}"
-        yield warning(key, what, "They are broken up by a space in training, as in chat.")
 
 
 def why_no_shard(path: Path) -> str | None:
@@ -164,7 +156,7 @@ def check_records(context: RunContext) -> Iterator[Diagnostic]:
             what = f"{storage} is a file" if is_file else str(mistake).removeprefix(f"{key}=")
             yield error(key, what, "The folder holds filter_cap.json and image/: dataset/README_2_STAGE.md")
             continue
-        yield from caption_warnings(context, key, dataset.unusable + dataset.tally.left_out, list(dataset.captions))
+        yield from cause_warnings(key, dataset.unusable + dataset.tally.left_out, len(dataset.captions))
         records, per_rank = len(dataset), len(dataset) // context.world_size
         if per_rank < context.run.batch_size_train:
             what = f"{pluralize(records, 'record')}, {per_rank} for each process; "
@@ -200,10 +192,8 @@ def check_conversations(context: RunContext) -> Iterator[Diagnostic]:
     names = [name for name in context.cfg.datasets_cfg if context.cfg.builder(name) == "conversation"]
     for name in names if context.training else ():
         key = f"datasets.{name}.build_info"
-        builder = context.cfg.builder_class(name)(context.cfg.datasets_cfg[name])
-        builder.name = name
         try:
-            dataset = builder.build_datasets()["train"]
+            dataset = context.training_dataset(name)
             sample = next(iter(dataset))
         except (ConfigError, RuntimeError) as mistake:
             yield error(key, str(mistake), "docs/own_data.md shows each format.")

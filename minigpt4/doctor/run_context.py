@@ -101,6 +101,7 @@ class RunContext:
 
     def __post_init__(self) -> None:
         self.model, self.run = self.cfg.model_cfg, self.cfg.run_cfg
+        self._splits: dict[str, Mapping[str, Any]] = {}  # of the datasets built so far
 
     @property
     def is_ours(self) -> bool:
@@ -118,6 +119,14 @@ class RunContext:
     def features(self, name: str) -> str | None:
         """The folder of a dataset's cached image features. None: the dataset has pictures."""
         return facts.cached_features(self.cfg.datasets_cfg[name])
+
+    def training_dataset(self, name: str) -> Any:
+        """A dataset's first split that is trained on. It is built once. Raises what its builder raises."""
+        if name not in self._splits:
+            builder = self.cfg.builder_class(name)(self.cfg.datasets_cfg[name])
+            builder.name = name
+            self._splits[name] = builder.build_datasets()
+        return next(dataset for split, dataset in self._splits[name].items() if split in self.run.train_splits)
 
     @property
     def with_vision(self) -> bool:
@@ -212,6 +221,18 @@ class RunContext:
         from minigpt4.models.tokenizer import load_tokenizer
 
         return load_tokenizer(self.llm_source, self.model.trust_remote_code)
+
+    @cached_property
+    def template(self):
+        """The template of conversations; None: it is that of a tokenizer which is not on this machine.
+
+        Raises ConfigError for one that cannot be used.
+        """
+        from minigpt4.models.template import resolve
+
+        if self.model.template == "auto" and self.tokenizer is None:
+            return None
+        return resolve(replace(self.local_model_cfg, llama_model=self.llm_source or self.model.llama_model))
 
     @cached_property
     def llm(self) -> LanguageModel | None:

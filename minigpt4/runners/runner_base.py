@@ -371,6 +371,8 @@ class RunnerBase:
             return
         logging.info("Computing in %s on %s.", str(self.dtype).removeprefix("torch."), self.device)
         self.eta.log_schedule()
+        if dist_utils.is_main_process():
+            data.log_samples(self.cfg, self.datasets, self.module)
 
     def _log_stats(self, split: str, stats: dict[str, float]) -> None:
         title = "Averaged stats" if split == "train" else split

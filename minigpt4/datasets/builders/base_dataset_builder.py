@@ -1,6 +1,5 @@
 """The base class of dataset builders: the default YAML and the processors."""
 
-import logging
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -14,8 +13,6 @@ from minigpt4.datasets.patience import Patience
 from minigpt4.datasets.splits import Share
 from minigpt4.processors import BaseProcessor
 from minigpt4.processors.base_processor import make_processor
-
-log = logging.getLogger(__name__)
 
 
 class BaseDatasetBuilder:
@@ -31,8 +28,6 @@ class BaseDatasetBuilder:
     data_timeout_s: float = RunConfig.data_timeout_s
     """`run.data_timeout_s`."""
     train_dataset_cls: type[Dataset] | None = None
-    takes_texts_as_they_are = False
-    """Whether its datasets have no text processor, even if its section names one."""
 
     def __init__(self, cfg: Mapping[str, Any] | None = None) -> None:
         """cfg: the section with the keys data_type, build_info, vis_processor, text_processor; None: the default's."""
@@ -53,7 +48,6 @@ class BaseDatasetBuilder:
     def build_datasets(self) -> dict[str, Dataset]:
         """{split: dataset}."""
         self.build_processors()
-        log.info("%s: %s", self.name, self._about_texts())
         datasets = self.build()
         for dataset in datasets.values():
             if isinstance(patience := getattr(dataset, "patience", None), Patience):
@@ -98,16 +92,6 @@ class BaseDatasetBuilder:
         """Fill `vis_processors` and `text_processors`. A split without processor gets one that changes nothing."""
         self.vis_processors = self._processors("vis_processor")
         self.text_processors = self._processors("text_processor")
-
-    def _about_texts(self) -> str:
-        """What happens to texts in training, for the log."""
-        settings, processor = (self.config.get("text_processor") or {}).get("train"), self.text_processors["train"]
-        if not settings:
-            return "texts are taken as they are."
-        if self.takes_texts_as_they_are:
-            return f"texts are taken as they are; text_processor {settings['name']} is not used."
-        what = (type(processor).__doc__ or "").partition("\n")[0]
-        return f"text_processor {settings['name']}. {what}".rstrip()
 
     def _processors(self, kind: str) -> dict[str, BaseProcessor]:
         section = self.config.get(kind) or {}

@@ -27,7 +27,6 @@ class ConversationBuilder(BaseDatasetBuilder):
     """
 
     name = "conversation"
-    takes_texts_as_they_are = True
 
     def build(self) -> dict[str, Dataset]:
         info = self.config.get("build_info") or {}

@@ -92,7 +92,6 @@ class CCSBUAlignBuilder(ImageTextPairBuilder):
     """The descriptions of stage 2. Captions are used unchanged; `text_processor` is ignored."""
 
     name = "cc_sbu_align"
-    takes_texts_as_they_are = True
     train_dataset_cls = CCSBUAlignDataset
     feature_dataset_cls = FeatureSet
     DATASET_CONFIG_DICT = {"default": "configs/datasets/cc_sbu/align.yaml"}

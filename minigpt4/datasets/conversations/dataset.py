@@ -1,12 +1,13 @@
 """Conversations about pictures as training samples."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch.utils.data import default_collate
 
-from minigpt4.datasets.captions import usable
+from minigpt4.datasets.captions import Unusable, usable
 from minigpt4.datasets.conversations.batch import Conversation, Conversations
 from minigpt4.datasets.conversations.formats import Records
 from minigpt4.datasets.conversations.record import Picture, Record
@@ -36,6 +37,10 @@ class ConversationDataset(RecordDataset):
     def digest(self) -> str:
         """Identifies the records, in their order, by which a resumed run knows its data."""
         return self.records.digest
+
+    def texts(self) -> Iterator[tuple[str, Conversation]]:
+        """(id, conversation) of the records whose texts can be used, in order."""
+        return usable_conversations(self.records)
 
     def text_length(self, index: int) -> int:
         """Characters of a conversation, for length balancing."""
@@ -70,6 +75,13 @@ def conversation_of(record: Record) -> Conversation:
     Blank texts beside a picture are left out.
     """
     return tuple((message.role, _parts(message.parts)) for message in record.messages)
+
+
+def usable_conversations(records: Iterable[Record]) -> Iterator[tuple[str, Conversation]]:
+    """(id, conversation) of the records whose texts can be used. No picture is opened."""
+    for record in records:
+        with suppress(Unusable):
+            yield record.id, conversation_of(record)
 
 
 def _parts(parts: Sequence[str | Picture]) -> tuple[str | None, ...]:

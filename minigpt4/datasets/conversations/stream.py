@@ -1,12 +1,13 @@
 """Conversations from shards as an endless stream."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
 from minigpt4.common.errors import ConfigError
 from minigpt4.datasets.captions import Unusable
-from minigpt4.datasets.conversations.dataset import collate, to_training_sample
+from minigpt4.datasets.conversations.batch import Conversation
+from minigpt4.datasets.conversations.dataset import collate, to_training_sample, usable_conversations
 from minigpt4.datasets.conversations.record import Record
 from minigpt4.datasets.conversations.shards import PICTURES, ShardRecords
 from minigpt4.datasets.datasets.shard_stream import ShardStream
@@ -52,6 +53,10 @@ class ConversationStream(ShardStream):
             return record.id
         texts = repr([message.parts for message in record.messages]).encode()
         return content_identity(b"".join(record.pictures) or texts)
+
+    def texts(self) -> Iterator[tuple[str, Conversation]]:
+        """(id, conversation) of the records whose texts can be used, in the order of the shards."""
+        return usable_conversations(sample.record for sample in self._raw_samples(self.shards))
 
     def item(self, sample: RawRecord) -> dict[str, Any] | None:
         try:

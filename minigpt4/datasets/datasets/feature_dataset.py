@@ -3,7 +3,7 @@
 import logging
 import tarfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from copy import copy
 from pathlib import Path
@@ -45,11 +45,12 @@ class FeatureStream(ImageTextStream):
         super().__init__([str(path) for path in shards_of(folder)], None, text_processor, name, share=share)
 
     def raw_sample(self, shard: str, group: Group) -> RawSample:
-        sample = super().raw_sample(shard, group)
+        raw = super().raw_sample(shard, group)
         with suppress(KeyError, TypeError, Unusable):
             text = load_json(group.files["json"])
-            sample = sample._replace(image_id=text["image_id"], identity=text.get("identity", ""))
-        return sample
+            own = text["image_id"], raw.image, raw.caption, raw.size, text.get("identity", "")
+            return RawSample(shard, raw.key, *own)
+        return raw
 
     def load(self, sample: RawSample) -> dict[str, Any] | None:
         """The features; None, counted as left out, if they are broken."""
@@ -106,6 +107,10 @@ class FeatureSet(Dataset):
         except (ValueError, EOFError, OutOfReach) as error:
             raise _broken(path, error) from error
         return {"image_features": features, "text_input": self.captions[index], "image_id": self.image_ids[index]}
+
+    def texts(self) -> Iterator[tuple[str, str]]:
+        """(image id, caption) of the samples, in order."""
+        yield from zip(self.image_ids, self.captions, strict=True)
 
     def text_length(self, index: int) -> int:
         """Characters of a caption, for length balancing."""

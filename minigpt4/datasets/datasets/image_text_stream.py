@@ -1,6 +1,6 @@
 """Endless streams of pictures with captions from webdataset shards: laion and cc_sbu."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from PIL import Image
@@ -83,3 +83,10 @@ class ImageTextStream(ShardStream):
         except Unusable as cause:
             self.decoded.drop(f"{cause}, after text_processor", sample.shard, f"{sample.key}: {sample.caption}")
             return None
+
+    def texts(self) -> Iterator[tuple[str, str]]:
+        """(image id, caption after `text_processor`) of the usable captions, in the order of the shards."""
+        for sample in self._raw_samples(self.shards):
+            text = self.text_of(sample)
+            if text is not None:
+                yield sample.image_id, text

@@ -54,8 +54,8 @@ class RecordDataset(Dataset):
             if item is not None:
                 return item
         raise RuntimeError(
-            f"datasets.{self.name}: {tries} records in a row, from {self.where(index)} on, cannot be used. The warnings "
-            "above say why. Are their pictures really pictures?"
+            f"datasets.{self.name}: {tries} records in a row, from {self.where(index)} on, cannot be used. The "
+            "warnings above say why. Are their pictures really pictures?"
         )
 
     def item_or_none(self, index: int) -> dict[str, Any] | None:

@@ -151,9 +151,7 @@ class ShardStream(IterableDataset):
         with closing(PatientFile(shard, self.patience)) as file:
             members = read_members(file, self.MEMBERS)
             try:
-                for sample in read_samples(
-                    members, partial(self.raw_sample, shard), drop, self.SEVERAL_PICTURES
-                ):
+                for sample in read_samples(members, partial(self.raw_sample, shard), drop, self.SEVERAL_PICTURES):
                     self._last_read = shard
                     self.read.keep()
                     if self.share is None or self.share.has(self.identity(sample)):
