@@ -63,27 +63,36 @@ class BaseDatasetBuilder:
         """Whether the section reads cached image features instead of pictures."""
         return False
 
-    def build_splits(
-        self, storage: Any, read: Callable[[Any], Any], make: Callable[[Any, str, Share | None], Dataset]
-    ) -> dict[str, Dataset]:
-        """The splits "train", and "val" if `build_info.val` is set: a share of the records (0.02), or other files.
+    def val(self) -> float | str | list[str] | None:
+        """`build_info.val`: the share of the records in the split "val", or its files; None: there is no such split.
 
-        read: from `storage`, or these files, to a source of records.
-        make: the dataset of a source, with the processors of "train" or "eval"; of a share of its records, or all.
-        Raises ConfigError for anything else as `build_info.val`.
+        Raises ConfigError for anything else.
         """
         key, val = f"datasets.{self.name}.build_info.val", (self.config.get("build_info") or {}).get("val")
-        source = read(storage)
-        if val is None:
-            return {"train": make(source, "train", None)}
         if isinstance(val, int | float):
             if not 0 < val < 1:
                 raise ConfigError(f"{key}={val} must be a share of more than 0 and less than 1, or name files.")
+        elif val is not None and not isinstance(val, str):
+            if not isinstance(val, Sequence) or not all(isinstance(each, str) for each in val):
+                raise ConfigError(f"{key}={val!r} is no share, no path and no list of paths.")
+            return list(val)
+        return val
+
+    def build_splits(
+        self, storage: Any, read: Callable[[Any], Any], make: Callable[[Any, str, Share | None], Dataset]
+    ) -> dict[str, Dataset]:
+        """The splits "train" and, with `val`, "val".
+
+        read: from `storage`, or the files of `val`, to a source of records.
+        make: the dataset of a source, with the processors of "train" or "eval"; of a share of its records, or all.
+        """
+        val, source = self.val(), read(storage)
+        if val is None:
+            return {"train": make(source, "train", None)}
+        if isinstance(val, int | float):
             return {"train": make(source, "train", Share(val, False)), "val": make(source, "eval", Share(val, True))}
-        if not isinstance(val, str | Sequence) or not val or not all(isinstance(each, str) for each in val):
-            raise ConfigError(f"{key}={val!r} is no share, no path and no list of paths.")
         try:
-            others = make(read(val if isinstance(val, str) else list(val)), "eval", None)
+            others = make(read(val), "eval", None)
         except (ConfigError, OSError) as error:
             raise type(error)(str(error).replace("build_info.storage", "build_info.val")) from None
         return {"train": make(source, "train", None), "val": others}

@@ -25,10 +25,9 @@ class ImageTextPairBuilder(BaseDatasetBuilder):
     def build(self) -> dict[str, Dataset]:
         if not self.from_features(self.config):
             return self.build_splits(self.storage(), self.read, self.make)
-        val = self.config.build_info.get("val")
-        if not isinstance(val, int | float | None):
+        if isinstance(val := self.val(), str | list):
             raise ConfigError(
-                f"datasets.{self.name}.build_info.val={val!r} does not go with features: they are those of storage. "
+                f"datasets.{self.name}.build_info.val={val!r} does not go with features, which are those of storage. "
                 "Give a share, such as 0.02, or train from pictures."
             )
         return self.build_splits(cached_features(self.config), self.read_features, self.make_from_features)

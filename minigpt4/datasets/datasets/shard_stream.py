@@ -66,7 +66,10 @@ class ShardStream(IterableDataset):
         self._last_read = ""  # shard
         self.epoch = 0
         self.set_seed(0)
-        log.info("%s: streaming %s.", name, pluralize(len(shards), "shard"))
+        what = f"streaming {pluralize(len(shards), 'shard')}"
+        if share and share.is_val:
+            what = f"split val: {share.val:.1%} of the samples; each evaluation reads {pluralize(len(shards), 'shard')}"
+        log.info("%s: %s.", name, what)
 
     def raw_sample(self, shard: str, group: Group) -> Raw:
         """The sample of the members of a tar. Raises Unusable, or Incomplete while members may follow that it lacks."""
