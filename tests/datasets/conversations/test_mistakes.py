@@ -61,7 +61,6 @@ def folder(tmp_path):
         ({"caption": "x"}, ["no picture", "'image'"]),
         ({"image": "a.jpg", "caption": 7}, ["has 7", "text"]),
         ({"image": "a.jpg", "caption": ""}, ["nothing in message 2"]),
-        ({"image": "a.jpg", "caption": "\ud83d"}, ["surrogate", "\\ud83d"]),
         ({"image": "a.jpg", "prompt": "Q"}, ["['image', 'prompt']", "'answer'"]),
         ({"prompt": "", "answer": "A"}, ["nothing in message 1"]),
         ({"image": 5, "caption": "x"}, ["5", "path"]),
