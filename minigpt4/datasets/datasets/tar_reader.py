@@ -120,8 +120,12 @@ def read_members(raw: io.RawIOBase, pictures: Collection[str]) -> Iterator[Membe
             first = False
             for info in tar:
                 tar.members = []  # or it would keep them all
-                if info.isreg() and not is_hidden(info.name):
-                    key, suffix = split_name(info.name, pictures)
+                if is_hidden(info.name):
+                    continue
+                key, suffix = split_name(info.name, pictures)
+                if info.islnk() or info.issym():
+                    yield key, f"{suffix} (a link)", None, BLOCK  # its file may have been anywhere before
+                elif info.isreg():
                     content = tar.extractfile(info).read() if suffix in wanted else None
                     yield key, suffix, content, BLOCK + info.size + -info.size % BLOCK
             _check_end(tar)

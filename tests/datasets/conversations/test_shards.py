@@ -13,10 +13,8 @@ from itertools import islice
 import pytest
 from dataset_files import picture_bytes, write_tar
 
-from minigpt4.common.errors import ConfigError
 from minigpt4.datasets import patience
 from minigpt4.datasets.builders import ConversationBuilder
-from minigpt4.datasets.conversations.formats import read_records
 from minigpt4.datasets.datasets import tar_reader
 
 PROCESSORS = {split: {"name": "blip2_image_eval", "image_size": 16} for split in ("train", "eval")}
@@ -151,13 +149,6 @@ def test_a_mistake_in_a_record_is_left_out_and_named(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         assert read(path) == ({"2": ("2", 1)}, {"a record with a mistake": 2})
     assert "names 2 pictures and has 1 place" in caplog.text
-    records, found = iter(read_records(str(path))[1]), []
-    for _ in range(3):
-        try:
-            found.append(next(records).id)
-        except ConfigError as mistake:
-            found.append(str(mistake).removeprefix(f"{path} member ")[:2])
-    assert found == ["0.tar/2", "1 ", "3 "]
 
 
 def test_the_stream_is_a_function_of_seed_epoch_and_rank(tmp_path):
