@@ -105,7 +105,7 @@ def missing_shards(folder: Path) -> list[str]:
 
 
 def why_unreadable(path: Path) -> str | None:
-    """The likely reason why a file of weights, or a shard, cannot be read, by its first bytes and its size; None: unknown."""
+    """The likely reason why weights or a shard cannot be read, by the first bytes and the size; None: unknown."""
     with open(path, "rb") as file:
         head = file.read(64)
     if not head:

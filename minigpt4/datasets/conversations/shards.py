@@ -52,8 +52,14 @@ class ShardRecords:
         find = _MemberPictures(group.key, group.files, len(pictures_of(item)))
         in_parts = re.search(rb'"image(_url)?"\s*:', group.files.get("json", b""))
         if find.members and not pictures_of(item) and not in_parts:
-            item["images"] = list(find.members)
+            item["images"] = sorted(find.members, key=_by_number)
         return make_record(self.form, item, find, where)
+
+
+def _by_number(name: str) -> list[str | int]:
+    """Sorts `2.jpg` before `10.jpg`."""
+    parts = re.split(r"(\d+)", name)
+    return [int(part) if number % 2 else part for number, part in enumerate(parts)]
 
 
 class _MemberPictures:

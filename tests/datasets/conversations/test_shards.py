@@ -85,12 +85,18 @@ def test_files_between_the_members_of_a_sample(tmp_path, companions):
 
 
 def test_members_in_random_order(tmp_path):
-    """A record whose pictures follow late is not taken for one without pictures."""
-    keys = [f"{i:03d}" for i in range(12)]
-    each = flat(sample(key, i % 4) for i, key in enumerate(keys))
+    """A record whose pictures follow late is not taken for one without pictures; they have the order of their names."""
+    keys = [f"{i:03d}" for i in range(14)]
+    each = [
+        (name, name.encode() if name.endswith("png") else c) for i, k in enumerate(keys) for name, c in sample(k, i)
+    ]
     for seed in range(20):
         random.Random(seed).shuffle(each)
-        assert read(write_tar(tmp_path / "0.tar", each)) == ({key: (key, i % 4) for i, key in enumerate(keys)}, {})
+        records = [raw.record for raw in stream(write_tar(tmp_path / "0.tar", each)).part(0)]
+        assert sorted(record.messages[-1].parts[0] for record in records) == keys
+        for record in records:
+            key = record.messages[-1].parts[0]
+            assert record.pictures == [name.encode() for name, _ in sample(key, int(key))[:-1]]
 
 
 @pytest.mark.parametrize("compress", [gzip.compress, bz2.compress, lzma.compress])
