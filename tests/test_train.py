@@ -90,6 +90,18 @@ def test_samples_are_shown_first_and_change_nothing(configs, tmp_path, monkeypat
     assert learnt in shown[0] and ("blip_caption" in shown[0]) == (stage == "stage1")
 
 
+@pytest.mark.parametrize("stage", [pytest.param("stage1", marks=pytest.mark.slow), "stage2"])
+def test_a_share_for_validation(configs, tmp_path, stage):
+    names = {"stage1": ("laion", "cc_sbu"), "stage2": ("cc_sbu_align",)}[stage]
+    options = [f"datasets.{name}.build_info.val=0.2" for name in names]
+    options += ["run.valid_splits=[val]", "run.max_epoch=1", "run.num_workers=1", "model.ckpt=null"]
+    options += ["preprocess.vis_processor.eval.image_size=28"]
+    main(["--cfg-path", str(configs[stage]), "--options", *options])
+    folder = run_folder(tmp_path, stage)
+    assert (folder / "checkpoint_best.pth").exists()
+    assert "val_loss" in (folder / "log.txt").read_text().splitlines()[-1]
+
+
 @pytest.mark.slow
 def test_torchrun_with_two_ranks(configs, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py"]

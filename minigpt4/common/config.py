@@ -204,7 +204,8 @@ class Config:
     def _dataset(self, name: str, merged: DictConfig, schemas: dict[str, type | None]) -> DictConfig:
         """A section `datasets.<name>`. Splits without a processor get that of `preprocess`.
 
-        If there is none either, captions that BLIP wrote get `blip_caption`, and all other texts stay as they are.
+        If there is none either, captions that BLIP wrote get `blip_caption`, and all other texts stay as they are. The
+        text processor for "eval" is that for "train" if none is named.
         """
         section = f"datasets.{name}"
         dataset = self._typed(section, merged, schemas[section])
@@ -219,6 +220,8 @@ class Config:
                     f"{section}.{kind} = {own!r} (set in {self.origin(f'{section}.{kind}')}) is no mapping."
                 )
             shared = OmegaConf.merge(ours.get(kind, {}), self.preprocess_cfg[kind])
+            if kind == "text_processor" and "eval" not in self.preprocess_cfg[kind] and own.get("train"):
+                shared["eval"] = own["train"]
             dataset[kind] = {**shared, **{split: each for split, each in own.items() if each}}
         return dataset
 

@@ -28,12 +28,12 @@ REMOTE_TIMEOUT = 30
 
 def check_shards(context: RunContext) -> Iterator[Diagnostic]:
     """The shards of laion and cc_sbu exist, and the sampled ones have usable samples."""
-    for name, storage in _storages(context, "laion", "cc_sbu"):
-        key, sources = f"datasets.{name}.build_info.storage", [storage] if isinstance(storage, str) else storage
+    for name, key, storage in _storages(context, "laion", "cc_sbu"):
+        sources = [storage] if isinstance(storage, str) else storage
         try:
             shards_of_sources = [expand_shards(source, name) for source in sources]
         except (ConfigError, OSError) as mistake:
-            yield error(key, str(mistake).removeprefix(f"{key}="))
+            yield error(key, str(mistake).replace("build_info.storage", key.partition(".")[2].partition(".")[2]))
             continue
         looks: list[Look] = []
         for shards in shards_of_sources:
@@ -144,27 +144,30 @@ def why_no_shard(path: Path) -> str | None:
 def check_records(context: RunContext) -> Iterator[Diagnostic]:
     """cc_sbu_align has its list, its pictures, usable captions, and enough records for a batch."""
     from minigpt4.datasets.datasets.cc_sbu_dataset import CCSBUAlignDataset
+    from minigpt4.datasets.splits import Share
     from minigpt4.processors import BaseProcessor
 
-    for name, storage in _storages(context, "cc_sbu_align"):
-        key = f"datasets.{name}.build_info.storage"
+    for name, key, storage in _storages(context, "cc_sbu_align"):
         try:
             dataset = CCSBUAlignDataset(storage, BaseProcessor(), name=name)
-            sample = dataset[0]
+            sample, val = dataset[0], context.cfg.datasets_cfg[name].build_info.get("val")
+            share = Share(val, is_val=False) if isinstance(val, float) and key.endswith("storage") else None
+            trained = len(dataset.select(share, BaseProcessor()))
         except (ConfigError, FileNotFoundError, RuntimeError) as mistake:
             is_file = os.path.isfile(os.path.expanduser(str(storage)))
             what = f"{storage} is a file" if is_file else str(mistake).removeprefix(f"{key}=")
             yield error(key, what, "The folder holds filter_cap.json and image/: dataset/README_2_STAGE.md")
             continue
         yield from cause_warnings(key, dataset.unusable + dataset.tally.left_out, len(dataset.captions))
-        records, per_rank = len(dataset), len(dataset) // context.world_size
-        if per_rank < context.run.batch_size_train:
-            what = f"{pluralize(records, 'record')}, {per_rank} for each process; "
+        records, per_rank = pluralize(len(dataset), "record"), trained // context.world_size
+        records += f", {len(dataset) - trained} of them in val" if share else ""
+        if per_rank < context.run.batch_size_train and key.endswith("storage"):
+            what = f"{records}, {per_rank} for each process; "
             what += f"run.batch_size_train={context.run.batch_size_train}"
             yield error(key, what, f"--options run.batch_size_train={max(per_rank, 1)}, or add data.")
         else:
             example = _shown(sample["image_id"], sample["text_input"])
-            yield ok(key, f"{pluralize(records, 'record')}; a sample: {example}")
+            yield ok(key, f"{records}; a sample: {example}")
 
 
 def check_cached_features(context: RunContext) -> Iterator[Diagnostic]:
@@ -203,12 +206,13 @@ def check_conversations(context: RunContext) -> Iterator[Diagnostic]:
         yield ok(key, f"{size}; a sample: {_shown(sample['image_id'], f'{join_parts(asked)} → {answer[0]}')}")
 
 
-def _storages(context: RunContext, *names: str) -> Iterator[tuple[str, str | list[str]]]:
-    """(name, storage) of those datasets with these names that are trained on from pictures."""
+def _storages(context: RunContext, *names: str) -> Iterator[tuple[str, str, str | list[str]]]:
+    """(name, key, files) of those datasets with these builders that are read from pictures: `storage`, and `val`."""
     if not context.training:
         return
     for name in context.cfg.datasets_cfg:
         if context.cfg.builder(name) in names:
-            storage = context.cfg.datasets_cfg[name].build_info.get("storage")
-            if storage and not context.features(name):
-                yield name, storage if isinstance(storage, str) else list(storage)
+            for key in ("storage", "val"):
+                files = context.cfg.datasets_cfg[name].build_info.get(key)
+                if files and not isinstance(files, float | int) and not context.features(name):
+                    yield name, f"datasets.{name}.build_info.{key}", files if isinstance(files, str) else list(files)

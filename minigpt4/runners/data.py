@@ -86,9 +86,10 @@ def batches_per_epoch(cfg: Config, training: Mapping, world_size: int) -> int:
 def _check_evaluated(split: str, datasets: Mapping) -> None:
     for name, dataset in datasets.items():
         if isinstance(dataset, IterableDataset):
-            raise ConfigError(
-                f"datasets.{name}: a stream of shards has no end, so its split {split!r} cannot be evaluated. "
-                "Change run.valid_splits or run.test_splits."
-            )
-        if not len(dataset):
+            if not hasattr(dataset, "one_pass"):
+                raise ConfigError(
+                    f"datasets.{name}: the stream of its split {split!r} has no end and no method `one_pass`, so it "
+                    "cannot be evaluated. Change run.valid_splits or run.test_splits."
+                )
+        elif not len(dataset):
             raise ConfigError(f"datasets.{name} has no samples in its split {split!r}, which is to be evaluated.")

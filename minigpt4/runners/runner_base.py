@@ -182,7 +182,7 @@ class RunnerBase:
                 changed[CUT] += samples.get("num_cut", 0)
         for line in report_left_out(sum(dist_utils.gather_objects(self.loader.take_left_out() + changed), Counter())):
             logging.info("Epoch %d: %s", epoch, line)
-        if hasattr(self.loader, "mixture") and (mixture := self.loader.mixture()):  # a runner may have another loader
+        if mixture := self.loader.mixture():
             logging.info("Epoch %d: batches from %s.", epoch, mixture)
         return metrics.global_avg()
 
