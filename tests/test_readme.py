@@ -12,7 +12,7 @@ from helpers import ROOT
 from minigpt4.common import schema
 from minigpt4.common.config import parse_options
 
-PAGES = [*ROOT.glob("*.md"), *sorted(ROOT.glob("docs/**/*.md"))]
+PAGES = [*ROOT.glob("*.md"), ROOT / "docker/README.md", *sorted(ROOT.glob("docs/**/*.md"))]
 README, FIDELITY = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/fidelity.md"))
 
 
