@@ -24,11 +24,11 @@ from tqdm import tqdm
 from minigpt4 import PACKAGE_ROOT
 from minigpt4.cli import arguments
 from minigpt4.cli.caption_sources import Item, Sources, listed, named_sources
-from minigpt4.cli.parallel import batches_ahead
 from minigpt4.common import facts
 from minigpt4.common.commands import check_positive, command_parser, path_argument, text_argument
 from minigpt4.common.config import Config
 from minigpt4.common.errors import ConfigError
+from minigpt4.common.parallel import batches_ahead
 from minigpt4.common.resumable import Lines, Output, open_output
 from minigpt4.common.text import pluralize
 from minigpt4.conversation import Decoding, PictureError, open_media, open_picture, videos
