@@ -12,7 +12,7 @@ from PIL import Image
 
 from minigpt4.conversation.pictures import PictureError, open_picture
 from minigpt4.evaluation.example import Answer, Example
-from minigpt4.evaluation.figures import Figure
+from minigpt4.evaluation.figures import LEVEL, Figure
 
 WORST = 300  # answers that come first
 SPREAD = 200  # further answers, evenly over the rest
@@ -35,14 +35,16 @@ def page(
     name, first = next(iter(figures.items()))
     marks = [(flag, figure.each) for flag, figure in figures.items() if figure.flag]
     marked = np.sum([each > 0 for _, each in marks], axis=0) if marks else np.zeros(len(examples))
-    order = np.lexsort((-marked, first.each))
+    ties = [figure.each for figure in [*figures.values()][1:2]]  # the second figure decides last
+    order = np.lexsort((*ties, -marked, first.each))
     shown = [*order[:WORST], *_spread(order[WORST:], SPREAD)]
     rows = []
     for number in shown:
         example, flags = examples[number], [flag for flag, each in marks if each[number] > 0]
         score = first.each[number] * first.scale
         rows.append(_row(example, answers[example.id].text, f"{score:.1f}", flags))
-    summary = f"{scores['task']}, {len(examples):,} answers, sorted by {name}, the worst first."
+    summary = f"{scores['task']}: {len(examples):,} answers, the worst first, by {name}. "
+    summary += f"Beside each figure is its {100 * LEVEL:.0f} % interval (bootstrap)."
     if len(shown) < len(examples):
         summary += f" Shown are the {WORST} worst and {len(shown) - WORST} spread over the rest; answers.jsonl has all."
     parts = {"title": escape(title), "summary": summary, "figures": _table(scores), "rows": "\n".join(rows)}

@@ -97,6 +97,9 @@ def recognise(path: str) -> str:
         return "textvqa"
     if re.search(r'"(questions|annotations)"\s*:\s*\[', text) and has("question_id"):
         return "vqa"
+    first = re.search(r'"annotations"\s*:\s*\[\s*(\{[^{}]*\})', text)
+    if first and re.search(r'"id"\s*:', first[1]) is None:
+        return "cc_sbu_align"
     if re.match(r'\{\s*"[^"]*"\s*:\s*\{', text):
         return "scienceqa" if has("choices") else "gqa"
     return formats.recognise(path)
@@ -211,6 +214,18 @@ def _read_coco(paths: list[str], images: str | None, check: bool) -> Iterator[Ex
             yield Example(str(image), PICTURE, tuple(texts), (picture,), names, group)
 
 
+def _read_align(paths: list[str], images: str | None, check: bool) -> Iterator[Example]:
+    """The filter_cap.json of stage 2: {"annotations": [{"image_id", "caption"}]}, and image/<image_id>.jpg."""
+    for path in paths:
+        folder = Folder(images, path, check)
+        for item in _list(_load(path), "annotations"):
+            image, caption = _need(path, item, "image_id", "caption")
+            picture = _found(path, image, folder, f"image/{image}.jpg", f"{image}.jpg")
+            names = {"image_id": str(image), "image": picture}
+            group = Path(path).stem if len(paths) > 1 else ""
+            yield Example(str(image), PICTURE, (caption,), (picture,), names, group)
+
+
 def _read_vqa(paths: list[str], images: str | None, check: bool) -> Iterator[Example]:
     """VQAv2 and OK-VQA: a file of questions and one of annotations, in any order."""
     files = {path: _load(path) for path in paths}
@@ -286,6 +301,7 @@ def _read_pope(paths: list[str], images: str | None, check: bool) -> Iterator[Ex
 
 READERS: dict[str, tuple[str, Callable]] = {
     "coco": ("caption", _read_coco),
+    "cc_sbu_align": ("caption", _read_align),
     "vqa": ("vqa", _read_vqa),
     "textvqa": ("vqa", _read_textvqa),
     "gqa": ("vqa", _read_gqa),
