@@ -16,6 +16,7 @@ from PIL import Image
 from torch import nn
 
 from minigpt4.__main__ import main
+from minigpt4.models.template import from_prompt
 
 IMAGES = sorted((GOLDEN / "images").glob("*.png"))
 EXAMPLES = sorted((ROOT / "minigpt4" / "assets" / "examples").glob("*/*.*"))
@@ -146,7 +147,7 @@ def test_a_plug_in(data, tmp_path, monkeypatch, open_registry):
 class Known(nn.Module):
     """Says that a concept is in a picture if the picture shows one of the concept's group."""
 
-    prompt_list, template = [], None
+    prompt_list, template = [], from_prompt("{}", "###")
 
     def __init__(self, tokenizer, shown: dict[int, dict], by_name: dict[str, dict]):
         super().__init__()
