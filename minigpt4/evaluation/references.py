@@ -153,6 +153,22 @@ def from_records(records: Iterable[Record], group: str = "") -> Iterator[Example
     yield from merged.values()
 
 
+def examples_of_split(datasets: Mapping[str, Mapping[str, Any]], split: str) -> tuple[list[Example], Callable | None]:
+    """The examples of a split of {name: {split: dataset}}, and the first dataset's image processor, if it has one.
+
+    Raises ConfigError if no dataset has the split.
+    """
+    having = {name: splits[split] for name, splits in datasets.items() if split in splits}
+    if not having:
+        known = sorted({each for splits in datasets.values() for each in splits})
+        raise ConfigError(
+            f"--split {split}: no dataset has it (they have {', '.join(known)}). Name references with --data, or keep "
+            "a share of a dataset back: build_info.val (docs/own_data.md)."
+        )
+    found = [example for name, dataset in having.items() for example in from_dataset(dataset, name)]
+    return with_unique_ids(found), getattr(next(iter(having.values())), "vis_processor", None)
+
+
 def from_dataset(dataset: Any, group: str = "") -> Iterator[Example]:
     """The examples of a split of any dataset with a length: its records, or samples with "image" and "text_input".
 
