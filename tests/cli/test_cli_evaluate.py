@@ -127,21 +127,18 @@ def test_wrong_arguments(run, data, tmp_path, capsys):
     assert "'vqaa'" in message and "Did you mean 'vqa'?" in message
 
 
-def test_a_plug_in(data, tmp_path, monkeypatch, open_registry):
-    (tmp_path / "my_eval.py").write_text(
-        "from minigpt4.common.registry import registry\n"
-        "from minigpt4.evaluation import mean\n"
-        '@registry.register("eval_task", "length")\n'
-        "class Length:\n"
-        "    def measure(self, examples, answers):\n"
-        '        return {"characters": mean([len(answer.text) for answer in answers], scale=1)}\n'
-    )
-    monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "a.jsonl").write_text(json.dumps({"id": "text", "answer": "seven c"}) + "\n")
-    arguments = ["--task", "length", "--import", "my_eval", "--answers", tmp_path / "a.jsonl", "--data", data]
-    assert main(["evaluate", *map(str, [*arguments, "--out", tmp_path / "out"])]) == 0
-    scores = json.loads((tmp_path / "out" / "scores.json").read_text())
-    assert scores["figures"]["characters"]["value"] == 7 and scores["unanswered"] == 2 * len(IMAGES) + 1
+def test_train_py_evaluates_the_test_splits(golden_config, data, tmp_path):
+    from train import main as train
+
+    options = ["run.evaluate=True", "run.test_splits=[val]", "run.eval_task=auto", "run.device=cpu"]
+    options += ["datasets.mine.builder=conversation", f"datasets.mine.build_info.storage={data}"]
+    options += ["datasets.mine.build_info.val=0.3", f"run.output_dir={tmp_path}/runs", "run.num_workers=0"]
+    options.append("preprocess.vis_processor.train.image_size=28")
+    train(["--cfg-path", str(golden_config), "--options", *options])
+    (scores,) = tmp_path.glob("runs/*/val/scores.json")
+    assert json.loads(scores.read_text())["n"] >= 1
+    with pytest.raises(KeyError, match="Did you mean 'caption'"):
+        train(["--cfg-path", str(golden_config), "--options", *options, "run.eval_task=captions"])
 
 
 class Known(nn.Module):
