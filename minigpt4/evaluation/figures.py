@@ -1,6 +1,6 @@
 """Figures with bootstrap intervals, from counts of each example."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,16 +41,23 @@ class Figure:
         """The figure of the examples at which `chosen` [n] is true."""
         return Figure(self.counts[chosen], self.combine, self.scale, self.flag)
 
-    def interval(self) -> tuple[float, float]:
-        """The bootstrap interval: LEVEL of RESAMPLES samples of n examples, drawn with replacement, are inside.
 
-        It does not depend on the order of the examples.
-        """
-        rows, times = np.unique(self.counts, axis=0, return_counts=True)
-        n, rng = len(self.counts), np.random.default_rng(SEED)
-        values = [self.combine(rng.multinomial(n, times / n) @ rows) for _ in range(RESAMPLES)]
-        low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-        return float(low), float(high)
+def intervals(figures: Mapping[str, Figure]) -> dict[str, tuple[float, float]]:
+    """{name: (low, high)} of figures over the same examples: the bootstrap intervals.
+
+    LEVEL of RESAMPLES samples of the examples, drawn with replacement, are inside. The order of the examples does not
+    matter.
+    """
+    each = [figure.counts for figure in figures.values()]
+    rows, times = np.unique(np.concatenate(each, axis=1), axis=0, return_counts=True)
+    n, rng = times.sum(), np.random.default_rng(SEED)
+    sums = np.array([rng.multinomial(n, times / n) @ rows for _ in range(RESAMPLES)])
+    parts = np.split(sums, np.cumsum([counts.shape[1] for counts in each])[:-1], axis=1)
+    found = {}
+    for (name, figure), part in zip(figures.items(), parts, strict=True):
+        low, high = np.quantile(figure.combine(part), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+        found[name] = float(low), float(high)
+    return found
 
 
 def mean(values: Sequence[float], scale: float = 100, flag: bool = False) -> Figure:

@@ -77,8 +77,9 @@ def _row(example: Example, answer: str, score: str, flags: Sequence[str]) -> str
     sources = filter(None, map(thumbnail, example.pictures))
     pictures = "".join(f'<img alt="" src="{source}">' for source in sources)
     question = f'<p class="question">{escape(example.question)}</p>' if example.question else ""
-    label = escape(f"{example.group} {example.id}".strip())
-    references = escape("\n".join(example.references))
+    group = "" if example.id.startswith(example.group) else example.group
+    label = escape(f"{group} {example.id}".strip())
+    references = escape("\n".join(dict.fromkeys(example.references)))
     marks = "".join(f'<span class="flag">{escape(flag)}</span>' for flag in flags)
     return (
         f"<article><div>{pictures}</div>"

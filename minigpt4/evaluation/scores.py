@@ -7,7 +7,7 @@ import numpy as np
 
 from minigpt4.common.registry import registry
 from minigpt4.evaluation.example import Answer, Example
-from minigpt4.evaluation.figures import LEVEL, RESAMPLES, SEED, Figure
+from minigpt4.evaluation.figures import LEVEL, RESAMPLES, SEED, Figure, intervals
 
 
 def measure(task: str, examples: Sequence[Example], answers: Mapping[str, Answer]) -> tuple[dict, dict[str, Figure]]:
@@ -35,9 +35,9 @@ def measure(task: str, examples: Sequence[Example], answers: Mapping[str, Answer
 
 
 def _described(figures: Mapping[str, Figure]) -> dict[str, dict[str, float]]:
+    ends = intervals(figures)
     return {
-        name: dict(zip(("value", "low", "high"), (figure.value, *figure.interval()), strict=True))
-        | {"scale": figure.scale}
+        name: {"value": figure.value, "low": ends[name][0], "high": ends[name][1], "scale": figure.scale}
         for name, figure in figures.items()
     }
 

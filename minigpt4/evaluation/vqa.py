@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 ARTICLES = {"a", "an", "the"}
@@ -31,6 +31,7 @@ def _with_apostrophes() -> dict[str, str]:
     return found
 
 
+@lru_cache(maxsize=100_000)
 def normalise(answer: str) -> str:
     """An answer as it is compared.
 
