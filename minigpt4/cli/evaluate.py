@@ -12,7 +12,6 @@ it stopped if it gets the same --out and settings. docs/evaluation.md describes 
 import argparse
 import hashlib
 import logging
-from collections.abc import Callable
 from pathlib import Path
 
 from minigpt4.cli import arguments
@@ -92,11 +91,11 @@ def _score_model(args: argparse.Namespace, cfg: Config) -> int:
     from minigpt4.common import dist_utils
     from minigpt4.conversation.loading import load_chat, select_gpu
     from minigpt4.evaluation.generate import check_prompt
-    from minigpt4.evaluation.results import ANSWERS, LINES, digest, evaluate
+    from minigpt4.evaluation.results import ANSWERS, LINES, digest, eval_processor, evaluate
 
     gpu = None if args.gpu_id is None else select_gpu(cfg, args.gpu_id)
     with dist_utils.process_group(cfg.run_cfg, gpu) as device:
-        task, examples, vis_processor = _examples(args, cfg)
+        task, examples, dataset = _examples(args, cfg)
         check_prompt(args.prompt, examples)
         settings = settings_of(args, cfg)
         if dist_utils.is_main_process():
@@ -105,7 +104,8 @@ def _score_model(args: argparse.Namespace, cfg: Config) -> int:
                 args.out / ANSWERS, settings | {"questions": digest(examples)}, LINES
             )  # before the model loads
         chat = load_chat(cfg, device)
-        chat.vis_processor = vis_processor or chat.vis_processor
+        if dataset:
+            chat.vis_processor = eval_processor(cfg, dataset)
         name, decoding = args.name or Path(args.cfg_path).stem, Decoding(**arguments.given(args, Decoding))
         skipped = evaluate(chat, cfg, task, examples, args.out, settings, name, args.prompt, decoding, args.batch_size)
         if dist_utils.is_main_process():
@@ -113,8 +113,8 @@ def _score_model(args: argparse.Namespace, cfg: Config) -> int:
     return 1 if skipped else 0
 
 
-def _examples(args: argparse.Namespace, cfg: Config | None) -> tuple[str, list[Example], Callable | None]:
-    """The task, the examples, and the processor of their pictures, if their dataset has one.
+def _examples(args: argparse.Namespace, cfg: Config | None) -> tuple[str, list[Example], str]:
+    """The task, the examples, and the dataset that they are from, if they are from one of the config.
 
     Raises UnknownNameError for a task that there is not.
     """
@@ -122,14 +122,14 @@ def _examples(args: argparse.Namespace, cfg: Config | None) -> tuple[str, list[E
 
     if args.task:
         registry.get("eval_task", args.task)
-    vis_processor = None
+    dataset = ""
     if args.data:
         images = None if args.images is None else str(args.images)
         found, examples = references.read_examples(args.data, images, args.format, check=cfg is not None)
     else:
         datasets = registry.get_task_class(cfg.run_cfg.task).setup_task(cfg=cfg).build_datasets(cfg)
-        examples, vis_processor = references.examples_of_split(datasets, args.split)
+        examples, dataset = references.examples_of_split(datasets, args.split)
         found = references.task_for(examples)
     if not args.task:
         logging.info("The references are for the task %s; --task names another.", found)
-    return args.task or found, examples, vis_processor
+    return args.task or found, examples, dataset

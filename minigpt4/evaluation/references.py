@@ -153,10 +153,10 @@ def from_records(records: Iterable[Record], group: str = "") -> Iterator[Example
     yield from merged.values()
 
 
-def examples_of_split(datasets: Mapping[str, Mapping[str, Any]], split: str) -> tuple[list[Example], Callable | None]:
-    """The examples of a split of {name: {split: dataset}}, and the first dataset's image processor, if it has one.
+def examples_of_split(datasets: Mapping[str, Mapping[str, Any]], split: str) -> tuple[list[Example], str]:
+    """The examples of a split of {name: {split: dataset}}, and the name of the first dataset that has it.
 
-    Raises ConfigError if no dataset has the split.
+    Raises ConfigError if there is none.
     """
     having = {name: splits[split] for name, splits in datasets.items() if split in splits}
     if not having:
@@ -166,24 +166,28 @@ def examples_of_split(datasets: Mapping[str, Mapping[str, Any]], split: str) -> 
             "a share of a dataset back: build_info.val (docs/own_data.md)."
         )
     found = [example for name, dataset in having.items() for example in from_dataset(dataset, name)]
-    return with_unique_ids(found), getattr(next(iter(having.values())), "vis_processor", None)
+    return with_unique_ids(found), next(iter(having))
 
 
-def from_dataset(dataset: Any, group: str = "") -> Iterator[Example]:
-    """The examples of a split of any dataset with a length: its records, or samples with "image" and "text_input".
+def from_dataset(dataset: Any, name: str) -> Iterator[Example]:
+    """The examples of a dataset with a length: its records, or samples with "image" and "text_input".
 
-    Raises ConfigError for samples without these.
+    name: that of its section; the group of the examples. Raises ConfigError for a dataset of another kind.
     """
-    if records := getattr(dataset, "records", None):
-        yield from from_records((records[index] for index in range(len(records))), group)
+    instead = "Name references with --data."
+    if not hasattr(dataset, "__len__"):
+        raise ConfigError(f"datasets.{name}: a stream of shards has no end, so it cannot be evaluated. {instead}")
+    records = getattr(dataset, "records", None)
+    if isinstance(records, Sequence):
+        yield from from_records((records[index] for index in range(len(records))), name)
         return
     for index in range(len(dataset)):
         sample = dataset[index]
         text = sample.get("text_input") if isinstance(sample, Mapping) else None
         if not isinstance(text, str) or "image" not in sample:
-            what = f"samples of {type(dataset).__name__} have no 'image' and text 'text_input' to evaluate"
-            raise ConfigError(f"{group}: {what}. Name references with --data.")
-        yield Example(str(index), PICTURE, (text,), (_sample_picture(dataset, index),), {"id": str(index)}, group)
+            raise ConfigError(f"datasets.{name}: its samples have no 'image' with a text 'text_input'. {instead}")
+        names = {"image_id": str(sample.get("image_id", index))}
+        yield Example(str(index), PICTURE, (text,), (_sample_picture(dataset, index),), names, name)
 
 
 def _sample_picture(dataset: Any, index: int) -> Callable:

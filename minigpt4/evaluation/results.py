@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from minigpt4.evaluation.page import page
 from minigpt4.evaluation.references import examples_of_split, task_for
 from minigpt4.evaluation.scores import measure, table
 from minigpt4.models.template import from_prompt
+from minigpt4.processors.base_processor import make_processor
 
 ANSWERS = "answers.jsonl"
 
@@ -72,13 +73,18 @@ def evaluate_splits(cfg: Config, model: Any, datasets: Mapping[str, Mapping[str,
     """Evaluate `run.test_splits` with `run.eval_task`, each into a folder of its own. All ranks call it."""
     run = cfg.run_cfg
     for split in run.test_splits:
-        examples, vis_processor = examples_of_split(datasets, split)
+        examples, dataset = examples_of_split(datasets, split)
         task = task_for(examples) if run.eval_task == "auto" else run.eval_task
-        device = dist_utils.select_device(run.device)
-        chat = Chat(model, vis_processor or load_vis_processor(cfg), device)
+        chat = Chat(model, eval_processor(cfg, dataset), dist_utils.select_device(run.device))
         evaluate(chat, cfg, task, examples, folder / split, {}, split, batch_size=run.batch_size_eval)
         if dist_utils.is_main_process():
             logging.info("%s: %s\n%s", split, task, (folder / split / "table.md").read_text(encoding="utf-8"))
+
+
+def eval_processor(cfg: Config, dataset: str) -> Callable:
+    """The image processor of a dataset's section for evaluation; without one, that of a chat."""
+    section = cfg.datasets_cfg[dataset].vis_processor.get("eval")
+    return make_processor(f"datasets.{dataset}.vis_processor.eval", section) if section else load_vis_processor(cfg)
 
 
 def digest(examples: Sequence[Example]) -> str:

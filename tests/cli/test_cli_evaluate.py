@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from dataset_files import picture_bytes
+from dataset_files import picture_bytes, write_align, write_shards
 from helpers import GOLDEN, PYTHONPATH, ROOT, free_port
 from PIL import Image
 from torch import nn
@@ -111,6 +111,20 @@ def test_the_val_share_of_a_dataset(run, data):
     assert "--split val" in message and "build_info.val" in message
     status, scores = run("--options", *options, "datasets.mine.build_info.val=0.5", out="half")
     assert status == 0 and 1 <= json.loads(scores)["n"] < len(IMAGES) * 2 + 2
+
+
+def test_a_split_of_another_dataset(run, tmp_path):
+    write_align(tmp_path / "align", records=5)
+    options = [f"datasets.cc_sbu_align.build_info.storage={tmp_path / 'align'}"]
+    processor = {"name": "blip2_image_eval", "image_size": 28}
+    options += [f"datasets.cc_sbu_align.vis_processor.train.{key}={value}" for key, value in processor.items()]
+    status, scores = run("--split", "train", "--options", *options)
+    assert status == 0 and json.loads(scores)["n"] == 5
+    assert (tmp_path / "out" / "answers.html").read_text().count("data:image/jpeg") == 5
+    write_shards(tmp_path / "laion", samples=4)
+    options = ["datasets.laion.build_info.storage=" + str(tmp_path / "laion" / "{00000..00001}.tar")]
+    message, _ = run("--split", "train", "--options", *options, out="stream")
+    assert "datasets.laion" in message and "--data" in message
 
 
 def test_wrong_arguments(run, data, tmp_path, capsys):
