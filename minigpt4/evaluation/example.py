@@ -1,14 +1,13 @@
 """A question with its references, and an answer to it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from minigpt4.datasets.conversations.batch import Conversation
+    import torch
 
-Picture = "str | bytes | Callable[[], torch.Tensor]"
-"""The path of a picture, the content of its file, or a function that returns the processed picture [3,H,W]."""
+    from minigpt4.datasets.conversations.batch import Conversation
 
 
 @dataclass(frozen=True)
@@ -20,8 +19,8 @@ class Example:
     messages: "Conversation"
     """(role, parts) up to the question; parts are texts, and None where a picture stands."""
     references: tuple[str, ...]
-    pictures: tuple = ()
-    """A `Picture` for each None in `messages`."""
+    pictures: "tuple[str | bytes | Callable[[], torch.Tensor], ...]" = ()
+    """For each None in `messages`: a path, the content of a file, or a function that returns the processed picture."""
     names: Mapping[str, str] = field(default_factory=dict)
     """{key: value}: how a line of a file of answers may name this example, as in {"image_id": "42"}."""
     group: str = ""

@@ -61,7 +61,8 @@ def read_examples(
 
     Raises ConfigError for a file of no known format, one with a mistake, and for pictures that are not there.
     """
-    check_names([format], ["auto", *READERS, *formats.FORMS], lambda name: f"--format {name!r} is not known")
+    known = ["auto", *(READERS | formats.FORMS)]
+    check_names([format], known, lambda name: f"--format {name!r} is not known")
     for path in paths:
         if not os.path.exists(path):
             raise ConfigError(f"--data {path}: there is no file or folder {os.path.abspath(path)}.")
