@@ -237,7 +237,7 @@ def test_openai(tmp_path, write):
     art, kiss = at(tmp_path, "art.png"), "The Kiss, by Klimt."
     assert format == "openai"
     assert messages_of(records) == [
-        turns(("Describe this artwork.", "\n", Picture(PIXEL)), kiss, system="You identify artworks."),
+        turns(("Describe this artwork.", Picture(PIXEL)), kiss, system="You identify artworks."),
         turns(("Who?", art), kiss),
         turns(at(tmp_path, "a b.png"), kiss),
         turns("Is <image> a tag?", kiss),
@@ -499,8 +499,8 @@ def test_shards(tmp_path):
         turns((Picture(b"3b"), "b", Picture(b"3a")), "x"),
         turns(Picture(b"4"), "y"),
         turns((Picture(b"5"), "Q"), "A"),
-        turns("Q", "A"),
         turns(Picture(b"7"), "Seven"),
+        turns("Q", "A"),
     ]
     assert [record.id for record in found][2:5] == ["00000.tar/002", "own", "00001.tar/004"]
     assert found[0].where == f"{tmp_path}/00000.tar member 000"
