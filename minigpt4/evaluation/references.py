@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -171,36 +172,52 @@ def examples_of_split(datasets: Mapping[str, Mapping[str, Any]], split: str) -> 
 
 
 def from_dataset(dataset: Any, name: str) -> Iterator[Example]:
-    """The examples of a dataset with a length: its records, or samples with "image" and "text_input".
+    """The examples of a dataset with a length, or of one pass over a stream, whose pictures are then kept in memory.
+
+    A sample has "image" and a text "text_input", or a conversation and "pictures" (`datasets.conversations.dataset`).
 
     name: that of its section; the group of the examples. Raises ConfigError for a dataset of another kind.
     """
-    instead = "Name references with --data."
-    if not hasattr(dataset, "__len__"):
-        raise ConfigError(f"datasets.{name}: a stream of shards has no end, so it cannot be evaluated. {instead}")
     records = getattr(dataset, "records", None)
     if isinstance(records, Sequence):
         yield from from_records((records[index] for index in range(len(records))), name)
         return
-    for index in range(len(dataset)):
-        sample = dataset[index]
+    for index, (sample, get) in enumerate(_samples(dataset, name)):
         text = sample.get("text_input") if isinstance(sample, Mapping) else None
-        if not isinstance(text, str) or "image" not in sample:
-            raise ConfigError(f"datasets.{name}: its samples have no 'image' with a text 'text_input'. {instead}")
-        names = {"image_id": str(sample.get("image_id", index))}
-        yield Example(str(index), PICTURE, (text,), (_sample_picture(dataset, index),), names, name)
+        names = {} if text is None else {"image_id": str(sample.get("image_id", index))}
+        if isinstance(text, str) and "image" in sample:
+            yield Example(str(index), PICTURE, (text,), (partial(_processed, get, None),), names, name)
+        elif isinstance(text, tuple) and "pictures" in sample:
+            pictures = tuple(partial(_processed, get, number) for number in range(len(sample["pictures"])))
+            yield Example(str(index), text[:-1], ("".join(text[-1][1]),), pictures, names, name)
+        else:
+            what = "its samples have no 'image' with a text 'text_input'"
+            raise ConfigError(f"datasets.{name}: {what}. Name references with --data.")
 
 
-def _sample_picture(dataset: Any, index: int) -> Callable:
+def _samples(dataset: Any, name: str) -> Iterator[tuple[Any, Callable[[], Any]]]:
+    """The samples of a dataset, each with a function that returns it again. Those that cannot be used are left out."""
+    if hasattr(dataset, "one_pass"):
+        for sample in dataset.one_pass(0, 1):
+            yield sample, lambda sample=sample: sample
+    elif hasattr(dataset, "__len__"):
+        read = getattr(dataset, "item_or_none", dataset.__getitem__)
+        for index in range(len(dataset)):
+            if (sample := read(index)) is not None:
+                yield sample, partial(read, index)
+    else:
+        raise ConfigError(f"datasets.{name}: a stream has no end. Give it a method one_pass, or name --data.")
+
+
+def _processed(get: Callable[[], Any], number: int | None) -> Any:
+    """The picture [3,H,W] of a sample, or the one with this number, normalised."""
     from torch.utils.data import default_collate
 
     from minigpt4.processors import normalise
 
-    def load():
-        picture = {key: value for key, value in dataset[index].items() if key.startswith("image")}
-        return normalise(default_collate([picture]))["image"][0]
-
-    return load
+    fields = get() if number is None else get()["pictures"][number]
+    picture = {key: fields[key] for key in ("image", "image_mean", "image_std") if key in fields}
+    return normalise(default_collate([picture]))["image"][0]
 
 
 def _read_records(paths: list[str], images: str | None, format: str, check: bool) -> Iterator[Example]:

@@ -92,7 +92,8 @@ def digest(examples: Sequence[Example]) -> str:
     content = hashlib.sha256()
     for example in examples:
         pictures = [Path(picture).name for picture in example.pictures if isinstance(picture, str)]
-        content.update(json.dumps([example.id, example.messages, pictures]).encode())
+        names = [value for key, value in example.names.items() if key != "image"]
+        content.update(json.dumps([example.id, example.messages, names, pictures]).encode())
     return f"{len(examples)}, {content.hexdigest()[:16]}"
 
 

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from dataset_files import picture_bytes, write_align, write_shards
+from dataset_files import picture_bytes, write_align, write_shards, write_tar
 from helpers import GOLDEN, PYTHONPATH, ROOT, free_port
 from PIL import Image
 from torch import nn
@@ -21,6 +21,12 @@ from minigpt4.models.template import from_prompt
 IMAGES = sorted((GOLDEN / "images").glob("*.png"))
 EXAMPLES = sorted((ROOT / "minigpt4" / "assets" / "examples").glob("*/*.*"))
 TINY = ROOT / "eval_configs" / "minigpt4_tiny_eval.yaml"
+
+
+def small(dataset: str) -> list[str]:
+    """Options for pictures of the small model's size."""
+    processor = {"name": "blip2_image_eval", "image_size": 28}
+    return [f"datasets.{dataset}.vis_processor.train.{key}={value}" for key, value in processor.items()]
 
 
 @pytest.fixture
@@ -116,15 +122,26 @@ def test_the_val_share_of_a_dataset(run, data):
 def test_a_split_of_another_dataset(run, tmp_path):
     write_align(tmp_path / "align", records=5)
     options = [f"datasets.cc_sbu_align.build_info.storage={tmp_path / 'align'}"]
-    processor = {"name": "blip2_image_eval", "image_size": 28}
-    options += [f"datasets.cc_sbu_align.vis_processor.train.{key}={value}" for key, value in processor.items()]
-    status, scores = run("--split", "train", "--options", *options)
+    status, scores = run("--split", "train", "--options", *options, *small("cc_sbu_align"))
     assert status == 0 and json.loads(scores)["n"] == 5
     assert (tmp_path / "out" / "answers.html").read_text().count("data:image/jpeg") == 5
+
+
+def test_a_share_of_shards(run, data, tmp_path):
     write_shards(tmp_path / "laion", samples=4)
-    options = ["datasets.laion.build_info.storage=" + str(tmp_path / "laion" / "{00000..00001}.tar")]
-    message, _ = run("--split", "train", "--options", *options, out="stream")
-    assert "datasets.laion" in message and "--data" in message
+    options = [f"datasets.laion.build_info.storage={tmp_path}/laion/{{00000..00003}}.tar", *small("laion")]
+    status, scores = run("--options", *options, "datasets.laion.build_info.val=0.5")
+    assert status == 0 and 1 <= json.loads(scores)["n"] < 16
+    (tmp_path / "own").mkdir()
+    members = {"1.png": picture_bytes(0), "2.0.png": picture_bytes(1), "2.1.png": picture_bytes(2)}
+    turns = [["user", "Is it?"], ["assistant", "Yes."], ["user", "<image><image> And?"], ["assistant", "No."]]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    members |= {"1.json": b'{"caption": "one"}', "2.json": json.dumps({"messages": messages}).encode()}
+    write_tar(tmp_path / "own" / "0.tar", sorted(members.items()))
+    options = ["datasets.own.builder=conversation", f"datasets.own.build_info.storage={tmp_path}/own/0.tar"]
+    status, scores = run("--split", "train", "--options", *options, *small("own"), out="own_out")
+    lines = [json.loads(line) for line in (tmp_path / "own_out" / "answers.jsonl").read_text().splitlines()]
+    assert status == 0 and [line.get("question") for line in lines] == [None, "And?"]
 
 
 def test_wrong_arguments(run, data, tmp_path, capsys):
