@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
         try:
             runner.train()
             if cfg.run_cfg.evaluate and cfg.run_cfg.eval_task:
-                from minigpt4.evaluation.results import evaluate_splits
+                from minigpt4.cli.evaluate import evaluate_splits
 
                 evaluate_splits(cfg, model.eval(), datasets, folder_of(cfg.run_cfg.output_dir, job_id))
         except KeyboardInterrupt:

@@ -3,25 +3,18 @@
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from minigpt4.common import dist_utils
-from minigpt4.common.config import Config
 from minigpt4.common.errors import ConfigError
 from minigpt4.common.resumable import Lines, open_output
 from minigpt4.common.text import pluralize
-from minigpt4.conversation.conversation import Chat
-from minigpt4.conversation.decoding import Decoding
-from minigpt4.conversation.loading import load_vis_processor
 from minigpt4.evaluation.example import Answer, Example
 from minigpt4.evaluation.generate import Answerer, answer_all
 from minigpt4.evaluation.page import page
-from minigpt4.evaluation.references import examples_of_split, task_for
 from minigpt4.evaluation.scores import measure, table
-from minigpt4.models.template import from_prompt
-from minigpt4.processors.base_processor import make_processor
 
 ANSWERS = "answers.jsonl"
 
@@ -35,15 +28,12 @@ LINES = Lines("minigpt4 evaluate", "answer", b'{"id": ', _id)
 
 
 def evaluate(
-    chat: Chat,
-    cfg: Config,
+    answerer: Answerer,
     task: str,
     examples: Sequence[Example],
     folder: Path,
     settings: Mapping[str, Any],
     name: str,
-    prompt: str | None = None,
-    decoding: Decoding | None = None,
     batch_size: int = 8,
 ) -> list[str]:
     """Answer the examples with a model, on all ranks, and write the results. An interrupted call is continued.
@@ -52,39 +42,16 @@ def evaluate(
         task: registered name of the task.
         settings: what the answers depend on. Answers of other settings in the folder are a ConfigError.
         name: the model's name in tables.
-        prompt: see `Answerer`.
-        decoding: None: greedy.
 
     Returns:
         Why examples could not be answered.
     """
-    keys = cfg.model_cfg.get("prompt_template") or "{}", cfg.model_cfg.get("end_sym") or ""
-    template = getattr(chat.model, "template", None) or from_prompt(*keys)
-    answerer = Answerer(chat, template, prompt, decoding or Decoding(do_sample=False))
     settings = {**settings, "questions": digest(examples)}
     with open_output(folder / ANSWERS, settings, LINES) as output:
         skipped = answer_all(examples, answerer, output, batch_size)
         if dist_utils.is_main_process():
             write_results(folder, name, task, examples, settings)
     return skipped
-
-
-def evaluate_splits(cfg: Config, model: Any, datasets: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
-    """Evaluate `run.test_splits` with `run.eval_task`, each into a folder of its own. All ranks call it."""
-    run = cfg.run_cfg
-    for split in run.test_splits:
-        examples, dataset = examples_of_split(datasets, split)
-        task = task_for(examples) if run.eval_task == "auto" else run.eval_task
-        chat = Chat(model, eval_processor(cfg, dataset), dist_utils.select_device(run.device))
-        evaluate(chat, cfg, task, examples, folder / split, {}, split, batch_size=run.batch_size_eval)
-        if dist_utils.is_main_process():
-            logging.info("%s: %s\n%s", split, task, (folder / split / "table.md").read_text(encoding="utf-8"))
-
-
-def eval_processor(cfg: Config, dataset: str) -> Callable:
-    """The image processor of a dataset's section for evaluation; without one, that of a chat."""
-    section = cfg.datasets_cfg[dataset].vis_processor.get("eval")
-    return make_processor(f"datasets.{dataset}.vis_processor.eval", section) if section else load_vis_processor(cfg)
 
 
 def digest(examples: Sequence[Example]) -> str:
