@@ -57,6 +57,13 @@ def test_the_keys_of_the_first_release_equal_vicuna_v0():
     )
 
 
+def test_a_text_does_not_run_into_the_end():
+    """ "C####" would be read as "C" and its end."""
+    turns = [("user", "C#"), ("assistant", "C#"), ("user", "q"), ("assistant", "x")]
+    assert written(TEMPLATES["vicuna_v0"], turns) == "###Human: C# ###Assistant: C# ###Human: q ###Assistant: x###"
+    assert written(Template(question="{}\n", end="#"), turns[:2]) == "C#\nC##"
+
+
 def test_vicuna_v1():
     """As FastChat writes it."""
     turns = [("system", "S"), ("user", "q"), ("assistant", "x"), ("user", "r"), ("assistant", "y")]
