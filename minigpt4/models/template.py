@@ -64,12 +64,10 @@ class Template:
         The roles are [system,] user, assistant, user, assistant, …
         """
         before = self.start
-        if messages[0][0] == "system":
-            text, messages = messages[0][1], messages[1:]
-            if self.system:
-                before = _insert(self.system, text)
-            else:
-                messages = [("user", f"{text}\n\n{messages[0][1]}"), *messages[1:]]
+        if messages[0][0] == "system" and not self.system:
+            messages = [("user", f"{messages[0][1]}\n\n{messages[1][1]}"), *messages[2:]]
+        elif messages[0][0] == "system":
+            before, messages = _insert(self.system, messages[0][1]), messages[1:]
         question = self.question
         for (_, asked), (_, answer) in zip(messages[::2], messages[1::2], strict=True):
             yield before + _insert(question, asked), _insert("{}" + self.end, answer)
