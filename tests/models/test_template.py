@@ -30,8 +30,9 @@ def test_auto_writes_what_the_chat_template_writes(text, eos, end, system):
 def test_a_chat_template_without_a_system_text():
     template = from_chat_template(renderer(NO_SYSTEM), "<|im_end|>")
     assert template.system == "" and template.start.endswith("<|im_start|>user\n")
-    with pytest.raises(ConfigError, match="system"):
-        [*template.exchanges([("system", "x"), *TURNS])]
+    (_, asked), *others = TURNS
+    joined = [("user", f"Be brief.\n\n{asked}"), *others]  # one such record shall not end a run
+    assert written(template, [("system", "Be brief."), *TURNS]) == written(template, joined)
 
 
 @pytest.mark.parametrize(
