@@ -58,8 +58,8 @@ def doubts(
         yield Doubt(
             "model.template",
             f"training's prompts end in {template.question.removeprefix('{}')!r}, whose last blank is a token of its "
-            "own in this tokenizer; chat's prompts, in the form of the first release, end without it, and begin with its "
-            "system text. Answers may be empty or repeat that text",
+            "own in this tokenizer; chat's prompts, in the form of the first release, end without it and begin with "
+            "its system text. Answers may be empty or repeat that text",
             "For a layer of your own: --options model.template=auto, the tokenizer's own chat template, or vicuna_v1",
         )
 
