@@ -10,7 +10,7 @@ any search which tokens are learnt: those of the answers.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from minigpt4.common.errors import ConfigError, check_names
@@ -57,6 +57,11 @@ class Template:
     def prompt(self) -> str:
         """The first question with all that precedes it; `{}` stands for the question."""
         return self.start + self.question
+
+    def record(self, setting: str | Mapping | None) -> dict:
+        """What a checkpoint records of the template. setting: `model.template`."""
+        own = {"template": asdict(self)} if setting else {}
+        return {"prompt_template": self.prompt, "end_sym": self.end, **own}
 
     def exchanges(self, messages: Sequence[tuple[str, str]]) -> Iterator[tuple[str, str]]:
         """(the text before an answer, the answer with its end) of messages (role, text).
