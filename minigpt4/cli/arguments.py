@@ -13,9 +13,9 @@ from minigpt4.conversation.decoding import Decoding
 from minigpt4.conversation.videos import FRAMES, MAX_FRAMES
 
 
-def add_config_arguments(parser: argparse.ArgumentParser, file: str) -> None:
+def add_config_arguments(parser: argparse.ArgumentParser, file: str, required: bool = True) -> None:
     """`--cfg-path`, `--options` and `--import`. file: describes the YAML file in the help."""
-    parser.add_argument("--cfg-path", required=True, metavar="FILE", help=file)
+    parser.add_argument("--cfg-path", required=required, metavar="FILE", help=file)
     several = {"nargs": "+", "action": "extend"}
     parser.add_argument("--options", **several, metavar="KEY=VALUE", help="settings that override the file's")
     parser.add_argument("--import", **several, dest="imports", metavar="MODULE", help="plug-ins to import first")

@@ -1,0 +1,108 @@
+"""python -m minigpt4 data check|show|convert: look at datasets before a run, and write them in other forms.
+
+python -m minigpt4 data check /data/photos                                # a folder, files or shards
+python -m minigpt4 data check --cfg-path train.yaml --out report          # each dataset of a run
+python -m minigpt4 data show --cfg-path train.yaml --out samples.png      # samples as the model reads them
+python -m minigpt4 data convert my.csv --to shards --out /data/shards     # the same records in another form
+"""
+
+import argparse
+
+from minigpt4.cli.arguments import add_config_arguments
+from minigpt4.common.commands import check_positive, command_parser, path_argument
+from minigpt4.common.config import Config
+from minigpt4.common.errors import ConfigError
+from minigpt4.common.text import pluralize
+from minigpt4.data_tools.processes import available_cpus
+
+CHECK = """Read every record and picture, and say what is wrong with them.
+
+The data are those of --cfg-path, or the files, folders and shards that are named. Exit status: 0 for no errors
+(warnings are allowed), 1 for errors, and for data that cannot be opened at all.
+"""
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    parser = command_parser("data", __doc__)
+    actions = parser.add_subparsers(dest="action", required=True, metavar="check|show|convert")
+    check = add_action(actions, "check", CHECK)
+    check.add_argument("--out", type=path_argument, metavar="FOLDER", help="write report.json and index.html there")
+    add_workers(check)
+    args = parser.parse_args(argv)
+    if bool(args.storage) == bool(args.cfg_path):
+        actions.choices[args.action].error("name either files, folders or shards, or a config with --cfg-path")
+    if args.cfg_path and (args.images or args.format or args.columns):
+        actions.choices[args.action].error("--images, --format and --columns go with files; a config has its own")
+    check_positive(parser, args, [name for name in ("workers", "samples") if hasattr(args, name)])
+    return args
+
+
+def add_action(actions, name: str, usage: str) -> argparse.ArgumentParser:
+    """A parser for `data <name>` with the arguments that say which data."""
+    summary = usage.partition("\n")[0]
+    kind = argparse.RawDescriptionHelpFormatter
+    parser = actions.add_parser(name, help=summary, description=usage, formatter_class=kind)
+    parser.add_argument("storage", nargs="*", metavar="STORAGE", help="files, folders or shards, in place of a config")
+    add_config_arguments(parser, "YAML file of a training run, whose datasets are meant", required=False)
+    parser.add_argument("--images", metavar="FOLDER", help="where the paths of pictures start; by default, at the file")
+    parser.add_argument("--format", metavar="NAME", help="format of the files (docs/own_data.md); by default, any")
+    several = {"nargs": "+", "action": "extend", "metavar": "KEY=COLUMN"}
+    parser.add_argument("--columns", **several, help="columns of tables: image=picture caption=words")
+    return parser
+
+
+def add_workers(parser: argparse.ArgumentParser) -> None:
+    cpus = available_cpus()
+    parser.add_argument("--workers", type=int, default=cpus, metavar="N", help="processes (%(default)s)")
+
+
+def main(argv: list[str]) -> int:
+    args = parse_args(argv)
+    return {"check": run_check}[args.action](args)
+
+
+def run_check(args: argparse.Namespace) -> int:
+    from minigpt4.data_tools import report
+    from minigpt4.data_tools.check import check
+    from minigpt4.data_tools.findings import ERROR, WARNING
+    from minigpt4.data_tools.lengths import lengths_of
+    from minigpt4.data_tools.summary import as_text, count
+
+    if args.out:
+        report.prepare(args.out)
+    cfg, sources = open_sources(args)
+    measure, note = lengths_of(cfg)
+    reports = []
+    for source in sources:
+        reports.append(check(source, measure, args.workers))
+        print(as_text(reports[-1]) + "\n")
+    if note:
+        print(f"Lengths are in {measure.unit}s: {note}.")
+    print(f"{pluralize(count(reports, ERROR), 'error')}, {pluralize(count(reports, WARNING), 'warning')}.")
+    if args.out:
+        report.write(args.out, reports, note)
+        print(f"The report is in {args.out / 'index.html'}")
+    return int(count(reports, ERROR) > 0)
+
+
+def open_sources(args: argparse.Namespace) -> tuple[Config | None, list]:
+    """The config, if one is named, and the datasets."""
+    from minigpt4.data_tools.sources import source_of_files, sources_of_config
+
+    if args.cfg_path:
+        cfg = Config(args)
+        if not cfg.datasets_cfg:
+            raise ConfigError(f"{args.cfg_path} has no datasets.")
+        return cfg, list(sources_of_config(cfg))
+    info = {"images": args.images, "format": args.format, "columns": columns_of(args.columns)}
+    try:
+        return None, [source_of_files(args.storage, info)]
+    except ConfigError as mistake:  # it names the keys of a YAML
+        raise ConfigError(str(mistake).replace("datasets.data.", "").replace("build_info.", "--")) from None
+
+
+def columns_of(items: list[str] | None) -> dict[str, str]:
+    pairs = [item.partition("=") for item in items or []]
+    if wrong := next((item for item, sign, _ in pairs if not sign), None):
+        raise ConfigError(f"--columns {wrong}: write KEY=COLUMN, as in image=picture caption=words.")
+    return {key: column for key, _, column in pairs}

@@ -1,0 +1,301 @@
+"""The datasets of a config, or a user's files, as records and faults that are read part by part.
+
+A caption is a conversation of a picture and an answer, so that one form stands for all.
+"""
+
+import io
+import os
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from minigpt4.common.errors import ConfigError
+from minigpt4.common.facts import cached_features
+from minigpt4.common.rgb import from_array
+from minigpt4.datasets.captions import Unusable, load_json, usable
+from minigpt4.datasets.conversations.formats import Part, Records, read_records
+from minigpt4.datasets.conversations.record import Message, Picture, Record
+from minigpt4.datasets.conversations.shards import ShardRecords
+from minigpt4.datasets.conversations.text_files import shown
+from minigpt4.datasets.datasets.cc_sbu_dataset import SUFFIXES
+from minigpt4.datasets.datasets.image_text_stream import ImageTextStream
+from minigpt4.datasets.datasets.tar_reader import CORRUPT, CUT_OFF, JOINED, UNREADABLE
+from minigpt4.datasets.left_out import Gate
+
+# Records of a file that a worker reads at a time.
+PART = 1000
+# Samples that are looked at of a stream that has no parts.
+STREAMED = 1000
+SHARD_CAUSES, EMPTY = (UNREADABLE, CORRUPT, CUT_OFF, JOINED), "a shard without samples"
+ALIGN_FILE = "filter_cap.json"
+
+
+class Fault(NamedTuple):
+    """Something that keeps a record, or a part of a shard, from being trained on."""
+
+    where: str
+    what: str
+    kind: str = "mistake"
+    """A key of `check.KINDS`."""
+
+
+class Source(Protocol):
+    """A dataset, or a split of one."""
+
+    name: str
+    where: str
+    """Its files, for people."""
+    num_parts: int
+    shards: list[str]
+    """Empty: the dataset is none of shards."""
+    text_processor: Callable[[str], str] | None
+    """Changes the captions in training."""
+
+    def read(self, part: int) -> Iterator[Record | Fault]:
+        """The records of a part, in order, and the faults in the place of those that have one."""
+
+
+class FileSource:
+    """The records of files and folders (`formats.Records`)."""
+
+    text_processor = None
+
+    def __init__(self, name: str, where: str, records: Records) -> None:
+        self.name, self.where, self.shards = name, where, []
+        self.parts: list[tuple[Part, range]] = []
+        for part in records.parts:
+            every = range(len(part.source))
+            self.parts += [(part, every[start : start + PART]) for start in every[::PART]]
+        self.num_parts = len(self.parts)
+        self._listings: dict[str, set[str]] = {}
+
+    def read(self, part: int) -> Iterator[Record | Fault]:
+        file, indices = self.parts[part]
+        found = file.records(indices, False, file.find.checked(self._listings))
+        for index, record in zip(indices, found, strict=True):
+            yield _fault(file.source.where(index), record) if isinstance(record, ConfigError) else record
+
+
+class ShardSource:
+    """The records of shards of conversations (`shards.ShardRecords`)."""
+
+    text_processor = None
+
+    def __init__(self, name: str, where: str, records: ShardRecords) -> None:
+        self.name, self.where, self.records, self.shards = name, where, records, records.shards
+        self.num_parts = len(self.shards)
+
+    def read(self, part: int) -> Iterator[Record | Fault]:
+        records = self.records.read(self.shards[part])
+        while True:
+            try:
+                yield next(records)
+            except StopIteration:
+                return
+            except ConfigError as mistake:
+                yield _fault(self.shards[part], mistake)
+
+
+class CaptionShards:
+    """laion and cc_sbu: the captions of shards as `ImageTextStream` reads them."""
+
+    def __init__(self, name: str, stream: ImageTextStream) -> None:
+        self.name, self.where, self.stream = name, _named(stream.shards), stream
+        self.shards, self.num_parts, self.text_processor = stream.shards, stream.num_parts, stream.text_processor
+        self.faults = stream.read = Faults(name, self.num_parts)
+
+    def read(self, part: int) -> Iterator[Record | Fault]:
+        for sample in self.stream.part(part):
+            yield from self.faults.take_all()
+            yield captioned(sample.image_id, sample.image, sample.caption, f"{sample.shard} member {sample.key}")
+        yield from self.faults.take_all()
+
+
+class Faults(Gate):
+    """Keeps each sample that a stream leaves out, and never ends the stream."""
+
+    def __init__(self, name: str, num_shards: int) -> None:
+        super().__init__(name, num_shards)
+        self.found: list[Fault] = []
+
+    def drop(self, cause: str, where: str, detail: str = "", verb: str = "left out") -> None:
+        if cause != EMPTY:  # which is found of any shard
+            kind = "shard" if cause in SHARD_CAUSES else "left_out"
+            self.found.append(Fault(where, f"{cause}: {detail}" if detail else cause, kind))
+
+    def check(self) -> None:
+        pass
+
+    def take_all(self) -> list[Fault]:
+        taken, self.found = self.found, []
+        return taken
+
+
+class AlignSource:
+    """A folder of cc_sbu_align's form: `filter_cap.json` and the folder `image`."""
+
+    shards: list[str] = []
+    text_processor = None
+
+    def __init__(self, name: str, folder: str) -> None:
+        """Raises ConfigError if the list of captions is broken as a whole."""
+        self.name, self.where = name, os.path.abspath(os.path.expanduser(folder))
+        self.file, self.images = os.path.join(self.where, ALIGN_FILE), os.path.join(self.where, "image")
+        try:
+            with open(self.file, "rb") as file:
+                content = load_json(file.read())
+        except Unusable as error:
+            raise ConfigError(f"{self.file}: {error}: {error.__cause__ or ''}") from None
+        self.annotations = content.get("annotations") if isinstance(content, dict) else None
+        if not isinstance(self.annotations, list) or not self.annotations:
+            raise ConfigError(f"{self.file} has no records under the key 'annotations'.")
+        names = sorted(os.listdir(self.images), reverse=True)
+        self.pictures: dict[str, str] = {}
+        for suffix in reversed(SUFFIXES):  # of several pictures with one name, the dataset takes the first of these
+            found = [os.path.splitext(name) for name in names if name.lower().endswith(suffix)]
+            self.pictures |= {stem: stem + ending for stem, ending in found}
+        self.num_parts = -(-len(self.annotations) // PART)
+
+    def read(self, part: int) -> Iterator[Record | Fault]:
+        for number in range(len(self.annotations))[part * PART :][:PART]:
+            item, where = self.annotations[number], f"{self.file} annotations[{number}]"
+            image_id = item.get("image_id") if isinstance(item, dict) else None
+            picture = self.pictures.get(str(image_id))
+            if not isinstance(image_id, str | int):
+                yield Fault(where, f"is {shown(item)}, without 'image_id'.")
+            elif picture is None:
+                yield Fault(where, f"has no picture {self.images}/{image_id}{{{','.join(SUFFIXES)}}}.")
+            else:
+                yield captioned(str(image_id), os.path.join(self.images, picture), item.get("caption"), where)
+
+
+class PluginSource:
+    """A split of a plug-in's dataset, as far as `common.contracts` describes samples: "image" and "text_input".
+
+    Pictures are those that its processor has made. Of a stream without parts, STREAMED samples are read.
+    """
+
+    shards: list[str] = []
+    text_processor = None
+
+    def __init__(self, name: str, dataset: Any) -> None:
+        self.name, self.where, self.dataset = name, type(dataset).__name__, dataset
+        self.has_length, self.has_parts = hasattr(dataset, "__len__"), hasattr(dataset, "part")
+        if self.has_length:
+            self.num_parts = -(-len(dataset) // PART)
+        else:
+            self.num_parts = dataset.num_parts if self.has_parts else 1
+
+    def read(self, part: int) -> Iterator[Record | Fault]:
+        for where, load in self._samples(part):
+            try:
+                sample = load()
+            except StopIteration:
+                return
+            except Exception as error:  # of any kind: the code is the plug-in's
+                yield Fault(where, f"raises {type(error).__name__}: {error}")
+            else:
+                yield sample_record(sample, where)
+
+    def _samples(self, part: int) -> Iterator[tuple[str, Callable[[], Any]]]:
+        """The place of each sample, and the function that loads it."""
+        if self.has_length:
+            for index in range(len(self.dataset))[part * PART :][:PART]:
+                yield f"{self.name}[{index}]", partial(self.dataset.__getitem__, index)
+        elif self.has_parts:
+            for raw in self.dataset.part(part):
+                fields = {"text_input": raw.caption, "image_id": raw.image_id}
+                yield f"{self.name} {raw.image_id}", lambda raw=raw, fields=fields: self.dataset.load(raw) | fields
+        else:
+            samples = iter(self.dataset)
+            for number in range(STREAMED):
+                yield f"{self.name} sample {number}", partial(next, samples)
+
+
+def sample_record(sample: Any, where: str) -> Record | Fault:
+    """A sample as training gets it, as a record with its processed picture."""
+    text = sample.get("text_input") if isinstance(sample, Mapping) else None
+    image = sample.get("image") if isinstance(sample, Mapping) else None
+    picture = to_png(image) if getattr(image, "ndim", 0) == 3 else None
+    if not isinstance(text, str):
+        return Fault(where, f"has {shown(text)} for 'text_input', not a text.", "text")
+    asked = () if picture is None else (Picture(picture),)
+    messages = Message("user", asked), Message("assistant", (text,))
+    return Record(messages, str(sample.get("image_id", where)), where)
+
+
+def to_png(image: Any) -> bytes:
+    """A processed picture [3,H,W] as a file. Floats are scaled from their own range to 0 … 255."""
+    array = image.numpy().transpose(1, 2, 0)
+    if array.dtype.kind == "f":
+        array = (array - array.min()) / max(float(np.ptp(array)), 1e-6)
+    buffer = io.BytesIO()
+    from_array(array).save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def captioned(id: str, picture: str | bytes, caption: Any, where: str) -> Record | Fault:
+    """A picture with its caption as a record."""
+    try:
+        messages = Message("user", (Picture(picture),)), Message("assistant", (usable(caption),))
+    except Unusable as cause:
+        return Fault(where, str(cause), "text")
+    return Record(messages, id, where)
+
+
+def _named(paths: list[str]) -> str:
+    return paths[0] if len(paths) == 1 else f"{paths[0]} … {paths[-1]} ({len(paths):,})"
+
+
+def _fault(where: str, mistake: ConfigError) -> Fault:
+    return Fault(where, str(mistake).removeprefix(where).strip())
+
+
+def sources_of_config(cfg: Any) -> Iterator[Source]:
+    """The datasets of a `Config`. Raises ConfigError for data that cannot be opened at all."""
+    for name in cfg.datasets_cfg:
+        section, builder = cfg.datasets_cfg[name], cfg.builder(name)
+        info = section.get("build_info") or {}
+        if cached_features(section):
+            raise ConfigError(f"datasets.{name} reads cached features. Set build_info.features=null to read pictures.")
+        if builder == "conversation":
+            yield conversations(name, info.get("storage"), info)
+            if not isinstance(val := info.get("val"), float | int | None):
+                yield conversations(f"{name}.val", val, info)
+        elif builder == "cc_sbu_align" and isinstance(info.get("storage"), str):
+            yield AlignSource(name, info.storage)
+        else:
+            yield from built(cfg, name)
+
+
+def source_of_files(storage: list[str], info: Mapping[str, Any]) -> Source:
+    """A user's files without a config, a folder of cc_sbu_align's form too. info: as for `conversations`."""
+    if len(storage) == 1 and not info.get("format"):
+        folder = os.path.expanduser(storage[0])
+        if os.path.isfile(os.path.join(folder, ALIGN_FILE)):
+            return AlignSource("data", folder)
+    return conversations("data", storage, info)
+
+
+def conversations(name: str, storage: Any, info: Mapping[str, Any]) -> Source:
+    """The records of `storage` as the builder `conversation` reads them.
+
+    info: may have its keys `images`, `format` and `columns`.
+    """
+    storage = storage if isinstance(storage, str) else list(storage or [])
+    format, columns = info.get("format") or "auto", info.get("columns")
+    kind, records = read_records(storage, info.get("images"), format, columns, name, check=False)
+    where = f"{_named([storage] if isinstance(storage, str) else storage)}, read as {kind}"
+    return (ShardSource if isinstance(records, ShardRecords) else FileSource)(name, where, records)
+
+
+def built(cfg: Any, name: str) -> Iterator[Source]:
+    """The splits of a dataset that its builder makes."""
+    builder = cfg.builder_class(name)(cfg.datasets_cfg[name])
+    builder.name, builder.data_timeout_s = name, 0.0
+    for split, dataset in builder.build_datasets().items():
+        full_name = name if split == "train" else f"{name}.{split}"
+        is_captions = isinstance(dataset, ImageTextStream)
+        yield CaptionShards(full_name, dataset) if is_captions else PluginSource(full_name, dataset)
