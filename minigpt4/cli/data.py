@@ -77,7 +77,7 @@ def run_check(args: argparse.Namespace) -> int:
         reports.append(check(source, measure, args.workers))
         print(as_text(reports[-1]) + "\n")
     if note:
-        print(f"Lengths are in {measure.unit}s: {note}.")
+        print(note)
     print(f"{pluralize(count(reports, ERROR), 'error')}, {pluralize(count(reports, WARNING), 'warning')}.")
     if args.out:
         report.write(args.out, reports, note)

@@ -10,7 +10,7 @@ from tqdm import tqdm
 from minigpt4.data_tools.examine import PICTURE, ROW, PartReport, examine_part, look_or_reason
 from minigpt4.data_tools.findings import KINDS, Finding, Place
 from minigpt4.data_tools.lengths import Characters, ModelTokens
-from minigpt4.data_tools.pictures import BLURRED, FLAT, HASH_BITS, Look, find_copies
+from minigpt4.data_tools.pictures import BLURRED, FLAT, SIGNATURE, Look, find_copies
 from minigpt4.data_tools.processes import in_processes
 from minigpt4.data_tools.sources import Source
 from minigpt4.datasets.datasets.packed_strings import PackedStrings
@@ -122,9 +122,9 @@ class Comparison:
         content, ids = self.rows["content"], self.rows["id"]
         same_content, same_id = _first_like_it(content), _first_like_it(ids)
         for row in np.flatnonzero(same_content < np.arange(len(content))):
-            self.findings.append(Finding("doubled", self.where(row), f"as {self.where(same_content[row])}"))
+            self.findings.append(Finding("doubled", self.where(row), f"as {self._beside(same_content[row], row)}"))
         for row in np.flatnonzero((same_id < np.arange(len(ids))) & (content != content[same_id])):
-            self.findings.append(Finding("doubled_id", self.where(row), f"as {self.where(same_id[row])}"))
+            self.findings.append(Finding("doubled_id", self.where(row), f"as {self._beside(same_id[row], row)}"))
 
     def find_alike(self) -> None:
         """Pictures of one colour, blurred ones, and those that are nearly like another."""
@@ -136,22 +136,27 @@ class Comparison:
             self._add("blurred", picture, f"sharpness {sharpness:.1f}, below {BLURRED:g}", -sharpness)
         rich = self.pictures[~flat]
         content = self.rows["content"][rich["row"]]
-        for second, first, bits in find_copies([bytes(each) for each in rich["signature"]]):
+        for second, first, bits in find_copies(np.ascontiguousarray(rich["signature"]).view(SIGNATURE)):
             if content[first] != content[second]:  # of a doubled record
-                what = f"like {self._name(rich[first])} ({bits} of {HASH_BITS} bits differ)"
+                name = self._name(rich[first], self._beside(rich[first]["row"], rich[second]["row"]))
+                what = f"like {name} ({bits} of 64 bits differ)"
                 self._add("copy", rich[second], what, -bits, rich[first])
 
     def _add(self, kind: str, picture: np.void, what: str, badness: float, like: np.void | None = None) -> None:
         like_place = None if like is None else self._place(like)
-        where = self._name(picture)
+        where = self._name(picture, self.where(picture["row"]))
         self.findings.append(Finding(kind, where, what, badness, self._place(picture), like_place))
 
-    def _name(self, picture: np.void) -> str:
-        """The place of a picture, for messages."""
-        where = self.where(picture["row"])
+    def _beside(self, row: int, other: int) -> str:
+        """The place of a row, without the folder that it has in common with another's."""
+        return self.where(row).removeprefix(os.path.dirname(self.where(other)) + "/")
+
+    def _name(self, picture: np.void, where: str) -> str:
+        """The place of a picture in the record at `where`, for messages."""
         path = self.paths[picture["path"]] if picture["path"] >= 0 else ""
-        number = f" picture {picture['number'] + 1}" if picture["number"] else ""
-        return where + (f" {os.path.basename(path)}" if path and not where.endswith(path) else number)
+        if path:
+            return where if path.endswith(where) else f"{where} {os.path.basename(path)}"
+        return f"{where} picture {picture['number'] + 1}" if picture["number"] else where
 
     def _place(self, picture: np.void) -> Place:
         row = self.rows[picture["row"]]

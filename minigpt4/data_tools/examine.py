@@ -10,7 +10,7 @@ from PIL import UnidentifiedImageError
 from minigpt4.common.files import read_regular
 from minigpt4.data_tools.findings import Finding, Place
 from minigpt4.data_tools.lengths import Length
-from minigpt4.data_tools.pictures import Look, look_at
+from minigpt4.data_tools.pictures import SIGNATURE, Look, look_at
 from minigpt4.data_tools.sources import Fault, Source
 from minigpt4.data_tools.tar_order import look_at_names
 from minigpt4.datasets.captions import Unusable, usable
@@ -19,7 +19,13 @@ from minigpt4.datasets.conversations.dataset import conversation_of
 from minigpt4.datasets.conversations.record import Picture, Record
 
 ROW = np.dtype([("part", "i4"), ("item", "i4"), ("id", "u8"), ("content", "u8"), ("length", "i4"), ("lost", "i4")])
-LOOK = [("width", "i4"), ("height", "i4"), ("sharpness", "f4"), ("contrast", "f4"), ("signature", "V80")]
+LOOK = [
+    ("width", "i4"),
+    ("height", "i4"),
+    ("sharpness", "f4"),
+    ("contrast", "f4"),
+    ("signature", f"V{SIGNATURE.itemsize}"),
+]
 # path: number of the path, or -1 for a picture inside the data, which is looked at already.
 PICTURE = np.dtype([("row", "i8"), ("number", "i4"), ("path", "i8"), *LOOK])
 

@@ -1,6 +1,6 @@
 """How long a conversation is for the model, and what of it is cut."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from minigpt4.common.config import Config
 from minigpt4.common.facts import IMAGE_SLOT, SEPARATOR
@@ -64,12 +64,18 @@ class ModelTokens:
         return tokens, len(tokens.ids) - first
 
 
-def lengths_of(cfg: Config | None) -> tuple[Any, str]:
-    """The measure of a config, and why it counts characters; empty: it counts tokens."""
+def lengths_of(cfg: Config | None) -> tuple[Characters | ModelTokens, str]:
+    """The measure of a config, and a sentence that says why it counts characters; empty: it counts tokens.
+
+    Raises ConfigError for a template or a file of prompts that cannot be used.
+    """
+    reason = ""
     if cfg is None:
-        return Characters(), "--cfg-path names the model whose tokens are counted"
-    if cfg.model_cfg.get("arch") != MiniGPT4Config.arch:
-        return Characters(), f"model.arch={cfg.model_cfg.get('arch')} has a form of its own"
-    if missing := list(cfg.missing_paths(False, ("model.llama_model",))):
-        return Characters(), f"model.llama_model = {missing[0][1]}"
+        reason = "no --cfg-path names the model whose tokens could be counted"
+    elif cfg.model_cfg.get("arch") != MiniGPT4Config.arch:
+        reason = f"model.arch={cfg.model_cfg.get('arch')} has a form of its own"
+    elif missing := list(cfg.missing_paths(False, ("model.llama_model",))):
+        reason = f"model.llama_model = {missing[0][1]}"
+    if reason:
+        return Characters(), f"Lengths are in characters: {reason}."
     return ModelTokens(MiniGPT4Config.from_section(cfg.model_cfg)), ""

@@ -22,7 +22,7 @@ STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 0 auto; padding: 1rem; max-width: 72rem; }
 h1 { font-size: 1.4rem; } h2 { font-size: 1.15rem; overflow-wrap: anywhere; margin-top: 2.5rem; }
 summary { cursor: pointer; font-weight: 600; padding: .5rem 0; }
-details { border-top: 1px solid var(--line); }
+details { border-top: 1px solid var(--line); } details[open] { padding-bottom: .75rem; }
 .error { color: var(--error); } .warning { color: var(--warning); } .note { color: var(--note); }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(21rem, 100%), 1fr)); gap: .75rem; }
 .card { border: 1px solid var(--line); border-radius: .4rem; padding: .5rem; font-size: .85rem; }
@@ -69,7 +69,7 @@ def _section(kind: str, found: list[Finding], thumbnails: dict[Place, str]) -> s
 
 def _card(finding: Finding, thumbnails: dict[Place, str]) -> str:
     places = [place for place in (finding.picture, finding.like) if place in thumbnails]
-    images = "".join(f'<img alt="" loading="lazy" src="{thumbnails[place]}">' for place in places)
+    images = "".join(f'<img alt="" src="{thumbnails[place]}">' for place in places)
     where, what = _escaped(finding.where), _escaped(finding.what)
     return f'<div class="card">{images}<span class="where">{where}</span>{what}</div>'
 
@@ -80,7 +80,7 @@ def _escaped(text: str) -> str:
 
 def _histogram(lengths: dict) -> str:
     """Bars of the number of samples by length, and a line at max_txt_len."""
-    bars, width, height = lengths["histogram"], 600, 150
+    bars, width, height = lengths["histogram"], 600, 110
     tallest = max(number for _, number in bars)
     step = width / len(bars)
     least, most = lengths["least"], max(lengths["most"], lengths["least"] + 1)

@@ -15,10 +15,11 @@ SIDE = 160
 BLURRED = 20.0
 # Standard deviation of the grey values (0 to 255) below which a picture shows one colour.
 FLAT = 2.0
-# Copies differ in at most so many of HASH_BITS, and by so many of 255 levels in each of 4 x 4 fields.
-HASH_BITS, HASH_DISTANCE, COLOUR_DISTANCE = 256, 16, 16
-# Each picture is compared with this many neighbours in each of 16 orders.
-NEIGHBOURS = 16
+# Copies differ in at most so many of the 64 bits of their hashes, and by so many of 255 levels in each field.
+HASH_DISTANCE, FIELD_DISTANCE = 8, 24
+# Each picture is compared with this many neighbours in each of TURNS orders.
+NEIGHBOURS, TURNS = 16, 16
+SIGNATURE = np.dtype([("hash", "u8"), ("fields", "u1", 16 * 16 + 4 * 4 * 3)])
 
 
 class Look(NamedTuple):
@@ -31,7 +32,7 @@ class Look(NamedTuple):
     contrast: float
     """Standard deviation of the grey values."""
     signature: bytes
-    """A perceptual hash of HASH_BITS, and 4 x 4 colours."""
+    """As SIGNATURE: a perceptual hash, and 16 x 16 grey and 4 x 4 coloured fields."""
 
 
 def opencv() -> Any:
@@ -56,35 +57,36 @@ def look_at(content: bytes) -> Look:
     if scale < 1:
         size = [max(1, round(scale * side)) for side in (grey.shape[1], grey.shape[0])]
         grey = cv2.resize(grey, size, interpolation=cv2.INTER_AREA)
-    small = cv2.resize(grey, (64, 64), interpolation=cv2.INTER_AREA)
-    frequencies = cv2.dct(small.astype(np.float32))[:16, :16]
-    bits = np.packbits(frequencies > np.median(frequencies))
-    colours = cv2.resize(pixels, (4, 4), interpolation=cv2.INTER_AREA)
-    sharpness = float(cv2.Laplacian(grey, cv2.CV_32F).var())
-    return Look(width, height, sharpness, float(grey.std()), bits.tobytes() + colours.tobytes())
+    shrunk = [
+        cv2.resize(*pair, interpolation=cv2.INTER_AREA)
+        for pair in ((grey, (32, 32)), (grey, (16, 16)), (pixels, (4, 4)))
+    ]
+    frequencies = cv2.dct(shrunk[0].astype(np.float32))[:8, :8].ravel()
+    frequencies[0] = 0  # the brightness
+    hash = np.packbits(frequencies > np.median(frequencies)).tobytes()
+    signature = hash + shrunk[1].tobytes() + shrunk[2].tobytes()
+    return Look(width, height, float(cv2.Laplacian(grey, cv2.CV_32F).var()), float(grey.std()), signature)
 
 
-def find_copies(signatures: list[bytes]) -> Iterator[tuple[int, int, int]]:
+def find_copies(signatures: np.ndarray) -> Iterator[tuple[int, int, int]]:
     """(picture, an earlier one like it, number of bits that differ) for each picture that has one.
 
-    The hashes are sorted 16 times, each time from another place in them on. Near ones come next to each other in at
-    least one of these orders, unless very many pictures look nearly alike.
+    signatures: of type SIGNATURE. The hashes are sorted TURNS times, each time from another bit on. Near ones come next
+    to each other in at least one of these orders, unless very many pictures look nearly alike.
     """
-    count = len(signatures)
-    table = np.frombuffer(b"".join(signatures), dtype=np.uint8).reshape(count, -1)
-    hashes, colours = table[:, : HASH_BITS // 8], table[:, HASH_BITS // 8 :].astype(np.int16)
+    count, hashes, fields = len(signatures), signatures["hash"], signatures["fields"]
     nearest = np.full(count, HASH_DISTANCE + 1)
     like = np.arange(count)
-    for turn in range(0, HASH_BITS // 8, 2):
-        rotated = np.ascontiguousarray(np.roll(hashes, -turn, axis=1))
-        order = np.argsort(rotated.view(f"V{HASH_BITS // 8}").ravel(), kind="stable")
+    for turn in range(0, 64, 64 // TURNS):
+        rotated = hashes if not turn else (hashes << np.uint64(turn)) | (hashes >> np.uint64(64 - turn))
+        order = np.argsort(rotated, kind="stable")
         for step in range(1, min(NEIGHBOURS, count - 1) + 1):
             pairs = np.sort(np.stack([order[:-step], order[step:]]), axis=0)
-            distance = np.bitwise_count(hashes[pairs[0]] ^ hashes[pairs[1]]).sum(axis=1, dtype=np.int64)
-            pairs, distance = pairs[:, distance <= HASH_DISTANCE], distance[distance <= HASH_DISTANCE]
-            alike = np.abs(colours[pairs[0]] - colours[pairs[1]]).max(axis=1, initial=0) <= COLOUR_DISTANCE
-            for first, second, bits in zip(*pairs[:, alike], distance[alike], strict=True):
-                if bits < nearest[second] or bits == nearest[second] and first < like[second]:
+            distance = np.bitwise_count(hashes[pairs[0]] ^ hashes[pairs[1]])
+            for first, second in pairs[:, distance <= HASH_DISTANCE].T:
+                bits = int(hashes[first] ^ hashes[second]).bit_count()
+                better = bits < nearest[second] or bits == nearest[second] and first < like[second]
+                if better and np.abs(fields[first].astype(int) - fields[second]).max() <= FIELD_DISTANCE:
                     nearest[second], like[second] = bits, first
     for picture in np.flatnonzero(like < np.arange(count)):
         yield int(picture), int(like[picture]), int(nearest[picture])

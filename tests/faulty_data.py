@@ -14,7 +14,7 @@ def photo(seed: int, size: tuple[int, int] = (240, 180)) -> Image.Image:
     rng = np.random.default_rng(seed)
     large = Image.fromarray(rng.integers(0, 255, (6, 8, 3), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC)
     fine = Image.fromarray(rng.integers(0, 255, (size[1], size[0], 3), dtype=np.uint8))
-    return Image.blend(large, fine, 0.12)
+    return Image.blend(large, fine, 0.2)
 
 
 def content(image: Image.Image, format: str = "JPEG", **options) -> bytes:
@@ -28,7 +28,7 @@ def write_faulty_jsonl(folder: Path) -> Path:
     for number in range(8):
         (folder / f"{number}.jpg").write_bytes(content(photo(number), quality=95))
     original = photo(1)
-    (folder / "small.jpg").write_bytes(content(original.resize((120, 90)), quality=60))
+    (folder / "small.jpg").write_bytes(content(original.resize((160, 120)), quality=80))
     (folder / "blurred.jpg").write_bytes(content(photo(20).filter(ImageFilter.GaussianBlur(9))))
     (folder / "white.png").write_bytes(content(Image.new("RGB", (64, 64), "white"), "PNG"))
     (folder / "cut_off.jpg").write_bytes(content(photo(21), quality=95)[:9000])
