@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 from tqdm import tqdm
 
-from minigpt4.data_tools.examine import PICTURE, ROW, PartReport, examine_part, look_or_reason
+from minigpt4.data_tools.examine import LOOK, PICTURE, ROW, PartReport, examine_part, look_or_reason
 from minigpt4.data_tools.findings import KINDS, Finding, Place
 from minigpt4.data_tools.lengths import Characters, ModelTokens
 from minigpt4.data_tools.pictures import BLURRED, FLAT, SIGNATURE, Look, find_copies
@@ -112,7 +112,7 @@ class Comparison:
                 unreadable.append(number)
                 continue
             read.append(index)
-            for name, value in look._asdict().items():
+            for (name, _), value in zip(LOOK, look, strict=True):
                 self.pictures[name][index] = value
         self.usable[self.pictures["row"][np.isin(paths, unreadable)]] = False
         self.pictures = self.pictures[np.sort([*inside, *read]).astype(np.int64)]

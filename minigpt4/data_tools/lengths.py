@@ -3,17 +3,19 @@
 from typing import NamedTuple
 
 from minigpt4.common.config import Config
-from minigpt4.common.facts import IMAGE_SLOT, SEPARATOR
+from minigpt4.common.facts import IMAGE_SLOT
 from minigpt4.common.schema import MiniGPT4Config
-from minigpt4.datasets.conversations.batch import Conversation, Conversations, Tokens, encode, exchanges
-from minigpt4.models.prompt import IGNORE_INDEX, read_prompts
-from minigpt4.models.template import resolve
+from minigpt4.datasets.conversations.batch import Conversation, Conversations
+from minigpt4.datasets.preview import TextReader
+from minigpt4.models.prompt import IGNORE_INDEX, encode_batch, sanitize_batch
 from minigpt4.models.tokenizer import load_tokenizer
 
 WHOLE = 1 << 40  # a max_txt_len that cuts nothing
 
 
 class Length(NamedTuple):
+    """The length of a conversation, in the unit of its measure."""
+
     length: int
     """Tokens after the first question, which `max_txt_len` bounds; or characters."""
     lost: int = 0
@@ -26,7 +28,7 @@ class Length(NamedTuple):
 class Characters:
     """Counts characters, where no config names a tokenizer."""
 
-    unit, max_txt_len = "character", None
+    unit, max_txt_len, reader = "character", None, None
 
     def measure(self, conversation: Conversation) -> Length:
         return Length(sum(len(part or "") for _, parts in conversation for part in parts))
@@ -38,30 +40,28 @@ class ModelTokens:
     unit = "token"
 
     def __init__(self, model_cfg: MiniGPT4Config) -> None:
-        """Raises ConfigError for a template or tokenizer that cannot be read."""
-        self.template = resolve(model_cfg)
-        prompts = read_prompts(model_cfg.prompt_path, self.template.prompt) if model_cfg.prompt_path else [IMAGE_SLOT]
-        self.image_prompt, self.max_txt_len = prompts[0], model_cfg.max_txt_len
-        self.tokenizer = load_tokenizer(model_cfg.llama_model, model_cfg.trust_remote_code)
-        self.num_query_tokens = model_cfg.num_query_token
+        """Raises ConfigError for a template or a file of prompts that cannot be used."""
+        tokenizer = load_tokenizer(model_cfg.llama_model, model_cfg.trust_remote_code)
+        self.reader = TextReader.from_config(model_cfg, tokenizer)
+        self.max_txt_len = model_cfg.max_txt_len
 
     def measure(self, conversation: Conversation) -> Length:
-        separators = [self.template.end, SEPARATOR]
-        (sound,) = Conversations([conversation]).sanitize(self.tokenizer.special_tokens, separators)
-        tokens, length = self._encode(sound, WHOLE)
-        lost = 0
-        if length > self.max_txt_len:
-            tokens, kept = self._encode(sound, self.max_txt_len)
-            lost = length - kept
-        has_labels = any(label != IGNORE_INDEX for label in tokens.labels)
-        return Length(length, lost, has_labels, tuple(sound) != tuple(conversation))
+        special_tokens, separators = self.reader.tokenizer.special_tokens, self.reader.template.separators
+        texts, broken_up = sanitize_batch(Conversations([conversation]), special_tokens, separators)
+        labels = whole = self._labels(texts, WHOLE)
+        if len(whole) > self.max_txt_len:
+            labels = self._labels(texts, self.max_txt_len)
+        return Length(len(whole), len(whole) - len(labels), bool(labels), bool(broken_up))
 
-    def _encode(self, conversation: Conversation, max_txt_len: int) -> tuple[Tokens, int]:
-        """The tokens, and how many of them come after the first question."""
-        parts = exchanges(conversation, self.template, self.image_prompt)
-        tokens = encode(self.tokenizer, parts, self.num_query_tokens, max_txt_len, self.template.bos)
-        first = next((place for place, label in enumerate(tokens.labels) if label != IGNORE_INDEX), len(tokens.labels))
-        return tokens, len(tokens.ids) - first
+    def _labels(self, texts: Conversations, max_txt_len: int) -> list[int]:
+        """The labels after the first question; none if nothing is learnt."""
+        reader = self.reader
+        prompt = reader.prompts[0] if reader.prompts else IMAGE_SLOT
+        limits = reader.num_query_tokens, max_txt_len
+        found = encode_batch(reader.tokenizer, texts, prompt, *limits, reader.template.end, reader.template)
+        labels = found.labels[0]
+        first = next((place for place, label in enumerate(labels) if label != IGNORE_INDEX), len(labels))
+        return labels[first:]
 
 
 def lengths_of(cfg: Config | None) -> tuple[Characters | ModelTokens, str]:

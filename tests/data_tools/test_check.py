@@ -1,8 +1,6 @@
 """`data check` finds every fault that was planted, at its place, and no other."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 from dataset_files import good_members, write_align, write_shards, write_tar
@@ -10,6 +8,7 @@ from faulty_data import LINES, photo, write_faulty_jsonl, write_faulty_shards
 from helpers import ROOT
 
 from minigpt4.cli.data import main
+from minigpt4.common.errors import ConfigError
 from minigpt4.data_tools.findings import KINDS
 
 STAGE = {n: str(ROOT / f"train_configs/minigpt4_tiny_{n}.yaml") for n in ("stage1_pretrain", "stage2_finetune")}
@@ -173,9 +172,13 @@ def test_arguments_that_do_not_fit(arguments, words, capsys):
 
 
 def test_a_folder_of_another_is_left_alone(tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out/report.json").write_text('{"mine": true}')
-    command = [sys.executable, "-m", "minigpt4", "data", "check", "nothing", "--out", str(tmp_path / "out")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1 and "Nothing was changed" in done.stderr and len(done.stderr.splitlines()) == 1
-    assert (tmp_path / "out/report.json").read_text() == '{"mine": true}'
+    (tmp_path / "report.json").write_text('{"mine": true}')
+    with pytest.raises(ConfigError, match="Nothing was changed"):
+        main(["check", "nothing", "--out", str(tmp_path)])
+    assert (tmp_path / "report.json").read_text() == '{"mine": true}'
+
+
+def test_files_that_are_not_there(tmp_path):
+    with pytest.raises(ConfigError, match="nothing.csv: there is no file") as error:
+        main(["check", str(tmp_path / "nothing.csv")])
+    assert "datasets." not in str(error.value)
