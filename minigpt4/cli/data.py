@@ -12,6 +12,7 @@ from minigpt4.cli.arguments import add_config_arguments
 from minigpt4.common.commands import check_positive, command_parser, path_argument
 from minigpt4.common.config import Config
 from minigpt4.common.errors import ConfigError
+from minigpt4.common.output import only_run
 from minigpt4.common.text import pluralize
 from minigpt4.data_tools.processes import available_cpus
 
@@ -19,6 +20,13 @@ CHECK = """Read every record and picture, and say what is wrong with them.
 
 The data are those of --cfg-path, or the files, folders and shards that are named. Exit status: 0 for no errors
 (warnings are allowed), 1 for errors, and for data that cannot be opened at all.
+"""
+CONVERT = """Write the same records in another form, with their ids and their pictures as they are.
+
+    shards   00000.tar …, for the builder conversation; captions also for laion and cc_sbu
+    jsonl    00000.jsonl …, and the pictures in images/, each once
+
+Of a config, each dataset gets a folder in --out. If it is interrupted, the same command goes on where it stopped.
 """
 
 
@@ -28,6 +36,11 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     check = add_action(actions, "check", CHECK)
     check.add_argument("--out", type=path_argument, metavar="FOLDER", help="write report.json and index.html there")
     add_workers(check)
+    convert = add_action(actions, "convert", CONVERT)
+    convert.add_argument("--to", required=True, choices=("shards", "jsonl"), help="the form")
+    convert.add_argument("--out", required=True, type=path_argument, metavar="FOLDER", help="folder for the files")
+    convert.add_argument("--leave-out", action="store_true", help="leave out records with a fault; else, they end it")
+    add_workers(convert)
     args = parser.parse_args(argv)
     if bool(args.storage) == bool(args.cfg_path):
         actions.choices[args.action].error("name either files, folders or shards, or a config with --cfg-path")
@@ -58,7 +71,7 @@ def add_workers(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: list[str]) -> int:
     args = parse_args(argv)
-    return {"check": run_check}[args.action](args)
+    return {"check": run_check, "convert": run_convert}[args.action](args)
 
 
 def run_check(args: argparse.Namespace) -> int:
@@ -83,6 +96,25 @@ def run_check(args: argparse.Namespace) -> int:
         report.write(args.out, reports, note)
         print(f"The report is in {args.out / 'index.html'}")
     return int(count(reports, ERROR) > 0)
+
+
+def run_convert(args: argparse.Namespace) -> int:
+    from minigpt4.data_tools.convert import convert, open_folder, part_path
+
+    cfg, sources = open_sources(args)
+    folders = [args.out if cfg is None else args.out / source.name for source in sources]
+    for source, folder in zip(sources, folders, strict=True):
+        open_folder(source, args.to, folder)
+    with only_run(args.out):
+        for source, folder in zip(sources, folders, strict=True):
+            written = convert(source, args.to, folder, args.workers, args.leave_out)
+            left_out = f", {pluralize(len(written.faults), 'fault')} left out" if written.faults else ""
+            already = f", {pluralize(written.already, 'file')} there already" if written.already else ""
+            print(f"{source.name}: {pluralize(written.records, 'record')} written{left_out}{already}. Train with")
+            print(f"  builder: conversation, storage: {folder}/*{part_path(folder, args.to, 0).suffix}")
+            for where, what, _ in written.faults[:5]:
+                print(f"  left out: {where} {what}")
+    return 0
 
 
 def open_sources(args: argparse.Namespace) -> tuple[Config | None, list]:

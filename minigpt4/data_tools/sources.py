@@ -3,9 +3,10 @@
 A caption is a conversation of a picture and an answer, so that one form stands for all.
 """
 
+import hashlib
 import io
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -16,11 +17,14 @@ from minigpt4.common.facts import cached_features
 from minigpt4.common.rgb import from_array
 from minigpt4.datasets.captions import Unusable, load_json, usable
 from minigpt4.datasets.conversations.formats import Part, Records, read_records
+from minigpt4.datasets.conversations.listed import ListedRecords
+from minigpt4.datasets.conversations.parquet import ParquetRows
 from minigpt4.datasets.conversations.record import Message, Picture, Record
 from minigpt4.datasets.conversations.shards import ShardRecords
 from minigpt4.datasets.conversations.text_files import shown
 from minigpt4.datasets.datasets.cc_sbu_dataset import SUFFIXES
 from minigpt4.datasets.datasets.image_text_stream import ImageTextStream
+from minigpt4.datasets.datasets.shards import is_local
 from minigpt4.datasets.datasets.tar_reader import CORRUPT, CUT_OFF, JOINED, UNREADABLE
 from minigpt4.datasets.left_out import Gate
 
@@ -56,6 +60,9 @@ class Source(Protocol):
     def read(self, part: int) -> Iterator[Record | Fault]:
         """The records of a part, in order, and the faults in the place of those that have one."""
 
+    def fingerprint(self) -> str:
+        """Changes with the data. Raises ConfigError for data without files of records."""
+
 
 class FileSource:
     """The records of files and folders (`formats.Records`)."""
@@ -77,6 +84,18 @@ class FileSource:
         for index, record in zip(indices, found, strict=True):
             yield _fault(file.source.where(index), record) if isinstance(record, ConfigError) else record
 
+    def fingerprint(self) -> str:
+        states = []
+        for part, indices in self.parts:
+            if isinstance(part.source, ListedRecords):
+                states.append(f"{part.source.base} {part.source.items.digest()}")
+            elif isinstance(part.source, ParquetRows):
+                states.append(file_state(part.source.path))
+            else:
+                states.append(file_state(part.source.file.path))
+            states.append(f"{part.find.folder} {indices} {sorted(part.columns.items())}")
+        return digest(states)
+
 
 class ShardSource:
     """The records of shards of conversations (`shards.ShardRecords`)."""
@@ -97,6 +116,9 @@ class ShardSource:
             except ConfigError as mistake:
                 yield _fault(self.shards[part], mistake)
 
+    def fingerprint(self) -> str:
+        return digest(map(file_state, self.shards))
+
 
 class CaptionShards:
     """laion and cc_sbu: the captions of shards as `ImageTextStream` reads them."""
@@ -111,6 +133,9 @@ class CaptionShards:
             yield from self.faults.take_all()
             yield captioned(sample.image_id, sample.image, sample.caption, f"{sample.shard} member {sample.key}")
         yield from self.faults.take_all()
+
+    def fingerprint(self) -> str:
+        return digest(map(file_state, self.shards))
 
 
 class Faults(Gate):
@@ -170,6 +195,9 @@ class AlignSource:
             else:
                 yield captioned(str(image_id), os.path.join(self.images, picture), item.get("caption"), where)
 
+    def fingerprint(self) -> str:
+        return digest([file_state(self.file)])
+
 
 class PluginSource:
     """A split of a plug-in's dataset, as far as `common.contracts` describes samples: "image" and "text_input".
@@ -198,6 +226,9 @@ class PluginSource:
                 yield Fault(where, f"raises {type(error).__name__}: {error}")
             else:
                 yield sample_record(sample, where)
+
+    def fingerprint(self) -> str:
+        raise ConfigError(f"{self.name}: {self.where} gives samples, not records of files. It cannot be converted.")
 
     def _samples(self, part: int) -> Iterator[tuple[str, Callable[[], Any]]]:
         """The place of each sample, and the function that loads it."""
@@ -234,6 +265,18 @@ def to_png(image: Any) -> bytes:
     buffer = io.BytesIO()
     from_array(array).save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
+
+
+def file_state(path: str) -> str:
+    """The path, size and time of a file; of a URL or a command, itself."""
+    if not is_local(path):
+        return path
+    state = os.stat(path)
+    return f"{os.path.abspath(path)} {state.st_size} {state.st_mtime_ns}"
+
+
+def digest(texts: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(texts).encode("utf-8", errors="surrogateescape")).hexdigest()[:16]
 
 
 def captioned(id: str, picture: str | bytes, caption: Any, where: str) -> Record | Fault:

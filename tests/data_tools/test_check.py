@@ -1,6 +1,7 @@
 """`data check` finds every fault that was planted, at its place, and no other."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from dataset_files import good_members, write_align, write_shards, write_tar
@@ -8,8 +9,12 @@ from faulty_data import LINES, photo, write_faulty_jsonl, write_faulty_shards
 from helpers import ROOT
 
 from minigpt4.cli.data import main
+from minigpt4.common.config import Config
 from minigpt4.common.errors import ConfigError
+from minigpt4.data_tools.check import check
 from minigpt4.data_tools.findings import KINDS
+from minigpt4.data_tools.lengths import lengths_of
+from minigpt4.data_tools.sources import sources_of_config
 
 STAGE = {n: str(ROOT / f"train_configs/minigpt4_tiny_{n}.yaml") for n in ("stage1_pretrain", "stage2_finetune")}
 
@@ -73,11 +78,11 @@ def test_tokens_that_are_cut(run, tmp_path):
     lengths = data["lengths"]
     assert lengths["unit"] == "token" and lengths["cut"] == 1 and lengths["lost"] == lengths["most"] - 160
     assert places(data)["cut"] == [f"{tmp_path}/filter_cap.json annotations[0]"] and run.status == 0
-    bound = f"model.max_txt_len={lengths['max_txt_len that cuts none']}"
-    (data,) = run("--cfg-path", STAGE["stage2_finetune"], "--options", storage, bound)
-    assert data["lengths"]["cut"] == 0 and "cut" not in places(data)
-    (data,) = run("--cfg-path", STAGE["stage2_finetune"], "--options", storage, bound[:-1] + "0")
-    assert data["lengths"]["cut"] == 1
+    cfg = Config(SimpleNamespace(cfg_path=STAGE["stage2_finetune"], options=[storage]))
+    (source,), (measure, _) = sources_of_config(cfg), lengths_of(cfg)
+    for max_txt_len, cut in ((lengths["most"], 0), (lengths["most"] - 1, 1)):
+        measure.max_txt_len = max_txt_len
+        assert (check(source, measure, 1).rows["lost"] > 0).sum() == cut
 
 
 def test_faults_of_shards(run, tmp_path):
