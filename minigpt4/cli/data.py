@@ -16,10 +16,15 @@ from minigpt4.common.output import only_run
 from minigpt4.common.text import pluralize
 from minigpt4.data_tools.processes import available_cpus
 
+MAX_SAMPLES = 200  # on a sheet
 CHECK = """Read every record and picture, and say what is wrong with them.
 
 The data are those of --cfg-path, or the files, folders and shards that are named. Exit status: 0 for no errors
 (warnings are allowed), 1 for errors, and for data that cannot be opened at all.
+"""
+SHOW = """Draw samples as the model reads them: the processed pictures, and the text with what is learnt marked.
+
+Without --cfg-path, the pictures and texts are those of the files, and the answers are marked.
 """
 CONVERT = """Write the same records in another form, with their ids and their pictures as they are.
 
@@ -36,6 +41,11 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     check = add_action(actions, "check", CHECK)
     check.add_argument("--out", type=path_argument, metavar="FOLDER", help="write report.json and index.html there")
     add_workers(check)
+    show = add_action(actions, "show", SHOW)
+    show.add_argument("--out", required=True, type=path_argument, metavar="FILE.png", help="the picture to write")
+    show.add_argument("--samples", type=int, default=8, metavar="N", help="samples of each dataset (%(default)s)")
+    show.add_argument("--seed", type=int, default=0, metavar="N", help="draws the samples (%(default)s)")
+    show.add_argument("--font", type=path_argument, metavar="FILE", help="a font with the characters of the texts")
     convert = add_action(actions, "convert", CONVERT)
     convert.add_argument("--to", required=True, choices=("shards", "jsonl"), help="the form")
     convert.add_argument("--out", required=True, type=path_argument, metavar="FOLDER", help="folder for the files")
@@ -46,6 +56,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         actions.choices[args.action].error("name either files, folders or shards, or a config with --cfg-path")
     if args.cfg_path and (args.images or args.format or args.columns):
         actions.choices[args.action].error("--images, --format and --columns go with files; a config has its own")
+    if getattr(args, "samples", 0) > MAX_SAMPLES:
+        actions.choices[args.action].error(f"--samples {args.samples} must be at most {MAX_SAMPLES}")
     check_positive(parser, args, [name for name in ("workers", "samples") if hasattr(args, name)])
     return args
 
@@ -71,7 +83,7 @@ def add_workers(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: list[str]) -> int:
     args = parse_args(argv)
-    return {"check": run_check, "convert": run_convert}[args.action](args)
+    return {"check": run_check, "show": run_show, "convert": run_convert}[args.action](args)
 
 
 def run_check(args: argparse.Namespace) -> int:
@@ -96,6 +108,32 @@ def run_check(args: argparse.Namespace) -> int:
         report.write(args.out, reports, note)
         print(f"The report is in {args.out / 'index.html'}")
     return int(count(reports, ERROR) > 0)
+
+
+def run_show(args: argparse.Namespace) -> int:
+    from minigpt4.data_tools.lengths import lengths_of
+    from minigpt4.data_tools.sheet import Fonts, draw_sheet, samples_of
+    from minigpt4.data_tools.sources import processor_of
+
+    if args.out.exists():
+        raise ConfigError(f"--out {args.out} exists. Nothing was changed. Name a new file.")
+    fonts = Fonts(args.font)
+    cfg, sources = open_sources(args)
+    measure, note = lengths_of(cfg)
+    datasets = []
+    for source in sources:
+        samples = [*samples_of(source, measure, processor_of(cfg, source), args.samples, args.seed)]
+        datasets.append((f"{source.name}: {source.where}", samples))
+        print(f"{source.name}: {pluralize(len(samples), 'sample')}")
+    with only_run(args.out):
+        draw_sheet(datasets, fonts).save(args.out, "PNG")
+    if note:
+        print(note)
+    if fonts.missing:
+        missing = "".join(sorted(fonts.missing))
+        what = pluralize(len(missing), "character has", "characters have")
+        print(f"{what} no glyph in the fonts: {missing[:40]}. Name a font that has them: --font FILE")
+    return 0
 
 
 def run_convert(args: argparse.Namespace) -> int:

@@ -342,3 +342,14 @@ def built(cfg: Any, name: str) -> Iterator[Source]:
         full_name = name if split == "train" else f"{name}.{split}"
         is_captions = isinstance(dataset, ImageTextStream)
         yield CaptionShards(full_name, dataset) if is_captions else PluginSource(full_name, dataset)
+
+
+def processor_of(cfg: Any, source: Source) -> Callable | None:
+    """The image processor of a dataset in training; None without a config, and for pictures that are processed."""
+    if cfg is None or isinstance(source, PluginSource):
+        return None
+    name = source.name.removesuffix(".val")
+    builder = cfg.builder_class(name)(cfg.datasets_cfg[name])
+    builder.name = name
+    builder.build_processors()
+    return builder.vis_processors["train" if name == source.name else "eval"]
