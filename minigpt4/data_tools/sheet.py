@@ -5,7 +5,7 @@ import random
 import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,7 +40,7 @@ FONTS = (
     "msyh.ttc",
 )
 # Samples of a part among which one is drawn.
-DRAWN_FROM = 200
+DRAWN_FROM = 1000
 
 
 Run = tuple[str, str | None]
@@ -56,18 +56,22 @@ class Sample(NamedTuple):
 
 
 def draw_records(source: Source, count: int, seed: int) -> list[Record]:
-    """Records from parts that lie far apart, at random."""
+    """Records at random, from parts at random."""
     rng = random.Random(seed)
-    parts = rng.sample(range(source.num_parts), min(count, source.num_parts))
-    drawn = []
-    for number, part in enumerate(sorted(parts)):
+    parts = sorted(rng.sample(range(source.num_parts), min(count, source.num_parts)))
+    drawn: list[Record] = []
+    for number, part in enumerate(parts):
         wanted = count // len(parts) + (number < count % len(parts))
-        good = []
-        for item in source.read(part):
-            good += [] if isinstance(item, Fault) else [item]
-            if len(good) == DRAWN_FROM:
-                break
-        drawn += [good[index] for index in sorted(rng.sample(range(len(good)), min(wanted, len(good))))]
+        chosen: dict[int, Record] = {}
+        records = (item for item in source.read(part) if not isinstance(item, Fault))
+        for index, record in enumerate(islice(records, DRAWN_FROM)):
+            # Each record is as likely to stay as any other, and only those that are chosen so far are kept.
+            if len(chosen) < wanted:
+                chosen[index] = record
+            elif rng.randrange(index + 1) < wanted:
+                del chosen[rng.choice(sorted(chosen))]
+                chosen[index] = record
+        drawn += [chosen[index] for index in sorted(chosen)]
     return drawn
 
 
