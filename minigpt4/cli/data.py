@@ -1,8 +1,8 @@
 """python -m minigpt4 data check|show|convert: look at datasets before a run, and write them in other forms.
 
 python -m minigpt4 data check /data/photos                                # a folder, files or shards
-python -m minigpt4 data check --cfg-path train.yaml --out report          # each dataset of a run
-python -m minigpt4 data show --cfg-path train.yaml --out samples.png      # samples as the model reads them
+python -m minigpt4 data check --cfg-path my_run.yaml --out report          # each dataset of a run
+python -m minigpt4 data show --cfg-path my_run.yaml --out samples.png      # samples as the model reads them
 python -m minigpt4 data convert my.csv --to shards --out /data/shards     # the same records in another form
 """
 
