@@ -135,11 +135,9 @@ def from_prompt(prompt_template: str, end: str) -> Template:
 def read_prompts(path: str, template: str) -> list[str]:
     """The prompts of a text file, one per line, each put into `template`. Lines without an image slot are left out.
 
-    Raises ConfigError for a file that is no text, if no line has a slot, if a prompt has several, or if the template
-    has no `{}`.
+    template: has a `{}`, as `Template.prompt`.
+    Raises ConfigError for a file that is no text, if no line has a slot, or if a prompt has several.
     """
-    if "{}" not in template:
-        raise ConfigError(f"model.prompt_template={template!r} has no {{}} where the prompt goes.")
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:

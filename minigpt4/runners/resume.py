@@ -133,8 +133,10 @@ def _config_differences(old: Any, new: Mapping) -> Iterator[tuple[str, Any, Any]
                 yield f"{section}.{key}", was, value
     before, now = (_flat(config.get("datasets") or {}, "datasets") for config in (old, new))
     for key in before | now:
-        if _is_trained_on(key) and before.get(key) != now.get(key):
-            yield key, before.get(key), now.get(key)
+        values = before.get(key), now.get(key)
+        other_files = key.endswith(".build_info.val") and not any(isinstance(value, float) for value in values)
+        if _is_trained_on(key) and values[0] != values[1] and not other_files:
+            yield key, *values
 
 
 def _with_effective_load_in(section: Mapping) -> dict[str, Any]:

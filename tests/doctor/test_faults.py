@@ -392,7 +392,7 @@ FAULTS = {
         "stage2",
         records(caption("a ### b")),
         WARNING,
-        ALIGN,
+        "datasets.cc_sbu_align",
         "1 of 20 samples looked at: markers .*'a ### b'",
     ),
     "broken cached features": ("stage2", broken_cache, ERROR, ALIGN_FEATURES, "1 × features that are broken"),
@@ -654,7 +654,7 @@ def test_cached_features_need_no_vision(patient, tmp_path):
     usual = check_memory.estimate(patient.context())
     patient.options = [f"datasets.cc_sbu_align.build_info.features={tmp_path}"]
     patient.write(patient.vision, LFS)
-    assert patient.diagnostics(ERROR, WARNING) == []
+    assert [d.check for d in patient.diagnostics(ERROR, WARNING)] == ["datasets.cc_sbu_align"]  # it is empty
     assert check_memory.estimate(patient.context()).weights < usual.weights
 
 

@@ -499,8 +499,8 @@ def test_shards(tmp_path):
         turns((Picture(b"3b"), "b", Picture(b"3a")), "x"),
         turns(Picture(b"4"), "y"),
         turns((Picture(b"5"), "Q"), "A"),
-        turns("Q", "A"),
         turns(Picture(b"7"), "Seven"),
+        turns("Q", "A"),
     ]
     assert [record.id for record in found][2:5] == ["00000.tar/002", "own", "00001.tar/004"]
     assert found[0].where == f"{tmp_path}/00000.tar member 000"

@@ -278,9 +278,11 @@ def test_shards_go_on_after_a_mistake(folder):
             found.append(str(error).removeprefix(f"{path} member "))
         except StopIteration:
             break
-    words = ["000 is not JSON", "One", "002 has .jpg", "003 names 2 pictures", "004 has the picture 'x.jpg'"]
-    words += ["005 is not text in UTF-8", "006 has the picture 'https://x.org/a.jpg'. Download", "Seven"]
-    assert len(found) == 8 and all(text.startswith(word) for text, word in zip(found, words, strict=True)), found
+    assert found[:2] == ["One", "Seven"]  # all others may be completed until the end of the shard
+    words = ["000 is not JSON", "002 has .jpg", "003 names 2 pictures", "004 has the picture 'x.jpg'"]
+    words += ["005 is not text in UTF-8", "006 has the picture 'https://x.org/a.jpg'. Download"]
+    found = [text.removeprefix(f"{path} member ") for text in sorted(found[2:])]
+    assert all(text.startswith(word) for text, word in zip(found, words, strict=True)), found
 
 
 def test_shards_that_are_cut_off(folder):
