@@ -149,7 +149,7 @@ def run_convert(args: argparse.Namespace) -> int:
             left_out = f", {pluralize(len(written.faults), 'fault')} left out" if written.faults else ""
             already = f", {pluralize(written.already, 'file')} there already" if written.already else ""
             print(f"{source.name}: {pluralize(written.records, 'record')} written{left_out}{already}. Train with")
-            print(f"  builder: conversation, storage: {folder}/*{part_path(folder, args.to, 0).suffix}")
+            print(f"  builder: conversation, storage: {folder}/*{part_path(source, args.to, folder, 0).suffix}")
             for where, what, _ in written.faults[:5]:
                 print(f"  left out: {where} {what}")
     return 0

@@ -25,12 +25,12 @@ from minigpt4.common.errors import ConfigError
 from minigpt4.common.files import read_regular
 from minigpt4.common.output import own_folder
 from minigpt4.common.rgb import open_image
-from minigpt4.data_tools.examine import pictures_of
 from minigpt4.data_tools.processes import in_processes
 from minigpt4.data_tools.sources import Fault, Source
 from minigpt4.datasets.conversations.forms import PLACE
 from minigpt4.datasets.conversations.pictures import SUFFIXES
 from minigpt4.datasets.conversations.record import Message, Record
+from minigpt4.datasets.datasets.tar_reader import member_id
 
 SETTINGS = "convert.json"
 SUFFIX_OF_FORM = {"shards": "tar", "jsonl": "jsonl"}
@@ -53,7 +53,7 @@ def convert(source: Source, form: str, folder: Path, workers: int, leave_out: bo
     Raises ConfigError for the first record with a fault, if they are not left out.
     """
     write = partial(write_part, source, form, folder, leave_out)
-    missing = [part for part in range(source.num_parts) if not part_path(folder, form, part).exists()]
+    missing = [part for part in range(source.num_parts) if not part_path(source, form, folder, part).exists()]
     records, faults = 0, []
     bar = tqdm(in_processes(write, missing, workers), source.name, len(missing), unit="part", disable=not missing)
     for written in bar:
@@ -87,18 +87,22 @@ def open_folder(source: Source, form: str, folder: Path) -> None:
         raise ConfigError(f"--out {folder} was begun with other settings or data: {changes}. Name a new folder.")
 
 
-def part_path(folder: Path, form: str, part: int) -> Path:
+def part_path(source: Source, form: str, folder: Path, part: int) -> Path:
+    """The file of a part. A shard keeps its name, unless another one has it."""
+    names = [os.path.basename(shard) for shard in source.shards]
+    if form == "shards" and names and len(set(names)) == len(names) and names[part].endswith(".tar"):
+        return folder / names[part]
     return folder / f"{part:05d}.{SUFFIX_OF_FORM[form]}"
 
 
 def write_part(source: Source, form: str, folder: Path, leave_out: bool, part: int) -> Written:
     """Write the file of a part, unless it has faults that are not to be left out, or no record without."""
-    path, faults = part_path(folder, form, part), []
+    path, faults = part_path(source, form, folder, part), []
     unfinished = path.with_name(f".{path.name}.part")
     write = {"shards": write_shard, "jsonl": write_lines}[form]
     try:
         with open(unfinished, "wb") as file:
-            count = write(file, folder, part, read_samples(source, part, faults, leave_out))
+            count = write(file, path, read_samples(source, part, faults, leave_out))
         if count and (leave_out or not faults):
             os.replace(unfinished, path)
     finally:
@@ -106,16 +110,18 @@ def write_part(source: Source, form: str, folder: Path, leave_out: bool, part: i
     return Written(count, faults)
 
 
-Sample = tuple[int, Record, list[tuple[str, bytes]]]
-"""Its number in the part, the record, and (suffix, content) of its pictures."""
+Sample = tuple[str, Record, list[tuple[str, bytes]]]
+"""Its key in a shard, the record, and (suffix, content) of its pictures."""
 
 
 def read_samples(source: Source, part: int, faults: list[Fault], leave_out: bool) -> Iterator[Sample]:
     """The records of a part with their pictures. Others are added to `faults`; unless they are left out, it ends."""
+    member = f"{source.shards[part]} member " if source.shards else ""
     for number, item in enumerate(source.read(part)):
         if not isinstance(item, Fault):
+            key = item.where.removeprefix(member) if member else f"{part:05d}{number:06d}"
             try:
-                yield number, item, [read_picture_file(each) for each in pictures_of(item)]
+                yield key, item, [read_picture_file(each) for each in item.pictures]
                 continue
             except UnreadableError as error:
                 item = Fault(item.where, f"{error}.", "picture")
@@ -142,21 +148,27 @@ def read_picture_file(source: str | bytes) -> tuple[str, bytes]:
     return SUFFIX_OF_FORMAT.get(format, format.lower()), content
 
 
-def write_shard(file: BinaryIO, folder: Path, part: int, samples: Iterable[Sample]) -> int:
-    """Write a shard. Returns the number of samples."""
-    count = 0
+def write_shard(file: BinaryIO, path: Path, samples: Iterable[Sample]) -> int:
+    """Write a shard, the file that will be at `path`. Returns the number of samples.
+
+    The samples of a shard keep their keys, and need no id if it follows from them: what belongs to a share `val` is
+    decided by the content of those without an id.
+    """
+    keys: set[str] = set()
     with wds.TarWriter(file, mtime=0) as tar:
-        for number, record, pictures in samples:
-            key = f"{part:05d}{number:06d}"
+        for key, record, pictures in samples:
+            key = f"{key}_{len(keys)}" if key in keys else key
+            keys.add(key)
             several = len(pictures) > 1
             members = {f"{n}.{suffix}" if several else suffix: content for n, (suffix, content) in enumerate(pictures)}
-            item = as_item(record, [f"{key}.{member}" for member in members])
+            item = as_item(record, [f"{os.path.basename(key)}.{member}" for member in members])
+            if record.id == member_id(path.name, key):
+                del item["id"]
             tar.write({"__key__": key, "json": json.dumps(item).encode(), **members})
-            count += 1
-    return count
+    return len(keys)
 
 
-def write_lines(file: BinaryIO, folder: Path, part: int, samples: Iterable[Sample]) -> int:
+def write_lines(file: BinaryIO, path: Path, samples: Iterable[Sample]) -> int:
     """Write JSON lines, and the pictures that are not in the folder yet. Returns the number of lines."""
     count = 0
     for _, record, pictures in samples:
@@ -164,10 +176,10 @@ def write_lines(file: BinaryIO, folder: Path, part: int, samples: Iterable[Sampl
         for suffix, content in pictures:
             digest = hashlib.blake2b(content, digest_size=12).hexdigest()
             names.append(f"images/{digest[:2]}/{digest}.{suffix}")
-            path = folder / names[-1]
-            if not path.exists():
-                path.parent.mkdir(parents=True, exist_ok=True)
-                replace(path, content)
+            picture = path.parent / names[-1]
+            if not picture.exists():
+                picture.parent.mkdir(parents=True, exist_ok=True)
+                replace(picture, content)
         file.write(json.dumps(as_item(record, names), ensure_ascii=False).encode() + b"\n")
         count += 1
     return count

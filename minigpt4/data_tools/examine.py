@@ -16,7 +16,7 @@ from minigpt4.data_tools.tar_order import look_at_names
 from minigpt4.datasets.captions import Unusable, usable
 from minigpt4.datasets.conversations.batch import Conversation
 from minigpt4.datasets.conversations.dataset import conversation_of
-from minigpt4.datasets.conversations.record import Picture, Record
+from minigpt4.datasets.conversations.record import Record
 
 ROW = np.dtype([("part", "i4"), ("item", "i4"), ("id", "u8"), ("content", "u8"), ("length", "i4"), ("lost", "i4")])
 LOOK = [
@@ -83,7 +83,7 @@ def as_trained(record: Record, text_processor: Callable[[str], str] | None) -> C
 def add_pictures(report: PartReport, record: Record, place: Place) -> bool:
     """Add the pictures of a record, unless one inside the data cannot be read, which is reported."""
     added = []
-    for number, source in enumerate(pictures_of(record)):
+    for number, source in enumerate(record.pictures):
         if isinstance(source, str):
             report.paths.append(source)
             added.append((len(report.rows), number, len(report.paths) - 1, 0, 0, 0, 0, b""))
@@ -106,14 +106,9 @@ def findings_of_text(record: Record, length: Length) -> list[Finding]:
         found.append(Finding("cut", record.where, what, badness=length.lost))
     if length.broken_up:
         found.append(Finding("broken_up", record.where, "they are broken up by a space"))
-    if not pictures_of(record):
+    if not record.pictures:
         found.append(Finding("no_picture", record.where))
     return found
-
-
-def pictures_of(record: Record) -> list[str | bytes]:
-    """The pictures of a record, in order."""
-    return [part.source for message in record.messages for part in message.parts if isinstance(part, Picture)]
 
 
 def look_or_reason(source: str | bytes) -> Look | str:
@@ -131,7 +126,7 @@ def look_or_reason(source: str | bytes) -> Look | str:
 def _content(record: Record) -> int:
     """A hash of the texts and pictures."""
     texts = [f"{message.role} {part}" for message in record.messages for part in message.parts if isinstance(part, str)]
-    return _hash("\n".join([*texts, *(p if isinstance(p, str) else f"{_hash(p)}" for p in pictures_of(record))]))
+    return _hash("\n".join([*texts, *(p if isinstance(p, str) else f"{_hash(p)}" for p in record.pictures)]))
 
 
 def _hash(content: str | bytes) -> int:

@@ -10,7 +10,6 @@ from PIL import Image, ImageOps
 from minigpt4.common.files import read_regular
 from minigpt4.common.rgb import WHITE, open_image, to_rgb
 from minigpt4.data_tools.check import DatasetReport
-from minigpt4.data_tools.examine import pictures_of
 from minigpt4.data_tools.findings import ERROR, KINDS, WARNING, Finding, Place
 from minigpt4.data_tools.sources import Fault, Source
 from minigpt4.data_tools.summary import by_kind, count, facts, pluralize, summary
@@ -115,7 +114,7 @@ def read_thumbnails(source: Source, places: Iterable[Place]) -> dict[Place, str]
             if isinstance(item, Fault):
                 continue
             for place in items.get(number, ()):
-                found[place] = _data_url(pictures_of(item)[place.number])
+                found[place] = _data_url(item.pictures[place.number])
     return found
 
 

@@ -16,7 +16,7 @@ from minigpt4.common.errors import ConfigError
 from minigpt4.common.files import read_regular
 from minigpt4.common.rgb import WHITE, open_image, to_rgb
 from minigpt4.common.text import pluralize
-from minigpt4.data_tools.examine import as_trained, pictures_of
+from minigpt4.data_tools.examine import as_trained
 from minigpt4.data_tools.lengths import Characters, ModelTokens
 from minigpt4.data_tools.sources import Fault, Source, to_png
 from minigpt4.datasets.captions import Unusable
@@ -86,7 +86,7 @@ def samples_of(
     for number, record in enumerate(draw_records(source, count, seed)):
         try:
             conversation = as_trained(record, source.text_processor)
-            pictures = [processed(each, vis_processor) for each in pictures_of(record)]
+            pictures = [processed(each, vis_processor) for each in record.pictures]
         except Exception as error:  # Pillow's plug-ins raise nearly every kind of error on broken files
             if not isinstance(error, Unusable | OSError | ValueError | SyntaxError):
                 raise

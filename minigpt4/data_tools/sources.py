@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+from omegaconf import OmegaConf
 
 from minigpt4.common.errors import ConfigError
 from minigpt4.common.facts import cached_features
@@ -21,18 +22,23 @@ from minigpt4.datasets.conversations.listed import ListedRecords
 from minigpt4.datasets.conversations.parquet import ParquetRows
 from minigpt4.datasets.conversations.record import Message, Picture, Record
 from minigpt4.datasets.conversations.shards import ShardRecords
+from minigpt4.datasets.conversations.stream import ConversationStream, RawRecord
 from minigpt4.datasets.conversations.text_files import shown
 from minigpt4.datasets.datasets.cc_sbu_dataset import SUFFIXES
 from minigpt4.datasets.datasets.image_text_stream import ImageTextStream
 from minigpt4.datasets.datasets.shards import is_local
 from minigpt4.datasets.datasets.tar_reader import CORRUPT, CUT_OFF, JOINED, UNREADABLE
 from minigpt4.datasets.left_out import Gate
+from minigpt4.processors import BaseProcessor
 
 # Records of a file that a worker reads at a time.
 PART = 1000
 # Samples that are looked at of a stream that has no parts.
 STREAMED = 1000
 SHARD_CAUSES, EMPTY = (UNREADABLE, CORRUPT, CUT_OFF, JOINED), "a shard without samples"
+MISTAKE = "a record with a mistake"
+# Builders whose files are read here; those of plug-ins make samples.
+OURS = ("conversation", "cc_sbu_align", "laion", "cc_sbu")
 ALIGN_FILE = "filter_cap.json"
 
 
@@ -98,40 +104,22 @@ class FileSource:
 
 
 class ShardSource:
-    """The records of shards of conversations (`shards.ShardRecords`)."""
+    """The samples of shards as a stream of captions or conversations reads them."""
 
-    text_processor = None
-
-    def __init__(self, name: str, where: str, records: ShardRecords) -> None:
-        self.name, self.where, self.records, self.shards = name, where, records, records.shards
-        self.num_parts = len(self.shards)
-
-    def read(self, part: int) -> Iterator[Record | Fault]:
-        records = self.records.read(self.shards[part])
-        while True:
-            try:
-                yield next(records)
-            except StopIteration:
-                return
-            except ConfigError as mistake:
-                yield _fault(self.shards[part], mistake)
-
-    def fingerprint(self) -> str:
-        return digest(map(file_state, self.shards))
-
-
-class CaptionShards:
-    """laion and cc_sbu: the captions of shards as `ImageTextStream` reads them."""
-
-    def __init__(self, name: str, stream: ImageTextStream) -> None:
-        self.name, self.where, self.stream = name, _named(stream.shards), stream
-        self.shards, self.num_parts, self.text_processor = stream.shards, stream.num_parts, stream.text_processor
+    def __init__(self, name: str, stream: ImageTextStream | ConversationStream) -> None:
+        self.name, self.where, self.stream = name, f"{_named(stream.shards)}, shards", stream
+        self.shards, self.num_parts = stream.shards, stream.num_parts
+        self.text_processor = getattr(stream, "text_processor", None)
         self.faults = stream.read = Faults(name, self.num_parts)
 
     def read(self, part: int) -> Iterator[Record | Fault]:
         for sample in self.stream.part(part):
             yield from self.faults.take_all()
-            yield captioned(sample.image_id, sample.image, sample.caption, f"{sample.shard} member {sample.key}")
+            if isinstance(sample, RawRecord):
+                yield sample.record
+            else:
+                where = f"{sample.shard} member {sample.key}"
+                yield captioned(sample.image_id, sample.image, sample.caption, where)
         yield from self.faults.take_all()
 
     def fingerprint(self) -> str:
@@ -146,9 +134,17 @@ class Faults(Gate):
         self.found: list[Fault] = []
 
     def drop(self, cause: str, where: str, detail: str = "", verb: str = "left out") -> None:
-        if cause != EMPTY:  # which is found of any shard
-            kind = "shard" if cause in SHARD_CAUSES else "left_out"
-            self.found.append(Fault(where, f"{cause}: {detail}" if detail else cause, kind))
+        if cause == EMPTY:  # which is found of any shard
+            return
+        if cause in SHARD_CAUSES:
+            self.found.append(Fault(where, f"{cause}: {detail}" if detail else cause, "shard"))
+            return
+        key, sign, rest = detail.partition(": ") if ": " in detail else detail.partition(" has ")
+        where = f"{where} member {key}"
+        if cause == MISTAKE:
+            self.found.append(Fault(where, rest.removeprefix(where).strip()))
+        else:
+            self.found.append(Fault(where, f"{cause}{', but' if sign == ' has ' else ''}{sign}{rest}", "left_out"))
 
     def check(self) -> None:
         pass
@@ -297,20 +293,28 @@ def _fault(where: str, mistake: ConfigError) -> Fault:
 
 
 def sources_of_config(cfg: Any) -> Iterator[Source]:
-    """The datasets of a `Config`. Raises ConfigError for data that cannot be opened at all."""
+    """The datasets of a `Config`. Raises ConfigError for data that cannot be opened at all.
+
+    A share for validation is read with the rest; files for validation are a dataset of their own.
+    """
     for name in cfg.datasets_cfg:
         section, builder = cfg.datasets_cfg[name], cfg.builder(name)
-        info = section.get("build_info") or {}
         if cached_features(section):
             raise ConfigError(f"datasets.{name} reads cached features. Set build_info.features=null to read pictures.")
-        if builder == "conversation":
-            yield conversations(name, info.get("storage"), info)
-            if not isinstance(val := info.get("val"), float | int | None):
-                yield conversations(f"{name}.val", val, info)
-        elif builder == "cc_sbu_align" and isinstance(info.get("storage"), str):
-            yield AlignSource(name, info.storage)
-        else:
-            yield from built(cfg, name)
+        if builder not in OURS:
+            for split, dataset in built(cfg, name).items():
+                yield PluginSource(name if split == "train" else f"{name}.{split}", dataset)
+            continue
+        info = section.get("build_info") or {}
+        val = info.get("val")
+        storages = {name: info.get("storage")} | ({} if isinstance(val, float | int | None) else {f"{name}.val": val})
+        for full_name, storage in storages.items():
+            if builder == "conversation":
+                yield conversations(full_name, storage, info)
+            elif builder == "cc_sbu_align" and isinstance(storage, str):
+                yield AlignSource(full_name, storage)
+            else:
+                yield ShardSource(full_name, built(cfg, name, {"storage": storage, "val": None})["train"])
 
 
 def source_of_files(storage: list[str], info: Mapping[str, Any]) -> Source:
@@ -330,18 +334,17 @@ def conversations(name: str, storage: Any, info: Mapping[str, Any]) -> Source:
     storage = storage if isinstance(storage, str) else list(storage or [])
     format, columns = info.get("format") or "auto", info.get("columns")
     kind, records = read_records(storage, info.get("images"), format, columns, name, check=False)
-    where = f"{_named([storage] if isinstance(storage, str) else storage)}, read as {kind}"
-    return (ShardSource if isinstance(records, ShardRecords) else FileSource)(name, where, records)
+    if isinstance(records, ShardRecords):
+        return ShardSource(name, ConversationStream(records, BaseProcessor(), name))
+    return FileSource(name, f"{_named([storage] if isinstance(storage, str) else storage)}, read as {kind}", records)
 
 
-def built(cfg: Any, name: str) -> Iterator[Source]:
-    """The splits of a dataset that its builder makes."""
-    builder = cfg.builder_class(name)(cfg.datasets_cfg[name])
+def built(cfg: Any, name: str, build_info: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The splits of a dataset that its builder makes. build_info: keys that are changed before."""
+    section = cfg.datasets_cfg[name]
+    builder = cfg.builder_class(name)(OmegaConf.merge(section, {"build_info": build_info}) if build_info else section)
     builder.name, builder.data_timeout_s = name, 0.0
-    for split, dataset in builder.build_datasets().items():
-        full_name = name if split == "train" else f"{name}.{split}"
-        is_captions = isinstance(dataset, ImageTextStream)
-        yield CaptionShards(full_name, dataset) if is_captions else PluginSource(full_name, dataset)
+    return builder.build_datasets()
 
 
 def processor_of(cfg: Any, source: Source) -> Callable | None:
