@@ -94,13 +94,14 @@ class TextReader:
     """As `MiniGPT4.prompt_list`."""
     num_query_tokens: int
     max_txt_len: int
+    learn_on: str = "answers"
 
     @classmethod
     def from_config(cls, cfg: MiniGPT4Config, tokenizer: "Tokenizer") -> "TextReader":
         """Raises ConfigError for a template or a file of prompts that cannot be used."""
         template = resolve(cfg)
         prompts = read_prompts(cfg.prompt_path, template.prompt) if cfg.prompt_path else []
-        return cls(tokenizer, template, prompts, cfg.num_query_token, cfg.max_txt_len)
+        return cls(tokenizer, template, prompts, cfg.num_query_token, cfg.max_txt_len, cfg.learn_on)
 
     @classmethod
     def of_model(cls, model: Any) -> "TextReader | None":
@@ -109,7 +110,8 @@ class TextReader:
         if any(getattr(type(model), name, None) is not getattr(MiniGPT4, name) for name in methods):
             return None
         template = model.template or from_prompt("{}", model.end_sym)
-        return cls(model.tokenizer, template, model.prompt_list, model.query_tokens.shape[1], model.max_txt_len)
+        limits = model.query_tokens.shape[1], model.max_txt_len
+        return cls(model.tokenizer, template, model.prompt_list, *limits, model.learn_on)
 
     def read(self, text: str | Conversation, number: int = 0) -> Preview:
         """The "text_input" of a sample as the model reads it.
@@ -120,8 +122,8 @@ class TextReader:
         texts = [text] if isinstance(text, str) else Conversations([text])
         texts, broken_up = sanitize_batch(texts, self.tokenizer.special_tokens, self.template.separators)
         prompt = self.prompts[number % len(self.prompts)] if self.prompts else IMAGE_SLOT
-        limits = self.num_query_tokens, self.max_txt_len
-        found = encode_batch(self.tokenizer, texts, prompt, *limits, self.template.end, self.template)
+        how = self.num_query_tokens, self.max_txt_len, self.template.end, self.template, self.learn_on
+        found = encode_batch(self.tokenizer, texts, prompt, *how)
         turns = [("assistant", texts)] if isinstance(text, str) else texts[0]
         answers = [part for role, parts in turns if role == "assistant" for part in parts]
         ends_early = bool(self.template.end) and any(self.template.end in answer for answer in answers)

@@ -64,6 +64,16 @@ def check_prompts(context: RunContext) -> Iterator[Diagnostic]:
         yield warning("model.end_sym", what, f"--options model.end_sym={SEPARATOR}")
 
 
+def check_fitting(context: RunContext) -> Iterator[Diagnostic]:
+    """Checkpoint, language model, tokenizer and template belong together, as far as their sizes tell."""
+    from minigpt4.models.fitting import doubts
+
+    if context.tokenizer is not None:
+        llm, cfg = context.llm, context.local_model_cfg
+        for doubt in doubts(cfg, context.template, context.tokenizer, llm.vocabulary, llm.config):
+            yield warning(doubt.key, doubt.what, f"{doubt.fix}.")
+
+
 def check_samples(context: RunContext) -> Iterator[Diagnostic]:
     """Two samples of each dataset as the model reads them, and what of the first ones is not learnt as it is."""
     from minigpt4.datasets.preview import TextReader, describe, first_texts

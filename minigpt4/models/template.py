@@ -16,7 +16,6 @@ from pathlib import Path
 from minigpt4.common.errors import ConfigError, check_names
 from minigpt4.common.facts import IMAGE_SLOT, SEPARATOR
 from minigpt4.common.schema import MiniGPT4Config
-from minigpt4.models.prompt import BOUNDARY
 from minigpt4.models.tokenizer import chat_template
 
 # A picture in a message, in the form of the published weights.
@@ -218,19 +217,10 @@ def from_chat_template(render: Callable[[list[dict]], str], eos: str) -> Templat
     return found
 
 
-def open_prompt(template: Template, messages: Sequence[tuple[str, str]]) -> str:
-    """The text of messages that end with a question, up to the answer, with a BOUNDARY at the ends of each answer.
-
-    The roles are [system,] user, assistant, user, …; each segment has the tokens that it had in training.
-    """
-    segments = [text for exchange in template.exchanges([*messages, ("assistant", "")]) for text in exchange]
-    return BOUNDARY.join(segments[:-1])
-
-
 def join_parts(parts: Sequence[str | None]) -> str:
     """The text of a message from its parts: texts, and None where a picture stands.
 
-    One space separates a picture from the text beside it; other white space next to a picture is left out.
+    One space separates two parts; other white space at the ends of a part is left out, as answers are shown without.
     """
-    pieces = [PICTURE if part is None else part.strip() if None in parts else part for part in parts]
+    pieces = [PICTURE if part is None else part.strip() for part in parts]
     return " ".join(piece for piece in pieces if piece)

@@ -72,7 +72,7 @@ def collate(samples: list[Mapping[str, Any]]) -> dict[str, Any]:
 def conversation_of(record: Record) -> Conversation:
     """The messages of a record with None in the place of each picture. Raises Unusable for a text that is none.
 
-    Blank texts beside a picture are left out.
+    Blank texts beside others or a picture are left out.
     """
     return tuple((message.role, _parts(message.parts)) for message in record.messages)
 
@@ -85,6 +85,5 @@ def usable_conversations(records: Iterable[Record]) -> Iterator[tuple[str, Conve
 
 
 def _parts(parts: Sequence[str | Picture]) -> tuple[str | None, ...]:
-    pictured = any(isinstance(part, Picture) for part in parts)
-    kept = [part for part in parts if isinstance(part, Picture) or part.strip() or not pictured]
+    kept = [part for part in parts if isinstance(part, Picture) or part.strip()] or parts
     return tuple(None if isinstance(part, Picture) else usable(part) for part in kept)

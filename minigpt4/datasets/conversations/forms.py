@@ -65,7 +65,7 @@ def openai(item: Mapping[str, Any]) -> Turns:
     for role, content in _turns(item.get("messages"), "messages", ("role", "content")):
         parts = _literal(content)
         if turns and role == turns[-1][0] == "user" and isinstance(parts, list):
-            parts = [*turns.pop()[1], {"type": "text", "text": "\n"}, *parts]
+            parts = [*turns.pop()[1], *parts]
         turns.append((role, parts))
     if any(isinstance(m, dict) and m.get("weight") == 0 for m in item["messages"]):
         raise ConfigError("has a message with 'weight': 0, an answer not to be learnt. Take the record out.")

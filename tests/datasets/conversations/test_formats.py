@@ -237,7 +237,7 @@ def test_openai(tmp_path, write):
     art, kiss = at(tmp_path, "art.png"), "The Kiss, by Klimt."
     assert format == "openai"
     assert messages_of(records) == [
-        turns(("Describe this artwork.", "\n", Picture(PIXEL)), kiss, system="You identify artworks."),
+        turns(("Describe this artwork.", Picture(PIXEL)), kiss, system="You identify artworks."),
         turns(("Who?", art), kiss),
         turns(at(tmp_path, "a b.png"), kiss),
         turns("Is <image> a tag?", kiss),
