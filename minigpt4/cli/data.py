@@ -112,8 +112,8 @@ def run_check(args: argparse.Namespace) -> int:
 
 def run_show(args: argparse.Namespace) -> int:
     from minigpt4.data_tools.lengths import lengths_of
+    from minigpt4.data_tools.opening import processor_of
     from minigpt4.data_tools.sheet import Fonts, draw_sheet, samples_of
-    from minigpt4.data_tools.sources import processor_of
 
     if args.out.exists():
         raise ConfigError(f"--out {args.out} exists. Nothing was changed. Name a new file.")
@@ -150,14 +150,14 @@ def run_convert(args: argparse.Namespace) -> int:
             already = f", {pluralize(written.already, 'file')} there already" if written.already else ""
             print(f"{source.name}: {pluralize(written.records, 'record')} written{left_out}{already}. Train with")
             print(f"  builder: conversation, storage: {folder}/*{part_path(source, args.to, folder, 0).suffix}")
-            for where, what, _ in written.faults[:5]:
-                print(f"  left out: {where} {what}")
+            for fault in written.faults[:5]:
+                print(f"  left out: {fault.where} {fault.what}")
     return 0
 
 
 def open_sources(args: argparse.Namespace) -> tuple[Config | None, list]:
     """The config, if one is named, and the datasets."""
-    from minigpt4.data_tools.sources import source_of_files, sources_of_config
+    from minigpt4.data_tools.opening import source_of_files, sources_of_config
 
     if args.cfg_path:
         cfg = Config(args)

@@ -86,7 +86,7 @@ class Comparison:
     def __init__(self, found: Collected) -> None:
         self.rows, self.pictures = np.concatenate(found.rows), np.concatenate(found.pictures)
         self.findings, self.paths, self.wheres = found.findings, list(found.paths), found.wheres
-        self.usable = np.ones(len(self.rows), dtype=bool)
+        self.usable = self.rows["usable"].copy()
         self.ends = np.cumsum([len(wheres) for wheres in found.wheres])
 
     def where(self, row: int) -> str:

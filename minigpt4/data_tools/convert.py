@@ -58,8 +58,8 @@ def convert(source: Source, form: str, folder: Path, workers: int, leave_out: bo
     bar = tqdm(in_processes(write, missing, workers), source.name, len(missing), unit="part", disable=not missing)
     for written in bar:
         if written.faults and not leave_out:
-            where, what, _ = written.faults[0]
-            raise ConfigError(f"{where} {what} Correct it, or leave out such records: --leave-out")
+            first = written.faults[0]
+            raise ConfigError(f"{first.where} {first.what} Correct it, or leave out such records: --leave-out")
         records += written.records
         faults += written.faults
     return Written(records, faults, source.num_parts - len(missing))

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import UnidentifiedImageError
 
 from minigpt4.common.files import read_regular
-from minigpt4.data_tools.findings import Finding, Place
+from minigpt4.data_tools.findings import Finding
 from minigpt4.data_tools.lengths import Length
 from minigpt4.data_tools.pictures import SIGNATURE, Look, look_at
 from minigpt4.data_tools.sources import Fault, Source
@@ -18,7 +18,17 @@ from minigpt4.datasets.conversations.batch import Conversation
 from minigpt4.datasets.conversations.dataset import conversation_of
 from minigpt4.datasets.conversations.record import Record
 
-ROW = np.dtype([("part", "i4"), ("item", "i4"), ("id", "u8"), ("content", "u8"), ("length", "i4"), ("lost", "i4")])
+ROW = np.dtype(
+    [
+        ("part", "i4"),
+        ("item", "i4"),
+        ("id", "u8"),
+        ("content", "u8"),
+        ("length", "i4"),
+        ("lost", "i4"),
+        ("usable", "?"),
+    ]
+)
 LOOK = [
     ("width", "i4"),
     ("height", "i4"),
@@ -38,7 +48,7 @@ class PartReport:
     wheres: list[str] = field(default_factory=list)
     """The place of each row."""
     rows: list[tuple] = field(default_factory=list)
-    """As ROW, of the records without a fault; an array in the end."""
+    """As ROW, of the records without a fault, and of pictures without text; an array in the end."""
     pictures: list[tuple] = field(default_factory=list)
     """As PICTURE."""
     paths: list[str] = field(default_factory=list)
@@ -51,18 +61,21 @@ def examine_part(source: Source, measure: Callable[[Conversation], Length], part
     report = PartReport()
     for number, item in enumerate(source.read(part)):
         report.num_records += not (isinstance(item, Fault) and item.kind == "shard")
+        record, length = item, Length(0)
         if isinstance(item, Fault):
             report.findings.append(Finding(item.kind, item.where, item.what))
-            continue
-        try:
-            length = measure(as_trained(item, source.text_processor))
-        except Unusable as cause:
-            report.findings.append(Finding("text", item.where, str(cause)))
-            continue
-        if add_pictures(report, item, Place(part, number, 0)):
-            report.rows.append((part, number, _hash(item.id), _content(item), length.length, length.lost))
-            report.wheres.append(item.where)
-            report.findings += findings_of_text(item, length)
+            record = item.record
+        else:
+            try:
+                length = measure(as_trained(item, source.text_processor))
+            except Unusable as cause:
+                report.findings.append(Finding("text", item.where, str(cause)))
+                continue
+        if record and add_pictures(report, record):
+            is_whole = record is item
+            report.rows.append((part, number, _hash(record.id), _content(record), length.length, length.lost, is_whole))
+            report.wheres.append(record.where)
+            report.findings += findings_of_text(record, length) if is_whole else []
     if source.shards:
         shard = source.shards[part]
         report.findings += look_at_names(shard)
@@ -80,20 +93,19 @@ def as_trained(record: Record, text_processor: Callable[[str], str] | None) -> C
     return (*before, (role, (usable(text_processor(caption)),)))
 
 
-def add_pictures(report: PartReport, record: Record, place: Place) -> bool:
+def add_pictures(report: PartReport, record: Record) -> bool:
     """Add the pictures of a record, unless one inside the data cannot be read, which is reported."""
-    added = []
-    for number, source in enumerate(record.pictures):
-        if isinstance(source, str):
-            report.paths.append(source)
-            added.append((len(report.rows), number, len(report.paths) - 1, 0, 0, 0, 0, b""))
-            continue
-        look = look_or_reason(source)
-        if isinstance(look, str):
+    looks = [source if isinstance(source, str) else look_or_reason(source) for source in record.pictures]
+    for source, look in zip(record.pictures, looks, strict=True):
+        if isinstance(source, bytes) and isinstance(look, str):
             report.findings.append(Finding("picture", record.where, look))
             return False
-        added.append((len(report.rows), number, -1, *look))
-    report.pictures += added
+    for number, look in enumerate(looks):
+        path = -1
+        if isinstance(look, str):
+            path, look = len(report.paths), Look(0, 0, 0, 0, b"")
+            report.paths.append(record.pictures[number])
+        report.pictures.append((len(report.rows), number, path, *look))
     return True
 
 

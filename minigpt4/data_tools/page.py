@@ -111,10 +111,9 @@ def read_thumbnails(source: Source, places: Iterable[Place]) -> dict[Place, str]
         for number, item in enumerate(source.read(part)):
             if number > max(items):
                 break
-            if isinstance(item, Fault):
-                continue
+            record = item.record if isinstance(item, Fault) else item
             for place in items.get(number, ()):
-                found[place] = _data_url(item.pictures[place.number])
+                found[place] = _data_url(record.pictures[place.number])
     return found
 
 

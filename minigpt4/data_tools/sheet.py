@@ -18,7 +18,8 @@ from minigpt4.common.rgb import WHITE, open_image, to_rgb
 from minigpt4.common.text import pluralize
 from minigpt4.data_tools.examine import as_trained
 from minigpt4.data_tools.lengths import Characters, ModelTokens
-from minigpt4.data_tools.sources import Fault, Source, to_png
+from minigpt4.data_tools.plugins import to_png
+from minigpt4.data_tools.sources import Fault, Source
 from minigpt4.datasets.captions import Unusable
 from minigpt4.datasets.conversations.batch import Conversation
 from minigpt4.datasets.conversations.record import Record

@@ -14,7 +14,7 @@ from minigpt4.common.errors import ConfigError
 from minigpt4.data_tools.check import check
 from minigpt4.data_tools.findings import KINDS
 from minigpt4.data_tools.lengths import lengths_of
-from minigpt4.data_tools.sources import sources_of_config
+from minigpt4.data_tools.opening import sources_of_config
 
 STAGE = {n: str(ROOT / f"train_configs/minigpt4_tiny_{n}.yaml") for n in ("stage1_pretrain", "stage2_finetune")}
 
@@ -107,6 +107,17 @@ def test_data_without_faults(run, tmp_path):
     datasets = run("--cfg-path", STAGE["stage1_pretrain"], "--options", *storages, workers=2)
     assert [(data["name"], data["usable"]) for data in datasets] == [("laion", 10), ("cc_sbu", 5)]
     assert run.status == 0 and "0 errors" in run.text
+
+
+def test_pictures_without_texts_are_looked_at(run, tmp_path):
+    photo(0).save(tmp_path / "a.png")
+    photo(0).save(tmp_path / "b.jpg", quality=80)
+    (tmp_path / "c.jpg").write_bytes(b"none")
+    (data,) = run(tmp_path)
+    found = {kind: [where.removeprefix(f"{tmp_path}/") for where in wheres] for kind, wheres in places(data).items()}
+    expected = {"mistake": ["a.png", "b.jpg", "c.jpg"], "picture": ["c.jpg"], "copy": ["b.jpg"]}
+    assert found == expected | {"nothing": [f"{tmp_path}, read as folder"]}
+    assert run.page.count("data:image/jpeg;base64,") == 2 and data["records"] == 3
 
 
 def test_nothing_usable(run, tmp_path):

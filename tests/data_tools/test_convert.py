@@ -17,7 +17,7 @@ from helpers import ROOT
 from minigpt4.cli.data import main
 from minigpt4.common.config import Config
 from minigpt4.common.errors import ConfigError
-from minigpt4.data_tools.sources import source_of_files, sources_of_config
+from minigpt4.data_tools.opening import source_of_files, sources_of_config
 from minigpt4.datasets.builders import ConversationBuilder, LaionBuilder
 from minigpt4.datasets.conversations.record import Picture
 

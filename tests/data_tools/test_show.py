@@ -15,7 +15,7 @@ from minigpt4.common.config import Config
 from minigpt4.common.errors import ConfigError
 from minigpt4.data_tools import sheet
 from minigpt4.data_tools.lengths import lengths_of
-from minigpt4.data_tools.sources import processor_of, sources_of_config
+from minigpt4.data_tools.opening import processor_of, sources_of_config
 
 TALK = [("user", "Is <image> red?"), ("assistant", "It is not."), ("user", "And <image>?"), ("assistant", "因为 🙂 Ü")]
 
