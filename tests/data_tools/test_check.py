@@ -1,5 +1,6 @@
 """`data check` finds every fault that was planted, at its place, and no other."""
 
+import base64
 import json
 from types import SimpleNamespace
 
@@ -118,6 +119,21 @@ def test_pictures_without_texts_are_looked_at(run, tmp_path):
     expected = {"mistake": ["a.png", "b.jpg", "c.jpg"], "picture": ["c.jpg"], "copy": ["b.jpg"]}
     assert found == expected | {"nothing": [f"{tmp_path}, read as folder"]}
     assert run.page.count("data:image/jpeg;base64,") == 2 and data["records"] == 3
+
+
+def test_a_file_of_several_records_is_looked_at_once(run, tmp_path):
+    """Also the pictures of one record: a file, and one inside the data."""
+    (tmp_path / "broken.jpg").write_bytes(b"none")
+    photo(1).save(tmp_path / "good.png")
+    inside = "data:image/png;base64," + base64.b64encode(b"none").decode()
+    records = [{"image": "broken.jpg", "caption": f"Number {number}."} for number in range(3)]
+    records += [{"image": "good.png", "caption": f"Number {number}."} for number in range(2)]
+    records.append({"images": ["good.png", inside], "prompt": "<image><image>?", "answer": "Two."})
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (data,) = run(tmp_path / "a.jsonl")
+    assert [where.split()[2] for where in places(data)["picture"]] == ["6", "1"]
+    assert "3 records" in data["findings"][1]["what"]
+    assert (data["records"], data["usable"], data["pictures"]) == (6, 2, 1)
 
 
 def test_nothing_usable(run, tmp_path):
