@@ -1,9 +1,11 @@
 """python -m minigpt4 data check|show|convert: look at datasets before a run, and write them in other forms.
 
-python -m minigpt4 data check /data/photos                                # a folder, files or shards
-python -m minigpt4 data check --cfg-path my_run.yaml --out report          # each dataset of a run
-python -m minigpt4 data show --cfg-path my_run.yaml --out samples.png      # samples as the model reads them
-python -m minigpt4 data convert my.csv --to shards --out /data/shards     # the same records in another form
+    python -m minigpt4 data check /data/photos                             # a folder, files or shards
+    python -m minigpt4 data check --cfg-path my_run.yaml --out report      # each dataset of a run
+    python -m minigpt4 data show --cfg-path my_run.yaml --out samples.png  # samples as the model reads them
+    python -m minigpt4 data convert my.csv --to shards --out /data/shards  # the same records in another form
+
+Each of the three has its own --help; docs/own_data.md shows what they print.
 """
 
 import argparse
@@ -137,7 +139,7 @@ def run_show(args: argparse.Namespace) -> int:
 
 
 def run_convert(args: argparse.Namespace) -> int:
-    from minigpt4.data_tools.convert import convert, open_folder, part_path
+    from minigpt4.data_tools.convert import SUFFIX_OF_FORM, convert, open_folder
 
     cfg, sources = open_sources(args)
     folders = [args.out if cfg is None else args.out / source.name for source in sources]
@@ -149,7 +151,7 @@ def run_convert(args: argparse.Namespace) -> int:
             left_out = f", {pluralize(len(written.faults), 'fault')} left out" if written.faults else ""
             already = f", {pluralize(written.already, 'file')} there already" if written.already else ""
             print(f"{source.name}: {pluralize(written.records, 'record')} written{left_out}{already}. Train with")
-            print(f"  builder: conversation, storage: {folder}/*{part_path(source, args.to, folder, 0).suffix}")
+            print(f"  builder: conversation, storage: {folder}/*.{SUFFIX_OF_FORM[args.to]}")
             for fault in written.faults[:5]:
                 print(f"  left out: {fault.where} {fault.what}")
     return 0

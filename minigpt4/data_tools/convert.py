@@ -52,8 +52,9 @@ def convert(source: Source, form: str, folder: Path, workers: int, leave_out: bo
     form: "shards" or "jsonl". leave_out: whether records with a fault are left out.
     Raises ConfigError for the first record with a fault, if they are not left out.
     """
-    write = partial(write_part, source, form, folder, leave_out)
-    missing = [part for part in range(source.num_parts) if not part_path(source, form, folder, part).exists()]
+    parts = [(part, folder / name) for part, name in enumerate(part_names(source, form))]
+    missing = [(part, path) for part, path in parts if not path.exists()]
+    write = partial(write_part, source, leave_out)
     records, faults = 0, []
     bar = tqdm(in_processes(write, missing, workers), source.name, len(missing), unit="part", disable=not missing)
     for written in bar:
@@ -87,19 +88,20 @@ def open_folder(source: Source, form: str, folder: Path) -> None:
         raise ConfigError(f"--out {folder} was begun with other settings or data: {changes}. Name a new folder.")
 
 
-def part_path(source: Source, form: str, folder: Path, part: int) -> Path:
-    """The file of a part. A shard keeps its name, unless another one has it."""
+def part_names(source: Source, form: str) -> list[str]:
+    """The names of the files of the parts. Shards keep their names, unless two have the same."""
     names = [os.path.basename(shard) for shard in source.shards]
-    if form == "shards" and names and len(set(names)) == len(names) and names[part].endswith(".tar"):
-        return folder / names[part]
-    return folder / f"{part:05d}.{SUFFIX_OF_FORM[form]}"
+    if form == "shards" and names and len(set(names)) == len(names) and all(name.endswith(".tar") for name in names):
+        return names
+    return [f"{part:05d}.{SUFFIX_OF_FORM[form]}" for part in range(source.num_parts)]
 
 
-def write_part(source: Source, form: str, folder: Path, leave_out: bool, part: int) -> Written:
+def write_part(source: Source, leave_out: bool, part_and_path: tuple[int, Path]) -> Written:
     """Write the file of a part, unless it has faults that are not to be left out, or no record without."""
-    path, faults = part_path(source, form, folder, part), []
+    part, path = part_and_path
+    faults: list[Fault] = []
     unfinished = path.with_name(f".{path.name}.part")
-    write = {"shards": write_shard, "jsonl": write_lines}[form]
+    write = write_shard if path.suffix == ".tar" else write_lines
     try:
         with open(unfinished, "wb") as file:
             count = write(file, path, read_samples(source, part, faults, leave_out))

@@ -74,10 +74,10 @@ def built(cfg: Any, name: str, build_info: Mapping[str, Any] | None = None) -> d
     return builder.build_datasets()
 
 
-def processor_of(cfg: Any, source: Source) -> Callable | None:
-    """The image processor of a dataset in training; None without a config, and for pictures that are processed."""
+def processor_of(cfg: Any, source: Source) -> Callable:
+    """The image processor of a dataset in training. Without a config, and for a plug-in's, one that changes nothing."""
     if cfg is None or isinstance(source, PluginSource):
-        return None
+        return BaseProcessor()
     name = source.name.removesuffix(".val")
     builder = cfg.builder_class(name)(cfg.datasets_cfg[name])
     builder.name = name

@@ -14,7 +14,6 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from minigpt4.common.errors import ConfigError
 from minigpt4.common.files import read_regular
-from minigpt4.common.rgb import WHITE, open_image, to_rgb
 from minigpt4.common.text import pluralize
 from minigpt4.data_tools.examine import as_trained
 from minigpt4.data_tools.lengths import Characters, ModelTokens
@@ -23,9 +22,9 @@ from minigpt4.data_tools.sources import Fault, Source
 from minigpt4.datasets.captions import Unusable
 from minigpt4.datasets.conversations.batch import Conversation
 from minigpt4.datasets.conversations.record import Record
+from minigpt4.datasets.pictures import load_picture
 from minigpt4.datasets.preview import Segment
 from minigpt4.models.prompt import IMAGE_SLOT
-from minigpt4.processors import read_picture, to_sample
 
 WIDTH, MARGIN, SIDE, SIZE = 1200, 24, 180, 17  # pixels: of the sheet, around a sample, of a picture, of the text
 PER_ROW = 2  # pictures beside each other
@@ -77,20 +76,15 @@ def draw_records(source: Source, count: int, seed: int) -> list[Record]:
 
 
 def samples_of(
-    source: Source, measure: Characters | ModelTokens, vis_processor: Callable | None, count: int, seed: int
+    source: Source, measure: Characters | ModelTokens, vis_processor: Callable, count: int, seed: int
 ) -> Iterator[Sample]:
-    """Samples of a dataset. Those whose text or picture cannot be used are left out.
-
-    vis_processor: the dataset's in training. None: the pictures are shown as they are.
-    """
+    """Samples of a dataset. Those whose text or picture cannot be used are left out."""
     torch.manual_seed(seed)  # of random crops
     for number, record in enumerate(draw_records(source, count, seed)):
         try:
             conversation = as_trained(record, source.text_processor)
             pictures = [processed(each, vis_processor) for each in record.pictures]
-        except Exception as error:  # Pillow's plug-ins raise nearly every kind of error on broken files
-            if not isinstance(error, Unusable | OSError | ValueError | SyntaxError):
-                raise
+        except (Unusable, OSError):
             continue
         length = measure.measure(conversation)
         if measure.reader is None:
@@ -105,12 +99,12 @@ def samples_of(
         yield Sample(f"{record.where}   {size}", pictures, text)
 
 
-def processed(source: str | bytes, vis_processor: Callable | None) -> Image.Image:
-    """A picture as the encoder gets it, before it is normalised."""
+def processed(source: str | bytes, vis_processor: Callable) -> Image.Image:
+    """A picture as the encoder gets it, before it is normalised. Raises Unusable if it is none, and OSError."""
     content = read_regular(source) if isinstance(source, str) else source
-    if vis_processor is None:
-        return to_rgb(open_image(io.BytesIO(content)), WHITE)
-    image = to_sample(vis_processor, read_picture(content, vis_processor))["image"]
+    image = load_picture(content, vis_processor)["image"]
+    if isinstance(image, Image.Image):
+        return image
     if image.is_floating_point() and hasattr(vis_processor, "mean"):
         image = (image * vis_processor.std[:, None, None] + vis_processor.mean[:, None, None]).clamp(0, 1)
         image = (255 * image).round().byte()

@@ -61,9 +61,9 @@ def _lengths(report: DatasetReport) -> dict:
 
 
 def _range(values: np.ndarray) -> dict[str, int]:
-    return (
-        {"least": int(values.min()), "median": int(np.median(values)), "most": int(values.max())} if len(values) else {}
-    )
+    if not len(values):
+        return {}
+    return {"least": int(values.min()), "median": int(np.median(values)), "most": int(values.max())}
 
 
 def _covering(values: np.ndarray, share: float) -> int:
