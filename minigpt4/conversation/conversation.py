@@ -344,12 +344,6 @@ class Chat:
             conv.messages.pop()
             raise
         finally:
-            pending[1] = self._as_message(pending[1] or "", conv)
-
-    def _as_message(self, answer: str, conv: Conversation) -> str:
-        """An answer as it stands in the next prompt, without what would be taken for a part of it."""
-        if conv.template:  # as in training
-            return self.sanitize(answer, conv)
-        tokenizer, ends = self.model.tokenizer, end_ids(self.model.tokenizer)
-        special = [text for text, i in tokenizer.special_tokens.items() if i in ends]
-        return break_up(answer, [IMAGE_SLOT, *special])
+            tokenizer, ends = self.model.tokenizer, end_ids(self.model.tokenizer)
+            special = [text for text, i in tokenizer.special_tokens.items() if i in ends]
+            pending[1] = break_up(pending[1] or "", [IMAGE_SLOT, *special])

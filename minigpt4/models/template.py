@@ -36,7 +36,7 @@ class Template:
     start: str = ""
     """Before the first question of a conversation without a system text."""
     system: str = "{}"
-    """The same with a system text; empty: there is no place for one."""
+    """The same with a system text; empty: it stands before the first question, above an empty line."""
     next_question: str = ""
     """Each later question, after the end of an answer; empty: like `question`."""
     bos: bool = True
@@ -65,9 +65,11 @@ class Template:
         """
         before = self.start
         if messages[0][0] == "system":
-            if not self.system:
-                raise ConfigError("This model.template has no place for a system text. Take it out of the data.")
-            before, messages = _insert(self.system, messages[0][1]), messages[1:]
+            text, messages = messages[0][1], messages[1:]
+            if self.system:
+                before = _insert(self.system, text)
+            else:
+                messages = [("user", f"{text}\n\n{messages[0][1]}"), *messages[1:]]
         question = self.question
         for (_, asked), (_, answer) in zip(messages[::2], messages[1::2], strict=True):
             yield before + _insert(question, asked), _insert("{}" + self.end, answer)

@@ -6,13 +6,11 @@ from itertools import islice
 
 import pytest
 from dataset_files import good_members, picture_bytes, write_align, write_tar
-from torch.utils.data import IterableDataset
 
 from minigpt4.common.errors import ConfigError
 from minigpt4.common.registry import registry
 from minigpt4.datasets.loaders import TrainLoader, eval_loader
 from minigpt4.datasets.splits import Share
-from minigpt4.runners.data import _check_evaluated
 
 PROCESSORS = {split: {"name": "blip2_image_eval", "image_size": 16} for split in ("train", "eval")}
 KINDS = ("laion", "cc_sbu_align", "conversation files", "conversation shards")
@@ -126,15 +124,6 @@ def test_a_share_that_takes_all_ends_the_run(tmp_path):
     train = build("laion", write("laion", tmp_path / "data", 6), val=0.9999)["train"]
     with pytest.raises(RuntimeError, match=r"laion: .*build_info\.val=0\.9999"):
         next(iter(train))
-
-
-def test_a_stream_without_an_end_cannot_be_evaluated():
-    class Endless(IterableDataset):
-        def __iter__(self):
-            yield from iter(dict, 0)
-
-    with pytest.raises(ConfigError, match=r"datasets\.mine: .*one_pass.*run\.valid_splits"):
-        _check_evaluated("val", {"mine": Endless()})
 
 
 def test_shares_are_about_their_size():

@@ -30,8 +30,9 @@ def test_auto_writes_what_the_chat_template_writes(text, eos, end, system):
 def test_a_chat_template_without_a_system_text():
     template = from_chat_template(renderer(NO_SYSTEM), "<|im_end|>")
     assert template.system == "" and template.start.endswith("<|im_start|>user\n")
-    with pytest.raises(ConfigError, match="system"):
-        [*template.exchanges([("system", "x"), *TURNS])]
+    (_, asked), *others = TURNS
+    joined = [("user", f"Be brief.\n\n{asked}"), *others]  # one such record shall not end a run
+    assert written(template, [("system", "Be brief."), *TURNS]) == written(template, joined)
 
 
 @pytest.mark.parametrize(
@@ -54,6 +55,13 @@ def test_the_keys_of_the_first_release_equal_vicuna_v0():
     assert written(TEMPLATES["vicuna_v0"], [("system", "S"), *TURNS[:2], ("user", "q"), ("assistant", "x")]) == (
         "S###Human: a {}? ###Assistant:  b\n###Human: q ###Assistant: x###"
     )
+
+
+def test_a_text_does_not_run_into_the_end():
+    """ "C####" would be read as "C" and its end."""
+    turns = [("user", "C#"), ("assistant", "C#"), ("user", "q"), ("assistant", "x")]
+    assert written(TEMPLATES["vicuna_v0"], turns) == "###Human: C# ###Assistant: C# ###Human: q ###Assistant: x###"
+    assert written(Template(question="{}\n", end="#"), turns[:2]) == "C#\nC##"
 
 
 def test_vicuna_v1():

@@ -2,9 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import closing
-from itertools import chain
+from collections.abc import Mapping
 from typing import Any
 
 from minigpt4.common.errors import ConfigError
@@ -13,32 +11,20 @@ from minigpt4.datasets.conversations.forms import Form, make_record, pictures_of
 from minigpt4.datasets.conversations.pictures import SUFFIXES, PictureFolder
 from minigpt4.datasets.conversations.record import Picture, Record
 from minigpt4.datasets.conversations.text_files import decode, parse_json
-from minigpt4.datasets.datasets.tar_reader import Group, ShardError, member_id, read_members, read_samples
-from minigpt4.datasets.left_out import Tally
-from minigpt4.datasets.patience import Patience, PatientFile
+from minigpt4.datasets.datasets.tar_reader import Group, member_id
 
 FORM_KEYS = {"messages", "conversations", "texts", "answer", "caption", "prompt"}
 PICTURES = tuple(suffix.removeprefix(".") for suffix in SUFFIXES)
 
 
 class ShardRecords:
-    """The records of shards. A ConfigError for a sample does not end the iterator: the next one follows.
-
-    They come in the order of a shard, those without a picture and those with a mistake at its end: members that they
-    lack may follow until then.
+    """Makes records of the members of shards; `stream.ConversationStream` reads them.
 
     shards: paths, URLs or `pipe:` commands. form: of the .json.
     """
 
     def __init__(self, shards: list[str], form: Form) -> None:
         self.shards, self.form = shards, form
-
-    def __iter__(self) -> Iterator[Record]:
-        return chain.from_iterable(map(self.read, self.shards))
-
-    def read(self, shard: str) -> Iterator[Record]:
-        """The records of one shard. Files out of reach are not waited for."""
-        return map(_record_or_raise, self._read(shard))
 
     def record(self, shard: str, group: Group) -> Record:
         """The record of a sample.
@@ -58,26 +44,6 @@ class ShardRecords:
             raise Incomplete("a sample without picture")
         return record
 
-    def _read(self, shard: str) -> Iterator[Record | ConfigError]:
-        mistakes: list[ConfigError] = []
-
-        def make(group: Group) -> Record | ConfigError:
-            try:
-                return self.record(shard, group)
-            except ConfigError as mistake:
-                return mistake
-
-        def drop(cause: str, detail: str) -> None:
-            mistakes.append(ConfigError(f"{shard} member {detail}: {cause}."))
-
-        with closing(PatientFile(shard, Patience(Tally(shard), lambda path: False))) as file:
-            try:
-                yield from read_samples(read_members(file, PICTURES), make, drop, several_pictures=True)
-            except ShardError as error:
-                text = f"{shard} cannot be read to its end: {error}. {error.detail} Fetch it again."
-                mistakes.append(ConfigError(text))
-        yield from mistakes
-
     def _record(self, shard: str, group: Group, where: str) -> Record:
         item = parse_json(decode(group.files["json"])) if "json" in group.files else {}
         if not any(item.get(key) is not None for key in FORM_KEYS) and "txt" in group.files:
@@ -86,8 +52,14 @@ class ShardRecords:
         find = _MemberPictures(group.key, group.files, len(pictures_of(item)))
         in_parts = re.search(rb'"image(_url)?"\s*:', group.files.get("json", b""))
         if find.members and not pictures_of(item) and not in_parts:
-            item["images"] = list(find.members)
+            item["images"] = sorted(find.members, key=_by_number)
         return make_record(self.form, item, find, where)
+
+
+def _by_number(name: str) -> list[str | int]:
+    """Sorts `2.jpg` before `10.jpg`."""
+    parts = re.split(r"(\d+)", name)
+    return [int(part) if number % 2 else part for number, part in enumerate(parts)]
 
 
 class _MemberPictures:
@@ -107,9 +79,3 @@ class _MemberPictures:
                 raise ConfigError(f"has the picture {value!r}, which is no member of it. Its pictures: {there}.")
             return Picture(content)
         return PictureFolder("", "the sample")(value)
-
-
-def _record_or_raise(found: Record | ConfigError) -> Record:
-    if isinstance(found, ConfigError):
-        raise found
-    return found

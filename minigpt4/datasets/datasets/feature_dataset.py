@@ -108,6 +108,10 @@ class FeatureSet(Dataset):
             raise _broken(path, error) from error
         return {"image_features": features, "text_input": self.captions[index], "image_id": self.image_ids[index]}
 
+    def digest(self) -> str:
+        """Identifies the samples, in their order, by which a resumed run knows its data."""
+        return f"{self.image_ids.digest()}{self.captions.digest()}"
+
     def texts(self) -> Iterator[tuple[str, str]]:
         """(image id, caption) of the samples, in order."""
         yield from zip(self.image_ids, self.captions, strict=True)

@@ -10,7 +10,7 @@ import io
 import lzma
 import os
 import tarfile
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -120,8 +120,12 @@ def read_members(raw: io.RawIOBase, pictures: Collection[str]) -> Iterator[Membe
             first = False
             for info in tar:
                 tar.members = []  # or it would keep them all
-                if info.isreg() and not is_hidden(info.name):
-                    key, suffix = split_name(info.name, pictures)
+                if is_hidden(info.name):
+                    continue
+                key, suffix = split_name(info.name, pictures)
+                if info.islnk() or info.issym():
+                    yield key, f"{suffix} (a link)", None, BLOCK  # its file may have been anywhere before
+                elif info.isreg():
                     content = tar.extractfile(info).read() if suffix in wanted else None
                     yield key, suffix, content, BLOCK + info.size + -info.size % BLOCK
             _check_end(tar)
@@ -215,8 +219,9 @@ class _Grouping(Generic[Sample]):
     def fits(self, member: Member) -> bool:
         """Whether a member belongs to the run. A second picture or text of one name begins another run."""
         key, suffix, content, _ = member
-        if key in self.run:
-            return content is None or suffix not in self.run[key].files
+        group = self.run.get(key)
+        if group is not None:
+            return content is None or suffix not in group.files
         if not (self.run and self._several_pictures and self._run_size <= MAX_WAITING):
             return not self.run
         return _begins(key, self._scope) or _begins(self._scope, key)
@@ -224,10 +229,11 @@ class _Grouping(Generic[Sample]):
     def add(self, member: Member) -> None:
         """Take a member into the run."""
         key, suffix, content, size = member
-        if not self.run:
-            folder, slash, file = key.rpartition("/")
-            self._scope, self._has_text, self._run_size = folder + slash + file.partition(".")[0], False, 0
-        self.last = group = self.run.setdefault(key, Group(key))
+        group = self.run.get(key)
+        if group is None:
+            if not self.run:
+                self._scope, self._has_text, self._run_size = _beginnings(key)[-1], False, 0
+            self.last = group = self.run[key] = Group(key)
         group.suffixes.append(suffix)
         group.size += size
         self._run_size += size
@@ -248,7 +254,7 @@ class _Grouping(Generic[Sample]):
                 pictures.setdefault(owner, []).extend([group] if group.key != owner else [])
             groups = [group for group in groups if group.key in pictures]
         for group in groups:
-            yield from self._settle(group, pictures.get(group.key, []))
+            yield from self._settle(group, pictures.get(group.key, ()))
         while self._held > MAX_WAITING:
             self._distance = f" within {MAX_WAITING >> 20} MB of it in the tar"
             yield from self._give_up(next(iter(self._waiting)))
@@ -265,10 +271,11 @@ class _Grouping(Generic[Sample]):
         self._held -= group.size if group else 0
         return group
 
-    def _settle(self, group: Group, pictures: list[Group]) -> Iterator[Sample]:
+    def _settle(self, group: Group, pictures: Sequence[Group]) -> Iterator[Sample]:
         """The sample of a group with its pictures. If it is incomplete, they wait one by one."""
         self.is_empty = False
-        if earlier := self.take(group.key):
+        if group.key in self._waiting:
+            earlier = self.take(group.key)
             if earlier.files.keys() & group.files.keys():
                 self._lose(earlier)
             else:

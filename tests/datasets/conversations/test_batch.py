@@ -154,6 +154,8 @@ def test_markers_in_texts_are_broken_up_and_counted(build_golden_model):
     samples = model.sanitize({"image": torch.zeros(1, 3, 28, 28), "text_input": Conversations([messages])})
     assert [*samples["text_input"]] == [(("user", (None, "a # ## b")), ("assistant", ("c < /s> < ImageHere>",)))]
     assert len(samples["broken_up"]) == 1
+    headings = Conversations([(("user", ("### A",)), ("assistant", ("### B",)))])  # no markers of other templates
+    assert build_golden_model(template="vicuna_v1").sanitize({"text_input": headings})["text_input"] == headings
     sound = Conversations([(("user", ("a",)), ("assistant", ("b",)))])
     assert "broken_up" not in model.sanitize({"text_input": sound})
 

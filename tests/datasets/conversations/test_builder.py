@@ -98,7 +98,7 @@ def test_a_share_that_is_none(twelve, val):
 
 
 def test_unusable_records_are_left_out_and_counted(tmp_path, caplog):
-    records = [record(0), record(1, answer=" "), record(2, answer="a\x00b"), record(3)]
+    records = [record(0), record(1, answer=" \ud83d"), record(2, answer="a\x00b"), record(3)]
     dataset = build(write_jsonl(tmp_path, records))["train"]
     (tmp_path / "2.png").write_bytes(b"no picture")
     assert [dataset[index]["image_id"] for index in range(4)] == ["r0", "r3", "r3", "r3"]
