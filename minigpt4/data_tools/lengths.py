@@ -57,9 +57,8 @@ class ModelTokens:
         """The labels after the first question; none if nothing is learnt."""
         reader = self.reader
         prompt = reader.prompts[0] if reader.prompts else IMAGE_SLOT
-        limits = reader.num_query_tokens, max_txt_len
-        found = encode_batch(reader.tokenizer, texts, prompt, *limits, reader.template.end, reader.template)
-        labels = found.labels[0]
+        how = reader.num_query_tokens, max_txt_len, reader.template.end, reader.template, reader.learn_on
+        labels = encode_batch(reader.tokenizer, texts, prompt, *how).labels[0]
         first = next((place for place, label in enumerate(labels) if label != IGNORE_INDEX), len(labels))
         return labels[first:]
 
