@@ -173,6 +173,30 @@ class OwnBuilder(BaseDatasetBuilder):
     assert (data["usable"], data["pictures"]) == (3, 3)
 
 
+def test_a_plug_in_with_parts_is_read_to_its_end(run, tmp_path, monkeypatch):
+    (tmp_path / "own_shards.py").write_text(
+        """
+from minigpt4.common.registry import registry
+from minigpt4.datasets.builders import LaionBuilder
+
+@registry.register_builder("own_shards")
+class OwnShardsBuilder(LaionBuilder):
+    name, DATASET_CONFIG_DICT = "own_shards", {}
+"""
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    broken = [("000000009.png", b"broken"), ("000000009.txt", b"A caption.")]
+    write_tar(tmp_path / "0.tar", [*good_members(0, 3), *broken])
+    config = tmp_path / "own.yaml"
+    config.write_text(
+        "model: {arch: mini_gpt4, model_type: tiny}\n"
+        f"datasets: {{own_shards: {{build_info: {{storage: {tmp_path}/0.tar}}}}}}\n"
+    )
+    (data,) = run("--cfg-path", config, "--import", "own_shards")
+    assert places(data)["mistake"] == ["own_shards 0.tar/000000009"]
+    assert (data["usable"], data["pictures"]) == (3, 3)
+
+
 def test_the_page_needs_no_network_and_shows_texts_as_texts(run, tmp_path):
     photo(0).save(tmp_path / "a.jpg")
     (tmp_path / "a.jsonl").write_text('{"image": "<script>alert(1)</script>.jpg", "caption": "x"}\n')
