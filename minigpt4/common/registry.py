@@ -29,6 +29,7 @@ HOMES = {
     "runner": "minigpt4.runners",
     "step": "minigpt4.fast.training_step",
     "llm_file": "minigpt4.weights.gguf",
+    "eval_task": "minigpt4.evaluation",
 }
 
 
