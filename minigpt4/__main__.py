@@ -16,6 +16,7 @@ COMMANDS = {
     "serve": "serve OpenAI's chat completions over HTTP",
     "bench": "time training steps, answers, or the reading of pictures",
     "cache-features": "compute image features once, to train from them",
+    "data": "check datasets, show samples as the model reads them, or convert them",
     "doctor": "find what is wrong with a run before it starts",
     "make-random-weights": "write random weights in the published formats, for rehearsals and benchmarks",
     "rehearse": "run train.py and chat on such weights, and measure time and memory",

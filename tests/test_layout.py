@@ -27,6 +27,7 @@ ORDER = (
     "models",
     "fast",
     "datasets",
+    "data_tools",
     "tasks",
     "conversation",
     "runners",
