@@ -241,6 +241,13 @@ class DatasetExtras(Protocol):
         If it is absent, the dataset is only seeded batch by batch.
         """
 
+    def texts(self) -> Iterator[tuple[str, Any]]:
+        """Yield (id, "text_input") of the usable samples, in order, without reading images.
+
+        Called at the start of training on the first rank, which shows two of them; of a stream, on a copy of it.
+        If it is absent, samples 0 and 1 are taken by index, and none of a stream.
+        """
+
     def take_left_out(self) -> Mapping[tuple[str, ...], int]:
         """Return {(cause, shard or file): count} of the samples left out in this process since the last call.
 

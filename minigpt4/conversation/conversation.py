@@ -56,7 +56,7 @@ class Conversation:
     @property
     def separators(self) -> list[str]:
         """Texts that a user's message must not have."""
-        return [self.template.end] if self.template else [self.sep, self.sep2 or ""]
+        return self.template.separators if self.template else [self.sep, self.sep2 or ""]
 
     def get_prompt(self) -> str:
         """The prompt for the model, with `<ImageHere>` at the place of each image."""

@@ -88,14 +88,12 @@ def trainable_parameters(context: RunContext) -> int:
 
 def longest_sequence(context: RunContext) -> int:
     """Tokens of the longest sample: <s>, prompt, image, text."""
-    from minigpt4.models import prompt
+    from minigpt4.models.prompt import IMAGE_SLOT, encode_with_images
+    from minigpt4.models.template import read_prompts
 
-    model = context.model
-    prompts = prompt.read_prompts(model.prompt_path, model.prompt_template) if model.prompt_path else []
-    prefixes = [
-        prompt.encode_with_images(context.tokenizer, text, model.num_query_token)
-        for text in prompts or [prompt.IMAGE_SLOT]
-    ]
+    model, template = context.model, context.template
+    prompts = read_prompts(model.prompt_path, template.prompt) if model.prompt_path else [IMAGE_SLOT]
+    prefixes = [encode_with_images(context.tokenizer, text, model.num_query_token, template.bos) for text in prompts]
     return max(map(len, prefixes)) + model.max_txt_len
 
 

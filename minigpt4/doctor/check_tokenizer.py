@@ -40,7 +40,7 @@ def check_tokenizer(context: RunContext) -> Iterator[Diagnostic]:
 
 def check_prompts(context: RunContext) -> Iterator[Diagnostic]:
     """The template has a place for the prompt, and each prompt has one for the image."""
-    from minigpt4.models.prompt import read_prompts
+    from minigpt4.models.template import read_prompts
 
     template, path = context.model.prompt_template, context.model.prompt_path
     if not path:

@@ -214,6 +214,18 @@ class RunContext:
         return load_tokenizer(self.llm_source, self.model.trust_remote_code)
 
     @cached_property
+    def template(self):
+        """The template of conversations; None: it is that of a tokenizer which is not on this machine.
+
+        Raises ConfigError for one that cannot be used.
+        """
+        from minigpt4.models.template import resolve
+
+        if self.model.template == "auto" and self.tokenizer is None:
+            return None
+        return resolve(replace(self.local_model_cfg, llama_model=self.llm_source or self.model.llama_model))
+
+    @cached_property
     def llm(self) -> LanguageModel | None:
         """The language model's sizes. None: it is not on this machine. Raises what the loaders raise."""
         if self.llm_source is None:

@@ -4,7 +4,6 @@ B batch, Q query tokens, W width of the Q-Former (of an image [B,3,H,W]: its wid
 S sequence, K positions whose logits are computed, V vocabulary.
 """
 
-import functools
 import logging
 import random
 from collections.abc import Mapping
@@ -162,10 +161,9 @@ class MiniGPT4(vision.Vision):
 
         Adds "broken_up": the beginnings of the texts that were changed. The runner calls this before `prepare`.
         """
-        texts, special = samples.get("text_input", []), self.tokenizer.special_tokens
-        sanitize = getattr(texts, "sanitize", functools.partial(prompt.sanitize, [*texts]))
-        sound = sanitize(special, [self.end_sym, facts.SEPARATOR])
-        broken_up = [str(text)[:60] for text, other in zip(texts, sound, strict=True) if text != other]
+        separators = self.template.separators if self.template else [self.end_sym, facts.SEPARATOR]
+        texts = samples.get("text_input", [])
+        sound, broken_up = prompt.sanitize_batch(texts, self.tokenizer.special_tokens, separators)
         return {**samples, "text_input": sound, "broken_up": broken_up} if broken_up else samples
 
     def prepare(self, samples: dict) -> dict:
@@ -176,12 +174,9 @@ class MiniGPT4(vision.Vision):
         """
         texts, drawn = samples["text_input"], samples.get("drawn_prompt") or self._draw_prompt()
         limits = self.query_tokens.shape[1], self.max_txt_len
-        if hasattr(texts, "training_sequences"):
-            found = texts.training_sequences(self.tokenizer, self.template, drawn, *limits)
+        found = prompt.encode_batch(self.tokenizer, texts, drawn, *limits, self.end_sym, self.template)
+        if found.images_seen is not None:
             samples = texts.select_images(samples, found.images_seen)
-        else:
-            bos = self.template is None or self.template.bos
-            found = prompt.training_sequences(self.tokenizer, drawn, texts, *limits, self.end_sym, bos)
         tokens = self.step.collate(self, found.ids, found.labels)
         return {**samples, "tokens": tokens, "tokens_of": [*texts], "drawn_prompt": drawn, "num_cut": found.num_cut}
 
@@ -275,10 +270,10 @@ class MiniGPT4(vision.Vision):
             ConfigError: weights cannot be found or downloaded.
         """
         cfg, device = cls.config_class(**cfg), torch.device(device)
-        from minigpt4.models.template import resolve
+        from minigpt4.models.template import read_prompts, resolve
 
         template = resolve(cfg)
-        prompts = prompt.read_prompts(cfg.prompt_path, template.prompt) if cfg.prompt_path else []
+        prompts = read_prompts(cfg.prompt_path, template.prompt) if cfg.prompt_path else []
         load_in = facts.load_in(cfg.load_in, cfg.low_resource)
         llm.check_settings(cfg.llama_model, device, load_in, cfg.llm_device_map)
         sources = loading.open_sources(cfg)

@@ -9,18 +9,17 @@ B batch, S sequence, Q query tokens per image, D width of the language model.
 import copy
 import functools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from minigpt4.common.errors import ConfigError
 from minigpt4.common.facts import IMAGE_SLOT
 
 if TYPE_CHECKING:
+    from minigpt4.models.template import Template
     from minigpt4.models.tokenizer import Tokenizer
 
 # The id at the positions of image vectors, until the vectors replace it.
@@ -101,6 +100,16 @@ def break_up(text: str, markers: Iterable[str]) -> str:
     return text
 
 
+def sanitize_batch(texts: Sequence, special_tokens: Iterable[str], separators: list[str]) -> tuple[Sequence, list[str]]:
+    """`sanitize` for the texts of a batch, or its conversations, which know how (`datasets.conversations.batch`).
+
+    Also returns the beginnings of those that were changed.
+    """
+    own = getattr(texts, "sanitize", None)
+    sound = own(special_tokens, separators) if own else sanitize([*texts], special_tokens, separators)
+    return sound, [str(text)[:60] for text, other in zip(texts, sound, strict=True) if text != other]
+
+
 def sanitize(texts: list[str], special_tokens: Iterable[str], separators: list[str]) -> list[str]:
     """Texts of users or datasets in which separators, image slots and special tokens are broken up by a space.
 
@@ -143,6 +152,22 @@ class Sequences(NamedTuple):
     """Texts that were too long and have lost their end."""
     images_seen: list[bool] | None = None
     """For each image of the batch, whether its vectors are in the sequences. None: all are."""
+
+
+def encode_batch(
+    tokenizer: "Tokenizer",
+    texts: Sequence,
+    image_prompt: str,
+    num_query_tokens: int,
+    max_txt_len: int,
+    end_sym: str,
+    template: "Template | None" = None,
+) -> Sequences:
+    """The tokens of a batch's texts, each after `image_prompt`, or of its conversations, which know how."""
+    if hasattr(texts, "training_sequences"):
+        return texts.training_sequences(tokenizer, template, image_prompt, num_query_tokens, max_txt_len)
+    bos = template is None or template.bos
+    return training_sequences(tokenizer, image_prompt, texts, num_query_tokens, max_txt_len, end_sym, bos)
 
 
 def training_sequences(
@@ -194,33 +219,3 @@ def pad(sequences: list[list[int]], labels: list[list[int]], pad_id: int, side: 
         attention_mask=padded([[1] * len(s) for s in sequences], 0),
         labels=padded(labels, IGNORE_INDEX),
     )
-
-
-def read_prompts(path: str, template: str) -> list[str]:
-    """The prompts of a text file, one per line, each put into `template`. Lines without an image slot are left out.
-
-    Raises ConfigError for a file that is no text, if no line has a slot, if a prompt has several, or if the template
-    has no `{}`.
-    """
-    if "{}" not in template:
-        raise ConfigError(f"model.prompt_template={template!r} has no {{}} where the prompt goes.")
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is no text in UTF-8"
-        raise ConfigError(
-            f"model.prompt_path={path} cannot be read: {reason}. It is a text file, a prompt a line."
-        ) from None
-    prompts = [template.replace("{}", line) for line in lines if IMAGE_SLOT in line]
-    if not prompts:
-        raise ConfigError(
-            f"No line of model.prompt_path={path} holds {IMAGE_SLOT}, which says where the image goes "
-            f"({len(lines)} lines read). Write for example: <Img>{IMAGE_SLOT}</Img> Describe this image in detail."
-        )
-    crowded = next((text for text in prompts if text.count(IMAGE_SLOT) > 1), None)
-    if crowded:
-        raise ConfigError(
-            f"A prompt of model.prompt_path={path} holds {IMAGE_SLOT} {crowded.count(IMAGE_SLOT)} times, a training "
-            f"picture goes into one: {crowded!r}"
-        )
-    return prompts

@@ -11,9 +11,10 @@ any search which tokens are learnt: those of the answers.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 from minigpt4.common.errors import ConfigError, check_names
-from minigpt4.common.facts import IMAGE_SLOT
+from minigpt4.common.facts import IMAGE_SLOT, SEPARATOR
 from minigpt4.common.schema import MiniGPT4Config
 from minigpt4.models.prompt import BOUNDARY
 from minigpt4.models.tokenizer import chat_template
@@ -49,6 +50,11 @@ class Template:
                 raise ConfigError(f"model.template: {name}={text!r} has no {{}} where the message goes.")
 
     @property
+    def separators(self) -> list[str]:
+        """Texts that no message may have."""
+        return [self.end]
+
+    @property
     def prompt(self) -> str:
         """The first question with all that precedes it; `{}` stands for the question."""
         return self.start + self.question
@@ -62,16 +68,31 @@ class Template:
         if messages[0][0] == "system":
             if not self.system:
                 raise ConfigError("This model.template has no place for a system text. Take it out of the data.")
-            before, messages = self.system.replace("{}", messages[0][1]), messages[1:]
+            before, messages = _insert(self.system, messages[0][1]), messages[1:]
         question = self.question
         for (_, asked), (_, answer) in zip(messages[::2], messages[1::2], strict=True):
-            yield before + question.replace("{}", asked), answer + self.end
+            yield before + _insert(question, asked), _insert("{}" + self.end, answer)
             before, question = "", self.next_question or self.question
+
+
+class FirstRelease(Template):
+    """A template of the first release, whose chat writes prompts in a form of its own, with "###" between the turns."""
+
+    @property
+    def separators(self) -> list[str]:
+        return [self.end, SEPARATOR]
+
+
+def _insert(text: str, message: str) -> str:
+    """`text` with the message in the place of `{}`; a space follows it if it would become part of a marker there."""
+    before, _, after = text.partition("{}")
+    joins = len(after) > 1 and not after[0].isspace() and message.endswith(after[0])
+    return before + message + (" " if joins else "") + after
 
 
 TEMPLATES = {
     # The published weights of 2023, and stage 2 as it is shipped.
-    "vicuna_v0": Template(
+    "vicuna_v0": FirstRelease(
         start="###Human: ",
         system="{}###Human: ",
         question="{} ###Assistant: ",
@@ -108,7 +129,37 @@ def from_prompt(prompt_template: str, end: str) -> Template:
         raise ConfigError(f"model.prompt_template={prompt_template!r} has no {{}} where the prompt goes.")
     start, _, rest = prompt_template.partition("{}")
     after = prompt_template.removeprefix(end)
-    return Template(start=start, system="{}" + start, question="{}" + rest, next_question=after, end=end)
+    return FirstRelease(start=start, system="{}" + start, question="{}" + rest, next_question=after, end=end)
+
+
+def read_prompts(path: str, template: str) -> list[str]:
+    """The prompts of a text file, one per line, each put into `template`. Lines without an image slot are left out.
+
+    Raises ConfigError for a file that is no text, if no line has a slot, if a prompt has several, or if the template
+    has no `{}`.
+    """
+    if "{}" not in template:
+        raise ConfigError(f"model.prompt_template={template!r} has no {{}} where the prompt goes.")
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no text in UTF-8"
+        raise ConfigError(
+            f"model.prompt_path={path} cannot be read: {reason}. It is a text file, a prompt a line."
+        ) from None
+    prompts = [template.replace("{}", line) for line in lines if IMAGE_SLOT in line]
+    if not prompts:
+        raise ConfigError(
+            f"No line of model.prompt_path={path} holds {IMAGE_SLOT}, which says where the image goes "
+            f"({len(lines)} lines read). Write for example: <Img>{IMAGE_SLOT}</Img> Describe this image in detail."
+        )
+    crowded = next((text for text in prompts if text.count(IMAGE_SLOT) > 1), None)
+    if crowded:
+        raise ConfigError(
+            f"A prompt of model.prompt_path={path} holds {IMAGE_SLOT} {crowded.count(IMAGE_SLOT)} times, a training "
+            f"picture goes into one: {crowded!r}"
+        )
+    return prompts
 
 
 def resolve(cfg: MiniGPT4Config) -> Template:

@@ -673,12 +673,11 @@ def test_names_that_are_not_used(patient, monkeypatch):
 
 
 def test_what_is_no_fault(patient, open_registry):
-    """A pad token without an embedding; a processor of one's own; a template that nothing uses; several machines."""
+    """A pad token without an embedding; a processor of one's own; several machines."""
     patient.edit(patient.llm / "tokenizer_config.json", pad_token="[PAD]")
     patient.write(patient.llm / "added_tokens.json", json.dumps({"[PAD]": 32000}))
     registry.register_processor("mine")(type("Mine", (), {}))  # as a plug-in does, once imported
-    patient.options = ["datasets.cc_sbu_align.vis_processor.train={name: mine}", "model.prompt_template=Hi"]
-    patient.options += ["model.prompt_path=null"]
+    patient.options = ["datasets.cc_sbu_align.vis_processor.train={name: mine}", "model.prompt_path=null"]
     patient.world_size = 2
     patient.options += ["run.batch_size_train=4"]
     context = patient.context()

@@ -12,6 +12,7 @@ from minigpt4.models import MiniGPT4, prompt
 from minigpt4.models.eva_vit import checkpoint_filter_fn, create_vit
 from minigpt4.models.loading import cast_matrices
 from minigpt4.models.qformer import QFormer
+from minigpt4.models.template import read_prompts
 from minigpt4.models.vision import LayerNorm
 
 FORWARD_CASES = ["stage1", "stage2", "stage2_56px", "edge_eos_unk_empty", "single", "unfrozen"]
@@ -147,8 +148,8 @@ def test_prompt_files(golden, tmp_path):
     file_case = cases["prompt_file_case"]
     path = tmp_path / "prompts.txt"
     path.write_text(file_case["file_text"], encoding="utf-8")
-    assert prompt.read_prompts(str(path), file_case["template"]) == file_case["prompt_list"]
-    alignment = prompt.read_prompts(str(GOLDEN.parents[1] / "prompts/alignment.txt"), "###Human: {} ###Assistant: ")
+    assert read_prompts(str(path), file_case["template"]) == file_case["prompt_list"]
+    alignment = read_prompts(str(GOLDEN.parents[1] / "prompts/alignment.txt"), "###Human: {} ###Assistant: ")
     assert alignment == cases["alignment_prompts_after_template"]
 
 

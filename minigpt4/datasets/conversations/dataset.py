@@ -2,7 +2,8 @@
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,10 @@ class ConversationDataset(Dataset):
             "warnings above say why."
         )
 
+    def texts(self) -> Iterator[tuple[str, Conversation]]:
+        """(id, conversation) of the records whose texts can be used, in order."""
+        return usable_conversations(self.records)
+
     def text_length(self, index: int) -> int:
         """Characters of a conversation, for length balancing."""
         return sum(len(part) for m in self.records[index].messages for part in m.parts if isinstance(part, str))
@@ -101,6 +106,13 @@ def conversation_of(record: Record) -> Conversation:
     Blank texts beside a picture are left out.
     """
     return tuple((message.role, _parts(message.parts)) for message in record.messages)
+
+
+def usable_conversations(records: Iterable[Record]) -> Iterator[tuple[str, Conversation]]:
+    """(id, conversation) of the records whose texts can be used. No picture is opened."""
+    for record in records:
+        with suppress(Unusable):
+            yield record.id, conversation_of(record)
 
 
 def _parts(parts: Sequence[str | Picture]) -> tuple[str | None, ...]:

@@ -13,7 +13,8 @@ from torch.utils.data import IterableDataset, get_worker_info
 from minigpt4.common.errors import ConfigError
 from minigpt4.common.text import pluralize
 from minigpt4.datasets.captions import Unusable
-from minigpt4.datasets.conversations.dataset import collate, to_training_sample
+from minigpt4.datasets.conversations.batch import Conversation
+from minigpt4.datasets.conversations.dataset import collate, to_training_sample, usable_conversations
 from minigpt4.datasets.conversations.record import Record
 from minigpt4.datasets.conversations.shards import ShardRecords
 from minigpt4.datasets.left_out import Gate
@@ -49,6 +50,10 @@ class ConversationStream(IterableDataset):
     def take_left_out(self) -> Counter[tuple[str, ...]]:
         """Counts by (cause, place) of the records that this process has left out since the last call."""
         return self.read.take() + self.decoded.take()
+
+    def texts(self) -> Iterator[tuple[str, Conversation]]:
+        """(id, conversation) of the records whose texts can be used, in the order of the shards."""
+        return usable_conversations(record for shard in self.records.shards for record in self._read(shard))
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         worker = get_worker_info()

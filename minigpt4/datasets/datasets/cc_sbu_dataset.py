@@ -98,6 +98,10 @@ class CCSBUAlignDataset(Dataset):
         """Identifies the records, in their order, by which a resumed run knows its data."""
         return f"{self.image_ids.digest()}{self.captions.digest()}"
 
+    def texts(self) -> Iterator[tuple[str, str]]:
+        """(image id, caption) of the records, in order."""
+        yield from zip(self.image_ids, self.captions, strict=True)
+
     def text_length(self, index: int) -> int:
         """Characters of a caption, for length balancing."""
         return len(self.captions[index])

@@ -3,7 +3,7 @@
 import logging
 import tarfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -87,6 +87,10 @@ class FeatureSet(Dataset):
         except (ValueError, EOFError, OutOfReach) as error:
             raise _broken(path, error) from error
         return {"image_features": features, "text_input": self.captions[index], "image_id": self.image_ids[index]}
+
+    def texts(self) -> Iterator[tuple[str, str]]:
+        """(image id, caption) of the samples, in order."""
+        yield from zip(self.image_ids, self.captions, strict=True)
 
     def text_length(self, index: int) -> int:
         """Characters of a caption, for length balancing."""

@@ -136,6 +136,13 @@ class ImageTextStream(IterableDataset):
             self.decoded.drop(f"{cause}, after text_processor", sample.shard, f"{sample.key}: {sample.caption}")
             return None
 
+    def texts(self) -> Iterator[tuple[str, str]]:
+        """(image id, caption after `text_processor`) of the usable captions, in the order of the shards."""
+        for sample in self._raw_samples(self.shards):
+            text = self.text_of(sample)
+            if text is not None:
+                yield sample.image_id, text
+
     def _raw_samples(self, shards: Iterable[str]) -> Iterator[RawSample]:
         """The usable samples of shards, in order."""
         for shard in shards:
