@@ -36,14 +36,19 @@ def main(argv: list[str] | None = None) -> None:
 
     # Imported late: a mistake in the config is reported before torch and transformers are loaded.
     from minigpt4.common import dist_utils
-    from minigpt4.common.logger import setup_logger
+    from minigpt4.common.logger import kept_console, setup_logger
     from minigpt4.common.registry import registry
-    from minigpt4.runners.folder import reserved_folder
+    from minigpt4.runners.folder import folder_of, reserved_folder
     from minigpt4.runners.state import seed_everything
+    from minigpt4.tracking.run_files import write_run_files
 
     setup_logger()
-    log_warnings(warnings + preflight(cfg, training=True, with_loaders=True))
-    with dist_utils.process_group(cfg.run_cfg), reserved_folder(cfg.run_cfg.output_dir) as job_id:
+    with (
+        kept_console() as write_console_to,
+        dist_utils.process_group(cfg.run_cfg),
+        reserved_folder(cfg.run_cfg.output_dir) as job_id,
+    ):
+        log_warnings(warnings + preflight(cfg, training=True, with_loaders=True))
         seed_everything(cfg.run_cfg.seed)  # the same on all ranks, so that random weights are equal
         cfg.pretty_print()
         task = registry.get_task_class(cfg.run_cfg.task).setup_task(cfg=cfg)
@@ -57,6 +62,10 @@ def main(argv: list[str] | None = None) -> None:
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         logging.info("number of trainable parameters: %d", trainable)
         runner = runner_class(cfg, task, model, datasets, job_id)
+        if dist_utils.is_main_process():
+            folder = folder_of(cfg.run_cfg.output_dir, job_id)
+            write_run_files(cfg, folder, dist_utils.get_world_size())
+            write_console_to(folder / "console.log")
         try:
             runner.train()
         except KeyboardInterrupt:

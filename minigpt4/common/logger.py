@@ -1,11 +1,15 @@
 """Logging of a run: set-up, and the progress lines of an epoch."""
 
+import contextlib
 import datetime
 import logging
 import math
 import os
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
+from logging.handlers import MemoryHandler
+from pathlib import Path
 
 import psutil
 import torch
@@ -16,14 +20,51 @@ from minigpt4.common.dist_utils import all_reduce_sum
 DIGITS = {"lr": 6}
 
 
+FORMAT = "%(asctime)s [%(levelname)s] %(message)s"
+
+
 def setup_logger() -> None:
     """Rank 0 logs from INFO up, the others from WARNING up, in the tutorial's format.
 
     The rank is torchrun's, so this can be called before there is a process group.
     """
-    logging.basicConfig(format="%(asctime)s [%(levelname)s] %(message)s")
+    logging.basicConfig(format=FORMAT)
     logging.getLogger().setLevel(logging.INFO if int(os.environ.get("RANK", 0)) == 0 else logging.WARNING)
     logging.captureWarnings(True)
+
+
+@contextlib.contextmanager
+def kept_console() -> Iterator[Callable[[Path], None]]:
+    """While entered, what is logged is kept, also the traceback of an exception that ends this.
+
+    Yields a function that names the file for it. Until it is called everything is kept in memory.
+    """
+    root, memory, files = logging.getLogger(), MemoryHandler(1, flushLevel=logging.CRITICAL + 1), []
+
+    def write_to(path: Path) -> None:
+        try:
+            file = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
+        except OSError as error:
+            logging.warning("The log on the screen is not kept; the run goes on. %s", error)
+            return
+        file.setFormatter(logging.Formatter(FORMAT))
+        memory.setTarget(file)
+        memory.flush()
+        root.removeHandler(memory)
+        root.addHandler(file)
+        files.append(file)
+
+    root.addHandler(memory)
+    try:
+        yield write_to
+    except BaseException:
+        for file in files:
+            file.stream.write(traceback.format_exc())
+        raise
+    finally:
+        for handler in (memory, *files):
+            root.removeHandler(handler)
+            handler.close()
 
 
 class MetricLogger:

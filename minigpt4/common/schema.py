@@ -41,8 +41,6 @@ class QFormerSizes:
 
 
 VIT_KEYS = tuple(size.name for size in fields(VitSizes))
-DEVICES = ("cuda", "cpu", "mps")
-DEVICE = rf"({'|'.join(DEVICES)})(:\d+)?"
 
 # Vision encoders by name. `eva_clip_g` is the published 1B encoder; the first 39 of its 40 blocks are used.
 VIT_MODELS = {

@@ -128,8 +128,7 @@ def to_device(samples: dict, device: torch.device) -> dict:
 def amounts(samples: Mapping) -> dict[str, int]:
     """The numbers of images and of tokens in a batch, as far as they are known without waiting for the device."""
     images, tokens = samples.get("image", samples.get("image_features")), samples.get("tokens")
-    found = {
-        "images": len(images) if hasattr(images, "__len__") else None,
-        "tokens": getattr(tokens, "num_tokens", None),
-    }
-    return {name: int(amount) for name, amount in found.items() if amount is not None}
+    found = {"images": len(images)} if hasattr(images, "__len__") else {}
+    if hasattr(tokens, "num_tokens"):
+        found["tokens"] = tokens.num_tokens
+    return found

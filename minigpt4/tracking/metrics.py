@@ -1,7 +1,7 @@
 """metrics.jsonl, the numbers of a run: one JSON object a line, with its step first.
 
-A line is written as a whole and at once. If the process is killed or the disk is full, at most the last line is cut off:
-readers pass over it, and a writer ends it before it adds another.
+A line is written as a whole and at once. If the process is killed or the disk is full, at most the last line is cut
+off. Readers pass over it, and a writer ends it before it adds another.
 """
 
 import errno

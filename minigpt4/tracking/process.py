@@ -1,7 +1,7 @@
 """A tracker in a process of its own, which cannot hold up the run, nor its end for long.
 
-The run writes to the process through a queue and a thread, so that it never waits. The process reads until the run tells
-it to close, or is gone, and then has PATIENCE seconds. It is in a session of its own: Ctrl-C reaches the run alone.
+The run writes to the process through a queue and a thread, so that it never waits. The process reads until the run
+closes the pipe, or is gone, and then has PATIENCE seconds. It is in a session of its own: Ctrl-C reaches the run alone.
 """
 
 import importlib
@@ -22,7 +22,7 @@ from minigpt4.common.registry import registry
 from minigpt4.tracking.trackers import RunInfo
 
 # Seconds that a tracker may take for what is left at the end of a run.
-PATIENCE = 10
+PATIENCE = 9
 # Lines that may wait for a tracker before it is given up.
 MAX_WAITING = 1000
 

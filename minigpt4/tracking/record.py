@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from minigpt4.tracking import metrics
-from minigpt4.tracking.process import PATIENCE, TrackerProcess
+from minigpt4.tracking import metrics, process
 from minigpt4.tracking.trackers import RunInfo
 
 
@@ -40,17 +39,17 @@ class RunRecord:
             logging.warning("Nothing was added to log.txt; the run goes on. %s", error)
 
     def close(self) -> None:
-        """Close files and trackers, for which the run waits PATIENCE seconds at most."""
+        """Close files and trackers, for which the run waits `process.PATIENCE` seconds at most."""
         self._metrics.close()
         for tracker in self._trackers:
             tracker.close()
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + process.PATIENCE
         for tracker in self._trackers:
             tracker.wait(deadline)
         self._trackers = []
 
     def _start(self, name: str) -> None:
         try:
-            self._trackers.append(TrackerProcess(name, self.run))
+            self._trackers.append(process.TrackerProcess(name, self.run))
         except OSError as error:
             logging.warning("run.trackers: %s cannot be started, and the run goes on: %s.", name, error)
