@@ -40,6 +40,7 @@ def main(argv: list[str] | None = None) -> None:
     from minigpt4.common.registry import registry
     from minigpt4.runners.folder import folder_of, reserved_folder
     from minigpt4.runners.state import seed_everything
+    from minigpt4.tracking.report import write_report
     from minigpt4.tracking.run_files import write_run_files
 
     setup_logger()
@@ -71,6 +72,8 @@ def main(argv: list[str] | None = None) -> None:
         except KeyboardInterrupt:
             logging.info("Stopped by Ctrl-C. %s", how_to_go_on(runner))
             raise
+        if cfg.run_cfg.report and dist_utils.is_main_process() and (page := write_report(folder)):
+            logging.info("The report of the run is %s.", page)
 
 
 def how_to_go_on(runner) -> str:

@@ -1,4 +1,4 @@
-"""metrics.jsonl, the numbers of a run: one JSON object a line, with its step first.
+"""metrics.jsonl, the numbers of a run: one JSON object a line, with its step and the time (Unix, in seconds) first.
 
 A line is written as a whole and at once. If the process is killed or the disk is full, at most the last line is cut
 off. Readers pass over it, and a writer ends it before it adds another.
@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import os
+import time
 from collections.abc import Callable, Mapping
 from numbers import Real
 from pathlib import Path
@@ -30,7 +31,7 @@ class MetricsFile:
         line = {name: _as_json(value) for name, value in values.items() if isinstance(value, Real | str)}
         try:
             self._file = self._file or _open_to_append(self.path)
-            text = json.dumps({"step": step} | line).encode() + b"\n"
+            text = json.dumps({"step": step, "time": round(time.time(), 3)} | line).encode() + b"\n"
             if self._file.write(text) < len(text):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
         except OSError as error:  # the next line may find room again

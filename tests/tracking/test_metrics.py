@@ -13,6 +13,7 @@ def test_numbers_keep_every_digit(tmp_path):
     file.write(3, values)
     (line,) = read_metrics(file.path)
     del values["no"]  # a picture, for example
+    assert line.pop("time") > 1e9
     assert line == {"step": 3, **values, "nan": None, "inf": None}
 
 
@@ -41,5 +42,5 @@ def test_a_disk_that_is_full_costs_lines_and_one_warning(tmp_path, caplog):
     file.write(2, {"loss": 2})
     file.path.parent.mkdir()
     file.write(3, {"loss": 3})
-    assert read_metrics(file.path) == [{"step": 3, "loss": 3}]
+    assert [line["loss"] for line in read_metrics(file.path)] == [3]
     assert caplog.text.count("metrics.jsonl are missing") == 1
