@@ -112,6 +112,14 @@ def test_dataset(run, small):
     assert set(done["model"]) == {"llama_proj.weight", "llama_proj.bias"}
 
 
+def test_texts_of_a_dataset_stay_as_they_are(run, small, texts, tables):
+    """Case, punctuation and length, without a text processor in the file."""
+    rows = [f"{tables}/{i}.png,LONG: {'Word ' * 60}({i})!" for i in range(12)]
+    (tables / "pairs.csv").write_text("\n".join(["file,caption", *rows]))
+    run(["my_dataset"], small)
+    assert len(texts[True]) == 16 and all(re.fullmatch(r"LONG: (Word ){60}\(\d+\)!", text) for text in texts[True])
+
+
 def test_import_by_the_file(run, small):
     assert part("run", "imports") == {"run": {"imports": ["my_dataset"]}}
     assert len(run([], small, part("run", "imports"))["log"]) == 2

@@ -117,6 +117,7 @@ class Captioner:
     def __init__(self, chat, args: argparse.Namespace, template: str | None):
         from minigpt4.conversation.conversation import IMAGE_TURN
         from minigpt4.models.prompt import IMAGE_SLOT
+        from minigpt4.models.template import join_parts
 
         self._chat = chat
         self.batch_size = args.batch_size
@@ -125,7 +126,7 @@ class Captioner:
         prompts = getattr(chat.model, "prompt_list", None) or [IMAGE_SLOT]
         self._prompt = args.prompt or prompts[0]
         if IMAGE_SLOT not in self._prompt:
-            self._prompt = (template or "{}").replace("{}", f"{IMAGE_TURN} {args.prompt}")
+            self._prompt = (template or "{}").replace("{}", join_parts([None, args.prompt]))
         if self._prompt.count(IMAGE_SLOT) != 1:
             raise ConfigError(f"--prompt {self._prompt!r} must have {IMAGE_SLOT} once: each line is about one file.")
         self._slot = IMAGE_TURN if IMAGE_TURN in self._prompt else IMAGE_SLOT

@@ -217,7 +217,7 @@ class MapDataset(Protocol):
 class Stream(Protocol):
     """A `torch.utils.data.IterableDataset` (inherit it: that is how a stream is recognised). It needs iters_per_epoch.
 
-    It cannot be a validation or test split.
+    A validation or test split also needs `one_pass`.
     """
 
     def __iter__(self) -> Iterator[Any]:
@@ -275,6 +275,13 @@ class StreamExtras(Protocol):
         """Set the epoch of the next `__iter__`. Called in each data worker, right before it.
 
         If it is absent, `__iter__` does not know the epoch; global random generators are seeded for it all the same.
+        """
+
+    def one_pass(self, reader: int, num_readers: int) -> Iterator[Any]:
+        """Return each sample once, the same each time. Called in each data worker of each rank for an evaluation.
+
+        They are `num_readers` in all, and number `reader` (from 0) gets its part of the samples.
+        If it is absent, the stream cannot be a validation or test split.
         """
 
 

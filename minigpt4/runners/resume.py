@@ -108,7 +108,7 @@ def differences(content: Mapping, cfg: Config, own: Mapping[str, Any]) -> tuple[
     breaking = [
         f"{name}: {recorded[name]!r} in the checkpoint, {value!r} here"
         for name, value in own.items()
-        if name in recorded and recorded[name] != value
+        if name in recorded and not _agrees(recorded[name], value)
     ]
     harmless = []
     for key, old, new in _config_differences(content.get("config"), cfg.to_dict()):
@@ -117,6 +117,13 @@ def differences(content: Mapping, cfg: Config, own: Mapping[str, Any]) -> tuple[
             is_harmless = content.get("epoch", 0) + 1 >= old
         (harmless if is_harmless else breaking).append(f"{key}: {old!r} in the checkpoint, {new!r} here")
     return breaking, harmless
+
+
+def _agrees(recorded: Any, value: Any) -> bool:
+    """Whether a fact is the same. Of data, checkpoints of earlier versions may lack the digest at the end."""
+    if isinstance(recorded, list) and isinstance(value, list) and len(recorded) == len(value):
+        return all(new == old or str(new).startswith(f"{old}, ") for old, new in zip(recorded, value, strict=True))
+    return recorded == value
 
 
 def _config_differences(old: Any, new: Mapping) -> Iterator[tuple[str, Any, Any]]:
@@ -132,10 +139,14 @@ def _config_differences(old: Any, new: Mapping) -> Iterator[tuple[str, Any, Any]
             comparable = was is not UNKNOWN and value is not UNKNOWN and f"{section}.{key}" not in OWN
             if comparable and was != value:
                 yield f"{section}.{key}", was, value
-    before, now = (_flat(config.get("datasets") or {}, "datasets") for config in (old, new))
+    sections = [config.get("datasets") or {} for config in (old, new)]
+    before, now = (_flat(section, "datasets") for section in sections)
+    builders = {name: section.get("builder") or name for each in sections for name, section in each.items()}
     for key in before | now:
-        if _is_trained_on(key) and before.get(key) != now.get(key):
-            yield key, before.get(key), now.get(key)
+        values = before.get(key), now.get(key)
+        other_files = key.endswith(".build_info.val") and not any(isinstance(value, float) for value in values)
+        if _is_trained_on(key, builders.get(key.split(".")[1], "")) and values[0] != values[1] and not other_files:
+            yield key, *values
 
 
 def _with_effective_load_in(section: Mapping) -> dict[str, Any]:
@@ -160,9 +171,11 @@ def _default(key: str) -> Any:
     return getattr(DatasetConfig, key.rpartition(".")[2], None) if key.count(".") == 2 else None
 
 
-def _is_trained_on(key: str) -> bool:
+def _is_trained_on(key: str, builder: str) -> bool:
     """Whether a key of a dataset's section has a say in training."""
     _, _, name, *rest = key.split(".")
+    if name == "text_processor" and builder in ("cc_sbu_align", "conversation"):
+        return False  # they take texts as they are
     return name not in ("data_type", "type") and not (name.endswith("_processor") and rest[:1] == ["eval"])
 
 

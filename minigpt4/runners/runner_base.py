@@ -425,6 +425,8 @@ class RunnerBase:
             return
         logging.info("Computing in %s on %s.", str(self.dtype).removeprefix("torch."), self.device)
         self.eta.log_schedule()
+        if dist_utils.is_main_process():
+            data.log_samples(self.cfg, self.datasets, self.module)
 
     def _log_stats(self, split: str, stats: dict[str, float], kind: str = "") -> None:
         """Log results of a split. kind: the beginning of their names in metrics.jsonl."""
@@ -444,8 +446,7 @@ class RunnerBase:
         left_out = sum(dist_utils.gather_objects(self.loader.take_left_out() + changed), Counter())
         for line in report_left_out(left_out):
             logging.info("Epoch %d: %s", epoch, line)
-        shares = self.loader.shares() if hasattr(self.loader, "shares") else {}  # a runner may have another loader
-        counts = Counter()
+        shares, counts = self.loader.shares(), Counter()
         for (dataset, cause, _, verb), count in left_out.items():
             counts[f"{verb.replace(' ', '_')}/{dataset}/{cause}"] += count
         values = dict(counts)
