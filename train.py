@@ -55,6 +55,8 @@ def main(argv: list[str] | None = None) -> None:
         task = registry.get_task_class(cfg.run_cfg.task).setup_task(cfg=cfg)
         runner_class = registry.get_runner_class(cfg.run_cfg.runner)
         registry.get_lr_scheduler_class(cfg.run_cfg.lr_sched)  # reports a misspelt name before anything is loaded
+        if cfg.run_cfg.eval_task not in (None, "auto"):
+            registry.get("eval_task", cfg.run_cfg.eval_task)
         datasets = task.build_datasets(cfg)
         if hasattr(runner_class, "check_data"):
             runner_class.check_data(cfg, datasets)
@@ -69,6 +71,10 @@ def main(argv: list[str] | None = None) -> None:
             write_console_to(folder / "console.log")
         try:
             runner.train()
+            if cfg.run_cfg.evaluate and cfg.run_cfg.eval_task:
+                from minigpt4.cli.evaluate import evaluate_splits
+
+                evaluate_splits(cfg, model.eval(), datasets, folder_of(cfg.run_cfg.output_dir, job_id))
         except KeyboardInterrupt:
             logging.info("Stopped by Ctrl-C. %s", how_to_go_on(runner))
             raise

@@ -31,6 +31,7 @@ ORDER = (
     "tasks",
     "conversation",
     "runners",
+    "evaluation",
     "serving",
     "web",
     "doctor",

@@ -30,6 +30,7 @@ HOMES = {
     "tracker": "minigpt4.tracking.trackers",
     "step": "minigpt4.fast.training_step",
     "llm_file": "minigpt4.weights.gguf",
+    "eval_task": "minigpt4.evaluation",
 }
 
 

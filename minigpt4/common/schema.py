@@ -110,6 +110,8 @@ class RunConfig:
     """Splits to evaluate after training, or alone with `evaluate`."""
     evaluate: bool = False
     """Evaluate `test_splits` and do not train."""
+    eval_task: str | None = None
+    """With `evaluate`: score answers, too, by this evaluation task; `auto`: the one that fits the references."""
 
     output_dir: str = setting("output", kind="path")
     """Folder of the runs, relative to the working directory. Each run makes a folder of its own in it."""
