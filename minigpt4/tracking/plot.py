@@ -53,11 +53,17 @@ def find_runs(paths: Sequence[Path]) -> list[Run]:
         found = [path] if (path / metrics.NAME).is_file() else below
         if not found:
             raise ConfigError(f"{path} is no folder of a run: neither it nor a folder in it has a {metrics.NAME}.")
-        folders += [folder.resolve() for folder in found]
-    runs = [Run(_name(folder), metrics.read_metrics(folder / metrics.NAME)) for folder in folders]
+        folders += found
+    runs = list(map(read_run, folders))
     if not any(run.lines for run in runs):
         raise ConfigError(f"{', '.join(map(str, paths))}: no line of {metrics.NAME} was written yet.")
     return runs
+
+
+def read_run(folder: Path) -> Run:
+    """The run in its own folder; without lines if nothing was written yet."""
+    file = folder / metrics.NAME
+    return Run(_name(folder.resolve()), metrics.read_metrics(file) if file.is_file() else [])
 
 
 def metrics_to_draw(runs: Sequence[Run]) -> list[str]:

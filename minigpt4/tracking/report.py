@@ -38,7 +38,7 @@ def report(folder: Path) -> str:
     """The page. Raises OSError and ValueError for a folder whose files cannot be read."""
     about = json.loads((folder / ENVIRONMENT).read_text(encoding="utf-8"))
     config = (folder / CONFIG).read_text(encoding="utf-8")
-    (run,) = plot.find_runs([folder])
+    run = plot.read_run(folder)
     parts = [
         f"<h1>{_text(run.name)}</h1><p class=soft>Started {_text(about['started'])} in {_text(str(folder))}</p>",
         _tiles(run),
@@ -46,7 +46,7 @@ def report(folder: Path) -> str:
         _section("Results", _results(run)),
         _section("Answers", "".join(_answers(run))),
         _section("Settings that differ from the defaults", _settings(about["changed_settings"])),
-        _section("Data", _data(run)),
+        _section("Data", _data(run) if run.lines else ""),
         _section("Environment", _environment(about)),
         _section("To start it again", _again(about, config)),
     ]
@@ -87,13 +87,16 @@ def _last(run: plot.Run, name: str) -> str:
 
 
 def _curves(run: plot.Run) -> str:
+    names = plot.metrics_to_draw([run])
+    if not names:
+        return ""
     if find_spec("matplotlib") is None:
         return "<p>Curves need matplotlib (<code>pip install matplotlib</code>).</p>"
     import matplotlib
 
     pictures = []
     with matplotlib.rc_context({"svg.fonttype": "none"}):
-        for name in plot.metrics_to_draw([run]):
+        for name in names:
             file = io.StringIO()
             plot.draw([run], [name], columns=1).savefig(file, format="svg", metadata={"Date": None})
             pictures.append(file.getvalue()[file.getvalue().index("<svg") :])

@@ -48,10 +48,16 @@ def test_a_report_that_fails_is_a_warning(folder, caplog):
     assert "report.html was not written" in caplog.text and not (folder / report.NAME).exists()
 
 
-def test_a_run_that_wrote_nothing_yet(folder):
-    (folder / metrics.NAME).write_text('{"step": 0, "test/val_loss": 0.5}\n')
-    page = report.write_report(folder).read_text(encoding="utf-8")
-    assert "0.5" in page and "Curves" in page
+@pytest.mark.parametrize("lines", ['{"step": 0, "test/val_loss": 0.4321}\n', "", None])
+def test_a_run_without_training_or_without_numbers(folder, lines, caplog):
+    """An evaluation alone; a run that was killed at its start; a plug-in's runner."""
+    (folder / metrics.NAME).unlink()
+    if lines is not None:
+        (folder / metrics.NAME).write_text(lines)
+    page = (
+        report.write_report(folder).read_text(encoding="utf-8").split("<h2>Environment")[0]
+    )  # git's changes
+    assert ("0.4321" in page) == bool(lines) and "Curves" not in page and "run.init_lr" in page and not caplog.text
 
 
 def test_the_command(folder, tmp_path, capsys):
