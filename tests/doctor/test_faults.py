@@ -20,6 +20,7 @@ from minigpt4.doctor import check_environment, check_files, check_memory, check_
 from minigpt4.doctor.diagnostic import ERROR, WARNING
 from minigpt4.doctor.machine import Gpu
 from minigpt4.models import fitting
+from minigpt4.models.template import TEMPLATES
 from minigpt4.weights import hf_names, locate
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 5\n"
@@ -656,6 +657,11 @@ def test_another_language_model(patient):
     patient.options = []
     checkpoint(projection, llm_fingerprint=own | {"layers": 3, "embedding_rows": rows[ids].half()})(patient)
     assert "layers 2 instead of 3" in patient.diagnostics(ERROR)[0].what
+
+    template = TEMPLATES["vicuna_v1"].record("vicuna_v1")
+    checkpoint(projection, llm_fingerprint=own | template | {"embedding_rows": rows[ids].half()})(patient)
+    (found,) = patient.diagnostics(ERROR)
+    assert found.check == "model.template" and "USER: " in found.what
 
 
 def test_cached_features_need_no_vision(patient, tmp_path):
