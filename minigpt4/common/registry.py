@@ -27,6 +27,7 @@ HOMES = {
     "processor": "minigpt4.processors",
     "lr_scheduler": "minigpt4.common.optims",
     "runner": "minigpt4.runners",
+    "tracker": "minigpt4.tracking.trackers",
     "step": "minigpt4.fast.training_step",
     "llm_file": "minigpt4.weights.gguf",
     "eval_task": "minigpt4.evaluation",

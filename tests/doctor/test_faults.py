@@ -592,6 +592,14 @@ def test_a_machine_that_will_not_do(patient, monkeypatch, module, name, value, s
     assert any(f.check == check and what in f.what and f.fix for f in found), found
 
 
+@pytest.mark.parametrize(("name", "what"), [("wandb", "wandb, which is not installed"), ("wandbb", "'wandb'?")])
+def test_a_tracker_that_is_not_there(patient, monkeypatch, name, what):
+    patient.stage, patient.options = "stage1", [f"run.trackers=[{name}]"]
+    monkeypatch.setattr(check_environment, "find_spec", lambda name: None if name == "wandb" else name)
+    (found,) = [each for each in patient.diagnostics(ERROR) if each.check == "run.trackers"]
+    assert what in found.what and found.fix
+
+
 def test_too_little_shared_memory(patient, monkeypatch):
     usage = check_environment.shutil.disk_usage("/")._replace(free=10**7)
     monkeypatch.setattr(check_environment.shutil, "disk_usage", lambda path: usage)
