@@ -128,7 +128,9 @@ class Writer:
 
     def about(self, drawing: Drawing, topic: str) -> list[tuple[str, str]]:
         """(topic, answer) of one or two questions about a drawing."""
-        asked = [(name, getattr(drawing, name)) for name in ("colour", "kind") if name == topic or self.rng.random() < 0.5]
+        asked = [
+            (name, getattr(drawing, name)) for name in ("colour", "kind") if name == topic or self.rng.random() < 0.5
+        ]
         self.rng.shuffle(asked)
         return [(name, answer) for name, answer in asked if answer]
 
@@ -147,7 +149,9 @@ def messages(per_picture: list[list[tuple[str, str]]]) -> list[dict]:
 def load_drawings(openmoji: Path) -> dict[str, list[Drawing]]:
     """The drawings of each split. Exits if OpenMoji's are missing."""
     if not openmoji.is_file():
-        sys.exit(f"Error: there is no {openmoji}. Run python dataset/prepare_tiny.py first, or name it with --openmoji.")
+        sys.exit(
+            f"Error: there is no {openmoji}. Run python dataset/prepare_tiny.py first, or name it with --openmoji."
+        )
     found = {}
     for split, artists in ARTISTS.items():
         found[split] = []

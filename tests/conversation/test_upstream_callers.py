@@ -16,14 +16,14 @@ from minigpt4.conversation import conversation
 from minigpt4.conversation.conversation import (
     CONV_VISION,
     Chat,
-    Conversation,
     CONV_VISION_LLama2,
     CONV_VISION_minigptv2,
     CONV_VISION_Vicuna0,
+    Conversation,
     SeparatorStyle,
     StoppingCriteriaSub,
 )
-from minigpt4.models import LaterMiniGPT4
+from minigpt4.models.later_release import LaterMiniGPT4
 
 PROCESSOR = {"name": "blip2_image_eval", "image_size": 64}
 
@@ -129,7 +129,9 @@ def test_a_stop_is_compared_with_each_row():
 def test_without_a_device_the_model_is_built_on_the_gpu_that_the_settings_name(monkeypatch):
     seen = []
     parent = LaterMiniGPT4.__mro__[1]
-    monkeypatch.setattr(parent, "from_config", classmethod(lambda cls, cfg, device, dtype: seen.append((device, dtype))))
+    monkeypatch.setattr(
+        parent, "from_config", classmethod(lambda cls, cfg, device, dtype: seen.append((device, dtype)))
+    )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     LaterMiniGPT4.from_config({"device_8bit": 1})
