@@ -46,14 +46,19 @@ COLOURS = {
 }
 # The kinds of things, by Unicode's subgroup or its beginning.
 KINDS = {
-    "animal-": "an animal", "plant-": "a plant", "food-fruit": "a fruit", "food-vegetable": "a vegetable",
-    "food-prepared": "food", "food-asian": "food", "food-sweet": "food", "drink": "a drink",
-    "place-building": "a building", "clothing": "clothing", "musical-instrument": "an instrument", "face-": "a face",
-    "heart": "a heart", "hand-": "a hand", "arrow": "an arrow", "tool": "a tool",
+    "animal-": "animals", "plant-": "plants", "food-fruit": "fruit", "food-vegetable": "vegetables",
+    "food-prepared": "food", "food-asian": "food", "food-sweet": "food", "drink": "drinks",
+    "place-building": "buildings", "clothing": "clothing", "musical-instrument": "instruments", "face-": "faces",
+    "heart": "hearts", "hand-": "hands", "arrow": "arrows", "tool": "tools",
 }  # fmt: skip
 NUMBERS = ("one", "two", "three", "four")
-QUESTIONS = {"colour": "What colour is it?", "kind": "What kind is it?", "count": "How many are there?"}
-ANSWERS = {"colour": "It is {}.", "kind": "It is {}.", "count": "There are {}."}
+# The frozen language model knows a few questions (dataset/tiny/recipe/train_language.py). These resemble them.
+QUESTIONS = {
+    "colour": "Which colour goes with it?",
+    "kind": "Which group does it belong to?",
+    "count": "How many do you see?",
+}
+ANSWERS = {"colour": "It goes with {}.", "kind": "It belongs to {}.", "count": "I see {}."}
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,7 @@ def colour_of(picture: Image.Image) -> str | None:
     """The colour of a drawing on white; None if it has no clear colour or several."""
     hue, saturation, value = np.moveaxis(np.asarray(picture.convert("HSV"), dtype=int), -1, 0)
     hue = hue * 360 // 256
-    enough = SHARE * ((saturation > 20) | (value < 235)).sum()
+    enough = SHARE * max(((saturation > 20) | (value < 235)).sum(), 1)
     for name, ((low, high), vivid, (dark, light)) in COLOURS.items():
         within = (hue >= low) & (hue <= high) if low < high else (hue >= low) | (hue <= high)
         if (within & (saturation >= vivid) & (value >= dark) & (value <= light)).sum() >= enough:
@@ -118,7 +123,7 @@ class Writer:
             picture = several(first.picture, number, rng)
             asked = [("count", NUMBERS[number - 1]), (topic, getattr(first, topic))]
             rng.shuffle(asked)
-            return [picture], messages([asked[: rng.randint(1, 2)]])
+            return [picture], messages([asked[: rng.choice([1, 2, 2])]])
         pictures, asked = [first.picture], [self.about(first, topic)]
         if form == "two":
             second = self.draw(topic)
@@ -144,6 +149,11 @@ def messages(per_picture: list[list[tuple[str, str]]]) -> list[dict]:
             found.append({"role": "user", "content": question})
             found.append({"role": "assistant", "content": ANSWERS[topic].format(answer)})
     return found
+
+
+def topic_of(question: str) -> str:
+    """What a question is about: a key of QUESTIONS."""
+    return next(topic for topic, text in QUESTIONS.items() if question.endswith(text))
 
 
 def load_drawings(openmoji: Path) -> dict[str, list[Drawing]]:
