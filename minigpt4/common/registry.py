@@ -29,6 +29,7 @@ HOMES = {
     "runner": "minigpt4.runners",
     "step": "minigpt4.fast.training_step",
     "llm_file": "minigpt4.weights.gguf",
+    "eval_task": "minigpt4.evaluation",
 }
 # Names whose module is imported only when they are asked for.
 ALIASES = {("model", "minigpt4"): "minigpt4.models.later_release"}

@@ -106,6 +106,8 @@ class RunConfig:
     """Splits to evaluate after training, or alone with `evaluate`."""
     evaluate: bool = False
     """Evaluate `test_splits` and do not train."""
+    eval_task: str | None = None
+    """With `evaluate`: score answers, too, by this evaluation task; `auto`: the one that fits the references."""
 
     output_dir: str = setting("output", kind="path")
     """Folder of the runs, relative to the working directory. Each run makes a folder of its own in it."""
@@ -215,6 +217,9 @@ class MiniGPT4Config:
     mapping of start, system, question, next_question, end. null: `prompt_template` and `end_sym`, which it replaces."""
     prompt_template: str = "{}"
     """Text around a prompt; `{}` stands for the prompt."""
+    learn_on: str = setting("answers", choices=("answers", "all"))
+    """What is learnt of a conversation: `answers` with their ends, or `all` texts after the first question, that is,
+    later questions too."""
     max_txt_len: int = setting(32, at_least=1)
     """Most tokens of a caption, end_sym included; the rest is cut off."""
     end_sym: str = "\n"
@@ -239,7 +244,8 @@ class DatasetConfig:
     """Which default YAML of a plug-in's dataset to start from."""
     build_info: dict[str, Any] = field(default_factory=dict)
     """`storage`: the shards (brace range, tar, list, glob, URL, pipe:) or the folder. `features`: a cache to train from
-    instead, made by `python -m minigpt4 cache-features`."""
+    instead, made by `python -m minigpt4 cache-features`. `val`: the share of the records that are in the split "val"
+    (0.02), or files like `storage`."""
     vis_processor: dict[str, Any] = field(default_factory=dict)
     """Image processor per split: {train: {name, image_size, …}, eval: {…}}."""
     text_processor: dict[str, Any] = field(default_factory=dict)
@@ -262,6 +268,7 @@ class BuildInfo:
 
     storage: Any = setting(None, kind="texts")
     features: str | None = setting(None, kind="path")
+    val: Any = None
 
 
 @dataclass
