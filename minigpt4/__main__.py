@@ -12,9 +12,13 @@ from minigpt4.common.commands import accept_any_text, check_dashes, dispatch
 COMMANDS = {
     "chat": "chat about pictures in the terminal",
     "caption": "describe pictures, a folder or shards, into a JSONL file",
+    "evaluate": "score a model's answers, or answers in a file, against references",
     "serve": "serve OpenAI's chat completions over HTTP",
     "bench": "time training steps, answers, or the reading of pictures",
     "cache-features": "compute image features once, to train from them",
+    "data": "check datasets, show samples as the model reads them, or convert them",
+    "plot": "draw the curves of runs, to compare them",
+    "report": "write the page about a run that has not ended by itself",
     "doctor": "find what is wrong with a run before it starts",
     "make-random-weights": "write random weights in the published formats, for rehearsals and benchmarks",
     "rehearse": "run train.py and chat on such weights, and measure time and memory",

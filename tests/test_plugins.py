@@ -101,7 +101,15 @@ def texts(monkeypatch):
 
 
 def test_every_plugin_of_the_page_is_run_here():
-    assert MODULES == ["my_dataset", "my_model", "my_processor", "my_schedule", "my_small_model", "my_task"]
+    assert MODULES == [
+        "my_dataset",
+        "my_eval_task",
+        "my_model",
+        "my_processor",
+        "my_schedule",
+        "my_small_model",
+        "my_task",
+    ]
     assert PAGE.count("```python") == len(MODULES)
 
 
@@ -123,6 +131,18 @@ def test_texts_of_a_dataset_stay_as_they_are(run, small, texts, tables):
 def test_import_by_the_file(run, small):
     assert part("run", "imports") == {"run": {"imports": ["my_dataset"]}}
     assert len(run([], small, part("run", "imports"))["log"]) == 2
+
+
+def test_a_run_is_started_again_from_its_own_config(run, small, plugins):
+    """With the plug-ins of `--import`, and the same result. Its folder tells what was on the screen."""
+    first = run(["my_dataset"], small)
+    assert "Averaged stats" in (first["folder"] / "console.log").read_text(encoding="utf-8")
+    sys.modules.pop("my_dataset")
+    main(["--cfg-path", str(first["folder"] / "config.yaml")])
+    (again,) = {*first["folder"].parent.iterdir()} - {first["folder"]}
+    second = torch.load(again / "checkpoint_1.pth", weights_only=True)
+    for name, value in first["model"].items():
+        assert torch.equal(value, second["model"][name])
 
 
 def test_processor(run, small, texts):
@@ -160,3 +180,16 @@ def test_schedule(run, small):
     done = run(["my_dataset", "my_schedule"], small, part("run", "lr_sched"), {"run": {"init_lr": 0.4}})
     assert [line["train_lr"] for line in done["log"]] == ["0.350", "0.150"]
     assert done["optimizer"]["param_groups"][0]["lr"] == pytest.approx(0.1)
+
+
+def test_evaluation_task(plugins, tmp_path):
+    from minigpt4.__main__ import main as command
+
+    lines = [{"id": n, "prompt": f"Why {n}?", "answer": text} for n, text in enumerate(["No.", "It is so."])]
+    for name in ("references", "answers"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (line,) = [line for line in PAGE.splitlines() if line.startswith("python -m minigpt4 evaluate")]
+    places = {f: str(tmp_path / f) for f in ("answers.jsonl", "references.jsonl", "results")}
+    assert command([places.get(word, word) for word in line.split()[3:]]) == 0
+    figures = json.loads((tmp_path / "results" / "scores.json").read_text())["figures"]
+    assert figures["words"]["value"] == 2 and figures["one word"]["value"] == 0.5

@@ -19,11 +19,11 @@ from omegaconf import OmegaConf
 from tqdm import tqdm
 
 from minigpt4.cli.arguments import add_config_arguments
-from minigpt4.cli.parallel import batches_ahead
 from minigpt4.common.commands import check_positive, command_parser, path_argument
 from minigpt4.common.config import Config
 from minigpt4.common.errors import ConfigError
 from minigpt4.common.output import only_run, own_folder
+from minigpt4.common.parallel import batches_ahead
 from minigpt4.common.registry import registry
 from minigpt4.common.text import pluralize
 

@@ -8,7 +8,7 @@ A class `…Extras` holds optional members. Each is optional by itself; its docs
 The calls are positional, unless a docstring says otherwise.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NotRequired, Protocol, TypedDict
 
 if TYPE_CHECKING:
@@ -73,7 +73,10 @@ class ModelExtras(Protocol):
 
 
 class AnsweringModel(Protocol):
-    """The members that chat, `caption`, `serve` and demo.py use; training does not. `MiniGPT4` has them all."""
+    """The members that chat, `caption`, `evaluate`, `serve` and demo.py use; training does not.
+
+    `MiniGPT4` has them all.
+    """
 
     tokenizer: Any
     """Encodes text and image slots, as `models.tokenizer` does."""
@@ -378,3 +381,14 @@ class RunnerExtras(Protocol):
     check_data: Callable[[Any, Mapping[str, Mapping[str, Any]]], None]
     """A class method that raises ConfigError for datasets which the runner could not use. train.py calls it as
     `check_data(cfg, datasets)` before the model is built. If it is absent, the constructor finds out."""
+
+
+class EvalTask(Protocol):
+    """An evaluation task, registered with `registry.register("eval_task", name)` and called without arguments."""
+
+    def measure(self, examples: Sequence[Any], answers: Sequence[Any]) -> Mapping[str, Any]:
+        """Return figures by name, the most important one first.
+
+        A figure is an `evaluation.Figure`, such as `evaluation.mean` of one number for each answer. `examples` and
+        `answers` are `evaluation.Example` and `evaluation.Answer`, of the same length, at least one.
+        """

@@ -13,7 +13,6 @@ import torch.distributed as dist
 
 from minigpt4.common import first_release, gpus
 from minigpt4.common.errors import ConfigError
-from minigpt4.common.schema import DEVICE, DEVICES
 
 __getattr__ = first_release.attributes_of(__name__)  # for names that are gone
 
@@ -43,8 +42,8 @@ def select_device(name: str) -> torch.device:
     An Apple GPU (`mps`) is used only if it is named. Raises ConfigError for an unknown or absent device, for a GPU that
     torch cannot use, and for more processes than GPUs.
     """
-    if not re.fullmatch(DEVICE, name):
-        raise ConfigError(f"run.device={name!r} is not one of {', '.join(DEVICES)}, cuda:0, cuda:1 …")
+    if not re.fullmatch(gpus.DEVICE, name):
+        raise ConfigError(f"run.device={name!r} is not one of {', '.join(gpus.DEVICES)}, cuda:0, cuda:1 …")
     if name.startswith("cuda") and not torch.cuda.is_available():
         if problem := gpus.why_unusable():
             raise ConfigError(f"run.device={name}: {problem} {gpus.ON_THE_CPU}")

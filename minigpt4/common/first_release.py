@@ -11,8 +11,7 @@ PAGE = "docs/from_the_first_release.md"
 CONVERSATION = "builder: conversation reads data of your own (docs/own_data.md)"
 FIRST_ONLY = "this package is MiniGPT-4 of the first release; MiniGPT-v2 is not part of it"
 LATER_DATA = f"this data set came with MiniGPT-v2; {CONVERSATION}"
-EVALUATION = "README.md says under Evaluation what there is"
-TEMPLATES = "model.template (docs/own_data.md) and chat.new_conversation()"
+EVALUATION = "python -m minigpt4 evaluate (docs/evaluation.md)"
 VISION = "from minigpt4.models.vision import Vision"
 
 # Under a package, names of its modules and of what it exported; under a module, names in it.
@@ -30,11 +29,6 @@ GONE = {
     "minigpt4.common.optims.LinearWarmupStepLRScheduler": "LinearWarmupStepLR of the same module",
     "minigpt4.common.utils": "the library: datetime for now(), facts.is_url for is_url(), weights.locate for downloads",
     "minigpt4.common.vqa_tools": EVALUATION,
-    "minigpt4.conversation.conversation.CONV_VISION_LLama2": TEMPLATES,
-    "minigpt4.conversation.conversation.CONV_VISION_Vicuna0": "CONV_VISION of the same module",
-    "minigpt4.conversation.conversation.CONV_VISION_minigptv2": FIRST_ONLY,
-    "minigpt4.conversation.conversation.SeparatorStyle": f"one style is left; for others, {TEMPLATES}",
-    "minigpt4.conversation.conversation.StoppingCriteriaSub": "chat.answer stops by text; nothing has to be passed",
     "minigpt4.conversation.conversation_v2": FIRST_ONLY,
     "minigpt4.datasets.builders.load_dataset": "task.build_datasets(cfg) (minigpt4/tasks/base_task.py)",
     "minigpt4.datasets.data_utils": "from minigpt4.datasets.loaders import TrainLoader, eval_loader",

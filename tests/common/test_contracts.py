@@ -345,7 +345,7 @@ def test_a_bare_runner(open_registry, tmp_path):
     for kind, plugin in (("model", SmallestModel), ("builder", SmallestBuilder), ("runner", BareRunner)):
         registry.register(kind, "smallest")(plugin)
     path = tmp_path / "run.yaml"
-    settings = {"runner": "smallest", "device": "cpu"}
+    settings = {"runner": "smallest", "device": "cpu", "output_dir": str(tmp_path / "output")}
     OmegaConf.save({"run": settings, "model": {"arch": "smallest"}, "datasets": {"smallest": {}}}, path)
     train(["--cfg-path", str(path)])
     default_task = registry.get_task_class("image_text_pretrain")
@@ -405,6 +405,7 @@ OURS = [
     (contracts.ProcessorExtras, Blip2ImageEvalProcessor),
     *((contracts.LRScheduler, registry.get_lr_scheduler_class(name)) for name in registry.list_lr_schedulers()),
     (contracts.Runner, RunnerBase),
+    *((contracts.EvalTask, registry.get("eval_task", name)) for name in registry.names("eval_task")),
 ]
 PROTOCOLS = [cls for cls in vars(contracts).values() if getattr(cls, "_is_protocol", False) and cls.__doc__]
 

@@ -273,6 +273,17 @@ def open_text(file: TextFile, format: str) -> tuple[TextRecords, list[str] | Non
     return TextRecords(file, text_files.scan_lines(file), text_files.parse_json), None
 
 
+def read_items(path: str) -> Iterator[tuple[str, dict]]:
+    """(its place, the object) of each line of a .jsonl file, or of each item of a JSON list. Raises ConfigError."""
+    source, _ = open_text(TextFile(path), "jsonl")
+    with source.reader() as read:
+        for index in range(len(source)):
+            try:
+                yield source.where(index), read(index)
+            except ConfigError as error:
+                raise ConfigError(f"{source.where(index)} {error}") from None
+
+
 def parse_flickr(text: str) -> dict[str, str]:
     """A line of a token file: `1000092795.jpg#0`, a tab, and the caption."""
     match = FLICKR_LINE.fullmatch(text.rstrip("\r\n"))
