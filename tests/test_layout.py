@@ -28,6 +28,7 @@ ORDER = (
     "models",
     "fast",
     "datasets",
+    "data_tools",
     "tasks",
     "conversation",
     "runners",

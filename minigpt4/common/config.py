@@ -44,6 +44,7 @@ from minigpt4.common.schema import (
     ShippedDatasetConfig,
 )
 from minigpt4.common.settings import broken_bound
+from minigpt4.common.upstream import what_to_write
 
 # The text processor of datasets whose captions were written by BLIP, in lower case and without punctuation.
 BLIP_CAPTIONS = ("laion", "cc_sbu")
@@ -312,6 +313,9 @@ class Config:
         return f"{key} = {value!r} (set in {self.origin(key)})"
 
     def _check_names(self, prefix: str, values: DictConfig, known: Iterable[str]) -> None:
+        for key in (f"{prefix}{name}" for name in values if name not in known):
+            if instead := what_to_write(key):
+                raise ConfigError(f"{key} (set in {self.origin(key)}) is a key of upstream's later code. {instead}")
         check_names(
             values, sorted(known), lambda name: f"Unknown key {prefix}{name} in {self.origin(f'{prefix}{name}')}"
         )

@@ -60,8 +60,7 @@ class Template:
 
     def record(self, setting: str | Mapping | None) -> dict:
         """What a checkpoint records of the template. setting: `model.template`."""
-        own = {"template": asdict(self)} if setting else {}
-        return {"prompt_template": self.prompt, "end_sym": self.end, **own}
+        return {"prompt_template": self.prompt, "end_sym": self.end} | ({"template": asdict(self)} if setting else {})
 
     def exchanges(self, messages: Sequence[tuple[str, str]]) -> Iterator[tuple[str, str]]:
         """(the text before an answer, the answer with its end) of messages (role, text).

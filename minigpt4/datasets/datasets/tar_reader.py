@@ -296,7 +296,9 @@ class _Grouping(Generic[Sample]):
             for picture in pictures:
                 yield from self._settle(picture, [])
         except Unusable as cause:
-            self._drop(str(cause), f"{group.key}: {cause.__cause__}" if cause.__cause__ else str(whole))
+            # At the end of the tar, the .txt of a sample that was made of its picture and .json is no loss.
+            if not (group.final and self._is_made(group)):
+                self._drop(str(cause), f"{group.key}: {cause.__cause__}" if cause.__cause__ else str(whole))
         else:
             self._made.add(group.key)
             yield sample
@@ -326,9 +328,15 @@ class _Grouping(Generic[Sample]):
 
     def _lose(self, group: Group) -> None:
         self._lost.update(_beginnings(group.key))
-        # Beside a sample `1.jpg`, `1.txt` there may be others of its files: `1.meta.json`, or `1.json` after all texts.
-        if self._made.isdisjoint(_beginnings(group.key)):
+        if not self._is_made(group):
             self._drop(group.cause + self._distance, str(group))
+
+    def _is_made(self, group: Group) -> bool:
+        """Whether a sample of these members was made.
+
+        Beside a sample `1.jpg`, `1.txt` there may be others of its files: `1.meta.json`, or `1.json` after all texts.
+        """
+        return not self._made.isdisjoint(_beginnings(group.key))
 
 
 def _begins(key: str, beginning: str) -> bool:

@@ -85,6 +85,12 @@ def test_files_between_the_members_of_a_sample(tmp_path, companions):
     assert read(write_tar(tmp_path / "0.tar", each)) == (EXPECTED, {})
 
 
+def test_texts_beside_the_json_of_a_sample_come_last(tmp_path):
+    """The .txt of a sample that has a .json is no sample of its own, wherever it stands."""
+    texts = [(f"{key}.txt", b"A caption.") for key in SAMPLES]
+    assert read(write_tar(tmp_path / "0.tar", [*flat(members()), *texts])) == (EXPECTED, {})
+
+
 def test_members_in_random_order(tmp_path):
     """A record whose pictures follow late is not taken for one without pictures; they have the order of their names."""
     keys = [f"{i:03d}" for i in range(14)]  # and so many pictures
