@@ -54,9 +54,7 @@ def test_a_run_without_training_or_without_numbers(folder, lines, caplog):
     (folder / metrics.NAME).unlink()
     if lines is not None:
         (folder / metrics.NAME).write_text(lines)
-    page = (
-        report.write_report(folder).read_text(encoding="utf-8").split("<h2>Environment")[0]
-    )  # git's changes
+    page = report.write_report(folder).read_text(encoding="utf-8").split("<h2>Environment")[0]  # git's changes
     assert ("0.4321" in page) == bool(lines) and "Curves" not in page and "run.init_lr" in page and not caplog.text
 
 
