@@ -23,10 +23,11 @@ from minigpt4 import PACKAGE_ROOT
 HOMES = {
     "builder": "minigpt4.datasets.builders",
     "task": "minigpt4.tasks",
-    "model": "minigpt4.models",
+    "model": "minigpt4.models.later_release",
     "processor": "minigpt4.processors",
     "lr_scheduler": "minigpt4.common.optims",
     "runner": "minigpt4.runners",
+    "tracker": "minigpt4.tracking.trackers",
     "step": "minigpt4.fast.training_step",
     "llm_file": "minigpt4.weights.gguf",
     "eval_task": "minigpt4.evaluation",
