@@ -80,7 +80,8 @@ class Config:
         imports = OmegaConf.select(request, "run.imports") or []
         if not isinstance(imports, (list, ListConfig)) or not all(isinstance(module, str) for module in imports):
             raise ConfigError(f"run.imports = {imports!r} must be a list of modules, as in [my.module].")
-        import_plugins([*imports, *(getattr(args, "imports", None) or [])])
+        imports = list(dict.fromkeys([*imports, *(getattr(args, "imports", None) or [])]))
+        import_plugins(imports)
 
         # (where, settings), in merge order; `origin` finds the source of a value here.
         self._sources = [
@@ -97,6 +98,7 @@ class Config:
             merged = merge(*self._sources)
         typed = {name: self._typed(name, merged, schema) for name, schema in schemas.items() if "." not in name}
         self.run_cfg, self.model_cfg, self.env_cfg, self.preprocess_cfg = typed.values()
+        self.run_cfg.imports = imports
         datasets = {name: self._dataset(name, merged, schemas) for name in merged.get("datasets", {})}
         self.datasets_cfg = OmegaConf.create(datasets)
         for key in PATH_KEYS:
@@ -157,6 +159,17 @@ class Config:
         """All settings as plain containers, interpolations resolved."""
         sections = {name: getattr(self, f"{name}_cfg") for name in SECTIONS}
         return {name: OmegaConf.to_container(section, resolve=True) for name, section in sections.items()}
+
+    def changes(self) -> dict[str, tuple[Any, Any]]:
+        """{key: (default, value)} of the settings that differ from the defaults, those in default files included."""
+        schemas, defaults = self._schemas(merge(*self._sources)), merge(*self._sources[:-2])
+        before = {}
+        for name, schema in schemas.items():
+            is_dataset = name.startswith("datasets.")
+            section = self._dataset(name[9:], defaults, schemas) if is_dataset else self._typed(name, defaults, schema)
+            before |= _flat(OmegaConf.to_container(section, resolve=True), name)
+        now = _flat(self.to_dict())
+        return {key: (before.get(key), value) for key, value in now.items() if before.get(key) != value}
 
     def pretty_print(self) -> None:
         """Log the settings, section by section."""
@@ -329,3 +342,11 @@ def _exists(value: str, key: str) -> bool:
     if key.endswith("storage") and re.search(r"[{*?\[]", value):
         path = Path(re.split(r"[{*?\[]", str(path))[0] + "x").parent
     return path.is_file() or path.is_dir()  # reading a pipe might never end
+
+
+def _flat(settings: Any, prefix: str = "") -> dict[str, Any]:
+    """The innermost values by dotted key. A list is a value."""
+    if not isinstance(settings, dict):
+        return {prefix: settings}
+    start = f"{prefix}." if prefix else ""
+    return {key: value for name, each in settings.items() for key, value in _flat(each, f"{start}{name}").items()}

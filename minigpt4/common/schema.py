@@ -41,8 +41,6 @@ class QFormerSizes:
 
 
 VIT_KEYS = tuple(size.name for size in fields(VitSizes))
-DEVICES = ("cuda", "cpu", "mps")
-DEVICE = rf"({'|'.join(DEVICES)})(:\d+)?"
 
 # Vision encoders by name. `eva_clip_g` is the published 1B encoder; the first 39 of its 40 blocks are used.
 VIT_MODELS = {
@@ -61,6 +59,12 @@ class RunConfig:
     """Registered name of the runner."""
     imports: list[str] = field(default_factory=list)
     """Modules to import first, so that plug-ins can register themselves. `--import` adds to them."""
+    name: str = ""
+    """Name of the run for trackers, plots and the report; empty: its job id and six random digits."""
+    trackers: list[str] = field(default_factory=list)
+    """Registered names of the trackers that get the metrics: `tensorboard`, `wandb`, `trackio`, or a plug-in's."""
+    report: bool = True
+    """Write report.html into the run's folder at its end."""
 
     lr_sched: str = "linear_warmup_cosine_lr"
     """Registered name of the learning-rate schedule."""
