@@ -46,8 +46,8 @@ class ModelTokens:
         self.max_txt_len = model_cfg.max_txt_len
 
     def measure(self, conversation: Conversation) -> Length:
-        special_tokens, separators = self.reader.tokenizer.special_tokens, self.reader.template.separators
-        texts, broken_up = sanitize_batch(Conversations([conversation]), special_tokens, separators)
+        tokenizer, separators = self.reader.tokenizer, self.reader.template.separators
+        texts, broken_up = sanitize_batch(Conversations([conversation]), tokenizer, separators)
         labels = whole = self._labels(texts, WHOLE)
         if len(whole) > self.max_txt_len:
             labels = self._labels(texts, self.max_txt_len)

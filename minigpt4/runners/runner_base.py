@@ -25,7 +25,7 @@ from minigpt4.common.logger import MetricLogger, line_within
 from minigpt4.common.optims import create_optimizer
 from minigpt4.common.registry import registry
 from minigpt4.common.text import pluralize
-from minigpt4.datasets.loaders import LeftOut, TrainLoader, eval_loader, report_left_out
+from minigpt4.datasets.loaders import LeftOut, TrainLoader, eval_loader, left_out_counts, report_left_out
 from minigpt4.quantization.fp8 import check_fp8_supported
 from minigpt4.runners import data, resume
 from minigpt4.runners.folder import continue_folder, folder_of, new_run_id
@@ -181,6 +181,7 @@ class RunnerBase:
                 for epoch in range(self.start_epoch, self.run.max_epoch):
                     logging.info("Start training epoch %d, %d iters per inner epoch.", epoch, self.iters_per_epoch)
                     stats = self.train_epoch(epoch)
+                    self.step = (epoch + 1) * self.iters_per_epoch
                     self.validated = False
                     self.save_checkpoint(epoch)  # before all that could fail
                     self._log_stats("train", stats)
@@ -448,10 +449,7 @@ class RunnerBase:
         left_out = sum(dist_utils.gather_objects(self.loader.take_left_out() + changed), Counter())
         for line in report_left_out(left_out):
             logging.info("Epoch %d: %s", epoch, line)
-        shares, counts = self.loader.shares(), Counter()
-        for (dataset, cause, _, verb), count in left_out.items():
-            counts[f"{verb.replace(' ', '_')}/{dataset}/{cause}"] += count
-        values = dict(counts)
+        shares, values = self.loader.shares(), left_out_counts(left_out)
         if len(shares) > 1:
             batches = ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
             logging.info("Epoch %d: batches from %s.", epoch, batches)
