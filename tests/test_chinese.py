@@ -18,6 +18,8 @@ def contents(page: str) -> dict[str, Counter]:
     text = (ROOT / page).read_text(encoding="utf-8")
     blocks = re.findall(r"^ *```\w*\n(.*?)^ *```", text, flags=re.DOTALL | re.MULTILINE)
     text = re.sub(r"^ *```\w*\n.*?^ *```", "", text, flags=re.DOTALL | re.MULTILINE)
+    text += "".join(f" {comment}" for block in blocks for comment in re.findall(r" # (.*)", block))  # in Chinese, too
+    blocks = [re.sub(r" +# .*", "", block) for block in blocks]
     names = re.findall(r"`([^`]+)`", text)
     text = re.sub(r"`[^`]+`", "", text)
     links = re.findall(r"\]\(([^)]+)\)", text)
