@@ -63,6 +63,7 @@ def open_sources(cfg: MiniGPT4Config) -> Sources:
 def _open_checkpoint(ckpt: str) -> tuple[State, dict | None, dict]:
     """Weights, fingerprint of the language model, and `model:` settings of a checkpoint."""
     path = checkpoint.resolve(ckpt)
+    logging.info("model.ckpt: reading %s", path)
     content = checkpoint.read_file(path)
     config = content.get("config")  # in a file of another origin it may be anything
     settings = config.get("model") if isinstance(config, dict) else None
