@@ -6,8 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from minigpt4.common import first_release
 from minigpt4.common.errors import ConfigError
 from minigpt4.common.registry import registry
+
+__getattr__ = first_release.attributes_of(__name__)  # for names that are gone
 
 # Parameters whose name contains one of these are not decayed, nor are vectors.
 NO_DECAY = ("bias", "ln", "bn")

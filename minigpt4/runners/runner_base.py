@@ -424,10 +424,12 @@ class RunnerBase:
             done = pluralize(self.run.max_epoch, "epoch")
             logging.info("Nothing left to train: the checkpoint has done %s. Raise run.max_epoch to go on.", done)
             return
-        logging.info("Computing in %s on %s.", str(self.dtype).removeprefix("torch."), self.device)
-        self.eta.log_schedule()
         if dist_utils.is_main_process():
             data.log_samples(self.cfg, self.datasets, self.module)
+        data.log_data(self.cfg, self.datasets)
+        logging.info("Start training")
+        logging.info("Computing in %s on %s.", str(self.dtype).removeprefix("torch."), self.device)
+        self.eta.log_schedule()
 
     def _log_stats(self, split: str, stats: dict[str, float], kind: str = "") -> None:
         """Log results of a split. kind: the beginning of their names in metrics.jsonl."""
