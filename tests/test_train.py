@@ -38,7 +38,7 @@ def test_stage1_then_stage2_then_captions(configs, tmp_path, caplog):
         "=====  Running Parameters    =====",
         "number of trainable parameters: 1000",
         "Computing in float32 on cpu.",
-        f"model.ckpt: reading {stage1}/checkpoint_1.pth",
+        f"model.ckpt={stage1}: reading {stage1}/checkpoint_1.pth",
         f"Loaded 2 tensors, 1,000 parameters from {stage1}",
         "Start training epoch 1, 4 iters per inner epoch.",
         "Averaged stats: lr: ",

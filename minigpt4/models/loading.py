@@ -63,7 +63,8 @@ def open_sources(cfg: MiniGPT4Config) -> Sources:
 def _open_checkpoint(ckpt: str) -> tuple[State, dict | None, dict]:
     """Weights, fingerprint of the language model, and `model:` settings of a checkpoint."""
     path = checkpoint.resolve(ckpt)
-    logging.info("model.ckpt: reading %s", path)
+    if str(path) != ckpt:  # the folder of a run, or a URL
+        logging.info("model.ckpt=%s: reading %s", ckpt, path)
     content = checkpoint.read_file(path)
     config = content.get("config")  # in a file of another origin it may be anything
     settings = config.get("model") if isinstance(config, dict) else None
