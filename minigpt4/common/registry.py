@@ -29,6 +29,9 @@ HOMES = {
     "runner": "minigpt4.runners",
     "step": "minigpt4.fast.training_step",
     "llm_file": "minigpt4.weights.gguf",
+    "projector": "minigpt4.models.projectors",
+    "adapters": "minigpt4.models.lora",
+    "trained_parts": "minigpt4.common.trained_parts",
 }
 
 
@@ -129,6 +132,7 @@ class Registry:
     register_processor = partialmethod(register, "processor")
     register_lr_scheduler = partialmethod(register, "lr_scheduler")
     register_runner = partialmethod(register, "runner")
+    register_projector = partialmethod(register, "projector")
 
     get_builder_class = partialmethod(get, "builder")
     get_task_class = partialmethod(get, "task")

@@ -20,11 +20,13 @@ CHECKPOINT_BYTES_PER_PARAMETER = 12
 
 
 def check_registry(context: RunContext) -> Iterator[Diagnostic]:
-    """Schedule and runner are registered, and processors can be made. Imports what registers them."""
+    """Schedule, runner and projector are registered, and processors can be made. Imports what registers them."""
     if not context.training:
         return
     run, datasets = context.run, context.cfg.datasets_cfg
-    for key, kind, name in (("run.lr_sched", "lr_scheduler", run.lr_sched), ("run.runner", "runner", run.runner)):
+    names = [("run.lr_sched", "lr_scheduler", run.lr_sched), ("run.runner", "runner", run.runner)]
+    names += [("model.projector", "projector", context.model.projector)] if context.is_ours else []
+    for key, kind, name in names:
         try:
             registry.get(kind, name)
         except UnknownNameError as mistake:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from minigpt4.common import facts
 from minigpt4.common.config import Config
+from minigpt4.common.registry import registry
 from minigpt4.common.schema import MiniGPT4Config
 from minigpt4.doctor.machine import Gpu
 from minigpt4.weights import gguf, locate
@@ -263,5 +264,6 @@ class RunContext:
         with meta:
             model = Vision(**parts)
             if self.llm:
-                model.llama_proj = torch.nn.Linear(model.Qformer.hidden_size, self.llm.width)
+                projector = registry.get("projector", self.model.projector)
+                model.llama_proj = projector(model.Qformer.hidden_size, self.llm.width)
         return model

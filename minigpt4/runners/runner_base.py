@@ -24,6 +24,7 @@ from minigpt4.common.logger import MetricLogger
 from minigpt4.common.optims import create_optimizer
 from minigpt4.common.registry import registry
 from minigpt4.common.text import pluralize
+from minigpt4.common.trained_parts import check_parts
 from minigpt4.datasets.loaders import LeftOut, TrainLoader, eval_loader, report_left_out
 from minigpt4.quantization.fp8 import check_fp8_supported
 from minigpt4.runners import data, resume
@@ -250,7 +251,7 @@ class RunnerBase:
         Called after each epoch, and again after its validation, if there is one, with the new `best_metric`.
         Raises FloatingPointError for weights that are not finite.
         """
-        weights = {name: parameter.detach() for name, parameter in self._trainable().items()}
+        weights = {name: each.detach() for name, each in checkpoint.saved_parameters(self.module).items()}
         broken = [name for name, weight in weights.items() if not weight.isfinite().all()]
         if broken:
             raise FloatingPointError(f"Not saved after epoch {epoch}: not all of {', '.join(broken)} is finite.")
@@ -324,8 +325,11 @@ class RunnerBase:
         check_entries(content, str(path))
         weights = checkpoint.weights_of(content, str(path), own=self.module.state_dict().keys())
         allowed = self.cfg.model_cfg.get("allow_llm_mismatch", False)
-        fingerprint.check(content.get(fingerprint.KEY), self.fingerprint, str(path), allowed)
+        recorded = content.get(fingerprint.KEY)
+        check_parts(weights, recorded, self.fingerprint or {}, str(path))
+        fingerprint.check(recorded, self.fingerprint, str(path), allowed)
         checkpoint.load_weights(self.module, weights, str(path), required=set(self._trainable()))
+        self.module.from_checkpoint = {*getattr(self.module, "from_checkpoint", ()), *weights}
         return content
 
     def _validate(self, epoch: int) -> None:
