@@ -15,6 +15,7 @@ COMMANDS = {
     "serve": "serve OpenAI's chat completions over HTTP",
     "bench": "time training steps, answers, or the reading of pictures",
     "cache-features": "compute image features once, to train from them",
+    "merge": "write the language model with its LoRA adapters merged in",
     "doctor": "find what is wrong with a run before it starts",
     "make-random-weights": "write random weights in the published formats, for rehearsals and benchmarks",
     "rehearse": "run train.py and chat on such weights, and measure time and memory",

@@ -18,6 +18,16 @@ DEVICE = rf"({'|'.join(DEVICES)})(:\d+)?"
 
 
 @dataclass
+class LrGroup:
+    """`run.lr_groups.<part>`: what differs from the keys of `run:` of the same names."""
+
+    init_lr: float | None = setting(None, at_least=0)
+    min_lr: float | None = setting(None, at_least=0, at_most="init_lr")
+    warmup_steps: int | None = setting(None, at_least=0)
+    weight_decay: float | None = setting(None, at_least=0)
+
+
+@dataclass
 class RunConfig:
     """The `run:` section."""
 
@@ -42,6 +52,9 @@ class RunConfig:
     """Factor per epoch of `linear_warmup_step_lr`."""
     weight_decay: float = setting(0.05, at_least=0)
     """AdamW's weight decay, on weight matrices only."""
+    lr_groups: Any = setting(None, keys=LrGroup, kind="mappings")
+    """Rates of parts that differ from those above: {lora: {init_lr, min_lr, warmup_steps, weight_decay}, qformer: …}.
+    The parts are those of `model.train`; for a plug-in's parameters, the first component of their names."""
     beta2: float = setting(0.999, at_least=0, less_than=1)
     """AdamW's second beta."""
 

@@ -4,13 +4,14 @@ torch is not imported here. The loaders find this in the registry, so that a rea
 """
 
 from collections.abc import Collection, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 from minigpt4.common.errors import ConfigError, check_names
 from minigpt4.common.facts import is_adapter
 from minigpt4.common.model_schema import LoraSettings, MiniGPT4Config
 from minigpt4.common.registry import registry
+from minigpt4.common.schema import LrGroup, RunConfig
 
 LORA = "lora"
 # The parts by the names of `model.train`, and the beginnings of their parameters' names; beside them, adapters.
@@ -30,6 +31,22 @@ def part_of(parameter: str) -> str:
         return LORA
     first = parameter.partition(".")[0]
     return next((part for part, beginning in PARTS.items() if beginning == first), first)
+
+
+def rates_of_parts(run_cfg: RunConfig) -> dict[str, LrGroup]:
+    """The rates of each part that `run.lr_groups` names, completed from `run:`.
+
+    Raises ConfigError for a lowest rate above the highest.
+    """
+    found = {}
+    for part, given in (run_cfg.lr_groups or {}).items():
+        rates = found[part] = LrGroup(**{key.name: given.get(key.name, run_cfg[key.name]) for key in fields(LrGroup)})
+        if rates.min_lr > rates.init_lr:
+            raise ConfigError(
+                f"run.lr_groups.{part}: min_lr={rates.min_lr} must be at most init_lr={rates.init_lr}. A rate that is "
+                "not given is that of run:; set both."
+            )
+    return found
 
 
 @registry.register("trained_parts", "mini_gpt4")

@@ -68,6 +68,8 @@ def target_names(llm: nn.Module, settings: LoraSettings) -> list[str]:
             f"model.lora.layers lists {outside[0]}; the language model has {pluralize(len(layers), 'layer')}, numbered "
             "from 0."
         )
+    if not chosen or not settings.target_modules:
+        raise ConfigError("model.lora has no target_modules or layers. Name some, or set model.lora=null.")
     found = {layers[number] for number in chosen}
     names = [
         f"{prefix}.{name}"
@@ -83,10 +85,7 @@ def target_names(llm: nn.Module, settings: LoraSettings) -> list[str]:
                 f"model.lora.target_modules lists {target!r}; the linear layers of the language model are "
                 f"{', '.join(known)}."
             )
-    targets = [name for name in names if name.rpartition(".")[2] in settings.target_modules]
-    if not targets:
-        raise ConfigError("model.lora has no target_modules or layers. Name some, or set model.lora=null.")
-    return targets
+    return [name for name in names if name.rpartition(".")[2] in settings.target_modules]
 
 
 def merged_weight(layer: nn.Module) -> torch.Tensor:

@@ -21,16 +21,16 @@ from minigpt4.common.config import Config
 from minigpt4.common.contracts import Task
 from minigpt4.common.errors import ConfigError
 from minigpt4.common.logger import MetricLogger
-from minigpt4.common.optims import create_optimizer
+from minigpt4.common.optims import create_optimizer, create_schedule
 from minigpt4.common.registry import registry
 from minigpt4.common.text import pluralize
-from minigpt4.common.trained_parts import check_parts
+from minigpt4.common.trained_parts import check_parts, rates_of_parts
 from minigpt4.datasets.loaders import LeftOut, TrainLoader, eval_loader, report_left_out
 from minigpt4.quantization.fp8 import check_fp8_supported
 from minigpt4.runners import data, resume
 from minigpt4.runners.folder import folder_of
 from minigpt4.runners.prefetch import prefetch
-from minigpt4.runners.schedule import EtaLogger, TrainingSchedule
+from minigpt4.runners.schedule import EtaLogger, TrainingSchedule, log_rates
 from minigpt4.runners.state import check_entries, check_shapes, numbers_in, restore_rng_states, rng_states, to_device
 from minigpt4.weights import checkpoint, fingerprint
 
@@ -117,18 +117,10 @@ class RunnerBase:
         self.iters_per_epoch = data.batches_per_epoch(self.cfg, datasets, self.world_size)
         self.facts = resume.facts_of_data(self.cfg, datasets, self.world_size)
         self.facts |= resume.facts_of_model(self.module, self.dtype)
-        self.optimizer = create_optimizer(self.module, run.init_lr, run.weight_decay, run.beta2)
+        decays = {part: rates.weight_decay for part, rates in rates_of_parts(run).items()}
+        self.optimizer = create_optimizer(self.module, run.init_lr, run.weight_decay, run.beta2, decays)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        self.lr_sched = registry.get_lr_scheduler_class(run.lr_sched)(
-            self.optimizer,
-            run.max_epoch,
-            self.iters_per_epoch,
-            run.min_lr,
-            run.init_lr,
-            warmup_steps=run.warmup_steps,
-            warmup_start_lr=run.warmup_lr,
-            decay_rate=run.lr_decay_rate,
-        )
+        self.lr_sched = create_schedule(run, self.optimizer, self.iters_per_epoch)
         if run.resume_ckpt_path:
             self._resume(checkpoint.resolve(run.resume_ckpt_path))
         schedule = TrainingSchedule(
@@ -373,6 +365,7 @@ class RunnerBase:
             done = pluralize(self.run.max_epoch, "epoch")
             logging.info("Nothing left to train: the checkpoint has done %s. Raise run.max_epoch to go on.", done)
             return
+        log_rates(self.module, self.run)
         logging.info("Computing in %s on %s.", str(self.dtype).removeprefix("torch."), self.device)
         self.eta.log_schedule()
 
