@@ -30,6 +30,20 @@ def test_other_adapters_are_refused(build_golden_model, make_runner, tmp_path, c
         make_runner(build_golden_model(lora=lora), evaluate=True, resume_ckpt_path=path, test_splits="[train]")
 
 
+@pytest.mark.parametrize(("theirs", "mine"), [("mlp", "linear"), ("linear", "mlp")])
+def test_another_projector_is_refused(build_golden_model, make_runner, tmp_path, theirs, mine):
+    """Where a model is built and where a run is evaluated; also a file that does not name its projector."""
+    model = build_golden_model(projector=theirs)
+    path, fix = save(model, tmp_path / "a.pth"), rf"Set model\.projector={theirs}"
+    with pytest.raises(ConfigError, match=fix):
+        build_golden_model(projector=mine, ckpt=path)
+    with pytest.raises(ConfigError, match=fix):
+        make_runner(build_golden_model(projector=mine), evaluate=True, resume_ckpt_path=path, test_splits="[train]")
+    torch.save(torch.load(path)["model"], tmp_path / "bare.pth")
+    with pytest.raises(ConfigError, match=r"model\.projector"):
+        build_golden_model(projector=mine, ckpt=str(tmp_path / "bare.pth"))
+
+
 def test_frozen_parts_of_a_checkpoint_are_saved_again(build_golden_model, make_runner, tmp_path):
     """Adapters, and a projector, that are loaded and do not train."""
     first = save(trained(build_golden_model(lora=LORA)), tmp_path / "a.pth")
