@@ -10,6 +10,7 @@ from lora_models import LORA, SAMPLES, adapters, save, trained
 
 from minigpt4.common.errors import ConfigError
 from minigpt4.common.model_schema import LoraSettings
+from minigpt4.fast.decoding.loop import cached_decoding
 from minigpt4.models import MiniGPT4
 from minigpt4.models.lora import LoraAdapters, adapted_layers, merged_weight
 from minigpt4.weights import checkpoint
@@ -200,3 +201,15 @@ def test_a_checkpoint_without_adapters_starts_them(build_golden_model, tmp_path,
     path = save(build_golden_model(), tmp_path / "b.pth", **{name: value.detach()})
     with pytest.raises(checkpoint.CheckpointError, match=r"lora_B\.default\.weight is missing"):
         build_golden_model(lora=LORA, ckpt=path)
+
+
+def test_answers(build_golden_model, golden):
+    """The decoding loop gives those of transformers, and without the adapters they are others."""
+    model = trained(build_golden_model(lora=LORA)).eval()
+    images, prompts = golden("train_forward")[1]["stage1.image"][:2], ["What is <Img><ImageHere></Img> it?"] * 2
+    options = {"max_new_tokens": 8, "stop": "\0"}
+    expected = model.generate(images, prompts, **options)
+    assert model.generate(images, prompts, decoding_loop=cached_decoding, **options) == expected
+    for parameter in adapters(model).values():
+        parameter.data.zero_()
+    assert model.generate(images, prompts, **options) != expected
