@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
     from minigpt4.common import dist_utils
     from minigpt4.common.logger import setup_logger
     from minigpt4.common.registry import registry
-    from minigpt4.runners.folder import reserved_folder
+    from minigpt4.runners.folder import folder_of, reserved_folder
     from minigpt4.runners.state import seed_everything
 
     setup_logger()
@@ -49,6 +49,8 @@ def main(argv: list[str] | None = None) -> None:
         task = registry.get_task_class(cfg.run_cfg.task).setup_task(cfg=cfg)
         runner_class = registry.get_runner_class(cfg.run_cfg.runner)
         registry.get_lr_scheduler_class(cfg.run_cfg.lr_sched)  # reports a misspelt name before anything is loaded
+        if cfg.run_cfg.eval_task not in (None, "auto"):
+            registry.get("eval_task", cfg.run_cfg.eval_task)
         datasets = task.build_datasets(cfg)
         if hasattr(runner_class, "check_data"):
             runner_class.check_data(cfg, datasets)
@@ -59,6 +61,10 @@ def main(argv: list[str] | None = None) -> None:
         runner = runner_class(cfg, task, model, datasets, job_id)
         try:
             runner.train()
+            if cfg.run_cfg.evaluate and cfg.run_cfg.eval_task:
+                from minigpt4.cli.evaluate import evaluate_splits
+
+                evaluate_splits(cfg, model.eval(), datasets, folder_of(cfg.run_cfg.output_dir, job_id))
         except KeyboardInterrupt:
             logging.info("Stopped by Ctrl-C. %s", how_to_go_on(runner))
             raise

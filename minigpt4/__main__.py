@@ -12,6 +12,7 @@ from minigpt4.common.commands import accept_any_text, dispatch
 COMMANDS = {
     "chat": "chat about pictures in the terminal",
     "caption": "describe pictures, a folder or shards, into a JSONL file",
+    "evaluate": "score a model's answers, or answers in a file, against references",
     "serve": "serve OpenAI's chat completions over HTTP",
     "bench": "time training steps, answers, or the reading of pictures",
     "cache-features": "compute image features once, to train from them",

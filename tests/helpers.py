@@ -113,6 +113,9 @@ class FixedBatches:
     def take_left_out(self):
         return Counter()
 
+    def mixture(self):
+        return ""
+
 
 def quantize_by_bitsandbytes(module, load_in: str, dtype) -> None:
     """Exchange the linear layers in place for bitsandbytes' own, in "8bit" or "4bit"."""

@@ -30,6 +30,7 @@ ORDER = (
     "tasks",
     "conversation",
     "runners",
+    "evaluation",
     "serving",
     "web",
     "doctor",

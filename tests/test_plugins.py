@@ -101,7 +101,7 @@ def texts(monkeypatch):
 
 
 def test_every_plugin_of_the_page_is_run_here():
-    names = ["dataset", "model", "processor", "projector", "schedule", "small_model", "task"]
+    names = ["dataset", "eval_task", "model", "processor", "projector", "schedule", "small_model", "task"]
     assert MODULES == [f"my_{name}" for name in names]
     assert PAGE.count("```python") == len(MODULES)
 
@@ -111,6 +111,14 @@ def test_dataset(run, small):
     assert [set(line) for line in done["log"]] == [{"train_lr", "train_loss"}, {"val_loss"}] * 2
     assert (done["folder"] / "checkpoint_best.pth").exists()
     assert set(done["model"]) == {"llama_proj.weight", "llama_proj.bias"}
+
+
+def test_texts_of_a_dataset_stay_as_they_are(run, small, texts, tables):
+    """Case, punctuation and length, without a text processor in the file."""
+    rows = [f"{tables}/{i}.png,LONG: {'Word ' * 60}({i})!" for i in range(12)]
+    (tables / "pairs.csv").write_text("\n".join(["file,caption", *rows]))
+    run(["my_dataset"], small)
+    assert len(texts[True]) == 16 and all(re.fullmatch(r"LONG: (Word ){60}\(\d+\)!", text) for text in texts[True])
 
 
 def test_import_by_the_file(run, small):
@@ -159,3 +167,16 @@ def test_schedule(run, small):
     done = run(["my_dataset", "my_schedule"], small, part("run", "lr_sched"), {"run": {"init_lr": 0.4}})
     assert [line["train_lr"] for line in done["log"]] == ["0.350", "0.150"]
     assert done["optimizer"]["param_groups"][0]["lr"] == pytest.approx(0.1)
+
+
+def test_evaluation_task(plugins, tmp_path):
+    from minigpt4.__main__ import main as command
+
+    lines = [{"id": n, "prompt": f"Why {n}?", "answer": text} for n, text in enumerate(["No.", "It is so."])]
+    for name in ("references", "answers"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (line,) = [line for line in PAGE.splitlines() if line.startswith("python -m minigpt4 evaluate")]
+    places = {f: str(tmp_path / f) for f in ("answers.jsonl", "references.jsonl", "results")}
+    assert command([places.get(word, word) for word in line.split()[3:]]) == 0
+    figures = json.loads((tmp_path / "results" / "scores.json").read_text())["figures"]
+    assert figures["words"]["value"] == 2 and figures["one word"]["value"] == 0.5

@@ -71,6 +71,37 @@ def test_a_run_is_repeatable_and_its_seed_matters(configs, tmp_path):
     assert losses[0] == losses[1] != losses[2]
 
 
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_samples_are_shown_first_and_change_nothing(configs, tmp_path, monkeypatch, caplog, stage):
+    """Also where the dataset is read in the main process."""
+    caplog.set_level("INFO")
+    options, results = ["run.max_epoch=1", "run.num_workers=0", "model.ckpt=null"], []
+    for name in ("shown", "not"):
+        main(["--cfg-path", str(configs[stage]), "--options", *options, f"run.output_dir={tmp_path}/{name}"])
+        results.append(torch.load(run_folder(tmp_path, name) / "checkpoint_0.pth", weights_only=True))
+        monkeypatch.setattr("minigpt4.runners.data.log_samples", lambda *_: None)
+    for first, second in zip(results[0]["model"].values(), results[1]["model"].values(), strict=True):
+        assert torch.equal(first, second)
+    assert str(results[0]["rng"]) == str(results[1]["rng"])
+    shown = [r.getMessage() for r in caplog.records if "as the model reads it" in r.getMessage()]
+    names = {"stage1": ["laion", "cc_sbu"], "stage2": ["cc_sbu_align"]}[stage]
+    assert [text.split()[0] for text in shown] == names and all(text.count("learnt:") == 2 for text in shown)
+    learnt = {"stage1": "<ImageHere>«sample 0", "stage2": "###Assistant: «Caption <unk>umber 0!###»"}[stage]
+    assert learnt in shown[0] and ("blip_caption" in shown[0]) == (stage == "stage1")
+
+
+@pytest.mark.parametrize("stage", [pytest.param("stage1", marks=pytest.mark.slow), "stage2"])
+def test_a_share_for_validation(configs, tmp_path, stage):
+    names = {"stage1": ("laion", "cc_sbu"), "stage2": ("cc_sbu_align",)}[stage]
+    options = [f"datasets.{name}.build_info.val=0.2" for name in names]
+    options += ["run.valid_splits=[val]", "run.max_epoch=1", "run.num_workers=1", "model.ckpt=null"]
+    options += ["preprocess.vis_processor.eval.image_size=28"]
+    main(["--cfg-path", str(configs[stage]), "--options", *options])
+    folder = run_folder(tmp_path, stage)
+    assert (folder / "checkpoint_best.pth").exists()
+    assert "val_loss" in (folder / "log.txt").read_text().splitlines()[-1]
+
+
 @pytest.mark.slow
 def test_torchrun_with_two_ranks(configs, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py"]
@@ -258,7 +289,8 @@ def test_a_broken_split_is_found_before_the_model_is_loaded(configs, monkeypatch
     monkeypatch.setattr("minigpt4.tasks.base_task.BaseTask.build_model", lambda *_: pytest.fail("loads"))
     fails(configs, "stage1", "run.valid_splits=[dev]", match="No dataset has the split 'dev'")
     fails(configs, "stage1", "run.iters_per_epoch=null", match="run.iters_per_epoch must say how long")
-    fails(configs, "stage1", "run.valid_splits=[train]", match="cannot be evaluated")
+    monkeypatch.delattr("minigpt4.datasets.datasets.shard_stream.ShardStream.one_pass")  # as in a plug-in's stream
+    fails(configs, "stage1", "run.valid_splits=[train]", match="no method `one_pass`, so it cannot be evaluated")
 
 
 def test_a_resume_with_another_seed_is_refused_before_the_model_is_loaded(configs, tmp_path, monkeypatch):

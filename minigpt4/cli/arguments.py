@@ -13,17 +13,17 @@ from minigpt4.conversation.decoding import Decoding
 from minigpt4.conversation.videos import FRAMES, MAX_FRAMES
 
 
-def add_config_arguments(parser: argparse.ArgumentParser, file: str) -> None:
+def add_config_arguments(parser: argparse.ArgumentParser, file: str, required: bool = True) -> None:
     """`--cfg-path`, `--options` and `--import`. file: describes the YAML file in the help."""
-    parser.add_argument("--cfg-path", required=True, metavar="FILE", help=file)
+    parser.add_argument("--cfg-path", required=required, metavar="FILE", help=file)
     several = {"nargs": "+", "action": "extend"}
     parser.add_argument("--options", **several, metavar="KEY=VALUE", help="settings that override the file's")
     parser.add_argument("--import", **several, dest="imports", metavar="MODULE", help="plug-ins to import first")
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+def add_model_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
     """`--cfg-path`, `--options`, `--import`, `--offline` and `--gpu-id`."""
-    add_config_arguments(parser, "YAML file of the model")
+    add_config_arguments(parser, "YAML file of the model", required)
     parser.add_argument("--offline", action="store_true", help="download nothing: an uncached file is an error")
     parser.add_argument("--gpu-id", type=int, metavar="N", help="GPU to use (0); the CPU is used if there is none")
 
@@ -53,10 +53,12 @@ def given(args: argparse.Namespace, settings: type) -> dict:
     return {each.name: getattr(args, each.name) for each in fields(settings) if hasattr(args, each.name)}
 
 
-def add_answer_arguments(parser: argparse.ArgumentParser, sample: bool = Decoding.do_sample) -> None:
-    """`--sample`, and a flag for each other field of `AnswerSettings`. sample: the default of `--sample`."""
+def add_answer_arguments(
+    parser: argparse.ArgumentParser, sample: bool = Decoding.do_sample, settings: type = AnswerSettings
+) -> None:
+    """`--sample`, and a flag for each other field of `settings`. sample: the default of `--sample`."""
     group = parser.add_argument_group("answers")
-    add_settings(group, AnswerSettings)
+    add_settings(group, settings)
     text = "sample the tokens, or take the likeliest ones"
     group.add_argument("--sample", dest="do_sample", action=argparse.BooleanOptionalAction, default=sample, help=text)
 

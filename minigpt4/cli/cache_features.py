@@ -19,11 +19,11 @@ from omegaconf import OmegaConf
 from tqdm import tqdm
 
 from minigpt4.cli.arguments import add_config_arguments
-from minigpt4.cli.parallel import batches_ahead
 from minigpt4.common.commands import check_positive, command_parser, path_argument
 from minigpt4.common.config import Config
 from minigpt4.common.errors import ConfigError
 from minigpt4.common.output import only_run, own_folder
+from minigpt4.common.parallel import batches_ahead
 from minigpt4.common.registry import registry
 from minigpt4.common.text import pluralize
 
@@ -72,7 +72,9 @@ def source_dataset(cfg, name: str):
 
     section = cfg.datasets_cfg[name]
     eval_processor = section.vis_processor.get("eval")
-    section = OmegaConf.merge(section, {"vis_processor": {"train": None}, "build_info": {"features": None}})
+    section = OmegaConf.merge(
+        section, {"vis_processor": {"train": None}, "build_info": {"features": None, "val": None}}
+    )
     section.vis_processor.train = eval_processor
     builder = cfg.builder_class(name)(section)
     builder.name, builder.data_timeout_s = name, cfg.run_cfg.data_timeout_s
@@ -90,7 +92,8 @@ def manifest_of(cfg, name: str) -> dict:
     from minigpt4.tasks.cached_features import made_by
 
     data = OmegaConf.to_container(cfg.datasets_cfg[name].build_info)
-    data.pop("features", None)
+    for key in ("features", "val"):  # the cache holds all samples, whatever share of them is in val
+        data.pop(key, None)
     return {"made_by": made_by(cfg, name), "data": data}
 
 
@@ -128,6 +131,8 @@ class Writer:
 
         _, num_query_token, width = self.model.query_tokens.shape
         size = {"shape": [num_query_token, width], "parts": dataset.num_parts}
+        if hasattr(dataset, "identity"):
+            size[feature_cache.IDENTITIES] = True
         if hasattr(dataset, "digest"):
             size["content"] = dataset.digest()
         feature_cache.open_cache(folder, manifest | size)
@@ -149,13 +154,15 @@ class Writer:
     def _samples(self, dataset, number: int, skipped: list[str]) -> Iterator[tuple]:
         """Yield (key, features, record) of a part's pictures, and add the ids of broken ones to `skipped`."""
         samples = dataset.part(number)
+        identify = getattr(dataset, "identity", None)
         for batch in batches_ahead(self.pool, lambda s: (s, dataset.load(s)), samples, self.batch_size):
             skipped += [sample.image_id for sample, fields in batch if fields is None]
             good = [(sample, fields) for sample, fields in batch if fields is not None]
             if good:
                 features = self._features([fields for _, fields in good])
                 for (sample, _), row in zip(good, features, strict=True):
-                    yield sample.key, row, {"caption": sample.caption, "image_id": sample.image_id}
+                    identity = {"identity": identify(sample)} if identify else {}
+                    yield sample.key, row, {"caption": sample.caption, "image_id": sample.image_id} | identity
         lost = getattr(getattr(dataset, "patience", None), "given_up", None)
         if lost:  # a cache without them would pass for complete
             raise ConfigError(

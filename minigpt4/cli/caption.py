@@ -15,10 +15,7 @@ import io
 import json
 import logging
 import os
-import re
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +24,12 @@ from tqdm import tqdm
 from minigpt4 import PACKAGE_ROOT
 from minigpt4.cli import arguments
 from minigpt4.cli.caption_sources import Item, Sources, listed, named_sources
-from minigpt4.cli.parallel import batches_ahead
 from minigpt4.common import facts
 from minigpt4.common.commands import check_positive, command_parser, path_argument, text_argument
 from minigpt4.common.config import Config
 from minigpt4.common.errors import ConfigError
-from minigpt4.common.output import only_run
+from minigpt4.common.parallel import batches_ahead
+from minigpt4.common.resumable import Lines, Output, open_output
 from minigpt4.common.text import pluralize
 from minigpt4.conversation import Decoding, PictureError, open_media, open_picture, videos
 
@@ -70,7 +67,7 @@ def main(argv: list[str]) -> int:
     setup_logger()
     gpu = None if args.gpu_id is None else select_gpu(cfg, args.gpu_id)
     with dist_utils.process_group(cfg.run_cfg, gpu) as device:
-        with open_output(args.out, settings_of(args, cfg)) as output:
+        with open_output(args.out, settings_of(args, cfg), LINES) as output:
             chat = load_chat(cfg, device)
             template = getattr(chat.model, "template", None)
             around = template.prompt if template else cfg.model_cfg.get("prompt_template")
@@ -78,9 +75,13 @@ def main(argv: list[str]) -> int:
     return 1 if unreadable else 0
 
 
-# How a line of the JSONL file begins, and what marks a settings file as this command's.
-LINE_START = b'{"image": '
-COMMAND = "minigpt4 caption"
+def _image(entry: Any) -> str | None:
+    """The image that a line describes; None: this command did not write the line."""
+    ours = entry.keys() - {"frames"} == {"image", "caption"} and isinstance(entry["image"], str)
+    return entry["image"] if ours else None
+
+
+LINES = Lines("minigpt4 caption", "caption", b'{"image": ', _image)
 
 
 def settings_of(args: argparse.Namespace, cfg: Config) -> dict[str, Any]:
@@ -117,6 +118,7 @@ class Captioner:
     def __init__(self, chat, args: argparse.Namespace, template: str | None):
         from minigpt4.conversation.conversation import IMAGE_TURN
         from minigpt4.models.prompt import IMAGE_SLOT
+        from minigpt4.models.template import join_parts
 
         self._chat = chat
         self.batch_size = args.batch_size
@@ -125,7 +127,7 @@ class Captioner:
         prompts = getattr(chat.model, "prompt_list", None) or [IMAGE_SLOT]
         self._prompt = args.prompt or prompts[0]
         if IMAGE_SLOT not in self._prompt:
-            self._prompt = (template or "{}").replace("{}", f"{IMAGE_TURN} {args.prompt}")
+            self._prompt = (template or "{}").replace("{}", join_parts([None, args.prompt]))
         if self._prompt.count(IMAGE_SLOT) != 1:
             raise ConfigError(f"--prompt {self._prompt!r} must have {IMAGE_SLOT} once: each line is about one file.")
         self._slot = IMAGE_TURN if IMAGE_TURN in self._prompt else IMAGE_SLOT
@@ -168,183 +170,6 @@ class Captioner:
                 f"{name} takes {length} tokens with its prompt, and its caption up to {new}; the model has room for "
                 f"{window}. Lower --frames or --max-new-tokens."
             )
-
-
-@contextmanager
-def open_output(name: Path | None, settings: dict[str, Any]) -> Iterator["Output"]:
-    """The `Output` of a run. No other run can have it meanwhile.
-
-    Raises ConfigError for a path that is no file, one of another run, and as `Output` does.
-    """
-    from minigpt4.common import dist_utils
-
-    if name is None:
-        yield Output(None, settings)
-        return
-    path = name.resolve()
-    if path.is_dir():
-        raise ConfigError(f"--out {name} is a folder; name a file in it.")
-    if path.exists() and not (path.is_file() and os.access(path, os.R_OK | os.W_OK)):
-        raise ConfigError(f"--out {name} is no file that can be written. Leave --out away to write to the screen.")
-    main = dist_utils.is_main_process()
-    if main:
-        check_output(path, settings)  # before a file for the lock is written beside somebody else's file
-    with only_run(path, main):
-        yield Output(path, settings)
-
-
-class Output:
-    """The JSONL file, or the screen. Of several ranks, each writes to a file of its own until `finish`.
-
-    Args:
-        path: the JSONL file; None: the screen.
-        settings: what the captions depend on. They are kept beside the JSONL file, in `<name>.settings.json`, which is
-            written first and marks the JSONL file as this command's.
-
-    Raises ConfigError for a file that this command did not write, and for one with captions of other settings. Nothing
-    is changed then.
-    """
-
-    def __init__(self, path: Path | None, settings: dict[str, Any]):
-        from minigpt4.common import dist_utils
-
-        self._path = self._own = path
-        self.done: set[str] = set()
-        if path is None:
-            return
-        if dist_utils.is_distributed():
-            self._own = path.with_name(f"{path.name}.part{dist_utils.get_rank()}")
-        if dist_utils.is_main_process():
-            check_output(path, settings)
-            part = path.with_name(f".{path.name}.settings.part")
-            part.write_text(json.dumps({"command": COMMAND, "settings": settings}) + "\n", encoding="utf-8")
-            part.replace(_settings_file(path))
-        self.finish()  # an earlier run
-        if path.is_file():
-            self.done = {_image(line) for line in _whole_lines(path)}
-        dist_utils.barrier()  # all ranks have read before any writes
-
-    def write(self, entries: list[dict]) -> None:
-        """Append lines. They are on disk when this returns, so that an interrupted run can be continued."""
-        lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
-        if self._path is None:
-            print(lines, end="", flush=True)
-            return
-        with self._own.open("ab") as file:
-            # A file name that is not UTF-8 has lone surrogates. JSON escapes them just like Python's backslashreplace.
-            file.write(lines.encode("utf-8", "backslashreplace"))
-
-    def finish(self) -> None:
-        """Rank 0 appends the files of all ranks to the JSONL file."""
-        from minigpt4.common import dist_utils
-
-        dist_utils.barrier()  # all ranks have written
-        if self._path and dist_utils.is_main_process():
-            for part in _parts(self._path):
-                # A part that was appended, but not yet removed when a run ended, is not appended again.
-                done = {_image(line) for line in _whole_lines(self._path)} if self._path.exists() else set()
-                with self._path.open("ab") as file:
-                    file.writelines(line for line in _whole_lines(part) if _image(line) not in done)
-                part.unlink()
-        dist_utils.barrier()
-
-
-def check_output(path: Path, settings: dict[str, Any]) -> None:
-    """Raise ConfigError if `path`, or a part of it, has lines of others, or captions of other settings."""
-    kept = _kept_settings(path)
-    files = [file for file in (path, *_parts(path)) if file.exists()]
-    captions = [line for file in files for line in _look(file, marked=kept is not None)[0]]
-    if captions and kept is None:
-        logging.warning("%s has no settings file beside it. Its captions count as made with these settings.", path)
-    elif captions:
-        now = json.loads(json.dumps(settings))
-        keys = [key for key in sorted(kept.keys() | now.keys()) if kept.get(key) != now.get(key)]
-        differences = [f"{key}: {kept.get(key)!r} there, {now.get(key)!r} here" for key in keys]
-        if differences:
-            raise ConfigError(
-                f"--out {path} has captions that were made with other settings. Name another file, or use the same "
-                f"settings ({_settings_file(path).name} has them):\n  " + "\n  ".join(differences)
-            )
-
-
-def _settings_file(path: Path) -> Path:
-    return path.with_name(f"{path.name}.settings.json")
-
-
-def _kept_settings(path: Path) -> dict[str, Any] | None:
-    """The settings beside a JSONL file; None: there are none. Raises ConfigError for a file that has something else."""
-    file = _settings_file(path)
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        if content["command"] == COMMAND:
-            return content["settings"]
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        pass
-    raise ConfigError(f"--out {path}: {file.name} beside it is not a settings file of `caption`. Name another --out.")
-
-
-def _parts(path: Path) -> list[Path]:
-    """The files of the ranks of an interrupted run."""
-    form = re.compile(re.escape(path.name) + r"\.part\d+")
-    return sorted(file for file in path.parent.glob("*.part*") if form.fullmatch(file.name))
-
-
-def _whole_lines(path: Path, marked: bool = True) -> list[bytes]:
-    """The lines of a file as `_look` finds them. The last one is completed, or removed if it was cut off."""
-    lines, cut_off = _look(path, marked)
-    whole = sum(map(len, lines))
-    if cut_off:
-        logging.warning("%s ends in a line that was cut off, which is removed: %r", path, cut_off)
-        os.truncate(path, whole)
-    elif whole > path.stat().st_size:
-        with path.open("ab") as file:
-            file.write(b"\n")
-    return lines
-
-
-def _look(path: Path, marked: bool) -> tuple[list[bytes], bytes]:
-    """The lines of a file of captions, with their line breaks; and the beginning of one that a run was interrupted in.
-
-    marked: there is a settings file beside the file.
-
-    Raises ConfigError for a file that this command did not write.
-    """
-    content = path.read_bytes()
-    end = content.rfind(b"\n") + 1
-    lines = content[:end].splitlines(keepends=True)  # of bytes, since U+2028 in a caption would end a line of text
-    rest = content[end:]
-    cut_off = rest if (marked or lines) and _is_cut_off(rest) else b""
-    if rest and not cut_off:
-        lines.append(rest + b"\n")
-    for line in lines:
-        if _image(line) is None:
-            raise ConfigError(f"--out {path} exists, and its line {line[:60]!r} is not a caption. Name another file.")
-    return lines, cut_off
-
-
-def _is_cut_off(line: bytes) -> bool:
-    """Whether a line is the beginning of one that this command writes."""
-    try:
-        text = line.decode(errors="ignore")  # which leaves out the half of a character at the end
-        json.loads(text)
-    except json.JSONDecodeError as error:
-        unfinished = error.msg.startswith("Unterminated string") or error.pos >= len(text.rstrip())
-        return unfinished and (line.startswith(LINE_START) or LINE_START.startswith(line))
-    except (ValueError, RecursionError):
-        return False
-    return False
-
-
-def _image(line: bytes) -> str | None:
-    """The image that a line describes; None: this command did not write the line."""
-    try:
-        entry = json.loads(line)
-        ours = entry.keys() - {"frames"} == {"image", "caption"} and isinstance(entry["image"], str)
-        return entry["image"] if ours else None
-    except (ValueError, AttributeError, RecursionError):
-        return None
 
 
 def caption(sources: Sources, captioner: Captioner, output: Output) -> list[str]:

@@ -45,6 +45,9 @@ from minigpt4.common.schema import (
 )
 from minigpt4.common.settings import broken_bound
 
+# The text processor of datasets whose captions were written by BLIP, in lower case and without punctuation.
+BLIP_CAPTIONS = ("laion", "cc_sbu")
+TEXT_PROCESSOR = {split: {"name": "blip_caption"} for split in ("train", "eval")}
 SECTIONS = ("run", "model", "datasets", "preprocess", "env")
 # Keys whose value is a path or URL. prompt_path takes no URL; llama_model takes a hub id instead of one.
 PATH_KEYS = (
@@ -199,18 +202,27 @@ class Config:
         return schema or builtin
 
     def _dataset(self, name: str, merged: DictConfig, schemas: dict[str, type | None]) -> DictConfig:
-        """A section `datasets.<name>`. Splits without a processor get that of `preprocess`."""
+        """A section `datasets.<name>`. Splits without a processor get that of `preprocess`.
+
+        If there is none either, captions that BLIP wrote get `blip_caption`, and all other texts stay as they are. The
+        text processor for "eval" is that for "train" if none is named.
+        """
         section = f"datasets.{name}"
         dataset = self._typed(section, merged, schemas[section])
         if schemas[section] is None:  # keys of its own beside ours
             dataset = OmegaConf.merge(dataset, self._typed(section, merged, DatasetConfig, others=True))
+        builder = builder_name(merged, name)
+        ours = {"text_processor": TEXT_PROCESSOR} if builder in BLIP_CAPTIONS else {}
         for kind in ("vis_processor", "text_processor"):
             own = dataset.get(kind) or {}
             if not isinstance(own, (dict, DictConfig)):
                 raise ConfigError(
                     f"{section}.{kind} = {own!r} (set in {self.origin(f'{section}.{kind}')}) is no mapping."
                 )
-            dataset[kind] = {**self.preprocess_cfg[kind], **{split: each for split, each in own.items() if each}}
+            shared = OmegaConf.merge(ours.get(kind, {}), self.preprocess_cfg[kind])
+            if kind == "text_processor" and "eval" not in self.preprocess_cfg[kind] and own.get("train"):
+                shared["eval"] = own["train"]
+            dataset[kind] = {**shared, **{split: each for split, each in own.items() if each}}
         return dataset
 
     def _typed(self, section: str, merged: DictConfig, schema: type | None, others: bool = False) -> DictConfig:

@@ -8,7 +8,7 @@ A class `…Extras` holds optional members. Each is optional by itself; its docs
 The calls are positional, unless a docstring says otherwise.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NotRequired, Protocol, TypedDict
 
 if TYPE_CHECKING:
@@ -73,7 +73,10 @@ class ModelExtras(Protocol):
 
 
 class AnsweringModel(Protocol):
-    """The members that chat, `caption`, `serve` and demo.py use; training does not. `MiniGPT4` has them all."""
+    """The members that chat, `caption`, `evaluate`, `serve` and demo.py use; training does not.
+
+    `MiniGPT4` has them all.
+    """
 
     tokenizer: Any
     """Encodes text and image slots, as `models.tokenizer` does."""
@@ -230,7 +233,7 @@ class MapDataset(Protocol):
 class Stream(Protocol):
     """A `torch.utils.data.IterableDataset` (inherit it: that is how a stream is recognised). It needs iters_per_epoch.
 
-    It cannot be a validation or test split.
+    A validation or test split also needs `one_pass`.
     """
 
     def __iter__(self) -> Iterator[Any]:
@@ -288,6 +291,13 @@ class StreamExtras(Protocol):
         """Set the epoch of the next `__iter__`. Called in each data worker, right before it.
 
         If it is absent, `__iter__` does not know the epoch; global random generators are seeded for it all the same.
+        """
+
+    def one_pass(self, reader: int, num_readers: int) -> Iterator[Any]:
+        """Return each sample once, the same each time. Called in each data worker of each rank for an evaluation.
+
+        They are `num_readers` in all, and number `reader` (from 0) gets its part of the samples.
+        If it is absent, the stream cannot be a validation or test split.
         """
 
 
@@ -388,3 +398,14 @@ class RunnerExtras(Protocol):
     check_data: Callable[[Any, Mapping[str, Mapping[str, Any]]], None]
     """A class method that raises ConfigError for datasets which the runner could not use. train.py calls it as
     `check_data(cfg, datasets)` before the model is built. If it is absent, the constructor finds out."""
+
+
+class EvalTask(Protocol):
+    """An evaluation task, registered with `registry.register("eval_task", name)` and called without arguments."""
+
+    def measure(self, examples: Sequence[Any], answers: Sequence[Any]) -> Mapping[str, Any]:
+        """Return figures by name, the most important one first.
+
+        A figure is an `evaluation.Figure`, such as `evaluation.mean` of one number for each answer. `examples` and
+        `answers` are `evaluation.Example` and `evaluation.Answer`, of the same length, at least one.
+        """

@@ -147,6 +147,9 @@ class MiniGPT4Config:
     mapping of start, system, question, next_question, end. null: `prompt_template` and `end_sym`, which it replaces."""
     prompt_template: str = "{}"
     """Text around a prompt; `{}` stands for the prompt."""
+    learn_on: str = setting("answers", choices=("answers", "all"))
+    """What is learnt of a conversation: `answers` with their ends, or `all` texts after the first question, that is,
+    later questions too."""
     max_txt_len: int = setting(32, at_least=1)
     """Most tokens of a caption, end_sym included; the rest is cut off."""
     end_sym: str = "\n"

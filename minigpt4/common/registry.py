@@ -32,6 +32,7 @@ HOMES = {
     "projector": "minigpt4.models.projectors",
     "adapters": "minigpt4.models.lora",
     "trained_parts": "minigpt4.common.trained_parts",
+    "eval_task": "minigpt4.evaluation",
 }
 
 

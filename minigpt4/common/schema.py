@@ -85,6 +85,8 @@ class RunConfig:
     """Splits to evaluate after training, or alone with `evaluate`."""
     evaluate: bool = False
     """Evaluate `test_splits` and do not train."""
+    eval_task: str | None = None
+    """With `evaluate`: score answers, too, by this evaluation task; `auto`: the one that fits the references."""
 
     output_dir: str = setting("output", kind="path")
     """Folder of the runs, relative to the working directory. Each run makes a folder of its own in it."""
@@ -139,7 +141,8 @@ class DatasetConfig:
     """Which default YAML of a plug-in's dataset to start from."""
     build_info: dict[str, Any] = field(default_factory=dict)
     """`storage`: the shards (brace range, tar, list, glob, URL, pipe:) or the folder. `features`: a cache to train from
-    instead, made by `python -m minigpt4 cache-features`."""
+    instead, made by `python -m minigpt4 cache-features`. `val`: the share of the records that are in the split "val"
+    (0.02), or files like `storage`."""
     vis_processor: dict[str, Any] = field(default_factory=dict)
     """Image processor per split: {train: {name, image_size, …}, eval: {…}}."""
     text_processor: dict[str, Any] = field(default_factory=dict)
@@ -162,6 +165,7 @@ class BuildInfo:
 
     storage: Any = setting(None, kind="texts")
     features: str | None = setting(None, kind="path")
+    val: Any = None
 
 
 @dataclass

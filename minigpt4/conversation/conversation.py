@@ -10,7 +10,7 @@ Q query tokens per image, S sequence, T new tokens, D width of the language mode
 
 import logging
 from bisect import bisect_left
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -26,10 +26,10 @@ from minigpt4.conversation.pictures import PictureError, to_picture
 from minigpt4.conversation.videos import FRAMES, open_video
 from minigpt4.fast.decoding.loop import cached_decoding
 from minigpt4.models.generation import DecodingLoop, answer_text, continue_embeds, end_ids, stream, strip_leading
-from minigpt4.models.prompt import IMAGE_SLOT, break_up, encode_with_images, sanitize
-from minigpt4.models.template import Template, open_prompt
+from minigpt4.models.prompt import BOUNDARY, IMAGE_SLOT, break_up, encode_with_images, sanitize
+from minigpt4.models.template import PICTURE, Template, join_parts
 
-IMAGE_TURN = f"<Img>{IMAGE_SLOT}</Img>"
+IMAGE_TURN = PICTURE
 
 
 @dataclass
@@ -58,6 +58,11 @@ class Conversation:
         """Texts that a user's message must not have."""
         return self.template.separators if self.template else [self.sep, self.sep2 or ""]
 
+    @property
+    def label(self) -> str:
+        """A text that models of the first release repeat before their answers. It is taken out of these."""
+        return "" if self.template else f"{self.roles[1]}:"
+
     def get_prompt(self) -> str:
         """The prompt for the model, with `<ImageHere>` at the place of each image."""
         if self.template:
@@ -70,7 +75,7 @@ class Conversation:
 
     def _alternating(self) -> list[tuple[str, str]]:
         """The messages up to the last question as [system,] user, assistant, user, … An empty one stands for none."""
-        found = [("system", self.system)] if self.system else []
+        found = [("system", self.system)] if self.system.strip() else []
         for role, text in self.messages:
             name = "assistant" if role == self.roles[1] else "user"
             if name == "user" and found and found[-1][0] == "user":
@@ -81,7 +86,7 @@ class Conversation:
                 found.append((name, text or ""))
         if found and found[-1][0] == "assistant":
             found.pop()
-        return found
+        return [(role, join_parts(parts_of(text))) for role, text in found]
 
     def append_message(self, role: str, message: str | None) -> None:
         self.messages.append([role, message])
@@ -117,6 +122,21 @@ class Conversation:
 
     def copy(self) -> "Conversation":
         return replace(self, messages=[list(message) for message in self.messages])
+
+
+def open_prompt(template: Template, messages: Sequence[tuple[str, str]]) -> str:
+    """The text of messages that end with a question, up to the answer, with a BOUNDARY at the ends of each answer.
+
+    The roles are [system,] user, assistant, user, …; each segment has the tokens that it had in training.
+    """
+    segments = [text for exchange in template.exchanges([*messages, ("assistant", "")]) for text in exchange]
+    return BOUNDARY.join(segments[:-1])
+
+
+def parts_of(text: str) -> list[str | None]:
+    """The parts of a message's text: the opposite of `join_parts`."""
+    texts = text.split(PICTURE)
+    return [part for number, text in enumerate(texts) for part in ((None, text) if number else (text,))]
 
 
 CONV_VISION = Conversation(
@@ -239,8 +259,8 @@ class Chat:
             ValueError: a setting is out of bounds, or the question alone is longer than the context window.
         """
         decoding = Decoding(**settings)
-        stop, label = conv.stop, f"{conv.roles[1]}:"
-        read = partial(answer_text, self.model.tokenizer, stop=stop, label=label)
+        stop = conv.stop
+        read = partial(answer_text, self.model.tokenizer, stop=stop, label=conv.label)
         with self._pending_answer(conv) as pending:
             context, fitting = self._fit(conv, decoding, notify)
             run = partial(self._generate, context.get_prompt(), img_list, stop, fitting)

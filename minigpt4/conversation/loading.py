@@ -10,7 +10,9 @@ from minigpt4.common.errors import ConfigError
 from minigpt4.common.registry import UnknownNameError, registry
 from minigpt4.conversation.conversation import Chat
 from minigpt4.fast.decoding.loop import cached_decoding
+from minigpt4.models.fitting import log_doubts
 from minigpt4.models.sampling import token_texts
+from minigpt4.models.template import FirstRelease
 from minigpt4.processors.base_processor import make_processor
 
 
@@ -22,12 +24,14 @@ def load_chat(cfg: Config, device: torch.device, warm_up: Iterable[int] = ()) ->
     dtype = dist_utils.select_dtype(device, cfg.run_cfg.amp, cfg.run_cfg.amp_dtype)
     vis_processor = load_vis_processor(cfg)  # first: a mistake in it shows before anything slow begins
     model = registry.get_model_class(cfg.model_cfg.arch).build(cfg.model_cfg, device, dtype)
+    log_doubts(cfg.model_cfg, model)
     for rows in warm_up:
         cached_decoding.warm_up(model.llama_model, rows=rows)
         token_texts(model.tokenizer)  # a second, for a large vocabulary
     # The first release's chat differs a little from its training; its published weights expect that.
-    own = cfg.model_cfg.get("template") not in (None, "vicuna_v0")
-    options = {"template": model.template if own else None, "video_backend": cfg.run_cfg.video_backend}
+    template = getattr(model, "template", None)
+    own = None if isinstance(template, FirstRelease) else template
+    options = {"template": own, "video_backend": cfg.run_cfg.video_backend}
     return Chat(model, vis_processor, device, **options)
 
 

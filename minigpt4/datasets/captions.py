@@ -36,11 +36,15 @@ class Incomplete(Unusable):
     """A part of the sample is missing. It may still follow."""
 
 
+def encoding_of(content: bytes) -> str:
+    """The encoding of a text file by its byte-order mark."""
+    return next((name for mark, name in _MARKS if content.startswith(mark)), "utf-8-sig")
+
+
 def decode(content: bytes) -> str:
     """The text of a file in UTF-8, or in UTF-16 or UTF-32 with a byte-order mark. Raises Unusable for others."""
-    encoding = next((name for mark, name in _MARKS if content.startswith(mark)), "utf-8-sig")
     try:
-        return content.decode(encoding)
+        return content.decode(encoding_of(content))
     except UnicodeDecodeError:
         raise Unusable("a caption that is not in UTF-8 (nor in UTF-16 with a byte-order mark)") from None
 

@@ -1,7 +1,8 @@
 """A cache of image features: the output of the vision side for each picture of a dataset, computed once.
 
     <folder>/cache.json     the manifest: source of the features, dataset, their shape [Q,W], the number of shards
-    <folder>/00000.tar …    webdataset shards: <key>.npy, float16 [Q,W], and <key>.json {"caption", "image_id"}
+    <folder>/00000.tar …    webdataset shards: <key>.npy, float16 [Q,W], and <key>.json {"caption", "image_id"}; of a
+                            stream also "identity"
 
 `python -m minigpt4 cache-features` writes it; `build_info.features: <folder>` trains from it.
 """
@@ -21,6 +22,8 @@ from minigpt4.common.errors import ConfigError
 from minigpt4.common.output import own_folder
 
 MANIFEST = "cache.json"
+IDENTITIES = "identities"
+"""In the manifest: whether each sample has an "identity", by which a share is drawn (`datasets.splits`)."""
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
@@ -45,8 +48,8 @@ def open_cache(folder: str | Path, manifest: dict[str, Any]) -> None:
     path = folder / MANIFEST
     if path.exists():
         found = read_manifest(folder)
-        if "content" not in found:  # of an earlier version
-            manifest = {key: value for key, value in manifest.items() if key != "content"}
+        earlier = {"content", IDENTITIES} - found.keys()  # not in caches of earlier versions
+        manifest = {key: value for key, value in manifest.items() if key not in earlier}
         check_same(found, manifest, f"{folder} holds a cache that differs from the one asked for")
         return
     part = folder / f".{MANIFEST}.{os.getpid()}"

@@ -15,13 +15,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
 
 from minigpt4.common.errors import ConfigError
 from minigpt4.datasets.captions import Unusable, usable
 from minigpt4.datasets.left_out import Tally
 from minigpt4.datasets.length_balancing import POOL, balanced_batches, rank_share
 from minigpt4.datasets.seeding import derive_seed, seeded
+
+# Samples in a row with texts that cannot be used; more end the run.
+MAX_BAD_IN_A_ROW = 1000
 
 
 class BatchRequest(NamedTuple):
@@ -187,8 +190,6 @@ class BatchMaker(Dataset):
     Item: the batch, or None if no sample is left, and {LeftOut: count} of the samples left out.
     """
 
-    MAX_BAD_IN_A_ROW = 1000
-
     def __init__(
         self, datasets: dict[str, Dataset], batch_size: int, seed: int, balanced: bool = False, replace: bool = True
     ) -> None:
@@ -214,49 +215,73 @@ class BatchMaker(Dataset):
         """The sample at an index, or the next one whose text is usable; without `replace`, perhaps none."""
         dataset = self.datasets[name]
         following = (dataset[(index + i) % len(dataset)] for i in range(len(dataset) if self.replace else 1))
-        return islice(self._usable(name, following), 1)
-
-    def _usable(self, name: str, samples: Iterable[Any]) -> Iterator[Any]:
-        """The samples without a text, and those whose text is usable."""
-        bad_in_a_row = 0
-        for sample in samples:
-            try:
-                # A plug-in may have no texts, or others than strings.
-                if isinstance(sample, Mapping) and "text_input" in sample:
-                    text = sample["text_input"]
-                    usable(text if isinstance(text, str | None) else "another")
-            except Unusable as cause:
-                self._tallies[name].drop(str(cause), str(sample.get("image_id", "a sample")))
-                bad_in_a_row += 1
-                if bad_in_a_row == self.MAX_BAD_IN_A_ROW:
-                    raise RuntimeError(f"datasets.{name}: {cause}: {bad_in_a_row} samples in a row.") from None
-            else:
-                bad_in_a_row = 0
-                yield sample
+        return islice(usable_samples(following, self._tallies[name]), 1)
 
     def _stream(self, request: BatchRequest) -> Iterator[list[Any]]:
         """The batches of a stream. They start again in a new epoch, and in one that is begun once more."""
         name, last = request.dataset, self._last.get(request.dataset)
         if last is None or last.epoch != request.epoch or last.number >= request.number:
-            samples = self._usable(name, _endless(self.datasets[name], name, request.epoch))
+            samples = usable_samples(_endless(self.datasets[name], name, request.epoch), self._tallies[name])
             self._streams[name] = balanced_batches(samples, self.batch_size, POOL if self.balanced else 0)
         self._last[name] = request
         return self._streams[name]
 
 
+def usable_samples(samples: Iterable[Any], tally: Tally) -> Iterator[Any]:
+    """The samples without a text, and those whose text is usable. Raises RuntimeError for MAX_BAD_IN_A_ROW others."""
+    bad_in_a_row = 0
+    for sample in samples:
+        try:
+            # A plug-in may have no texts, or others than strings.
+            if isinstance(sample, Mapping) and "text_input" in sample:
+                text = sample["text_input"]
+                usable(text if isinstance(text, str | None) else "another")
+        except Unusable as cause:
+            tally.drop(str(cause), str(sample.get("image_id", "a sample")))
+            bad_in_a_row += 1
+            if bad_in_a_row == MAX_BAD_IN_A_ROW:
+                raise RuntimeError(f"datasets.{tally.name}: {cause}: {bad_in_a_row} samples in a row.") from None
+        else:
+            bad_in_a_row = 0
+            yield sample
+
+
 def eval_loader(
     dataset: Dataset, batch_size: int, num_workers: int, rank: int = 0, world_size: int = 1
 ) -> Iterator[dict[str, Any]]:
-    """Batches of a dataset in order, every sample once; over several ranks each takes every world_size-th sample.
+    """Batches of a dataset in order, every sample once; over several ranks each takes a part of the samples.
 
-    The last batch may be smaller, and a rank may have none. Random draws are the same each time.
-    The dataset must have a length.
+    Batches may be smaller, and a rank may have none. Random draws are the same each time.
+    The dataset has a length, or is a stream with the method `one_pass`.
     """
+    if isinstance(dataset, IterableDataset):
+        yield from _data_loader(OnePass(dataset, batch_size, rank, world_size), None, num_workers)
+        return
     part = range(rank, len(dataset), world_size)
     starts = range(0, len(part), batch_size)
     plan = [BatchRequest("", 0, number, list(part[i : i + batch_size])) for number, i in enumerate(starts)]
     maker = BatchMaker({"": dataset}, batch_size, derive_seed("eval", rank), replace=False)
-    return (batch for batch, _ in _data_loader(maker, plan, num_workers) if batch is not None)
+    yield from (batch for batch, _ in _data_loader(maker, plan, num_workers) if batch is not None)
+
+
+class OnePass(IterableDataset):
+    """The batches of one pass over a stream. Ranks and workers share its samples."""
+
+    def __init__(self, stream: IterableDataset, batch_size: int, rank: int, world_size: int) -> None:
+        self.stream, self.batch_size, self.rank, self.world_size = stream, batch_size, rank, world_size
+
+    def __iter__(self) -> Iterator[Any]:
+        worker = get_worker_info()
+        number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        reader = self.rank * workers + number
+        samples = usable_samples(self.stream.one_pass(reader, self.world_size * workers), Tally("evaluation"))
+        batch, number = [None], 0
+        while batch:
+            with seeded(derive_seed("eval", reader, number)):
+                batch = list(islice(samples, self.batch_size))
+            number += 1
+            if batch:
+                yield collate_fn_of(self.stream)(batch)
 
 
 def collate_fn_of(dataset: Dataset) -> Callable[[list[Any]], Any]:
@@ -277,7 +302,7 @@ def _endless(dataset: IterableDataset, name: str, epoch: int) -> Iterator[Any]:
         yield from samples
 
 
-def _data_loader(maker: BatchMaker, plan: list[BatchRequest], num_workers: int) -> DataLoader:
+def _data_loader(maker: Dataset, plan: list[BatchRequest] | None, num_workers: int) -> DataLoader:
     return DataLoader(
         maker,
         sampler=plan,

@@ -8,8 +8,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, TypeVar
 
-import webdataset as wds
-
 from minigpt4.common.files import open_regular
 from minigpt4.datasets.datasets.shards import is_local
 from minigpt4.datasets.left_out import Tally
@@ -130,7 +128,11 @@ class PatientFile(io.RawIOBase):
 
 def open_shard(shard: str) -> Any:
     """A readable stream of bytes. Raises OSError."""
-    return open_regular(shard) if is_local(shard) else wds.gopen(shard)
+    if is_local(shard):
+        return open_regular(shard)
+    import webdataset as wds  # imports torch
+
+    return wds.gopen(shard)
 
 
 def _skip(stream: Any, count: int) -> None:

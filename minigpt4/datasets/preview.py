@@ -13,11 +13,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch.utils.data import IterableDataset
 
+from minigpt4.common.registry import registry
 from minigpt4.common.schema import MiniGPT4Config
+from minigpt4.common.text import pluralize
 from minigpt4.datasets.conversations.batch import Conversation, Conversations
 from minigpt4.datasets.seeding import seeded
+from minigpt4.models.mini_gpt4 import MiniGPT4
 from minigpt4.models.prompt import IGNORE_INDEX, IMAGE_ID, IMAGE_SLOT, encode_batch, sanitize_batch
 from minigpt4.models.template import Template, from_prompt, read_prompts, resolve
+from minigpt4.processors import BaseProcessor
 
 if TYPE_CHECKING:
     from minigpt4.models.tokenizer import Tokenizer
@@ -49,20 +53,29 @@ class Preview(NamedTuple):
     """Whether it was longer than `model.max_txt_len`."""
     broken_up: bool
     """Whether it had markers of the prompt, which a space has broken up."""
+    ends_early: bool
+    """Whether an answer holds its end sign, which is too short to be broken up: a generated answer would stop there."""
 
     @property
     def num_tokens(self) -> int:
         return sum(segment.num_tokens for segment in self.segments)
 
     @property
+    def text_len(self) -> int:
+        """Tokens that count for `model.max_txt_len`: those from the first learnt one on."""
+        return sum(s.num_tokens for s in itertools.dropwhile(lambda segment: not segment.learnt, self.segments))
+
+    @property
     def num_learnt(self) -> int:
         return sum(segment.num_tokens for segment in self.segments if segment.learnt)
 
-    def line(self) -> str:
+    def __str__(self) -> str:
         """All of it on one line, the learnt parts between LEARNT's marks."""
-        texts = [_shown(segment.text) for segment in self.segments]
-        marked = zip(texts, self.segments, strict=True)
-        return "".join(LEARNT.format(text) if segment.learnt else text for text, segment in marked)
+        facts = [pluralize(self.num_tokens, "token"), f"{self.num_learnt} learnt"]
+        facts += ["cut at model.max_txt_len"] * self.cut + ["markers broken up"] * self.broken_up
+        facts += ["an answer holds its end sign"] * self.ends_early
+        texts = [(_shown(segment.text), segment.learnt) for segment in self.segments]
+        return f"{', '.join(facts)}: " + "".join(LEARNT.format(text) if learnt else text for text, learnt in texts)
 
 
 def _shown(text: str) -> str:
@@ -81,18 +94,24 @@ class TextReader:
     """As `MiniGPT4.prompt_list`."""
     num_query_tokens: int
     max_txt_len: int
+    learn_on: str = "answers"
 
     @classmethod
     def from_config(cls, cfg: MiniGPT4Config, tokenizer: "Tokenizer") -> "TextReader":
         """Raises ConfigError for a template or a file of prompts that cannot be used."""
         template = resolve(cfg)
         prompts = read_prompts(cfg.prompt_path, template.prompt) if cfg.prompt_path else []
-        return cls(tokenizer, template, prompts, cfg.num_query_token, cfg.max_txt_len)
+        return cls(tokenizer, template, prompts, cfg.num_query_token, cfg.max_txt_len, cfg.learn_on)
 
     @classmethod
-    def of_model(cls, model: Any) -> "TextReader":
+    def of_model(cls, model: Any) -> "TextReader | None":
+        """None: the model reads texts in a way of its own."""
+        methods = ("sanitize", "prepare")
+        if any(getattr(type(model), name, None) is not getattr(MiniGPT4, name) for name in methods):
+            return None
         template = model.template or from_prompt("{}", model.end_sym)
-        return cls(model.tokenizer, template, model.prompt_list, model.query_tokens.shape[1], model.max_txt_len)
+        limits = model.query_tokens.shape[1], model.max_txt_len
+        return cls(model.tokenizer, template, model.prompt_list, *limits, model.learn_on)
 
     def read(self, text: str | Conversation, number: int = 0) -> Preview:
         """The "text_input" of a sample as the model reads it.
@@ -103,10 +122,13 @@ class TextReader:
         texts = [text] if isinstance(text, str) else Conversations([text])
         texts, broken_up = sanitize_batch(texts, self.tokenizer.special_tokens, self.template.separators)
         prompt = self.prompts[number % len(self.prompts)] if self.prompts else IMAGE_SLOT
-        limits = self.num_query_tokens, self.max_txt_len
-        found = encode_batch(self.tokenizer, texts, prompt, *limits, self.template.end, self.template)
+        how = self.num_query_tokens, self.max_txt_len, self.template.end, self.template, self.learn_on
+        found = encode_batch(self.tokenizer, texts, prompt, *how)
+        turns = [("assistant", texts)] if isinstance(text, str) else texts[0]
+        answers = [part for role, parts in turns if role == "assistant" for part in parts]
+        ends_early = bool(self.template.end) and any(self.template.end in answer for answer in answers)
         segments = [*self._segments(found.ids[0], found.labels[0])]
-        return Preview(segments, cut=bool(found.num_cut), broken_up=bool(broken_up))
+        return Preview(segments, bool(found.num_cut), bool(broken_up), ends_early)
 
     def _segments(self, ids: list[int], labels: list[int]) -> Iterator[Segment]:
         kinds = [(i == IMAGE_ID, label != IGNORE_INDEX) for i, label in zip(ids, labels, strict=True)]
@@ -121,6 +143,31 @@ class TextReader:
                 text = self.tokenizer.decode(ids[start:end], skip_special_tokens=False)
                 yield Segment(text, learnt, end - start)
             start = end
+
+
+def describe(name: str, dataset: Any, reader: TextReader, seconds: float) -> str:
+    """The first two texts of a dataset as the model reads them, a line each. Nothing of the dataset changes.
+
+    seconds: the time after which those found so far are described.
+    """
+    processor = text_processor(dataset)
+    kind = f"text processor {processor}" if processor else "texts as they are"
+    lines = [
+        f"\n  {_shown(id)}: {reader.read(text, number)}"
+        for number, (id, text) in enumerate(first_texts(dataset, 2, seconds))
+    ]
+    return f"{name} as the model reads it, learnt parts in {LEARNT.format('…')}; {kind}:" + (
+        "".join(lines) or f" no sample within {seconds:.0f} s"
+    )
+
+
+def text_processor(dataset: Any) -> str | None:
+    """The registered name of a dataset's text processor, or its class; None: texts are used as they are."""
+    processor = getattr(dataset, "text_processor", None)
+    if processor is None or type(processor) is BaseProcessor:
+        return None
+    names = (name for name in registry.list_processors() if registry.get_processor_class(name) is type(processor))
+    return next(names, type(processor).__name__)
 
 
 def first_texts(dataset: Any, count: int, seconds: float | None = None) -> list[tuple[str, Any]]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from minigpt4.common.config_files import shipped_datasets
 from minigpt4.common.errors import ConfigError
-from minigpt4.common.facts import SEPARATOR, offline
+from minigpt4.common.facts import offline
 from minigpt4.common.text import pluralize
 from minigpt4.datasets.datasets.shards import expand_shards, is_local
 from minigpt4.doctor.diagnostic import Diagnostic, error, ok, warning
@@ -28,12 +28,12 @@ REMOTE_TIMEOUT = 30
 
 def check_shards(context: RunContext) -> Iterator[Diagnostic]:
     """The shards of laion and cc_sbu exist, and the sampled ones have usable samples."""
-    for name, storage in _storages(context, "laion", "cc_sbu"):
-        key, sources = f"datasets.{name}.build_info.storage", [storage] if isinstance(storage, str) else storage
+    for name, key, storage in _storages(context, "laion", "cc_sbu"):
+        sources = [storage] if isinstance(storage, str) else storage
         try:
             shards_of_sources = [expand_shards(source, name) for source in sources]
         except (ConfigError, OSError) as mistake:
-            yield error(key, str(mistake).removeprefix(f"{key}="))
+            yield error(key, str(mistake).replace("build_info.storage", key.partition(".")[2].partition(".")[2]))
             continue
         looks: list[Look] = []
         for shards in shards_of_sources:
@@ -50,7 +50,7 @@ def check_shards(context: RunContext) -> Iterator[Diagnostic]:
                 yield error(key, what, "Is this the right folder?")
             looks += of_source
         causes = sum((look.causes for look in looks), Counter())
-        yield from caption_warnings(context, key, causes, [text for look in looks for text in look.captions])
+        yield from cause_warnings(key, causes, sum(len(look.captions) for look in looks))
 
 
 @dataclass
@@ -113,19 +113,11 @@ def _shown(image_id: str, caption: str) -> str:
     return f"{image_id}: {caption[:100]!r}".encode("utf-8", errors="backslashreplace").decode()
 
 
-def caption_warnings(context: RunContext, key: str, causes: Counter[str], captions: list[str]) -> Iterator[Diagnostic]:
-    """The causes for which samples are left out, and captions with markers of the prompt."""
-    from minigpt4.models.prompt import sanitize
-
-    total = pluralize(len(captions) + causes.total(), "sample")
+def cause_warnings(key: str, causes: Counter[str], usable: int) -> Iterator[Diagnostic]:
+    """The causes for which samples are left out."""
+    total = pluralize(usable + causes.total(), "sample")
     for cause, count in causes.most_common():
         yield warning(key, f"{count} of {total} looked at: {cause}", "They are left out and counted: docs/data.md")
-    end_sym = context.model.get("end_sym") or ""
-    sound = sanitize(captions, {"<s>", "</s>", "<unk>"}, [end_sym, SEPARATOR])
-    marked = [caption for caption, other in zip(captions, sound, strict=True) if caption != other]
-    if marked:
-        what = f"{len(marked)} of {total} looked at: markers of the prompt in the caption, e.g. {marked[0][:100]!r}"
-        yield warning(key, what, "They are broken up by a space in training, as in chat.")
 
 
 def why_no_shard(path: Path) -> str | None:
@@ -152,27 +144,30 @@ def why_no_shard(path: Path) -> str | None:
 def check_records(context: RunContext) -> Iterator[Diagnostic]:
     """cc_sbu_align has its list, its pictures, usable captions, and enough records for a batch."""
     from minigpt4.datasets.datasets.cc_sbu_dataset import CCSBUAlignDataset
+    from minigpt4.datasets.splits import Share
     from minigpt4.processors import BaseProcessor
 
-    for name, storage in _storages(context, "cc_sbu_align"):
-        key = f"datasets.{name}.build_info.storage"
+    for name, key, storage in _storages(context, "cc_sbu_align"):
         try:
             dataset = CCSBUAlignDataset(storage, BaseProcessor(), name=name)
-            sample = dataset[0]
+            sample, val = dataset[0], context.cfg.datasets_cfg[name].build_info.get("val")
+            share = Share(val, is_val=False) if isinstance(val, float) and key.endswith("storage") else None
+            trained = len(dataset.select(share, BaseProcessor()))
         except (ConfigError, FileNotFoundError, RuntimeError) as mistake:
             is_file = os.path.isfile(os.path.expanduser(str(storage)))
             what = f"{storage} is a file" if is_file else str(mistake).removeprefix(f"{key}=")
             yield error(key, what, "The folder holds filter_cap.json and image/: dataset/README_2_STAGE.md")
             continue
-        yield from caption_warnings(context, key, dataset.unusable + dataset.tally.left_out, list(dataset.captions))
-        records, per_rank = len(dataset), len(dataset) // context.world_size
-        if per_rank < context.run.batch_size_train:
-            what = f"{pluralize(records, 'record')}, {per_rank} for each process; "
+        yield from cause_warnings(key, dataset.unusable + dataset.tally.left_out, len(dataset.captions))
+        records, per_rank = pluralize(len(dataset), "record"), trained // context.world_size
+        records += f", {len(dataset) - trained} of them in val" if share else ""
+        if per_rank < context.run.batch_size_train and key.endswith("storage"):
+            what = f"{records}, {per_rank} for each process; "
             what += f"run.batch_size_train={context.run.batch_size_train}"
             yield error(key, what, f"--options run.batch_size_train={max(per_rank, 1)}, or add data.")
         else:
             example = _shown(sample["image_id"], sample["text_input"])
-            yield ok(key, f"{pluralize(records, 'record')}; a sample: {example}")
+            yield ok(key, f"{records}; a sample: {example}")
 
 
 def check_cached_features(context: RunContext) -> Iterator[Diagnostic]:
@@ -200,10 +195,8 @@ def check_conversations(context: RunContext) -> Iterator[Diagnostic]:
     names = [name for name in context.cfg.datasets_cfg if context.cfg.builder(name) == "conversation"]
     for name in names if context.training else ():
         key = f"datasets.{name}.build_info"
-        builder = context.cfg.builder_class(name)(context.cfg.datasets_cfg[name])
-        builder.name = name
         try:
-            dataset = builder.build_datasets()["train"]
+            dataset = context.training_dataset(name)
             sample = next(iter(dataset))
         except (ConfigError, RuntimeError) as mistake:
             yield error(key, str(mistake), "docs/own_data.md shows each format.")
@@ -213,12 +206,13 @@ def check_conversations(context: RunContext) -> Iterator[Diagnostic]:
         yield ok(key, f"{size}; a sample: {_shown(sample['image_id'], f'{join_parts(asked)} → {answer[0]}')}")
 
 
-def _storages(context: RunContext, *names: str) -> Iterator[tuple[str, str | list[str]]]:
-    """(name, storage) of those datasets with these names that are trained on from pictures."""
+def _storages(context: RunContext, *names: str) -> Iterator[tuple[str, str, str | list[str]]]:
+    """(name, key, files) of those datasets with these builders that are read from pictures: `storage`, and `val`."""
     if not context.training:
         return
     for name in context.cfg.datasets_cfg:
         if context.cfg.builder(name) in names:
-            storage = context.cfg.datasets_cfg[name].build_info.get("storage")
-            if storage and not context.features(name):
-                yield name, storage if isinstance(storage, str) else list(storage)
+            for key in ("storage", "val"):
+                files = context.cfg.datasets_cfg[name].build_info.get(key)
+                if files and not isinstance(files, float | int) and not context.features(name):
+                    yield name, f"datasets.{name}.build_info.{key}", files if isinstance(files, str) else list(files)

@@ -112,8 +112,8 @@ def _check_gguf(path: Path) -> Iterator[Diagnostic]:
     yield ok(
         LLM,
         f"{path}: {header.architecture}, {described}, {gguf.parameter_count(header) / 1e6:,.0f} M parameters in "
-        f"{readable(path.stat().st_size)}; tokenizer {kind} with {len(tokens)} tokens; {template} chat template, in "
-        "whose place model.prompt_template is used",
+        f"{readable(path.stat().st_size)}; tokenizer {kind} with {len(tokens)} tokens; {template} chat template for "
+        "model.template=auto",
     )
 
 

@@ -42,14 +42,18 @@ def check_registry(context: RunContext) -> Iterator[Diagnostic]:
 
 
 def _check_splits(context: RunContext) -> Iterator[Diagnostic]:
-    """The datasets of the package have one split, "train"."""
-    run, builders = context.run, {context.cfg.builder(name) for name in context.cfg.datasets_cfg}
-    others = builders - shipped_datasets().keys()
+    """The datasets of the package have the split "train", and "val" with `build_info.val`."""
+    run, sections = context.run, context.cfg.datasets_cfg
+    if not all(context.cfg.builder(name) in {*shipped_datasets(), "conversation"} for name in sections):
+        return  # a plug-in may have others
+    splits = ["train", *(["val"] if any(section.build_info.get("val") for section in sections.values()) else [])]
     for key in ("train_splits", "valid_splits", "test_splits"):
-        unknown = [split for split in run[key] if split != "train" and not others]
+        unknown = [split for split in run[key] if split not in splits]
         if unknown or (key == "train_splits" and not run.train_splits and not run.evaluate):
-            what = f"{list(run[key])}, but the datasets have the split 'train'"
-            yield error(f"run.{key}", what, f"--options run.{key}=[train]")
+            what, fix = f"{list(run[key])}, but the datasets have {splits}", f"--options run.{key}=[train]"
+            if "val" in unknown:
+                fix = f"--options datasets.{next(iter(sections), '…')}.build_info.val=0.02"
+            yield error(f"run.{key}", what, fix)
 
 
 def _check_dataset(context: RunContext, dataset: str) -> Iterator[Diagnostic]:
@@ -61,13 +65,14 @@ def _check_dataset(context: RunContext, dataset: str) -> Iterator[Diagnostic]:
     builder = context.cfg.builder_class(dataset)
     if not issubclass(builder, BaseDatasetBuilder):
         return  # a plug-in may read the keys otherwise
-    if issubclass(builder, ImageTextPairBuilder) and not context.features(dataset):
+    if issubclass(builder, ImageTextPairBuilder):
         made = builder(context.cfg.datasets_cfg[dataset])
         made.name = dataset
-        try:
-            made.storage()
-        except ConfigError as mistake:
-            yield error(f"datasets.{dataset}.build_info.storage", str(mistake))
+        for key, check in {"val": made.val, **({} if context.features(dataset) else {"storage": made.storage})}.items():
+            try:
+                check()
+            except ConfigError as mistake:
+                yield error(f"datasets.{dataset}.build_info.{key}", str(mistake))
     for section in ("text_processor", *(() if context.features(dataset) else ("vis_processor",))):
         for split, settings in (context.cfg.datasets_cfg[dataset][section] or {}).items():
             key = f"datasets.{dataset}.{section}.{split}"

@@ -70,10 +70,18 @@ FIT: Stage = (
     check_shapes.check_vision,
     check_shapes.check_checkpoints,
     check_tokenizer.check_tokenizer,
+    check_tokenizer.check_fitting,
+    check_tokenizer.check_samples,
 )
 ESTIMATE: Stage = (check_run.check_output_room, check_memory.check_gpu_memory)
 # train.py and demo.py do these themselves, most of them before the model is loaded.
-NOT_AT_START = (check_files.check_paths, check_files.check_numbers, *RUN)
+NOT_AT_START = (
+    check_files.check_paths,
+    check_files.check_numbers,
+    check_tokenizer.check_fitting,
+    check_tokenizer.check_samples,
+    *RUN,
+)
 # Estimates must not keep a run from being tried.
 ESTIMATED = ("GPU memory", "host memory")
 

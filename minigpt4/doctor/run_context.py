@@ -103,6 +103,7 @@ class RunContext:
 
     def __post_init__(self) -> None:
         self.model, self.run = self.cfg.model_cfg, self.cfg.run_cfg
+        self._splits: dict[str, Mapping[str, Any]] = {}  # of the datasets built so far
 
     @property
     def is_ours(self) -> bool:
@@ -120,6 +121,14 @@ class RunContext:
     def features(self, name: str) -> str | None:
         """The folder of a dataset's cached image features. None: the dataset has pictures."""
         return facts.cached_features(self.cfg.datasets_cfg[name])
+
+    def training_dataset(self, name: str) -> Any:
+        """A dataset's first split that is trained on. It is built once. Raises what its builder raises."""
+        if name not in self._splits:
+            builder = self.cfg.builder_class(name)(self.cfg.datasets_cfg[name])
+            builder.name = name
+            self._splits[name] = builder.build_datasets()
+        return next(dataset for split, dataset in self._splits[name].items() if split in self.run.train_splits)
 
     @property
     def with_vision(self) -> bool:

@@ -64,6 +64,7 @@ class MiniGPT4(vision.Vision):
         max_txt_len: maximum number of tokens of a training text, `end_sym` included.
         end_sym: the end of each training text that is not cut off.
         template: the text around the messages of conversations.
+        learn_on: "answers", or "all" texts of a conversation after its first question.
         llm_grad_checkpoint: number of the language model's layers that recompute their activations.
         dtype: dtype in which the vision side and `llama_proj` compute.
         projector: registered name of the class of `llama_proj`.
@@ -89,6 +90,7 @@ class MiniGPT4(vision.Vision):
         max_txt_len: int = 32,
         end_sym: str = "\n",
         template: "Template | None" = None,
+        learn_on: str = "answers",
         freeze_vit: bool = True,
         freeze_qformer: bool = True,
         llm_grad_checkpoint: int = 0,
@@ -103,7 +105,7 @@ class MiniGPT4(vision.Vision):
         self.tokenizer = tokenizer
         self.prompt_list = prompt_list or []
         self.max_txt_len, self.end_sym = max_txt_len, end_sym
-        self.template = template
+        self.template, self.learn_on = template, learn_on
         self.step = PlainStep()
         llm.recompute_layers(llama_model, llm_grad_checkpoint)
 
@@ -183,8 +185,8 @@ class MiniGPT4(vision.Vision):
         "drawn_prompt" (unless the batch has one).
         """
         texts, drawn = samples["text_input"], samples.get("drawn_prompt") or self._draw_prompt()
-        limits = self.query_tokens.shape[1], self.max_txt_len
-        found = prompt.encode_batch(self.tokenizer, texts, drawn, *limits, self.end_sym, self.template)
+        how = self.query_tokens.shape[1], self.max_txt_len, self.end_sym, self.template, self.learn_on
+        found = prompt.encode_batch(self.tokenizer, texts, drawn, *how)
         if found.images_seen is not None:
             samples = texts.select_images(samples, found.images_seen)
         tokens = self.step.collate(self, found.ids, found.labels)
@@ -304,6 +306,7 @@ class MiniGPT4(vision.Vision):
                 max_txt_len=cfg.max_txt_len,
                 end_sym=template.end,
                 template=template,
+                learn_on=cfg.learn_on,
                 freeze_vit=cfg.freeze_vit,
                 freeze_qformer=cfg.freeze_qformer,
                 llm_grad_checkpoint=cfg.llm_grad_checkpoint,

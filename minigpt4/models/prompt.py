@@ -162,10 +162,11 @@ def encode_batch(
     max_txt_len: int,
     end_sym: str,
     template: "Template | None" = None,
+    learn_on: str = "answers",
 ) -> Sequences:
     """The tokens of a batch's texts, each after `image_prompt`, or of its conversations, which know how."""
     if hasattr(texts, "training_sequences"):
-        return texts.training_sequences(tokenizer, template, image_prompt, num_query_tokens, max_txt_len)
+        return texts.training_sequences(tokenizer, template, image_prompt, num_query_tokens, max_txt_len, learn_on)
     bos = template is None or template.bos
     return training_sequences(tokenizer, image_prompt, texts, num_query_tokens, max_txt_len, end_sym, bos)
 

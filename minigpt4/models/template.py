@@ -16,7 +16,6 @@ from pathlib import Path
 from minigpt4.common.errors import ConfigError, check_names
 from minigpt4.common.facts import IMAGE_SLOT, SEPARATOR
 from minigpt4.common.model_schema import MiniGPT4Config
-from minigpt4.models.prompt import BOUNDARY
 from minigpt4.models.tokenizer import chat_template
 
 # A picture in a message, in the form of the published weights.
@@ -37,7 +36,7 @@ class Template:
     start: str = ""
     """Before the first question of a conversation without a system text."""
     system: str = "{}"
-    """The same with a system text; empty: there is no place for one."""
+    """The same with a system text; empty: it stands before the first question, above an empty line."""
     next_question: str = ""
     """Each later question, after the end of an answer; empty: like `question`."""
     bos: bool = True
@@ -66,9 +65,11 @@ class Template:
         """
         before = self.start
         if messages[0][0] == "system":
-            if not self.system:
-                raise ConfigError("This model.template has no place for a system text. Take it out of the data.")
-            before, messages = _insert(self.system, messages[0][1]), messages[1:]
+            text, messages = messages[0][1], messages[1:]
+            if self.system:
+                before = _insert(self.system, text)
+            else:
+                messages = [("user", f"{text}\n\n{messages[0][1]}"), *messages[1:]]
         question = self.question
         for (_, asked), (_, answer) in zip(messages[::2], messages[1::2], strict=True):
             yield before + _insert(question, asked), _insert("{}" + self.end, answer)
@@ -135,11 +136,9 @@ def from_prompt(prompt_template: str, end: str) -> Template:
 def read_prompts(path: str, template: str) -> list[str]:
     """The prompts of a text file, one per line, each put into `template`. Lines without an image slot are left out.
 
-    Raises ConfigError for a file that is no text, if no line has a slot, if a prompt has several, or if the template
-    has no `{}`.
+    template: has a `{}`, as `Template.prompt`.
+    Raises ConfigError for a file that is no text, if no line has a slot, or if a prompt has several.
     """
-    if "{}" not in template:
-        raise ConfigError(f"model.prompt_template={template!r} has no {{}} where the prompt goes.")
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -220,19 +219,10 @@ def from_chat_template(render: Callable[[list[dict]], str], eos: str) -> Templat
     return found
 
 
-def open_prompt(template: Template, messages: Sequence[tuple[str, str]]) -> str:
-    """The text of messages that end with a question, up to the answer, with a BOUNDARY at the ends of each answer.
-
-    The roles are [system,] user, assistant, user, …; each segment has the tokens that it had in training.
-    """
-    segments = [text for exchange in template.exchanges([*messages, ("assistant", "")]) for text in exchange]
-    return BOUNDARY.join(segments[:-1])
-
-
 def join_parts(parts: Sequence[str | None]) -> str:
     """The text of a message from its parts: texts, and None where a picture stands.
 
-    One space separates a picture from the text beside it; other white space next to a picture is left out.
+    One space separates two parts; other white space at the ends of a part is left out, as answers are shown without.
     """
-    pieces = [PICTURE if part is None else part.strip() if None in parts else part for part in parts]
+    pieces = [PICTURE if part is None else part.strip() for part in parts]
     return " ".join(piece for piece in pieces if piece)

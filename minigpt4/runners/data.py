@@ -1,12 +1,18 @@
 """The datasets of a run by split, checked before the model is loaded."""
 
+import logging
 from collections.abc import Mapping
 
+from torch import nn
 from torch.utils.data import IterableDataset
 
 from minigpt4.common.config import Config
 from minigpt4.common.errors import ConfigError
 from minigpt4.datasets.loaders import check_sizes
+from minigpt4.datasets.preview import TextReader, describe
+
+# The most time that the samples of a dataset, shown before training, may take.
+PREVIEW_SECONDS = 2.0
 
 
 def check_data(cfg: Config, datasets: Mapping[str, Mapping], world_size: int) -> None:
@@ -53,6 +59,16 @@ def training_data(cfg: Config, datasets: Mapping[str, Mapping]) -> tuple[dict, d
     return training, ratios
 
 
+def log_samples(cfg: Config, datasets: Mapping[str, Mapping], model: nn.Module) -> None:
+    """Log two samples of each training dataset as the model reads them, if it reads texts as `MiniGPT4` does."""
+    reader = TextReader.of_model(model)
+    for name, dataset in training_data(cfg, datasets)[0].items() if reader else ():
+        try:
+            logging.info(describe(name, dataset, reader, PREVIEW_SECONDS))
+        except Exception as error:  # a sample that cannot be read, which the run leaves out or reports
+            logging.info("%s: no sample can be shown: %s", name, error)
+
+
 def batches_per_epoch(cfg: Config, training: Mapping, world_size: int) -> int:
     """`run.iters_per_epoch`, or the batches of one pass. Raises ConfigError for a stream, which has no end."""
     run = cfg.run_cfg
@@ -70,9 +86,10 @@ def batches_per_epoch(cfg: Config, training: Mapping, world_size: int) -> int:
 def _check_evaluated(split: str, datasets: Mapping) -> None:
     for name, dataset in datasets.items():
         if isinstance(dataset, IterableDataset):
-            raise ConfigError(
-                f"datasets.{name}: a stream of shards has no end, so its split {split!r} cannot be evaluated. "
-                "Change run.valid_splits or run.test_splits."
-            )
-        if not len(dataset):
+            if not hasattr(dataset, "one_pass"):
+                raise ConfigError(
+                    f"datasets.{name}: the stream of its split {split!r} has no end and no method `one_pass`, so it "
+                    "cannot be evaluated. Change run.valid_splits or run.test_splits."
+                )
+        elif not len(dataset):
             raise ConfigError(f"datasets.{name} has no samples in its split {split!r}, which is to be evaluated.")

@@ -27,7 +27,8 @@ FACTS = "facts"
 # A difference in these does not change the weights that are trained, or only to rounding (packed, compile). Files of
 # weights may have moved: FROZEN compares their values. `max_epoch` is raised to go on with a finished run.
 HARMLESS_RUN = """imports max_epoch batch_size_eval log_freq valid_splits test_splits evaluate output_dir packed compile
-    device distributed dist_backend dist_url world_size gpu rank use_dist_eval_sampler data_timeout_s video_backend"""
+    device distributed dist_backend dist_url world_size gpu rank use_dist_eval_sampler data_timeout_s video_backend
+    eval_task"""
 HARMLESS_MODEL = """model_type llama_model vit_weights q_former_model ckpt load_vision prompt use_grad_checkpoint
     llm_grad_checkpoint llm_device_map device_8bit allow_llm_mismatch trust_remote_code"""
 HARMLESS = {f"run.{key}" for key in HARMLESS_RUN.split()} | {f"model.{key}" for key in HARMLESS_MODEL.split()}
@@ -107,7 +108,7 @@ def differences(content: Mapping, cfg: Config, own: Mapping[str, Any]) -> tuple[
     breaking = [
         f"{name}: {recorded[name]!r} in the checkpoint, {value!r} here"
         for name, value in own.items()
-        if name in recorded and recorded[name] != value
+        if name in recorded and not _agrees(recorded[name], value)
     ]
     harmless = []
     for key, old, new in _config_differences(content.get("config"), cfg.to_dict()):
@@ -116,6 +117,13 @@ def differences(content: Mapping, cfg: Config, own: Mapping[str, Any]) -> tuple[
             is_harmless = content.get("epoch", 0) + 1 >= old
         (harmless if is_harmless else breaking).append(f"{key}: {old!r} in the checkpoint, {new!r} here")
     return breaking, harmless
+
+
+def _agrees(recorded: Any, value: Any) -> bool:
+    """Whether a fact is the same. Of data, checkpoints of earlier versions may lack the digest at the end."""
+    if isinstance(recorded, list) and isinstance(value, list) and len(recorded) == len(value):
+        return all(new == old or str(new).startswith(f"{old}, ") for old, new in zip(recorded, value, strict=True))
+    return recorded == value
 
 
 def _config_differences(old: Any, new: Mapping) -> Iterator[tuple[str, Any, Any]]:
@@ -131,10 +139,14 @@ def _config_differences(old: Any, new: Mapping) -> Iterator[tuple[str, Any, Any]
             comparable = was is not UNKNOWN and value is not UNKNOWN and f"{section}.{key}" not in OWN
             if comparable and was != value:
                 yield f"{section}.{key}", was, value
-    before, now = (_flat(config.get("datasets") or {}, "datasets") for config in (old, new))
+    sections = [config.get("datasets") or {} for config in (old, new)]
+    before, now = (_flat(section, "datasets") for section in sections)
+    builders = {name: section.get("builder") or name for each in sections for name, section in each.items()}
     for key in before | now:
-        if _is_trained_on(key) and before.get(key) != now.get(key):
-            yield key, before.get(key), now.get(key)
+        values = before.get(key), now.get(key)
+        other_files = key.endswith(".build_info.val") and not any(isinstance(value, float) for value in values)
+        if _is_trained_on(key, builders.get(key.split(".")[1], "")) and values[0] != values[1] and not other_files:
+            yield key, *values
 
 
 def _with_effective_load_in(section: Mapping) -> dict[str, Any]:
@@ -159,9 +171,11 @@ def _default(key: str) -> Any:
     return getattr(DatasetConfig, key.rpartition(".")[2], None) if key.count(".") == 2 else None
 
 
-def _is_trained_on(key: str) -> bool:
+def _is_trained_on(key: str, builder: str) -> bool:
     """Whether a key of a dataset's section has a say in training."""
     _, _, name, *rest = key.split(".")
+    if name == "text_processor" and builder in ("cc_sbu_align", "conversation"):
+        return False  # they take texts as they are
     return name not in ("data_type", "type") and not (name.endswith("_processor") and rest[:1] == ["eval"])
 
 

@@ -175,7 +175,7 @@ class RunnerBase:
                 changed[CUT] += samples.get("num_cut", 0)
         for line in report_left_out(sum(dist_utils.gather_objects(self.loader.take_left_out() + changed), Counter())):
             logging.info("Epoch %d: %s", epoch, line)
-        if hasattr(self.loader, "mixture") and (mixture := self.loader.mixture()):  # a runner may have another loader
+        if mixture := self.loader.mixture():
             logging.info("Epoch %d: batches from %s.", epoch, mixture)
         return metrics.global_avg()
 
@@ -368,6 +368,8 @@ class RunnerBase:
         log_rates(self.module, self.run)
         logging.info("Computing in %s on %s.", str(self.dtype).removeprefix("torch."), self.device)
         self.eta.log_schedule()
+        if dist_utils.is_main_process():
+            data.log_samples(self.cfg, self.datasets, self.module)
 
     def _log_stats(self, split: str, stats: dict[str, float]) -> None:
         title = "Averaged stats" if split == "train" else split

@@ -1,7 +1,8 @@
 """Turning a request's messages into a prompt.
 
 Each message is a turn. If all text of a message precedes its pictures, as in OpenAI's examples, the pictures are moved
-to the front, because the model was trained with pictures before text.
+to the front, because the published weights were trained with pictures before text. With a `model.template` other than
+vicuna_v0 they stay where they stand, as in training.
 """
 
 from minigpt4.conversation import Chat, Conversation, PictureError, open_picture
@@ -84,7 +85,7 @@ def _turn_text(chat: Chat, conv: Conversation, message: Message) -> str:
     """The text of a turn, with a placeholder for each picture."""
     parts = message.content
     texts = [part for part in parts if isinstance(part, Text)]
-    if parts[: len(texts)] == texts:
+    if conv.template is None and parts[: len(texts)] == texts:
         parts = [*parts[len(texts) :], *texts]
     texts = [chat.sanitize(part.text, conv) if isinstance(part, Text) else IMAGE_TURN for part in parts]
     return " ".join(text for text in texts if text)

@@ -35,7 +35,7 @@ class Reply:
                 request.sampling(n),
                 max_tokens=max_tokens,
                 stops=[empty.stop, *request.stop],
-                label=f"{empty.roles[1]}:",
+                label=empty.label,
                 deadline=deadline,
                 min_tokens=min(request.min_tokens, max_tokens),
                 changed=self._signal_change,

@@ -11,6 +11,7 @@ from minigpt4.common.config import Config
 from minigpt4.common.errors import ConfigError
 from minigpt4.common.registry import registry
 from minigpt4.models.base_model import BaseModel
+from minigpt4.models.fitting import log_doubts
 from minigpt4.tasks.cached_features import check_cache
 
 
@@ -55,7 +56,9 @@ class BaseTask:
         if model_cfg.get("load_vision") and not facts.loads_vision(model_cfg, cached):
             logging.info("Every dataset is cached features: encoder and Q-Former are not loaded.")
             model_cfg = OmegaConf.merge(model_cfg, {"load_vision": False})
-        return registry.get_model_class(model_cfg.arch).build(model_cfg, device, dtype)
+        model = registry.get_model_class(model_cfg.arch).build(model_cfg, device, dtype)
+        log_doubts(model_cfg, model)
+        return model
 
     def train_step(self, model: nn.Module, samples: dict) -> dict | torch.Tensor:
         """The loss of a batch, with gradient: a tensor, or {"loss": …}, weighted by "num_labels" if that is there."""

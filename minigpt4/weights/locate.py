@@ -105,7 +105,7 @@ def missing_shards(folder: Path) -> list[str]:
 
 
 def why_unreadable(path: Path) -> str | None:
-    """The likely reason why a weights file cannot be read, judged by its first bytes and its size; None: unknown."""
+    """The likely reason why weights or a shard cannot be read, by the first bytes and the size; None: unknown."""
     with open(path, "rb") as file:
         head = file.read(64)
     if not head:
@@ -114,6 +114,8 @@ def why_unreadable(path: Path) -> str | None:
         return "it is a Git-LFS pointer, not the file itself; run `git lfs pull` in its folder"
     if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
         return "it is a web page, not the file itself; fetch it again"
+    if head.startswith(b"\x28\xb5\x2f\xfd"):
+        return "it is compressed by zstd, which is not read; unpack it: zstd -d FILE"
     from minigpt4.weights.download import size_problem
 
     by_name = {cached_file(url).name: kibibytes for url, kibibytes in PUBLISHED_KIB.items()}

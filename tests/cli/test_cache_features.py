@@ -15,9 +15,11 @@ from minigpt4.__main__ import main
 from minigpt4.cli import cache_features
 from minigpt4.common import dist_utils
 from minigpt4.common.config import Config
+from minigpt4.common.errors import ConfigError
 from minigpt4.common.output import only_run
 from minigpt4.common.registry import registry
 from minigpt4.datasets.datasets.feature_dataset import FeatureSet
+from minigpt4.datasets.loaders import eval_loader
 from minigpt4.models import MiniGPT4
 from minigpt4.models.vision import Vision
 from minigpt4.processors import normalise
@@ -115,11 +117,35 @@ def test_streams_become_streams(configs, tmp_path, parts):
             names = tar.getnames()
             assert names[:2] == ["000000040.json", "000000040.npy"] and len(names) == 80
             text = json.load(tar.extractfile(names[0]))
-        assert text == {"caption": "Sample 40.", "image_id": "00001.tar/000000040"}
+        assert text.pop("identity") and text == {"caption": "Sample 40.", "image_id": "00001.tar/000000040"}
     laion, cc_sbu = (f"datasets.{name}.build_info.features={out}/{name}" for name in ("laion", "cc_sbu"))
     for i, options in enumerate(([laion, cc_sbu], [laion])):
         run = [f"run.output_dir={tmp_path}/{i}", "run.max_epoch=1", EVAL]
         train(["--cfg-path", str(configs["stage1"]), "--options", *options, *run])
+
+
+@pytest.mark.parametrize("stage", [pytest.param("stage1", marks=pytest.mark.slow), "stage2"])
+def test_a_cache_knows_which_pictures_are_in_val(configs, tmp_path, parts, stage):
+    """It holds all of them, whatever the share; training from it has the splits of training from pictures."""
+    out = tmp_path / "features"
+    names = {"stage1": ("laion", "cc_sbu"), "stage2": ("cc_sbu_align",)}[stage]
+    share = [f"datasets.{name}.build_info.val=0.2" for name in names]
+    assert cache(configs[stage], out, *share) == 0
+    features = [f"datasets.{name}.build_info.features={out}/{name}" for name in names]
+    ids = []
+    for options in (share, [*share, *features]):
+        cfg = config_of(configs[stage], *options)
+        splits = ImageTextPretrainTask.setup_task(cfg).build_datasets(cfg)[names[0]]
+        batches = {split: [*eval_loader(dataset, 8, 0)] for split, dataset in splits.items()}
+        ids.append({split: [i for batch in each for i in batch["image_id"]] for split, each in batches.items()})
+    assert ids[0] == ids[1] and ids[0]["val"] and not {*ids[0]["val"]} & {*ids[0]["train"]}
+    run = [f"run.output_dir={tmp_path}/run", "run.max_epoch=1", "run.valid_splits=[val]", EVAL, "model.ckpt=null"]
+    train(["--cfg-path", str(configs[stage]), "--options", *share, *features, *run])
+    (folder,) = (tmp_path / "run").iterdir()
+    assert "val_loss" in (folder / "log.txt").read_text()
+    with pytest.raises(ConfigError, match=r"build_info\.val='/a/b' does not go with features"):
+        cfg = config_of(configs[stage], *features, f"datasets.{names[0]}.build_info.val=/a/b")
+        ImageTextPretrainTask.setup_task(cfg).build_datasets(cfg)
 
 
 def test_it_continues_where_it_stopped(configs, tmp_path, monkeypatch, caplog):

@@ -16,9 +16,10 @@ from helpers import GOLDEN, ROOT, free_port
 from video_files import bad_videos, write_video
 
 from minigpt4.__main__ import main
-from minigpt4.cli.caption import _whole_lines
+from minigpt4.cli.caption import LINES
 from minigpt4.cli.caption_sources import named_sources
 from minigpt4.common.output import only_run
+from minigpt4.common.resumable import whole_lines
 
 IMAGES = sorted((GOLDEN / "images").glob("*.png"))
 
@@ -434,7 +435,7 @@ def test_pictures_that_only_look_so_and_empty_folders(run, tmp_path, caplog):
 def test_a_last_caption_without_its_end_is_kept(tmp_path):
     path, line = tmp_path / "file", '{"image": "a", "caption": "b"}'
     path.write_text(line)
-    assert _whole_lines(path) == [f"{line}\n".encode()]
+    assert whole_lines(path, LINES) == [f"{line}\n".encode()]
     assert path.read_text() == f"{line}\n"
 
 
@@ -442,7 +443,7 @@ def test_a_last_caption_without_its_end_is_kept(tmp_path):
 def test_a_line_that_was_cut_off_is_written_again(tmp_path, rest):
     path, whole = tmp_path / "file", '{"image": "a", "caption": "b"}\n'
     path.write_text(whole + rest)
-    assert _whole_lines(path) == [whole.encode()]
+    assert whole_lines(path, LINES) == [whole.encode()]
     assert path.read_text() == whole
 
 

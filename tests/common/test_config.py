@@ -1,5 +1,6 @@
 """Merge order, types, and the message for every kind of mistake."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -298,6 +299,28 @@ def test_preprocess_serves_datasets_without_processors(tmp_path):
     cfg = load(write(tmp_path, "model: {arch: mini_gpt4}\ndatasets: {cc_sbu: {}}\n"))
     assert cfg.datasets_cfg.cc_sbu.vis_processor.train.name == "blip2_image_train"
     assert load(STAGE1).datasets_cfg.laion.vis_processor.eval.name == "blip2_image_eval"
+
+
+def test_captions_of_blip_alone_have_a_text_processor(tmp_path, open_registry):
+    """The default of laion and cc_sbu, as in the first release; all other texts stay as they are."""
+    from minigpt4.common.registry import registry
+    from minigpt4.datasets.builders import BaseDatasetBuilder
+
+    registry.register_builder("table")(type("Table", (BaseDatasetBuilder,), {}))
+    sections = "laion: {}, more: {builder: cc_sbu}, cc_sbu_align: {}, own: {builder: conversation}, table: {}"
+    blip, mine = {"name": "blip_caption"}, {"name": "blip_caption", "max_words": 3}
+
+    def processors(**text_processors):
+        preprocess = f"preprocess: {{text_processor: {json.dumps(text_processors)}}}\n"
+        cfg = load(write(tmp_path, f"{preprocess}datasets: {{{sections}}}\n"))
+        return {name: section.text_processor for name, section in cfg.datasets_cfg.items()}
+
+    both = {"train": blip, "eval": blip}
+    assert processors() == {"laion": both, "more": both, "cc_sbu_align": {}, "own": {}, "table": {}}
+    assert {str(each["train"]) for each in processors(train=mine).values()} == {str(mine)}
+    assert processors(train=None)["laion"]["train"] is None
+    own = load(write(tmp_path, f"datasets: {{laion: {{text_processor: {{train: {json.dumps(mine)}}}}}}}\n"))
+    assert own.datasets_cfg.laion.text_processor == {"train": mine, "eval": mine}  # val is read as train is
 
 
 def test_keys_of_a_plugin_are_left_out_of_our_settings():

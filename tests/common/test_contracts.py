@@ -407,6 +407,7 @@ OURS = [
     (contracts.ProcessorExtras, Blip2ImageEvalProcessor),
     *((contracts.LRScheduler, registry.get_lr_scheduler_class(name)) for name in registry.list_lr_schedulers()),
     (contracts.Runner, RunnerBase),
+    *((contracts.EvalTask, registry.get("eval_task", name)) for name in registry.names("eval_task")),
 ]
 PROTOCOLS = [cls for cls in vars(contracts).values() if getattr(cls, "_is_protocol", False) and cls.__doc__]
 

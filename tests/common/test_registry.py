@@ -24,6 +24,10 @@ def test_everything_is_registered(kind):
         assert getattr(registry, f"get_{kind}_class")(name).__name__
 
 
+def test_evaluation_tasks_are_registered():
+    assert registry.names("eval_task") == ["caption", "choice", "match", "vqa", "yes_no"]
+
+
 @pytest.mark.parametrize("kind", KNOWN)
 def test_unknown_names_list_the_known_ones(kind):
     name = KNOWN[kind][0] + "x"

@@ -55,9 +55,8 @@ def test_jpg_wins_and_numbers_are_ids_too(tmp_path):
         ([], "no records under the key 'annotations'"),
         ({"annotation": []}, "no records under the key 'annotations'"),
         ({"annotations": []}, "no records under the key 'annotations'"),
-        ({"annotations": ["a"]}, r"annotations\[0\] has no 'image_id'"),
-        ({"annotations": [{"image_id": "0", "caption": "a"}, {"caption": "a"}]}, r"annotations\[1\] has no 'image_id'"),
-        ({"annotations": [{"image_id": "0", "caption": None}]}, r"annotations\[0\] has no 'caption'"),
+        ({"annotations": ["a", {"caption": "a"}]}, r"annotations\[0\] cannot be used .*'image_id'"),
+        ({"annotations": [{"image_id": "0", "caption": None}]}, r"annotations\[0\] cannot be used \(a caption"),
     ],
 )
 def test_malformed_annotations(tmp_path, content, message):
@@ -124,7 +123,7 @@ def test_nothing_but_bad_images_is_an_error(tmp_path):
     for i in range(3, 15):
         (tmp_path / "image" / f"{i}.jpg").write_bytes(b"text")
     dataset = align_dataset(tmp_path)
-    with pytest.raises(RuntimeError, match=r"of 10 records in a row, from annotations\[4\] on.*image/4\.jpg"):
+    with pytest.raises(RuntimeError, match=r"10 records in a row, from .*image/4\.jpg on"):
         dataset[4]
 
 
@@ -159,9 +158,17 @@ def test_records_without_a_usable_caption_are_left_out_and_counted(tmp_path, cap
         assert words in caplog.text
 
 
+def test_records_without_an_id_are_left_out_and_counted(tmp_path):
+    records = [{"caption": "a"}, "a text", {"image_id": "1", "caption": "fine"}, {"image_id": 1.5, "caption": "b"}]
+    rewrite(write_align(tmp_path), {"annotations": records})
+    dataset = align_dataset(tmp_path)
+    assert [dataset[i]["text_input"] for i in range(len(dataset))] == ["fine"]
+    assert dataset.unusable == {"a record without 'image_id' that is a string or a whole number": 3}
+
+
 def test_no_usable_caption_at_all(tmp_path):
     captions_of(write_align(tmp_path, records=3), "", "\ud83d", "")
-    with pytest.raises(ValueError, match=r"annotations\[0\] has no 'caption'.*an empty caption"):
+    with pytest.raises(ValueError, match=r"annotations\[0\] cannot be used \(an empty caption"):
         align_dataset(tmp_path)
 
 

@@ -15,6 +15,7 @@ from minigpt4.common.registry import registry
 from minigpt4.datasets import feature_cache
 from minigpt4.datasets.datasets.feature_dataset import FeatureSet, FeatureStream
 from minigpt4.datasets.loaders import TrainLoader
+from minigpt4.datasets.splits import Share
 from minigpt4.weights import locate
 
 SHAPE = [4, 6]
@@ -48,6 +49,14 @@ def test_a_set_gives_back_what_was_written(tmp_path):
         assert (sample["text_input"], sample["image_id"]) == (f"Caption {i % 10}!", f"{i % 10}.x")
     with pytest.raises(IndexError):
         dataset[10]
+
+
+def test_a_cache_of_an_earlier_version_cannot_draw_a_share(tmp_path):
+    folder = str(write_cache(tmp_path / "cache"))
+    with pytest.raises(ConfigError, match=r"datasets\.laion\.build_info\.val=0\.1: .*earlier version"):
+        FeatureStream(folder, str.lower, "laion", Share(0.1, is_val=False))
+    feature_cache.open_cache(folder, MANIFEST | {feature_cache.IDENTITIES: True})  # it can be continued as it is
+    assert feature_cache.IDENTITIES not in feature_cache.read_manifest(folder)
 
 
 def test_a_stream_gives_back_what_was_written(tmp_path):

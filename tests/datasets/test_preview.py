@@ -56,10 +56,12 @@ def test_what_is_shown_is_what_is_trained(build_golden_model, text, max_txt_len)
 
 def test_a_line_of_a_log():
     segments = [Segment("<s>\n", False, 2), Segment("<ImageHere>", False, 8), Segment("x" * 999 + "#\t", True, 400)]
-    shown = Preview(segments, cut=False, broken_up=False)
+    shown = Preview(segments, cut=False, broken_up=False, ends_early=False)
     assert (shown.num_tokens, shown.num_learnt) == (410, 400)
-    assert shown.line().startswith("<s>\\n<ImageHere>«xxx") and shown.line().endswith("xxx#\\t»")
-    assert "…" in shown.line() and len(shown.line()) < MAX_SHOWN + 40
+    line = str(shown)
+    assert line.startswith("410 tokens, 400 learnt: <s>\\n<ImageHere>«xxx") and line.endswith("xxx#\\t»")
+    assert "…" in line and len(line) < MAX_SHOWN + 80
+    assert "cut at model.max_txt_len, markers broken up" in str(shown._replace(cut=True, broken_up=True))
 
 
 def conversations(folder, count=4):

@@ -5,6 +5,7 @@ import gzip
 import json
 import logging
 import lzma
+import tarfile
 from collections import Counter
 
 import pytest
@@ -222,6 +223,24 @@ def test_bad_captions_are_counted_by_cause(tmp_path):
         "an empty caption": 1,
         "a caption that is not a text": 1,
     }
+
+
+def test_links_are_named(tmp_path, caplog):
+    """What tar writes for the second of two hard links."""
+    with tarfile.open(write_tar(tmp_path / "0.tar", pairs("1")), "a") as tar:
+        link = tarfile.TarInfo("2.jpg")
+        link.type, link.linkname = tarfile.LNKTYPE, "1.jpg"
+        tar.addfile(link)
+    with tarfile.open(tmp_path / "0.tar", "a") as tar:
+        tar.addfile(tarfile.TarInfo("2.txt"))
+    assert read(tmp_path / "0.tar")[1] == {"a sample without picture (.jpg, .jpeg, .png, .webp)": 1}
+    assert "2 has .jpg (a link), .txt" in caplog.text
+
+
+def test_zstd_is_named(tmp_path, caplog):
+    (tmp_path / "0.tar").write_bytes(b"\x28\xb5\x2f\xfd" + bytes(1000))
+    assert read(tmp_path / "0.tar")[1] == {tar_reader.UNREADABLE: 1}
+    assert "zstd -d" in caplog.text
 
 
 def test_two_samples_of_one_name(tmp_path):

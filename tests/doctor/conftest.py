@@ -134,4 +134,5 @@ def full_size(tmp_path_factory, small_files):
         (llm / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
         (llm / "config.json").write_text(json.dumps(published.llama_config(sizes, "v1.1")))
         shutil.copy(next(small_files.glob("vicuna-*")) / "tokenizer.model", llm)
+        (llm / "added_tokens.json").write_text(json.dumps({"[PAD]": 32000}))  # which Vicuna v0 alone has
     return folder

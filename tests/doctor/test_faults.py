@@ -16,9 +16,10 @@ from minigpt4.benchmarks import published
 from minigpt4.common.errors import ConfigError
 from minigpt4.common.registry import registry
 from minigpt4.datasets import feature_cache
-from minigpt4.doctor import check_environment, check_files, check_memory, check_run, checks, machine
+from minigpt4.doctor import check_environment, check_files, check_memory, check_run, check_tokenizer, checks, machine
 from minigpt4.doctor.diagnostic import ERROR, WARNING
 from minigpt4.doctor.machine import Gpu
+from minigpt4.models import fitting
 from minigpt4.weights import hf_names, locate
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 5\n"
@@ -392,7 +393,7 @@ FAULTS = {
         "stage2",
         records(caption("a ### b")),
         WARNING,
-        ALIGN,
+        "datasets.cc_sbu_align",
         "1 of 20 samples looked at: markers .*'a ### b'",
     ),
     "broken cached features": ("stage2", broken_cache, ERROR, ALIGN_FEATURES, "1 × features that are broken"),
@@ -654,7 +655,7 @@ def test_cached_features_need_no_vision(patient, tmp_path):
     usual = check_memory.estimate(patient.context())
     patient.options = [f"datasets.cc_sbu_align.build_info.features={tmp_path}"]
     patient.write(patient.vision, LFS)
-    assert patient.diagnostics(ERROR, WARNING) == []
+    assert [d.check for d in patient.diagnostics(ERROR, WARNING)] == ["datasets.cc_sbu_align"]  # it is empty
     assert check_memory.estimate(patient.context()).weights < usual.weights
 
 
@@ -672,11 +673,21 @@ def test_names_that_are_not_used(patient, monkeypatch):
     assert [f for f in check_run.check_registry(patient.context())] == []
 
 
+def test_a_published_projection_with_another_vicuna(patient, monkeypatch):
+    """Its small copy counts as published here."""
+    shape = torch.load(patient.ckpt, weights_only=True)["model"]["llama_proj.weight"].shape
+    monkeypatch.setattr(fitting, "WIDTHS", (shape[0],))
+    monkeypatch.setattr(fitting, "QFORMER_WIDTH", shape[1])
+    (found,) = check_tokenizer.check_fitting(patient.context())
+    assert (found.check, found.status) == ("model.llama_model", WARNING) and "Vicuna v0" in found.what
+
+
 def test_what_is_no_fault(patient, open_registry):
     """A pad token without an embedding; a processor of one's own; several machines."""
     patient.edit(patient.llm / "tokenizer_config.json", pad_token="[PAD]")
     patient.write(patient.llm / "added_tokens.json", json.dumps({"[PAD]": 32000}))
-    registry.register_processor("mine")(type("Mine", (), {}))  # as a plug-in does, once imported
+    mine = type("Mine", (), {"from_config": classmethod(lambda cls, _: cls())})
+    registry.register_processor("mine")(mine)  # as a plug-in does, once imported
     patient.options = ["datasets.cc_sbu_align.vis_processor.train={name: mine}", "model.prompt_path=null"]
     patient.world_size = 2
     patient.options += ["run.batch_size_train=4"]

@@ -1,38 +1,14 @@
 """The text around the messages of a conversation, against chat templates of tokenizers."""
 
-import jinja2
 import pytest
+from conversation_cases import CHATML, LLAMA2, renderer
 
 from minigpt4.common.errors import ConfigError
 from minigpt4.common.schema import MiniGPT4Config
 from minigpt4.models.template import PICTURE, TEMPLATES, Template, from_chat_template, from_prompt, join_parts, resolve
 
-CHATML = (
-    "{% for m in messages %}{% if loop.first and m.role != 'system' %}<|im_start|>system\nYou are helpful.<|im_end|>\n"
-    "{% endif %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-LLAMA2 = (
-    "{% if messages[0].role == 'system' %}{% set system = '<<SYS>>\n' + messages[0].content + '\n<</SYS>>\n\n' %}"
-    "{% set rest = messages[1:] %}{% else %}{% set system = '' %}{% set rest = messages %}{% endif %}"
-    "{% for m in rest %}{% if m.role == 'user' %}<s>[INST] {{ system if loop.first }}{{ m.content }} [/INST]"
-    "{% else %} {{ m.content }} </s>{% endif %}{% endfor %}"
-)
 NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML
 TURNS = [("user", "a {}?"), ("assistant", " b\n"), ("user", PICTURE), ("assistant", "c")]
-
-
-def renderer(text: str):
-    def raise_exception(message):
-        raise jinja2.exceptions.TemplateError(message)
-
-    template = jinja2.Environment(trim_blocks=False).from_string(text)
-
-    def render(messages):
-        asked = messages[-1]["role"] == "user"
-        return template.render(messages=messages, add_generation_prompt=asked, raise_exception=raise_exception)
-
-    return render
 
 
 def written(template: Template, turns) -> str:
@@ -54,8 +30,9 @@ def test_auto_writes_what_the_chat_template_writes(text, eos, end, system):
 def test_a_chat_template_without_a_system_text():
     template = from_chat_template(renderer(NO_SYSTEM), "<|im_end|>")
     assert template.system == "" and template.start.endswith("<|im_start|>user\n")
-    with pytest.raises(ConfigError, match="system"):
-        [*template.exchanges([("system", "x"), *TURNS])]
+    (_, asked), *others = TURNS
+    joined = [("user", f"Be brief.\n\n{asked}"), *others]  # one such record shall not end a run
+    assert written(template, [("system", "Be brief."), *TURNS]) == written(template, joined)
 
 
 @pytest.mark.parametrize(
@@ -80,6 +57,13 @@ def test_the_keys_of_the_first_release_equal_vicuna_v0():
     )
 
 
+def test_a_text_does_not_run_into_the_end():
+    """ "C####" would be read as "C" and its end."""
+    turns = [("user", "C#"), ("assistant", "C#"), ("user", "q"), ("assistant", "x")]
+    assert written(TEMPLATES["vicuna_v0"], turns) == "###Human: C# ###Assistant: C# ###Human: q ###Assistant: x###"
+    assert written(Template(question="{}\n", end="#"), turns[:2]) == "C#\nC##"
+
+
 def test_vicuna_v1():
     """As FastChat writes it."""
     turns = [("system", "S"), ("user", "q"), ("assistant", "x"), ("user", "r"), ("assistant", "y")]
@@ -100,6 +84,6 @@ def test_a_template_that_is_none(value, words):
 
 
 def test_pictures_in_a_message():
-    assert join_parts(["  as it is \n"]) == "  as it is \n"
+    assert join_parts(["  two  blanks \n"]) == "two  blanks" and join_parts(["a ", " ", "b"]) == "a b"
     assert join_parts([None, "\nWhat?"]) == join_parts(["", None, "What?"]) == f"{PICTURE} What?"
     assert join_parts([None, None, "and", None]) == f"{PICTURE} {PICTURE} and {PICTURE}"

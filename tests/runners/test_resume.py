@@ -157,6 +157,18 @@ def test_streams_depend_on_the_workers(build_golden_model, make_runner):
         run("two", num_workers=2, resume_ckpt_path=path)
 
 
+def test_data_of_which_an_earlier_version_knew_the_size_alone(first):
+    content, own = read_file(first.last_checkpoint), {resume.DATA: ["mine: 12 samples, 0f3a"]}
+    for recorded, breaks in (("mine: 12 samples", 0), ("mine: 12 samples, 0f3a", 0), ("mine: 1 sample", 1), ("m", 1)):
+        content[resume.FACTS] |= {resume.DATA: [recorded]}
+        assert len(resume.differences(content, first.cfg, own)[0]) == breaks
+
+
+def test_a_text_processor_that_is_not_used_does_not_matter(compare):
+    option = "datasets.cc_sbu_align.text_processor.train={name: blip_caption, max_words: 3}"
+    assert compare("stage2", option) == ([], [])
+
+
 def test_another_number_of_ranks(first):
     content = read_file(first.last_checkpoint)
     own = {resume.RANKS: 2}
@@ -186,6 +198,7 @@ def compare(configs):
         "datasets.cc_sbu.sample_ratio=99",
         "datasets.cc_sbu.vis_processor.train.image_size=56",
         "datasets.cc_sbu.text_processor.train.prompt=now",
+        "datasets.cc_sbu.build_info.val=0.1",
         "model.end_sym=###",
         "model.max_txt_len=99",
         "model.prompt_template=Human: {}",
@@ -205,6 +218,7 @@ def test_settings_of_model_and_data(compare, option):
     "option",
     [
         "datasets.cc_sbu.vis_processor.eval.image_size=56",
+        "datasets.cc_sbu.build_info.val=/data/cc_sbu/00004.tar",
         "model.llm_grad_checkpoint=2",
         "model.ckpt=/elsewhere.pth",
         "model.vit_weights=/moved/vit.pth",

@@ -1,15 +1,16 @@
 """The base class of dataset builders: the default YAML and the processors."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from omegaconf import OmegaConf
 from torch.utils.data import Dataset
 
-from minigpt4.common.errors import check_names
+from minigpt4.common.errors import ConfigError, check_names
 from minigpt4.common.registry import default_yaml
 from minigpt4.common.schema import RunConfig
 from minigpt4.datasets.patience import Patience
+from minigpt4.datasets.splits import Share
 from minigpt4.processors import BaseProcessor
 from minigpt4.processors.base_processor import make_processor
 
@@ -61,6 +62,40 @@ class BaseDatasetBuilder:
     def from_features(cls, config: Mapping[str, Any]) -> bool:
         """Whether the section reads cached image features instead of pictures."""
         return False
+
+    def val(self) -> float | str | list[str] | None:
+        """`build_info.val`: the share of the records in the split "val", or its files; None: there is no such split.
+
+        Raises ConfigError for anything else.
+        """
+        key, val = f"datasets.{self.name}.build_info.val", (self.config.get("build_info") or {}).get("val")
+        if isinstance(val, int | float):
+            if not 0 < val < 1:
+                raise ConfigError(f"{key}={val} must be a share of more than 0 and less than 1, or name files.")
+        elif val is not None and not isinstance(val, str):
+            if not isinstance(val, Sequence) or not all(isinstance(each, str) for each in val):
+                raise ConfigError(f"{key}={val!r} is no share, no path and no list of paths.")
+            return list(val)
+        return val
+
+    def build_splits(
+        self, storage: Any, read: Callable[[Any], Any], make: Callable[[Any, str, Share | None], Dataset]
+    ) -> dict[str, Dataset]:
+        """The splits "train" and, with `val`, "val".
+
+        read: from `storage`, or the files of `val`, to a source of records.
+        make: the dataset of a source, with the processors of "train" or "eval"; of a share of its records, or all.
+        """
+        val, source = self.val(), read(storage)
+        if val is None:
+            return {"train": make(source, "train", None)}
+        if isinstance(val, int | float):
+            return {"train": make(source, "train", Share(val, False)), "val": make(source, "eval", Share(val, True))}
+        try:
+            others = make(read(val), "eval", None)
+        except (ConfigError, OSError) as error:
+            raise type(error)(str(error).replace("build_info.storage", "build_info.val")) from None
+        return {"train": make(source, "train", None), "val": others}
 
     def build_processors(self) -> None:
         """Fill `vis_processors` and `text_processors`. A split without processor gets one that changes nothing."""

@@ -12,34 +12,52 @@ from minigpt4.datasets.builders.base_dataset_builder import BaseDatasetBuilder
 from minigpt4.datasets.datasets.cc_sbu_dataset import CCSBUAlignDataset
 from minigpt4.datasets.datasets.feature_dataset import FeatureSet, FeatureStream
 from minigpt4.datasets.datasets.image_text_stream import ImageTextStream
+from minigpt4.datasets.splits import Share
 
 
 class ImageTextPairBuilder(BaseDatasetBuilder):
-    """Builds the split "train" from `build_info.storage` and the train processors, or from the cache `features`."""
+    """Builds "train" from `build_info.storage`, or from the cache `features`, and "val" as `build_splits` says."""
 
     train_dataset_cls = ImageTextStream
     feature_dataset_cls: type[Dataset] = FeatureStream
     """Reads a cache, in place of `train_dataset_cls`."""
 
     def build(self) -> dict[str, Dataset]:
-        processors = self.processors()
-        if self.from_features(self.config):
-            del processors["vis_processor"]
-            return {"train": self.feature_dataset_cls(cached_features(self.config), name=self.name, **processors)}
-        return {"train": self.train_dataset_cls(self.storage(), name=self.name, **processors)}
+        if not self.from_features(self.config):
+            return self.build_splits(self.storage(), self.read, self.make)
+        if isinstance(val := self.val(), str | list):
+            raise ConfigError(
+                f"datasets.{self.name}.build_info.val={val!r} does not go with features, which are those of storage. "
+                "Give a share, such as 0.02, or train from pictures."
+            )
+        return self.build_splits(cached_features(self.config), self.read_features, self.make_from_features)
 
     @classmethod
     def from_features(cls, config: Mapping[str, Any]) -> bool:
         return cached_features(config) is not None
 
-    def processors(self) -> dict:
-        """The keyword arguments of the dataset that are processors."""
-        return {"vis_processor": self.vis_processors["train"], "text_processor": self.text_processors["train"]}
+    def read(self, storage: str | list[str]) -> Any:
+        """The source of `make`: the storage."""
+        return storage
+
+    def make(self, storage: Any, processors: str, share: Share | None) -> Dataset:
+        """A dataset of pictures; see `build_splits`."""
+        vis_processor, text_processor = self.vis_processors[processors], self.text_processors[processors]
+        drawn = {"share": share} if share else {}  # a plug-in's class may have no such argument
+        return self.train_dataset_cls(storage, vis_processor, text_processor, name=self.name, **drawn)
+
+    def read_features(self, folder: str) -> Any:
+        """The source of `make_from_features`: the folder."""
+        return folder
+
+    def make_from_features(self, folder: Any, processors: str, share: Share | None) -> Dataset:
+        """A dataset of cached features."""
+        return self.feature_dataset_cls(folder, self.text_processors[processors], name=self.name, share=share)
 
     def storage(self) -> str | list[str]:
         """`build_info.storage`. Raises ConfigError if it is missing or has unknown neighbours."""
         build_info = self.config.get("build_info") or {}
-        self.check_keys("build_info", build_info, ("storage", "features"))
+        self.check_keys("build_info", build_info, ("storage", "features", "val"))
         storage = build_info.get("storage")
         if not storage:
             key = f"datasets.{self.name}.build_info.storage"
@@ -77,5 +95,14 @@ class CCSBUAlignBuilder(ImageTextPairBuilder):
     feature_dataset_cls = FeatureSet
     DATASET_CONFIG_DICT = {"default": "configs/datasets/cc_sbu/align.yaml"}
 
-    def processors(self) -> dict:
-        return {"vis_processor": self.vis_processors["train"]}
+    def read(self, storage: str | list[str]) -> CCSBUAlignDataset:
+        return self.train_dataset_cls(storage, self.vis_processors["train"], name=self.name)
+
+    def make(self, records: CCSBUAlignDataset, processors: str, share: Share | None) -> Dataset:
+        return records.select(share, self.vis_processors[processors])
+
+    def read_features(self, folder: str) -> FeatureSet:
+        return self.feature_dataset_cls(folder, name=self.name)
+
+    def make_from_features(self, records: FeatureSet, processors: str, share: Share | None) -> Dataset:
+        return records.select(share)

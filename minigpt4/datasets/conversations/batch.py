@@ -4,13 +4,13 @@ A conversation is ((role, parts), …): the roles are [system,] user, assistant,
 message are texts, and None where an image stands. The images of a batch are in the order of these places.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from minigpt4.models import prompt
-from minigpt4.models.prompt import IGNORE_INDEX, IMAGE_SLOT
+from minigpt4.models.prompt import IGNORE_INDEX, IMAGE_ID, IMAGE_SLOT
 from minigpt4.models.template import Template, join_parts
 
 if TYPE_CHECKING:
@@ -43,9 +43,16 @@ def exchanges(conversation: Conversation, template: Template, image_prompt: str)
 
 
 def encode(
-    tokenizer: "Tokenizer", parts: Iterator[tuple[str, str]], num_query_tokens: int, max_txt_len: int, bos: bool
+    tokenizer: "Tokenizer",
+    parts: Iterable[tuple[str, str]],
+    num_query_tokens: int,
+    max_txt_len: int,
+    bos: bool,
+    learn_on: str = "answers",
 ) -> Tokens:
     """`<s>` if `bos` is true, then each question and its answer. Only the tokens of answers have labels.
+
+    With `learn_on="all"`, those of later questions have labels, too, except for images.
 
     At most `max_txt_len` tokens follow the first question. A later question is kept as a whole, with its images and at
     least one token of its answer; otherwise the conversation ends before it.
@@ -62,7 +69,8 @@ def encode(
         learnt = answer_ids[:room]
         num_images += question.count(IMAGE_SLOT)
         ids += question_ids + learnt
-        labels += [IGNORE_INDEX] * len(question_ids) + learnt
+        asked = question_ids if number and learn_on == "all" else [IGNORE_INDEX] * len(question_ids)
+        labels += [IGNORE_INDEX if i == IMAGE_ID else i for i in asked] + learnt
         room -= len(learnt)
         if len(learnt) < len(answer_ids):
             return Tokens(ids, labels, num_images, cut=True)
@@ -90,13 +98,17 @@ class Conversations(list[Conversation]):
         return {**samples, **{key: samples[key][kept.to(samples[key].device)] for key in per_image}}
 
     def training_sequences(
-        self, tokenizer: "Tokenizer", template: Template, image_prompt: str, num_query_tokens: int, max_txt_len: int
+        self,
+        tokenizer: "Tokenizer",
+        template: Template,
+        image_prompt: str,
+        num_query_tokens: int,
+        max_txt_len: int,
+        learn_on: str = "answers",
     ) -> prompt.Sequences:
         """The tokens of each conversation; see `exchanges` and `encode`."""
-        found = [
-            encode(tokenizer, exchanges(each, template, image_prompt), num_query_tokens, max_txt_len, template.bos)
-            for each in self
-        ]
+        how = num_query_tokens, max_txt_len, template.bos, learn_on
+        found = [encode(tokenizer, exchanges(each, template, image_prompt), *how) for each in self]
         counts = [sum(parts.count(None) for _, parts in each) for each in self]
         seen = [
             number < tokens.num_images for tokens, count in zip(found, counts, strict=True) for number in range(count)

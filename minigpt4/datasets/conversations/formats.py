@@ -1,8 +1,10 @@
 """Recognises the format of a user's files by their content, and reads their records."""
 
+import hashlib
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from glob import has_magic
 
@@ -74,28 +76,47 @@ class Part:
 class Records(Sequence[Record]):
     """The records of files and folders, parsed at each access. An item with a mistake in it raises ConfigError.
 
-    ids: those of all records, once `read_records` has checked them.
+    ids, digest: of all records, once `read_records` has checked them. The digest is of their ids and messages.
     """
 
     def __init__(self, parts: list[Part]) -> None:
         self.parts = parts
-        self.ids: Sequence[str] = ()
+        self.ids = PackedStrings(())
+        self.digest = ""
+        self._chosen: np.ndarray | None = None
         self._ends = np.cumsum([len(part.source) for part in parts])
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return int(self._ends[-1]) if self._chosen is None else len(self._chosen)
+
+    def select(self, chosen: np.ndarray) -> "Records":
+        """The records at which `chosen` (bool) is true."""
+        selected = copy(self)
+        selected._chosen, selected.ids = np.flatnonzero(chosen), self.ids.select(chosen)
+        selected.digest = f"{self.digest} {selected.ids.digest()}"
+        return selected
 
     def __getitem__(self, index: int) -> Record:
-        index = range(len(self))[index]
-        number = int(np.searchsorted(self._ends, index, side="right"))
-        part = self.parts[number]
-        (record,) = part.records([index - int(self._ends[number]) + len(part.source)], False, part.find)
+        part, row = self._place(index)
+        (record,) = part.records([row], False, part.find)
         if isinstance(record, ConfigError):
             raise record
         return record
 
+    def where(self, index: int) -> str:
+        """The file and line of a record."""
+        part, row = self._place(index)
+        return part.source.where(row)
+
+    def _place(self, index: int) -> tuple[Part, int]:
+        index = range(len(self))[index]
+        index = index if self._chosen is None else int(self._chosen[index])
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        part = self.parts[number]
+        return part, index - int(self._ends[number]) + len(part.source)
+
     def checked(self) -> Iterator[Record | ConfigError]:
-        """All records in order, each file read once. A record with a mistake comes as the error.
+        """All records of the files in order, each file read once. A record with a mistake comes as the error.
 
         Pictures must be there. The bytes of those in Parquet are not read: they come as b"".
         """
@@ -104,15 +125,19 @@ class Records(Sequence[Record]):
             yield from part.records(range(len(part.source)), True, part.find.checked(listings))
 
     def check(self) -> None:
-        """Set `ids`. Raises ConfigError for the first mistake."""
+        """Set `ids` and `digest`. Raises ConfigError for the first mistake."""
+        digest = hashlib.sha256()
 
         def ids() -> Iterator[str]:
             for record in self.checked():
                 if isinstance(record, ConfigError):
                     raise record
+                texts = [part for message in record.messages for part in message.parts if isinstance(part, str)]
+                digest.update(repr((record.id, texts)).encode())
                 yield record.id
 
         self.ids = PackedStrings(ids())
+        self.digest = digest.hexdigest()[:16]
 
 
 def read_records(
@@ -246,6 +271,17 @@ def open_text(file: TextFile, format: str) -> tuple[TextRecords, list[str] | Non
     if text.startswith("["):
         return TextRecords(file, text_files.scan_json_list(file), text_files.parse_json, "record"), None
     return TextRecords(file, text_files.scan_lines(file), text_files.parse_json), None
+
+
+def read_items(path: str) -> Iterator[tuple[str, dict]]:
+    """(its place, the object) of each line of a .jsonl file, or of each item of a JSON list. Raises ConfigError."""
+    source, _ = open_text(TextFile(path), "jsonl")
+    with source.reader() as read:
+        for index in range(len(source)):
+            try:
+                yield source.where(index), read(index)
+            except ConfigError as error:
+                raise ConfigError(f"{source.where(index)} {error}") from None
 
 
 def parse_flickr(text: str) -> dict[str, str]:

@@ -65,7 +65,7 @@ def openai(item: Mapping[str, Any]) -> Turns:
     for role, content in _turns(item.get("messages"), "messages", ("role", "content")):
         parts = _literal(content)
         if turns and role == turns[-1][0] == "user" and isinstance(parts, list):
-            parts = [*turns.pop()[1], {"type": "text", "text": "\n"}, *parts]
+            parts = [*turns.pop()[1], *parts]
         turns.append((role, parts))
     if any(isinstance(m, dict) and m.get("weight") == 0 for m in item["messages"]):
         raise ConfigError("has a message with 'weight': 0, an answer not to be learnt. Take the record out.")
@@ -140,7 +140,6 @@ def make_record(form: Form, item: Mapping[str, Any], find: Find, where: str) -> 
 def _pieces(content: Any) -> list[Any]:
     """Texts, `None` for the place of the record's next picture, and parts with a picture of their own."""
     if isinstance(content, str):
-        _check_characters(content)
         return [piece if number % 2 == 0 else None for number, piece in enumerate(re.split(f"({PLACE})", content))]
     if not isinstance(content, list):
         raise ConfigError(f"has {shown(content)} for a text. A message is a text, or a list of parts.")
@@ -148,7 +147,6 @@ def _pieces(content: Any) -> list[Any]:
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "text" and isinstance(part.get("text"), str):
-            _check_characters(part["text"])
             pieces.append(part["text"])
         elif kind == "image":
             pieces.append({"own": part["image"]} if part.get("image") is not None else None)
@@ -190,11 +188,6 @@ def _check_order(roles: list[str]) -> None:
             raise ConfigError(f"has message {number} of {role}, where one of {right} belongs. {rule}")
     if roles[-1:] != ["assistant"]:
         raise ConfigError(f"has no answer at its end. {rule}")
-
-
-def _check_characters(text: str) -> None:
-    if not text.isascii() and re.search("[\ud800-\udfff]", text):
-        raise ConfigError(f"has half of a surrogate pair in {shown(text)}, which is no character. Take it out.")
 
 
 def record_id(item: Mapping[str, Any]) -> str:

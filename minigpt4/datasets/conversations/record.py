@@ -29,3 +29,8 @@ class Record:
     """The record's own id, or a hash of its content. It does not change when other records are added."""
     where: str
     """Its place, for messages: `my.jsonl line 12`, `00003.tar member 000123`."""
+
+    @property
+    def pictures(self) -> list[str | bytes]:
+        """The sources of its pictures, in order."""
+        return [part.source for message in self.messages for part in message.parts if isinstance(part, Picture)]

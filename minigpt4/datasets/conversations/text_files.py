@@ -20,10 +20,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from minigpt4.common.errors import ConfigError
+from minigpt4.datasets.captions import encoding_of
 
-# Longest first: the mark of UTF-32 begins with that of UTF-16.
-MARKS = {mark: "utf-32" for mark in (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)}
-MARKS |= {mark: "utf-16" for mark in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)}
 JSON_OPEN, JSON_NEXT = re.compile(r"[ \t\r\n]*\[[ \t\r\n]*"), re.compile(r"[ \t\r\n]*([,\]]?)[ \t\r\n]*")
 
 Span = tuple[int, int, int]  # first byte, end, line (from 1)
@@ -49,7 +47,7 @@ def shown(value: Any) -> str:
 
 def decode(content: bytes) -> str:
     """Text in UTF-8, or in UTF-16 or UTF-32 with a byte-order mark. Raises ConfigError for others."""
-    encoding = next((name for mark, name in MARKS.items() if content.startswith(mark)), "utf-8-sig")
+    encoding = encoding_of(content)
     try:
         return content.decode(encoding)
     except UnicodeDecodeError as error:
@@ -70,7 +68,7 @@ class TextFile:
         with open(path, "rb") as file:
             self._modified = os.fstat(file.fileno()).st_mtime_ns
             head = file.read(4)
-            if head.startswith(tuple(MARKS)):
+            if encoding_of(head) != "utf-8-sig":
                 try:
                     self._recoded = decode(head + file.read()).encode()
                 except ConfigError as error:

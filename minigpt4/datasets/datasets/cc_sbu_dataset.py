@@ -4,21 +4,20 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from copy import copy
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from PIL import Image
-from torch.utils.data import Dataset
 
 from minigpt4.common.errors import ConfigError
 from minigpt4.common.files import read_regular
 from minigpt4.common.text import pluralize
 from minigpt4.datasets.captions import Unusable, load_json, usable
 from minigpt4.datasets.datasets.packed_strings import PackedStrings
-from minigpt4.datasets.left_out import Tally
-from minigpt4.datasets.patience import Patience
-from minigpt4.processors import read_picture, to_sample
+from minigpt4.datasets.datasets.record_dataset import RecordDataset
+from minigpt4.datasets.splits import Share
 from minigpt4.weights import locate
 
 log = logging.getLogger(__name__)
@@ -35,20 +34,16 @@ class Record(NamedTuple):
     caption: str
 
 
-class CCSBUAlignDataset(Dataset):
+class CCSBUAlignDataset(RecordDataset):
     """The records of `<storage>/filter_cap.json` with the pictures `<storage>/image/<image_id>.jpg` (.jpeg .png .webp).
 
     filter_cap.json: `{"annotations": [{"image_id": "2", "caption": "…"}, …]}`. Captions are used unchanged. Records
-    without a usable one (`datasets.captions`) are left out, and counted in `unusable`.
-    Item: `{"image": …, "text_input": str, "image_id": str}`; `to_sample` makes "image" and its companions. A file that
-    is no picture, or a broken one, is left out with a warning, and the next record takes its place (as its `image_id`
-    shows). If `MAX_BAD_IN_A_ROW` records in a row are bad, the item raises RuntimeError. Files that are out of reach
-    are waited for (`datasets.patience`).
+    without an id or a usable caption (`datasets.captions`) are left out, and counted in `unusable`.
+    Item: `{"image": …, "text_input": str, "image_id": str}`; `to_sample` makes "image" and its companions.
 
     `cache-features` reads the records part by part (`common.contracts.CacheableDataset`).
     """
 
-    MAX_BAD_IN_A_ROW = 10
     RECORDS_PER_PART = 1000
 
     def __init__(self, storage: str, vis_processor: Callable[[Image.Image], Any], name: str = "cc_sbu_align") -> None:
@@ -56,8 +51,7 @@ class CCSBUAlignDataset(Dataset):
 
         Raises FileNotFoundError for a missing folder, filter_cap.json or picture, ConfigError for a malformed record.
         """
-        self.name = name
-        self.vis_processor = vis_processor
+        super().__init__(vis_processor, name)
         storage = os.path.expanduser(str(storage))
         self.annotation_file = os.path.join(storage, "filter_cap.json")
         self.image_folder = os.path.join(storage, "image")
@@ -74,25 +68,26 @@ class CCSBUAlignDataset(Dataset):
         self.files = PackedStrings(self._find_pictures(image_ids))
         self.image_ids = PackedStrings(image_ids)
         self.captions = PackedStrings(captions)
-        self.tally = Tally(name)
-        self.patience = Patience(self.tally, self._folder_in_reach)
         log.info("%s: %s.", name, pluralize(len(self), "record"))
 
     def __len__(self) -> int:
         return len(self.captions)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        index = range(len(self))[index]
-        tries = min(self.MAX_BAD_IN_A_ROW, len(self))
-        for candidate in range(index, index + tries):
-            candidate %= len(self)
-            fields = self._load(candidate)
-            if fields is not None:
-                return fields | {"text_input": self.captions[candidate], "image_id": self.image_ids[candidate]}
-        raise RuntimeError(
-            f"datasets.{self.name}: the pictures of {tries} records in a row, from annotations[{index}] on, cannot be "
-            f"read, e.g. {self._path(index)}. Are these files really pictures?"
-        )
+    def item(self, index: int) -> dict[str, Any]:
+        fields = self.load_picture(self.where(index))
+        return fields | {"text_input": self.captions[index], "image_id": self.image_ids[index]}
+
+    def where(self, index: int) -> str:
+        return os.path.join(self.image_folder, self.files[index])
+
+    def select(self, share: Share | None, vis_processor: Callable) -> "CCSBUAlignDataset":
+        """The records of a share, drawn by `image_id`, with another processor. Raises ConfigError for none or all."""
+        selected = copy(self)
+        RecordDataset.__init__(selected, vis_processor, self.name)
+        chosen = share.among(self.image_ids, self.name) if share else np.full(len(self), True)
+        for name in ("files", "image_ids", "captions"):
+            setattr(selected, name, getattr(self, name).select(chosen))
+        return selected
 
     def digest(self) -> str:
         """Identifies the records, in their order, by which a resumed run knows its data."""
@@ -106,10 +101,6 @@ class CCSBUAlignDataset(Dataset):
         """Characters of a caption, for length balancing."""
         return len(self.captions[index])
 
-    def take_left_out(self) -> Counter[tuple[str, ...]]:
-        """Counts by (cause, file) of the pictures that this process has left out since the last call."""
-        return self.tally.take()
-
     @property
     def num_parts(self) -> int:
         return -(-len(self) // self.RECORDS_PER_PART)
@@ -120,26 +111,8 @@ class CCSBUAlignDataset(Dataset):
             yield Record(index, f"{index:09d}", self.image_ids[index], self.captions[index])
 
     def load(self, record: Record) -> dict[str, Any] | None:
-        """ "image" and its companions; None, with a warning, for a picture that cannot be read."""
-        return self._load(record.index)
-
-    def _path(self, index: int) -> str:
-        return os.path.join(self.image_folder, self.files[index])
-
-    def _load(self, index: int) -> dict[str, Any] | None:
-        path = self._path(index)
-        try:
-            content = self.patience.retry(lambda: read_regular(path), path)
-            picture = read_picture(content, self.vis_processor)
-        except Exception as error:  # Pillow's plug-ins raise nearly every kind of error on broken files
-            self.tally.drop("an image that is not one, or is broken", path, str(error))
-            return None
-        return to_sample(self.vis_processor, picture)
-
-    def _folder_in_reach(self, path: str) -> bool:
-        with suppress(OSError), os.scandir(self.image_folder) as entries:
-            return next(entries, None) is not None
-        return False
+        """The item of a record; None, with a warning, for one whose picture cannot be read."""
+        return self.item_or_none(record.index)
 
     def _find_pictures(self, image_ids: list[str]) -> list[str]:
         """The file name of every record, from one listing of the folder."""
@@ -161,9 +134,9 @@ class CCSBUAlignDataset(Dataset):
 
 
 def read_annotations(path: str) -> tuple[list[str], list[str], Counter[str]]:
-    """Image ids and captions of a filter_cap.json, and counts by cause of the records without a usable caption.
+    """Image ids and captions of a filter_cap.json, and counts by cause of the records that cannot be used.
 
-    Raises ConfigError that names the file and the place, also if no caption is usable.
+    Raises ConfigError that names the file, also if no record can be used.
     """
     form = 'Expected {"annotations": [{"image_id": "2", "caption": "…"}, …]}.'
     try:
@@ -175,18 +148,14 @@ def read_annotations(path: str) -> tuple[list[str], list[str], Counter[str]]:
     if not isinstance(records, list) or not records:
         raise ConfigError(f"{path} has no records under the key 'annotations'. {form}")
     image_ids, captions, unusable = [], [], Counter()
-    for number, record in enumerate(records):
-        if not isinstance(record, dict) or not isinstance(record.get("image_id"), str | int):
-            raise ConfigError(
-                f"{path}: annotations[{number}] has no 'image_id' that is a string or a whole number. {form}"
-            )
+    for record in records:
         try:
+            if not isinstance(record, dict) or not isinstance(record.get("image_id"), str | int):
+                raise Unusable("a record without 'image_id' that is a string or a whole number")
             captions.append(usable(record.get("caption")))
+            image_ids.append(str(record["image_id"]))
         except Unusable as cause:
             unusable[str(cause)] += 1
-        else:
-            image_ids.append(str(record["image_id"]))
     if not captions:
-        problem = next(iter(unusable))
-        raise ConfigError(f"{path}: annotations[0] has no 'caption' that can be used ({problem}). {form}")
+        raise ConfigError(f"{path}: annotations[0] cannot be used ({next(iter(unusable))}), nor any other. {form}")
     return image_ids, captions, unusable

@@ -5,6 +5,7 @@ import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ from minigpt4.datasets.captions import Unusable, load_json, usable
 from minigpt4.datasets.datasets.image_text_stream import ImageTextStream, RawSample
 from minigpt4.datasets.datasets.packed_strings import PackedStrings
 from minigpt4.datasets.datasets.tar_reader import Group
-from minigpt4.datasets.feature_cache import read_features, read_manifest, shards_of
+from minigpt4.datasets.feature_cache import IDENTITIES, read_features, read_manifest, shards_of
 from minigpt4.datasets.left_out import Tally
 from minigpt4.datasets.patience import OutOfReach, Patience
+from minigpt4.datasets.splits import Share
 
 log = logging.getLogger(__name__)
 
@@ -30,10 +32,25 @@ class FeatureStream(ImageTextStream):
     MEMBERS = ("npy",)
     WHAT = "features"
 
-    def __init__(self, folder: str, text_processor: Callable[[str], str], name: str = "image_text") -> None:
-        """Raises ConfigError for a folder that is no cache, or is incomplete."""
+    def __init__(
+        self, folder: str, text_processor: Callable[[str], str], name: str = "image_text", share: Share | None = None
+    ) -> None:
+        """Raises ConfigError for a folder that is no cache, or is incomplete, or without identities to draw `share`."""
         self.manifest = read_manifest(folder)
-        super().__init__([str(path) for path in shards_of(folder)], None, text_processor, name)
+        if share and not self.manifest.get(IDENTITIES):
+            raise ConfigError(
+                f"datasets.{name}.build_info.val={share.val}: the cache {folder} is of an earlier version, which does "
+                "not say which pictures are in val. Make it again with cache-features, in another folder."
+            )
+        super().__init__([str(path) for path in shards_of(folder)], None, text_processor, name, share=share)
+
+    def raw_sample(self, shard: str, group: Group) -> RawSample:
+        raw = super().raw_sample(shard, group)
+        with suppress(KeyError, TypeError, Unusable):
+            text = load_json(group.files["json"])
+            own = text["image_id"], raw.image, raw.caption, raw.size, text.get("identity", "")
+            return RawSample(shard, raw.key, *own)
+        return raw
 
     def load(self, sample: RawSample) -> dict[str, Any] | None:
         """The features; None, counted as left out, if they are broken."""
@@ -44,11 +61,6 @@ class FeatureStream(ImageTextStream):
             return None
         self.decoded.keep()
         return {"image_features": features}
-
-    def _image_id(self, shard: str, group: Group) -> str:
-        with suppress(KeyError, TypeError, Unusable):
-            return load_json(group.files["json"])["image_id"]
-        return super()._image_id(shard, group)
 
 
 class FeatureSet(Dataset):
@@ -74,6 +86,14 @@ class FeatureSet(Dataset):
         self.image_ids = PackedStrings(text["image_id"] for *_, text in samples)
         log.info("%s: %s of cached features.", name, pluralize(len(self), "record"))
 
+    def select(self, share: Share | None) -> "FeatureSet":
+        """The samples of a share, drawn by `image_id`. Raises ConfigError for none or all."""
+        selected = copy(self)
+        chosen = share.among(self.image_ids, self.name) if share else np.full(len(self), True)
+        selected._places = self._places[chosen]
+        selected.captions, selected.image_ids = self.captions.select(chosen), self.image_ids.select(chosen)
+        return selected
+
     def __len__(self) -> int:
         return len(self._places)
 
@@ -87,6 +107,10 @@ class FeatureSet(Dataset):
         except (ValueError, EOFError, OutOfReach) as error:
             raise _broken(path, error) from error
         return {"image_features": features, "text_input": self.captions[index], "image_id": self.image_ids[index]}
+
+    def digest(self) -> str:
+        """Identifies the samples, in their order, by which a resumed run knows its data."""
+        return f"{self.image_ids.digest()}{self.captions.digest()}"
 
     def texts(self) -> Iterator[tuple[str, str]]:
         """(image id, caption) of the samples, in order."""
@@ -111,9 +135,9 @@ def _read_part(path: Path, offset: int, size: int) -> bytes:
         return file.read(size)
 
 
-def _is_usable(text: dict[str, str]) -> bool:
-    with suppress(Unusable):
-        return bool(usable(text.get("caption")))
+def _is_usable(text: Any) -> bool:
+    with suppress(Unusable, KeyError, TypeError):
+        return bool(usable(text["caption"])) and isinstance(text["image_id"], str)
     return False
 
 

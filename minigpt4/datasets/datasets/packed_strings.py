@@ -22,6 +22,10 @@ class PackedStrings:
         """The beginning of the SHA-256 of all strings and their lengths."""
         return hashlib.sha256(self._bytes.tobytes() + self._ends.tobytes()).hexdigest()[:16]
 
+    def select(self, chosen: np.ndarray) -> "PackedStrings":
+        """The strings at which `chosen` (bool) is true."""
+        return PackedStrings(self[index] for index in np.flatnonzero(chosen))
+
     def __len__(self) -> int:
         return len(self._ends)
 

@@ -1,6 +1,7 @@
 """Reads samples from a tar in one pass: plain or compressed, whatever lies between their members, in any order.
 
 A sample is the members with the same name up to the suffix: `0001.jpg` and `0001.txt`, or `a 2.0.jpg` and `a 2.0.txt`.
+A text may have several pictures: `0001.0.jpg` and `0001.1.jpg`.
 """
 
 import bz2
@@ -9,9 +10,9 @@ import io
 import lzma
 import os
 import tarfile
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 from minigpt4.datasets.captions import Incomplete, Unusable
 from minigpt4.datasets.patience import OutOfReach
@@ -57,9 +58,23 @@ class Group:
     """Bytes that they take in the tar."""
     cause: str = ""
     """Why they make no sample."""
+    final: bool = False
+    """Whether no further member is waited for."""
 
     def __str__(self) -> str:
         return f"{self.key} has {', '.join('.' + suffix for suffix in self.suffixes)}"
+
+    @property
+    def has_text(self) -> bool:
+        return any(suffix in self.files for suffix in TEXT_SUFFIXES)
+
+    def join(self, other: "Group") -> None:
+        """Take the members of another group, `<key>` or `<key>.0`; those of the latter as `0.jpg`."""
+        number = other.key[len(self.key) + 1 :]
+        prefix = f"{number}." if number else ""
+        self.files |= {prefix + suffix: content for suffix, content in other.files.items()}
+        self.suffixes += [prefix + suffix for suffix in other.suffixes]
+        self.size += other.size
 
 
 def is_hidden(name: str) -> bool:
@@ -89,6 +104,11 @@ def split_name(name: str, pictures: Collection[str]) -> tuple[str, str]:
     return folder + slash + stem, suffix
 
 
+def member_id(shard: str, key: str) -> str:
+    """The id of a sample that has none of its own."""
+    return f"{os.path.basename(shard)}/{key}"
+
+
 def read_members(raw: io.RawIOBase, pictures: Collection[str]) -> Iterator[Member]:
     """The files in a tar, in order. Content is read of texts and of the suffixes in `pictures`.
 
@@ -100,8 +120,12 @@ def read_members(raw: io.RawIOBase, pictures: Collection[str]) -> Iterator[Membe
             first = False
             for info in tar:
                 tar.members = []  # or it would keep them all
-                if info.isreg() and not is_hidden(info.name):
-                    key, suffix = split_name(info.name, pictures)
+                if is_hidden(info.name):
+                    continue
+                key, suffix = split_name(info.name, pictures)
+                if info.islnk() or info.issym():
+                    yield key, f"{suffix} (a link)", None, BLOCK  # its file may have been anywhere before
+                elif info.isreg():
                     content = tar.extractfile(info).read() if suffix in wanted else None
                     yield key, suffix, content, BLOCK + info.size + -info.size % BLOCK
             _check_end(tar)
@@ -140,64 +164,177 @@ def _check_end(tar: tarfile.TarFile) -> None:
 
 
 def read_samples(
-    members: Iterable[Member], make: Callable[[Group], Sample], drop: Callable[[str, Group], None]
+    members: Iterable[Member],
+    make: Callable[[Group], Sample],
+    drop: Callable[[str, str], None],
+    several_pictures: bool = False,
 ) -> Iterator[Sample]:
     """The samples that `make` makes of members with the same key, each once it is complete.
 
+    several_pictures: whether the pictures `a.0.jpg` and `a.1.jpg` belong to the text `a.json`.
     make: raises Incomplete for members whose sample may still be completed by later ones, Unusable for others.
     drop: is called with the cause and the members that make no sample, also for a tar without any.
     Raises the ShardError of `members` after all samples up to there.
     """
-    waiting: dict[str, Group] = {}
-    made: set[str] = set()
-    held, dropped, current, problem = 0, False, Group("it"), None
-
-    def settle(group: Group) -> Iterator[Sample]:
-        nonlocal held, dropped
-        try:
-            sample = make(group)
-        except Incomplete as cause:
-            group.cause = str(cause)
-            waiting[group.key] = group
-            held += group.size
-        except Unusable as cause:
-            drop(str(cause), group)
-            dropped = True
-        else:
-            made.add(group.key)
-            yield sample
-
-    def is_lost(group: Group) -> bool:
-        # Beside a sample `1.jpg`, `1.txt` there may be others of its files: `1.meta.json`, or `1.json` after all texts.
-        return group.key not in made and os.path.splitext(group.key)[0] not in made
-
+    grouping, problem = _Grouping(make, drop, several_pictures), None
     try:
-        for key, suffix, content, size in members:
-            # A second picture or text of one name begins another sample of that name.
-            if key != current.key or (content is not None and suffix in current.files):
-                if current.files:
-                    yield from settle(current)
-                while held > MAX_WAITING:
-                    oldest = waiting.pop(next(iter(waiting)))
-                    held -= oldest.size
-                    if is_lost(oldest):
-                        drop(f"{oldest.cause} within {MAX_WAITING >> 20} MB of it in the tar", oldest)
-                    dropped = True
-                current = waiting.pop(key, None) or Group(key)
-                held -= current.size
-            current.suffixes.append(suffix)
-            current.size += size
-            if content is not None:
-                current.files[suffix] = content
+        for member in members:
+            if not grouping.fits(member):
+                yield from grouping.end_run()
+            grouping.add(member)
     except ShardError as error:
         problem = error
-    if current.files:
-        yield from settle(current)
-    if problem:
-        waiting.pop(current.key, None)  # the rest of it is what is missing
-    for group in filter(is_lost, waiting.values()):
-        drop(group.cause, group)
+    last = list(grouping.run)
+    yield from grouping.end_run()
+    for key in last if problem else ():
+        grouping.take(key)  # the rest of it is what is missing
+    yield from grouping.end()
     if problem:
         raise problem
-    if not (made or waiting or dropped):
-        drop("a shard without samples", current)
+    if grouping.is_empty:
+        drop("a shard without samples", str(grouping.last))
+
+
+class _Grouping(Generic[Sample]):
+    """Joins the members of a tar to samples.
+
+    A run is members in a row whose names begin alike, such as those of one sample. Groups that make no sample at the
+    end of their run wait for later members: for those of their own name, and at the end of the tar for pictures.
+    """
+
+    def __init__(
+        self, make: Callable[[Group], Sample], drop: Callable[[str, str], None], several_pictures: bool
+    ) -> None:
+        self._make, self._drop, self._several_pictures = make, drop, several_pictures
+        self.run: dict[str, Group] = {}
+        self.last = Group("it")
+        self.is_empty = True
+        self._scope, self._has_text, self._run_size = "", False, 0
+        self._waiting: dict[str, Group] = {}
+        self._held = 0  # bytes that wait
+        self._beside: dict[str, list[str]] = {}  # {"a": ["a.0", "a.1"]}: pictures that wait
+        self._made: set[str] = set()
+        self._distance = ""  # said of what is given up
+
+    def fits(self, member: Member) -> bool:
+        """Whether a member belongs to the run. A second picture or text of one name begins another run."""
+        key, suffix, content, _ = member
+        group = self.run.get(key)
+        if group is not None:
+            return content is None or suffix not in group.files
+        if not (self.run and self._several_pictures and self._run_size <= MAX_WAITING):
+            return not self.run
+        return _begins(key, self._scope) or _begins(self._scope, key)
+
+    def add(self, member: Member) -> None:
+        """Take a member into the run."""
+        key, suffix, content, size = member
+        group = self.run.get(key)
+        if group is None:
+            if not self.run:
+                self._scope, self._has_text, self._run_size = _beginnings(key)[-1], False, 0
+            self.last = group = self.run[key] = Group(key)
+        group.suffixes.append(suffix)
+        group.size += size
+        self._run_size += size
+        if content is not None:
+            group.files[suffix] = content
+            if suffix in TEXT_SUFFIXES and not (self._has_text and len(self._scope) <= len(key)):
+                self._scope, self._has_text = key, True  # the shortest
+
+    def end_run(self) -> Iterator[Sample]:
+        """The samples of the run, which ends."""
+        groups = [group for group in self.run.values() if group.files]
+        self.run = {}
+        pictures: dict[str, list[Group]] = {}
+        if len(groups) > 1:
+            texts = {group.key for group in groups if group.has_text}
+            for group in groups:
+                owner = next((key for key in _beginnings(group.key) if key in texts), group.key)
+                pictures.setdefault(owner, []).extend([group] if group.key != owner else [])
+            groups = [group for group in groups if group.key in pictures]
+        for group in groups:
+            yield from self._settle(group, pictures.get(group.key, ()))
+        while self._held > MAX_WAITING:
+            self._distance = f" within {MAX_WAITING >> 20} MB of it in the tar"
+            yield from self._give_up(next(iter(self._waiting)))
+
+    def end(self) -> Iterator[Sample]:
+        """The samples of what waits at the end of the tar."""
+        self._distance = ""
+        for key in list(self._waiting):
+            yield from self._give_up(key)
+
+    def take(self, key: str) -> Group | None:
+        """The waiting group of a key, which waits no longer."""
+        group = self._waiting.pop(key, None)
+        self._held -= group.size if group else 0
+        return group
+
+    def _settle(self, group: Group, pictures: Sequence[Group]) -> Iterator[Sample]:
+        """The sample of a group with its pictures. If it is incomplete, they wait one by one."""
+        self.is_empty = False
+        if group.key in self._waiting:
+            earlier = self.take(group.key)
+            if earlier.files.keys() & group.files.keys():
+                self._lose(earlier)
+            else:
+                group.join(earlier)
+        whole = group
+        if pictures:
+            whole = Group(group.key, final=group.final)
+            for part in (group, *pictures):
+                whole.join(part)
+        try:
+            sample = self._make(whole)
+        except Incomplete as cause:
+            group.cause = str(cause)
+            self._wait(group)
+            for picture in pictures:
+                yield from self._settle(picture, [])
+        except Unusable as cause:
+            self._drop(str(cause), f"{group.key}: {cause.__cause__}" if cause.__cause__ else str(whole))
+        else:
+            self._made.add(group.key)
+            yield sample
+
+    def _wait(self, group: Group) -> None:
+        if group.final:
+            self._lose(group)
+            return
+        self._waiting[group.key] = group
+        self._held += group.size
+        for key in [] if group.has_text else _beginnings(group.key)[1:]:
+            self._beside.setdefault(key, []).append(group.key)
+
+    def _give_up(self, key: str) -> Iterator[Sample]:
+        """Make the sample that a group which waits belongs to from what there is, or drop it."""
+        owner = self._owner(key) or key
+        beside = [each for each in self._beside.pop(owner, []) if each in self._waiting and self._owner(each) == owner]
+        groups = [group for group in map(self.take, (owner, *beside)) if group]
+        for group in groups:
+            group.final = True
+        if groups:
+            yield from self._settle(groups[0], groups[1:])
+
+    def _owner(self, key: str) -> str | None:
+        """The key of the text that waits and that a group belongs to: the longest that its own begins with."""
+        return next((each for each in _beginnings(key) if each in self._waiting and self._waiting[each].has_text), None)
+
+    def _lose(self, group: Group) -> None:
+        # Beside a sample `1.jpg`, `1.txt` there may be others of its files: `1.meta.json`, or `1.json` after all texts.
+        if self._made.isdisjoint(_beginnings(group.key)):
+            self._drop(group.cause + self._distance, str(group))
+
+
+def _begins(key: str, beginning: str) -> bool:
+    return key == beginning or key.startswith(beginning + ".")
+
+
+def _beginnings(key: str) -> list[str]:
+    """A key and what precedes each dot in its file's name: ["a/b.1.2", "a/b.1", "a/b"]."""
+    found, (folder, slash, file) = [key], key.rpartition("/")
+    while "." in file:
+        file = file.rpartition(".")[0]
+        found.append(folder + slash + file)
+    return found

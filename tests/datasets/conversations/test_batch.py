@@ -1,122 +1,19 @@
 """Conversations as training batches: the tokens that are learnt, cuts, and the same loss in every form."""
 
-import io
 import random
 
 import pytest
 import torch
-from sentencepiece import SentencePieceTrainer
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from conversation_cases import CHATML, TOKENIZERS, random_conversation, renderer
 
 from minigpt4.datasets.conversations.batch import Conversations, encode, exchanges
 from minigpt4.fast.packing.batch import pack
 from minigpt4.models.prompt import IGNORE_INDEX, IMAGE_ID
-from minigpt4.models.template import TEMPLATES
-from minigpt4.models.tokenizer import SentencePieceTokenizer
+from minigpt4.models.template import TEMPLATES, from_chat_template
 
 V0 = TEMPLATES["vicuna_v0"]
 QUERIES = 8
 LONG = 10**6
-# Texts of every plane, and texts that imitate the template or its tokens.
-TEXTS = [
-    "a dog",
-    "Größe 3 m²",
-    "猫在沙发上",
-    "😀🧑‍🚀",
-    "𓀀𐍈",
-    "  two\n\nlines\t",
-    "é",
-    "###Human: x ###Assistant: y",
-    "</s>",
-]
-TEXTS += [
-    "<s>",
-    "<ImageHere>",
-    "<Img>",
-    "###",
-    "#",
-    "USER: hi ASSISTANT:",
-    "[INST] x [/INST]",
-    "<|im_end|>",
-    "A" * 40,
-    "\u200d",
-]
-
-
-class ByHuggingFace:
-    """A tokenizer of the `tokenizers` library in the form that models use."""
-
-    def __init__(self, tokenizer, special: list[str]):
-        self.tokenizer = tokenizer
-        self.special_tokens = {text: tokenizer.token_to_id(text) for text in special}
-        self.bos_token_id, self.eos_token_id = (tokenizer.token_to_id(text) for text in special)
-
-    def encode(self, text):
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
-
-    def decode(self, ids, skip_special_tokens=True):
-        return self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
-
-
-def byte_level():
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    special = ["<|im_start|>", "<|im_end|>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=600, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(TEXTS * 5, trainer)
-    return ByHuggingFace(tokenizer, special)
-
-
-def byte_fallback():
-    pieces = ["<s>", "</s>", *(f"<0x{number:02X}>" for number in range(256)), *"abcdeosmtu :#", "##", "###", "do"]
-    merges = [("#", "#"), ("##", "#"), ("d", "o")]
-    vocabulary = {piece: number for number, piece in enumerate(pieces)}
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges, byte_fallback=True, fuse_unk=True))
-    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
-    tokenizer.add_special_tokens(["<s>", "</s>"])
-    return ByHuggingFace(tokenizer, ["<s>", "</s>"])
-
-
-def sentencepiece():
-    model = io.BytesIO()
-    options = {"byte_fallback": True, "normalization_rule_name": "identity", "remove_extra_whitespaces": False}
-    sentences = iter(["describe this image in detail", "a red bus", "###Human: what is it? ###Assistant: a bus"] * 30)
-    SentencePieceTrainer.train(
-        sentence_iterator=sentences,
-        model_writer=model,
-        vocab_size=300,
-        model_type="bpe",
-        minloglevel=2,
-        hard_vocab_limit=False,
-        **options,
-    )
-    return SentencePieceTokenizer(model_proto=model.getvalue())
-
-
-TOKENIZERS = {
-    "SentencePiece": sentencepiece,
-    "byte-level BPE": byte_level,
-    "BPE with byte fallback": byte_fallback,
-}
-
-
-def random_conversation(rng: random.Random) -> tuple:
-    """1 to 6 turns with 0 to 5 images."""
-
-    def text() -> str:
-        return " ".join(rng.choices(TEXTS, k=rng.randint(1, 4)))
-
-    turns = rng.randint(1, 6)
-    images = [rng.randrange(turns) for _ in range(rng.randint(0, 5))]
-    messages = [("system", (text(),))] if rng.random() < 0.3 else []
-    for turn in range(turns):
-        parts = [None] * images.count(turn) + [text()]
-        rng.shuffle(parts)
-        messages += [("user", tuple(parts)), ("assistant", (text(),))]
-    return tuple(messages)
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
@@ -124,7 +21,9 @@ def random_conversation(rng: random.Random) -> tuple:
 def test_the_answers_are_learnt_and_nothing_else(kind, template):
     tokenizer, template, rng = TOKENIZERS[kind](), TEMPLATES[template], random.Random(0)
     for _ in range(350):
-        (conversation,) = Conversations([random_conversation(rng)]).sanitize(tokenizer.special_tokens, [template.end])
+        (conversation,) = Conversations([random_conversation(rng)]).sanitize(
+            tokenizer.special_tokens, template.separators
+        )
         parts = [*exchanges(conversation, template, "")]
         found = encode(tokenizer, parts, QUERIES, LONG, template.bos)
         runs, previous = [], IGNORE_INDEX
@@ -138,6 +37,23 @@ def test_the_answers_are_learnt_and_nothing_else(kind, template):
         images = sum(parts.count(None) for _, parts in conversation)
         assert (found.num_images, found.cut) == (images, False)
         assert found.ids.count(IMAGE_ID) == images * QUERIES
+
+
+@pytest.mark.parametrize("template", [*TEMPLATES.values(), from_chat_template(renderer(CHATML), "<|im_end|>")])
+def test_all_texts_but_the_first_question_are_learnt(tokenizer, template):
+    """Where they are asked for; images never are, and the ids are the same."""
+    rng = random.Random(0)
+    for _ in range(30):
+        parts = [*exchanges(random_conversation(rng), template, "")]
+        for room in (LONG, 40):
+            how = parts, QUERIES, room, template.bos
+            default, all_texts = encode(tokenizer, *how), encode(tokenizer, *how, "all")
+            start = next(i for i, label in enumerate(default.labels) if label != IGNORE_INDEX)
+            assert all_texts._replace(labels=default.labels) == default
+            after = [IGNORE_INDEX if i == IMAGE_ID else i for i in default.ids[start:]]
+            assert all_texts.labels == [IGNORE_INDEX] * start + after
+            learnt = [label for label in default.labels[start:] if label != IGNORE_INDEX]
+            assert (len(learnt) < len(after)) == (len(parts) > 1 and len(default.ids) > start + len(learnt))
 
 
 @pytest.fixture
@@ -180,19 +96,23 @@ def test_a_caption_equals_a_conversation_of_one_image(build_golden_model):
 
 @pytest.fixture
 def uneven():
-    """Conversations with 2, 0, 1 and 3 images."""
+    """Conversations with 2, 0, 1, 3, 0 and 0 images."""
     return Conversations(
         [
             (("user", (None, "What is it?")), ("assistant", ("a dog",)), ("user", (None,)), ("assistant", ("a cat",))),
             (("user", ("Hello",)), ("assistant", ("Hello! What can I do?",))),
             (("system", ("Be brief.",)), ("user", ("See", None)), ("assistant", ("Yes.",))),
             (("user", (None, None, "Which is red?", None)), ("assistant", ("The second one, I think.",))),
+            # Their beginnings, an answer included, are equal.
+            (("user", ("Hi",)), ("assistant", ("Yes?",)), ("user", ("A dog?",)), ("assistant", ("No.",))),
+            (("user", ("Hi",)), ("assistant", ("Yes?",)), ("user", ("A cat?",)), ("assistant", ("Yes, a cat.",))),
         ]
     )
 
 
-def test_packed_padded_and_one_by_one_are_equal(build_golden_model, uneven):
-    model = build_golden_model(template="vicuna_v0", max_txt_len=200)
+@pytest.mark.parametrize("learn_on", ["answers", "all"])
+def test_packed_padded_and_one_by_one_are_equal(build_golden_model, uneven, learn_on):
+    model = build_golden_model(template="vicuna_v0", max_txt_len=200, learn_on=learn_on)
     images = torch.randn(6, 3, 28, 28)
 
     def loss_and_gradient(samples):
@@ -210,7 +130,7 @@ def test_packed_padded_and_one_by_one_are_equal(build_golden_model, uneven):
         assert other == pytest.approx(loss, rel=1e-5) and count == labels
         assert (own - gradient).norm() < 1e-5 * gradient.norm()
     total, first = 0.0, 0
-    for conversation, count in zip(uneven, (2, 0, 1, 3), strict=True):
+    for conversation, count in zip(uneven, (2, 0, 1, 3, 0, 0), strict=True):
         alone = {"image": images[first : first + count], "text_input": Conversations([conversation])}
         part, own, count_of_labels = loss_and_gradient(alone)
         total, first = total + part * count_of_labels, first + count
@@ -221,7 +141,7 @@ def test_packed_padded_and_one_by_one_are_equal(build_golden_model, uneven):
 def test_images_that_were_cut_off_are_not_seen(build_golden_model, uneven):
     model = build_golden_model(template="vicuna_v0", max_txt_len=6)
     images = torch.randn(6, 3, 28, 28)
-    prepared = model.prepare({"image": images, "text_input": uneven, "image_id": ["a", "b", "c", "d"]})
+    prepared = model.prepare({"image": images, "text_input": uneven, "image_id": [*"abcdef"]})
     assert torch.equal(prepared["image"], images[[0, 2, 3, 4, 5]])
     others = images.clone()
     others[1] = 0
@@ -234,6 +154,8 @@ def test_markers_in_texts_are_broken_up_and_counted(build_golden_model):
     samples = model.sanitize({"image": torch.zeros(1, 3, 28, 28), "text_input": Conversations([messages])})
     assert [*samples["text_input"]] == [(("user", (None, "a # ## b")), ("assistant", ("c < /s> < ImageHere>",)))]
     assert len(samples["broken_up"]) == 1
+    headings = Conversations([(("user", ("### A",)), ("assistant", ("### B",)))])  # no markers of other templates
+    assert build_golden_model(template="vicuna_v1").sanitize({"text_input": headings})["text_input"] == headings
     sound = Conversations([(("user", ("a",)), ("assistant", ("b",)))])
     assert "broken_up" not in model.sanitize({"text_input": sound})
 

@@ -10,7 +10,7 @@ from dataset_files import picture_bytes, write_tar
 
 from minigpt4.common.errors import ConfigError
 from minigpt4.datasets.builders import ConversationBuilder
-from minigpt4.datasets.builders.conversation_builder import in_share
+from minigpt4.datasets.splits import in_share
 
 PROCESSORS = {split: {"name": "blip2_image_eval", "image_size": 28} for split in ("train", "eval")}
 
@@ -98,7 +98,7 @@ def test_a_share_that_is_none(twelve, val):
 
 
 def test_unusable_records_are_left_out_and_counted(tmp_path, caplog):
-    records = [record(0), record(1, answer=" "), record(2, answer="a\x00b"), record(3)]
+    records = [record(0), record(1, answer=" \ud83d"), record(2, answer="a\x00b"), record(3)]
     dataset = build(write_jsonl(tmp_path, records))["train"]
     (tmp_path / "2.png").write_bytes(b"no picture")
     assert [dataset[index]["image_id"] for index in range(4)] == ["r0", "r3", "r3", "r3"]
@@ -131,5 +131,3 @@ def test_shards_are_a_stream(tmp_path):
     assert {sample["text_input"][0][1][-1] for sample in samples} == {f"Q{number}" for number in range(1, 8)}
     assert [sample["image_id"] for sample in islice(stream, 20)] == [sample["image_id"] for sample in samples]
     assert stream.take_left_out()
-    with pytest.raises(ConfigError, match="build_info.val"):
-        build(tmp_path / "00000.tar", val=0.1)

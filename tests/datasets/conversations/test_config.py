@@ -73,11 +73,11 @@ def test_mistakes(tmp_path, section, words):
 
 def test_doctor_shows_a_record_and_names_a_mistake(tmp_path):
     storage = write_own(tmp_path / "a")
-    context = RunContext(config(tmp_path, {"mine": {"builder": "conversation", "build_info": {"storage": storage}}}))
-    (found,) = check_datasets.check_conversations(context)
+    cfg = config(tmp_path, {"mine": {"builder": "conversation", "build_info": {"storage": storage}}})
+    (found,) = check_datasets.check_conversations(RunContext(cfg))
     assert (found.check, found.status) == ("datasets.mine.build_info", "ok")
     assert "6 records" in found.what and "What? → A0." in found.what
     with open(storage, "a") as file:
         file.write('\n{"prompt": "no answer"}')
-    (found,) = check_datasets.check_conversations(context)
+    (found,) = check_datasets.check_conversations(RunContext(cfg))
     assert found.status == "error" and "own.jsonl line 7" in found.what

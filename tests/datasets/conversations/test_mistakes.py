@@ -9,6 +9,7 @@ from dataset_files import write_tar
 
 from minigpt4.common.errors import ConfigError
 from minigpt4.datasets.conversations.formats import read_records
+from minigpt4.datasets.conversations.stream import ConversationStream
 
 GOOD = {"image": "a.jpg", "caption": "A cat."}
 
@@ -61,7 +62,6 @@ def folder(tmp_path):
         ({"caption": "x"}, ["no picture", "'image'"]),
         ({"image": "a.jpg", "caption": 7}, ["has 7", "text"]),
         ({"image": "a.jpg", "caption": ""}, ["nothing in message 2"]),
-        ({"image": "a.jpg", "caption": "\ud83d"}, ["surrogate", "\\ud83d"]),
         ({"image": "a.jpg", "prompt": "Q"}, ["['image', 'prompt']", "'answer'"]),
         ({"prompt": "", "answer": "A"}, ["nothing in message 1"]),
         ({"image": 5, "caption": "x"}, ["5", "path"]),
@@ -270,26 +270,15 @@ def test_shards_go_on_after_a_mistake(folder):
     ]  # fmt: skip
     path = write_tar(folder / "0.tar", members)
     _, records = read_records(str(path))
-    found, iterator = [], iter(records)
-    while True:
-        try:
-            found.append(next(iterator).messages[1].parts[0])
-        except ConfigError as error:
-            found.append(str(error).removeprefix(f"{path} member "))
-        except StopIteration:
-            break
-    words = ["000 is not JSON", "One", "002 has .jpg", "003 names 2 pictures", "004 has the picture 'x.jpg'"]
-    words += ["005 is not text in UTF-8", "006 has the picture 'https://x.org/a.jpg'. Download", "Seven"]
-    assert len(found) == 8 and all(text.startswith(word) for text, word in zip(found, words, strict=True)), found
+    stream, found = ConversationStream(records, str, "mine"), []
+    stream.read.drop = lambda cause, where, detail: found.append(detail.partition(f"{path} member ")[2] or detail)
+    assert [raw.record.messages[1].parts[0] for raw in stream.part(0)] == ["One", "Seven"]
+    words = ["000 is not JSON", "002 has .jpg", "003 names 2 pictures", "004 has the picture 'x.jpg'"]
+    words += ["005 is not text in UTF-8", "006 has the picture 'https://x.org/a.jpg'. Download"]
+    assert all(text.startswith(word) for text, word in zip(sorted(found), words, strict=True)), found
 
 
-def test_shards_that_are_cut_off(folder):
-    path = write_tar(
-        folder / "0.tar", [("0.jpg", b"0" * 5000), ("0.txt", b"a"), ("1.jpg", b"0" * 5000), ("1.txt", b"b")]
-    )
-    path.write_bytes(path.read_bytes()[:8000])
-    with pytest.raises(ConfigError, match="0.tar cannot be read"):
-        list(read_records(str(path))[1])
+def test_shards_that_are_not_there(folder):
     with pytest.raises(FileNotFoundError, match="datasets.mine.build_info.storage"):
         read_records(str(folder / "{0..3}.tar"), name="mine")
 

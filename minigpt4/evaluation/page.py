@@ -1,0 +1,107 @@
+"""A page of answers, the worst first: pictures, questions, answers, references and scores. It needs no other file."""
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from minigpt4.conversation.pictures import PictureError, open_picture
+from minigpt4.evaluation.example import Answer, Example
+from minigpt4.evaluation.figures import LEVEL, Figure
+
+WORST = 300  # answers that come first
+SPREAD = 200  # further answers, evenly over the rest
+SIDE = 160  # pixels of a picture
+
+TEMPLATE = Path(__file__).with_name("page.html")
+
+
+def page(
+    title: str,
+    scores: Mapping[str, Any],
+    figures: Mapping[str, Figure],
+    examples: Sequence[Example],
+    answers: Mapping[str, Answer],
+) -> str:
+    """The HTML of the page.
+
+    scores, figures: as from `scores.measure`; examples: those with an answer, in the same order.
+    """
+    name, first = next(iter(figures.items()))
+    marks = [(flag, figure.each) for flag, figure in figures.items() if figure.flag]
+    marked = np.sum([each > 0 for _, each in marks], axis=0) if marks else np.zeros(len(examples))
+    ties = [figure.each for figure in [*figures.values()][1:2]]  # the second figure decides last
+    order = np.lexsort((*ties, -marked, first.each))
+    shown = [*order[:WORST], *_spread(order[WORST:], SPREAD)]
+    rows = []
+    for number in shown:
+        example, flags = examples[number], [flag for flag, each in marks if each[number] > 0]
+        score = first.each[number] * first.scale
+        rows.append(_row(example, answers[example.id].text, f"{score:.1f}", flags))
+    summary = f"{scores['task']}: {len(examples):,} answers, the worst first, by {name}. "
+    summary += f"Beside each figure is its {100 * LEVEL:.0f} % interval (bootstrap)."
+    if len(shown) < len(examples):
+        summary += f" Shown are the {WORST} worst and {len(shown) - WORST} spread over the rest; answers.jsonl has all."
+    parts = {"title": escape(title), "summary": summary, "figures": _table(scores), "rows": "\n".join(rows)}
+    head, *rest = TEMPLATE.read_text(encoding="utf-8").split("{rows}")
+    for key in ("title", "summary", "figures"):
+        head = head.replace(f"{{{key}}}", parts[key])
+    return parts["rows"].join([head, *rest])
+
+
+def _spread(items: np.ndarray, count: int) -> np.ndarray:
+    """At most `count` of the items, evenly spaced."""
+    return items[np.unique(np.linspace(0, len(items) - 1, count).round().astype(int))] if len(items) else items
+
+
+def _table(scores: Mapping[str, Any]) -> str:
+    columns = {"all": scores, **scores.get("groups", {})}
+    lines = ["<tr><th></th>" + "".join(f"<th>{escape(title)}</th>" for title in columns) + "</tr>"]
+    for name in scores["figures"]:
+        cells = []
+        for column in columns.values():
+            figure = column["figures"][name]
+            value, low, high = (figure[key] * figure["scale"] for key in ("value", "low", "high"))
+            cells.append(f"<td>{value:.1f} <small>{low:.1f} to {high:.1f}</small></td>")
+        lines.append(f"<tr><th>{escape(name)}</th>{''.join(cells)}</tr>")
+    counts = "".join(f"<td>{column['n']:,}</td>" for column in columns.values())
+    return "\n".join([*lines, f"<tr><th>n</th>{counts}</tr>"])
+
+
+def _row(example: Example, answer: str, score: str, flags: Sequence[str]) -> str:
+    sources = filter(None, map(thumbnail, example.pictures))
+    pictures = "".join(f'<img alt="" src="{source}">' for source in sources)
+    question = f'<p class="question">{escape(example.question)}</p>' if example.question else ""
+    group = "" if example.id.startswith(example.group) else example.group
+    label = escape(f"{group} {example.id}".strip())
+    references = escape("\n".join(dict.fromkeys(example.references)))
+    marks = "".join(f'<span class="flag">{escape(flag)}</span>' for flag in flags)
+    return (
+        f"<article><div>{pictures}</div>"
+        f'<div>{question}<p>{escape(answer) or "(nothing)"}</p><p class="references">{references}</p>'
+        f'<small>{label}</small></div><div class="score">{score}{marks}</div></article>'
+    )
+
+
+def thumbnail(picture: Any) -> str:
+    """A picture of at most SIDE pixels a side as a data: URL; empty if it cannot be read."""
+    try:
+        image = _from_tensor(picture()) if callable(picture) else open_picture(picture)
+    except PictureError:
+        return ""
+    image.thumbnail((SIDE, SIDE))
+    content = io.BytesIO()
+    image.save(content, "JPEG", quality=80)
+    return "data:image/jpeg;base64," + base64.b64encode(content.getvalue()).decode()
+
+
+def _from_tensor(pixels: Any) -> Image.Image:
+    """A processed picture [3,H,W], from its lowest value, black, to its highest."""
+    pixels = pixels - pixels.min()
+    scaled = (pixels / pixels.max().clamp(min=1e-6) * 255).byte()
+    return Image.fromarray(scaled.permute(1, 2, 0).cpu().numpy())
