@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from minigpt4.common import facts
-from minigpt4.common.errors import ConfigError
+from minigpt4.common.errors import ConfigError, check_names
 from minigpt4.common.model_schema import BLIP2_URL, MiniGPT4Config
 from minigpt4.common.registry import registry
 from minigpt4.common.text import pluralize
@@ -211,7 +211,7 @@ def check_trained(trained: State | None, recorded: dict | None, cfg: MiniGPT4Con
     neither be trained nor loaded.
     """
     parts = trained_parts(cfg)
-    registry.get("projector", cfg.projector)  # an unknown name shows before anything slow begins
+    check_names([cfg.projector], registry.names("projector"), lambda name: f"model.projector={name} is not registered")
     if trained is None:
         if "projector" not in parts.names:
             raise ConfigError(

@@ -11,6 +11,7 @@ from lora_models import LORA, SAMPLES, adapters, save, trained
 from minigpt4.common.errors import ConfigError
 from minigpt4.common.model_schema import LoraSettings
 from minigpt4.fast.decoding.loop import cached_decoding
+from minigpt4.fast.fused_linear import fused_layers
 from minigpt4.models import MiniGPT4
 from minigpt4.models.lora import LoraAdapters, adapted_layers, merged_weight
 from minigpt4.weights import checkpoint
@@ -148,6 +149,8 @@ def test_fast_steps(build_golden_model, monkeypatch, load_in, compiled):
     uncompiled(fast)
     fast.step.loss_and_gradient = lambda *args: fast.step._loss_and_gradient(fast, *args)
     assert len(fast.prepare(SAMPLES)["tokens"].micro_batches) > 1
+    layers = fast.llama_model.config.num_hidden_layers
+    assert len(list(fused_layers(fast.llama_model))) == (2 * layers if compiled else 0)
     found = gradients(fast)
     assert found.keys() == expected.keys()
     for name, value in expected.items():

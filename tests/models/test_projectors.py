@@ -5,7 +5,8 @@ import torch
 from lora_models import SAMPLES, save
 from torch import nn
 
-from minigpt4.common.registry import UnknownNameError, registry
+from minigpt4.common.errors import ConfigError
+from minigpt4.common.registry import registry
 from minigpt4.weights.checkpoint import CheckpointError
 
 
@@ -41,5 +42,5 @@ def test_another_size_is_refused(build_golden_model, tmp_path):
 
 
 def test_an_unknown_name(build_golden_model):
-    with pytest.raises(UnknownNameError, match="Unknown projector 'mpl'.*'mlp'"):
+    with pytest.raises(ConfigError, match=r"model\.projector=mpl is not registered\. Did you mean 'mlp'"):
         build_golden_model(projector="mpl")
