@@ -36,14 +36,20 @@ def main(argv: list[str] | None = None) -> None:
 
     # Imported late: a mistake in the config is reported before torch and transformers are loaded.
     from minigpt4.common import dist_utils
-    from minigpt4.common.logger import setup_logger
+    from minigpt4.common.logger import kept_console, setup_logger
     from minigpt4.common.registry import registry
     from minigpt4.runners.folder import folder_of, reserved_folder
     from minigpt4.runners.state import seed_everything
+    from minigpt4.tracking.report import write_report
+    from minigpt4.tracking.run_files import write_run_files
 
     setup_logger()
-    log_warnings(warnings + preflight(cfg, training=True, with_loaders=True))
-    with dist_utils.process_group(cfg.run_cfg), reserved_folder(cfg.run_cfg.output_dir) as job_id:
+    with (
+        kept_console() as write_console_to,
+        dist_utils.process_group(cfg.run_cfg),
+        reserved_folder(cfg.run_cfg.output_dir) as job_id,
+    ):
+        log_warnings(warnings + preflight(cfg, training=True, with_loaders=True))
         seed_everything(cfg.run_cfg.seed)  # the same on all ranks, so that random weights are equal
         cfg.pretty_print()
         task = registry.get_task_class(cfg.run_cfg.task).setup_task(cfg=cfg)
@@ -59,6 +65,10 @@ def main(argv: list[str] | None = None) -> None:
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         logging.info("number of trainable parameters: %d", trainable)
         runner = runner_class(cfg, task, model, datasets, job_id)
+        if dist_utils.is_main_process():
+            folder = folder_of(cfg.run_cfg.output_dir, job_id)
+            write_run_files(cfg, folder, dist_utils.get_world_size())
+            write_console_to(folder / "console.log")
         try:
             runner.train()
             if cfg.run_cfg.evaluate and cfg.run_cfg.eval_task:
@@ -68,6 +78,8 @@ def main(argv: list[str] | None = None) -> None:
         except KeyboardInterrupt:
             logging.info("Stopped by Ctrl-C. %s", how_to_go_on(runner))
             raise
+        if cfg.run_cfg.report and dist_utils.is_main_process() and (page := write_report(folder)):
+            logging.info("The report of the run is %s.", page)
 
 
 def how_to_go_on(runner) -> str:

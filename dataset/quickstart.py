@@ -64,23 +64,25 @@ def main() -> None:
     trained = time.monotonic() - start
     run(["dataset/tiny_report.py", "--stage1", str(stage1), "--stage2", str(stage2)])
 
-    sys.path.insert(0, str(ROOT / "dataset"))
-    from tiny_report import draw_curve
-
-    draw_curve(OUTPUT / "loss_curve.png", {s: OUTPUT / f"{s}.log" for s in ("stage1_pretrain", "stage2_finetune")})
+    curves = OUTPUT / "curves.png"
+    run(["-m", "minigpt4", "plot", str(stage1), str(stage2), "--out", str(curves)])
     print(
         f"""
 Both stages took {trained:.0f} s together. What to look at:
   {OUTPUT.relative_to(ROOT)}/contact_sheet.png   twelve pictures, their names, and what the model said before and after
-  {OUTPUT.relative_to(ROOT)}/loss_curve.png      the loss of both stages
+  {curves.relative_to(ROOT)}          loss, learning rate and speed of both stages
   {OUTPUT.relative_to(ROOT)}/figures.json        the figures above
-  {stage2}   the trained projection and the run's log
+  {stage2}   the trained projection, the run's log and its numbers
 
 What to type next:
   . .venv/bin/activate
   python demo.py --cfg-path eval_configs/minigpt4_tiny_eval.yaml --options model.ckpt={stage2}
   python train.py --cfg-path train_configs/minigpt4_tiny_stage1_pretrain.yaml --options run.seed=1 run.init_lr=1e-3
-  and with a Vicuna: README.md, "With the real weights\""""
+  and with a Vicuna: README.md, "With the real weights"
+
+The page about each run, for a browser:
+  {stage1}/report.html
+  {stage2}/report.html"""
     )
 
 

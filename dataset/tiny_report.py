@@ -1,4 +1,4 @@
-"""Evaluate the tiny default on the held-out artist: figures, a contact sheet and a loss curve.
+"""Evaluate the tiny default on the held-out artist: figures and a contact sheet.
 
     python dataset/tiny_report.py --stage1 output/minigpt4_tiny_stage1_pretrain/<job id> \
                                   --stage2 output/minigpt4_tiny_stage2_finetune/<job id>
@@ -9,7 +9,6 @@
 import argparse
 import json
 import random
-import re
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,6 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-import numpy as np
 import torch
 from PIL import Image
 from tiny_pictures import refuse_existing
@@ -39,7 +37,6 @@ HEAD_PREDICTIONS = ROOT / "dataset" / "tiny" / "head_predictions.json"
 EVAL_CONFIG = ROOT / "eval_configs" / "minigpt4_tiny_eval.yaml"
 SHOWCASE_SEED = 2023
 BATCH_SIZE = 64
-TRAIN_LINE = re.compile(r"data epoch: \[(\d+)\]\s+\[\s*(\d+)/(\d+)\].* loss: ([\d.]+)")
 
 
 @dataclass
@@ -147,26 +144,6 @@ def draw_sheet(path: Path, records: list[dict], columns: dict[str, list[Answer]]
             wrapped = textwrap.wrap(text.replace("\n", "⏎"), 46, max_lines=most, placeholder=" …") or ["(nothing)"]
             axis.text(1.08, y - 0.1, "\n".join(wrapped), fontsize=9, va="top", wrap=False)
     figure.suptitle("Drawings of an artist the model has never seen (Fluent Emoji, Microsoft, MIT licence)")
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def draw_curve(path: Path, logs: dict[str, Path]) -> None:
-    """Draw loss against step, from the progress lines of the runs' logs."""
-    figure, axes = plt.subplots(1, len(logs), figsize=(11, 4), squeeze=False)
-    for axis, (title, log) in zip(axes.flat, logs.items(), strict=True):
-        lines = TRAIN_LINE.findall(log.read_text(encoding="utf-8"))
-        steps = [int(epoch) * int(length) + int(step) for epoch, step, length, _ in lines]
-        losses = np.array([float(loss) for *_, loss in lines])
-        # A line has the loss of one batch. Batches differ more than the end of a run differs from its middle.
-        means = [losses[max(i - 2, 0) : i + 3].mean() for i in range(len(losses))]
-        axis.plot(steps, losses, ".", alpha=0.35, label="of a batch")
-        axis.plot(steps, means, label="mean of five around it")
-        axis.legend()
-        axis.set(title=title, xlabel="step", ylabel="loss (nats per token)")
-        axis.set_ylim(bottom=0)
-        axis.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)

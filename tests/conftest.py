@@ -21,10 +21,11 @@ from safetensors.torch import load_file
 OURS = ("HF_HUB_OFFLINE", "MINIGPT4_API_KEY", "TRITON_INTERPRET")
 LAUNCHERS = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 DATA_SCRIPTS = ("URL_LIST", "OUTPUT_FOLDER", "PROCESSES", "THREADS", "IMAGE_SIZE", "WANDB", "DISTRIBUTOR")
+PREFIXES = ("GRADIO_", "TORCHELASTIC_", "TRACKIO_", "WANDB_")
 OTHERS = ("PYTHONWARNINGS", "PYTHONOPTIMIZE", "HF_TOKEN", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
 for name in list(os.environ):
     is_proxy = name.lower() in ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
-    if name in (*OURS, *LAUNCHERS, *DATA_SCRIPTS, *OTHERS) or name.startswith(("GRADIO_", "TORCHELASTIC_")) or is_proxy:
+    if name in (*OURS, *LAUNCHERS, *DATA_SCRIPTS, *OTHERS) or name.startswith(PREFIXES) or is_proxy:
         del os.environ[name]
 
 # The driver reads CUDA_VISIBLE_DEVICES once in a process. It must see the GPUs before `_hide_gpus` changes it.

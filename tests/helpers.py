@@ -113,8 +113,8 @@ class FixedBatches:
     def take_left_out(self):
         return Counter()
 
-    def mixture(self):
-        return ""
+    def shares(self):
+        return {}
 
 
 def quantize_by_bitsandbytes(module, load_in: str, dtype) -> None:

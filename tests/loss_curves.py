@@ -51,7 +51,7 @@ class Shares:
 
     def __init__(self, joint: TrainLoader, reverse: bool):
         self.joint, self.reverse = joint, reverse
-        self.take_left_out, self.mixture = joint.take_left_out, joint.mixture
+        self.take_left_out, self.shares = joint.take_left_out, joint.shares
 
     def epoch(self, epoch: int, num_batches: int) -> Iterator[dict]:
         rank, ranks = dist_utils.get_rank(), dist_utils.get_world_size()

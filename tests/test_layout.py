@@ -20,6 +20,7 @@ from helpers import ROOT
 ORDER = (
     "minigpt4",  # its own `__init__.py`, which Python executes before every other file
     "common",
+    "tracking",
     "processors",
     "kernels",
     "quantization",
@@ -27,6 +28,7 @@ ORDER = (
     "models",
     "fast",
     "datasets",
+    "data_tools",
     "tasks",
     "conversation",
     "runners",

@@ -126,6 +126,18 @@ def test_import_by_the_file(run, small):
     assert len(run([], small, part("run", "imports"))["log"]) == 2
 
 
+def test_a_run_is_started_again_from_its_own_config(run, small, plugins):
+    """With the plug-ins of `--import`, and the same result. Its folder tells what was on the screen."""
+    first = run(["my_dataset"], small)
+    assert "Averaged stats" in (first["folder"] / "console.log").read_text(encoding="utf-8")
+    sys.modules.pop("my_dataset")
+    main(["--cfg-path", str(first["folder"] / "config.yaml")])
+    (again,) = {*first["folder"].parent.iterdir()} - {first["folder"]}
+    second = torch.load(again / "checkpoint_1.pth", weights_only=True)
+    for name, value in first["model"].items():
+        assert torch.equal(value, second["model"][name])
+
+
 def test_processor(run, small, texts):
     run(["my_dataset", "my_processor"], small, part("preprocess", "text_processor"))
     assert len(texts[True]) == 16

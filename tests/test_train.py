@@ -29,7 +29,8 @@ def test_stage1_then_stage2_then_captions(configs, tmp_path, caplog):
     caplog.set_level("INFO")
     main(["--cfg-path", str(configs["stage1"])])
     stage1 = run_folder(tmp_path, "stage1")
-    assert {p.name for p in stage1.iterdir()} == {"checkpoint_0.pth", "checkpoint_1.pth", "log.txt"}
+    told = {"log.txt", "metrics.jsonl", "result", "config.yaml", "environment.json", "console.log", "report.html"}
+    assert {p.name for p in stage1.iterdir()} == {"checkpoint_0.pth", "checkpoint_1.pth", *told}
     main(["--cfg-path", str(configs["stage2"]), "--options", f"model.ckpt={stage1}/checkpoint_1.pth"])
     stage2 = run_folder(tmp_path, "stage2")
     text = "\n".join(r.getMessage() for r in caplog.records)

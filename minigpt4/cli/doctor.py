@@ -77,4 +77,6 @@ def main(argv: list[str] | None = None) -> int:
 
 def is_training(cfg: Config) -> bool:
     """Whether the file describes a run of train.py. A chat's file sets none of the keys that only training needs."""
-    return any(cfg.origin(f"run.{key}") != "the defaults" for key in ("max_epoch", "init_lr", "output_dir"))
+    keys = ("max_epoch", "iters_per_epoch", "init_lr", "batch_size_train", "train_splits", "valid_splits", "output_dir")
+    own_data = any(dataset.get("builder") for dataset in cfg.datasets_cfg.values())
+    return own_data or any(cfg.origin(f"run.{key}") != "the defaults" for key in keys)

@@ -44,6 +44,7 @@ from minigpt4.common.schema import (
     ShippedDatasetConfig,
 )
 from minigpt4.common.settings import broken_bound
+from minigpt4.common.upstream import what_to_write
 
 # The text processor of datasets whose captions were written by BLIP, in lower case and without punctuation.
 BLIP_CAPTIONS = ("laion", "cc_sbu")
@@ -79,7 +80,8 @@ class Config:
         imports = OmegaConf.select(request, "run.imports") or []
         if not isinstance(imports, (list, ListConfig)) or not all(isinstance(module, str) for module in imports):
             raise ConfigError(f"run.imports = {imports!r} must be a list of modules, as in [my.module].")
-        import_plugins([*imports, *(getattr(args, "imports", None) or [])])
+        imports = list(dict.fromkeys([*imports, *(getattr(args, "imports", None) or [])]))
+        import_plugins(imports)
 
         # (where, settings), in merge order; `origin` finds the source of a value here.
         self._sources = [
@@ -96,6 +98,7 @@ class Config:
             merged = merge(*self._sources)
         typed = {name: self._typed(name, merged, schema) for name, schema in schemas.items() if "." not in name}
         self.run_cfg, self.model_cfg, self.env_cfg, self.preprocess_cfg = typed.values()
+        self.run_cfg.imports = imports
         datasets = {name: self._dataset(name, merged, schemas) for name in merged.get("datasets", {})}
         self.datasets_cfg = OmegaConf.create(datasets)
         for key in PATH_KEYS:
@@ -156,6 +159,17 @@ class Config:
         """All settings as plain containers, interpolations resolved."""
         sections = {name: getattr(self, f"{name}_cfg") for name in SECTIONS}
         return {name: OmegaConf.to_container(section, resolve=True) for name, section in sections.items()}
+
+    def changes(self) -> dict[str, tuple[Any, Any]]:
+        """{key: (default, value)} of the settings that differ from the defaults, those in default files included."""
+        schemas, defaults = self._schemas(merge(*self._sources)), merge(*self._sources[:-2])
+        before = {}
+        for name, schema in schemas.items():
+            is_dataset = name.startswith("datasets.")
+            section = self._dataset(name[9:], defaults, schemas) if is_dataset else self._typed(name, defaults, schema)
+            before |= _flat(OmegaConf.to_container(section, resolve=True), name)
+        now = _flat(self.to_dict())
+        return {key: (before.get(key), value) for key, value in now.items() if before.get(key) != value}
 
     def pretty_print(self) -> None:
         """Log the settings, section by section."""
@@ -314,6 +328,9 @@ class Config:
         return f"{key} = {value!r} (set in {self.origin(key)})"
 
     def _check_names(self, prefix: str, values: DictConfig, known: Iterable[str]) -> None:
+        for key in (f"{prefix}{name}" for name in values if name not in known):
+            if instead := what_to_write(key):
+                raise ConfigError(f"{key} (set in {self.origin(key)}) is a key of upstream's later code. {instead}")
         check_names(
             values, sorted(known), lambda name: f"Unknown key {prefix}{name} in {self.origin(f'{prefix}{name}')}"
         )
@@ -340,3 +357,11 @@ def _exists(value: str, key: str) -> bool:
     if key.endswith("storage") and re.search(r"[{*?\[]", value):
         path = Path(re.split(r"[{*?\[]", str(path))[0] + "x").parent
     return path.is_file() or path.is_dir()  # reading a pipe might never end
+
+
+def _flat(settings: Any, prefix: str = "") -> dict[str, Any]:
+    """The innermost values by dotted key. A list is a value."""
+    if not isinstance(settings, dict):
+        return {prefix: settings}
+    start = f"{prefix}." if prefix else ""
+    return {key: value for name, each in settings.items() for key, value in _flat(each, f"{start}{name}").items()}

@@ -13,7 +13,6 @@ import torch.distributed as dist
 
 from minigpt4.common import gpus
 from minigpt4.common.errors import ConfigError
-from minigpt4.common.schema import DEVICE, DEVICES
 
 # A rank that waits longer than this for the others stops with an error instead of hanging.
 TIMEOUT = timedelta(minutes=20)
@@ -41,8 +40,8 @@ def select_device(name: str) -> torch.device:
     An Apple GPU (`mps`) is used only if it is named. Raises ConfigError for an unknown or absent device, for a GPU that
     torch cannot use, and for more processes than GPUs.
     """
-    if not re.fullmatch(DEVICE, name):
-        raise ConfigError(f"run.device={name!r} is not one of {', '.join(DEVICES)}, cuda:0, cuda:1 …")
+    if not re.fullmatch(gpus.DEVICE, name):
+        raise ConfigError(f"run.device={name!r} is not one of {', '.join(gpus.DEVICES)}, cuda:0, cuda:1 …")
     if name.startswith("cuda") and not torch.cuda.is_available():
         if problem := gpus.why_unusable():
             raise ConfigError(f"run.device={name}: {problem} {gpus.ON_THE_CPU}")

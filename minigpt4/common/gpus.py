@@ -1,10 +1,15 @@
-"""GPUs that are in the machine, whether or not torch can use them. torch is imported only by `why_unusable`."""
+"""The values of `run.device`, and the GPUs that are in the machine, whether or not torch can use them.
+
+torch is imported only by `why_unusable`.
+"""
 
 import os
 import re
 import subprocess
 from pathlib import Path
 
+DEVICES = ("cuda", "cpu", "mps")
+DEVICE = rf"({'|'.join(DEVICES)})(:\d+)?"
 # The oldest driver for each CUDA that torch is built with (NVIDIA's table of minor version compatibility).
 OLDEST_DRIVER = {"12": 525, "13": 580}
 SECONDS = 30  # for nvidia-smi, which may hang with its driver

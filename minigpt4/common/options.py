@@ -22,7 +22,6 @@ from minigpt4.common.config_files import shipped_datasets, with_sections
 from minigpt4.common.errors import ConfigError
 from minigpt4.common.registry import UnknownNameError, registry
 from minigpt4.common.schema import EnvConfig, MiniGPT4Config, PreprocessConfig, RunConfig, ShippedDatasetConfig
-from minigpt4.common.settings import argument_types
 
 PROCESSORS = ("vis_processor", "text_processor")
 ESCAPES = {"\\n": "\n", "\\t": "\t", "\\\\": "\\"}
@@ -167,6 +166,14 @@ class KeyTypes:
             return argument_types(registry.get_processor_class(processor)).get(name, Any) if processor else Any
         except UnknownNameError:  # reported where processors are built
             return Any
+
+
+def argument_types(made: type) -> dict[str, Any]:
+    """The types of the arguments of a class, as far as they are declared with names that can be found."""
+    try:
+        return get_type_hints(made.__init__)
+    except NameError:
+        return {}
 
 
 def without_none(hint: Any) -> Any:

@@ -27,6 +27,7 @@ HOMES = {
     "processor": "minigpt4.processors",
     "lr_scheduler": "minigpt4.common.optims",
     "runner": "minigpt4.runners",
+    "tracker": "minigpt4.tracking.trackers",
     "step": "minigpt4.fast.training_step",
     "llm_file": "minigpt4.weights.gguf",
     "projector": "minigpt4.models.projectors",
@@ -34,6 +35,8 @@ HOMES = {
     "trained_parts": "minigpt4.common.trained_parts",
     "eval_task": "minigpt4.evaluation",
 }
+# Names whose module is imported only when they are asked for.
+ALIASES = {("model", "minigpt4"): "minigpt4.models.later_release"}
 
 
 def did_you_mean(name: str, known) -> str:
@@ -102,6 +105,7 @@ class Registry:
     def get(self, kind: str, name: str) -> type:
         """The class registered under `name`. Raises UnknownNameError, a KeyError, that lists the known names."""
         importlib.import_module(HOMES[kind])
+        importlib.import_module(ALIASES.get((kind, name), HOMES[kind]))
         table = self._classes[kind]
         if name not in table:
             raise UnknownNameError(

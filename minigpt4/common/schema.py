@@ -13,9 +13,6 @@ from typing import Any
 from minigpt4.common.model_schema import BLIP2_URL, VIT_KEYS, VIT_MODELS, MiniGPT4Config  # noqa: F401
 from minigpt4.common.settings import setting
 
-DEVICES = ("cuda", "cpu", "mps")
-DEVICE = rf"({'|'.join(DEVICES)})(:\d+)?"
-
 
 @dataclass
 class LrGroup:
@@ -37,6 +34,12 @@ class RunConfig:
     """Registered name of the runner."""
     imports: list[str] = field(default_factory=list)
     """Modules to import first, so that plug-ins can register themselves. `--import` adds to them."""
+    name: str = ""
+    """Name of the run for trackers, plots and the report; empty: its job id and six random digits."""
+    trackers: list[str] = field(default_factory=list)
+    """Registered names of the trackers that get the metrics: `tensorboard`, `wandb`, `trackio`, or a plug-in's."""
+    report: bool = True
+    """Write report.html into the run's folder at its end."""
 
     lr_sched: str = "linear_warmup_cosine_lr"
     """Registered name of the learning-rate schedule."""

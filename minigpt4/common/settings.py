@@ -4,7 +4,7 @@ import math
 import operator
 from collections.abc import Callable
 from dataclasses import field, fields
-from typing import Any, get_type_hints
+from typing import Any
 
 BOUNDS = {"at_least": operator.ge, "at_most": operator.le, "more_than": operator.gt, "less_than": operator.lt}
 
@@ -58,11 +58,3 @@ def check_bounds(settings: Any) -> None:
         value = getattr(settings, each.name)
         if broken := broken_bound(value, each.metadata["bounds"], lambda name: getattr(settings, name)):
             raise ValueError(f"{each.name}={value!r} {broken}.")
-
-
-def argument_types(made: type) -> dict[str, Any]:
-    """The types of the arguments of a class, as far as they are declared with names that can be found."""
-    try:
-        return get_type_hints(made.__init__)
-    except NameError:
-        return {}

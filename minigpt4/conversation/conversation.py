@@ -10,9 +10,10 @@ Q query tokens per image, S sequence, T new tokens, D width of the language mode
 
 import logging
 from bisect import bisect_left
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from enum import Enum
 from functools import partial
 from pathlib import Path
 
@@ -32,6 +33,13 @@ from minigpt4.models.template import PICTURE, Template, join_parts
 IMAGE_TURN = PICTURE
 
 
+class SeparatorStyle(Enum):
+    """A name of the first release. `Conversation.sep2` alone tells whether there are two separators."""
+
+    SINGLE = 1
+    TWO = 2
+
+
 @dataclass
 class Conversation:
     """The text of a conversation.
@@ -39,6 +47,8 @@ class Conversation:
     `messages` are [role, text]. The text None is an answer that is still to be generated. Each message is followed by
     `sep`, or by `sep2` if that is set and the role is the second one. If there is a `template`, it writes the messages
     as in training instead.
+
+    A role is a name ("Human"), which `: ` follows, or the whole text before a message ("<s>[INST] ").
     """
 
     system: str
@@ -47,6 +57,9 @@ class Conversation:
     sep2: str | None = None
     messages: list[list] = field(default_factory=list)
     template: Template | None = None
+    offset: int = 2
+    """Of the first release, without effect; likewise `sep_style`."""
+    sep_style: SeparatorStyle = SeparatorStyle.SINGLE
 
     @property
     def stop(self) -> str:
@@ -61,7 +74,8 @@ class Conversation:
     @property
     def label(self) -> str:
         """A text that models of the first release repeat before their answers. It is taken out of these."""
-        return "" if self.template else f"{self.roles[1]}:"
+        role = "" if self.template else self.roles[1]
+        return f"{role}:" if _is_name(role) else role.strip()
 
     def get_prompt(self) -> str:
         """The prompt for the model, with `<ImageHere>` at the place of each image."""
@@ -70,7 +84,10 @@ class Conversation:
         text = self.system + self.sep
         for role, message in self.messages:
             sep = self.sep2 if self.sep2 and role == self.roles[1] else self.sep
-            text += f"{role}:" if message is None else f"{role}: {message}{sep}"
+            if message is None:
+                text += f"{role}:" if _is_name(role) else role
+            else:
+                text += f"{role}: {message}{sep}" if _is_name(role) else f"{role}{message}{sep}"
         return text
 
     def _alternating(self) -> list[tuple[str, str]]:
@@ -124,6 +141,10 @@ class Conversation:
         return replace(self, messages=[list(message) for message in self.messages])
 
 
+def _is_name(role: str) -> bool:
+    return role[-1:].isalnum()
+
+
 def open_prompt(template: Template, messages: Sequence[tuple[str, str]]) -> str:
     """The text of messages that end with a question, up to the answer, with a BOUNDARY at the ends of each answer.
 
@@ -143,6 +164,25 @@ CONV_VISION = Conversation(
     system="Give the following image: <Img>ImageContent</Img>. "
     "You will be able to see the image once I provide it to you. Please answer my questions."
 )
+# The conversations of upstream's later code, for its callers: the prompts differ by blanks and separators.
+CONV_VISION_Vicuna0 = replace(CONV_VISION, roles=("Human: ", "Assistant: "))
+CONV_VISION_LLama2 = replace(CONV_VISION, roles=("<s>[INST] ", " [/INST] "), sep="")
+CONV_VISION_minigptv2 = Conversation(system="", roles=("<s>[INST] ", " [/INST]"), sep="")
+
+
+class StoppingCriteriaSub:
+    """Stopping criterion of the first release: a row ends when its last ids are one of `stops`, [L] each."""
+
+    def __init__(self, stops: Sequence[torch.Tensor] = (), encounters: int = 1):
+        self.stops = stops
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
+        """Whether each row of input_ids [B,T] ends, [B] bool."""
+        done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        for stop in self.stops:
+            if len(stop) <= input_ids.shape[1]:
+                done |= (input_ids[:, -len(stop) :] == stop.to(input_ids.device)).all(dim=1)
+        return done
 
 
 class Chat:
@@ -155,6 +195,7 @@ class Chat:
         decoding_loop: see `continue_embeds`; None: transformers' `generate` decodes.
         template: the template of conversations; None: that of the first release, `CONV_VISION`.
         video_backend: decoder of `upload_video`: "av", or "decord" for files of one's own.
+        stopping_criteria: further stopping criteria in the form of transformers' `generate`.
     """
 
     def __init__(
@@ -165,6 +206,7 @@ class Chat:
         decoding_loop: DecodingLoop | None = cached_decoding,
         template: Template | None = None,
         video_backend: str = "av",
+        stopping_criteria: Iterable[Callable] | None = None,
     ):
         self.model = model.eval()
         self.decoding_loop = decoding_loop
@@ -172,6 +214,7 @@ class Chat:
         self.vis_processor = vis_processor
         self.device = torch.device(device)
         self.template = template
+        self.stopping_criteria = [*(stopping_criteria or [])]
 
     def new_conversation(self) -> Conversation:
         """An empty conversation in the model's template."""
@@ -190,6 +233,24 @@ class Chat:
         Its embeddings [1,Q,D] are appended to `img_list`. Raises PictureError for anything that is not a usable
         picture.
         """
+        img_list.append(self._embed(image))
+        conv.add_to_question(IMAGE_TURN)
+        return "Received."
+
+    @torch.inference_mode()
+    def encode_img(self, img_list: list) -> None:
+        """Encode the images of `img_list`, in any form that `upload_img` takes, in their places.
+
+        Upstream's later code calls this after `upload_img`, which here has encoded the image.
+        """
+        img_list[:] = [image if self._is_embedded(image) else self._embed(image) for image in img_list]
+
+    def _is_embedded(self, image) -> bool:
+        """Whether this is the embeddings [1,Q,D] of an image."""
+        return isinstance(image, torch.Tensor) and image.ndim == 3 and len(image) == 1
+
+    def _embed(self, image) -> torch.Tensor:
+        """The embeddings [1,Q,D] of an image in any form that `upload_img` takes."""
         if not isinstance(image, torch.Tensor):
             image = self.vis_processor(to_picture(image))
         elif not image.is_floating_point() or image.ndim not in (3, 4) or image.shape[-3] != 3:
@@ -198,9 +259,7 @@ class Chat:
                 "are expected. Give the picture itself, or call `vis_processor` on it first."
             )
         pixels = image if image.ndim == 4 else image.unsqueeze(0)
-        img_list.append(self.model.encode_img(pixels.to(self.device))[0])
-        conv.add_to_question(IMAGE_TURN)
-        return "Received."
+        return self.model.encode_img(pixels.to(self.device))[0]
 
     def upload_video(self, video: str | Path, conv: Conversation, img_list: list, frames: int = FRAMES) -> str:
         """Add a video file to the conversation: `frames` evenly spaced frames, in one turn. Raises PictureError."""
@@ -327,7 +386,8 @@ class Chat:
             context, mask = self.model.context([prompt], img_list)
             options = decoding.options()
             loop = self.decoding_loop
-            return continue_embeds(llm, tokenizer, context, mask, stop, [tap], decoding_loop=loop, **options)
+            criteria = [tap, *self.stopping_criteria]
+            return continue_embeds(llm, tokenizer, context, mask, stop, criteria, decoding_loop=loop, **options)
 
     @contextmanager
     def _pending_answer(self, conv: Conversation):

@@ -99,11 +99,10 @@ class TrainLoader:
             self._left_out.update(left_out)
             yield batch
 
-    def mixture(self) -> str:
-        """The shares of the datasets among this rank's batches of the epoch; empty if there is only one dataset."""
+    def shares(self) -> dict[str, float]:
+        """The share of each dataset among this rank's batches of the epoch."""
         counts = Counter(request.dataset for request in self._plan)
-        shares = ", ".join(f"{name} {counts[name] / max(counts.total(), 1):.1%}" for name in self.names)
-        return shares if len(self.names) > 1 else ""
+        return {name: counts[name] / max(counts.total(), 1) for name in self.names}
 
     def take_left_out(self) -> Counter[LeftOut]:
         """Counts of the samples that this rank has left out since the last call."""

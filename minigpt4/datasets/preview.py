@@ -120,7 +120,7 @@ class TextReader:
         draws one.
         """
         texts = [text] if isinstance(text, str) else Conversations([text])
-        texts, broken_up = sanitize_batch(texts, self.tokenizer.special_tokens, self.template.separators)
+        texts, broken_up = sanitize_batch(texts, self.tokenizer, self.template.separators)
         prompt = self.prompts[number % len(self.prompts)] if self.prompts else IMAGE_SLOT
         how = self.num_query_tokens, self.max_txt_len, self.template.end, self.template, self.learn_on
         found = encode_batch(self.tokenizer, texts, prompt, *how)

@@ -190,6 +190,7 @@ def check_cached_features(context: RunContext) -> Iterator[Diagnostic]:
 
 def check_conversations(context: RunContext) -> Iterator[Diagnostic]:
     """The files of each dataset of the builder `conversation` have no mistake; a sample of each is shown."""
+    from minigpt4.datasets.loaders import check_sizes
     from minigpt4.models.template import join_parts
 
     names = [name for name in context.cfg.datasets_cfg if context.cfg.builder(name) == "conversation"]
@@ -197,6 +198,7 @@ def check_conversations(context: RunContext) -> Iterator[Diagnostic]:
         key = f"datasets.{name}.build_info"
         try:
             dataset = context.training_dataset(name)
+            check_sizes({name: dataset}, [1.0], context.run.batch_size_train, context.world_size)
             sample = next(iter(dataset))
         except (ConfigError, RuntimeError) as mistake:
             yield error(key, str(mistake), "docs/own_data.md shows each format.")

@@ -11,7 +11,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 from minigpt4.common import facts, gpus
-from minigpt4.common.schema import DEVICE, DEVICES
+from minigpt4.common.registry import UnknownNameError, registry
 from minigpt4.common.text import pluralize
 from minigpt4.doctor.diagnostic import WARNING, Diagnostic, error, ok, verdict, warning
 from minigpt4.doctor.machine import Gpu, readable
@@ -76,11 +76,23 @@ def check_optional_libraries(context: RunContext) -> Iterator[Diagnostic]:
             yield error("libraries", f"{package} is not installed; {reason} needs it", f"pip install {package}.{extra}")
 
 
+def check_trackers(context: RunContext) -> Iterator[Diagnostic]:
+    """Trackers are registered, and their packages installed."""
+    for name in context.run.trackers if context.training else ():
+        try:
+            package = registry.get("tracker", name).package
+        except UnknownNameError as mistake:
+            yield error("run.trackers", str(mistake), "Change the name, or import the plug-in that registers it.")
+            continue
+        if package and find_spec(package) is None:
+            yield error("run.trackers", f"{name} needs {package}, which is not installed", f"pip install {package}")
+
+
 def check_device(context: RunContext) -> Iterator[Diagnostic]:
     """`run.device` is known. An Apple GPU needs a Mac, and a language model that bitsandbytes has not quantized."""
     kind = context.run.device.split(":")[0]
-    if not re.fullmatch(DEVICE, context.run.device):
-        what = f"{context.run.device!r} is not one of {', '.join(DEVICES)}"
+    if not re.fullmatch(gpus.DEVICE, context.run.device):
+        what = f"{context.run.device!r} is not one of {', '.join(gpus.DEVICES)}"
         yield error("run.device", what, "--options run.device=cuda")
     if kind != "mps":
         return

@@ -109,7 +109,7 @@ def check_checkpoints(context: RunContext) -> Iterator[Diagnostic]:
 
 
 def _check_fingerprint(context: RunContext, key: str, recorded: dict | None) -> Iterator[Diagnostic]:
-    """A checkpoint was trained with this language model."""
+    """A checkpoint was trained with this language model, and with this template (MismatchError)."""
     if recorded is None:
         yield ok(key, "records no language model, as published checkpoints do: only the shape could be checked")
     elif context.llm and context.llm.embedding is not None:
@@ -117,6 +117,9 @@ def _check_fingerprint(context: RunContext, key: str, recorded: dict | None) -> 
         difference = fingerprint.difference_of(recorded, own)
         if difference is None:
             yield ok(key, "was trained with this language model")
+            if template := context.template:
+                own |= template.record(context.model.template)
+                fingerprint.check(recorded, own, context.sources[key], context.model.allow_llm_mismatch)
             return
         what = f"trained with {fingerprint.describe(recorded)}; yours is {fingerprint.describe(own)}: {difference}"
         fix = "Change model.llama_model or the checkpoint; to try it all the same: model.allow_llm_mismatch=true"

@@ -45,6 +45,7 @@ QUICK_OF_MODEL: Stage = (
     check_shapes.check_image_settings,
     check_run.check_trained_parts,
     check_environment.check_optional_libraries,
+    check_environment.check_trackers,
     check_environment.check_shared_memory,
 )
 # With torch, for any model.

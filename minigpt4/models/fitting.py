@@ -57,9 +57,9 @@ def doubts(
     if isinstance(template, FirstRelease) and SEPARATOR in template.prompt and _ends_with_a_blank(tokenizer, template):
         yield Doubt(
             "model.template",
-            f"training's prompts end in {template.question.removeprefix('{}')!r}, whose last blank is a token of its own in this "
-            "tokenizer; chat's prompts, in the form of the first release, end without it, and begin with its system "
-            "text. Answers may be empty or repeat that text",
+            f"training's prompts end in {template.question.removeprefix('{}')!r}, whose last blank is a token of its "
+            "own in this tokenizer; chat's prompts, in the form of the first release, end without it and begin with "
+            "its system text. Answers may be empty or repeat that text",
             "For a layer of your own: --options model.template=auto, the tokenizer's own chat template, or vicuna_v1",
         )
 

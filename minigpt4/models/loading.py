@@ -4,7 +4,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -123,9 +123,8 @@ def attach_llm_fingerprint(model: nn.Module, cfg: MiniGPT4Config, sources: Sourc
 
     Raises MismatchError if `model.ckpt` records another one.
     """
-    template = asdict(model.template) if cfg.template else None
-    texts = model.template.prompt, model.template.end, template
-    model.fingerprint = fingerprint.take(model.llama_model, cfg.llama_model, *texts) | trained_parts(cfg).record
+    recorded = fingerprint.take(model.llama_model, cfg.llama_model, **model.template.record(cfg.template))
+    model.fingerprint = recorded | trained_parts(cfg).record
     if cfg.ckpt:
         fingerprint.check(sources.recorded, model.fingerprint, cfg.ckpt, cfg.allow_llm_mismatch)
 

@@ -174,8 +174,7 @@ class MiniGPT4(vision.Vision):
         Adds "broken_up": the beginnings of the texts that were changed. The runner calls this before `prepare`.
         """
         separators = self.template.separators if self.template else [self.end_sym, facts.SEPARATOR]
-        texts = samples.get("text_input", [])
-        sound, broken_up = prompt.sanitize_batch(texts, self.tokenizer.special_tokens, separators)
+        sound, broken_up = prompt.sanitize_batch(samples.get("text_input", []), self.tokenizer, separators)
         return {**samples, "text_input": sound, "broken_up": broken_up} if broken_up else samples
 
     def prepare(self, samples: dict) -> dict:

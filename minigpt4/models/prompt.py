@@ -100,13 +100,12 @@ def break_up(text: str, markers: Iterable[str]) -> str:
     return text
 
 
-def sanitize_batch(texts: Sequence, special_tokens: Iterable[str], separators: list[str]) -> tuple[Sequence, list[str]]:
+def sanitize_batch(texts: Sequence, tokenizer: "Tokenizer", separators: list[str]) -> tuple[Sequence, list[str]]:
     """`sanitize` for the texts of a batch, or its conversations, which know how (`datasets.conversations.batch`).
 
     Also returns the beginnings of those that were changed.
     """
-    own = getattr(texts, "sanitize", None)
-    sound = own(special_tokens, separators) if own else sanitize([*texts], special_tokens, separators)
+    sound = getattr(texts, "sanitize", functools.partial(sanitize, [*texts]))(tokenizer.special_tokens, separators)
     return sound, [str(text)[:60] for text, other in zip(texts, sound, strict=True) if text != other]
 
 

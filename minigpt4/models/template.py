@@ -10,7 +10,7 @@ any search which tokens are learnt: those of the answers.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from minigpt4.common.errors import ConfigError, check_names
@@ -58,18 +58,20 @@ class Template:
         """The first question with all that precedes it; `{}` stands for the question."""
         return self.start + self.question
 
+    def record(self, setting: str | Mapping | None) -> dict:
+        """What a checkpoint records of the template. setting: `model.template`."""
+        return {"prompt_template": self.prompt, "end_sym": self.end} | ({"template": asdict(self)} if setting else {})
+
     def exchanges(self, messages: Sequence[tuple[str, str]]) -> Iterator[tuple[str, str]]:
         """(the text before an answer, the answer with its end) of messages (role, text).
 
         The roles are [system,] user, assistant, user, assistant, …
         """
         before = self.start
-        if messages[0][0] == "system":
-            text, messages = messages[0][1], messages[1:]
-            if self.system:
-                before = _insert(self.system, text)
-            else:
-                messages = [("user", f"{text}\n\n{messages[0][1]}"), *messages[1:]]
+        if messages[0][0] == "system" and not self.system:
+            messages = [("user", f"{messages[0][1]}\n\n{messages[1][1]}"), *messages[2:]]
+        elif messages[0][0] == "system":
+            before, messages = _insert(self.system, messages[0][1]), messages[1:]
         question = self.question
         for (_, asked), (_, answer) in zip(messages[::2], messages[1::2], strict=True):
             yield before + _insert(question, asked), _insert("{}" + self.end, answer)

@@ -10,8 +10,8 @@ from omegaconf import OmegaConf
 from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 
 from minigpt4.common.errors import ConfigError, check_names
+from minigpt4.common.options import argument_types
 from minigpt4.common.registry import UnknownNameError, registry
-from minigpt4.common.settings import argument_types
 
 EXPECTED = {int: "a whole number", float: "a number", str: "a text"}
 

@@ -1,12 +1,19 @@
 """The folder of a run."""
 
-from collections.abc import Iterator
+import logging
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 from minigpt4.common import dist_utils
+from minigpt4.tracking import metrics
+from minigpt4.weights import checkpoint
 
 
 @contextmanager
@@ -31,6 +38,26 @@ def reserved_folder(output_dir: str) -> Iterator[str]:
 def folder_of(output_dir: str, job_id: str) -> Path:
     """The folder of a run."""
     return Path(output_dir).expanduser() / job_id
+
+
+def new_run_id(job_id: str) -> str:
+    """A name for a run that no other has, on any machine."""
+    return f"{re.sub(r'[^A-Za-z0-9_.-]', '-', job_id)}-{secrets.token_hex(3)}"
+
+
+def continue_folder(
+    folder: Path, earlier: Path, best_metric: float, belongs: Callable[[Mapping[str, Any]], bool]
+) -> None:
+    """Take into the folder of a resumed run what it goes on with beside the checkpoint `earlier`.
+
+    These are the lines of metrics.jsonl that `belongs` approves of, and the best checkpoint if it has this metric.
+    """
+    metrics.carry_over(earlier.with_name(metrics.NAME), folder / metrics.NAME, belongs)
+    best, own = earlier.with_name("checkpoint_best.pth"), folder / "checkpoint_best.pth"
+    if best.is_file() and checkpoint.read_file(best).get("best_metric") == best_metric:
+        shutil.copyfile(best, own.with_suffix(".part"))
+        own.with_suffix(".part").rename(own)
+        logging.info("%s is the best checkpoint so far; it is copied.", best)
 
 
 def _make_folder(folder: Path) -> list[Path]:

@@ -8,9 +8,10 @@ import math
 import time
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,7 +21,7 @@ from minigpt4.common import dist_utils
 from minigpt4.common.config import Config
 from minigpt4.common.contracts import Task
 from minigpt4.common.errors import ConfigError
-from minigpt4.common.logger import MetricLogger
+from minigpt4.common.logger import MetricLogger, line_within
 from minigpt4.common.optims import create_optimizer, create_schedule
 from minigpt4.common.registry import registry
 from minigpt4.common.text import pluralize
@@ -28,10 +29,20 @@ from minigpt4.common.trained_parts import check_parts, rates_of_parts
 from minigpt4.datasets.loaders import LeftOut, TrainLoader, eval_loader, report_left_out
 from minigpt4.quantization.fp8 import check_fp8_supported
 from minigpt4.runners import data, resume
-from minigpt4.runners.folder import folder_of
+from minigpt4.runners.folder import continue_folder, folder_of, new_run_id
 from minigpt4.runners.prefetch import prefetch
 from minigpt4.runners.schedule import EtaLogger, TrainingSchedule, log_rates
-from minigpt4.runners.state import check_entries, check_shapes, numbers_in, restore_rng_states, rng_states, to_device
+from minigpt4.runners.state import (
+    amounts,
+    check_entries,
+    check_shapes,
+    numbers_in,
+    restore_rng_states,
+    rng_states,
+    to_device,
+)
+from minigpt4.tracking.record import RunRecord
+from minigpt4.tracking.trackers import RunInfo
 from minigpt4.weights import checkpoint, fingerprint
 
 CUT = LeftOut("texts", "the end of a text longer than model.max_txt_len tokens", "in training", "cut off")
@@ -74,7 +85,11 @@ class RunnerBase:
         self.start_epoch, self.best_metric = 0, float("-inf")
         self.validated = True  # whether the epoch of the last checkpoint was compared with the best
         self.last_checkpoint: Path | None = None
+        self.step = 0  # micro-batches of each rank since the start of the run
+        self.run_id = new_run_id(job_id)
         self.labels_of_step: list[torch.Tensor] = []  # number of labels of each micro-batch, over all ranks
+        self.grad_norm: torch.Tensor | None = None  # of the update before a log line
+        self.wants_grad_norm = False
         if not self.run.evaluate:
             self._prepare_training()
         elif self.run.resume_ckpt_path:
@@ -83,8 +98,14 @@ class RunnerBase:
             self.output_dir.mkdir(parents=True, exist_ok=True)
             if any(self.output_dir.iterdir()):
                 raise FileExistsError(f"{self.output_dir} holds another run. Start again, with another job id.")
+            (self.output_dir / "result").mkdir()  # as in the first release, for what evaluations write
             with open(self.output_dir / "log.txt", "x", encoding="utf-8") as file:
                 file.write(json.dumps(cfg.to_dict(), indent=4) + "\n")
+            if self.start_epoch:
+                earlier = checkpoint.resolve(self.run.resume_ckpt_path)
+                continue_folder(self.output_dir, earlier, self.best_metric, self._is_behind)
+        info = RunInfo(self.run_id, self.run.name or self.run_id, str(self.output_dir), cfg.to_dict())
+        self.record = RunRecord(info, self.run.trackers)
 
     @classmethod
     def check_data(cls, cfg: Config, datasets: dict[str, dict]) -> None:
@@ -94,6 +115,8 @@ class RunnerBase:
         """
         run, world_size = cfg.run_cfg, dist_utils.get_world_size()
         data.check_data(cfg, datasets, world_size)
+        for name in run.trackers:
+            registry.get("tracker", name)
         if run.resume_ckpt_path and not run.evaluate:
             path = checkpoint.resolve(run.resume_ckpt_path)
             own = resume.facts_of_data(cfg, data.training_data(cfg, datasets)[0], world_size)
@@ -142,41 +165,44 @@ class RunnerBase:
     def train(self) -> None:
         """Train the remaining epochs (none with `run.evaluate`), a checkpoint after each; evaluate the test splits."""
         start = time.time()
-        if not self.run.evaluate:
-            self._log_plan()
-            if self.run.valid_splits and not self.validated:
-                logging.info("Epoch %d is validated first: the run that is resumed has not.", self.start_epoch - 1)
-                self._validate(self.start_epoch - 1)
-            for epoch in range(self.start_epoch, self.run.max_epoch):
-                logging.info("Start training epoch %d, %d iters per inner epoch.", epoch, self.iters_per_epoch)
-                stats = self.train_epoch(epoch)
-                self.validated = False
-                self.save_checkpoint(epoch)  # before all that could fail
-                self._log_stats("train", stats)
-                self._validate(epoch)
-        for split in self.run.test_splits:
-            self._log_stats(split, {"loss": self.evaluate(split)})
+        with contextlib.closing(self.record):
+            if not self.run.evaluate:
+                self._log_plan()
+                if self.run.valid_splits and not self.validated:
+                    logging.info("Epoch %d is validated first: the run that is resumed has not.", self.start_epoch - 1)
+                    self._validate(self.start_epoch - 1)
+                for epoch in range(self.start_epoch, self.run.max_epoch):
+                    logging.info("Start training epoch %d, %d iters per inner epoch.", epoch, self.iters_per_epoch)
+                    stats = self.train_epoch(epoch)
+                    self.validated = False
+                    self.save_checkpoint(epoch)  # before all that could fail
+                    self._log_stats("train", stats)
+                    self._validate(epoch)
+            with self._best_weights():
+                for split in self.run.test_splits:
+                    self._log_stats(split, {"loss": self.evaluate(split)}, "test/")
         logging.info("Training time %s", datetime.timedelta(seconds=int(time.time() - start)))
 
     def train_epoch(self, epoch: int) -> dict[str, float]:
         """Train on `iters_per_epoch` micro-batches; returns the epoch's mean learning rate and loss."""
         self.model.train()
-        metrics, changed = MetricLogger(), Counter()
+        metrics, changed = MetricLogger(on_line=self._log_line), Counter()
         header = f"Train: data epoch: [{epoch}]"
-        epoch_batches = map(self._sanitize, self.loader.epoch(epoch, self.iters_per_epoch))
+        length, accum, log_freq = self.iters_per_epoch, self.run.accum_grad_iters, self.run.log_freq
+        epoch_batches = map(self._sanitize, self.loader.epoch(epoch, length))
         with contextlib.closing(prefetch(epoch_batches, self.module, self.device)) as batches:
-            for i, samples in enumerate(metrics.log_every(batches, self.iters_per_epoch, self.run.log_freq, header)):
+            for i, samples in enumerate(metrics.log_every(batches, length, log_freq, header)):
                 self.lr_sched.step(cur_epoch=epoch, cur_step=i)
-                is_update = (i + 1) % self.run.accum_grad_iters == 0 or i + 1 == self.iters_per_epoch
+                is_update = (i + 1) % accum == 0 or i + 1 == length
+                self.wants_grad_norm = line_within(i, accum, length, log_freq)
                 loss = self.train_step(samples, is_update)
+                self.step = epoch * length + i + 1
                 metrics.update(lr=self.optimizer.param_groups[0]["lr"], loss=loss)
+                metrics.count(**amounts(samples))
                 self.eta.step(i)
                 changed.update(LeftOut(*MARKERS, text, "broke up") for text in samples.get("broken_up", ()))
                 changed[CUT] += samples.get("num_cut", 0)
-        for line in report_left_out(sum(dist_utils.gather_objects(self.loader.take_left_out() + changed), Counter())):
-            logging.info("Epoch %d: %s", epoch, line)
-        if mixture := self.loader.mixture():
-            logging.info("Epoch %d: batches from %s.", epoch, mixture)
+        self._log_data(epoch, changed)
         return metrics.global_avg()
 
     def _sanitize(self, samples: dict) -> dict:
@@ -213,6 +239,9 @@ class RunnerBase:
             for parameter in self._trainable().values():
                 if parameter.grad is not None:
                     parameter.grad.mul_(share)
+        if self.wants_grad_norm:
+            gradients = [p.grad for p in self._trainable().values() if p.grad is not None]
+            self.grad_norm = torch.nn.utils.get_total_norm(gradients)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -261,6 +290,7 @@ class RunnerBase:
             "rng": states,
             "best_metric": self.best_metric,
             "validated": self.validated,
+            "run_id": self.run_id,
             resume.FACTS: self.facts,
         }
         if self.fingerprint:
@@ -301,6 +331,8 @@ class RunnerBase:
                 f"{path} cannot be resumed: its epoch is {epoch!r}, not a number from 0 up."
             )
         self.start_epoch = epoch + 1
+        self.step = self.start_epoch * self.iters_per_epoch
+        self.run_id = content.get("run_id", self.run_id)
         splits = ((content.get("config") or {}).get("run") or {}).get("valid_splits", self.run.valid_splits)
         if splits == list(self.run.valid_splits):  # other splits have another metric
             best = content.get("best_metric", self.best_metric)
@@ -341,17 +373,39 @@ class RunnerBase:
         self.validated = True
         self.save_checkpoint(epoch, is_best)
 
+    @contextlib.contextmanager
+    def _best_weights(self) -> Iterator[None]:
+        """While entered, the model has the weights of the best checkpoint, if the run has one and there is a test."""
+        best, last = self.output_dir / "checkpoint_best.pth", {}
+        if self.run.test_splits and not self.run.evaluate:
+            found = dist_utils.broadcast_object(best.is_file())  # the other ranks may be on other disks
+            which = best if found else "the weights of the last epoch, since there is no checkpoint_best.pth"
+            logging.info("The test splits are measured with %s.", which)
+            if found:
+                last = {name: parameter.detach().clone() for name, parameter in self._trainable().items()}
+                if dist_utils.is_main_process():
+                    self._load(best)
+                self._copy_from_rank_0()
+        yield
+        for name, weight in last.items():
+            self._trainable()[name].data.copy_(weight)
+
     def _distributed(self) -> DistributedDataParallel:
         """The module with gradients exchanged between ranks. All ranks start from rank 0's trainable weights.
 
         Frozen weights are the same on all ranks already, so 7B of them are not sent.
         """
-        for parameter in self._trainable().values():
-            torch.distributed.broadcast(parameter.data, src=0)
+        self._copy_from_rank_0()
         with warnings.catch_warnings():
             # torch 2.14 deprecates the name broadcast_buffers; torch 2.11 does not have the new one
             warnings.simplefilter("ignore", FutureWarning)
             return DistributedDataParallel(self.module, init_sync=False, broadcast_buffers=False)
+
+    def _copy_from_rank_0(self) -> None:
+        """Give the trainable weights of rank 0 to the other ranks."""
+        if dist_utils.is_distributed():
+            for parameter in self._trainable().values():
+                torch.distributed.broadcast(parameter.data, src=0)
 
     def _trainable(self) -> dict[str, torch.nn.Parameter]:
         return checkpoint.trainable_parameters(self.module)
@@ -371,19 +425,46 @@ class RunnerBase:
         if dist_utils.is_main_process():
             data.log_samples(self.cfg, self.datasets, self.module)
 
-    def _log_stats(self, split: str, stats: dict[str, float]) -> None:
+    def _log_stats(self, split: str, stats: dict[str, float], kind: str = "") -> None:
+        """Log results of a split. kind: the beginning of their names in metrics.jsonl."""
         title = "Averaged stats" if split == "train" else split
         logging.info("%s: %s", title, "  ".join(f"{name}: {value:.4f}" for name, value in stats.items()))
-        self._append_log({f"{split}_{name}": f"{value:.3f}" for name, value in stats.items()})
+        if dist_utils.is_main_process():
+            self.record.append_to_log({f"{split}_{name}": f"{value:.3f}" for name, value in stats.items()})
+        self.log({f"{kind}{split}_{name}": value for name, value in stats.items()})
 
-    def _append_log(self, entry: dict) -> None:
-        if not dist_utils.is_main_process():
-            return
-        try:
-            with open(self.output_dir / "log.txt", "a", encoding="utf-8") as file:
-                file.write(json.dumps(entry) + "\n")
-        except OSError as error:  # the same numbers are in the log on the screen
-            logging.warning("Nothing was added to log.txt; the run goes on. %s", error)
+    def _log_line(self, item: int, values: dict[str, float]) -> None:
+        """Record the values of a log line, whose rates are those of this rank."""
+        values = {name: n * (self.world_size if "_per_" in name else 1) for name, n in values.items()}
+        self.log(values if self.grad_norm is None else {**values, "grad_norm": float(self.grad_norm)})
+
+    def _log_data(self, epoch: int, changed: Counter[LeftOut]) -> None:
+        """Report what was left out of an epoch, by all ranks, and the shares of the datasets that were reached."""
+        left_out = sum(dist_utils.gather_objects(self.loader.take_left_out() + changed), Counter())
+        for line in report_left_out(left_out):
+            logging.info("Epoch %d: %s", epoch, line)
+        shares, counts = self.loader.shares(), Counter()
+        for (dataset, cause, _, verb), count in left_out.items():
+            counts[f"{verb.replace(' ', '_')}/{dataset}/{cause}"] += count
+        values = dict(counts)
+        if len(shares) > 1:
+            batches = ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
+            logging.info("Epoch %d: batches from %s.", epoch, batches)
+            values |= {f"share/{name}": share for name, share in shares.items()}
+        if values:
+            self.log(values)
+
+    def log(self, values: Mapping[str, Any]) -> None:
+        """Record numbers, texts and pictures of this step by name: in metrics.jsonl, and by the trackers."""
+        if dist_utils.is_main_process():
+            at = {} if self.run.evaluate else {"epoch": max(self.step - 1, 0) // self.iters_per_epoch}
+            self.record.log(self.step, at | dict(values))
+
+    def _is_behind(self, line: Mapping[str, Any]) -> bool:
+        """Whether the resumed run does not write a line of metrics.jsonl again."""
+        epoch, last = line.get("epoch", 0), self.start_epoch - 1
+        again = epoch == last and not self.validated and any(f"{s}_loss" in line for s in self.run.valid_splits)
+        return epoch <= last and not again
 
 
 def _loss_and_labels(output, source: str, with_gradient: bool = False) -> tuple[torch.Tensor | float, float]:

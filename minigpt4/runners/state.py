@@ -24,6 +24,7 @@ ENTRIES = {
     "rng": (list, NoneType),
     "best_metric": (int, float),
     "validated": bool,
+    "run_id": str,
     "facts": dict,
     fingerprint.KEY: (dict, NoneType),
 }
@@ -122,3 +123,12 @@ def to_device(samples: dict, device: torch.device) -> dict:
     for key, value in samples.items():
         moved[key] = value.to(device, non_blocking=non_blocking) if hasattr(value, "to") else value
     return normalise(moved)
+
+
+def amounts(samples: Mapping) -> dict[str, int]:
+    """The numbers of images and of tokens in a batch, as far as they are known without waiting for the device."""
+    images, tokens = samples.get("image", samples.get("image_features")), samples.get("tokens")
+    found = {"images": len(images)} if hasattr(images, "__len__") else {}
+    if hasattr(tokens, "num_tokens"):
+        found["tokens"] = tokens.num_tokens
+    return found

@@ -192,11 +192,6 @@ class Endpoint:
     async def _answer(self, chat_request: ChatRequest, deadline: float, stack: ExitStack) -> Response:
         """Answer a request. A streaming response takes over the callbacks of `stack`."""
         self._check_model(chat_request.model)
-        requested, limit = chat_request.new_tokens, self._settings.max_tokens
-        if requested and requested > limit:
-            key = "max_completion_tokens" if chat_request.max_completion_tokens else "max_tokens"
-            message = f"{requested} tokens are too many: at most {limit} for an answer."
-            raise ApiError(400, message, "invalid_value", key)
         reply = await self._make_reply(chat_request, deadline)
         stack.callback(self._batcher.cancel, reply.answers)
         self._batcher.submit(reply.answers)

@@ -84,8 +84,8 @@ def check(recorded: dict | None, own: dict | None, source: str, allow_mismatch: 
     if _other_template(recorded, own):
         trained = recorded.get("template") or {name: recorded.get(name) for name in TEXTS}
         message = (
-            f"{source} was trained with another template: {trained}. Set model.template to that name or mapping, or to "
-            "null with these model.prompt_template and model.end_sym"
+            f"{source} was trained with another template: {trained}. Set model.template to its name (auto, if it is "
+            "the tokenizer's own) or to that mapping, or to null with these model.prompt_template and model.end_sym"
         )
         _refuse(message, allow_mismatch)
         return

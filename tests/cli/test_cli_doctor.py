@@ -108,6 +108,16 @@ def test_what_counts_as_training():
         assert is_training(cfg) == (stage != "chat")
 
 
+@pytest.mark.parametrize("keys", ["run: {valid_splits: [val]}", "run: {}"])
+def test_a_file_that_names_data_of_ones_own_is_of_training(tmp_path, capsys, keys):
+    records = tmp_path / "my.jsonl"
+    records.write_text('{"prompt": "Hello", "answer": "Hi"}\n' * 3, encoding="utf-8")
+    data = f"datasets: {{mine: {{builder: conversation, build_info: {{storage: {records}}}}}}}"
+    (tmp_path / "run.yaml").write_text(f"model: {{model_type: tiny}}\n{data}\n{keys}\n", encoding="utf-8")
+    assert main(["--cfg-path", str(tmp_path / "run.yaml")]) == 1
+    assert "needs at least 16 samples per rank; mine has 3" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("stage", "said"), [("stage2", "a step of 4 × "), ("chat", "an answer of 32 tokens took ")])
 def test_probe(arguments, capsys, stage, said):
     options = ["run.batch_size_train=4"] if stage == "stage2" else []

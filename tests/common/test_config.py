@@ -363,3 +363,29 @@ def test_a_plugin_whose_name_is_no_identifier(tmp_path, monkeypatch):
     (tmp_path / "my-plugin.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path)
     assert load(STAGE1, "run.imports=[my-plugin]").run_cfg.imports == ["my-plugin"]
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "instead"),
+    [
+        ("run: {wandb_log: True}", "run.wandb_log", "run.trackers"),
+        ("run: {job_name: mine}", "run.job_name", "run.name"),
+        ("datasets: {laion: {batch_size: 64}}", "datasets.laion.batch_size", "run.batch_size_train"),
+        ("model: {has_qformer: True}", "model.has_qformer", "Leave it out"),
+        (
+            "model: {arch: minigpt4, model_type: pretrain_vicuna0, chat_template: True}",
+            "model.chat_template",
+            "template",
+        ),
+        ("model: {arch: minigpt4, model_type: pretrain_llama2}", "pretrain_llama2", "template: llama2"),
+    ],
+)
+def test_keys_of_upstreams_later_files_say_what_to_write(tmp_path, text, key, instead):
+    with pytest.raises(ConfigError) as raised:
+        load(write(tmp_path, text))
+    assert key in str(raised.value) and instead in str(raised.value)
+
+
+def test_names_of_upstreams_later_files(tmp_path):
+    cfg = load(write(tmp_path, "model: {arch: minigpt4, model_type: pretrain_vicuna0, end_sym: '###'}"))
+    assert (cfg.model_cfg.arch, cfg.model_cfg.num_query_token) == ("minigpt4", 32)

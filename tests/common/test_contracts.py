@@ -346,7 +346,7 @@ def test_a_bare_runner(open_registry, tmp_path):
     for kind, plugin in (("model", SmallestModel), ("builder", SmallestBuilder), ("runner", BareRunner)):
         registry.register(kind, "smallest")(plugin)
     path = tmp_path / "run.yaml"
-    settings = {"runner": "smallest", "device": "cpu"}
+    settings = {"runner": "smallest", "device": "cpu", "output_dir": str(tmp_path / "output")}
     OmegaConf.save({"run": settings, "model": {"arch": "smallest"}, "datasets": {"smallest": {}}}, path)
     train(["--cfg-path", str(path)])
     default_task = registry.get_task_class("image_text_pretrain")

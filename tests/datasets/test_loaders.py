@@ -184,7 +184,7 @@ def test_each_batch_is_whole_and_drawn_by_ratio(datasets):
         (kind,) = {text.startswith("tick") for text in batch["text_input"]}
         kinds.append(kind)
     assert 0.19 < sum(kinds) / 400 < 0.31
-    assert loader.mixture() == f"a {1 - sum(kinds) / 400:.1%}, ticks {sum(kinds) / 400:.1%}"
+    assert loader.shares() == {"a": 1 - sum(kinds) / 400, "ticks": sum(kinds) / 400}
 
 
 def test_missing_ratio_is_one_zero_is_never_and_others_are_ignored():

@@ -20,6 +20,7 @@ from minigpt4.doctor import check_environment, check_files, check_memory, check_
 from minigpt4.doctor.diagnostic import ERROR, WARNING
 from minigpt4.doctor.machine import Gpu
 from minigpt4.models import fitting
+from minigpt4.models.template import TEMPLATES
 from minigpt4.weights import hf_names, locate
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 5\n"
@@ -591,6 +592,14 @@ def test_a_machine_that_will_not_do(patient, monkeypatch, module, name, value, s
     assert any(f.check == check and what in f.what and f.fix for f in found), found
 
 
+@pytest.mark.parametrize(("name", "what"), [("wandb", "wandb, which is not installed"), ("wandbb", "'wandb'?")])
+def test_a_tracker_that_is_not_there(patient, monkeypatch, name, what):
+    patient.stage, patient.options = "stage1", [f"run.trackers=[{name}]"]
+    monkeypatch.setattr(check_environment, "find_spec", lambda name: None if name == "wandb" else name)
+    (found,) = [each for each in patient.diagnostics(ERROR) if each.check == "run.trackers"]
+    assert what in found.what and found.fix
+
+
 def test_too_little_shared_memory(patient, monkeypatch):
     usage = check_environment.shutil.disk_usage("/")._replace(free=10**7)
     monkeypatch.setattr(check_environment.shutil, "disk_usage", lambda path: usage)
@@ -648,6 +657,11 @@ def test_another_language_model(patient):
     patient.options = []
     checkpoint(projection, llm_fingerprint=own | {"layers": 3, "embedding_rows": rows[ids].half()})(patient)
     assert "layers 2 instead of 3" in patient.diagnostics(ERROR)[0].what
+
+    template = TEMPLATES["vicuna_v1"].record("vicuna_v1")
+    checkpoint(projection, llm_fingerprint=own | template | {"embedding_rows": rows[ids].half()})(patient)
+    (found,) = patient.diagnostics(ERROR)
+    assert found.check == "model.template" and "USER: " in found.what
 
 
 def test_cached_features_need_no_vision(patient, tmp_path):

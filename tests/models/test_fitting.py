@@ -5,11 +5,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conversation_cases import CHATML, TOKENIZERS, renderer
+from helpers import ROOT
 
 from minigpt4.common.schema import MiniGPT4Config
 from minigpt4.models import fitting
 from minigpt4.models.fitting import doubts, published_with
 from minigpt4.models.template import TEMPLATES, from_chat_template, resolve
+from minigpt4.models.tokenizer import load_tokenizer
 from minigpt4.weights.fingerprint import MismatchError
 
 V0 = {"prompt_template": "###Human: {} ###Assistant: ", "end_sym": "###"}
@@ -81,6 +83,13 @@ def test_a_blank_that_is_a_token_of_its_own(kind):
         assert [key for key, _ in found(500, 2048, kind, **keys)] == ["model.template"] * (kind != "SentencePiece")
     for keys in ({}, {"template": "vicuna_v1"}, LLAMA2):  # chat has no other form, or no other prompt was trained
         assert found(500, 2048, kind, **keys) == []
+
+
+def test_a_tokenizer_that_puts_a_blank_before_each_text():
+    """As tiny's does, whose blank is a token of its own, too: answers begin with one, in chat as in training."""
+    tokenizer, cfg = load_tokenizer(str(ROOT / "minigpt4/assets/tiny/llama")), MiniGPT4Config(template="vicuna_v0")
+    assert tokenizer.encode("x: ")[-1:] == tokenizer.encode(" ")
+    assert [*doubts(cfg, resolve(cfg), tokenizer, 773, SimpleNamespace())] == []
 
 
 def test_the_doubts_about_a_model_are_logged(build_golden_model, golden_model_keys, write, monkeypatch, caplog):

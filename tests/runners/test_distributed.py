@@ -108,7 +108,7 @@ def resuming_rank(rank, world_size, port, folder, model, pool):
         splits = {"train": Pictures(*pool), "val": Pictures(pool[0][:5], pool[1][:5])}
         own = copy.deepcopy(model)
         own.prompt_list = [f"{i} <Img><ImageHere></Img> " for i in range(4)]
-        runner = make_runner(folder, own, splits, job_id, valid_splits="[val]", **settings)
+        runner = make_runner(folder, own, splits, job_id, valid_splits="[val]", test_splits="[val]", **settings)
         runner.train()
         weights.append(runner.module.llama_proj.weight.detach().clone())
         metrics.append(runner.evaluate("val"))

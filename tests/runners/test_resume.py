@@ -77,6 +77,9 @@ def test_what_breaks_exactness_is_refused(build_golden_model, make_runner, first
         {"packed": False},
         {"amp": True},
         {"test_splits": "[train]"},
+        {"name": "another"},
+        {"trackers": "[tensorboard]"},
+        {"report": False},
     ],
 )
 def test_what_is_harmless_is_reported(build_golden_model, make_runner, first, changed, caplog):

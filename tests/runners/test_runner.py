@@ -60,8 +60,8 @@ class Batches:
     def take_left_out(self):
         return Counter()
 
-    def mixture(self):
-        return ""
+    def shares(self):
+        return {}
 
 
 def test_markers_in_captions_are_broken_up_and_counted(build_golden_model, make_runner, pool, caplog):

@@ -61,7 +61,8 @@ def test_golden_log_and_checkpoint(golden_runner, caplog):
     caplog.set_level("INFO")
     runner, case = golden_runner("stage1like")
     runner.train()
-    assert sorted(p.name for p in runner.output_dir.iterdir()) == sorted(case["checkpoint"]["files"])
+    own = {"metrics.jsonl", "result"}
+    assert {p.name for p in runner.output_dir.iterdir()} == {*case["checkpoint"]["files"], *own}
     log = (runner.output_dir / "log.txt").read_text()
     lines = [json.loads(line) for line in log.splitlines()[-3:]]
     assert lines == case["epoch_log_lines"]

@@ -127,3 +127,17 @@ def test_the_documents_example_runs_and_its_lists_are_complete(served, pictures,
     for kind, names in (("ignored", IGNORED), ("refused", REFUSED)):
         (row,) = re.findall(rf"^\| {kind}.* \| (.*) \|$", page, flags=re.MULTILINE)
         assert set(names) <= set(re.findall(r"`(\w+)`", row))
+
+
+def test_requests_of_lmms_eval(client, pictures):
+    """Its models `openai`: text before the picture, or messages of parts; 1024 tokens unless a task says less."""
+    plain = [user(text("What is this?"), image(pictures[2]))]
+    before = [
+        {"role": "system", "content": [text("You name drawings.")]},
+        user(image(pictures[0]), text("What is it?")),
+    ]
+    chat = [*before, {"role": "assistant", "content": [text("It is a cat.")]}, user(text("Name it."))]
+    for messages, word in ((plain, "sailboat"), (chat, "cat")):
+        answer = client.chat.completions.create(messages=messages, max_tokens=1024, **MODEL)
+        assert word in answer.choices[0].message.content and answer.choices[0].finish_reason == "stop"
+        assert answer.usage.completion_tokens > 0 and not answer.usage.completion_tokens_details

@@ -39,7 +39,7 @@ class ShardRecords:
         except ConfigError as error:
             if group.final:
                 raise ConfigError(f"{where} {error}") from None
-            raise Incomplete(str(error)) from None
+            raise Incomplete("a record that is not complete") from None
         if not (group.final or record.pictures):
             raise Incomplete("a sample without picture")
         return record

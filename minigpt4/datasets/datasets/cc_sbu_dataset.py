@@ -23,6 +23,7 @@ from minigpt4.weights import locate
 log = logging.getLogger(__name__)
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+FORM = 'Expected {"annotations": [{"image_id": "2", "caption": "…"}, …]}.'
 
 
 class Record(NamedTuple):
@@ -115,14 +116,8 @@ class CCSBUAlignDataset(RecordDataset):
         return self.item_or_none(record.index)
 
     def _find_pictures(self, image_ids: list[str]) -> list[str]:
-        """The file name of every record, from one listing of the folder."""
-        names = sorted(os.listdir(self.image_folder))
-        by_stem: dict[str, str] = {}
-        for suffix in SUFFIXES:
-            for name in names:
-                stem, own_suffix = os.path.splitext(name)
-                if own_suffix.lower() == suffix:
-                    by_stem.setdefault(stem, name)
+        """The file name of every record."""
+        by_stem = list_pictures(self.image_folder)
         missing = [image_id for image_id in image_ids if image_id not in by_stem]
         if missing:
             raise FileNotFoundError(
@@ -133,20 +128,37 @@ class CCSBUAlignDataset(RecordDataset):
         return [by_stem[image_id] for image_id in image_ids]
 
 
+def list_pictures(folder: str) -> dict[str, str]:
+    """{image_id: file name} of the pictures in a folder, from one listing."""
+    names = sorted(os.listdir(folder))
+    by_stem: dict[str, str] = {}
+    for suffix in SUFFIXES:
+        for name in names:
+            stem, own_suffix = os.path.splitext(name)
+            if own_suffix.lower() == suffix:
+                by_stem.setdefault(stem, name)
+    return by_stem
+
+
+def load_annotations(path: str) -> list[Any]:
+    """The records of a filter_cap.json, as they are. Raises ConfigError that names a file without a list of them."""
+    try:
+        content = load_json(read_regular(path))
+    except Unusable as error:
+        reason = locate.why_unreadable(Path(path)) or error.__cause__ or error
+        raise ConfigError(f"{path} is not JSON in UTF-8: {reason}. {FORM}") from error
+    records = content.get("annotations") if isinstance(content, dict) else None
+    if not isinstance(records, list) or not records:
+        raise ConfigError(f"{path} has no records under the key 'annotations'. {FORM}")
+    return records
+
+
 def read_annotations(path: str) -> tuple[list[str], list[str], Counter[str]]:
     """Image ids and captions of a filter_cap.json, and counts by cause of the records that cannot be used.
 
     Raises ConfigError that names the file, also if no record can be used.
     """
-    form = 'Expected {"annotations": [{"image_id": "2", "caption": "…"}, …]}.'
-    try:
-        content = load_json(read_regular(path))
-    except Unusable as error:
-        reason = locate.why_unreadable(Path(path)) or error.__cause__ or error
-        raise ConfigError(f"{path} is not JSON in UTF-8: {reason}. {form}") from error
-    records = content.get("annotations") if isinstance(content, dict) else None
-    if not isinstance(records, list) or not records:
-        raise ConfigError(f"{path} has no records under the key 'annotations'. {form}")
+    records = load_annotations(path)
     image_ids, captions, unusable = [], [], Counter()
     for record in records:
         try:
@@ -157,5 +169,5 @@ def read_annotations(path: str) -> tuple[list[str], list[str], Counter[str]]:
         except Unusable as cause:
             unusable[str(cause)] += 1
     if not captions:
-        raise ConfigError(f"{path}: annotations[0] cannot be used ({next(iter(unusable))}), nor any other. {form}")
+        raise ConfigError(f"{path}: annotations[0] cannot be used ({next(iter(unusable))}), nor any other. {FORM}")
     return image_ids, captions, unusable

@@ -214,7 +214,8 @@ class _Grouping(Generic[Sample]):
         self._held = 0  # bytes that wait
         self._beside: dict[str, list[str]] = {}  # {"a": ["a.0", "a.1"]}: pictures that wait
         self._made: set[str] = set()
-        self._distance = ""  # said of what is given up
+        self._lost: set[str] = set()  # keys of texts whose pictures may have been given up
+        self._gives_up, self._distance = False, ""
 
     def fits(self, member: Member) -> bool:
         """Whether a member belongs to the run. A second picture or text of one name begins another run."""
@@ -255,15 +256,17 @@ class _Grouping(Generic[Sample]):
             groups = [group for group in groups if group.key in pictures]
         for group in groups:
             yield from self._settle(group, pictures.get(group.key, ()))
-        while self._held > MAX_WAITING:
-            self._distance = f" within {MAX_WAITING >> 20} MB of it in the tar"
-            yield from self._give_up(next(iter(self._waiting)))
+        if self._held > MAX_WAITING:
+            self._gives_up, self._distance = True, f" within {MAX_WAITING >> 20} MB of it in the tar"
+            while self._held > MAX_WAITING:
+                yield from self._give_up(next(iter(self._waiting)), final=False)
+            self._gives_up, self._distance = False, ""
 
     def end(self) -> Iterator[Sample]:
         """The samples of what waits at the end of the tar."""
-        self._distance = ""
+        self._gives_up = True
         for key in list(self._waiting):
-            yield from self._give_up(key)
+            yield from self._give_up(key, final=True)
 
     def take(self, key: str) -> Group | None:
         """The waiting group of a key, which waits no longer."""
@@ -293,13 +296,15 @@ class _Grouping(Generic[Sample]):
             for picture in pictures:
                 yield from self._settle(picture, [])
         except Unusable as cause:
-            self._drop(str(cause), f"{group.key}: {cause.__cause__}" if cause.__cause__ else str(whole))
+            # At the end of the tar, the .txt of a sample that was made of its picture and .json is no loss.
+            if not (group.final and self._is_made(group)):
+                self._drop(str(cause), f"{group.key}: {cause.__cause__}" if cause.__cause__ else str(whole))
         else:
             self._made.add(group.key)
             yield sample
 
     def _wait(self, group: Group) -> None:
-        if group.final:
+        if self._gives_up:
             self._lose(group)
             return
         self._waiting[group.key] = group
@@ -307,13 +312,13 @@ class _Grouping(Generic[Sample]):
         for key in [] if group.has_text else _beginnings(group.key)[1:]:
             self._beside.setdefault(key, []).append(group.key)
 
-    def _give_up(self, key: str) -> Iterator[Sample]:
-        """Make the sample that a group which waits belongs to from what there is, or drop it."""
+    def _give_up(self, key: str, final: bool) -> Iterator[Sample]:
+        """Make the sample that a group which waits belongs to, or drop it. final: nothing that it lacks can follow."""
         owner = self._owner(key) or key
         beside = [each for each in self._beside.pop(owner, []) if each in self._waiting and self._owner(each) == owner]
         groups = [group for group in map(self.take, (owner, *beside)) if group]
         for group in groups:
-            group.final = True
+            group.final = final and owner not in self._lost
         if groups:
             yield from self._settle(groups[0], groups[1:])
 
@@ -322,9 +327,16 @@ class _Grouping(Generic[Sample]):
         return next((each for each in _beginnings(key) if each in self._waiting and self._waiting[each].has_text), None)
 
     def _lose(self, group: Group) -> None:
-        # Beside a sample `1.jpg`, `1.txt` there may be others of its files: `1.meta.json`, or `1.json` after all texts.
-        if self._made.isdisjoint(_beginnings(group.key)):
+        self._lost.update(_beginnings(group.key))
+        if not self._is_made(group):
             self._drop(group.cause + self._distance, str(group))
+
+    def _is_made(self, group: Group) -> bool:
+        """Whether a sample of these members was made.
+
+        Beside a sample `1.jpg`, `1.txt` there may be others of its files: `1.meta.json`, or `1.json` after all texts.
+        """
+        return not self._made.isdisjoint(_beginnings(group.key))
 
 
 def _begins(key: str, beginning: str) -> bool:

@@ -1,12 +1,23 @@
 """The examples of docs/own_data.md, read out of the page."""
 
+import os
 import re
+import subprocess
+import sys
+from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
-from helpers import ROOT
+import torch
+from helpers import PYTHONPATH, ROOT
+from PIL import Image
 
+from minigpt4.common.config import Config
+from minigpt4.common.schema import MiniGPT4Config
+from minigpt4.conversation.loading import load_chat
 from minigpt4.datasets.conversations.formats import FORMS, read_records
 from minigpt4.datasets.conversations.record import Picture
+from minigpt4.models.template import TEMPLATES, Template, resolve
 
 PAGE = (ROOT / "docs/own_data.md").read_text(encoding="utf-8")
 EXAMPLES = re.findall(r"<!-- format: (\w+) (\S+) -->\n```\w*\n(.*?)```", PAGE, flags=re.DOTALL)
@@ -42,3 +53,49 @@ def test_the_page_names_every_column_and_suffix():
     for names in COLUMNS.values():
         assert all(f"`{name}`" in PAGE for name in names)
     assert all(f"`{suffix}`" in PAGE or f"name{suffix}" in PAGE for suffix in SUFFIXES if suffix != ".tiff")
+
+
+WALK = re.search(r"## Ten minutes.*?(?=\n## )", PAGE, flags=re.DOTALL)[0]
+SETTINGS = re.findall(r"```yaml\n(.*?)```", WALK, flags=re.DOTALL)
+STAGE3 = ROOT / "train_configs/minigpt4_tiny_stage3_conversations.yaml"
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_settings_of_the_walk_through_load(tmp_path, number):
+    (tmp_path / "my_run.yaml").write_text(SETTINGS[number], encoding="utf-8")
+    Config(SimpleNamespace(cfg_path=tmp_path / "my_run.yaml", options=[]))
+
+
+def test_the_walk_through_goes_on_from_stage_2_in_its_template_and_chats_in_it(tmp_path):
+    """The same texts as `vicuna_v0`, but not of that name: chat then writes them, too."""
+    (tmp_path / "my_run.yaml").write_text(SETTINGS[0], encoding="utf-8")
+    for path in (tmp_path / "my_run.yaml", STAGE3):
+        cfg = Config(SimpleNamespace(cfg_path=path, options=[])).model_cfg
+        template = resolve(MiniGPT4Config.from_section(cfg))
+        assert type(template) is Template and asdict(template) == asdict(TEMPLATES["vicuna_v0"])
+
+
+@pytest.mark.slow
+def test_a_folder_of_ones_own_takes_the_walk(tmp_path, monkeypatch):
+    """The settings, with two steps, and an answer of the trained layer."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    for number in range(12):
+        Image.new("RGB", (90, 60), (20 * number, 0, 99)).save(tmp_path / "photos" / f"{number}.png")
+        (tmp_path / "photos" / f"{number}.txt").write_text(f"A plain colour, number {number}.", encoding="utf-8")
+    text = SETTINGS[0].replace("/data/photos", str(tmp_path / "photos")).replace("prompts/", f"{ROOT}/prompts/")
+    (tmp_path / "my_run.yaml").write_text(text, encoding="utf-8")
+    val = "datasets.my_photos.build_info.val=0.3"
+    options = ["run.num_workers=0", "run.max_epoch=1", "run.batch_size_train=4", val]
+    command = [sys.executable, ROOT / "train.py", "--cfg-path", "my_run.yaml", "--options", *options]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": PYTHONPATH}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (run,) = (tmp_path / "output").iterdir()
+    assert (run / "checkpoint_best.pth").is_file()
+    cfg = Config(SimpleNamespace(cfg_path="my_run.yaml", options=[f"model.ckpt={run}"]))
+    chat = load_chat(cfg, torch.device("cpu"))
+    conv, img_list = chat.new_conversation(), []
+    chat.upload_img(tmp_path / "photos" / "0.png", conv, img_list)
+    chat.ask("What is it?", conv)
+    assert conv.get_prompt() == "###Human: <Img><ImageHere></Img> What is it? ###Assistant: "
+    assert chat.answer(conv, img_list, do_sample=False, max_new_tokens=9)[0]

@@ -1,0 +1,94 @@
+"""metrics.jsonl, the numbers of a run: one JSON object a line, with its step and the time (Unix, in seconds) first.
+
+A line is written as a whole and at once. If the process is killed or the disk is full, at most the last line is cut
+off. Readers pass over it, and a writer ends it before it adds another.
+"""
+
+import errno
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Mapping
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+NAME = "metrics.jsonl"
+
+
+class MetricsFile:
+    """Appends lines to a file. If it cannot be written, the run goes on, and the first time there is a warning."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = None
+        self._warned = False
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Add a line with the numbers, full precision, and the texts. A number that is not finite becomes null."""
+        line = {name: _as_json(value) for name, value in values.items() if isinstance(value, Real | str)}
+        try:
+            self._file = self._file or _open_to_append(self.path)
+            text = json.dumps({"step": step, "time": round(time.time(), 3)} | line).encode() + b"\n"
+            if self._file.write(text) < len(text):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+        except OSError as error:  # the next line may find room again
+            self._file = None
+            if not self._warned:
+                logging.warning("Lines of %s are missing; the run goes on. %s", self.path, error)
+            self._warned = True
+
+    def close(self) -> None:
+        if self._file:
+            self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl, in order; those that are cut off are left out. Raises OSError."""
+    lines = []
+    for line in path.read_bytes().splitlines():
+        try:
+            found = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(found, dict) and isinstance(found.get("step"), int):
+            lines.append(found)
+    return lines
+
+
+def carry_over(source: Path, target: Path, belongs: Callable[[dict[str, Any]], bool]) -> None:
+    """Start the metrics.jsonl of a resumed run with the lines of the earlier one that `belongs` approves of.
+
+    So each file holds its whole run, and no step twice: the resumed run writes the others again.
+    """
+    try:
+        lines = read_metrics(source)
+    except OSError:
+        logging.info("%s is not there: the metrics of the resumed run start at its checkpoint.", source)
+        return
+    kept = [line for line in lines if belongs(line)]
+    file = MetricsFile(target)
+    for line in kept:
+        file.write(line.pop("step"), line)
+    file.close()
+    later = f"; {len(lines) - len(kept)} of later steps stay there" if len(kept) < len(lines) else ""
+    logging.info("%d lines of %s are taken over%s.", len(kept), source, later)
+
+
+def _as_json(value: Real | str) -> Any:
+    """A value of a type and size that every JSON reader takes."""
+    if isinstance(value, str | bool | int):
+        return value
+    return float(value) if math.isfinite(value) else None
+
+
+def _open_to_append(path: Path):
+    """A file opened for appending, at the start of a line."""
+    file = open(path, "ab+", buffering=0)  # with a buffer, the rest of a line that failed could be written later
+    if file.tell():
+        file.seek(-1, os.SEEK_END)
+        if file.read() != b"\n":
+            file.write(b"\n")
+    return file

@@ -1,0 +1,55 @@
+"""Everything that a run writes down while it trains: log.txt, metrics.jsonl and its trackers."""
+
+import json
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from minigpt4.tracking import metrics, process
+from minigpt4.tracking.trackers import RunInfo
+
+
+class RunRecord:
+    """The record of a run. A part that fails is reported, and never ends the run.
+
+    trackers: their registered names. They start with the first call of `log`.
+    """
+
+    def __init__(self, run: RunInfo, trackers: Sequence[str]) -> None:
+        self.run = run
+        self._log_file = Path(run.folder) / "log.txt"
+        self._metrics = metrics.MetricsFile(Path(run.folder) / metrics.NAME)
+        self._to_start, self._trackers = list(trackers), []
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        """Record numbers, texts and pictures (PIL images) by name. Pictures are for trackers only."""
+        self._metrics.write(step, values)
+        while self._to_start:
+            self._start(self._to_start.pop(0))
+        self._trackers = [tracker for tracker in self._trackers if tracker.log(step, values)]
+
+    def append_to_log(self, entry: dict[str, str]) -> None:
+        """Add a line of JSON to log.txt."""
+        try:
+            with open(self._log_file, "a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
+        except OSError as error:  # the same numbers are in the log on the screen
+            logging.warning("Nothing was added to log.txt; the run goes on. %s", error)
+
+    def close(self) -> None:
+        """Close files and trackers, for which the run waits `process.PATIENCE` seconds at most."""
+        self._metrics.close()
+        for tracker in self._trackers:
+            tracker.close()
+        deadline = time.monotonic() + process.PATIENCE
+        for tracker in self._trackers:
+            tracker.wait(deadline)
+        self._trackers = []
+
+    def _start(self, name: str) -> None:
+        try:
+            self._trackers.append(process.TrackerProcess(name, self.run))
+        except OSError as error:
+            logging.warning("run.trackers: %s cannot be started, and the run goes on: %s.", name, error)

@@ -1,0 +1,62 @@
+"""The log of a run that is kept in a file, and the places of progress lines."""
+
+import logging
+
+import pytest
+
+from minigpt4.common.logger import MetricLogger, kept_console, line_within
+
+
+@pytest.fixture(autouse=True)
+def at_info():
+    logging.getLogger().setLevel(logging.INFO)
+
+
+def test_the_file_has_what_came_before_it(tmp_path):
+    before = list(logging.getLogger().handlers)
+    path = tmp_path / "console.log"
+    with kept_console() as write_to:
+        logging.info("first \ud800")
+        write_to(path)
+        logging.warning("second")
+        assert path.read_text(encoding="utf-8").count("\n") == 2  # at once
+    logging.info("third")
+    first, second = path.read_text(encoding="utf-8").splitlines()
+    assert first.endswith("[INFO] first \\ud800") and second.endswith("[WARNING] second")
+    assert logging.getLogger().handlers == before
+
+
+def test_the_file_ends_with_the_traceback(tmp_path):
+    with pytest.raises(ZeroDivisionError), kept_console() as write_to:
+        write_to(tmp_path / "console.log")
+        1 / 0  # noqa: B018
+    assert (tmp_path / "console.log").read_text().endswith("ZeroDivisionError: division by zero\n")
+
+
+def test_a_file_that_cannot_be_written_is_reported(tmp_path, caplog):
+    with kept_console() as write_to:
+        write_to(tmp_path / "gone" / "console.log")
+        logging.info("the run goes on")
+    assert "is not kept" in caplog.text
+
+
+@pytest.mark.parametrize(("length", "log_freq", "count"), [(7, 3, 1), (7, 3, 2), (8, 4, 4), (5, 1, 1), (3, 50, 2)])
+def test_places_of_lines(length, log_freq, count):
+    lines = []
+    logger = MetricLogger(on_line=lambda item, values: lines.append(item))
+    for _ in logger.log_every(range(length), length, log_freq, ""):
+        logger.update(loss=1.0)
+    assert lines == sorted({*range(0, length, log_freq), length - 1})
+    expected = [any(line in lines for line in range(i, i + count)) for i in range(length)]
+    assert [line_within(i, count, length, log_freq) for i in range(length)] == expected
+
+
+def test_rates_are_of_the_time_since_the_last_line():
+    found = []
+    logger = MetricLogger(on_line=lambda item, values: found.append(values))
+    for item in logger.log_every(range(4), 4, 2, ""):
+        logger.update(loss=float(item))
+        logger.count(images=3)
+    assert [values["loss"] for values in found] == [0, 2, 3]
+    for values, items in zip(found, (1, 2, 1), strict=True):
+        assert values["images_per_second"] == pytest.approx(3 / values["step_seconds"], rel=1e-6), items

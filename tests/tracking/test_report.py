@@ -1,0 +1,66 @@
+"""report.html: everything on one page, and nothing of it from elsewhere."""
+
+import json
+import re
+from types import SimpleNamespace
+
+import pytest
+
+from minigpt4.__main__ import main
+from minigpt4.common.config import Config
+from minigpt4.tracking import metrics, report, run_files
+
+
+@pytest.fixture
+def folder(tmp_path, make_run):
+    """A run with results, texts and marks that HTML would read."""
+    folder = make_run(tmp_path / "run", CIDEr=0.25, **{"share/laion": 2 / 3, "share/cc_sbu": 1 / 3})
+    path = tmp_path / "my_run.yaml"
+    path.write_text("run: {init_lr: 3e-3, name: 'a <b> & c'}\ndatasets: {cc_sbu: {sample_ratio: 2}}\n")
+    run_files.write_run_files(Config(SimpleNamespace(cfg_path=str(path), options=[])), folder, 1)
+    file = metrics.MetricsFile(folder / metrics.NAME)
+    file.write(100, {"test/val_loss": 0.125, "answers": "<script>a cat</script>"})
+    return folder
+
+
+def test_the_page_holds_everything(folder):
+    page = report.write_report(folder).read_text(encoding="utf-8")
+    text = re.sub(r"<style>.*?</style>|<svg.*?</svg>|<[^>]+>", " ", page, flags=re.DOTALL)
+    words_of_the_page = """a &lt;b&gt; &amp; c|waiting for data|10.0%|val_loss|0.125|CIDEr|0.25|run.init_lr|0.003|66.7%
+        |left out: no text|&lt;script&gt;a cat|torch|python train.py --cfg-path|sample_ratio: 2"""
+    for words in map(str.strip, words_of_the_page.split("|")):
+        assert words in text, words
+    links = re.findall("""(?:src|href) *= *["']?([^"' >]*)""", page)
+    assert "<script" not in page and links and all(link.startswith("#") for link in links)  # within the curves
+    assert len(re.findall("<svg", page)) == 5 and "@import" not in page and "url(http" not in page
+    assert ">6<" in page  # left out in both epochs
+
+
+def test_without_matplotlib_the_curves_alone_are_missing(folder, monkeypatch):
+    monkeypatch.setattr(report, "find_spec", lambda name: None)
+    page = report.write_report(folder).read_text(encoding="utf-8")
+    assert "pip install matplotlib" in page and "<svg" not in page and "run.init_lr" in page
+
+
+def test_a_report_that_fails_is_a_warning(folder, caplog):
+    (folder / run_files.ENVIRONMENT).write_text("{")
+    assert report.write_report(folder) is None
+    assert "report.html was not written" in caplog.text and not (folder / report.NAME).exists()
+
+
+@pytest.mark.parametrize("lines", ['{"step": 0, "test/val_loss": 0.4321}\n', "", None])
+def test_a_run_without_training_or_without_numbers(folder, lines, caplog):
+    """An evaluation alone; a run that was killed at its start; a plug-in's runner."""
+    (folder / metrics.NAME).unlink()
+    if lines is not None:
+        (folder / metrics.NAME).write_text(lines)
+    page = report.write_report(folder).read_text(encoding="utf-8").split("<h2>Environment")[0]  # git's changes
+    assert ("0.4321" in page) == bool(lines) and "Curves" not in page and "run.init_lr" in page and not caplog.text
+
+
+def test_the_command(folder, tmp_path, capsys):
+    assert main(["report", str(folder)]) == 0
+    assert capsys.readouterr().out == f"{folder / report.NAME}\n"
+    assert "has no metrics.jsonl" in main(["report", str(tmp_path)])
+    described = json.loads((folder / run_files.ENVIRONMENT).read_text())
+    assert described["changed_settings"]["run.init_lr"] == [0.0001, 0.003]
