@@ -12,11 +12,11 @@ from helpers import ROOT
 from minigpt4.common import model_schema, schema
 from minigpt4.common.config import parse_options
 
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted(ROOT.glob("docs/*.md"))]
+PAGES = [*ROOT.glob("*.md"), ROOT / "docker/README.md", *sorted(ROOT.glob("docs/**/*.md"))]
 README, FIDELITY = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/fidelity.md"))
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
         if "://" in target:
@@ -29,7 +29,7 @@ def test_links_lead_somewhere(page):
             assert anchor in {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_commands_name_files_and_keys_that_exist(page):
     text = page.read_text(encoding="utf-8")
     for path in re.findall(r"--cfg-path (\S+\.yaml)", text):

@@ -8,10 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from minigpt4.common import first_release
 from minigpt4.common.errors import ConfigError, check_names
 from minigpt4.common.registry import registry
 from minigpt4.common.schema import LrGroup, RunConfig
 from minigpt4.common.trained_parts import part_of, rates_of_parts
+
+__getattr__ = first_release.attributes_of(__name__)  # for names that are gone
 
 # Parameters whose name contains one of these are not decayed, nor are vectors.
 NO_DECAY = ("bias", "ln", "bn")

@@ -23,7 +23,7 @@ from minigpt4 import PACKAGE_ROOT
 HOMES = {
     "builder": "minigpt4.datasets.builders",
     "task": "minigpt4.tasks",
-    "model": "minigpt4.models",
+    "model": "minigpt4.models.later_release",
     "processor": "minigpt4.processors",
     "lr_scheduler": "minigpt4.common.optims",
     "runner": "minigpt4.runners",

@@ -82,13 +82,14 @@ def vision_parts(cfg: MiniGPT4Config, sources: Sources, device: torch.device, dt
     device = device if cfg.load_vision else torch.device("meta")
     dtype = dtype if cfg.vit_precision == "fp16" else torch.float32
     vit = load_encoder(cfg, sources.vision, device, dtype)
-    with torch.device("meta" if sources.qformer else device):
+    with llm.announced("Q-Former"), torch.device("meta" if sources.qformer else device):
         q_former = qformer.QFormer(vit.embed_dim, **cfg.qformer)
     if "qformer" not in trained_parts(cfg).names:
         cast_matrices(q_former, dtype)
     return {"visual_encoder": vit, "Qformer": q_former, "num_query_token": cfg.num_query_token, "dtype": dtype}
 
 
+@llm.announced("VIT")
 def load_encoder(
     cfg: MiniGPT4Config, weights: State | None, device: torch.device, dtype: torch.dtype
 ) -> eva_vit.EvaViT:
@@ -100,6 +101,7 @@ def load_encoder(
     if weights:
         used = eva_vit.checkpoint_filter_fn(weights, vit)
         source = facts.vit_weights(cfg.vit_model, cfg.vit_weights)
+        logging.info("cache_file_path: %s", locate.local_path(source))
         _say_unused(weights, used, source)
         checkpoint.load_weights(vit, used, source, set(vit.state_dict()), device)
         vit.give_buffers_memory(device)
@@ -148,6 +150,7 @@ def load_rest(model: nn.Module, cfg: MiniGPT4Config, sources: Sources, device: t
         own = {name for name in model.state_dict() if name.split(".")[0] in PARTS[1:4]}
         checkpoint.load_weights(model, used, cfg.q_former_model, own, device)
     if sources.trained is not None:
+        logging.info("Load BLIP2-LLM Checkpoint: %s", cfg.ckpt)
         absent = set(PARTS) - {name.split(".")[0] for name in model.state_dict()}
         trained = {name: value for name, value in sources.trained.items() if name.split(".")[0] not in absent}
         own, adapters = _projection(model.state_dict()), set(filter(facts.is_adapter, model.state_dict()))
@@ -246,9 +249,7 @@ def _check_qformer(path: Path, state: State, trained: State, settings: dict, cfg
     if origin is None:
         logging.warning(
             "model.q_former_model=%s does not say which BLIP-2 it is of; %s needs %s.",
-            path,
-            cfg.ckpt,
-            PUBLISHED_QFORMER,
+            *(path, cfg.ckpt, PUBLISHED_QFORMER),
         )
     elif origin != PUBLISHED_QFORMER:
         raise CheckpointError(

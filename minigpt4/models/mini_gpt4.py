@@ -248,9 +248,7 @@ class MiniGPT4(vision.Vision):
         """
         slots = sum(text.count(prompt.IMAGE_SLOT) for text in prompts)
         if slots != len(image_embeds):
-            raise ValueError(
-                f"The prompts have {slots} image slots ({prompt.IMAGE_SLOT}), but {len(image_embeds)} images are given."
-            )
+            raise ValueError(f"{slots} image slots ({prompt.IMAGE_SLOT}) in the prompts, {len(image_embeds)} images.")
         bos = self.template is None or self.template.bos
         tokens = prompt.generation_batch(self.tokenizer, prompts, self.query_tokens.shape[1], bos).to(self.device)
         images = torch.cat([*image_embeds]) if slots else self.query_tokens.new_empty(0, 0, 0)
@@ -296,6 +294,8 @@ class MiniGPT4(vision.Vision):
         llama_model = llm.load_llm(cfg.llama_model, device, dtype, load_in, cfg.llm_device_map, trust)
         tokenizer = load_tokenizer(cfg.llama_model, trust)
         llm.check_answers(llama_model, tokenizer, cfg.llama_model)
+        if prompts:
+            logging.info("Load %d training prompts\nPrompt Example \n%s", len(prompts), prompts[0])
         with torch.device(device):
             model = cls(
                 **parts,

@@ -145,9 +145,7 @@ def read_prompts(path: str, template: str) -> list[str]:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no text in UTF-8"
-        raise ConfigError(
-            f"model.prompt_path={path} cannot be read: {reason}. It is a text file, a prompt a line."
-        ) from None
+        raise ConfigError(f"model.prompt_path={path}, a text file, cannot be read: {reason}.") from None
     prompts = [template.replace("{}", line) for line in lines if IMAGE_SLOT in line]
     if not prompts:
         raise ConfigError(

@@ -26,7 +26,7 @@ from minigpt4.common.optims import create_optimizer, create_schedule
 from minigpt4.common.registry import registry
 from minigpt4.common.text import pluralize
 from minigpt4.common.trained_parts import check_parts, rates_of_parts
-from minigpt4.datasets.loaders import LeftOut, TrainLoader, eval_loader, report_left_out
+from minigpt4.datasets.loaders import LeftOut, TrainLoader, eval_loader, left_out_counts, report_left_out
 from minigpt4.quantization.fp8 import check_fp8_supported
 from minigpt4.runners import data, resume
 from minigpt4.runners.folder import continue_folder, folder_of, new_run_id
@@ -174,6 +174,7 @@ class RunnerBase:
                 for epoch in range(self.start_epoch, self.run.max_epoch):
                     logging.info("Start training epoch %d, %d iters per inner epoch.", epoch, self.iters_per_epoch)
                     stats = self.train_epoch(epoch)
+                    self.step = (epoch + 1) * self.iters_per_epoch
                     self.validated = False
                     self.save_checkpoint(epoch)  # before all that could fail
                     self._log_stats("train", stats)
@@ -420,10 +421,12 @@ class RunnerBase:
             logging.info("Nothing left to train: the checkpoint has done %s. Raise run.max_epoch to go on.", done)
             return
         log_rates(self.module, self.run)
-        logging.info("Computing in %s on %s.", str(self.dtype).removeprefix("torch."), self.device)
-        self.eta.log_schedule()
         if dist_utils.is_main_process():
             data.log_samples(self.cfg, self.datasets, self.module)
+        data.log_data(self.cfg, self.datasets)
+        logging.info("Start training")
+        logging.info("Computing in %s on %s.", str(self.dtype).removeprefix("torch."), self.device)
+        self.eta.log_schedule()
 
     def _log_stats(self, split: str, stats: dict[str, float], kind: str = "") -> None:
         """Log results of a split. kind: the beginning of their names in metrics.jsonl."""
@@ -443,10 +446,7 @@ class RunnerBase:
         left_out = sum(dist_utils.gather_objects(self.loader.take_left_out() + changed), Counter())
         for line in report_left_out(left_out):
             logging.info("Epoch %d: %s", epoch, line)
-        shares, counts = self.loader.shares(), Counter()
-        for (dataset, cause, _, verb), count in left_out.items():
-            counts[f"{verb.replace(' ', '_')}/{dataset}/{cause}"] += count
-        values = dict(counts)
+        shares, values = self.loader.shares(), left_out_counts(left_out)
         if len(shares) > 1:
             batches = ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
             logging.info("Epoch %d: batches from %s.", epoch, batches)
