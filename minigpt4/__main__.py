@@ -16,6 +16,7 @@ COMMANDS = {
     "serve": "serve OpenAI's chat completions over HTTP",
     "bench": "time training steps, answers, or the reading of pictures",
     "cache-features": "compute image features once, to train from them",
+    "merge": "write the language model with its LoRA adapters merged in",
     "data": "check datasets, show samples as the model reads them, or convert them",
     "plot": "draw the curves of runs, to compare them",
     "report": "write the page about a run that has not ended by itself",

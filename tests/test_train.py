@@ -31,14 +31,15 @@ def test_stage1_then_stage2_then_captions(configs, tmp_path, caplog):
     stage1 = run_folder(tmp_path, "stage1")
     told = {"log.txt", "metrics.jsonl", "result", "config.yaml", "environment.json", "console.log", "report.html"}
     assert {p.name for p in stage1.iterdir()} == {"checkpoint_0.pth", "checkpoint_1.pth", *told}
-    main(["--cfg-path", str(configs["stage2"]), "--options", f"model.ckpt={stage1}/checkpoint_1.pth"])
+    main(["--cfg-path", str(configs["stage2"]), "--options", f"model.ckpt={stage1}"])
     stage2 = run_folder(tmp_path, "stage2")
     text = "\n".join(r.getMessage() for r in caplog.records)
     for line in (
         "=====  Running Parameters    =====",
         "number of trainable parameters: 1000",
         "Computing in float32 on cpu.",
-        f"Loaded 2 tensors, 1,000 parameters from {stage1}/checkpoint_1.pth",
+        f"model.ckpt={stage1}: reading {stage1}/checkpoint_1.pth",
+        f"Loaded 2 tensors, 1,000 parameters from {stage1}",
         "Start training epoch 1, 4 iters per inner epoch.",
         "Averaged stats: lr: ",
         f"Saving checkpoint at epoch 1 to {stage2}/checkpoint_1.pth.",

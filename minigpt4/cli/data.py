@@ -170,7 +170,8 @@ def open_sources(args: argparse.Namespace) -> tuple[Config | None, list]:
     try:
         return None, [source_of_files(args.storage, info)]
     except ConfigError as mistake:  # it names the keys of a YAML
-        raise ConfigError(str(mistake).replace("datasets.data.", "").replace("build_info.", "--")) from None
+        flags = str(mistake).replace("datasets.data.", "").replace("build_info.columns.", "--columns ")
+        raise ConfigError(flags.replace("build_info.", "--")) from None
 
 
 def columns_of(items: list[str] | None) -> dict[str, str]:

@@ -37,7 +37,7 @@ class Look(NamedTuple):
 
 def opencv() -> Any:
     """cv2, with one thread. Raises ConfigError if it is not installed."""
-    cv2 = optional("cv2", "data", "data check")
+    cv2 = optional("cv2", "opencv-python-headless", "data check")
     cv2.setNumThreads(1)
     return cv2
 

@@ -98,14 +98,17 @@ def facts(numbers: dict) -> list[str]:
             f"{height['least']:,} to {height['most']:,} high (median {height['median']:,})"
         )
     if lengths := numbers["lengths"]:
+        after = " after the first question" if "cut" in lengths else ""
         lines.append(
-            f"lengths: {lengths['least']:,} to {lengths['most']:,} {lengths['unit']}s, median {lengths['median']:,}, "
-            f"99 % up to {lengths['99 %']:,}"
+            f"lengths{after}: {lengths['least']:,} to {lengths['most']:,} {lengths['unit']}s, median "
+            f"{lengths['median']:,}; 99 % of the records have at most {lengths['99 %']:,}"
         )
-        if "cut" in lengths:
+        if lengths.get("cut") == 0:
+            lines.append(f"max_txt_len={lengths['max_txt_len']} cuts no sample")
+        elif "cut" in lengths:
             lines.append(
                 f"max_txt_len={lengths['max_txt_len']} cuts {100 * lengths['cut'] / numbers['usable']:.1f} % of the "
                 f"samples and {100 * lengths['lost_share']:.1f} % of the tokens; {lengths['most']:,} would cut none, "
-                f"{lengths['99 %']:,} at most 1 %"
+                f"{lengths['99 %']:,} at most 1 % of the samples"
             )
     return lines

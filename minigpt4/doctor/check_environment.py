@@ -74,6 +74,8 @@ def check_optional_libraries(context: RunContext) -> Iterator[Diagnostic]:
         needed["gguf"] = "a .gguf file"
     if context.llm_folder and (context.llm_folder / "tokenizer.model").is_file():
         needed["sentencepiece"] = "the language model's tokenizer.model"
+    if context.trained_parts.lora:
+        needed["peft"] = "model.lora"
     for package, reason in needed.items():
         if find_spec(package) is None:
             extra = " Or --options model.low_resource=False model.load_in=16bit" if package == "bitsandbytes" else ""

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from minigpt4.common.errors import ConfigError, check_names
 from minigpt4.common.facts import IMAGE_SLOT, SEPARATOR
-from minigpt4.common.schema import MiniGPT4Config
+from minigpt4.common.model_schema import MiniGPT4Config
 from minigpt4.models.tokenizer import chat_template
 
 # A picture in a message, in the form of the published weights.

@@ -236,3 +236,34 @@ def test_files_that_are_not_there(tmp_path):
     with pytest.raises(ConfigError, match="nothing.csv: there is no file") as error:
         main(["check", str(tmp_path / "nothing.csv")])
     assert "datasets." not in str(error.value)
+
+
+def test_a_table_with_other_columns_names_the_flags_and_they_help(run, tmp_path):
+    photo(0).save(tmp_path / "a.png")
+    table = tmp_path / "my.csv"
+    table.write_text("picture,words\na.png,A dog.\n")
+    with pytest.raises(ConfigError, match="--columns image=… with --columns caption=…"):
+        run(table)
+    with pytest.raises(ConfigError, match="--columns caption=word is no column"):
+        run(table, "--columns", "image=picture", "--columns", "caption=word")
+    (data,) = run(table, "--columns", "image=picture", "--columns", "caption=words")
+    assert data["usable"] == 1
+
+
+@pytest.mark.parametrize(("limit", "line"), [(20, "max_txt_len=20 cuts no sample"), (3, "max_txt_len=3 cuts 100.0 %")])
+def test_lengths_say_where_they_begin(run, tmp_path, limit, line):
+    photo(0).save(tmp_path / "a.png")
+    (tmp_path / "my.jsonl").write_text(
+        json.dumps({"image": "a.png", "prompt": "Which animal is this?", "answer": "A dog."})
+    )
+    config = tmp_path / "my_run.yaml"
+    model = (
+        f'{{model_type: tiny, max_txt_len: {limit}, template: vicuna_v0, prompt_path: "{ROOT}/prompts/alignment.txt"}}'
+    )
+    config.write_text(
+        f"model: {model}\ndatasets: {{own: {{builder: conversation, build_info: {{storage: {tmp_path}/my.jsonl}}}}}}\n"
+    )
+    (data,) = run("--cfg-path", config)
+    assert line in run.text
+    most = data["lengths"]["most"]
+    assert f"lengths after the first question: {most} to {most} tokens" in run.text

@@ -306,6 +306,7 @@ def name_columns(path: str, there: list[str], given: Mapping[str, str]) -> dict[
     if not set(TEXTS) & set(named):
         raise ConfigError(
             f"{path} has the columns {shown(there)} (its first line). Which are the picture and its text? "
-            "Name them: build_info.columns: {image: …, caption: …} or {image: …, prompt: …, answer: …}."
+            "Name them: build_info.columns.image=… with build_info.columns.caption=…, or with "
+            "build_info.columns.prompt=… and build_info.columns.answer=…."
         )
     return named

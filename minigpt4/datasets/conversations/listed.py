@@ -66,7 +66,7 @@ def _read_pair(folder: str, picture: str) -> dict:
 
 def open_coco(path: str) -> ListedRecords:
     """The captions of a COCO file, in the order of its annotations. Raises ConfigError for a file of another kind."""
-    coco = optional("pycocotools.coco", "coco", path).COCO()
+    coco = optional("pycocotools.coco", "pycocotools", path).COCO()
     with TextFile(path).open() as file, redirect_stdout(None):
         try:
             coco.dataset = parse_json(decode(file.read()))

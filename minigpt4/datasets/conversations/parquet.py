@@ -73,7 +73,7 @@ class ParquetRows:
         return table, [path.split(".")[0] for path in left_out]
 
     def _open(self) -> Any:
-        parquet = optional("pyarrow.parquet", "parquet", self.path)
+        parquet = optional("pyarrow.parquet", "pyarrow", self.path)
         try:
             return parquet.ParquetFile(self.path)
         except (ValueError, OSError) as error:  # pyarrow's own errors are ValueErrors

@@ -31,12 +31,14 @@ _short.maxstring = _short.maxother = 60
 _short.maxlist = 30
 
 
-def optional(module: str, extra: str, path: str) -> Any:
-    """A module of an extra. Raises ConfigError that says how to install it."""
+def optional(module: str, package: str, purpose: str) -> Any:
+    """A module of an optional package. Raises ConfigError that says what needs it and how to install it."""
     try:
         return importlib.import_module(module)
     except ImportError:
-        raise ConfigError(f"{path}: reading it needs a package: pip install 'minigpt4[{extra}]'") from None
+        raise ConfigError(
+            f"{purpose} needs the package {package}, which is not installed: pip install {package}"
+        ) from None
 
 
 def shown(value: Any) -> str:
