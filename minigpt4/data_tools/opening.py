@@ -37,7 +37,11 @@ def sources_of_config(cfg: Any) -> Iterator[Source]:
         storages = {name: info.get("storage")} | ({} if isinstance(val, float | int | None) else {f"{name}.val": val})
         for full_name, storage in storages.items():
             if builder == "conversation":
-                yield conversations(full_name, storage, info)
+                try:
+                    yield conversations(full_name, storage, info)
+                except (ConfigError, FileNotFoundError) as error:
+                    text = str(error).replace(f"{name}.val.build_info.storage", f"{name}.build_info.val")
+                    raise ConfigError(text.replace(f"{name}.val.build_info", f"{name}.build_info")) from None
             elif builder == "cc_sbu_align" and isinstance(storage, str):
                 yield AlignSource(full_name, storage)
             else:

@@ -241,7 +241,7 @@ def test_files_that_are_not_there(tmp_path):
     assert "datasets." not in str(error.value)
 
 
-@pytest.mark.parametrize("val", [1.5, -1])
+@pytest.mark.parametrize("val", [1.5, -1, "/none.jsonl"])
 def test_a_share_that_is_none(tmp_path, val):
     (tmp_path / "a.jsonl").write_text('{"prompt": "Q", "answer": "A"}')
     info = f"{{storage: {tmp_path}/a.jsonl, val: {val}}}"
