@@ -88,8 +88,10 @@ class ChoiceTask:
 def _choice(answer: str, choices: Sequence[str]) -> str | None:
     """The choice that an answer names: by its letter first, then as the only one whose text it has."""
     letters = [chr(ord("A") + n) for n in range(len(choices))]
-    named = re.match(r"\W*([A-Z])(?:\W*$|[.):,])|.*\b(?:answer|option|choice) (?:is )?\W*([A-Z])\b", answer)
-    letter = named and (named[1] or named[2])
+    named = re.match(r"\W*([A-Z])[.):,]|\W*([A-Za-z])\W*$", answer) or re.match(
+        r"(?s:.*)\b(?i:answer|option|choice)\b:?(?:\s(?i:is|would be)\b)?\W*([A-Z])\b", answer
+    )
+    letter = named and named[named.lastindex].upper()
     if letter in letters:
         return choices[letters.index(letter)]
     text = f" {_plain(answer)} "

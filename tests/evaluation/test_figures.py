@@ -58,6 +58,7 @@ CHOICES = {"choices": ("fire", "ice", "an apple")}
     [
         ("B", 1), ("(B)", 1), ("B. ice", 1), ("The answer is B.", 1), ("ice", 1), ("It is ice, of course.", 1),
         ("A", 0), ("A red thing made of ice", 1), ("fire or ice", 0), ("I do not know", 0), ("D", 0), ("", 0),
+        ("Answer: B", 1), ("b.", 1), ("Option A is hot.\nSo the answer\nis: (B)", 1), ("Answer: A", 0),
     ],
 )  # fmt: skip
 def test_choices(answer, right):
