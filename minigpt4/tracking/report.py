@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from minigpt4.tracking import plot
-from minigpt4.tracking.run_files import CONFIG, ENVIRONMENT
+from minigpt4.tracking.run_files import CONFIG, ENVIRONMENT, without_passwords
 
 NAME = "report.html"
 # Versions that are shown at once; the others are folded.
@@ -37,7 +37,7 @@ def write_report(folder: Path) -> Path | None:
 def report(folder: Path) -> str:
     """The page. Raises OSError and ValueError for a folder whose files cannot be read."""
     about = json.loads((folder / ENVIRONMENT).read_text(encoding="utf-8"))
-    config = (folder / CONFIG).read_text(encoding="utf-8")
+    config = without_passwords((folder / CONFIG).read_text(encoding="utf-8"))
     run = plot.read_run(folder)
     parts = [
         f"<h1>{_text(run.name)}</h1><p class=soft>Started {_text(about['started'])} in {_text(str(folder))}</p>",

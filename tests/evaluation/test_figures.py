@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from minigpt4.common.errors import ConfigError
 from minigpt4.evaluation import Answer, Example, mean
 from minigpt4.evaluation.figures import Figure, intervals
 from minigpt4.evaluation.scores import measure, table
@@ -48,6 +49,16 @@ def test_tables_have_a_line_for_each_group():
         ["| my_model 50%, b", "100.0 [100.0, 100.0]"],
     ]
     assert latex.splitlines()[1].startswith(r"my\_model 50\% & 50.0") and latex.count("\\\\\n") == 4
+    markdown, latex = table(scores, "a|b\\\nc")
+    assert markdown.splitlines()[2].startswith(r"| a\|b\ c | ") and latex.splitlines()[1].startswith(
+        r"a|b\textbackslash{} c"
+    )
+
+
+@pytest.mark.parametrize(("task", "words"), [("yes_no", "yes or no"), ("choice", "choices")])
+def test_a_task_needs_references_of_its_kind(task, words):
+    with pytest.raises(ConfigError, match=f"{task} needs .*{words}.* question 1 "):
+        measure(task, [Example("1", (("user", ("Which?",)),), ("red",))], {"1": Answer("red")})
 
 
 CHOICES = {"choices": ("fire", "ice", "an apple")}

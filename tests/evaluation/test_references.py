@@ -205,6 +205,9 @@ def test_answers_that_cannot_be_scored(answers, words, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+TEXT_QUESTION = {"question": "What?", "image_id": "a", "question_id": 1}
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
@@ -213,6 +216,11 @@ def test_answers_that_cannot_be_scored(answers, words, tmp_path):
         ({"3": {"question": "?", "choices": ["a"], "answer": 4}}, ("3", "index")),
         ({"3": {"question": "?", "choices": ["a"]}}, ("'answer'",)),
         ({"x": {"question": "?", "answer": "a"}}, ("'imageId'",)),
+        ({"x": {"question": "?", "answer": None, "imageId": "1"}}, ("question x", "[None]")),
+        ({"x": {"question": 5, "answer": "a", "imageId": "1"}}, ("'question' is 5", "text")),
+        ({"data": [TEXT_QUESTION | {"answers": []}]}, ("question 1", "[]", "at least one")),
+        ({"data": [TEXT_QUESTION | {"answers": "red"}]}, ("'answers' is 'red'", "list")),
+        ({"question_id": 1, "image": 5, "text": "?", "label": "no"}, ("'image' is 5", "text")),
         ({"what": 1}, ("no known format",)),
         (None, ("there is no file",)),
     ],
