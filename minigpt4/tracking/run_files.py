@@ -70,7 +70,7 @@ def git_states(*folders: Path) -> list[dict[str, Any]]:
             "folder": top,
             "commit": commit,
             "branch": _git(folder, "branch", "--show-current"),
-            "remote": _git(folder, "config", "--get", "remote.origin.url"),
+            "remote": without_passwords(_git(folder, "config", "--get", "remote.origin.url")),
             "new_files": _git(Path(top), "ls-files", "--others", "--exclude-standard").splitlines()[:100],
             "diff": diff if len(diff) <= LONGEST_DIFF else f"{diff[:LONGEST_DIFF]}\n… ({len(diff)} characters)",
         }
