@@ -50,9 +50,14 @@ def own_folder(folder: Path, mark: str) -> None:
     """
     make_folder(folder)
     # Listed before the look for the mark: another rank may write the mark, and then files, meanwhile.
-    others = [name for name in sorted(os.listdir(folder)) if not name.startswith(f".{mark}")]
+    others = [name for name in sorted(os.listdir(folder)) if not _may_be_left(name, mark)]
     if others and not (folder / mark).is_file():
         raise ConfigError(
             f"--out {folder} has files that this command did not write, e.g. {others[0]} (it knows its own folders by "
             f"their {mark}). Nothing was changed. Name a folder that is new or empty."
         )
+
+
+def _may_be_left(name: str, mark: str) -> bool:
+    """Whether a file may be of a run that ended before it wrote the mark: a lock, or a file that was not finished."""
+    return name.startswith(f".{mark}") or (name.startswith(".") and name.endswith((".lock", ".part")))

@@ -21,7 +21,8 @@ ANSWERS = "answers.jsonl"
 
 def _id(entry: dict) -> str | None:
     """The id of the example that a line answers; None: this command did not write the line."""
-    return entry["id"] if {"answer", "ended"} <= entry.keys() else None
+    texts = isinstance(entry["id"], str) and isinstance(entry["answer"], str)
+    return entry["id"] if texts and "ended" in entry else None
 
 
 LINES = Lines("minigpt4 evaluate", "answer", b'{"id": ', _id)

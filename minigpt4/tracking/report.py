@@ -59,13 +59,7 @@ def report(folder: Path) -> str:
 
 def _tiles(run: plot.Run) -> str:
     """The figures of the run as a whole."""
-    lines = [line for line in run.lines if "loss" in line]
-    steps = [line["step"] for line in lines]
-    counts = [step - before for before, step in pairwise([steps[0] - 1, *steps])] if steps else []
-    seconds, waiting = (
-        sum(line[name] * count for line, count in zip(lines, counts, strict=True))
-        for name in ("step_seconds", "data_seconds")
-    )
+    seconds, waiting = _total(run, "step_seconds"), _total(run, "data_seconds")
     peaks = {name: max(run.curve(name)[1], default=0) for name in ("gpu_memory_mib", "host_memory_mib")}
     speeds = sorted(run.curve("images_per_second")[1])
     shown = {
@@ -79,6 +73,13 @@ def _tiles(run: plot.Run) -> str:
         "memory of the process": f"{peaks['host_memory_mib'] / 1024:.1f} GiB" if peaks["host_memory_mib"] else "",
     }
     return f"<div class=tiles>{''.join(f'<div><b>{v}</b>{k}</div>' for k, v in shown.items() if v)}</div>"
+
+
+def _total(run: plot.Run, name: str) -> float:
+    """The sum over all steps of a value that each line has as a mean over the steps since the line before."""
+    steps, values = run.curve(name)
+    starts = [steps[0] - 1, *steps] if steps else []
+    return sum(value * (step - before) for value, (before, step) in zip(values, pairwise(starts), strict=True))
 
 
 def _last(run: plot.Run, name: str) -> str:
@@ -132,6 +133,8 @@ def _data(run: plot.Run) -> str:
     shares = {}
     for line in run.lines:
         for name, value in line.items():
+            if not isinstance(value, int | float):
+                continue
             if found := COUNT.fullmatch(name):
                 counts[(found[1].replace("_", " "), found[2], found[3])] += value
             elif name.startswith("share/"):
