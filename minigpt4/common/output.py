@@ -42,6 +42,13 @@ def make_folder(folder: Path) -> None:
         raise ConfigError(f"--out {folder} cannot be a folder: {error.strerror}. Name another place.") from None
 
 
+def write_whole(path: Path, text: str) -> Path:
+    """Write a file as a whole, in place of an earlier one, which stays if this fails. Returns its path."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text, encoding="utf-8", errors="backslashreplace")
+    return part.replace(path)
+
+
 def own_folder(folder: Path, mark: str) -> None:
     """Create a folder for a command's files, or go on with the one that an earlier run made.
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from minigpt4.common import dist_utils
 from minigpt4.common.errors import ConfigError
+from minigpt4.common.output import write_whole
 from minigpt4.common.resumable import Lines, open_output
 from minigpt4.common.text import pluralize
 from minigpt4.evaluation.example import Answer, Example
@@ -88,8 +89,6 @@ def write_results(folder: Path, name: str, task: str, examples: Sequence[Example
         "table.tex": latex,
     }
     for file, text in results.items():
-        part = folder / f".{file}.part"
-        part.write_text(text, encoding="utf-8", errors="backslashreplace")
-        part.replace(folder / file)
+        write_whole(folder / file, text)
     logging.info("Written to %s: %s.", folder, ", ".join([ANSWERS, *results]))
     return markdown

@@ -13,6 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from minigpt4.common.output import write_whole
 from minigpt4.tracking import plot
 from minigpt4.tracking.run_files import CONFIG, ENVIRONMENT, without_passwords
 
@@ -26,9 +27,7 @@ COUNT = re.compile(r"(left_out|cut_off|broke_up)/([^/]*)/(.*)")
 def write_report(folder: Path) -> Path | None:
     """Write the report of a run into its folder; None: it failed, and a warning says why."""
     try:
-        page, part = report(folder), folder / f".{NAME}.part"
-        part.write_text(page, encoding="utf-8", errors="backslashreplace")
-        return part.replace(folder / NAME)
+        return write_whole(folder / NAME, report(folder))
     except Exception as error:  # the run is done; nothing here may make it look as if it failed
         logging.warning("%s was not written: %s: %s", folder / NAME, type(error).__name__, error)
         return None
