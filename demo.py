@@ -10,7 +10,7 @@ import argparse
 import sys
 
 from minigpt4.cli.arguments import add_model_arguments, check_address
-from minigpt4.common.commands import accept_any_text, check_positive
+from minigpt4.common.commands import accept_any_text, check_dashes, check_positive
 from minigpt4.common.config import Config
 from minigpt4.common.errors import format_error, is_mistake
 from minigpt4.doctor.checks import log_warnings, preflight
@@ -27,6 +27,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--auth", nargs="+", type=_account, metavar="USER:PASSWORD", help="who may use the page")
     parser.add_argument("--concurrency", type=int, default=1, metavar="N", help="answers computed at the same time")
     parser.add_argument("--max-upload-mb", type=float, default=20, metavar="N", help="largest file")
+    check_dashes(sys.argv[1:] if argv is None else argv)
     args = parser.parse_args(argv)
     check_positive(parser, args, ("concurrency", "max_upload_mb"))
     return args
@@ -49,6 +50,7 @@ def main(argv: list[str] | None = None) -> None:
         check_address(args.host, args.port)
     warnings = preflight(cfg, training=False, gpu=args.gpu_id)
     options = {name: getattr(args, name) for name in ("host", "port", "share", "auth", "concurrency", "max_upload_mb")}
+    # Here stood demo.launch(share=True): its arguments are flags now, --share, --host 0.0.0.0 (server_name) and --port.
     with serve(**options, emoji=cfg.model_cfg.get("model_type") == "tiny") as page:
         log_warnings(warnings)
 

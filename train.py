@@ -14,7 +14,7 @@ import logging
 import sys
 
 from minigpt4.cli.arguments import add_config_arguments
-from minigpt4.common.commands import accept_any_text
+from minigpt4.common.commands import accept_any_text, check_dashes
 from minigpt4.common.config import Config
 from minigpt4.common.errors import format_error, is_mistake
 from minigpt4.doctor.checks import log_warnings, preflight
@@ -24,6 +24,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_config_arguments(parser, "the run's YAML file")
     parser.add_argument("--offline", action="store_true", help="fetch nothing; a file that is not cached is an error")
+    check_dashes(sys.argv[1:] if argv is None else argv)
     return parser.parse_args(argv)
 
 

@@ -54,6 +54,7 @@ def convert(source: Path, target: Path, limit: int | None = None, rows_per_file:
     counts: Counter[str] = Counter()
     size = source.stat().st_size
     with open(source, "rb") as file, tqdm.wrapattr(file, "read", total=size, desc=source.name) as wrapped:
+        # Tutorials cut the first release's `rows = …` here; --limit 1000 takes the first 1,000 pairs.
         pairs = islice(read_pairs(wrapped, counts), limit)
         for path, first in zip(_paths(target, rows_per_file), pairs, strict=False):
             rest = islice(pairs, rows_per_file - 1) if rows_per_file else pairs
@@ -132,6 +133,8 @@ def main(usage: str | None = __doc__, name: str = NAME, argv: list[str] | None =
         "--rows-per-file", type=_positive, metavar="N", help=f"write files of N rows into a folder ({name}/)"
     )
     args = parser.parse_args(argv)
+    if args.limit is None:
+        print("Converting all pairs. For a first try, --limit 1000 takes the first 1,000.", file=sys.stderr)
     try:
         counts = convert(args.input, args.output, args.limit, args.rows_per_file)
     except FileNotFoundError:

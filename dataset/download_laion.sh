@@ -53,6 +53,7 @@ fi
 
 export NO_ALBUMENTATIONS_UPDATE=1 # a library of img2dataset's would ask the network for news
 
+# Tutorials edit --enable_wandb here: it is off. WANDB=True turns it on.
 exec "$IMG2DATASET" --url_list "$URL_LIST" --input_format tsv --url_col url --caption_col caption \
   --output_format webdataset --output_folder "$OUTPUT_FOLDER" \
   --processes_count "${PROCESSES:-16}" --thread_count "${THREADS:-128}" --image_size "${IMAGE_SIZE:-256}" \

@@ -7,7 +7,7 @@ python -m minigpt4 serve --cfg-path eval_configs/minigpt4_eval.yaml
 
 import sys
 
-from minigpt4.common.commands import accept_any_text, dispatch
+from minigpt4.common.commands import accept_any_text, check_dashes, dispatch
 
 COMMANDS = {
     "chat": "chat about pictures in the terminal",
@@ -16,6 +16,7 @@ COMMANDS = {
     "serve": "serve OpenAI's chat completions over HTTP",
     "bench": "time training steps, answers, or the reading of pictures",
     "cache-features": "compute image features once, to train from them",
+    "merge": "write the language model with its LoRA adapters merged in",
     "data": "check datasets, show samples as the model reads them, or convert them",
     "plot": "draw the curves of runs, to compare them",
     "report": "write the page about a run that has not ended by itself",
@@ -32,8 +33,10 @@ def main(argv: list[str] | None = None) -> int | str | None:
     from minigpt4.common.errors import format_error, is_mistake
 
     accept_any_text()
+    arguments = sys.argv[1:] if argv is None else argv
     try:
-        return dispatch(sys.argv[1:] if argv is None else argv, __doc__, COMMANDS, _module_of)
+        check_dashes(arguments)
+        return dispatch(arguments, __doc__, COMMANDS, _module_of)
     except Exception as error:
         if not is_mistake(error):
             raise

@@ -70,6 +70,23 @@ def loss_and_gradient(model, samples: dict) -> tuple[dict, torch.Tensor]:
     return output, model.llama_proj.weight.grad.clone()
 
 
+def uncompiled(model) -> None:
+    """Let everything that was set up compute as it is: no compiler, no graphs."""
+    from minigpt4.fast.llama import FusedLlama
+    from minigpt4.fast.vit import FusedViT
+    from minigpt4.models.mini_gpt4 import summed_cross_entropy
+
+    step = model.step
+    step.graphed_vision = step.loss_and_gradient = None
+    step.summed_cross_entropy = summed_cross_entropy
+    for part in model.modules():
+        part._compiled_call_impl = None
+    if step.fused_llama:
+        step.fused_llama = FusedLlama(model.llama_model, compiled=False)
+    if step.fused_vit:
+        step.fused_vit = FusedViT(model.visual_encoder, compiled=False)
+
+
 class Pictures(torch.utils.data.Dataset):
     """Pictures and captions held in memory."""
 

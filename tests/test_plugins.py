@@ -101,15 +101,8 @@ def texts(monkeypatch):
 
 
 def test_every_plugin_of_the_page_is_run_here():
-    assert MODULES == [
-        "my_dataset",
-        "my_eval_task",
-        "my_model",
-        "my_processor",
-        "my_schedule",
-        "my_small_model",
-        "my_task",
-    ]
+    names = ["dataset", "eval_task", "model", "processor", "projector", "schedule", "small_model", "task"]
+    assert MODULES == [f"my_{name}" for name in names]
     assert PAGE.count("```python") == len(MODULES)
 
 
@@ -152,10 +145,16 @@ def test_processor(run, small, texts):
 
 
 def test_model_that_changes_a_part(run, small):
-    done = run(["my_dataset", "my_model"], small, part("model"))
+    done = run(["my_dataset", "my_model"], small, part("model", "arch"))
     layers = {f"llama_proj.{layer}.{kind}" for layer in (0, 2) for kind in ("weight", "bias")}
     assert set(done["model"]) == layers
     assert done["config"]["model"]["arch"] == "mini_gpt4_mlp"
+
+
+def test_projector(run, small):
+    done = run(["my_dataset", "my_projector"], small, part("model", "projector"))
+    assert {name.rpartition(".")[0] for name in done["model"]} == {"llama_proj.0", "llama_proj.1"}
+    assert done["llm_fingerprint"]["projector"] == "normed"
 
 
 def test_model_of_its_own(run):

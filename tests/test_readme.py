@@ -9,14 +9,14 @@ import pytest
 from dataset_files import picture_bytes
 from helpers import ROOT
 
-from minigpt4.common import schema
+from minigpt4.common import model_schema, schema
 from minigpt4.common.config import parse_options
 
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted(ROOT.glob("docs/*.md"))]
+PAGES = [*ROOT.glob("*.md"), ROOT / "docker/README.md", *sorted(ROOT.glob("docs/**/*.md"))]
 README, FIDELITY = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/fidelity.md"))
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
         if "://" in target:
@@ -29,7 +29,7 @@ def test_links_lead_somewhere(page):
             assert anchor in {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_commands_name_files_and_keys_that_exist(page):
     text = page.read_text(encoding="utf-8")
     for path in re.findall(r"--cfg-path (\S+\.yaml)", text):
@@ -87,9 +87,9 @@ def test_fidelity_names_tests_that_exist():
 def test_fidelity_lists_the_inert_keys():
     sections = {schema.RunConfig: "run", schema.MiniGPT4Config: "model", schema.EnvConfig: "env"}
     sections[schema.DatasetConfig] = "datasets.<name>"
-    source = ast.parse(Path(schema.__file__).read_text(encoding="utf-8"))
+    files = [Path(module.__file__) for module in (schema, model_schema)]
     inert = set()
-    for node in source.body:
+    for node in [node for file in files for node in ast.parse(file.read_text(encoding="utf-8")).body]:
         if isinstance(node, ast.ClassDef):
             section = {cls.__name__: name for cls, name in sections.items()}.get(node.name, node.name)
             for key, text in zip(node.body, node.body[1:], strict=False):

@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch
-from dataset_files import picture_bytes, write_tar
+from dataset_files import picture_bytes, write_align, write_shards, write_tar
 from helpers import ROOT
 from safetensors.torch import save_file
 
@@ -60,6 +60,39 @@ def test_stage1_then_stage2_then_captions(configs, tmp_path, caplog):
     assert torch.equal(model.llama_proj.weight.data, second["model"]["llama_proj.weight"])
     answers = model.generate(torch.randn(2, 3, 28, 28), model.prompt_list[:2], max_new_tokens=5)
     assert [type(a) for a in answers] == [str, str]
+
+
+def test_the_lines_that_a_tutorial_waits_for(tmp_path, caplog):
+    """Both stages on the tiny default say what the first release said, in its order, beside our own lines."""
+    caplog.set_level("INFO")
+    for name in ("laion", "cc_sbu"):
+        write_shards(tmp_path / name, count=2, samples=8)
+    write_align(tmp_path / "align", records=9)
+    run = [f"run.output_dir={tmp_path}/out", "run.iters_per_epoch=1", "run.max_epoch=1", "run.num_workers=0"]
+    run += ["run.batch_size_train=2", "run.device=cpu"]
+    shards = [f"datasets.{name}.build_info.storage={tmp_path}/{name}/*.tar" for name in ("laion", "cc_sbu")]
+    main(["--cfg-path", f"{ROOT}/train_configs/minigpt4_tiny_stage1_pretrain.yaml", "--options", *run, *shards])
+    (stage1,) = (tmp_path / "out").iterdir()
+    parts = [f"Loading {part}{end}" for part in ("VIT", "Q-Former", "LLAMA") for end in ("", " Done")]
+    parts.insert(1, f"cache_file_path: {ROOT}/minigpt4/assets/tiny/vision.safetensors")
+    end = ["No validation splits found.", "Start training", "Start training epoch 0, 1 iters per inner epoch."]
+    assert_in_order(caplog, [*parts, *end])
+    assert "Loaded 0 records" not in caplog.text and "dataset_ratios not specified" not in caplog.text
+
+    caplog.clear()
+    align = [f"datasets.cc_sbu_align.build_info.storage={tmp_path}/align", f"model.ckpt={stage1}"]
+    main(["--cfg-path", f"{ROOT}/train_configs/minigpt4_tiny_stage2_finetune.yaml", "--options", *run, *align])
+    prompt = "###Human: <Img><ImageHere></Img> Describe this image in detail. ###Assistant: "
+    middle = [f"Load 4 training prompts\nPrompt Example \n{prompt}", f"Load BLIP2-LLM Checkpoint: {stage1}"]
+    middle += ["Loaded 9 records for train split from the dataset.", "dataset_ratios not specified, "]
+    assert_in_order(caplog, [*parts, *middle, *end])
+
+
+def assert_in_order(caplog, lines):
+    """Each line begins a log message, and comes after the line before it."""
+    messages = iter([record.getMessage() for record in caplog.records])
+    for line in lines:
+        assert any(message.startswith(line) for message in messages), line
 
 
 @pytest.mark.slow
@@ -116,6 +149,7 @@ def test_torchrun_with_two_ranks(configs, tmp_path):
     assert done.returncode == 0, done.stderr
     assert (run_folder(tmp_path, "stage1") / "checkpoint_0.pth").exists()
     assert done.stderr.count("Start training epoch 0") == 1  # rank 0 alone logs
+    assert done.stderr.count("| distributed init (rank 0, world 2): env://") == 1
 
 
 @pytest.mark.slow

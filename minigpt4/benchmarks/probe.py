@@ -62,7 +62,7 @@ def longest_batch(model, batch_size: int) -> dict:
     """Random images (or features, for a model without vision) and texts that fill `max_txt_len` tokens."""
     texts = ["word " * model.max_txt_len] * batch_size
     if model.visual_encoder is None:
-        queries, width = model.query_tokens.shape[1], model.llama_proj.in_features
+        queries, width = model.query_tokens.shape[1:]
         return {"image_features": torch.randn(batch_size, queries, width), "text_input": texts}
     size = model.visual_encoder.image_size
     return {"image": torch.randn(batch_size, 3, size, size), "text_input": texts}

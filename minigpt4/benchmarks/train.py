@@ -5,6 +5,7 @@
     python -m minigpt4 bench train --compare run.compile=false # two settings in one process, step by step in turn
     python -m minigpt4 bench train --cfg-path train_configs/minigpt4_tiny_stage1_pretrain.yaml   # a config, its data
     python -m minigpt4 bench train --compare run.fp8=True --warmup 0 --steps 100   # how a setting changes the loss
+    python -m minigpt4 bench train --work S2/12 --compare 'model.lora={r: 64, dropout: 0}'   # LoRA adapters, or none
     torchrun --nproc_per_node 4 -m minigpt4 bench train        # any of these on several GPUs, except --baseline
 
 A step is: images on the host, forward, backward, optimizer step, loss read. Captions have 8 to 24 tokens in stage 1
@@ -120,6 +121,7 @@ def time_full_size(args: argparse.Namespace, folder: str, device) -> Iterator[di
 def random_runner(args: argparse.Namespace, stage: int, options: list[str], device):
     """A runner with the stage's settings, and a model with random weights on `device`."""
     from minigpt4.common import dist_utils
+    from minigpt4.models import loading
     from minigpt4.runners import RunnerBase
     from minigpt4.tasks import ImageTextPretrainTask
 
@@ -127,6 +129,7 @@ def random_runner(args: argparse.Namespace, stage: int, options: list[str], devi
     dtype = dist_utils.select_dtype(device, cfg.run_cfg.amp, cfg.run_cfg.amp_dtype)
     load_in = cfg.model_cfg.load_in or args.load_in
     model = random_model(device, dtype, args.small, load_in, cfg.model_cfg.llm_grad_checkpoint)
+    loading.add_adapters(model, cfg.model_cfg)
     model.max_txt_len, model.end_sym = cfg.model_cfg.max_txt_len, " ."
     model.prompt_list = [" w" * 11 + "<ImageHere>" + " w" * 11] if stage == 2 else []
     datasets = {"random": {"train": [None] * 256}}  # the runner needs their length only

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from minigpt4.common.errors import ConfigError
 from minigpt4.common.settings import broken_bound
 
 
@@ -22,6 +23,13 @@ def accept_any_text() -> None:
     for stream, errors in ((sys.stdout, "json_escape"), (sys.stderr, "json_escape"), (sys.stdin, "replace")):
         if hasattr(stream, "reconfigure"):  # not of a notebook
             stream.reconfigure(errors=errors)
+
+
+def check_dashes(arguments: Iterable[str]) -> None:
+    """Raise ConfigError for a flag such as `—options`, whose two hyphens a text editor made one dash."""
+    for argument in arguments:
+        if match := re.fullmatch("[–—−‐‑‒―－]-?([a-z][a-z-]+)", argument):
+            raise ConfigError(f"{argument} does not begin with hyphens. Write --{match[1]}")
 
 
 def dispatch(

@@ -67,15 +67,17 @@ def version(tensor: Any) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
-def recomputed(layer: Any) -> Any:
+def recomputed(layer: Any, preserve_rng_state: bool = False) -> Any:
     """A layer that recomputes its activations in the backward pass, under the same parameter names.
+
+    preserve_rng_state: for a layer that draws random numbers.
 
     torch documents the wrapper for FSDP only by example. If it goes: a module of our own around
     torch.utils.checkpoint, with hooks that keep the names of the state dict.
     """
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-    return checkpoint_wrapper(layer, preserve_rng_state=False)
+    return checkpoint_wrapper(layer, preserve_rng_state=preserve_rng_state)
 
 
 def without_recomputation(layer: Any) -> Any:

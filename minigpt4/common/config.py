@@ -257,9 +257,11 @@ class Config:
         try:
             values = OmegaConf.create(values)  # a copy
             for field in fields(schema):
-                if (keys := field.metadata.get("keys")) and isinstance(given := values.get(field.name), DictConfig):
-                    below = self._checked(f"{section}.{field.name}", given, keys)
-                    values[field.name] = {name: below[name] for name in given}
+                keys, key, given = field.metadata.get("keys"), f"{section}.{field.name}", values.get(field.name)
+                if keys and field.metadata["kind"] == "mappings" and given is not None:
+                    values[field.name] = self._checked_mappings(key, given, keys)
+                elif keys and isinstance(given, DictConfig):
+                    values[field.name] = self._checked_mapping(key, given, keys)
             typed = OmegaConf.structured(schema)
             if wrong := conflict(*(OmegaConf.to_container(each, resolve=False) for each in (typed, values))):
                 key, value = wrong
@@ -278,6 +280,19 @@ class Config:
             if "bounds" in metadata and (broken := broken_bound(value, metadata["bounds"], typed.get)):
                 raise ConfigError(f"{self._where(key, value)} {broken}.")
         return typed
+
+    def _checked_mapping(self, key: str, given: DictConfig, keys: type) -> dict:
+        """`_checked`, without the keys that are not given."""
+        below = self._checked(key, given, keys)
+        return {name: below[name] for name in given}
+
+    def _checked_mappings(self, key: str, given: Any, keys: type) -> dict:
+        """The mappings in a mapping, checked."""
+        named = given.items() if isinstance(given, DictConfig) else []
+        for where, value in [(key, given), *((f"{key}.{name}", each) for name, each in named)]:
+            if not isinstance(value, DictConfig):
+                raise ConfigError(f"{self._where(where, value)} must be a mapping.")
+        return {name: self._checked_mapping(f"{key}.{name}", each, keys) for name, each in named}
 
     def _check_texts(self, section: str, values: DictConfig, schema: type) -> None:
         """Raise ConfigError for a text that YAML has read as a number or a truth value: 007 would become 7."""

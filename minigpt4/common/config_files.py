@@ -1,14 +1,17 @@
 """Sources of settings: YAML files, and the default files that belong to a request."""
 
+import codecs
 import importlib
 import re
 from functools import cache
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from minigpt4 import PACKAGE_ROOT
+from minigpt4.common import typography
 from minigpt4.common.errors import ConfigError, check_names
 from minigpt4.common.registry import RegistrationError, registry
 from minigpt4.common.schema import MiniGPT4Config
@@ -20,16 +23,47 @@ OmegaConf.register_resolver("package", lambda path: str(PACKAGE_ROOT / path), re
 
 
 def load_yaml(path: str | Path) -> DictConfig:
-    """Read a YAML file whose sections are mappings. Raises ConfigError that names the file."""
+    """Read a YAML file whose sections are mappings. Raises ConfigError that names the file, and the line if it can."""
+    text = _read_text(path)
     try:
-        loaded = OmegaConf.load(path)
-    except OSError as error:
-        raise ConfigError(f"Cannot read {path}: {error.strerror}. Give the YAML file with --cfg-path.") from None
-    except Exception as error:  # the errors of yaml share no public base class
-        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+        loaded = OmegaConf.load(StringIO(text))
+        slip, advice = typography.slip_in_yaml(text), ". If this text is meant, put it in quotes."
+    except Exception as error:  # the errors of yaml and OmegaConf share no base class
+        mark = getattr(error, "problem_mark", None)
+        slip, advice = typography.slip_before(text, mark.line + 1) if mark else None, "."
+        if slip is None:
+            raise ConfigError(f"{path} is not valid YAML{_described(error)}") from None
+    if slip:
+        raise ConfigError(f"{path}, line {slip.line}: {slip}{advice}")
     if not isinstance(loaded, DictConfig):
         raise ConfigError(f"{path} must hold a mapping with sections such as run: and model:.")
     return with_sections(loaded, path)
+
+
+def _read_text(path: str | Path) -> str:
+    """The text of a file in UTF-8, or in UTF-16 with a byte-order mark."""
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise ConfigError(f"Cannot read {path}: {error.strerror}. Give the YAML file with --cfg-path.") from None
+    is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        return content.decode("utf-16" if is_utf16 else "utf-8-sig").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        line, byte = content[: error.start].count(b"\n") + 1, content[error.start]
+        raise ConfigError(
+            f"{path}, line {line}: the byte 0x{byte:02x} is not UTF-8. Save the file in UTF-8, in the editor or with "
+            "iconv (Chinese Windows: iconv -f GBK -t UTF-8 OLD > NEW)."
+        ) from None
+
+
+def _described(error: Exception) -> str:
+    """The end of a message about an error of yaml."""
+    mark, context = getattr(error, "problem_mark", None), getattr(error, "context_mark", None)
+    if mark is None:
+        return f": {error}"
+    began = f" ({error.context}, from line {context.line + 1} on)" if context else ""
+    return f", line {mark.line + 1}, column {mark.column + 1}: {error.problem}{began}."
 
 
 def with_sections(source: DictConfig, where: str | Path) -> DictConfig:

@@ -140,6 +140,19 @@ class PlacedModelClass(Protocol):
         """Build the model on `device`, frozen parts in `dtype`; both are passed as keywords."""
 
 
+class Projector(Protocol):
+    """A class registered for `model.projector`: a `torch.nn.Module` between Q-Former and language model.
+
+    Checkpoints have its parameters as `llama_proj.*`.
+    """
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        """Called with the widths of the Q-Former and of the language model, on the model's device."""
+
+    def __call__(self, features: "torch.Tensor", /) -> "torch.Tensor":
+        """Map features [...,W] float32 to [...,D]; W and D are the two widths. Called under autocast in 16 bit."""
+
+
 class Task(Protocol):
     """Builds datasets and model, and takes one step. An instance is made once per process by `setup_task`."""
 
@@ -350,7 +363,11 @@ class LRScheduler(Protocol):
         warmup_start_lr: float = -1,
         decay_rate: float = 1,
     ) -> None:
-        """Called once; the last three arguments are keywords. A negative warmup_start_lr stands for init_lr."""
+        """Called once; the last three arguments are keywords. A negative warmup_start_lr stands for init_lr.
+
+        With `run.lr_groups`, once for each part that they name and once for the others; then `optimizer` has nothing
+        but `param_groups`.
+        """
 
     def step(self, cur_epoch: int, cur_step: int) -> Any:
         """Set "lr" in each of `optimizer.param_groups`. The result is not used.

@@ -11,8 +11,10 @@ from functools import cache
 import torch
 import torch.distributed as dist
 
-from minigpt4.common import gpus
+from minigpt4.common import first_release, gpus
 from minigpt4.common.errors import ConfigError
+
+__getattr__ = first_release.attributes_of(__name__)  # for names that are gone
 
 # A rank that waits longer than this for the others stops with an error instead of hanging.
 TIMEOUT = timedelta(minutes=20)
@@ -99,6 +101,7 @@ def init_process_group(device: torch.device, backend: str | None = None, distrib
         return
     if not distributed:
         raise ConfigError(f"run.distributed=False, but torchrun started {world_size} processes. Set it to True.")
+    logging.info("| distributed init (rank %d, world %d): env://", int(os.environ["RANK"]), world_size)
     backend = backend or ("nccl" if device.type == "cuda" else "gloo")
     dist.init_process_group(backend, timeout=TIMEOUT, device_id=device if backend == "nccl" else None)
 

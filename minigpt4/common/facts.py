@@ -11,7 +11,7 @@ from pathlib import Path
 
 from minigpt4 import PACKAGE_ROOT
 from minigpt4.common.errors import ConfigError
-from minigpt4.common.schema import BLIP2_URL, VIT_KEYS, VIT_MODELS
+from minigpt4.common.model_schema import BLIP2_URL, VIT_KEYS, VIT_MODELS
 
 # The place of an image's vectors in a text.
 IMAGE_SLOT = "<ImageHere>"
@@ -104,6 +104,11 @@ def offline() -> bool:
 def go_offline() -> None:
     """Fetch nothing from now on. Call it before the libraries that fetch are imported."""
     os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def is_adapter(parameter: str) -> bool:
+    """Whether a name is that of an adapter's parameter, as peft names them."""
+    return ".lora_" in parameter
 
 
 def is_url(value: str) -> bool:

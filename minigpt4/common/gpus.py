@@ -12,6 +12,8 @@ DEVICES = ("cuda", "cpu", "mps")
 DEVICE = rf"({'|'.join(DEVICES)})(:\d+)?"
 # The oldest driver for each CUDA that torch is built with (NVIDIA's table of minor version compatibility).
 OLDEST_DRIVER = {"12": 525, "13": 580}
+# The newest torch that is known to be built with CUDA 12, for drivers from 525 up (docs/installation.md).
+TORCH_OF_CUDA_12 = "pip install torch==2.12.0 torchvision==0.27.0 --index-url https://download.pytorch.org/whl/cu126"
 SECONDS = 30  # for nvidia-smi, which may hang with its driver
 ON_THE_CPU = "To run on the CPU: --options run.device=cpu"
 
@@ -34,31 +36,62 @@ def is_there() -> bool:
     return any(Path("/dev").glob("nvidia[0-9]*"))
 
 
+def driver_version() -> str | None:
+    """The version of NVIDIA's driver, such as "535.104.05"; None: it does not tell."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        shown = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    found = re.match(r"\d+(\.\d+)+$", shown.stdout, re.MULTILINE)
+    return found[0] if found else None
+
+
 def why_unusable() -> str | None:
     """Why torch cannot use the GPU that is there, and what to install; None: it can, or there is no GPU."""
     import torch
 
     if torch.cuda.is_available() or not is_there():
         return None
-    version = torch.version.cuda
-    if version is None:
-        reason, fix = "it is built without CUDA", "Install torch with CUDA (docs/installation.md)."
-    else:
-        try:
-            torch.cuda.init()
-            reason = "it finds none"
-        except Exception as error:  # its types are not documented
-            reason = re.split(r"[.\n]\s", f"{error} ")[0].strip().rstrip(".")
-        oldest = OLDEST_DRIVER.get(version.split(".")[0])
-        needed = f"driver {oldest} or newer" if oldest else "a newer driver"
-        fix = (
-            f"CUDA {version}, which it is built with, needs {needed}; nvidia-smi shows yours. Install that driver, or "
-            "a torch built with an older CUDA (docs/installation.md)."
-        )
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible:
+    reason, fix = _reason_and_fix(driver_version())
+    if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
         fix += f" Or check CUDA_VISIBLE_DEVICES={visible}."
     return f"there is a GPU, but torch {torch.__version__} cannot use it: {reason}. {fix}"
+
+
+def _reason_and_fix(driver: str | None) -> tuple[str, str]:
+    """Three cases: torch is built without CUDA; with one that is too new for the driver; or something else is wrong."""
+    import torch
+
+    version, major = torch.version.cuda, int(driver.split(".")[0]) if driver else None
+    oldest = OLDEST_DRIVER.get(version.split(".")[0]) if version else max(OLDEST_DRIVER.values())
+    is_too_old = major and oldest and major < oldest
+    with_cuda_12 = f"{TORCH_OF_CUDA_12} (docs/installation.md)" if is_too_old and major >= OLDEST_DRIVER["12"] else ""
+    if version is None and is_too_old:
+        fix = with_cuda_12 or f"Install driver {oldest} or newer first (docs/installation.md)"
+        return "it is built without CUDA", f"For your driver {driver}: {fix}."
+    if version is None:
+        return "it is built without CUDA", "Install torch with CUDA (docs/installation.md)."
+    if is_too_old:
+        fix = f"Install driver {oldest} or newer" + (
+            f", or a torch for this driver: {with_cuda_12}" * bool(with_cuda_12)
+        )
+        return f"CUDA {version}, which it is built with, needs driver {oldest} or newer; yours is {driver}", f"{fix}."
+    try:
+        torch.cuda.init()
+        reason = "it finds none"
+    except Exception as error:  # its types are not documented
+        reason = re.split(r"[.\n]\s", f"{error} ")[0].strip().rstrip(".")
+    if major and oldest:
+        return reason, (
+            f"Your driver {driver} is new enough for its CUDA {version}. After an update of the driver, restart the "
+            "machine; start a container with --gpus all."
+        )
+    needed = f"driver {oldest} or newer" if oldest else "a newer driver"
+    return reason, (
+        f"CUDA {version}, which it is built with, needs {needed}; nvidia-smi shows yours. Install that driver, or a "
+        "torch built with an older CUDA (docs/installation.md)."
+    )
 
 
 def unsupported_architecture(index: int) -> str | None:

@@ -16,7 +16,10 @@ from pathlib import Path
 import psutil
 import torch
 
+from minigpt4.common import first_release
 from minigpt4.common.dist_utils import all_reduce_sum
+
+__getattr__ = first_release.attributes_of(__name__)  # for names that are gone
 
 # Decimals in progress lines, of values that are not shown with four.
 DIGITS = {"lr": 6}

@@ -1,13 +1,20 @@
 """Learning-rate schedules and AdamW's parameter groups."""
 
 import math
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
-from minigpt4.common.errors import ConfigError
+from minigpt4.common import first_release
+from minigpt4.common.errors import ConfigError, check_names
 from minigpt4.common.registry import registry
+from minigpt4.common.schema import LrGroup, RunConfig
+from minigpt4.common.trained_parts import part_of, rates_of_parts
+
+__getattr__ = first_release.attributes_of(__name__)  # for names that are gone
 
 # Parameters whose name contains one of these are not decayed, nor are vectors.
 NO_DECAY = ("bias", "ln", "bn")
@@ -76,19 +83,80 @@ class LinearWarmupStepLR(_Schedule):
         return max(self.min_lr, self.init_lr * self.decay_rate**epoch)
 
 
-def create_optimizer(model: nn.Module, lr: float, weight_decay: float, beta2: float) -> torch.optim.AdamW:
+class _GroupsOfPart:
+    """The parameter groups of one part, in the place of the optimizer that a schedule gets."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, part: str | None):
+        self.optimizer, self.part = optimizer, part
+
+    @property
+    def param_groups(self) -> list[dict]:  # the optimizer makes new ones when a state is loaded
+        return [group for group in self.optimizer.param_groups if group.get("part") == self.part]
+
+
+class PartSchedules:
+    """A schedule for each part of `run.lr_groups`, and one for all others."""
+
+    def __init__(self, schedules: list):
+        self.schedules = schedules
+
+    def step(self, cur_epoch: int, cur_step: int) -> None:
+        """Set the learning rates."""
+        for schedule in self.schedules:
+            schedule.step(cur_epoch=cur_epoch, cur_step=cur_step)
+
+
+def create_schedule(run_cfg: RunConfig, optimizer: torch.optim.Optimizer, iters_per_epoch: int) -> Any:
+    """The schedule of a run: `run.lr_sched`, once for each part with rates of its own."""
+    schedule_class = registry.get_lr_scheduler_class(run_cfg.lr_sched)
+
+    def make(groups: Any, rates: RunConfig | LrGroup) -> Any:
+        return schedule_class(
+            groups,
+            run_cfg.max_epoch,
+            iters_per_epoch,
+            rates.min_lr,
+            rates.init_lr,
+            warmup_steps=rates.warmup_steps,
+            warmup_start_lr=run_cfg.warmup_lr,
+            decay_rate=run_cfg.lr_decay_rate,
+        )
+
+    parts = rates_of_parts(run_cfg)
+    if not parts:
+        return make(optimizer, run_cfg)
+    of_parts = [make(_GroupsOfPart(optimizer, part), rates) for part, rates in parts.items()]
+    return PartSchedules([make(_GroupsOfPart(optimizer, None), run_cfg), *of_parts])
+
+
+def create_optimizer(
+    model: nn.Module, lr: float, weight_decay: float, beta2: float, decay_of_parts: Mapping[str, float] | None = None
+) -> torch.optim.AdamW:
     """AdamW over the trainable parameters, in two groups: decayed and not decayed.
 
-    Raises ConfigError when nothing is trainable.
+    decay_of_parts: weight decay of the parts that get two groups of their own, in which "part" is the name.
+
+    Raises ConfigError when nothing is trainable, and for a part without a trainable parameter.
     """
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if not trainable:
         raise ConfigError(f"{type(model).__name__} has no trainable parameter: there is nothing to optimize.")
-    decayed = [p for name, p in trainable if p.ndim >= 2 and not any(part in name for part in NO_DECAY)]
-    in_decayed = {id(p) for p in decayed}
-    groups = [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": [p for _, p in trainable if id(p) not in in_decayed], "weight_decay": 0.0},
-    ]
+    decay_of_parts, train = decay_of_parts or {}, {part_of(name) for name, _ in trainable}
+    for part in decay_of_parts:
+        check_names([part], sorted(train), lambda name: f"run.lr_groups.{name}: no parameter of it trains")
+    groups = []
+    for part, decay in {None: weight_decay, **decay_of_parts}.items():
+        members = [(name, p) for name, p in trainable if _own_group(name, decay_of_parts) == part]
+        decayed = [p for name, p in members if p.ndim >= 2 and not any(each in name for each in NO_DECAY)]
+        in_decayed = {id(p) for p in decayed}
+        mark = {"part": part} if part else {}
+        groups.append({"params": decayed, "weight_decay": decay, **mark})
+        groups.append({"params": [p for _, p in members if id(p) not in in_decayed], "weight_decay": 0.0, **mark})
     fused = all(p.is_cuda for _, p in trainable)
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=(0.9, beta2), fused=fused)
+
+
+def _own_group(parameter: str, parts: Collection[str]) -> str | None:
+    """The part of a parameter, if it is one of `parts`."""
+    part = part_of(parameter)
+    return part if part in parts else None

@@ -18,12 +18,14 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from minigpt4.common import typography
 from minigpt4.common.config_files import shipped_datasets, with_sections
 from minigpt4.common.errors import ConfigError
 from minigpt4.common.registry import UnknownNameError, registry
 from minigpt4.common.schema import EnvConfig, MiniGPT4Config, PreprocessConfig, RunConfig, ShippedDatasetConfig
 
 PROCESSORS = ("vis_processor", "text_processor")
+OPTION = r"[A-Za-z_][\w-]*(\.[\w-]+)+=.*"
 ESCAPES = {"\\n": "\n", "\\t": "\t", "\\\\": "\\"}
 # The type of a key, and the `kind` of its setting.
 KeyType = tuple[Any, str]
@@ -43,15 +45,20 @@ def parse_options(
     """
     parsed, given, type_of = OmegaConf.create({}), {}, type_of or KeyTypes()
     for option in options:
-        key, equals, text = option.partition("=")
-        if not equals or not re.fullmatch(r"[A-Za-z_][\w-]*(\.[\w-]+)+", key):
+        key, _, text = option.partition("=")
+        if not re.fullmatch(OPTION, option, re.DOTALL):
             form = "section.key=value, without spaces around =, as in run.init_lr=1e-4"
-            raise ConfigError(f"--options {option!r} is not of the form {form}.")
+            typed = typography.plain(option).strip("\"' ")
+            typed = typed if "=" in typed else typed.replace(":", "=", 1)
+            hint = f" Write {typed!r}." if re.fullmatch(OPTION, typed) else ""
+            raise ConfigError(f"--options {option!r} is not of the form {form}.{hint}")
         if not text:
             raise ConfigError(
                 f"--options {option!r} has no value. Write it after the = without a space; {key}=null unsets the key, "
                 f"{key}='\"\"' empties it."
             )
+        if text[0] not in "\"'" and (slip := typography.slip_in_value(text)):
+            raise ConfigError(f"--options {key}: {slip}. If this text is meant, give it in quotes: {key}='\"…\"'")
         if key.endswith(".storage") and given.setdefault(key, text) != text:
             raise ConfigError(
                 f"--options gives {key} more than once: {given[key]!r} and {text!r}. Give it once; put quotes around "

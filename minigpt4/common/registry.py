@@ -23,13 +23,16 @@ from minigpt4 import PACKAGE_ROOT
 HOMES = {
     "builder": "minigpt4.datasets.builders",
     "task": "minigpt4.tasks",
-    "model": "minigpt4.models",
+    "model": "minigpt4.models.later_release",
     "processor": "minigpt4.processors",
     "lr_scheduler": "minigpt4.common.optims",
     "runner": "minigpt4.runners",
     "tracker": "minigpt4.tracking.trackers",
     "step": "minigpt4.fast.training_step",
     "llm_file": "minigpt4.weights.gguf",
+    "projector": "minigpt4.models.projectors",
+    "adapters": "minigpt4.models.lora",
+    "trained_parts": "minigpt4.common.trained_parts",
     "eval_task": "minigpt4.evaluation",
 }
 # Names whose module is imported only when they are asked for.
@@ -134,6 +137,7 @@ class Registry:
     register_processor = partialmethod(register, "processor")
     register_lr_scheduler = partialmethod(register, "lr_scheduler")
     register_runner = partialmethod(register, "runner")
+    register_projector = partialmethod(register, "projector")
 
     get_builder_class = partialmethod(get, "builder")
     get_task_class = partialmethod(get, "task")

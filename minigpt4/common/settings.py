@@ -26,7 +26,7 @@ def setting(
         choices: the texts that are allowed.
         keys: the dataclass of the keys of a mapping.
         kind: "path" for a text in which a backslash stays one; "texts" for a text or a list of texts, "name" for a text
-            or a mapping, whose type is Any.
+            or a mapping, whose type is Any; "mappings" for a mapping of names to mappings that have these `keys`.
         bounds: `at_least`, `at_most`, `more_than`, `less_than`: a number, or the name of another field. A number with
             bounds is finite.
     """

@@ -179,6 +179,14 @@ def report_left_out(left_out: Counter[LeftOut]) -> list[str]:
     return lines
 
 
+def left_out_counts(left_out: Counter[LeftOut]) -> dict[str, int]:
+    """The counts of all shards together by `verb/dataset/cause`, such as "left_out/laion/an empty caption"."""
+    counts: Counter[str] = Counter()
+    for (dataset, cause, _, verb), count in left_out.items():
+        counts[f"{verb.replace(' ', '_')}/{dataset}/{cause}"] += count
+    return dict(counts)
+
+
 class BatchMaker(Dataset):
     """Makes whole batches on request, in the workers. Each batch has its own seed.
 

@@ -1,5 +1,6 @@
 """Checks of the environment: libraries, device, GPU, shared memory."""
 
+import platform
 import re
 import shutil
 import sys
@@ -11,13 +12,14 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 from minigpt4.common import facts, gpus
+from minigpt4.common.python_version import LEAST_PYTHON
 from minigpt4.common.registry import UnknownNameError, registry
 from minigpt4.common.text import pluralize
 from minigpt4.doctor.diagnostic import WARNING, Diagnostic, error, ok, verdict, warning
 from minigpt4.doctor.machine import Gpu, readable
 from minigpt4.doctor.run_context import RunContext
 
-LEAST_PYTHON = (3, 11)
+LEAST_GLIBC = (2, 28)
 # Packages that some runs need. `check_optional_libraries` reports them where the config asks for them.
 OPTIONAL = ("bitsandbytes", "gradio", "sentencepiece")
 # The least compute capability for bfloat16, torch's newest builds, bitsandbytes' 8 bit, and fp8.
@@ -31,6 +33,10 @@ def check_versions(context: RunContext) -> Iterator[Diagnostic]:
     """Python and the libraries are in the ranges that are known to work."""
     if sys.version_info < LEAST_PYTHON:
         yield error("python", f"{sys.version.split()[0]} is older than 3.11", "Make an environment with a newer one.")
+    libc, glibc = platform.libc_ver()
+    if libc == "glibc" and tuple(map(int, glibc.split("."))) < LEAST_GLIBC:
+        what = f"{glibc} is older than 2.28, which the wheels of torch need"
+        yield warning("glibc", what, "Use a newer system, or the container in docker/ (docs/installation.md).")
     missing, wrong = [], []
     for requirement in _requirements():
         try:
@@ -68,6 +74,8 @@ def check_optional_libraries(context: RunContext) -> Iterator[Diagnostic]:
         needed["gguf"] = "a .gguf file"
     if context.llm_folder and (context.llm_folder / "tokenizer.model").is_file():
         needed["sentencepiece"] = "the language model's tokenizer.model"
+    if context.trained_parts.lora:
+        needed["peft"] = "model.lora"
     for package, reason in needed.items():
         if find_spec(package) is None:
             extra = " Or --options model.low_resource=False model.load_in=16bit" if package == "bitsandbytes" else ""

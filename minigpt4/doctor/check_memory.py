@@ -24,10 +24,12 @@ S2/12: it assumes a micro-batch of 1,536 tokens, that run's had 1,024. When the 
 again and change the constants here.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from minigpt4.common.facts import tokens_per_micro_batch
+from minigpt4.common.trained_parts import LORA, part_of
 from minigpt4.doctor.diagnostic import WARNING, Diagnostic, error, ok, verdict, warning
 from minigpt4.doctor.machine import MIB, Gpu, available_memory, readable
 from minigpt4.doctor.run_context import RunContext
@@ -81,9 +83,16 @@ def trainable_parameters(context: RunContext) -> int:
     """Parameters in a checkpoint. 0: the language model is not in a local folder."""
     if not context.llm:
         return 0
-    sizes, model = vision_parameters(context), context.model
-    unfrozen = (not model.freeze_vit) * sizes["vit"] + (not model.freeze_qformer) * sizes["qformer"]
-    return _numel(context.meta_model.llama_proj) + unfrozen
+    model, trained = context.meta_model, context.trained_parts.names
+    counts = {name: p.numel() for name, p in model.named_parameters() if part_of(name) in trained}
+    if not context.with_vision:
+        counts = {name: count for name, count in counts.items() if part_of(name) == "projector"}
+    return sum(counts.values()) + (adapter_parameters(context) if LORA in trained else 0)
+
+
+def adapter_parameters(context: RunContext) -> int:
+    """Parameters of the LoRA adapters: A and B of each matrix."""
+    return sum(context.trained_parts.lora.r * (outputs + inputs) for _, outputs, inputs in context.adapted_shapes)
 
 
 def longest_sequence(context: RunContext) -> int:
@@ -109,10 +118,11 @@ def estimate(context: RunContext) -> Memory | None:
         weights = (quantizable + others) * (4 if context.load_in == "16bit" else 2)
     else:
         weights = quantizable * BYTES_PER_PARAMETER[context.load_in] + others * 2
-    vit_bytes = 4 if full or context.model.vit_precision == "fp32" or not context.model.freeze_vit else 2
-    qformer_bytes = 4 if full or not context.model.freeze_qformer else 2
+    trained_names = context.trained_parts.names
+    vit_bytes = 4 if full or context.model.vit_precision == "fp32" or "vit" in trained_names else 2
+    qformer_bytes = 4 if full or "qformer" in trained_names else 2
     weights += sizes["vit"] * vit_bytes + sizes["qformer"] * qformer_bytes
-    weights += _numel(context.meta_model.llama_proj) * 4
+    weights += (_numel(context.meta_model.llama_proj) + adapter_parameters(context)) * 4
     if not context.training:
         tokens = 2000  # a chat's context at most
         return Memory(weights, 0, tokens * llm.layers * llm.kv_width * 2 * (4 if full else 2))
@@ -144,13 +154,25 @@ def _activations(context: RunContext) -> float:
     # A layer that recomputes its activations keeps only its input.
     recomputed = min(context.model.llm_grad_checkpoint, llm.layers)
     numbers = (llm.layers - recomputed) * values + recomputed * llm.width
-    total = at_once * numbers * 2 + labels * llm.vocabulary * LOGITS_BYTES
-    if not context.model.freeze_vit and context.with_vision:
+    total = at_once * (numbers + _values_of_adapters(context)) * 2 + labels * llm.vocabulary * LOGITS_BYTES
+    if "vit" in context.trained_parts.names and context.with_vision:
         vit, kept_layers = context.vit, 1 if context.model.use_grad_checkpoint else context.vit["depth"]
         image_tokens = (context.model.image_size // vit["patch_size"]) ** 2 + 1
         values = _values_of_layer("eager", vit["embed_dim"], int(vit["embed_dim"] * vit["mlp_ratio"]))
         total += batch * image_tokens * kept_layers * values * 2
     return total
+
+
+def _values_of_adapters(context: RunContext) -> int:
+    """Numbers that adapters keep of a token for the backward pass: the layers' inputs, and A's outputs.
+
+    Layers with the same input keep it once, unless each drops other numbers of it.
+    """
+    settings, kept = context.trained_parts.lora, {}
+    for name, _, inputs in context.adapted_shapes:
+        first = re.sub(r"\.(k_proj|v_proj)\.weight$", ".q_proj.weight", name.replace(".up_proj.", ".gate_proj."))
+        kept[name if settings.dropout else first] = inputs
+    return sum(kept.values()) + sum(settings.r for _ in context.adapted_shapes)
 
 
 def _values_of_layer(kind: str, width: int, ffn_width: int) -> float:

@@ -8,6 +8,7 @@ from minigpt4.common.config_files import shipped_datasets
 from minigpt4.common.errors import ConfigError
 from minigpt4.common.registry import UnknownNameError, registry
 from minigpt4.common.text import pluralize
+from minigpt4.common.trained_parts import rates_of_parts
 from minigpt4.doctor.check_memory import trainable_parameters
 from minigpt4.doctor.diagnostic import Diagnostic, error, ok, verdict, warning
 from minigpt4.doctor.machine import free_disk, is_writable, readable
@@ -20,11 +21,13 @@ CHECKPOINT_BYTES_PER_PARAMETER = 12
 
 
 def check_registry(context: RunContext) -> Iterator[Diagnostic]:
-    """Schedule and runner are registered, and processors can be made. Imports what registers them."""
+    """Schedule, runner and projector are registered, and processors can be made. Imports what registers them."""
     if not context.training:
         return
     run, datasets = context.run, context.cfg.datasets_cfg
-    for key, kind, name in (("run.lr_sched", "lr_scheduler", run.lr_sched), ("run.runner", "runner", run.runner)):
+    names = [("run.lr_sched", "lr_scheduler", run.lr_sched), ("run.runner", "runner", run.runner)]
+    names += [("model.projector", "projector", context.model.projector)] if context.is_ours else []
+    for key, kind, name in names:
         try:
             registry.get(kind, name)
         except UnknownNameError as mistake:
@@ -130,6 +133,18 @@ def check_length(context: RunContext) -> Iterator[Diagnostic]:
     if run.warmup_steps > run.iters_per_epoch and run.max_epoch > 1:
         what = f"{run.warmup_steps} is longer than an epoch, {run.iters_per_epoch}: the next one warms up again"
         yield warning("run.warmup_steps", what, f"--options run.warmup_steps={run.iters_per_epoch}")
+
+
+def check_trained_parts(context: RunContext) -> Iterator[Diagnostic]:
+    """The settings of what trains, and how fast, go together."""
+    parts = context.trained_parts
+    if not context.training:
+        return
+    for part in rates_of_parts(context.run):
+        if part not in parts.names:
+            what = f"no parameter of it trains; these parts do: {', '.join(sorted(parts.names))}"
+            yield error(f"run.lr_groups.{part}", what, f"Leave {part} out, or let it train (model.train).")
+    yield ok("model.train", f"trains {', '.join(sorted(parts.names))}")
 
 
 def check_output_folder(context: RunContext) -> Iterator[Diagnostic]:

@@ -96,7 +96,8 @@ def check_checkpoints(context: RunContext) -> Iterator[Diagnostic]:
         cfg = replace(context.local_model_cfg, ckpt=context.sources[key])
         try:
             if context.llm:
-                loading.check_width(trained, replace(cfg, llama_model=context.llm_source))
+                own = replace(cfg, llama_model=context.llm_source)
+                loading.check_trained(trained, content.get(fingerprint.KEY), own)
             sources = loading.Sources(vision=None, qformer=None, trained=trained, recorded=None)
             loading.load_rest(context.meta_model, cfg, sources, torch.device("meta"))
         except ConfigError as mistake:

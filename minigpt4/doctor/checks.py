@@ -43,6 +43,7 @@ QUICK_OF_MODEL: Stage = (
     check_files.check_remote_code,
     check_files.check_downloads,
     check_shapes.check_image_settings,
+    check_run.check_trained_parts,
     check_environment.check_optional_libraries,
     check_environment.check_trackers,
     check_environment.check_shared_memory,

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from minigpt4.common import facts
 from minigpt4.common.config import Config
+from minigpt4.common.registry import registry
 from minigpt4.common.schema import MiniGPT4Config
+from minigpt4.common.trained_parts import TrainedParts
 from minigpt4.doctor.machine import Gpu
 from minigpt4.weights import gguf, locate
 
@@ -144,6 +146,26 @@ class RunContext:
         return facts.vit_sizes(self.model.vit_model)
 
     @cached_property
+    def trained_parts(self) -> TrainedParts:
+        """The parts that train. Raises ConfigError for settings that contradict each other."""
+        return TrainedParts(self.model)
+
+    @cached_property
+    def adapted_shapes(self) -> list[tuple[str, int, int]]:
+        """Name, outputs and inputs of each matrix of the language model that gets LoRA adapters."""
+        settings = self.trained_parts.lora
+        if settings is None or self.llm is None:
+            return []
+        found = []
+        for name, tensor in self.llm.tensors.items():
+            *path, module, _ = ["", *name.split(".")]
+            layer = next((int(step) for step in path if step.isdecimal()), None)
+            chosen = layer is not None and (settings.layers is None or layer in settings.layers)
+            if chosen and name.endswith(".weight") and module in settings.target_modules:
+                found.append((name, *tensor.shape))
+        return found
+
+    @cached_property
     def sources(self) -> dict[str, str]:
         """{key: path or URL} of the weights of the vision side and of checkpoints.
 
@@ -272,5 +294,6 @@ class RunContext:
         with meta:
             model = Vision(**parts)
             if self.llm:
-                model.llama_proj = torch.nn.Linear(model.Qformer.hidden_size, self.llm.width)
+                projector = registry.get("projector", self.model.projector)
+                model.llama_proj = projector(model.Qformer.hidden_size, self.llm.width)
         return model

@@ -74,15 +74,22 @@ def fuse_projections(module: nn.Module) -> int:
     fused = 0
     for parent in list(module.modules()):
         for names in GROUPS:
-            layers = [getattr(parent, name, None) for name in names]
+            places = [_place(parent, name) for name in names]
+            layers = [getattr(*place, None) for place in places]
             joint = _joint_layer(layers)
             if joint is None:
                 continue
             slices = FusedLinear(joint, list(names), [layer.out_features for layer in layers]).slices
-            for name, fused_slice in zip(names, slices, strict=True):
-                setattr(parent, name, fused_slice)
+            for place, fused_slice in zip(places, slices, strict=True):
+                setattr(*place, fused_slice)
             fused += 1
     return fused
+
+
+def _place(parent: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """Where the layer of a name is: in its parent, or in a layer around it that adds adapters (peft's)."""
+    layer = getattr(parent, name, None)
+    return (layer, "base_layer") if isinstance(getattr(layer, "base_layer", None), nn.Module) else (parent, name)
 
 
 def fused_layers(module: nn.Module) -> Iterator[FusedLinear]:

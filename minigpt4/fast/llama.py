@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from minigpt4.fast.attention import Segments, joint_attention
-from minigpt4.fast.fused_linear import FusedSlice
+from minigpt4.fast.fused_linear import GROUPS, FusedSlice
 from minigpt4.fast.packing.batch import MicroBatch
 from minigpt4.kernels.dispatch import use_triton
 from minigpt4.quantization.fp8 import Fp8Linear, silu_mlp
@@ -35,8 +35,8 @@ def supports_fused_llama(llm) -> bool:
         return False
     return all(
         type(layer) is llama.LlamaDecoderLayer  # not one that recomputes its activations
-        and isinstance(layer.self_attn.q_proj, FusedSlice)
-        and isinstance(layer.mlp.gate_proj, FusedSlice)
+        and all(isinstance(getattr(layer.self_attn, name), FusedSlice) for name in GROUPS[0])  # no adapters around them
+        and all(isinstance(getattr(layer.mlp, name), FusedSlice) for name in GROUPS[1])
         for layer in llm.model.layers
     )
 

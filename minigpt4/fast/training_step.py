@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from minigpt4.common import compat
 from minigpt4.common.errors import ConfigError
-from minigpt4.common.facts import tokens_per_micro_batch
+from minigpt4.common.facts import is_adapter, tokens_per_micro_batch
 from minigpt4.common.registry import registry
 from minigpt4.fast.attention import allow_packing, disallow_packing
 from minigpt4.fast.cuda_graphs import GraphedFunction
@@ -60,6 +60,7 @@ class FastStep(PlainStep):
             fuse_projections(llm)
         if fp8:
             convert_to_fp8(llm, model.visual_encoder)
+        self.adapters = tuple(p for name, p in llm.named_parameters() if is_adapter(name) and p.requires_grad)
         self.quantized = has_bitsandbytes_layers(llm)  # bitsandbytes' own, which were not exchanged for ours
         self.fused_llama, self.fused_vit = None, None
         self.summed_cross_entropy = summed_cross_entropy
@@ -84,11 +85,13 @@ class FastStep(PlainStep):
         """Mean cross-entropy over the labels of a batch, given its images [B,Q,D]."""
         # A batch may be of the other kind: a plug-in's own, or one that was made before this step was installed.
         parts = batch.micro_batches if isinstance(batch, PackedBatch) else [batch]
-        with_gradient = self.loss_and_gradient and image_embeds.requires_grad and torch.is_grad_enabled()
+        with_gradient = self.loss_and_gradient and torch.is_grad_enabled()
+        with_gradient = with_gradient and bool(image_embeds.requires_grad or self.adapters)
         losses = []
         for part in parts:
             if with_gradient and isinstance(part, MicroBatch):
-                losses.append(_LossWithGradient.apply(self.loss_and_gradient, image_embeds, part))
+                trained = image_embeds, *self.adapters
+                losses.append(_LossWithGradient.apply(self.loss_and_gradient, part, *trained))
             else:
                 losses.append(self._summed_loss(model, image_embeds, part))
         return sum(losses) / max(batch.num_labels, 1)
@@ -101,12 +104,12 @@ class FastStep(PlainStep):
         return self.summed_cross_entropy(logits, part.targets)
 
     def _loss_and_gradient(self, model, image_embeds: torch.Tensor, numbers: torch.Tensor, sizes: Sizes) -> tuple:
-        """The summed loss of a micro-batch and its gradient with respect to the image vectors."""
+        """The summed loss of a micro-batch and its gradients: of the image vectors, and of `adapters`."""
         image_embeds = image_embeds.detach().requires_grad_()
         with torch.enable_grad():
             loss = self._summed_loss(model, image_embeds, MicroBatch(numbers, sizes))
         with torch.autocast(image_embeds.device.type, enabled=False):
-            return loss.detach(), *torch.autograd.grad(loss, image_embeds)
+            return loss.detach(), *torch.autograd.grad(loss, [image_embeds, *self.adapters])
 
     def _compile(self, model, check: TrainingCheck, in_fp8: bool) -> None:
         """Set up torch.compile for the layers; each is compiled when the first step calls it."""
@@ -119,6 +122,8 @@ class FastStep(PlainStep):
             self.fused_llama = FusedLlama(llm, compiled=True)
         elif not self.quantized:  # bitsandbytes' own layers cannot be compiled
             layers += map(compat.without_recomputation, llm.get_decoder().layers)
+            if self.adapters:
+                logging.info("Adapters train in the language model: its layers are compiled one by one.")
         if vit is not None:
             layers += model.Qformer.bert.encoder.layer
             own_features = _overrides(model, "query_outputs", "encode_img")
@@ -133,13 +138,14 @@ class FastStep(PlainStep):
         logging.info("Layers will be compiled at the first step, which takes half a minute the first time.")
 
     def _capture(self, model, compiled: bool) -> None:
-        """Set up CUDA graphs. No gradient passes through one, so nothing that they compute with may train.
+        """Set up CUDA graphs. No gradient passes through one.
 
-        The graph of the language model returns the gradient of the image vectors as one of its results.
+        So nothing of the vision side may train. The graph of the language model returns the gradients of the image
+        vectors, and of adapters, among its results.
         """
         self.graphed_vision, self.loss_and_gradient = None, None
         trained = [name for name, p in model.named_parameters() if p.requires_grad]
-        trained = [name for name in trained if not name.startswith("llama_proj.")]
+        trained = [name for name in trained if not name.startswith("llama_proj.") and not is_adapter(name)]
         if compiled and model.visual_encoder is not None and not trained:
             self.graphed_vision = GraphedFunction(lambda image: (self._query_outputs(model, image),), "vision side")
         # In float16 the loss has to be scaled before its gradient is computed. A plug-in's own methods may use weights
@@ -148,7 +154,12 @@ class FastStep(PlainStep):
         at_once = self.packed and not in_float16 and not _overrides(model, "predict", "embed")
         if at_once and all(map(is_vision, trained)):
             self.loss_and_gradient = functools.partial(self._loss_and_gradient, model)
-            if compiled and not self.quantized:
+            dropout = any(isinstance(part, torch.nn.Dropout) and part.p for part in model.llama_model.modules())
+            if compiled and dropout:
+                logging.info(
+                    "model.lora.dropout is not 0: micro-batches are compiled, and not captured in CUDA graphs."
+                )
+            elif compiled and not self.quantized:
                 self.loss_and_gradient = GraphedFunction(self.loss_and_gradient, "language model")
 
 
@@ -201,16 +212,20 @@ def _gpu_bytes(llm) -> int:
 
 
 class _LossWithGradient(torch.autograd.Function):
-    """The loss of a micro-batch. Only its gradient is kept for the backward pass."""
+    """The loss of a micro-batch. Only its gradients are kept for the backward pass.
+
+    trained: adapters, of which `loss_and_gradient` gives the gradients after that of the image vectors.
+    """
 
     @staticmethod
-    def forward(ctx, loss_and_gradient, image_embeds: torch.Tensor, part: MicroBatch) -> torch.Tensor:
-        loss, gradient = loss_and_gradient(image_embeds, part.numbers, part.sizes)
-        ctx.save_for_backward(gradient)
+    def forward(
+        ctx, loss_and_gradient, part: MicroBatch, image_embeds: torch.Tensor, *trained: torch.Tensor
+    ) -> torch.Tensor:
+        loss, *gradients = loss_and_gradient(image_embeds, part.numbers, part.sizes)
+        ctx.save_for_backward(*gradients)
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: torch.Tensor) -> tuple:
-        (gradient,) = ctx.saved_tensors
-        return None, gradient * grad, None
+        return None, None, *(gradient * grad for gradient in ctx.saved_tensors)

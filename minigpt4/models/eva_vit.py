@@ -23,9 +23,7 @@ class EvaViT(Eva):
 
     def __init__(self, image_size: int, drop_path_rate: float = 0.0, **sizes: float):
         if image_size % sizes["patch_size"]:
-            raise ConfigError(
-                f"image_size={image_size} is not a multiple of the encoder's patch_size={sizes['patch_size']}."
-            )
+            raise ConfigError(f"image_size={image_size} is not a multiple of patch_size={sizes['patch_size']}.")
         super().__init__(
             img_size=image_size,
             drop_path_rate=drop_path_rate,

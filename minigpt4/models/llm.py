@@ -30,6 +30,15 @@ if TYPE_CHECKING:
 SENTENCE = "The image shows a red apple."
 
 
+@contextlib.contextmanager
+def announced(part: str) -> Iterator[None]:
+    """Log the lines of the first release before and after loading a part. It is a decorator, too."""
+    logging.info("Loading %s", part)
+    yield
+    logging.info("Loading %s Done", part)
+
+
+@announced("LLAMA")
 def load_llm(
     llama_model: str,
     device: torch.device,
@@ -64,9 +73,8 @@ def load_llm(
     how = {"dtype": "auto" if mapped and not facts.is_gguf(llama_model) else dtype, **_quantization(load_in, dtype)}
 
     def read(device_map: str | dict) -> "PreTrainedModel":
-        return convert_layers(
-            _read(llama_model, trust_remote_code, device_map=device_map, **how), load_in, device, dtype
-        )
+        llm = _read(llama_model, trust_remote_code, device_map=device_map, **how)
+        return convert_layers(llm, load_in, device, dtype)
 
     on_one = {"": "cpu" if mapped else device}
     llm = read(device_map or on_one)
@@ -100,9 +108,7 @@ def check_settings(llama_model: str, device: torch.device, load_in: str, device_
             "processes were started, each with a model of its own. Start one, or unset it."
         )
     if device_map and load_in == "8bit_weights":
-        raise ConfigError(
-            "model.load_in=8bit_weights takes one GPU; with model.llm_device_map use 8bit, 4bit or 16bit."
-        )
+        raise ConfigError("model.load_in=8bit_weights takes one GPU. Unset model.llm_device_map, or use 8bit.")
 
 
 def _check_numbers(llm: "PreTrainedModel", llama_model: str, load_in: str) -> None:
@@ -231,10 +237,7 @@ def check_answers(llm: "PreTrainedModel", tokenizer: "Tokenizer", llama_model: s
         logging.warning(
             "The language model %s knows no language: its loss on %r is %.2f, and guessing gives ln V = %.2f. Likely "
             "causes: delta weights that were never merged with LLaMA's, random weights, another model's tokenizer.",
-            llama_model,
-            SENTENCE,
-            loss,
-            guessing,
+            *(llama_model, SENTENCE, loss, guessing),
         )
 
 

@@ -6,12 +6,15 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from minigpt4.common import facts
-from minigpt4.common.schema import BLIP2_URL, MiniGPT4Config
+from minigpt4.common.errors import ConfigError, check_names
+from minigpt4.common.model_schema import BLIP2_URL, MiniGPT4Config
+from minigpt4.common.registry import registry
 from minigpt4.common.text import pluralize
 from minigpt4.models import eva_vit, llm, qformer
 from minigpt4.weights import checkpoint, fingerprint, hf_names, locate
@@ -79,28 +82,35 @@ def vision_parts(cfg: MiniGPT4Config, sources: Sources, device: torch.device, dt
     device = device if cfg.load_vision else torch.device("meta")
     dtype = dtype if cfg.vit_precision == "fp16" else torch.float32
     vit = load_encoder(cfg, sources.vision, device, dtype)
-    with torch.device("meta" if sources.qformer else device):
+    with llm.announced("Q-Former"), torch.device("meta" if sources.qformer else device):
         q_former = qformer.QFormer(vit.embed_dim, **cfg.qformer)
-    if cfg.freeze_qformer:
+    if "qformer" not in trained_parts(cfg).names:
         cast_matrices(q_former, dtype)
     return {"visual_encoder": vit, "Qformer": q_former, "num_query_token": cfg.num_query_token, "dtype": dtype}
 
 
+@llm.announced("VIT")
 def load_encoder(
     cfg: MiniGPT4Config, weights: State | None, device: torch.device, dtype: torch.dtype
 ) -> eva_vit.EvaViT:
     """The vision encoder on `device`, with the given weights. If frozen, its matrices are in `dtype`."""
     with torch.device("meta" if weights else device):
         vit = eva_vit.create_vit(cfg.vit_model, cfg.image_size, cfg.drop_path_rate, cfg.use_grad_checkpoint)
-    if cfg.freeze_vit:
+    if "vit" not in trained_parts(cfg).names:
         cast_matrices(vit, dtype)
     if weights:
         used = eva_vit.checkpoint_filter_fn(weights, vit)
         source = facts.vit_weights(cfg.vit_model, cfg.vit_weights)
+        logging.info("cache_file_path: %s", locate.local_path(source))
         _say_unused(weights, used, source)
         checkpoint.load_weights(vit, used, source, set(vit.state_dict()), device)
         vit.give_buffers_memory(device)
     return vit
+
+
+def trained_parts(cfg: MiniGPT4Config) -> Any:
+    """The `TrainedParts` of a config. Raises ConfigError for settings that contradict each other."""
+    return registry.get("trained_parts", "mini_gpt4")(cfg)
 
 
 def cast_matrices(module: nn.Module, dtype: torch.dtype) -> None:
@@ -115,30 +125,58 @@ def attach_llm_fingerprint(model: nn.Module, cfg: MiniGPT4Config, sources: Sourc
 
     Raises MismatchError if `model.ckpt` records another one.
     """
-    model.fingerprint = fingerprint.take(model.llama_model, cfg.llama_model, **model.template.record(cfg.template))
+    recorded = fingerprint.take(model.llama_model, cfg.llama_model, **model.template.record(cfg.template))
+    model.fingerprint = recorded | trained_parts(cfg).record
     if cfg.ckpt:
         fingerprint.check(sources.recorded, model.fingerprint, cfg.ckpt, cfg.allow_llm_mismatch)
 
 
+def add_adapters(model: nn.Module, cfg: MiniGPT4Config) -> None:
+    """Put LoRA adapters into the language model, if the config asks for them."""
+    parts = trained_parts(cfg)
+    if parts.lora:
+        adapters = registry.get("adapters", "lora")(model.llama_model, parts.lora, train="lora" in parts.names)
+        model.trained_inside = adapters.modules
+
+
 def load_rest(model: nn.Module, cfg: MiniGPT4Config, sources: Sources, device: torch.device) -> None:
-    """Load the Q-Former, ln_vision and the queries of a model, then the trained tensors of its checkpoint."""
+    """Load the Q-Former, ln_vision and the queries of a model, then the trained tensors of its checkpoint.
+
+    The model remembers the names of the latter: its own checkpoints hold them, even if they do not train.
+    """
     if sources.qformer:
         used = qformer.checkpoint_filter_fn(sources.qformer)
         _say_unused(sources.qformer, used, cfg.q_former_model)
         own = {name for name in model.state_dict() if name.split(".")[0] in PARTS[1:4]}
         checkpoint.load_weights(model, used, cfg.q_former_model, own, device)
     if sources.trained is not None:
+        logging.info("Load BLIP2-LLM Checkpoint: %s", cfg.ckpt)
         absent = set(PARTS) - {name.split(".")[0] for name in model.state_dict()}
         trained = {name: value for name, value in sources.trained.items() if name.split(".")[0] not in absent}
-        projection = {name for name in model.state_dict() if name.startswith("llama_proj.")}
-        checkpoint.load_weights(model, trained, cfg.ckpt, required=projection)
+        own, adapters = _projection(model.state_dict()), set(filter(facts.is_adapter, model.state_dict()))
+        if (given := _projection(trained)) and own and given != own:
+            raise CheckpointError(
+                f"{cfg.ckpt} holds another projector, with {', '.join(sorted(given))}, than model.projector="
+                f"{cfg.projector}. Set it to the one that was trained: {', '.join(registry.names('projector'))}."
+            )
+        if adapters and not adapters & trained.keys():
+            logging.warning(
+                "%s has no LoRA adapters. Those of the model change nothing until they are trained.", cfg.ckpt
+            )
+            adapters = set()
+        checkpoint.load_weights(model, trained, cfg.ckpt, required=own | adapters)
+        model.from_checkpoint = set(trained)
+
+
+def _projection(names: Iterable[str]) -> set[str]:
+    return {name for name in names if name.startswith("llama_proj.")}
 
 
 def report(model: nn.Module) -> None:
     """Log for each part of the model: tensors, parameters, dtypes, devices, and whether it trains."""
     parts: dict[str, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        parts.setdefault(name.split(".")[0], []).append(parameter)
+        parts.setdefault("LoRA adapters" if facts.is_adapter(name) else name.split(".")[0], []).append(parameter)
     rows = [
         f"  {name:<15}{pluralize(len(tensors), 'tensor'):>13}{sum(map(parameter_count, tensors)):>16,} parameters  "
         f"{_joined(str(t.dtype).removeprefix('torch.') for t in tensors):<18} on {_joined(t.device for t in tensors)}, "
@@ -168,12 +206,23 @@ def _say_unused(state: State, used: State, source: str) -> None:
         logging.info("Not used of %s: %s", source, listed)
 
 
-def check_width(trained: State | None, cfg: MiniGPT4Config) -> None:
-    """Compare the width of the projection with that in the language model's config, before weights are read.
+def check_trained(trained: State | None, recorded: dict | None, cfg: MiniGPT4Config) -> None:
+    """Compare the trained parts of a checkpoint with the config, before other weights are read.
 
-    Raises CheckpointError if they differ.
+    recorded: the fingerprint in the checkpoint. Raises ConfigError if they differ, and for a projector that would
+    neither be trained nor loaded.
     """
-    projection = (trained or {}).get("llama_proj.weight")
+    parts = trained_parts(cfg)
+    check_names([cfg.projector], registry.names("projector"), lambda name: f"model.projector={name} is not registered")
+    if trained is None:
+        if "projector" not in parts.names:
+            raise ConfigError(
+                f"model.train={list(cfg.train)} leaves the projector out, and there is no model.ckpt to take it from: "
+                "it would stay random. Set model.ckpt, or add projector."
+            )
+        return
+    parts.check(trained, recorded, cfg.ckpt)
+    projection = trained.get("llama_proj.weight")
     if projection is None:
         return
     theirs, width = len(projection), llm.embedding_dim(cfg.llama_model, cfg.trust_remote_code)
@@ -200,9 +249,7 @@ def _check_qformer(path: Path, state: State, trained: State, settings: dict, cfg
     if origin is None:
         logging.warning(
             "model.q_former_model=%s does not say which BLIP-2 it is of; %s needs %s.",
-            path,
-            cfg.ckpt,
-            PUBLISHED_QFORMER,
+            *(path, cfg.ckpt, PUBLISHED_QFORMER),
         )
     elif origin != PUBLISHED_QFORMER:
         raise CheckpointError(

@@ -6,7 +6,7 @@ S sequence, K positions whose logits are computed, V vocabulary.
 
 import logging
 import random
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,8 +15,8 @@ from torch import nn
 
 from minigpt4.common import facts
 from minigpt4.common.errors import ConfigError
+from minigpt4.common.model_schema import MiniGPT4Config
 from minigpt4.common.registry import registry
-from minigpt4.common.schema import MiniGPT4Config
 from minigpt4.models import llm, loading, prompt, qformer, vision
 from minigpt4.models.eva_vit import EvaViT
 from minigpt4.models.generation import DecodingLoop, answer_text, continue_embeds
@@ -55,7 +55,7 @@ def summed_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.T
 
 @registry.register_model("mini_gpt4")
 class MiniGPT4(vision.Vision):
-    """The whole model. Only `llama_proj` trains, unless `freeze_vit` or `freeze_qformer` is False.
+    """The whole model. Only `llama_proj` trains, unless `freeze_vit` or `freeze_qformer` is False, or `train` differs.
 
     Args:
         visual_encoder, Qformer, llama_model, tokenizer: the parts.
@@ -67,6 +67,10 @@ class MiniGPT4(vision.Vision):
         learn_on: "answers", or "all" texts of a conversation after its first question.
         llm_grad_checkpoint: number of the language model's layers that recompute their activations.
         dtype: dtype in which the vision side and `llama_proj` compute.
+        projector: registered name of the class of `llama_proj`.
+        train: the parts that train, by the names of `model.train`. None: `llama_proj`, and what is not frozen.
+
+    `trained_inside` lists modules inside frozen parts that follow the model's mode, such as adapters.
     """
 
     PRETRAINED_MODEL_CONFIG_DICT = {
@@ -91,9 +95,12 @@ class MiniGPT4(vision.Vision):
         freeze_qformer: bool = True,
         llm_grad_checkpoint: int = 0,
         dtype: torch.dtype = torch.float32,
+        projector: str = "linear",
+        train: Collection[str] | None = None,
     ):
         super().__init__(visual_encoder, Qformer, num_query_token, dtype)
-        self.llama_proj = nn.Linear(Qformer.hidden_size, llama_model.get_input_embeddings().embedding_dim)
+        widths = Qformer.hidden_size, llama_model.get_input_embeddings().embedding_dim
+        self.llama_proj = registry.get("projector", projector)(*widths)
         self.llama_model = llama_model
         self.tokenizer = tokenizer
         self.prompt_list = prompt_list or []
@@ -102,12 +109,15 @@ class MiniGPT4(vision.Vision):
         self.step = PlainStep()
         llm.recompute_layers(llama_model, llm_grad_checkpoint)
 
-        self._frozen = [self.llama_model]
-        self._frozen += [self.visual_encoder, self.ln_vision] if freeze_vit else []
-        self._frozen += [self.Qformer] if freeze_qformer else []
+        if train is None:
+            train = ["projector", *["vit", "ln_vision"] * (not freeze_vit)]
+            train += ["qformer", "query_tokens"] * (not freeze_qformer)
+        parts = {"vit": visual_encoder, "ln_vision": self.ln_vision, "qformer": Qformer, "projector": self.llama_proj}
+        self._frozen = [llama_model, *(module for part, module in parts.items() if part not in train)]
+        self.trained_inside: list[nn.Module] = []
         for part in self._frozen:
             part.requires_grad_(False)
-        self.query_tokens.requires_grad_(not freeze_qformer)
+        self.query_tokens.requires_grad_("query_tokens" in train)
         self.train(self.training)
 
     def forward(self, samples: dict) -> dict:
@@ -238,9 +248,7 @@ class MiniGPT4(vision.Vision):
         """
         slots = sum(text.count(prompt.IMAGE_SLOT) for text in prompts)
         if slots != len(image_embeds):
-            raise ValueError(
-                f"The prompts have {slots} image slots ({prompt.IMAGE_SLOT}), but {len(image_embeds)} images are given."
-            )
+            raise ValueError(f"{slots} image slots ({prompt.IMAGE_SLOT}) in the prompts, {len(image_embeds)} images.")
         bos = self.template is None or self.template.bos
         tokens = prompt.generation_batch(self.tokenizer, prompts, self.query_tokens.shape[1], bos).to(self.device)
         images = torch.cat([*image_embeds]) if slots else self.query_tokens.new_empty(0, 0, 0)
@@ -252,6 +260,8 @@ class MiniGPT4(vision.Vision):
         super().train(mode)
         for part in self._frozen:
             part.eval()
+        for part in self.trained_inside:
+            part.train(mode)
         return self
 
     @classmethod
@@ -278,12 +288,14 @@ class MiniGPT4(vision.Vision):
         load_in = facts.load_in(cfg.load_in, cfg.low_resource)
         llm.check_settings(cfg.llama_model, device, load_in, cfg.llm_device_map)
         sources = loading.open_sources(cfg)
-        loading.check_width(sources.trained, cfg)
+        loading.check_trained(sources.trained, sources.recorded, cfg)
         parts = loading.vision_parts(cfg, sources, device, dtype)
         trust = cfg.trust_remote_code
         llama_model = llm.load_llm(cfg.llama_model, device, dtype, load_in, cfg.llm_device_map, trust)
         tokenizer = load_tokenizer(cfg.llama_model, trust)
         llm.check_answers(llama_model, tokenizer, cfg.llama_model)
+        if prompts:
+            logging.info("Load %d training prompts\nPrompt Example \n%s", len(prompts), prompts[0])
         with torch.device(device):
             model = cls(
                 **parts,
@@ -297,15 +309,18 @@ class MiniGPT4(vision.Vision):
                 freeze_vit=cfg.freeze_vit,
                 freeze_qformer=cfg.freeze_qformer,
                 llm_grad_checkpoint=cfg.llm_grad_checkpoint,
+                projector=cfg.projector,
+                train=loading.trained_parts(cfg).names,
             )
         if not cfg.load_vision:
             model.drop_vision()
         loading.attach_llm_fingerprint(model, cfg, sources)
+        loading.add_adapters(model, cfg)
         loading.load_rest(model, cfg, sources, device)
         loading.report(model)
         return model
 
     def drop_vision(self) -> None:
         """Remove encoder and Q-Former. Training from cached features needs neither."""
-        self._frozen = [self.llama_model]
+        self._frozen = [part for part in self._frozen if part in (self.llama_model, self.llama_proj)]
         self.visual_encoder = self.ln_vision = self.Qformer = None

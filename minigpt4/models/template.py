@@ -15,7 +15,7 @@ from pathlib import Path
 
 from minigpt4.common.errors import ConfigError, check_names
 from minigpt4.common.facts import IMAGE_SLOT, SEPARATOR
-from minigpt4.common.schema import MiniGPT4Config
+from minigpt4.common.model_schema import MiniGPT4Config
 from minigpt4.models.tokenizer import chat_template
 
 # A picture in a message, in the form of the published weights.
@@ -145,9 +145,7 @@ def read_prompts(path: str, template: str) -> list[str]:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no text in UTF-8"
-        raise ConfigError(
-            f"model.prompt_path={path} cannot be read: {reason}. It is a text file, a prompt a line."
-        ) from None
+        raise ConfigError(f"model.prompt_path={path}, a text file, cannot be read: {reason}.") from None
     prompts = [template.replace("{}", line) for line in lines if IMAGE_SLOT in line]
     if not prompts:
         raise ConfigError(

@@ -76,9 +76,7 @@ def chat_template(llama_model: str, trust_remote_code: bool = False) -> tuple[Ca
 
     tokenizer = llm.from_pretrained(AutoTokenizer, llama_model, trust_remote_code)
     if not tokenizer.chat_template:
-        raise ConfigError(
-            f"model.template=auto: the tokenizer of {llama_model} has no chat template. Give a name or a mapping."
-        )
+        raise ConfigError(f"model.template=auto: {llama_model} has no chat template. Give a name or a mapping.")
 
     def render(messages: list[dict]) -> str:
         asked = messages[-1]["role"] == "user"

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from minigpt4.common.errors import ConfigError
-from minigpt4.common.schema import MiniGPT4Config
+from minigpt4.common.model_schema import MiniGPT4Config
 from minigpt4.models import eva_vit, loading, qformer
 from minigpt4.models.base_model import BaseModel
 

@@ -59,6 +59,18 @@ def training_data(cfg: Config, datasets: Mapping[str, Mapping]) -> tuple[dict, d
     return training, ratios
 
 
+def log_data(cfg: Config, datasets: Mapping[str, Mapping]) -> None:
+    """Log the lines of the first release about the training data. Streams have no number of records."""
+    for split in cfg.run_cfg.train_splits:
+        sizes = [len(each) for each in split_of(datasets, split).values() if not isinstance(each, IterableDataset)]
+        if sizes:
+            logging.info("Loaded %d records for %s split from the dataset.", sum(sizes), split)
+    if all(cfg.origin(f"datasets.{name}.sample_ratio") == "the defaults" for name in datasets):
+        logging.info("dataset_ratios not specified, so each dataset has the same share (datasets.<name>.sample_ratio).")
+    if not cfg.run_cfg.valid_splits:
+        logging.info("No validation splits found.")
+
+
 def log_samples(cfg: Config, datasets: Mapping[str, Mapping], model: nn.Module) -> None:
     """Log two samples of each training dataset as the model reads them, if it reads texts as `MiniGPT4` does."""
     reader = TextReader.of_model(model)

@@ -22,15 +22,16 @@ from minigpt4.common.config import Config
 from minigpt4.common.contracts import Task
 from minigpt4.common.errors import ConfigError
 from minigpt4.common.logger import MetricLogger, line_within
-from minigpt4.common.optims import create_optimizer
+from minigpt4.common.optims import create_optimizer, create_schedule
 from minigpt4.common.registry import registry
 from minigpt4.common.text import pluralize
-from minigpt4.datasets.loaders import LeftOut, TrainLoader, eval_loader, report_left_out
+from minigpt4.common.trained_parts import check_parts, rates_of_parts
+from minigpt4.datasets.loaders import LeftOut, TrainLoader, eval_loader, left_out_counts, report_left_out
 from minigpt4.quantization.fp8 import check_fp8_supported
 from minigpt4.runners import data, resume
 from minigpt4.runners.folder import continue_folder, folder_of, new_run_id
 from minigpt4.runners.prefetch import prefetch
-from minigpt4.runners.schedule import EtaLogger, TrainingSchedule
+from minigpt4.runners.schedule import EtaLogger, TrainingSchedule, log_rates
 from minigpt4.runners.state import (
     amounts,
     check_entries,
@@ -141,18 +142,10 @@ class RunnerBase:
         self.iters_per_epoch = data.batches_per_epoch(self.cfg, datasets, self.world_size)
         self.facts = resume.facts_of_data(self.cfg, datasets, self.world_size)
         self.facts |= resume.facts_of_model(self.module, self.dtype)
-        self.optimizer = create_optimizer(self.module, run.init_lr, run.weight_decay, run.beta2)
+        decays = {part: rates.weight_decay for part, rates in rates_of_parts(run).items()}
+        self.optimizer = create_optimizer(self.module, run.init_lr, run.weight_decay, run.beta2, decays)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        self.lr_sched = registry.get_lr_scheduler_class(run.lr_sched)(
-            self.optimizer,
-            run.max_epoch,
-            self.iters_per_epoch,
-            run.min_lr,
-            run.init_lr,
-            warmup_steps=run.warmup_steps,
-            warmup_start_lr=run.warmup_lr,
-            decay_rate=run.lr_decay_rate,
-        )
+        self.lr_sched = create_schedule(run, self.optimizer, self.iters_per_epoch)
         if run.resume_ckpt_path:
             self._resume(checkpoint.resolve(run.resume_ckpt_path))
         schedule = TrainingSchedule(
@@ -183,6 +176,7 @@ class RunnerBase:
                 for epoch in range(self.start_epoch, self.run.max_epoch):
                     logging.info("Start training epoch %d, %d iters per inner epoch.", epoch, self.iters_per_epoch)
                     stats = self.train_epoch(epoch)
+                    self.step = (epoch + 1) * self.iters_per_epoch
                     self.validated = False
                     self.save_checkpoint(epoch)  # before all that could fail
                     self._log_stats("train", stats)
@@ -281,7 +275,7 @@ class RunnerBase:
         Called after each epoch, and again after its validation, if there is one, with the new `best_metric`.
         Raises FloatingPointError for weights that are not finite.
         """
-        weights = {name: parameter.detach() for name, parameter in self._trainable().items()}
+        weights = {name: each.detach() for name, each in checkpoint.saved_parameters(self.module).items()}
         broken = [name for name, weight in weights.items() if not weight.isfinite().all()]
         if broken:
             raise FloatingPointError(f"Not saved after epoch {epoch}: not all of {', '.join(broken)} is finite.")
@@ -358,8 +352,11 @@ class RunnerBase:
         check_entries(content, str(path))
         weights = checkpoint.weights_of(content, str(path), own=self.module.state_dict().keys())
         allowed = self.cfg.model_cfg.get("allow_llm_mismatch", False)
-        fingerprint.check(content.get(fingerprint.KEY), self.fingerprint, str(path), allowed)
+        recorded = content.get(fingerprint.KEY)
+        check_parts(weights, recorded, self.fingerprint or {}, str(path))
+        fingerprint.check(recorded, self.fingerprint, str(path), allowed)
         checkpoint.load_weights(self.module, weights, str(path), required=set(self._trainable()))
+        self.module.from_checkpoint = {*getattr(self.module, "from_checkpoint", ()), *weights}
         return content
 
     def _validate(self, epoch: int) -> None:
@@ -425,10 +422,13 @@ class RunnerBase:
             done = pluralize(self.run.max_epoch, "epoch")
             logging.info("Nothing left to train: the checkpoint has done %s. Raise run.max_epoch to go on.", done)
             return
-        logging.info("Computing in %s on %s.", str(self.dtype).removeprefix("torch."), self.device)
-        self.eta.log_schedule()
+        log_rates(self.module, self.run)
         if dist_utils.is_main_process():
             data.log_samples(self.cfg, self.datasets, self.module)
+        data.log_data(self.cfg, self.datasets)
+        logging.info("Start training")
+        logging.info("Computing in %s on %s.", str(self.dtype).removeprefix("torch."), self.device)
+        self.eta.log_schedule()
 
     def _log_stats(self, split: str, stats: dict[str, float], kind: str = "") -> None:
         """Log results of a split. kind: the beginning of their names in metrics.jsonl."""
@@ -448,10 +448,7 @@ class RunnerBase:
         left_out = sum(dist_utils.gather_objects(self.loader.take_left_out() + changed), Counter())
         for line in report_left_out(left_out):
             logging.info("Epoch %d: %s", epoch, line)
-        shares, counts = self.loader.shares(), Counter()
-        for (dataset, cause, _, verb), count in left_out.items():
-            counts[f"{verb.replace(' ', '_')}/{dataset}/{cause}"] += count
-        values = dict(counts)
+        shares, values = self.loader.shares(), left_out_counts(left_out)
         if len(shares) > 1:
             batches = ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
             logging.info("Epoch %d: batches from %s.", epoch, batches)

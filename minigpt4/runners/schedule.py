@@ -4,7 +4,11 @@ import logging
 import time
 from dataclasses import dataclass
 
+from torch import nn
+
+from minigpt4.common.schema import RunConfig
 from minigpt4.common.text import pluralize
+from minigpt4.common.trained_parts import part_of, rates_of_parts
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,24 @@ class TrainingSchedule:
             f"{pluralize(self.epochs, 'epoch')} of {pluralize(self.iters_per_epoch, 'batch', 'batches')} = "
             f"{pluralize(self.steps, 'step')}, {pluralize(self.samples, 'sample')}"
         )
+
+
+def log_rates(module: nn.Module, run: RunConfig) -> None:
+    """Log for each part that trains: its tensors, parameters, dtypes, learning rates and weight decay."""
+    parts: dict[str, list[nn.Parameter]] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            parts.setdefault(part_of(name), []).append(parameter)
+    own, lines = rates_of_parts(run), []
+    for part, tensors in parts.items():
+        rates, dtypes = own.get(part, run), sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors})
+        count = sum(tensor.numel() for tensor in tensors)
+        lines.append(
+            f"  {part:<15}{pluralize(len(tensors), 'tensor'):>13}{count:>16,} parameters  {'+'.join(dtypes):<10} "
+            f"rate {rates.init_lr:g} to {rates.min_lr:g}, warm-up {pluralize(rates.warmup_steps, 'step')}, "
+            f"decay {rates.weight_decay:g}"
+        )
+    logging.info("\n".join([f"The parts that train ({run.lr_sched}):", *lines]))
 
 
 class EtaLogger:

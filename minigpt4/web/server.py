@@ -81,7 +81,7 @@ def serve(
             threading.Thread(target=_keep_cleaning, args=(page.sessions,), name="cleaning", daemon=True).start()
             logging.info("Running on local URL:  %s", page.blocks.local_url)
             if not share:
-                logging.info("To create a public link, start with --share.")
+                logging.info("For the network, start with --host 0.0.0.0. To create a public link, start with --share.")
             yield page
         finally:
             page.blocks.close()
@@ -106,6 +106,7 @@ def load_model(page: Page, cfg: Config, gpu_id: int, check_weights: Callable[[],
     check_weights: called once the libraries are loaded, before the model is.
     """
     start = time.monotonic()
+    logging.info("Initializing Chat")
     handler = _ProgressHandler(page)
     logging.getLogger().addHandler(handler)
     try:
@@ -117,6 +118,7 @@ def load_model(page: Page, cfg: Config, gpu_id: int, check_weights: Callable[[],
         page.chat = load_chat(cfg, select_gpu(cfg, gpu_id), warm_up=[1])
     finally:
         logging.getLogger().removeHandler(handler)
+    logging.info("Initialization Finished")
     logging.info("The model is ready after %.0f s.", time.monotonic() - start)
 
 

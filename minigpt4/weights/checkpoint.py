@@ -231,6 +231,17 @@ def trainable_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     return {compat.name_in_state_dict(name): parameter for name, parameter in named if parameter.requires_grad}
 
 
+def saved_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that a checkpoint holds, by their names in `state_dict`.
+
+    They are the trainable ones, and those that were loaded from another checkpoint (`from_checkpoint` of the module)
+    and are frozen now: no published file has them.
+    """
+    loaded = getattr(module, "from_checkpoint", ())
+    named = ((compat.name_in_state_dict(name), parameter) for name, parameter in module.named_parameters())
+    return {name: parameter for name, parameter in named if parameter.requires_grad or name in loaded}
+
+
 def load_weights(
     module: nn.Module,
     weights: dict[str, torch.Tensor],

@@ -87,6 +87,7 @@ def _by_hand(path: Path) -> str:
 
 
 def _open(url: str, first_byte: int = 0):
+    url = url.replace("https://huggingface.co", os.environ.get("HF_ENDPOINT") or "https://huggingface.co", 1)
     headers = {"User-Agent": "minigpt4", "Accept-Encoding": "identity"}
     if first_byte:
         headers["Range"] = f"bytes={first_byte}-"

@@ -4,6 +4,8 @@ With another language model the answers are fluent nonsense, and nothing else wo
 of width, layers, vocabulary and eight rows of the token embeddings, which are in 16 bit for every `load_in`. Published
 checkpoints have no fingerprint; for them only the shape of the projection is checked, when they are loaded.
 
+A fingerprint also names the trained parts that differ from the paper's one linear layer: "projector" and "lora".
+
 D width of the language model.
 """
 

@@ -19,6 +19,7 @@ from minigpt4.datasets.datasets.feature_dataset import FeatureSet, FeatureStream
 from minigpt4.datasets.datasets.image_text_stream import ImageTextStream
 from minigpt4.datasets.loaders import TrainLoader
 from minigpt4.models import BaseModel, MiniGPT4
+from minigpt4.models.projectors import MLP
 from minigpt4.models.vision import Vision
 from minigpt4.processors import BaseProcessor, Blip2ImageEvalProcessor, Blip2ImageTrainProcessor
 from minigpt4.runners import RunnerBase
@@ -388,6 +389,7 @@ OURS = [
     (contracts.ModelClass, MiniGPT4),
     (contracts.PlacedModelClass, MiniGPT4),
     (contracts.PlacedModelClass, Vision),
+    (contracts.Projector, MLP),
     (contracts.Task, BaseTask),
     (contracts.Builder, BaseDatasetBuilder),
     (contracts.MapDataset, CCSBUAlignDataset),

@@ -1,12 +1,17 @@
 """A GPU that is there and that torch cannot use ends a command; a machine without one falls back to the CPU."""
 
+import re
+from types import SimpleNamespace
+
 import pytest
 import torch
 from helpers import ROOT
+from packaging.requirements import Requirement
 
 from minigpt4.cli import caption, chat
 from minigpt4.common import dist_utils, gpus
 from minigpt4.common.errors import ConfigError
+from minigpt4.doctor import check_environment
 from minigpt4.doctor.diagnostic import ERROR
 
 TINY = ["--cfg-path", str(ROOT / "eval_configs/minigpt4_tiny_eval.yaml")]
@@ -57,6 +62,44 @@ def test_a_torch_without_cuda(machine, monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", None)
     with pytest.raises(ConfigError, match="built without CUDA. Install torch with CUDA"):
         dist_utils.select_device("cuda")
+
+
+def with_driver(version):
+    others = '-L) echo "GPU 0: NVIDIA A100" ;; *) echo "NVIDIA A100, 8.0, 81920, 81000" ;;'
+    return f'case "$*" in *driver_version*) echo {version} ;; {others} esac'
+
+
+@pytest.mark.parametrize(
+    ("driver", "cuda", "parts"),
+    [
+        ("525.147.05", "13.0", ["needs driver 580 or newer; yours is 525.147.05", gpus.TORCH_OF_CUDA_12]),
+        ("535.104.05", "13.0", ["needs driver 580 or newer; yours is 535.104.05", gpus.TORCH_OF_CUDA_12]),
+        ("470.82.01", "13.0", ["needs driver 580 or newer; yours is 470.82.01. Install driver 580 or newer."]),
+        ("470.82.01", "12.6", ["needs driver 525 or newer; yours is 470.82.01"]),
+        ("580.65.06", "13.0", ["Your driver 580.65.06 is new enough for its CUDA 13.0", "--gpus all"]),
+        ("535.104.05", "12.6", ["Your driver 535.104.05 is new enough for its CUDA 12.6"]),
+        ("580.65.06", None, ["built without CUDA. Install torch with CUDA (docs/installation.md)"]),
+        ("535.104.05", None, ["built without CUDA. For your driver 535.104.05: ", gpus.TORCH_OF_CUDA_12]),
+    ],
+)
+def test_drivers_and_torch_without_cuda_are_told_apart(machine, monkeypatch, capsys, driver, cuda, parts):
+    """The three cases of doctor: the driver is too old for torch's CUDA, something else is wrong, there is no CUDA."""
+    machine(with_driver(driver))
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    assert gpus.driver_version() == driver
+    context = SimpleNamespace(run=SimpleNamespace(device="cuda"), gpus=[])
+    (problem,) = check_environment.check_torch_gpu(context)
+    assert problem.status == ERROR
+    for part in parts:
+        assert part in problem.what
+
+
+def test_a_torch_of_cuda_12_is_within_the_ranges():
+    torch_version, torchvision = re.findall(r"==([\d.]+)", gpus.TORCH_OF_CUDA_12)
+    requirements = (ROOT / "requirements.txt").read_text(encoding="utf-8")
+    for name, version in (("torch", torch_version), ("torchvision", torchvision)):
+        assert Requirement(re.search(rf"^{name}[><=,.\d]+", requirements, re.MULTILINE)[0]).specifier.contains(version)
+    assert gpus.TORCH_OF_CUDA_12 in (ROOT / "docs/installation.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("script", [NO_DEVICES, None])
@@ -147,3 +190,13 @@ def test_doctor_says_so(machine, capsys):
     doctor.main([*arguments, "--gpu-memory", "24"])  # another machine's
     doctor.main([*arguments[:3], "run.device=cpu"])
     assert ERROR.upper() not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("libc", "is_warned"), [(("glibc", "2.27"), True), (("glibc", "2.28"), False), (("", ""), False)]
+)
+def test_an_old_glibc_is_warned_of(monkeypatch, libc, is_warned):
+    monkeypatch.setattr(check_environment.platform, "libc_ver", lambda: libc)
+    found = [each for each in check_environment.check_versions(None) if each.check == "glibc"]
+    assert bool(found) == is_warned
+    assert not found or "2.27 is older than 2.28" in found[0].what

@@ -10,7 +10,7 @@ from minigpt4.common.registry import RegistrationError, Registry, registry
 KNOWN = {
     "builder": ["cc_sbu", "cc_sbu_align", "conversation", "laion"],
     "task": ["image_text_pretrain"],
-    "model": ["mini_gpt4"],
+    "model": ["mini_gpt4", "minigpt4"],
     "processor": ["blip2_image_eval", "blip2_image_train", "blip_caption"],
     "lr_scheduler": ["linear_warmup_cosine_lr", "linear_warmup_step_lr"],
     "runner": ["runner_base"],

@@ -117,6 +117,21 @@ def test_what_trains(full_context):
     assert more.activations > 2 * checkpointed.activations > 2 * estimate(full_context(STAGE1)).activations
 
 
+def test_adapters_and_projectors(full_context):
+    """Vicuna-7B: 32 layers with two matrices of 4,096 x 4,096 each."""
+    usual = full_context(STAGE2)
+    rank_64 = 32 * 2 * 64 * (4096 + 4096)
+    with_adapters = full_context(STAGE2, "model.lora={r: 64, dropout: 0}")
+    assert trainable_parameters(with_adapters) == 3_149_824 + rank_64
+    assert trainable_parameters(full_context(STAGE2, "model.lora={r: 64, layers: [0, 31]}")) == 3_149_824 + rank_64 / 16
+    assert trainable_parameters(full_context(STAGE2, "model.lora_r=64", "model.train=[projector]")) == 3_149_824
+    assert trainable_parameters(full_context(STAGE2, "model.projector=mlp")) == 769 * 4096 + 4097 * 4096
+    plain, more = estimate(usual), estimate(with_adapters)
+    assert more.weights - plain.weights == 4 * rank_64 and more.training - plain.training == 12 * rank_64
+    dropping = estimate(full_context(STAGE2, "model.lora={r: 64}"))
+    assert dropping.activations > more.activations > plain.activations
+
+
 def test_layers_that_recompute_keep_little(full_context):
     usual, half, none = (
         estimate(full_context(STAGE1, f"model.llm_grad_checkpoint={layers}")).activations for layers in (0, 16, 32)

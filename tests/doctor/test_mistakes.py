@@ -31,6 +31,7 @@ OPTIONS = [
     *(f"{PROCESSOR}={bad}" for bad in ("blip2_image_train", "[a]", "{size: 3}")),
     "datasets.cc_sbu_align.text_processor.train={name: blip_caption, max_words: many}",
     *("datasets.cc_sbu_align.sample_ratio=abc", "datasets.cc_sbu_align.sample_ratio=0", "run.device=cuda:first"),
+    *("model.train=[qformer]", "model.projector=mpl", "model.lora={r: 0}", "run.lr_groups.lora={init_lr: 1}"),
     *("model.prompt_path=FOLDER", "model.prompt_path=PICTURE", "run.train_splits=[]", "run.valid_splits=[other]"),
 ]
 # What the messages name, where it is not the key.

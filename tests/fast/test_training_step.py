@@ -2,14 +2,12 @@
 
 import pytest
 import torch
-from helpers import loss_and_gradient
+from helpers import loss_and_gradient, uncompiled
 from torch import nn
 
 from minigpt4.common.errors import ConfigError
-from minigpt4.fast.llama import FusedLlama
-from minigpt4.fast.vit import FusedViT
 from minigpt4.models import MiniGPT4
-from minigpt4.models.mini_gpt4 import PlainStep, summed_cross_entropy
+from minigpt4.models.mini_gpt4 import PlainStep
 
 SAMPLES = {"image": torch.linspace(-1, 1, 2 * 3 * 28 * 28).view(2, 3, 28, 28), "text_input": ["a dog", "two cats"]}
 
@@ -32,19 +30,6 @@ class OwnEncoding(MiniGPT4):
 class OwnLogits(MiniGPT4):
     def predict(self, embeds, tokens):
         return super().predict(embeds, tokens) * 0.5
-
-
-def uncompiled(model) -> None:
-    """Let everything that was set up compute as it is: no compiler, no graphs."""
-    step = model.step
-    step.graphed_vision = step.loss_and_gradient = None
-    step.summed_cross_entropy = summed_cross_entropy
-    for part in model.modules():
-        part._compiled_call_impl = None
-    if step.fused_llama:
-        step.fused_llama = FusedLlama(model.llama_model, compiled=False)
-    if step.fused_vit:
-        step.fused_vit = FusedViT(model.visual_encoder, compiled=False)
 
 
 @pytest.mark.parametrize("compiled", [False, True])

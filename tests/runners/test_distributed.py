@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from helpers import FixedBatches, Pictures, free_port
+from lora_models import LORA, trained
 
 from minigpt4.benchmarks.scaling import ScalingTimer, without_exchange
 from minigpt4.common import dist_utils
@@ -66,6 +67,35 @@ def test_two_ranks_equal_the_joint_batch(build_golden_model, pool, tmp_path, acc
         torch.testing.assert_close(ranks[0]["stats"][name], value, atol=2e-6, rtol=0)
     log = (tmp_path / "output/single/log.txt").read_text().splitlines()[-1]
     assert '"train_loss"' in log
+
+
+LORA_RUN = {"init_lr": 0.01, "lr_groups": "{lora: {init_lr: 0.02, min_lr: 0.001, weight_decay: 0.2}}"}
+
+
+def lora_rank(rank, world_size, port, folder, model, pool):
+    join(rank, world_size, port)
+    splits, settings = {"train": Pictures(*pool)}, {"batch_size_train": 2, **LORA_RUN}
+    runner = make_runner(folder, copy.deepcopy(model), splits, "job", **settings)
+    runner.loader = FixedBatches(*pool, torch.arange(12).reshape(6, 2)[rank::2] % 8)
+    runner.train()
+    torch.save({name: p.detach() for name, p in runner._trainable().items()}, folder / f"rank{rank}.pth")
+    dist_utils.destroy_process_group()
+
+
+def test_two_ranks_train_adapters_as_one(build_golden_model, pool, tmp_path):
+    """At a rate of their own."""
+    pytest.importorskip("peft")
+    model = trained(build_golden_model(lora=LORA))
+    mp.start_processes(lora_rank, (2, free_port(), tmp_path, model, pool), nprocs=2, start_method="spawn")
+    ranks = [torch.load(tmp_path / f"rank{rank}.pth") for rank in range(2)]
+    splits = {"train": Pictures(*pool)}
+    single = make_runner(tmp_path, copy.deepcopy(model), splits, "single", batch_size_train=4, **LORA_RUN)
+    single.loader = FixedBatches(*pool, torch.arange(12).reshape(3, 4) % 8)
+    single.train()
+    assert any(".lora_B." in name for name in ranks[0])
+    for name, parameter in single._trainable().items():
+        assert torch.equal(ranks[0][name], ranks[1][name])
+        torch.testing.assert_close(ranks[0][name], parameter.detach(), atol=2e-5, rtol=0)
 
 
 def resuming_rank(rank, world_size, port, folder, model, pool):

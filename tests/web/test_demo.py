@@ -33,6 +33,7 @@ def test_the_whole_command(golden_config):
             break
     output = "".join(lines)
     assert "The model is ready" in output, output
+    assert output.index("Initializing Chat") < output.index("Loading LLAMA") < output.index("Initialization Finished")
     assert urllib.request.urlopen(f"http://127.0.0.1:{port}", timeout=10).status == 200
     process.send_signal(signal.SIGINT)
     process.wait(60)

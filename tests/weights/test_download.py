@@ -91,6 +91,12 @@ def test_fetches_once(server, tmp_path, caplog):
     assert left(path.parent) == ["weights.pth"]
 
 
+def test_the_hubs_mirror_is_obeyed(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", server.url("").rstrip("/"))
+    download("https://huggingface.co/someone/model/resolve/main/weights.pth", tmp_path / "weights.pth")
+    assert (tmp_path / "weights.pth").read_bytes() == CONTENT and len(server.requests) == 1
+
+
 def test_continues_after_an_interruption(server, tmp_path):
     server.plan = [("cut", 300_000), "whole", ("cut", 200_000), "whole"]
     download(server.url(), tmp_path / "weights.pth")

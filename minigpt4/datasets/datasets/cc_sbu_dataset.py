@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from minigpt4.common import first_release
 from minigpt4.common.errors import ConfigError
 from minigpt4.common.files import read_regular
 from minigpt4.common.text import pluralize
@@ -19,6 +20,8 @@ from minigpt4.datasets.datasets.packed_strings import PackedStrings
 from minigpt4.datasets.datasets.record_dataset import RecordDataset
 from minigpt4.datasets.splits import Share
 from minigpt4.weights import locate
+
+__getattr__ = first_release.attributes_of(__name__)  # for names that are gone
 
 log = logging.getLogger(__name__)
 
