@@ -169,9 +169,10 @@ def open_sources(args: argparse.Namespace) -> tuple[Config | None, list]:
     info = {"images": args.images, "format": args.format, "columns": columns_of(args.columns)}
     try:
         return None, [source_of_files(args.storage, info)]
-    except ConfigError as mistake:  # it names the keys of a YAML
-        flags = str(mistake).replace("datasets.data.", "").replace("build_info.columns.", "--columns ")
-        raise ConfigError(flags.replace("build_info.", "--")) from None
+    except (ConfigError, FileNotFoundError) as mistake:  # it names the keys of a YAML
+        text = str(mistake).replace("datasets.data.", "").partition(" Set it in the YAML")[0]
+        text = text.replace("build_info.storage=", "").replace("build_info.columns.", "--columns ")
+        raise ConfigError(text.replace("build_info.", "--")) from None
 
 
 def columns_of(items: list[str] | None) -> dict[str, str]:

@@ -2,9 +2,11 @@
 
 import contextlib
 import datetime
+import io
 import logging
 import math
 import os
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -36,6 +38,24 @@ def setup_logger() -> None:
     logging.captureWarnings(True)
 
 
+class _ConsoleFile(logging.FileHandler):
+    """The log in a file. If it cannot be written, the run goes on, and the first time there is a warning."""
+
+    warned = False
+
+    def _open(self) -> io.TextIOWrapper:
+        # Without a buffer: it would keep a line that failed, and fail again when the file is closed.
+        return io.TextIOWrapper(open(self.baseFilename, "ab", 0), self.encoding, self.errors, write_through=True)
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exception()
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self.warned:
+            self.warned = True
+            logging.warning("Lines of %s are missing; the run goes on. %s", self.baseFilename, error)
+
+
 @contextlib.contextmanager
 def kept_console() -> Iterator[Callable[[Path], None]]:
     """While entered, what is logged is kept, also the traceback of an exception that ends this.
@@ -46,7 +66,7 @@ def kept_console() -> Iterator[Callable[[Path], None]]:
 
     def write_to(path: Path) -> None:
         try:
-            file = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
+            file = _ConsoleFile(path, encoding="utf-8", errors="backslashreplace")
         except OSError as error:
             logging.warning("The log on the screen is not kept; the run goes on. %s", error)
             return
@@ -62,7 +82,8 @@ def kept_console() -> Iterator[Callable[[Path], None]]:
         yield write_to
     except BaseException:
         for file in files:
-            file.stream.write(traceback.format_exc())
+            with contextlib.suppress(OSError):
+                file.stream.write(traceback.format_exc())
         raise
     finally:
         for handler in (memory, *files):

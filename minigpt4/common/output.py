@@ -42,6 +42,13 @@ def make_folder(folder: Path) -> None:
         raise ConfigError(f"--out {folder} cannot be a folder: {error.strerror}. Name another place.") from None
 
 
+def write_whole(path: Path, text: str) -> Path:
+    """Write a file as a whole, in place of an earlier one, which stays if this fails. Returns its path."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text, encoding="utf-8", errors="backslashreplace")
+    return part.replace(path)
+
+
 def own_folder(folder: Path, mark: str) -> None:
     """Create a folder for a command's files, or go on with the one that an earlier run made.
 
@@ -50,9 +57,14 @@ def own_folder(folder: Path, mark: str) -> None:
     """
     make_folder(folder)
     # Listed before the look for the mark: another rank may write the mark, and then files, meanwhile.
-    others = [name for name in sorted(os.listdir(folder)) if not name.startswith(f".{mark}")]
+    others = [name for name in sorted(os.listdir(folder)) if not _may_be_left(name, mark)]
     if others and not (folder / mark).is_file():
         raise ConfigError(
             f"--out {folder} has files that this command did not write, e.g. {others[0]} (it knows its own folders by "
             f"their {mark}). Nothing was changed. Name a folder that is new or empty."
         )
+
+
+def _may_be_left(name: str, mark: str) -> bool:
+    """Whether a file may be of a run that ended before it wrote the mark: a lock, or a file that was not finished."""
+    return name.startswith(f".{mark}") or (name.startswith(".") and name.endswith((".lock", ".part")))

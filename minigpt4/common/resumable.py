@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from minigpt4.common.errors import ConfigError
-from minigpt4.common.output import only_run
+from minigpt4.common.output import only_run, write_whole
 
 
 @dataclass(frozen=True)
@@ -86,9 +86,8 @@ class Output:
             self._own = path.with_name(f"{path.name}.part{dist_utils.get_rank()}")
         if dist_utils.is_main_process():
             check_output(path, settings, lines)
-            part = path.with_name(f".{path.name}.settings.part")
-            part.write_text(json.dumps({"command": lines.command, "settings": settings}) + "\n", encoding="utf-8")
-            part.replace(_settings_file(path))
+            kept = json.dumps({"command": lines.command, "settings": settings})
+            write_whole(_settings_file(path), f"{kept}\n")
         self.finish()  # an earlier run
         if path.is_file():
             self.done = {lines.key_of(line) for line in whole_lines(path, lines)}

@@ -72,9 +72,12 @@ def open_folder(source: Source, form: str, folder: Path) -> None:
     A folder in which no part is written yet can be begun anew.
     """
     settings = {"to": form, "data": source.where, "fingerprint": source.fingerprint()}
+    if any(folder.resolve().is_relative_to(place) for place in source.folders):
+        raise ConfigError(
+            f"--out {folder} is inside the data, which would have its pictures twice. Name another place."
+        )
     own_folder(folder, SETTINGS)
-    path = folder / SETTINGS
-    other = list(settings)
+    path, other = folder / SETTINGS, list(settings)
     if path.exists():
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
@@ -147,7 +150,11 @@ def read_picture_file(source: str | bytes) -> tuple[str, bytes]:
     except Exception as error:  # Pillow's plug-ins raise nearly every kind of error on broken files
         name = source if isinstance(source, str) else "its picture"
         raise UnreadableError(f"{name}: {getattr(error, 'strerror', None) or error}") from None
-    return SUFFIX_OF_FORMAT.get(format, format.lower()), content
+    suffix = SUFFIX_OF_FORMAT.get(format, format.lower())
+    if f".{suffix}" not in SUFFIXES:
+        name = source if isinstance(source, str) else "its picture"
+        raise UnreadableError(f"{name} is in the format {format}. Save it as a JPEG or PNG")
+    return suffix, content
 
 
 def write_shard(file: BinaryIO, path: Path, samples: Iterable[Sample]) -> int:
@@ -159,7 +166,8 @@ def write_shard(file: BinaryIO, path: Path, samples: Iterable[Sample]) -> int:
     keys: set[str] = set()
     with wds.TarWriter(file, mtime=0) as tar:
         for key, record, pictures in samples:
-            key = f"{key}_{len(keys)}" if key in keys else key
+            while key in keys:
+                key += "_"
             keys.add(key)
             several = len(pictures) > 1
             members = {f"{n}.{suffix}" if several else suffix: content for n, (suffix, content) in enumerate(pictures)}
@@ -182,7 +190,8 @@ def write_lines(file: BinaryIO, path: Path, samples: Iterable[Sample]) -> int:
             if not picture.exists():
                 picture.parent.mkdir(parents=True, exist_ok=True)
                 replace(picture, content)
-        file.write(json.dumps(as_item(record, names), ensure_ascii=False).encode() + b"\n")
+        line = json.dumps(as_item(record, names), ensure_ascii=False)
+        file.write(line.encode(errors="backslashreplace") + b"\n")  # lone surrogates, as JSON escapes them
         count += 1
     return count
 

@@ -33,11 +33,15 @@ def sources_of_config(cfg: Any) -> Iterator[Source]:
                 yield PluginSource(name if split == "train" else f"{name}.{split}", dataset)
             continue
         info = section.get("build_info") or {}
-        val = info.get("val")
+        val = make_builder(cfg, name, section).val()
         storages = {name: info.get("storage")} | ({} if isinstance(val, float | int | None) else {f"{name}.val": val})
         for full_name, storage in storages.items():
             if builder == "conversation":
-                yield conversations(full_name, storage, info)
+                try:
+                    yield conversations(full_name, storage, info)
+                except (ConfigError, FileNotFoundError) as error:
+                    text = str(error).replace(f"{name}.val.build_info.storage", f"{name}.build_info.val")
+                    raise ConfigError(text.replace(f"{name}.val.build_info", f"{name}.build_info")) from None
             elif builder == "cc_sbu_align" and isinstance(storage, str):
                 yield AlignSource(full_name, storage)
             else:
@@ -58,7 +62,6 @@ def conversations(name: str, storage: Any, info: Mapping[str, Any]) -> Source:
 
     info: may have its keys `images`, `format` and `columns`.
     """
-    storage = storage if isinstance(storage, str) else list(storage or [])
     format, columns = info.get("format") or "auto", info.get("columns")
     kind, records = read_records(storage, info.get("images"), format, columns, name, check=False)
     if isinstance(records, ShardRecords):
@@ -69,9 +72,16 @@ def conversations(name: str, storage: Any, info: Mapping[str, Any]) -> Source:
 def built(cfg: Any, name: str, build_info: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The splits of a dataset that its builder makes. build_info: keys that are changed before."""
     section = cfg.datasets_cfg[name]
-    builder = cfg.builder_class(name)(OmegaConf.merge(section, {"build_info": build_info}) if build_info else section)
-    builder.name, builder.data_timeout_s = name, 0.0
+    builder = make_builder(cfg, name, OmegaConf.merge(section, {"build_info": build_info}) if build_info else section)
+    builder.data_timeout_s = 0.0
     return builder.build_datasets()
+
+
+def make_builder(cfg: Any, name: str, section: Any) -> Any:
+    """The builder of a dataset."""
+    builder = cfg.builder_class(name)(section)
+    builder.name = name
+    return builder
 
 
 def processor_of(cfg: Any, source: Source) -> Callable:
@@ -79,7 +89,6 @@ def processor_of(cfg: Any, source: Source) -> Callable:
     if cfg is None or isinstance(source, PluginSource):
         return BaseProcessor()
     name = source.name.removesuffix(".val")
-    builder = cfg.builder_class(name)(cfg.datasets_cfg[name])
-    builder.name = name
+    builder = make_builder(cfg, name, cfg.datasets_cfg[name])
     builder.build_processors()
     return builder.vis_processors["train" if name == source.name else "eval"]

@@ -5,8 +5,6 @@ import html
 import io
 from collections.abc import Iterable
 
-from PIL import Image, ImageOps
-
 from minigpt4.common.files import read_regular
 from minigpt4.common.rgb import WHITE, open_image, to_rgb
 from minigpt4.data_tools.check import DatasetReport
@@ -121,7 +119,8 @@ def _data_url(source: str | bytes) -> str:
     content = read_regular(source) if isinstance(source, str) else source
     image = open_image(io.BytesIO(content))
     image.draft(None, (THUMBNAIL, THUMBNAIL))
-    small = ImageOps.contain(to_rgb(image, WHITE), (THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+    small = to_rgb(image, WHITE)
+    small.thumbnail((THUMBNAIL, THUMBNAIL))
     buffer = io.BytesIO()
     small.save(buffer, "JPEG", quality=80)
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -26,6 +26,7 @@ class PluginSource:
     """
 
     shards: list[str] = []
+    folders: list[str] = []
     text_processor = None
 
     def __init__(self, name: str, dataset: Any) -> None:

@@ -1,11 +1,10 @@
 """The folder that `data check --out` writes: report.json for programs, index.html for people."""
 
 import json
-import os
 from pathlib import Path
 
 from minigpt4.common.errors import ConfigError
-from minigpt4.common.output import own_folder
+from minigpt4.common.output import own_folder, write_whole
 from minigpt4.data_tools.check import DatasetReport
 from minigpt4.data_tools.findings import ERROR, WARNING, Finding
 from minigpt4.data_tools.page import page
@@ -31,15 +30,9 @@ def write(folder: Path, reports: list[DatasetReport], note: str) -> None:
         "note": note,
         "datasets": [summary(report) | {"findings": [*map(_as_dict, report.findings)]} for report in reports],
     }
-    _replace(folder / REPORT, json.dumps(content, indent=1, ensure_ascii=False))
-    _replace(folder / "index.html", page(reports, note))
+    write_whole(folder / REPORT, json.dumps(content, indent=1, ensure_ascii=False))
+    write_whole(folder / "index.html", page(reports, note))
 
 
 def _as_dict(finding: Finding) -> dict[str, str]:
     return {"kind": finding.kind, "level": finding.level, "where": finding.where, "what": finding.what}
-
-
-def _replace(path: Path, text: str) -> None:
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8", errors="backslashreplace")
-    os.replace(part, path)

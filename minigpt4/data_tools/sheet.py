@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 
 from minigpt4.common.errors import ConfigError
 from minigpt4.common.files import read_regular
@@ -39,6 +39,7 @@ FONTS = (
     "Arial Unicode.ttf",
     "msyh.ttc",
 )
+MAX_LINES = 200  # of a sample
 # Samples of a part among which one is drawn.
 DRAWN_FROM = 1000
 
@@ -206,14 +207,17 @@ def draw_sample(sample: Sample, fonts: Fonts) -> Image.Image:
     """The pictures on the left, the text on the right."""
     columns = min(PER_ROW, max(1, len(sample.pictures)))
     left = MARGIN + columns * (SIDE + 8) + 12
-    lines = list(wrap(sample.text, fonts, WIDTH - MARGIN - left))
+    lines = list(islice(wrap(sample.text, fonts, WIDTH - MARGIN - left), MAX_LINES + 1))
+    if len(lines) > MAX_LINES:
+        lines[MAX_LINES:] = [[("… and more", None)]]
     rows = -(-len(sample.pictures) // columns)
     height = max(rows * (SIDE + 8), (len(lines) + 1) * LINE) + MARGIN
     block = Image.new("RGB", (WIDTH, height), "white")
     draw = ImageDraw.Draw(block)
     for number, picture in enumerate(sample.pictures):
         place = MARGIN + number % columns * (SIDE + 8), MARGIN // 2 + number // columns * (SIDE + 8)
-        block.paste(ImageOps.contain(picture, (SIDE, SIDE), Image.Resampling.LANCZOS), place)
+        size = [max(1, round(side * SIDE / max(picture.size))) for side in picture.size]
+        block.paste(picture.resize(size, Image.Resampling.LANCZOS), place)
     fonts.draw(draw, (left, MARGIN // 2), sample.title, GREY)
     for number, line in enumerate(lines, 1):
         top = MARGIN // 2 + number * LINE

@@ -49,6 +49,8 @@ class Source(Protocol):
     num_parts: int
     shards: list[str]
     """Empty: the dataset is none of shards."""
+    folders: list[str]
+    """Absolute paths of folders of which every picture is a record."""
     text_processor: Callable[[str], str] | None
     """Changes the captions in training."""
 
@@ -71,6 +73,8 @@ class FileSource:
             every = range(len(part.source))
             self.parts += [(part, every[start : start + PART]) for start in every[::PART]]
         self.num_parts = len(self.parts)
+        listed = [part.source.base for part in records.parts if isinstance(part.source, ListedRecords)]
+        self.folders = [os.path.realpath(base) for base in listed if os.path.isdir(base)]
         self._listings: dict[str, set[str]] = {}
 
     def read(self, part: int) -> Iterator[Record | Fault]:
@@ -101,6 +105,8 @@ class FileSource:
 
 class ShardSource:
     """The samples of shards as a stream of captions or conversations reads them."""
+
+    folders: list[str] = []
 
     def __init__(self, name: str, stream: ImageTextStream | ConversationStream) -> None:
         self.name, self.where, self.stream = name, f"{shorten(stream.shards)}, shards", stream
@@ -154,12 +160,15 @@ class AlignSource:
     """A folder of cc_sbu_align's form: `filter_cap.json` and the folder `image`."""
 
     shards: list[str] = []
+    folders: list[str] = []
     text_processor = None
 
     def __init__(self, name: str, folder: str) -> None:
         """Raises ConfigError if the list of captions is broken as a whole."""
         self.name, self.where = name, os.path.abspath(os.path.expanduser(folder))
         self.file, images = os.path.join(self.where, ALIGN_FILE), os.path.join(self.where, "image")
+        if missing := next((path for path in (self.file, images) if not os.path.exists(path)), None):
+            raise ConfigError(f"{folder}: there is no {missing}.")
         self.annotations = load_annotations(self.file)
         self.images, self.pictures = images, list_pictures(images)
         self.num_parts = -(-len(self.annotations) // PART)

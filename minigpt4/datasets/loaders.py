@@ -221,7 +221,11 @@ class BatchMaker(Dataset):
     def _at(self, name: str, index: int) -> Iterator[Any]:
         """The sample at an index, or the next one whose text is usable; without `replace`, perhaps none."""
         dataset = self.datasets[name]
-        following = (dataset[(index + i) % len(dataset)] for i in range(len(dataset) if self.replace else 1))
+        if self.replace:
+            following = (dataset[(index + i) % len(dataset)] for i in range(len(dataset)))
+        else:  # ours put the next record in the place of a bad one themselves
+            item = getattr(dataset, "item_or_none", dataset.__getitem__)(index)
+            following = [] if item is None else [item]
         return islice(usable_samples(following, self._tallies[name]), 1)
 
     def _stream(self, request: BatchRequest) -> Iterator[list[Any]]:

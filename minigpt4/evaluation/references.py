@@ -6,6 +6,7 @@ The formats are those of benchmarks, below, and those of training data (`dataset
 import json
 import os
 import re
+import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -24,6 +25,8 @@ from minigpt4.evaluation.example import Example
 
 PICTURE = (("user", (None,)),)
 """A picture alone: a caption is asked for."""
+TYPES = {"question": str, "text": str, "image": str, "answers": list, "choices": list}
+"""Of the values that benchmarks have at these keys."""
 SHORT = 5  # words: references that are no longer are answers to compare as a whole
 
 
@@ -78,6 +81,10 @@ def read_examples(
         else:
             examples = [*_read_records(group, images, name, check)]
             each_task = task_for(examples)
+        for example in examples:
+            if not example.references or not all(isinstance(text, str) for text in example.references):
+                shown = f"{example.id} has the references {reprlib.repr(list(example.references))}"
+                raise ConfigError(f"--data {' '.join(group)}: question {shown}. It needs texts, at least one.")
         if task not in ("", each_task):
             raise ConfigError(f"--data has files for the tasks {task} and {each_task}. Evaluate one at a time.")
         found, task = found + examples, each_task
@@ -267,7 +274,8 @@ def _read_align(paths: list[str], images: str | None, check: bool) -> Iterator[E
 def _read_vqa(paths: list[str], images: str | None, check: bool) -> Iterator[Example]:
     """VQAv2 and OK-VQA: a file of questions and one of annotations, in any order."""
     files = {path: _load(path) for path in paths}
-    annotated = {a["question_id"]: a for file in files.values() for a in _list(file, "annotations")}
+    annotations = [(path, each) for path, file in files.items() for each in _list(file, "annotations")]
+    annotated = {_need(path, each, "question_id", "answers")[0]: each for path, each in annotations}
     if not annotated or not any("questions" in file for file in files.values()):
         lack = "annotations" if not annotated else "questions"
         raise ConfigError(f"--data {' '.join(paths)} has no {lack}. Name both files: --data QUESTIONS ANNOTATIONS")
@@ -277,12 +285,11 @@ def _read_vqa(paths: list[str], images: str | None, check: bool) -> Iterator[Exa
             number, image, question = _need(path, item, "question_id", "image_id", "question")
             if number not in annotated:
                 raise ConfigError(f"{path} question_id {number} is not among the annotations. Name the file with it.")
-            answers = tuple(str(each["answer"]) for each in _list(annotated[number], "answers"))
-            if not answers:
-                raise ConfigError(f"question_id {number} has no 'answers' in the annotations.")
+            about = f"{path} question_id {number}"
+            answers = tuple(str(_need(about, each, "answer")[0]) for each in annotated[number]["answers"])
             digits = f"{image:012d}.jpg" if isinstance(image, int) else f"{image}.jpg"
             picture = _found(path, number, folder, f"COCO_{subtype}_{digits}", digits, f"{image}.jpg", f"{image}.png")
-            group = annotated[number].get("answer_type", "")
+            group = str(annotated[number].get("answer_type") or "")
             yield _question(number, image, question, answers, picture, group)
 
 
@@ -315,13 +322,13 @@ def _read_scienceqa(paths: list[str], images: str | None, check: bool) -> Iterat
             if not isinstance(right, int) or not 0 <= right < len(choices):
                 raise ConfigError(f"{path} {number} has the answer {right!r}; an index of its choices is expected.")
             listed = [f"{chr(ord('A') + n)}. {choice}" for n, choice in enumerate(choices)]
-            text = "\n".join([*filter(None, [item.get("hint"), question]), *listed])
+            text = "\n".join([*map(str, filter(None, [item.get("hint"), question])), *listed])
             names = {"id": number, "question_id": number}
             pictures, parts = (), (text,)
             if item.get("image"):
-                place = os.path.join(item.get("split", ""), number, item["image"])
+                place = os.path.join(item.get("split") or "", number, *_need(f"{path} {number}", item, "image"))
                 pictures, parts = (_found(path, number, folder, place),), (None, text)
-            group, messages = item.get("subject", ""), (("user", parts),)
+            group, messages = str(item.get("subject") or ""), (("user", parts),)
             yield Example(number, messages, (choices[right],), pictures, names, group, tuple(choices))
 
 
@@ -366,10 +373,14 @@ def _list(file: Mapping, key: str) -> list:
 
 
 def _need(where: str, item: Any, *keys: str) -> list:
-    """The values at some keys. Raises ConfigError that names one that is missing."""
+    """The values at some keys. Raises ConfigError that names one that is missing, or not of its type."""
     lacks = next((key for key in keys if not isinstance(item, Mapping) or key not in item), None)
     if lacks:
         raise ConfigError(f"{where}: a question has no {lacks!r}. It needs {', '.join(keys)}.")
+    for key in keys:
+        if not isinstance(item[key], TYPES.get(key, object)):
+            kind = "text" if TYPES[key] is str else "list"
+            raise ConfigError(f"{where}: its {key!r} is {reprlib.repr(item[key])}; a {kind} is expected.")
     return [item[key] for key in keys]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from minigpt4.common import dist_utils
 from minigpt4.common.errors import ConfigError
+from minigpt4.common.output import write_whole
 from minigpt4.common.resumable import Lines, open_output
 from minigpt4.common.text import pluralize
 from minigpt4.evaluation.example import Answer, Example
@@ -21,7 +22,8 @@ ANSWERS = "answers.jsonl"
 
 def _id(entry: dict) -> str | None:
     """The id of the example that a line answers; None: this command did not write the line."""
-    return entry["id"] if {"answer", "ended"} <= entry.keys() else None
+    texts = isinstance(entry["id"], str) and isinstance(entry["answer"], str)
+    return entry["id"] if texts and "ended" in entry else None
 
 
 LINES = Lines("minigpt4 evaluate", "answer", b'{"id": ', _id)
@@ -87,8 +89,6 @@ def write_results(folder: Path, name: str, task: str, examples: Sequence[Example
         "table.tex": latex,
     }
     for file, text in results.items():
-        part = folder / f".{file}.part"
-        part.write_text(text, encoding="utf-8", errors="backslashreplace")
-        part.replace(folder / file)
+        write_whole(folder / file, text)
     logging.info("Written to %s: %s.", folder, ", ".join([ANSWERS, *results]))
     return markdown

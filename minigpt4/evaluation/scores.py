@@ -9,6 +9,11 @@ from minigpt4.common.registry import registry
 from minigpt4.evaluation.example import Answer, Example
 from minigpt4.evaluation.figures import LEVEL, RESAMPLES, SEED, Figure, intervals
 
+# What stands in LaTeX for signs that mean something else there.
+LATEX = str.maketrans(
+    {sign: f"\\{sign}" for sign in "&%$#_{}"} | {"\\": r"\textbackslash{}", "~": r"\~{}", "^": r"\^{}"}
+)
+
 
 def measure(task: str, examples: Sequence[Example], answers: Mapping[str, Answer]) -> tuple[dict, dict[str, Figure]]:
     """The scores of answers {id: answer} for JSON, and the figures over the examples that have an answer.
@@ -48,10 +53,11 @@ def table(scores: Mapping[str, Any], name: str) -> tuple[str, str]:
     name: the model's name in the first column. Values are times their `scale`, with intervals.
     """
     lines = [(name, scores)] + [(f"{name}, {group}", each) for group, each in scores.get("groups", {}).items()]
+    lines = [(" ".join(title.split()), each) for title, each in lines]  # without line breaks
     titles = ["model", *scores["figures"], "n"]
     rows = [[title, *map(_shown, each["figures"].values()), str(each["n"])] for title, each in lines]
-    markdown = [titles, ["---"] * len(titles), *rows]
-    latex = [[_escaped(cell) for cell in row] for row in (titles, *rows)]
+    markdown = [[cell.replace("|", r"\|") for cell in row] for row in (titles, ["---"] * len(titles), *rows)]
+    latex = [[cell.translate(LATEX) for cell in row] for row in (titles, *rows)]
     return (
         "".join(f"| {' | '.join(row)} |\n" for row in markdown),
         "".join(f"{' & '.join(row)} \\\\\n" for row in latex),
@@ -61,9 +67,3 @@ def table(scores: Mapping[str, Any], name: str) -> tuple[str, str]:
 def _shown(figure: Mapping[str, float]) -> str:
     value, low, high = (figure[key] * figure["scale"] for key in ("value", "low", "high"))
     return f"{value:.1f} [{low:.1f}, {high:.1f}]"
-
-
-def _escaped(text: str) -> str:
-    for sign in "&%$#_{}":
-        text = text.replace(sign, f"\\{sign}")
-    return text

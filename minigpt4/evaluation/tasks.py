@@ -4,15 +4,26 @@ A task of one's own is a class with the method `measure`, registered by `@regist
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
+from minigpt4.common.errors import ConfigError
 from minigpt4.common.registry import registry
 from minigpt4.evaluation import captions, vqa
 from minigpt4.evaluation.example import Answer, Example
 from minigpt4.evaluation.failures import KINDS, failures, in_sentences
 from minigpt4.evaluation.figures import Figure, mean
+
+YES_OR_NO = re.compile(r"\b(yes|no|not)\b", re.IGNORECASE)
+
+
+def _need(task: str, what: str, examples: Sequence[Example], has: Callable[[Example], Any]) -> None:
+    """Raise ConfigError for the first example that does not have what a task needs."""
+    for example in examples:
+        if not has(example):
+            raise ConfigError(f"--task {task} needs {what}, and question {example.id} has none. Name another task.")
 
 
 def _failure_figures(answers: Sequence[Answer], sentences: bool | None) -> dict[str, Figure]:
@@ -55,9 +66,10 @@ class YesNoTask:
     """POPE: is it in the picture? An answer is no if its first sentence has the word no or not, and yes otherwise."""
 
     def measure(self, examples: Sequence[Example], answers: Sequence[Answer]) -> dict[str, Figure]:
+        _need("yes_no", "the references yes or no", examples, lambda each: YES_OR_NO.search(each.references[0]))
         wanted = np.array([_says_yes(example.references[0]) for example in examples])
         found = np.array([_says_yes(answer.text) for answer in answers])
-        clear = [re.search(r"\b(yes|no|not)\b", answer.text, re.IGNORECASE) is not None for answer in answers]
+        clear = [YES_OR_NO.search(answer.text) is not None for answer in answers]
         both = found & wanted
         return {
             "accuracy": mean(found == wanted),
@@ -79,6 +91,7 @@ class ChoiceTask:
     """One of several answers, named by its letter or its text."""
 
     def measure(self, examples: Sequence[Example], answers: Sequence[Answer]) -> dict[str, Figure]:
+        _need("choice", "choices", examples, lambda each: each.choices)
         chosen = [_choice(answer.text, example.choices) for answer, example in zip(answers, examples, strict=True)]
         right = [choice in example.references for choice, example in zip(chosen, examples, strict=True)]
         unclear = mean([choice is None for choice in chosen], flag=True)
@@ -88,8 +101,10 @@ class ChoiceTask:
 def _choice(answer: str, choices: Sequence[str]) -> str | None:
     """The choice that an answer names: by its letter first, then as the only one whose text it has."""
     letters = [chr(ord("A") + n) for n in range(len(choices))]
-    named = re.match(r"\W*([A-Z])(?:\W*$|[.):,])|.*\b(?:answer|option|choice) (?:is )?\W*([A-Z])\b", answer)
-    letter = named and (named[1] or named[2])
+    named = re.match(r"\W*([A-Z])[.):,]|\W*([A-Za-z])\W*$", answer) or re.match(
+        r"(?s:.*)\b(?i:answer|option|choice)\b:?(?:\s(?i:is|would be)\b)?\W*([A-Z])\b", answer
+    )
+    letter = named and named[named.lastindex].upper()
     if letter in letters:
         return choices[letters.index(letter)]
     text = f" {_plain(answer)} "

@@ -26,7 +26,7 @@ PICTURE = f"<Img>{IMAGE_SLOT}</Img>"
 class Template:
     """The fixed texts of a conversation; in `system`, `question` and `next_question`, `{}` stands for the message.
 
-    Raises ConfigError if one of these has no `{}`.
+    Raises ConfigError if one of these has no `{}`, and for what is no text or has the place of an image.
     """
 
     question: str
@@ -43,9 +43,12 @@ class Template:
     """Whether the tokenizer's `<s>` comes first, if it has one."""
 
     def __post_init__(self) -> None:
-        for name in ("question", "system", "next_question"):
-            text = getattr(self, name)
-            if text and "{}" not in text:
+        for name, text in asdict(self).items():
+            if not isinstance(text, bool if name == "bos" else str):
+                raise ConfigError(f"model.template: {name}={text!r} must be a text; bos, true or false.")
+            if name != "bos" and IMAGE_SLOT in text or name == "start" and "{}" in text:
+                raise ConfigError(f"model.template: {name}={text!r} holds a place of messages: {{}} or {IMAGE_SLOT}.")
+            if name in ("question", "system", "next_question") and text and "{}" not in text:
                 raise ConfigError(f"model.template: {name}={text!r} has no {{}} where the message goes.")
 
     @property
@@ -146,7 +149,7 @@ def read_prompts(path: str, template: str) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no text in UTF-8"
         raise ConfigError(f"model.prompt_path={path}, a text file, cannot be read: {reason}.") from None
-    prompts = [template.replace("{}", line) for line in lines if IMAGE_SLOT in line]
+    prompts = [template.replace("{}", line, 1) for line in lines if IMAGE_SLOT in line]
     if not prompts:
         raise ConfigError(
             f"No line of model.prompt_path={path} holds {IMAGE_SLOT}, which says where the image goes "
@@ -174,7 +177,7 @@ def resolve(cfg: MiniGPT4Config) -> Template:
         return from_prompt(cfg.prompt_template, cfg.end_sym)
     if isinstance(value, Mapping):
         check_names(value, [f.name for f in fields(Template)], lambda name: f"model.template has no key {name}")
-        return Template(**value)
+        return Template(**{"question": None, "end": None} | dict(value))
     if value == "auto":
         return from_chat_template(*chat_template(cfg.llama_model, cfg.trust_remote_code))
     check_names([value], [*TEMPLATES, "auto"], lambda name: f"model.template={name!r} is not known")

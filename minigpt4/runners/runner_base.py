@@ -42,6 +42,7 @@ from minigpt4.runners.state import (
     to_device,
 )
 from minigpt4.tracking.record import RunRecord
+from minigpt4.tracking.run_files import without_passwords
 from minigpt4.tracking.trackers import RunInfo
 from minigpt4.weights import checkpoint, fingerprint
 
@@ -104,7 +105,8 @@ class RunnerBase:
             if self.start_epoch:
                 earlier = checkpoint.resolve(self.run.resume_ckpt_path)
                 continue_folder(self.output_dir, earlier, self.best_metric, self._is_behind)
-        info = RunInfo(self.run_id, self.run.name or self.run_id, str(self.output_dir), cfg.to_dict())
+        config = json.loads(without_passwords(json.dumps(cfg.to_dict())))
+        info = RunInfo(self.run_id, self.run.name or self.run_id, str(self.output_dir), config)
         self.record = RunRecord(info, self.run.trackers)
 
     @classmethod

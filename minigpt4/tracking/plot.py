@@ -55,8 +55,8 @@ def find_runs(paths: Sequence[Path]) -> list[Run]:
             raise ConfigError(f"{path} is no folder of a run: neither it nor a folder in it has a {metrics.NAME}.")
         folders += found
     runs = list(map(read_run, folders))
-    if not any(run.lines for run in runs):
-        raise ConfigError(f"{', '.join(map(str, paths))}: no line of {metrics.NAME} was written yet.")
+    if not metrics_to_draw(runs):
+        raise ConfigError(f"{', '.join(map(str, paths))}: no number to draw was written yet to {metrics.NAME}.")
     return runs
 
 
@@ -83,6 +83,13 @@ def need_matplotlib() -> None:
 
 def draw(runs: Sequence[Run], names: Sequence[str], columns: int = 2):
     """A matplotlib figure with a panel for each metric. Raises ConfigError for a metric that no run has."""
+    import matplotlib
+
+    with matplotlib.rc_context({"text.parse_math": False}):  # a name may have a $
+        return _draw(runs, names, columns)
+
+
+def _draw(runs: Sequence[Run], names: Sequence[str], columns: int):
     from matplotlib.figure import Figure
 
     rows = -(-len(names) // columns)

@@ -1,7 +1,8 @@
 """A tracker in a process of its own, which cannot hold up the run, nor its end for long.
 
-The run writes to the process through a queue and a thread, so that it never waits. The process reads until the run
-closes the pipe, or is gone, and then has PATIENCE seconds. It is in a session of its own: Ctrl-C reaches the run alone.
+The run writes to the process through a queue and a thread, so that it never waits. The process reads until it gets None
+at the end of the run, or the run is gone, and then has PATIENCE seconds. It is in a session of its own: Ctrl-C reaches
+the run alone.
 """
 
 import importlib
@@ -9,11 +10,13 @@ import logging
 import os
 import pickle
 import queue
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import psutil
@@ -33,6 +36,7 @@ class TrackerProcess:
     def __init__(self, name: str, run: RunInfo) -> None:
         self.name = name
         self._waiting: queue.Queue = queue.Queue(MAX_WAITING)
+        self._unsent = ""
         tracker = registry.get("tracker", name)
         command = [sys.executable, "-m", __name__, tracker.__module__, tracker.__qualname__]
         paths = os.pathsep.join(filter(None, sys.path))  # of plug-ins
@@ -73,25 +77,31 @@ class TrackerProcess:
 
     def _send(self) -> None:
         try:
-            while (item := self._waiting.get()) is not None:
-                pickle.dump(item, self._process.stdin)
+            item = True
+            while item is not None:  # workers that were forked hold the pipe open, so None tells the end
+                item = self._waiting.get()
+                self._process.stdin.write(pickle.dumps(item))
                 self._process.stdin.flush()
-            self._process.stdin.close()
         except OSError:
             pass  # the process has ended, which `log` and `wait` find out
+        except Exception as error:  # a value that cannot be pickled
+            self._unsent = f"{type(error).__name__}: {error}"
+            self._process.kill()
 
     def _failure(self) -> str:
-        said = self._process.stdout.read().decode(errors="replace").strip()
+        os.set_blocking(self._process.stdout.fileno(), False)  # a process that it forked may hold the pipe open
+        said = self._unsent or (self._process.stdout.read() or b"").decode(errors="replace").strip()
         return said or f"its process ended with status {self._process.returncode}"
 
     def _drop(self, reason: str) -> bool:
         logging.warning("run.trackers: %s is dropped, and the run goes on: %s.", self.name, reason)
-        try:
-            for process in [*psutil.Process(self._process.pid).children(recursive=True), self._process]:
+        with suppress(psutil.Error):  # it has ended
+            for process in psutil.Process(self._process.pid).children(recursive=True):
                 process.kill()
+        with suppress(OSError):  # with those that it left behind
+            os.killpg(self._process.pid, signal.SIGKILL)
+        with suppress(subprocess.TimeoutExpired):
             self._process.wait(1)
-        except (psutil.Error, subprocess.TimeoutExpired):
-            pass  # it has ended, or will
         return False
 
 
@@ -104,12 +114,11 @@ def main(module: str, name: str) -> None:
         for part in name.split("."):
             tracker_class = getattr(tracker_class, part)
         tracker = tracker_class(pickle.load(sys.stdin.buffer))
-        try:
-            while True:
-                tracker.log(*pickle.load(sys.stdin.buffer))
-        except EOFError:  # the run has closed it, or is gone
-            threading.Timer(PATIENCE, os._exit, [1]).start()
-            tracker.close()
+        with suppress(EOFError):  # the run is gone
+            while (line := pickle.load(sys.stdin.buffer)) is not None:
+                tracker.log(*line)
+        threading.Timer(PATIENCE, os._exit, [1]).start()
+        tracker.close()
     except Exception as error:
         answer.write(f"{type(error).__name__}: {error}".splitlines()[0])
         answer.flush()

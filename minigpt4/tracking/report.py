@@ -13,8 +13,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from minigpt4.common.output import write_whole
 from minigpt4.tracking import plot
-from minigpt4.tracking.run_files import CONFIG, ENVIRONMENT
+from minigpt4.tracking.run_files import CONFIG, ENVIRONMENT, without_passwords
 
 NAME = "report.html"
 # Versions that are shown at once; the others are folded.
@@ -26,9 +27,7 @@ COUNT = re.compile(r"(left_out|cut_off|broke_up)/([^/]*)/(.*)")
 def write_report(folder: Path) -> Path | None:
     """Write the report of a run into its folder; None: it failed, and a warning says why."""
     try:
-        page, part = report(folder), folder / f".{NAME}.part"
-        part.write_text(page, encoding="utf-8", errors="backslashreplace")
-        return part.replace(folder / NAME)
+        return write_whole(folder / NAME, report(folder))
     except Exception as error:  # the run is done; nothing here may make it look as if it failed
         logging.warning("%s was not written: %s: %s", folder / NAME, type(error).__name__, error)
         return None
@@ -37,7 +36,7 @@ def write_report(folder: Path) -> Path | None:
 def report(folder: Path) -> str:
     """The page. Raises OSError and ValueError for a folder whose files cannot be read."""
     about = json.loads((folder / ENVIRONMENT).read_text(encoding="utf-8"))
-    config = (folder / CONFIG).read_text(encoding="utf-8")
+    config = without_passwords((folder / CONFIG).read_text(encoding="utf-8"))
     run = plot.read_run(folder)
     parts = [
         f"<h1>{_text(run.name)}</h1><p class=soft>Started {_text(about['started'])} in {_text(str(folder))}</p>",
@@ -59,13 +58,7 @@ def report(folder: Path) -> str:
 
 def _tiles(run: plot.Run) -> str:
     """The figures of the run as a whole."""
-    lines = [line for line in run.lines if "loss" in line]
-    steps = [line["step"] for line in lines]
-    counts = [step - before for before, step in pairwise([steps[0] - 1, *steps])] if steps else []
-    seconds, waiting = (
-        sum(line[name] * count for line, count in zip(lines, counts, strict=True))
-        for name in ("step_seconds", "data_seconds")
-    )
+    seconds, waiting = _total(run, "step_seconds"), _total(run, "data_seconds")
     peaks = {name: max(run.curve(name)[1], default=0) for name in ("gpu_memory_mib", "host_memory_mib")}
     speeds = sorted(run.curve("images_per_second")[1])
     shown = {
@@ -79,6 +72,13 @@ def _tiles(run: plot.Run) -> str:
         "memory of the process": f"{peaks['host_memory_mib'] / 1024:.1f} GiB" if peaks["host_memory_mib"] else "",
     }
     return f"<div class=tiles>{''.join(f'<div><b>{v}</b>{k}</div>' for k, v in shown.items() if v)}</div>"
+
+
+def _total(run: plot.Run, name: str) -> float:
+    """The sum over all steps of a value that each line has as a mean over the steps since the line before."""
+    steps, values = run.curve(name)
+    starts = [steps[0] - 1, *steps] if steps else []
+    return sum(value * (step - before) for value, (before, step) in zip(values, pairwise(starts), strict=True))
 
 
 def _last(run: plot.Run, name: str) -> str:
@@ -132,6 +132,8 @@ def _data(run: plot.Run) -> str:
     shares = {}
     for line in run.lines:
         for name, value in line.items():
+            if not isinstance(value, int | float):
+                continue
             if found := COUNT.fullmatch(name):
                 counts[(found[1].replace("_", " "), found[2], found[3])] += value
             elif name.startswith("share/"):

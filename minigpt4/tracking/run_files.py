@@ -32,7 +32,8 @@ LONGEST_DIFF = 1_000_000  # characters
 def write_run_files(cfg: Config, folder: Path, processes: int) -> None:
     """Write config.yaml, which `train.py --cfg-path` takes as it is, and environment.json. processes: ranks."""
     path = folder / CONFIG
-    (folder / ENVIRONMENT).write_text(json.dumps(environment(cfg, path, processes), indent=2) + "\n", encoding="utf-8")
+    about = without_passwords(json.dumps(environment(cfg, path, processes), indent=2))
+    (folder / ENVIRONMENT).write_text(about + "\n", encoding="utf-8")
     start = f"# All settings of this run, defaults included. To start it again:\n#   {_again(path, processes)}\n"
     path.write_text(start + OmegaConf.to_yaml(OmegaConf.create(cfg.to_dict())), encoding="utf-8")
 
@@ -43,14 +44,14 @@ def environment(cfg: Config, path: Path, processes: int) -> dict[str, Any]:
     chosen = {name: value for name, value in sorted(os.environ.items()) if VARIABLES.fullmatch(name)}
     return {
         "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-        "command": [_without_password(argument) for argument in sys.orig_argv],
+        "command": sys.orig_argv,
         "again": _again(path, processes),
         "working_directory": os.getcwd(),
         "processes": processes,
         "machine": _machine(),
         "python": sys.version,
         "packages": dict(sorted(versions.items(), key=lambda item: str(item[0]).lower())),
-        "variables": {name: _without_password(v) for name, v in chosen.items() if not SECRET.search(name)},
+        "variables": {name: value for name, value in chosen.items() if not SECRET.search(name)},
         "git": git_states(PACKAGE_ROOT, Path.cwd()),
         "changed_settings": {key: list(values) for key, values in cfg.changes().items()},
     }
@@ -69,7 +70,7 @@ def git_states(*folders: Path) -> list[dict[str, Any]]:
             "folder": top,
             "commit": commit,
             "branch": _git(folder, "branch", "--show-current"),
-            "remote": _without_password(_git(folder, "config", "--get", "remote.origin.url")),
+            "remote": without_passwords(_git(folder, "config", "--get", "remote.origin.url")),
             "new_files": _git(Path(top), "ls-files", "--others", "--exclude-standard").splitlines()[:100],
             "diff": diff if len(diff) <= LONGEST_DIFF else f"{diff[:LONGEST_DIFF]}\n… ({len(diff)} characters)",
         }
@@ -108,5 +109,6 @@ def _again(path: Path, processes: int) -> str:
     return f"{start}{python} train.py --cfg-path {shlex.quote(str(path))}"
 
 
-def _without_password(text: str) -> str:
+def without_passwords(text: str) -> str:
+    """A text, such as JSON, without what stands before the @ in addresses."""
     return re.sub(r"(?<=://)[^/@\s]+(?=@)", "…", text)

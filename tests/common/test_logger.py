@@ -1,6 +1,7 @@
 """The log of a run that is kept in a file, and the places of progress lines."""
 
 import logging
+from pathlib import Path
 
 import pytest
 
@@ -38,6 +39,19 @@ def test_a_file_that_cannot_be_written_is_reported(tmp_path, caplog):
         write_to(tmp_path / "gone" / "console.log")
         logging.info("the run goes on")
     assert "is not kept" in caplog.text
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_on_a_full_disk_the_run_goes_on(tmp_path, caplog, capsys):
+    """With one warning; and the exception that ends it is its own."""
+    (tmp_path / "console.log").symlink_to("/dev/full")
+    with pytest.raises(ZeroDivisionError), kept_console() as write_to:
+        write_to(tmp_path / "console.log")
+        for number in range(3):
+            logging.info("line %d", number)
+        1 / 0  # noqa: B018
+    assert [record.levelname for record in caplog.records].count("WARNING") == 1
+    assert "No space left" in caplog.text and "Traceback" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("length", "log_freq", "count"), [(7, 3, 1), (7, 3, 2), (8, 4, 4), (5, 1, 1), (3, 50, 2)])

@@ -22,6 +22,12 @@ def test_a_folder_is_ones_own_if_it_is_new_empty_or_marked(tmp_path):
     own_folder(tmp_path / "a" / "b", "mark.json")
 
 
+@pytest.mark.parametrize("left", [".mark.json.part", ".answers.jsonl.lock", ".answers.jsonl.settings.part", ".lock"])
+def test_a_run_that_ended_before_its_mark_is_started_again(tmp_path, left):
+    (tmp_path / left).touch()
+    own_folder(tmp_path, "mark.json")
+
+
 @pytest.mark.parametrize("name", ["file", "file/below"])
 def test_where_there_can_be_no_folder(tmp_path, name):
     (tmp_path / "file").write_text("of the user")

@@ -236,6 +236,21 @@ def test_files_that_are_not_there(tmp_path):
     with pytest.raises(ConfigError, match="nothing.csv: there is no file") as error:
         main(["check", str(tmp_path / "nothing.csv")])
     assert "datasets." not in str(error.value)
+    with pytest.raises(ConfigError, match="no file matches") as error:
+        main(["check", str(tmp_path / "*.jsonl")])
+    assert "datasets." not in str(error.value)
+
+
+@pytest.mark.parametrize("val", [1.5, -1, "/none.jsonl"])
+def test_a_share_that_is_none(tmp_path, val):
+    (tmp_path / "a.jsonl").write_text('{"prompt": "Q", "answer": "A"}')
+    info = f"{{storage: {tmp_path}/a.jsonl, val: {val}}}"
+    (tmp_path / "run.yaml").write_text(
+        "model: {arch: mini_gpt4, model_type: tiny}\n"
+        f"datasets: {{mine: {{builder: conversation, build_info: {info}}}}}\n"
+    )
+    with pytest.raises(ConfigError, match=f"datasets.mine.build_info.val={val}"):
+        main(["check", "--cfg-path", f"{tmp_path}/run.yaml"])
 
 
 def test_a_table_with_other_columns_names_the_flags_and_they_help(run, tmp_path):

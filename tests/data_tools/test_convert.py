@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 from dataset_files import VIS, good_members, picture_bytes, write_align, write_shards, write_tar
 from helpers import ROOT
+from PIL import Image
 
 from minigpt4.cli.data import main
 from minigpt4.common.config import Config
@@ -205,3 +206,23 @@ def test_faults_end_it_or_are_left_out(tmp_path, capsys):
     assert "3 records written" in out and "1 fault left out" in out and "annotations[2]" in out
     source = source_of_files([f"{tmp_path}/out/*.tar"], {})
     assert [id for id, _ in contents(source)] == ["0", "1", "3"]
+
+
+def test_texts_and_formats_that_a_form_cannot_hold(tmp_path, capsys):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.ppm")
+    pictures(tmp_path)
+    (tmp_path / "a.jsonl").write_text('{"id": "\\udcff", "image": "cat.jpg", "caption": "x \\ud800"}\n')
+    assert main(["convert", f"{tmp_path}/a.jsonl", "--to", "jsonl", "--out", f"{tmp_path}/a"]) == 0
+    assert contents(source_of_files([f"{tmp_path}/a/*.jsonl"], {})) == contents(
+        source_of_files([f"{tmp_path}/a.jsonl"], {})
+    )
+    (tmp_path / "b.csv").write_text("image,caption\na.ppm,x\n")
+    with pytest.raises(ConfigError, match="line 2.*a.ppm is in the format PPM"):
+        main(["convert", f"{tmp_path}/b.csv", "--to", "shards", "--out", f"{tmp_path}/b"])
+
+
+def test_no_conversion_into_the_folder_that_is_read(tmp_path):
+    storage = write_example(tmp_path, "folder")
+    with pytest.raises(ConfigError, match="inside the data"):
+        main(["convert", storage, "--to", "jsonl", "--out", f"{tmp_path}/sub/out"])
+    assert not (tmp_path / "sub").exists()

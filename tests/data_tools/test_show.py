@@ -91,3 +91,11 @@ def test_a_file_that_is_no_font(tmp_path):
     (tmp_path / "font.ttf").write_text("none")
     with pytest.raises(ConfigError, match="--font"):
         sheet.Fonts(tmp_path / "font.ttf")
+
+
+def test_thin_pictures_and_long_texts(tmp_path):
+    Image.new("RGB", (5000, 1)).save(tmp_path / "a.png")
+    (tmp_path / "a.jsonl").write_text(json.dumps({"image": "a.png", "caption": "word " * 20_000}))
+    assert main(["show", f"{tmp_path}/a.jsonl", "--out", f"{tmp_path}/sheet.png"]) == 0
+    with Image.open(tmp_path / "sheet.png") as drawn:
+        assert sheet.MAX_LINES * sheet.LINE < drawn.height < (sheet.MAX_LINES + 10) * sheet.LINE

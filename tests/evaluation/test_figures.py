@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from minigpt4.common.errors import ConfigError
 from minigpt4.evaluation import Answer, Example, mean
 from minigpt4.evaluation.figures import Figure, intervals
 from minigpt4.evaluation.scores import measure, table
@@ -48,6 +49,16 @@ def test_tables_have_a_line_for_each_group():
         ["| my_model 50%, b", "100.0 [100.0, 100.0]"],
     ]
     assert latex.splitlines()[1].startswith(r"my\_model 50\% & 50.0") and latex.count("\\\\\n") == 4
+    markdown, latex = table(scores, "a|b\\\nc")
+    assert markdown.splitlines()[2].startswith(r"| a\|b\ c | ") and latex.splitlines()[1].startswith(
+        r"a|b\textbackslash{} c"
+    )
+
+
+@pytest.mark.parametrize(("task", "words"), [("yes_no", "yes or no"), ("choice", "choices")])
+def test_a_task_needs_references_of_its_kind(task, words):
+    with pytest.raises(ConfigError, match=f"{task} needs .*{words}.* question 1 "):
+        measure(task, [Example("1", (("user", ("Which?",)),), ("red",))], {"1": Answer("red")})
 
 
 CHOICES = {"choices": ("fire", "ice", "an apple")}
@@ -58,6 +69,7 @@ CHOICES = {"choices": ("fire", "ice", "an apple")}
     [
         ("B", 1), ("(B)", 1), ("B. ice", 1), ("The answer is B.", 1), ("ice", 1), ("It is ice, of course.", 1),
         ("A", 0), ("A red thing made of ice", 1), ("fire or ice", 0), ("I do not know", 0), ("D", 0), ("", 0),
+        ("Answer: B", 1), ("b.", 1), ("Option A is hot.\nSo the answer\nis: (B)", 1), ("Answer: A", 0),
     ],
 )  # fmt: skip
 def test_choices(answer, right):

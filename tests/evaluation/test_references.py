@@ -8,6 +8,7 @@ from dataset_files import picture_bytes
 from minigpt4.__main__ import main
 from minigpt4.common.errors import ConfigError
 from minigpt4.evaluation import references
+from minigpt4.evaluation.results import LINES
 
 CAT, DOG = "A cat on a red sofa.", "A dog runs in the park."
 
@@ -205,6 +206,9 @@ def test_answers_that_cannot_be_scored(answers, words, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+TEXT_QUESTION = {"question": "What?", "image_id": "a", "question_id": 1}
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
@@ -213,6 +217,11 @@ def test_answers_that_cannot_be_scored(answers, words, tmp_path):
         ({"3": {"question": "?", "choices": ["a"], "answer": 4}}, ("3", "index")),
         ({"3": {"question": "?", "choices": ["a"]}}, ("'answer'",)),
         ({"x": {"question": "?", "answer": "a"}}, ("'imageId'",)),
+        ({"x": {"question": "?", "answer": None, "imageId": "1"}}, ("question x", "[None]")),
+        ({"x": {"question": 5, "answer": "a", "imageId": "1"}}, ("'question' is 5", "text")),
+        ({"data": [TEXT_QUESTION | {"answers": []}]}, ("question 1", "[]", "at least one")),
+        ({"data": [TEXT_QUESTION | {"answers": "red"}]}, ("'answers' is 'red'", "list")),
+        ({"question_id": 1, "image": 5, "text": "?", "label": "no"}, ("'image' is 5", "text")),
         ({"what": 1}, ("no known format",)),
         (None, ("there is no file",)),
     ],
@@ -224,6 +233,11 @@ def test_references_that_cannot_be_read(content, words, tmp_path):
     with pytest.raises(ConfigError) as error:
         references.read_examples([str(path)], check=False)
     assert str(path) in str(error.value) and all(word in str(error.value) for word in words)
+
+
+@pytest.mark.parametrize("entry", [{"id": [1], "answer": "a"}, {"id": "1", "answer": 5}, {"id": None, "answer": "a"}])
+def test_a_line_of_answers_jsonl_has_texts(entry):
+    assert LINES.key_of(json.dumps(entry | {"ended": None}).encode()) is None
 
 
 def test_files_of_different_tasks_are_refused(tmp_path):

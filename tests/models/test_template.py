@@ -76,6 +76,11 @@ def test_vicuna_v1():
         ("vicuna", "vicuna_v0"),
         ({"question": "Q", "end": "E"}, "question='Q'"),
         ({"question": "{}", "end": "E", "stop": "E"}, "stop"),
+        ({"question": "{}"}, "end=None"),
+        ({"question": 5, "end": "E"}, "question=5"),
+        ({"question": "{}", "end": "E", "bos": "no"}, "bos='no'"),
+        ({"question": "<ImageHere>{}", "end": "E"}, "question='<ImageHere>{}'"),
+        ({"question": "{}", "end": "E", "start": "{} "}, "start='{} '"),
     ],
 )
 def test_a_template_that_is_none(value, words):

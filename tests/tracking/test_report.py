@@ -58,6 +58,14 @@ def test_a_run_without_training_or_without_numbers(folder, lines, caplog):
     assert ("0.4321" in page) == bool(lines) and "Curves" not in page and "run.init_lr" in page and not caplog.text
 
 
+def test_lines_of_ones_own(folder):
+    """A loss without the times of a step, a text in the place of a number, a name that is no formula."""
+    file = metrics.MetricsFile(folder / metrics.NAME)
+    file.write(101, {"loss": 0.5, "share/x": "a half", "cost in $ of {x": 2.0, "$ again": "b"})
+    page = report.write_report(folder).read_text(encoding="utf-8")
+    assert "cost in $ of {x" in page and "10.0%" in page
+
+
 def test_the_command(folder, tmp_path, capsys):
     assert main(["report", str(folder)]) == 0
     assert capsys.readouterr().out == f"{folder / report.NAME}\n"

@@ -9,7 +9,7 @@ import pytest
 from helpers import ROOT
 
 from minigpt4.common.config import Config
-from minigpt4.tracking import run_files
+from minigpt4.tracking import report, run_files
 
 STAGES = sorted(ROOT.glob("train_configs/*.yaml"))
 
@@ -65,8 +65,14 @@ def test_no_secret_is_written(tmp_path, monkeypatch):
     ).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(sys, "orig_argv", ["python", "train.py", "--options", "a=https://u:s3cret-6@host/x.tar"])
-    described = written(load(STAGES[0]), tmp_path)
+    path = tmp_path / "run.yaml"
+    path.write_text("datasets: {cc_sbu: {build_info: {storage: 'https://u:s3cret-7@host/y.tar'}}}")
+    described = written(load(path), tmp_path)
     assert "s3cret" not in json.dumps(described)
+    (tmp_path / "metrics.jsonl").touch()
+    page = report.report(tmp_path)
+    assert "s3cret" not in page and "https://…@host/y.tar" in page
+    assert "s3cret-7" in (tmp_path / run_files.CONFIG).read_text(encoding="utf-8")  # it starts the run again
     shown = {"HF_ENDPOINT": "https://…@mirror.example/hub", "OMP_NUM_THREADS": "3"}
     assert shown.items() <= described["variables"].items() and "MINE" not in described["variables"]
     assert described["command"][-1] == "a=https://…@host/x.tar"

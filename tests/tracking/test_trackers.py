@@ -168,6 +168,35 @@ def test_a_tracker_that_fails_or_hangs_is_dropped(plug_in, tmp_path, monkeypatch
     assert "mine is dropped" in warning.getMessage() and words in warning.getMessage()
 
 
+@pytest.mark.parametrize("broken", [{"log": "raise ValueError('a line')"}, {}])
+def test_forked_processes_hold_nothing_up(plug_in, tmp_path, caplog, broken):
+    """One of the tracker that fails, one of the run (a data worker): each holds a pipe between the two open."""
+    file = plug_in(init="if os.fork() == 0: time.sleep(99)" if broken else "", **broken)
+    record, start = record_of(tmp_path, "mine"), time.monotonic()
+    record.log(*LINES[0])
+    worker = None if broken else subprocess.Popen(["sleep", "99"], pass_fds=_pipes(record))
+    write(record)
+    assert time.monotonic() - start < 50  # seconds; both processes live longer
+    assert "a line" in caplog.text if broken else not caplog.text and "closed" in file.read_text()
+    if worker:
+        worker.kill()
+
+
+def _pipes(record):
+    return [tracker._process.stdin.fileno() for tracker in record._trackers]
+
+
+def test_a_value_that_cannot_be_sent_is_named(plug_in, tmp_path, caplog):
+    plug_in()
+    record = record_of(tmp_path, "mine")
+    record.log(1, {"loss": 0.5, "odd": lambda: 0})
+    wait_for(lambda: record._trackers[0]._process.poll() is not None)
+    record.log(2, {"loss": 0.25})
+    record.close()
+    (warning,) = caplog.records
+    assert "mine is dropped" in warning.getMessage() and "pickle" in warning.getMessage()
+
+
 def test_a_tracker_that_reads_no_more_is_dropped_while_the_run_goes_on(plug_in, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(process, "MAX_WAITING", 3)
     plug_in(log="time.sleep(99)")

@@ -31,11 +31,18 @@ class ConversationBuilder(BaseDatasetBuilder):
     def build(self) -> dict[str, Dataset]:
         info = self.config.get("build_info") or {}
         self.check_keys("build_info", info, KEYS)
-        return self.build_splits(info.get("storage"), self._read, self._make)
+        splits = self.build_splits(info.get("storage"), self._read, self._make)
+        if all(isinstance(dataset, ConversationDataset) for dataset in splits.values()) and "val" in splits:
+            shared = set(splits["train"].records.ids) & set(splits["val"].records.ids)
+            if shared:
+                log.warning(
+                    "%s: %s of val stand in train, too, e.g. %s. Records that are in both make val look too good.",
+                    *(self.name, pluralize(len(shared), "id"), min(shared)),
+                )
+        return splits
 
     def _read(self, storage: Any) -> Records | ShardRecords:
         info = self.config.get("build_info") or {}
-        storage = storage if isinstance(storage, str) else list(storage or [])
         format, columns = info.get("format") or "auto", info.get("columns")
         name, records = read_records(storage, info.get("images"), format, columns, self.name)
         if not isinstance(records, ShardRecords):

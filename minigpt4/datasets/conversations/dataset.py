@@ -29,7 +29,8 @@ class ConversationDataset(RecordDataset):
         return len(self.records)
 
     def item(self, index: int) -> dict[str, Any]:
-        return to_training_sample(self.records[index], self.load_picture)
+        record = self.patience.retry(lambda: self.records[index], self.where(index))
+        return to_training_sample(record, self.load_picture)
 
     def where(self, index: int) -> str:
         return self.records.where(index)
@@ -44,7 +45,7 @@ class ConversationDataset(RecordDataset):
 
     def text_length(self, index: int) -> int:
         """Characters of a conversation, for length balancing."""
-        return sum(len(part) for m in self.records[index].messages for part in m.parts if isinstance(part, str))
+        return int(self.records.text_lengths[index])
 
     def collater(self, samples: list[Mapping[str, Any]]) -> dict[str, Any]:
         return collate(samples)

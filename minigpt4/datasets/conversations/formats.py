@@ -46,7 +46,7 @@ COLUMNS = {
 TEXTS = ("answer", "caption", "messages", "conversations", "texts")
 FLICKR_LINE = re.compile(r"(?P<id>(?P<image>.+)#\d+)\t(?P<caption>.*)")
 TARS = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz")
-HEAD = 1 << 20  # bytes by which a file is recognised
+HEAD = 16 << 20  # bytes by which a file is recognised: its first record may have a picture in it
 
 
 @dataclass
@@ -76,13 +76,15 @@ class Part:
 class Records(Sequence[Record]):
     """The records of files and folders, parsed at each access. An item with a mistake in it raises ConfigError.
 
-    ids, digest: of all records, once `read_records` has checked them. The digest is of their ids and messages.
+    ids, text_lengths, digest: of all records, once `read_records` has checked them. The lengths are in characters, the
+    digest is of their ids and messages.
     """
 
     def __init__(self, parts: list[Part]) -> None:
         self.parts = parts
         self.ids = PackedStrings(())
         self.digest = ""
+        self.text_lengths = np.empty(0, np.int64)
         self._chosen: np.ndarray | None = None
         self._ends = np.cumsum([len(part.source) for part in parts])
 
@@ -93,6 +95,7 @@ class Records(Sequence[Record]):
         """The records at which `chosen` (bool) is true."""
         selected = copy(self)
         selected._chosen, selected.ids = np.flatnonzero(chosen), self.ids.select(chosen)
+        selected.text_lengths = self.text_lengths[chosen]
         selected.digest = f"{self.digest} {selected.ids.digest()}"
         return selected
 
@@ -125,8 +128,8 @@ class Records(Sequence[Record]):
             yield from part.records(range(len(part.source)), True, part.find.checked(listings))
 
     def check(self) -> None:
-        """Set `ids` and `digest`. Raises ConfigError for the first mistake."""
-        digest = hashlib.sha256()
+        """Set `ids`, `text_lengths` and `digest`. Raises ConfigError for the first mistake."""
+        digest, lengths = hashlib.sha256(), []
 
         def ids() -> Iterator[str]:
             for record in self.checked():
@@ -134,14 +137,16 @@ class Records(Sequence[Record]):
                     raise record
                 texts = [part for message in record.messages for part in message.parts if isinstance(part, str)]
                 digest.update(repr((record.id, texts)).encode())
+                lengths.append(sum(map(len, texts)))
                 yield record.id
 
         self.ids = PackedStrings(ids())
+        self.text_lengths = np.array(lengths)
         self.digest = digest.hexdigest()[:16]
 
 
 def read_records(
-    storage: str | list[str],
+    storage: str | Sequence[str],
     images: str | None = None,
     format: str = "auto",
     columns: Mapping[str, str] | None = None,
@@ -161,6 +166,8 @@ def read_records(
     key = f"datasets.{name}.build_info"
     check_names([format], ["auto", *FORMS], lambda value: f"{key}.format={value} is not known")
     check_names(columns or (), COLUMNS, lambda value: f"Unknown key {key}.columns.{value}")
+    if not isinstance(images, str | None):
+        raise ConfigError(f"{key}.images={images!r} is no path of a folder.")
     images = images and os.path.abspath(os.path.expanduser(images))
     if images and not os.path.isdir(images):
         raise ConfigError(f"{key}.images: there is no folder {images}.")
@@ -176,10 +183,10 @@ def read_records(
     return ", ".join(dict.fromkeys(formats)), records
 
 
-def _paths(storage: str | list[str], name: str) -> tuple[list[str], bool]:
+def _paths(storage: str | Sequence[str], name: str) -> tuple[list[str], bool]:
     """All files or shards that `storage` names, and whether they are shards."""
     key = f"datasets.{name}.build_info.storage"
-    items = [storage] if isinstance(storage, str) else list(storage or [])
+    items = [storage] if isinstance(storage, str) else list(storage) if isinstance(storage, Sequence) else []
     if not items or not all(isinstance(item, str) and item.strip() for item in items):
         raise ConfigError(f"{key}={storage!r} names no file. Set it in the YAML or with --options {key}=/data/my.jsonl")
     streamed = [not is_local(item) or item.endswith(TARS) for item in items]
@@ -213,6 +220,8 @@ def recognise(path: str) -> str:
         format = "flickr"
     elif re.search("[,;|\t]", line):
         format = "tsv" if "\t" in line else "csv"
+    if not text:
+        raise ConfigError(f"{path} is empty.")
     if format is None:
         raise ConfigError(
             f"{path} is of no known format; it begins {shown(text)}. Known: {', '.join(FORMS)} (docs/own_data.md); "
@@ -225,7 +234,8 @@ def _recognise_json(text: str) -> str | None:
     def has(key: str) -> bool:
         return re.search(f'"{key}"\\s*:', text) is not None
 
-    if text.startswith("{") and re.search(r'"(images|annotations)"\s*:\s*\[\s*\{', text):
+    listed = re.search(r'"(images|annotations)"\s*:\s*\[\s*\{', text)
+    if text.startswith("{") and listed and not has("messages|conversations|image"):
         return "coco"
     if has("conversations"):
         return "llava" if has("image") else "sharegpt"
@@ -309,4 +319,7 @@ def name_columns(path: str, there: list[str], given: Mapping[str, str]) -> dict[
             "Name them: build_info.columns.image=… with build_info.columns.caption=…, or with "
             "build_info.columns.prompt=… and build_info.columns.answer=…."
         )
+    doubled = next((column for column in named.values() if there.count(column) > 1), None)
+    if doubled:
+        raise ConfigError(f"{path} has several columns {doubled!r} (its first line). Give each a name of its own.")
     return named

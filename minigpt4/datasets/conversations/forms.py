@@ -64,7 +64,7 @@ def openai(item: Mapping[str, Any]) -> Turns:
     turns: Turns = []
     for role, content in _turns(item.get("messages"), "messages", ("role", "content")):
         parts = _literal(content)
-        if turns and role == turns[-1][0] == "user" and isinstance(parts, list):
+        if turns and role == turns[-1][0] == "user" and isinstance(parts, list) and isinstance(turns[-1][1], list):
             parts = [*turns.pop()[1], *parts]
         turns.append((role, parts))
     if any(isinstance(m, dict) and m.get("weight") == 0 for m in item["messages"]):

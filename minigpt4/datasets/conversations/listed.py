@@ -40,7 +40,12 @@ def open_folder(folder: str, images: str | None) -> ListedRecords:
     """
     top = images or folder
     found: list[str] = []
-    for place, folders, names in os.walk(top, followlinks=True):
+    seen: set[str] = set()  # a link may lead to a folder above it
+    for place, folders, names in os.walk(top, onerror=_unreadable, followlinks=True):
+        if (own := os.path.realpath(place)) in seen:
+            folders[:] = []
+            continue
+        seen.add(own)
         folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
         for name in sorted(name for name in names if not name.startswith(".")):
             if name.lower().endswith(SUFFIXES):
@@ -51,6 +56,10 @@ def open_folder(folder: str, images: str | None) -> ListedRecords:
             f"each. Name other files one by one, or as {top.rstrip('/')}/*.parquet."
         )
     return ListedRecords(found, partial(_read_pair, folder), os.path.join(top, ""), "{item}")
+
+
+def _unreadable(error: OSError) -> None:
+    raise ConfigError(f"{error.filename} cannot be read: {error.strerror}. Allow it, or name other folders.") from None
 
 
 def _read_pair(folder: str, picture: str) -> dict:

@@ -2,6 +2,7 @@
 
 import bisect
 import logging
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +15,8 @@ from minigpt4.datasets.conversations.text_files import optional
 log = logging.getLogger(__name__)
 
 LARGE_GROUP = 64  # MB
+# Behind the name of a column of pictures, or of lists of them.
+PICTURE_BYTES = re.compile(r"(\.list\.\w+)?\.bytes$")
 
 
 class ParquetRows:
@@ -50,7 +53,14 @@ class ParquetRows:
             group = bisect.bisect_right(self._ends, index)
             if self._last[0] != (group, check):
                 file = file or self._open()
-                self._last = ((group, check), self._read_group(file, group, check))
+                try:
+                    self._last = ((group, check), self._read_group(file, group, check))
+                except (ValueError, OSError) as error:
+                    if getattr(error, "errno", None) is not None:  # of the system: it may pass
+                        raise
+                    raise ConfigError(
+                        f"is in a part of the file that is broken: {' '.join(str(error).split())}. Fetch it again."
+                    ) from None
             table, emptied = self._last[1]
             start = int(self._ends[group - 1]) if group else 0
             row = table.slice(index - start, 1).to_pylist()[0]
@@ -68,13 +78,20 @@ class ParquetRows:
         parts = file.metadata.row_group(group)
         chunks = {part.path_in_schema: part for part in map(parts.column, range(parts.num_columns))}
         whole = {path for path, chunk in chunks.items() if chunk.statistics and chunk.statistics.null_count == 0}
-        left_out = {path for path in whole if path.endswith(".bytes") and path[: -len("bytes")] + "path" in chunks}
-        table = file.read_row_group(group, columns=sorted(chunks.keys() - left_out))
-        return table, [path.split(".")[0] for path in left_out]
+        pictures = {path: PICTURE_BYTES.sub("", path) for path in whole if PICTURE_BYTES.search(path)}
+        left_out = {
+            path: name
+            for path, name in pictures.items()
+            if name in self.columns and path.removesuffix("bytes") + "path" in chunks
+        }
+        table = file.read_row_group(group, columns=sorted(chunks.keys() - left_out.keys()))
+        return table, [*left_out.values()]
 
     def _open(self) -> Any:
         parquet = optional("pyarrow.parquet", "pyarrow", self.path)
         try:
             return parquet.ParquetFile(self.path)
         except (ValueError, OSError) as error:  # pyarrow's own errors are ValueErrors
-            raise ConfigError(f"{self.path} is no Parquet file, or a broken one: {error}. Fetch it again.") from None
+            raise ConfigError(
+                f"{self.path} is no Parquet file, or a broken one: {' '.join(str(error).split())}. Fetch it again."
+            ) from None

@@ -26,6 +26,9 @@ JSON_OPEN, JSON_NEXT = re.compile(r"[ \t\r\n]*\[[ \t\r\n]*"), re.compile(r"[ \t\
 
 Span = tuple[int, int, int]  # first byte, end, line (from 1)
 
+# The largest field of a table: it may be a picture as a data: URL. Python's own limit is 128 KiB.
+csv.field_size_limit(1 << 30)
+
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 60
 _short.maxlist = 30
@@ -226,7 +229,10 @@ class Table:
                         yield start, position, line
                     start, line = position, rows.line_num + 1
             except csv.Error as error:
-                raise ConfigError(
-                    f"{file.path} line {line}: is no row of a table: {error}. Is a quotation mark not closed? A "
-                    'quotation mark inside a field is written twice: "a ""red"" car".'
-                ) from None
+                hint = (
+                    "a carriage return stands outside of quotation marks. Save it with line ends of Unix or Windows."
+                    if "new-line" in str(error)
+                    else f"{error}. Is a quotation mark not closed? A quotation mark inside a field is written twice: "
+                    '"a ""red"" car".'
+                )
+                raise ConfigError(f"{file.path} line {line}: is no row of a table: {hint}") from None

@@ -12,7 +12,7 @@ from minigpt4.common.errors import ConfigError
 from minigpt4.common.files import read_regular
 from minigpt4.datasets.captions import Unusable
 from minigpt4.datasets.left_out import Tally
-from minigpt4.datasets.patience import Patience
+from minigpt4.datasets.patience import OutOfReach, Patience
 from minigpt4.datasets.pictures import BROKEN, load_picture
 
 
@@ -66,6 +66,8 @@ class RecordDataset(Dataset):
             self.tally.drop(str(cause), self.where(index), str(cause.__cause__ or ""))
         except ConfigError as mistake:
             self.tally.drop("a record with a mistake", self.where(index), str(mistake))
+        except OutOfReach as error:
+            self.tally.drop("a record in a file that is out of reach", self.where(index), str(error))
         return None
 
     def take_left_out(self) -> Counter[tuple[str, ...]]:

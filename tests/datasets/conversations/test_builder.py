@@ -10,6 +10,8 @@ from dataset_files import picture_bytes, write_tar
 
 from minigpt4.common.errors import ConfigError
 from minigpt4.datasets.builders import ConversationBuilder
+from minigpt4.datasets.conversations.formats import Records
+from minigpt4.datasets.loaders import eval_loader
 from minigpt4.datasets.splits import in_share
 
 PROCESSORS = {split: {"name": "blip2_image_eval", "image_size": 28} for split in ("train", "eval")}
@@ -131,3 +133,30 @@ def test_shards_are_a_stream(tmp_path):
     assert {sample["text_input"][0][1][-1] for sample in samples} == {f"Q{number}" for number in range(1, 8)}
     assert [sample["image_id"] for sample in islice(stream, 20)] == [sample["image_id"] for sample in samples]
     assert stream.take_left_out()
+
+
+def test_records_of_val_that_stand_in_train_are_named(tmp_path, caplog):
+    path = write_jsonl(tmp_path, [record(number) for number in range(4)])
+    (tmp_path / "val.jsonl").write_text(json.dumps(record(2)) + "\n" + json.dumps(record(9)) + "\n")
+    build(path, val=str(tmp_path / "val.jsonl"))
+    assert any("1 id of val" in line and "r2" in line for line in caplog.messages)
+
+
+def test_lengths_are_known_without_reading_a_record_again(tmp_path, monkeypatch):
+    splits = build(write_jsonl(tmp_path, [record(number, answer="A" * number + "!") for number in range(30)]), val=0.3)
+    monkeypatch.setattr(Records, "__getitem__", None)
+    lengths = [split.text_length(index) for split in splits.values() for index in range(len(split))]
+    ids = [id for split in splits.values() for id in split.records.ids]
+    assert dict(zip(ids, lengths, strict=True)) == {f"r{n}": len(f"Question {n}?") + n + 1 for n in range(30)}
+
+
+def test_a_file_out_of_reach_is_waited_for_and_a_bad_record_of_val_is_not_replaced(tmp_path):
+    path = write_jsonl(tmp_path, [record(number) for number in range(3)])
+    dataset = build(path)["train"]
+    dataset.patience.timeout_s = 0.0
+    (tmp_path / "1.png").write_bytes(b"none")
+    batches = list(eval_loader(dataset, batch_size=2, num_workers=0))
+    assert [id for batch in batches for id in batch["image_id"]] == ["r0", "r2"]
+    path.unlink()
+    assert dataset.item_or_none(0) is None
+    assert [cause for cause, *_ in dataset.take_left_out()] == ["a record in a file that is out of reach"]

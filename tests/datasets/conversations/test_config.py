@@ -73,7 +73,8 @@ def test_mistakes(tmp_path, section, words):
 
 def test_doctor_shows_a_record_and_names_a_mistake(tmp_path):
     storage = write_own(tmp_path / "a")
-    cfg = config(tmp_path, {"mine": {"builder": "conversation", "build_info": {"storage": storage}}})
+    section = {"builder": "conversation", "build_info": {"storage": storage}}
+    cfg = config(tmp_path, {"mine": section}, "run.batch_size_train=2")
     (found,) = check_datasets.check_conversations(RunContext(cfg))
     assert (found.check, found.status) == ("datasets.mine.build_info", "ok")
     assert "6 records" in found.what and "What? → A0." in found.what

@@ -453,8 +453,8 @@ def test_parquet_with_conversations_and_messages(tmp_path):
 
 
 def test_parquet_reads_no_pictures_to_check(tmp_path):
-    image = [{"bytes": b"1" * 1000, "path": None}] * 3
-    path = write_parquet(tmp_path / "a.parquet", {"image": image, "caption": list("abc")})
+    image = [{"bytes": b"1" * 1000, "path": "x"}] * 3
+    path = write_parquet(tmp_path / "a.parquet", {"image": image, "my.other": image, "caption": list("abc")})
     _, records = read_records(path, check=False)
     assert messages_of(records.checked()) == [turns(Picture(b""), c) for c in "abc"]
     assert messages_of(records) == [turns(Picture(b"1" * 1000), c) for c in "abc"]
@@ -608,3 +608,16 @@ def test_numpy_indices(tmp_path):
     (tmp_path / "my.jsonl").write_text(lines(*[{"image": "a.jpg", "caption": str(n)} for n in range(3)]))
     _, records = read_records(str(tmp_path / "my.jsonl"))
     assert records[np.int64(2)] == records[-1]
+
+
+def test_a_link_to_a_folder_above_adds_nothing(tmp_path):
+    pictures(tmp_path, "a/cat.jpg")
+    (tmp_path / "a/cat.txt").write_text("A cat.")
+    (tmp_path / "a/loop").symlink_to("..")
+    assert len(read_records(str(tmp_path))[1]) == 1
+
+
+def test_a_picture_inside_a_table(tmp_path):
+    url = "data:image/png;base64," + base64.b64encode(b"1" * 200_000).decode()
+    (tmp_path / "a.csv").write_text(f'image,caption\n"{url}",A cat.\n')
+    assert messages_of(read_records(f"{tmp_path}/a.csv")[1]) == [turns(Picture(b"1" * 200_000), "A cat.")]

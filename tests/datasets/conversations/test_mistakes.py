@@ -1,6 +1,7 @@
 """A mistake in a user's file gives one error that names the place, what stands there, and the fix."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -310,3 +311,41 @@ def test_a_file_that_changes_meanwhile(folder):
     path.write_text(json.dumps(GOOD | {"caption": "Another cat."}))
     with pytest.raises(ConfigError, match="has changed"):
         records[0]
+
+
+def test_two_messages_of_a_user_of_which_one_is_no_text(tmp_path):
+    path = tmp_path / "a.jsonl"
+    messages = chat(("user", None), ("user", "Q"), ("assistant", "A"))
+    path.write_text(json.dumps({"messages": messages}))
+    assert "line 1 has None for a text" in mistake(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("image,caption,caption\na.jpg,first,second\n", "several columns 'caption'"),
+        ("image,caption\ra.jpg,x\r", "line 1.*carriage return"),
+        (" \n\n", "is empty"),
+    ],
+)
+def test_broken_tables(tmp_path, content, words):
+    (tmp_path / "a.csv").write_bytes(content.encode())
+    assert re.search(words, mistake(tmp_path / "a.csv"))
+
+
+def test_values_that_are_no_paths(tmp_path):
+    (tmp_path / "a.csv").write_text("prompt,answer\nQ,A\n")
+    assert "build_info.images=5" in mistake(tmp_path / "a.csv", images=5)
+    for storage in (5, True):
+        with pytest.raises(ConfigError, match=f"storage={storage} names no file"):
+            read_records(storage)
+
+
+def test_a_row_group_that_is_broken(tmp_path):
+    parquet, table = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow").table
+    rows = {"prompt": [f"Question {number}" for number in range(300)], "answer": ["A"] * 300}
+    parquet.write_table(table(rows), tmp_path / "a.parquet", use_dictionary=False)
+    content = bytearray((tmp_path / "a.parquet").read_bytes())
+    content[20:800] = b"\xff" * 780
+    (tmp_path / "a.parquet").write_bytes(content)
+    assert "row 0 is in a part of the file that is broken" in mistake(tmp_path / "a.parquet").replace("\n", " ")
