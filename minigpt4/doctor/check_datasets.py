@@ -33,7 +33,8 @@ def check_shards(context: RunContext) -> Iterator[Diagnostic]:
         try:
             shards_of_sources = [expand_shards(source, name) for source in sources]
         except (ConfigError, OSError) as mistake:
-            yield error(key, str(mistake).replace("build_info.storage", key.partition(".")[2].partition(".")[2]))
+            what = str(mistake).replace("build_info.storage", key.removeprefix(f"datasets.{name}."))
+            yield error(key, what.removeprefix(f"{key}="))
             continue
         looks: list[Look] = []
         for shards in shards_of_sources:

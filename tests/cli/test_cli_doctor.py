@@ -11,6 +11,7 @@ from dataset_files import write_align, write_shards
 from helpers import ROOT
 
 from minigpt4.benchmarks import probe as probing
+from minigpt4.cli.cache_features import main as cache_features
 from minigpt4.cli.doctor import is_training, main
 from minigpt4.common.config import Config
 from minigpt4.runners.runner_base import RunnerBase
@@ -140,7 +141,8 @@ def test_probe_times_a_step_that_neither_compiles_nor_records(arguments, capsys,
 
 
 def test_probe_from_cached_features(arguments, capsys, tmp_path):
-    options = ["run.batch_size_train=4", f"datasets.cc_sbu_align.build_info.features={tmp_path}"]
+    assert cache_features([*arguments("stage2"), "--out", f"{tmp_path}/features"]) == 0
+    options = ["run.batch_size_train=4", f"datasets.cc_sbu_align.build_info.features={tmp_path}/features/cc_sbu_align"]
     assert main([*arguments("stage2", *options), "--probe"]) == 0
     assert "ok      probe: a step of 4 × " in capsys.readouterr().out
 
