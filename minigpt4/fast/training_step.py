@@ -140,8 +140,9 @@ class FastStep(PlainStep):
     def _capture(self, model, compiled: bool) -> None:
         """Set up CUDA graphs. No gradient passes through one.
 
-        So nothing of the vision side may train. The graph of the language model returns the gradients of the image
-        vectors, and of adapters, among its results.
+        So nothing of the vision side may train. The graph of the language model returns the gradient of the image
+        vectors among its results. With adapters it is not captured: autograd would make the stream of the capture wait
+        for the one on which their gradients were accumulated before.
         """
         self.graphed_vision, self.loss_and_gradient = None, None
         trained = [name for name, p in model.named_parameters() if p.requires_grad]
@@ -154,11 +155,8 @@ class FastStep(PlainStep):
         at_once = self.packed and not in_float16 and not _overrides(model, "predict", "embed")
         if at_once and all(map(is_vision, trained)):
             self.loss_and_gradient = functools.partial(self._loss_and_gradient, model)
-            dropout = any(isinstance(part, torch.nn.Dropout) and part.p for part in model.llama_model.modules())
-            if compiled and dropout:
-                logging.info(
-                    "model.lora.dropout is not 0: micro-batches are compiled, and not captured in CUDA graphs."
-                )
+            if compiled and self.adapters:
+                logging.info("Micro-batches with adapters are compiled, and not captured in CUDA graphs.")
             elif compiled and not self.quantized:
                 self.loss_and_gradient = GraphedFunction(self.loss_and_gradient, "language model")
 

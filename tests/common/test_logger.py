@@ -17,13 +17,13 @@ def test_the_file_has_what_came_before_it(tmp_path):
     before = list(logging.getLogger().handlers)
     path = tmp_path / "console.log"
     with kept_console() as write_to:
-        logging.info("first \ud800")
+        logging.info("first é")
         write_to(path)
         logging.warning("second")
         assert path.read_text(encoding="utf-8").count("\n") == 2  # at once
     logging.info("third")
     first, second = path.read_text(encoding="utf-8").splitlines()
-    assert first.endswith("[INFO] first \\ud800") and second.endswith("[WARNING] second")
+    assert first.endswith("[INFO] first é") and second.endswith("[WARNING] second")
     assert logging.getLogger().handlers == before
 
 

@@ -44,7 +44,7 @@ def steps(model, order, rate=0.0):
 @pytest.mark.parametrize("recomputed", [0, 1])
 @pytest.mark.parametrize("load_in", ["16bit", "8bit", "8bit_weights", "4bit"])
 def test_accelerated_equals_plain(build_golden_model, caplog, load_in, recomputed):
-    """Eager, captured and replayed, while the weights change: a graph reads them where they are."""
+    """Several steps of each shape, while the weights change."""
     caplog.set_level("INFO")
     order = (0, 1, 2, 0, 1, 2, 0, 0, 1)
     exact = steps(build(build_golden_model, torch.float32, load_in=load_in), order, rate=0.01)
@@ -52,21 +52,19 @@ def test_accelerated_equals_plain(build_golden_model, caplog, load_in, recompute
     model = build(build_golden_model, load_in=load_in, llm_grad_checkpoint=recomputed)
     model.accelerate(packed=True, compiled=True)
     assert model.step.packed and model.step.fused_llama is None and model.step.graphed_vision
-    assert isinstance(model.step.loss_and_gradient, GraphedFunction)
+    assert model.step.loss_and_gradient and not isinstance(model.step.loss_and_gradient, GraphedFunction)
     accelerated = steps(model, order, rate=0.01)
     for (loss, gradient), usual, ours in zip(exact, plain, accelerated, strict=True):
         usual_error, error = ((other - gradient).norm() / gradient.norm() for _, other in (usual, ours))
         assert error < 1.5 * usual_error + 0.02  # no further from float32 than a plain step in 16 bit is
         assert ours[0] == pytest.approx(loss, rel=0.02)
-    assert "Recording a CUDA graph of the language model" in caplog.text
+    assert caplog.text.count("not captured in CUDA graphs") == 1
+    assert "Recording a CUDA graph of the language model" not in caplog.text
 
 
-def test_dropout_is_compiled_and_not_captured(build_golden_model, caplog):
-    caplog.set_level("INFO")
+def test_dropout(build_golden_model):
     model = build(build_golden_model, dropout=0.5)
     model.accelerate(packed=True, compiled=True)
-    assert not isinstance(model.step.loss_and_gradient, GraphedFunction)
-    assert caplog.text.count("not captured in CUDA graphs") == 1
     (first, _), (second, _), (_, gradient) = steps(model, (0, 0, 1))
     assert first != second and gradient.isfinite().all()
 
