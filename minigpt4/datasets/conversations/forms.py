@@ -39,6 +39,8 @@ def ours(item: Mapping[str, Any]) -> Turns:
     """`messages`, or `prompt` and `answer` (also named `caption`), or `caption` alone."""
     if item.get("messages") is not None:
         return _turns(item["messages"], "messages", ("role", "content"))
+    if item.get("answer") == "" and item.get("caption") and not item.get("prompt"):
+        item = {**item, "answer": None}  # an empty cell of a table that has questions, too
     answer = item.get("caption") if item.get("prompt") and item.get("answer") is None else item.get("answer")
     if answer is not None:
         return [("user", item.get("prompt") or ""), ("assistant", _literal(answer))]

@@ -266,6 +266,15 @@ def test_csv(tmp_path):
     assert list(records.ids)[:2] == ["7", "x"] and len(records.ids[2]) == 16
 
 
+def test_a_table_of_questions_and_captions(tmp_path):
+    pictures(tmp_path, "a.jpg")
+    path = tmp_path / "both.csv"
+    path.write_text("image,caption,question,answer\na.jpg,A cat.,,\na.jpg,,Which?,This.\n")
+    _, records = read_records(str(path))
+    here = at(tmp_path, "a.jpg")
+    assert messages_of(records) == [turns((here,), "A cat."), turns((here, "Which?"), "This.")]
+
+
 def test_tsv_with_named_columns(tmp_path):
     pictures(tmp_path, "pics/a.jpg")
     path = tmp_path / "vqa.tsv"
