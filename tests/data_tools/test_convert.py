@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import re
 import signal
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ import pytest
 from dataset_files import VIS, good_members, picture_bytes, write_align, write_shards, write_tar
 from helpers import ROOT
 from PIL import Image
+from tqdm import tqdm
 
 from minigpt4.cli.data import main
 from minigpt4.common.config import Config
@@ -144,6 +146,12 @@ def slowly(samples):
         yield sample
 
 
+def convert_apart(command):
+    """The command in a process that may be killed: it must not hold tqdm's lock, which a fork shares."""
+    tqdm.set_lock(threading.RLock())
+    main(command)
+
+
 @pytest.mark.parametrize("to", ["shards", "jsonl"])
 def test_a_killed_conversion_goes_on_where_it_stopped(tmp_path, monkeypatch, to, capsys):
     from minigpt4.data_tools import convert, sources
@@ -156,7 +164,7 @@ def test_a_killed_conversion_goes_on_where_it_stopped(tmp_path, monkeypatch, to,
     with monkeypatch.context() as patched:
         read = convert.read_samples
         patched.setattr(convert, "read_samples", lambda *arguments: slowly(read(*arguments)))
-        child = multiprocessing.get_context("fork").Process(target=main, args=(command,))
+        child = multiprocessing.get_context("fork").Process(target=convert_apart, args=(command,))
         child.start()
         while not list((tmp_path / "out").glob("00001.*")):
             time.sleep(0.01)
