@@ -57,13 +57,22 @@ SLOW_TESTS = (
 )
 
 
+LONGEST_FILES = ("tests/kernels/test_packed_attention.py", "tests/web/test_page.py")
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     """Rules about the code run first and slow tests last, so that most failures show early."""
     for item in items:
         if item.nodeid.startswith(SLOW_TESTS):
             item.add_marker("slow")
-    items.sort(key=lambda item: (not item.nodeid.startswith("tests/test_layout.py"), "slow" in item.keywords))
+    items.sort(
+        key=lambda item: (
+            not item.nodeid.startswith("tests/test_layout.py"),
+            "slow" in item.keywords,
+            not item.nodeid.startswith(LONGEST_FILES),  # begun last, they would keep one process busy alone
+        )
+    )
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -1,9 +1,10 @@
 """Command-line arguments that several commands share."""
 
 import argparse
+import contextlib
 import os
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -19,6 +20,33 @@ def add_config_arguments(parser: argparse.ArgumentParser, file: str, required: b
     several = {"nargs": "+", "action": "extend"}
     parser.add_argument("--options", **several, metavar="KEY=VALUE", help="settings that override the file's")
     parser.add_argument("--import", **several, dest="imports", metavar="MODULE", help="plug-ins to import first")
+
+
+def add_files_arguments(parser: argparse.ArgumentParser) -> None:
+    """`--images`, `--format` and `--columns`: how the files that a command names are read."""
+    parser.add_argument("--images", metavar="FOLDER", help="where the paths of pictures start; by default, at the file")
+    parser.add_argument("--format", metavar="NAME", help="format of the files (docs/own_data.md); by default, any")
+    several = {"nargs": "+", "action": "extend", "metavar": "KEY=COLUMN"}
+    parser.add_argument("--columns", **several, help="columns of tables: image=picture caption=words")
+
+
+def columns_of(args: argparse.Namespace) -> dict[str, str]:
+    """{our key: column} of `--columns`."""
+    pairs = [item.partition("=") for item in args.columns or []]
+    if wrong := next((item for item, sign, _ in pairs if not sign), None):
+        raise ConfigError(f"--columns {wrong}: write KEY=COLUMN, as in image=picture caption=words.")
+    return {key: column for key, _, column in pairs}
+
+
+@contextlib.contextmanager
+def naming_flags() -> Iterator[None]:
+    """While entered, mistakes in files that a command names are told by its flags, not by the keys of a YAML."""
+    try:
+        yield
+    except (ConfigError, FileNotFoundError) as mistake:
+        text = str(mistake).replace("datasets.data.", "").partition(" Set it in the YAML")[0]
+        text = text.replace("build_info.storage=", "").replace("build_info.columns.", "--columns ")
+        raise ConfigError(text.replace("build_info.", "--")) from None
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:

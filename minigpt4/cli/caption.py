@@ -15,11 +15,8 @@ import io
 import json
 import logging
 import os
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
-
-from tqdm import tqdm
 
 from minigpt4 import PACKAGE_ROOT
 from minigpt4.cli import arguments
@@ -28,9 +25,8 @@ from minigpt4.common import facts
 from minigpt4.common.commands import check_positive, command_parser, path_argument, text_argument
 from minigpt4.common.config import Config
 from minigpt4.common.errors import ConfigError
-from minigpt4.common.parallel import batches_ahead
+from minigpt4.common.parallel import write_answers
 from minigpt4.common.resumable import Lines, Output, open_output
-from minigpt4.common.text import pluralize
 from minigpt4.conversation import Decoding, PictureError, open_media, open_picture, videos
 
 
@@ -147,16 +143,17 @@ class Captioner:
         except PictureError as error:
             return name, error
 
-    def describe(self, items: list[list]) -> list[str]:
-        """The captions of the items, each of which is a list of processed pictures."""
+    def describe(self, items: list[tuple[str, list]]) -> list[dict]:
+        """The lines of items, each of which is a name and a list of processed pictures."""
         import torch
 
         if self._decoding.seed is not None:
             torch.manual_seed(self._decoding.seed)
-        images = torch.stack([picture for pictures in items for picture in pictures]).to(self._chat.device)
-        prompts = [self._prompt_for(len(pictures)) for pictures in items]
-        chat = self._chat
-        return chat.model.generate(images, prompts, decoding_loop=chat.decoding_loop, **self._decoding.options())
+        images = torch.stack([picture for _, pictures in items for picture in pictures]).to(self._chat.device)
+        prompts = [self._prompt_for(len(pictures)) for _, pictures in items]
+        model, loop = self._chat.model, self._chat.decoding_loop
+        captions = model.generate(images, prompts, decoding_loop=loop, **self._decoding.options())
+        return [_entry(*item, text) for item, text in zip(items, captions, strict=True)]
 
     def _prompt_for(self, pictures: int) -> str:
         return self._prompt.replace(self._slot, " ".join([self._slot] * pictures))
@@ -176,29 +173,13 @@ def caption(sources: Sources, captioner: Captioner, output: Output) -> list[str]
     """Describe this rank's share of the pictures that `output` lacks. Returns why all ranks skipped pictures."""
     from minigpt4.common import dist_utils
 
-    rank = dist_utils.get_rank()
-    files, own = sources.share(output.done, rank, dist_utils.get_world_size())
-    skipped, written = [], 0
+    files, own = sources.share(output.done, dist_utils.get_rank(), dist_utils.get_world_size())
     total = None if sources.shards else len(files)
-    with ThreadPoolExecutor(4) as pool, tqdm(total=total, unit="file", disable=rank > 0) as bar:
-        for batch in batches_ahead(pool, captioner.load, own, captioner.batch_size):
-            good = [(name, pictures) for name, pictures in batch if not isinstance(pictures, Exception)]
-            skipped += [f"{name}: {error}" for name, error in batch if isinstance(error, Exception)]
-            if good:
-                captions = captioner.describe([pictures for _, pictures in good])
-                output.write([_entry(*item, text) for item, text in zip(good, captions, strict=True)])
-                written += len(good)
-            bar.update(len(batch))
-    output.finish()
+    skipped = write_answers(own, captioner.load, captioner.describe, output, captioner.batch_size, "caption", total)
     # Every rank has counted the files of the folder, and each the shards that it read.
     passed_over = sum(dist_utils.gather_objects(sources.passed_in_shards), sources.passed_in_folders)
     if passed_over:
         logging.warning("Passed over, since they are no pictures or videos: %s.", listed(passed_over))
-    skipped = [line for lines in dist_utils.gather_objects(skipped) for line in lines]
-    if skipped:
-        logging.warning("Skipped, %d in all:\n  %s", len(skipped), "\n  ".join(skipped))
-    written = sum(dist_utils.gather_objects(written))
-    logging.info("%s written; %d were there already.", pluralize(written, "caption"), len(output.done))
     return skipped
 
 

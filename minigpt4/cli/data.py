@@ -10,7 +10,7 @@ Each of the three has its own --help; docs/own_data.md shows what they print.
 
 import argparse
 
-from minigpt4.cli.arguments import add_config_arguments
+from minigpt4.cli.arguments import add_config_arguments, add_files_arguments, columns_of, naming_flags
 from minigpt4.common.commands import check_positive, command_parser, path_argument
 from minigpt4.common.config import Config
 from minigpt4.common.errors import ConfigError
@@ -71,10 +71,7 @@ def add_action(actions, name: str, usage: str) -> argparse.ArgumentParser:
     parser = actions.add_parser(name, help=summary, description=usage, formatter_class=kind)
     parser.add_argument("storage", nargs="*", metavar="STORAGE", help="files, folders or shards, in place of a config")
     add_config_arguments(parser, "YAML file of a training run, whose datasets are meant", required=False)
-    parser.add_argument("--images", metavar="FOLDER", help="where the paths of pictures start; by default, at the file")
-    parser.add_argument("--format", metavar="NAME", help="format of the files (docs/own_data.md); by default, any")
-    several = {"nargs": "+", "action": "extend", "metavar": "KEY=COLUMN"}
-    parser.add_argument("--columns", **several, help="columns of tables: image=picture caption=words")
+    add_files_arguments(parser)
     return parser
 
 
@@ -166,17 +163,6 @@ def open_sources(args: argparse.Namespace) -> tuple[Config | None, list]:
         if not cfg.datasets_cfg:
             raise ConfigError(f"{args.cfg_path} has no datasets.")
         return cfg, list(sources_of_config(cfg))
-    info = {"images": args.images, "format": args.format, "columns": columns_of(args.columns)}
-    try:
+    info = {"images": args.images, "format": args.format, "columns": columns_of(args)}
+    with naming_flags():
         return None, [source_of_files(args.storage, info)]
-    except (ConfigError, FileNotFoundError) as mistake:  # it names the keys of a YAML
-        text = str(mistake).replace("datasets.data.", "").partition(" Set it in the YAML")[0]
-        text = text.replace("build_info.storage=", "").replace("build_info.columns.", "--columns ")
-        raise ConfigError(text.replace("build_info.", "--")) from None
-
-
-def columns_of(items: list[str] | None) -> dict[str, str]:
-    pairs = [item.partition("=") for item in items or []]
-    if wrong := next((item for item, sign, _ in pairs if not sign), None):
-        raise ConfigError(f"--columns {wrong}: write KEY=COLUMN, as in image=picture caption=words.")
-    return {key: column for key, _, column in pairs}

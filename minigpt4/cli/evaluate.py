@@ -37,8 +37,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--answers", type=path_argument, metavar="FILE", help="answers to score, without a model")
     parser.add_argument("--data", nargs="+", metavar="FILE", help="questions and references (a split of the config's)")
     parser.add_argument("--split", default="val", metavar="NAME", help="without --data: split to use (%(default)s)")
-    parser.add_argument("--images", type=path_argument, metavar="FOLDER", help="the pictures (the folder of --data)")
-    parser.add_argument("--format", default="auto", metavar="NAME", help="of --data (recognised by its content)")
+    arguments.add_files_arguments(parser)
     parser.add_argument("--task", metavar="NAME", help="what is measured (follows from the references)")
     parser.add_argument("--out", type=path_argument, required=True, metavar="FOLDER", help="where the results go")
     parser.add_argument("--name", metavar="TEXT", help="the model's name in tables (that of its file)")
@@ -157,8 +156,9 @@ def _examples(args: argparse.Namespace, cfg: Config | None) -> tuple[str, list[E
         registry.get("eval_task", args.task)
     dataset = ""
     if args.data:
-        images = None if args.images is None else str(args.images)
-        found, examples = references.read_examples(args.data, images, args.format, check=cfg is not None)
+        columns = arguments.columns_of(args)
+        with arguments.naming_flags():
+            found, examples = references.read_examples(args.data, args.images, args.format, columns, cfg is not None)
     else:
         datasets = registry.get_task_class(cfg.run_cfg.task).setup_task(cfg=cfg).build_datasets(cfg)
         examples, dataset = references.examples_of_split(datasets, args.split)

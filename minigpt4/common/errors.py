@@ -30,11 +30,12 @@ def check_names(names: Iterable[str], known: Collection[str], unknown: Callable[
 def is_mistake(error: Exception) -> bool:
     """Whether one line says all about an error: a mistake in the settings, or a file that cannot be used.
 
-    An OSError names a file, or its text is our own (such errors have no number).
+    An OSError names a file, or its text is our own (such errors have no number). A FloatingPointError is ours: of
+    numbers that are not finite.
     """
     if isinstance(error, OSError):
         return error.errno is None or error.filename is not None
-    return isinstance(error, (ConfigError, UnknownNameError))
+    return isinstance(error, (ConfigError, UnknownNameError, FloatingPointError))
 
 
 def format_error(error: Exception) -> str:

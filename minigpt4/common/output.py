@@ -42,10 +42,13 @@ def make_folder(folder: Path) -> None:
         raise ConfigError(f"--out {folder} cannot be a folder: {error.strerror}. Name another place.") from None
 
 
-def write_whole(path: Path, text: str) -> Path:
-    """Write a file as a whole, in place of an earlier one, which stays if this fails. Returns its path."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8", errors="backslashreplace")
+def write_whole(path: Path, content: str | bytes) -> Path:
+    """Write a file as a whole, in place of an earlier one, which stays if this fails. Returns its path.
+
+    Several processes may write the same file.
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part.write_bytes(content if isinstance(content, bytes) else content.encode(errors="backslashreplace"))
     return part.replace(path)
 
 

@@ -1,8 +1,15 @@
-"""An iterator that processes items ahead of time and groups the results."""
+"""Items that are read ahead of time, answered in batches, and written down."""
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from itertools import islice
+from typing import Any
+
+from tqdm import tqdm
+
+from minigpt4.common.resumable import Output
+from minigpt4.common.text import pluralize
 
 
 def batches_ahead(pool: Executor, function: Callable, items: Iterable, size: int) -> Iterator[list]:
@@ -15,3 +22,40 @@ def batches_ahead(pool: Executor, function: Callable, items: Iterable, size: int
             batch.append(running.pop(0).result())
             running += [pool.submit(function, item) for item in islice(items, 1)]
         yield batch
+
+
+def write_answers(
+    items: Iterable,
+    load: Callable[[Any], tuple[Any, Any]],
+    answer: Callable[[list[tuple]], list[dict]],
+    output: Output,
+    batch_size: int,
+    unit: str,
+    total: int | None,
+) -> list[str]:
+    """Answer this rank's items in batches, and write a line for each. Returns why all ranks skipped items.
+
+    Args:
+        load: reads an item, in a thread: its name, and what was read, or an exception.
+        answer: the lines for a batch of what `load` returned, without exceptions.
+        unit: what a line is, for messages.
+        total: number of the items, if it is known.
+    """
+    from minigpt4.common import dist_utils
+
+    skipped, written = [], 0
+    with ThreadPoolExecutor(4) as pool, tqdm(total=total, unit=unit, disable=dist_utils.get_rank() > 0) as bar:
+        for batch in batches_ahead(pool, load, items, batch_size):
+            skipped += [f"{name}: {error}" for name, error in batch if isinstance(error, Exception)]
+            good = [pair for pair in batch if not isinstance(pair[1], Exception)]
+            if good:
+                output.write(answer(good))
+                written += len(good)
+            bar.update(len(batch))
+    output.finish()
+    skipped = [line for lines in dist_utils.gather_objects(skipped) for line in lines]
+    if skipped:
+        logging.warning("Skipped, %d in all:\n  %s", len(skipped), "\n  ".join(skipped))
+    written = sum(dist_utils.gather_objects(written))
+    logging.info("%s written; %d were there already.", pluralize(written, unit), len(output.done))
+    return skipped

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from minigpt4.common.errors import ConfigError
 from minigpt4.common.files import read_regular
-from minigpt4.common.output import own_folder
+from minigpt4.common.output import own_folder, write_whole
 from minigpt4.common.rgb import open_image
 from minigpt4.data_tools.processes import in_processes
 from minigpt4.data_tools.sources import Fault, Source
@@ -85,7 +85,7 @@ def open_folder(source: Source, form: str, folder: Path) -> None:
         except (ValueError, KeyError, TypeError):
             raise ConfigError(f"--out {folder}: its {SETTINGS} is not of this command. Name a new folder.") from None
     if not any(list(folder.glob(f"*.{suffix}")) for suffix in SUFFIX_OF_FORM.values()):
-        replace(path, json.dumps(settings, indent=1).encode())
+        write_whole(path, json.dumps(settings, indent=1))
     elif other:
         changes = "; ".join(f"{key} was {found[key]!r} and is {settings[key]!r}" for key in other)
         raise ConfigError(f"--out {folder} was begun with other settings or data: {changes}. Name a new folder.")
@@ -189,18 +189,11 @@ def write_lines(file: BinaryIO, path: Path, samples: Iterable[Sample]) -> int:
             picture = path.parent / names[-1]
             if not picture.exists():
                 picture.parent.mkdir(parents=True, exist_ok=True)
-                replace(picture, content)
+                write_whole(picture, content)
         line = json.dumps(as_item(record, names), ensure_ascii=False)
         file.write(line.encode(errors="backslashreplace") + b"\n")  # lone surrogates, as JSON escapes them
         count += 1
     return count
-
-
-def replace(path: Path, content: bytes) -> None:
-    """Write a file as a whole or not at all."""
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_bytes(content)
-    os.replace(part, path)
 
 
 def as_item(record: Record, names: list[str]) -> dict[str, Any]:

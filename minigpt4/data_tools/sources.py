@@ -94,13 +94,23 @@ class FileSource:
         states = []
         for part, indices in self.parts:
             if isinstance(part.source, ListedRecords):
-                states.append(f"{part.source.base} {part.source.items.digest()}")
+                states.append(f"{part.source.base} {digest(self._listed(part.source, indices))}")
             elif isinstance(part.source, ParquetRows):
                 states.append(file_state(part.source.path))
             else:
                 states.append(file_state(part.source.file.path))
             states.append(f"{part.find.folder} {indices} {sorted(part.columns.items())}")
         return digest(states)
+
+    @staticmethod
+    def _listed(source: ListedRecords, indices: Iterable[int]) -> Iterator[str]:
+        """The content of records whose texts may be in files of their own."""
+        with source.reader() as read:
+            for index in indices:
+                try:
+                    yield str(read(index))
+                except ConfigError as fault:
+                    yield str(fault)
 
 
 class ShardSource:

@@ -28,6 +28,9 @@ class Example:
     choices: tuple[str, ...] = ()
     """The answers to choose from."""
 
+    def __str__(self) -> str:
+        return self.id
+
     @property
     def question(self) -> str:
         """The text of the question; empty for a picture alone."""

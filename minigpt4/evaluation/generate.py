@@ -1,18 +1,14 @@
 """A model's answers to examples, in batches, on one rank or several."""
 
-import logging
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
-from tqdm import tqdm
 
 from minigpt4.common import dist_utils
 from minigpt4.common.errors import ConfigError
 from minigpt4.common.facts import SEPARATOR
-from minigpt4.common.parallel import batches_ahead
+from minigpt4.common.parallel import write_answers
 from minigpt4.common.resumable import Output
-from minigpt4.common.text import pluralize
 from minigpt4.conversation import Decoding, PictureError, open_picture
 from minigpt4.conversation.conversation import Chat
 from minigpt4.datasets.conversations.batch import Conversations, exchanges
@@ -47,8 +43,8 @@ class Answerer:
             return example, error
 
     @torch.inference_mode()
-    def answer(self, batch: Sequence[tuple[Example, list[torch.Tensor]]]) -> list[Answer]:
-        """The answers to examples with their processed pictures."""
+    def answer(self, batch: Sequence[tuple[Example, list[torch.Tensor]]]) -> list[dict]:
+        """The lines of the answers to examples with their processed pictures."""
         if self._decoding.seed is not None:
             torch.manual_seed(self._decoding.seed)
         model, stop = self._chat.model, self._template.end
@@ -58,7 +54,8 @@ class Answerer:
         llm, tokenizer, loop = model.llama_model, model.tokenizer, self._chat.decoding_loop
         options = self._decoding.options()
         rows = continue_embeds(llm, tokenizer, context, mask, stop, decoding_loop=loop, **options).tolist()
-        return [Answer(answer_text(tokenizer, row, stop), self._has_ended(row)) for row in rows]
+        answers = [Answer(answer_text(tokenizer, row, stop), self._has_ended(row)) for row in rows]
+        return [entry(example, answer) for (example, _), answer in zip(batch, answers, strict=True)]
 
     def prompt_of(self, example: Example) -> str:
         """The text up to the answer, with an image slot at the place of each picture."""
@@ -100,24 +97,9 @@ def check_prompt(prompt: str | None, examples: Sequence[Example]) -> None:
 
 def answer_all(examples: Sequence[Example], answerer: Answerer, output: Output, batch_size: int) -> list[str]:
     """Answer the examples that `output` lacks, this rank its share. Returns why all ranks skipped examples."""
-    rank, open_ones = dist_utils.get_rank(), [each for each in examples if each.id not in output.done]
-    own, skipped, written = open_ones[rank :: dist_utils.get_world_size()], [], 0
-    with ThreadPoolExecutor(4) as pool, tqdm(total=len(own), unit="answer", disable=rank > 0) as bar:
-        for batch in batches_ahead(pool, answerer.load, own, batch_size):
-            good = [(example, pictures) for example, pictures in batch if isinstance(pictures, list)]
-            skipped += [f"{example.id}: {error}" for example, error in batch if isinstance(error, PictureError)]
-            if good:
-                answers = answerer.answer(good)
-                output.write([entry(example, each) for (example, _), each in zip(good, answers, strict=True)])
-                written += len(good)
-            bar.update(len(batch))
-    output.finish()
-    skipped = [line for lines in dist_utils.gather_objects(skipped) for line in lines]
-    if skipped:
-        logging.warning("Not answered, %d in all:\n  %s", len(skipped), "\n  ".join(skipped))
-    written = sum(dist_utils.gather_objects(written))
-    logging.info("%s written; %d were there already.", pluralize(written, "answer"), len(output.done))
-    return skipped
+    open_ones = [example for example in examples if example.id not in output.done]
+    own = open_ones[dist_utils.get_rank() :: dist_utils.get_world_size()]
+    return write_answers(own, answerer.load, answerer.answer, output, batch_size, "answer", len(own))
 
 
 def entry(example: Example, answer: Answer) -> dict:

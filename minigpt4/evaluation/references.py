@@ -54,19 +54,24 @@ class Folder:
 
 
 def read_examples(
-    paths: Sequence[str], images: str | None = None, format: str = "auto", check: bool = True
+    paths: Sequence[str],
+    images: str | None = None,
+    format: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    check: bool = True,
 ) -> tuple[str, list[Example]]:
     """The task that some files are for, and their examples.
 
     Args:
         images: the folder of the pictures; None: the folder of each file.
-        format: a key of READERS or of `formats.FORMS`; "auto": recognised by content.
+        format: a key of READERS or of `formats.FORMS`; None: recognised by content.
+        columns: of tables, as for `formats.read_records`.
         check: whether the pictures have to be there.
 
     Raises ConfigError for a file of no known format, one with a mistake, and for pictures that are not there.
     """
-    known = ["auto", *(READERS | formats.FORMS)]
-    check_names([format], known, lambda name: f"--format {name!r} is not known")
+    format = format or "auto"
+    check_names([format], ["auto", *(READERS | formats.FORMS)], lambda name: f"--format {name!r} is not known")
     for path in paths:
         if not os.path.exists(path):
             raise ConfigError(f"--data {path}: there is no file or folder {os.path.abspath(path)}.")
@@ -79,7 +84,7 @@ def read_examples(
             each_task, reader = READERS[name]
             examples = [*reader(group, images, check)]
         else:
-            examples = [*_read_records(group, images, name, check)]
+            examples = [*_read_records(group, images, name, columns, check)]
             each_task = task_for(examples)
         for example in examples:
             if not example.references or not all(isinstance(text, str) for text in example.references):
@@ -227,12 +232,11 @@ def _processed(get: Callable[[], Any], number: int | None) -> Any:
     return normalise(default_collate([picture]))["image"][0]
 
 
-def _read_records(paths: list[str], images: str | None, format: str, check: bool) -> Iterator[Example]:
+def _read_records(
+    paths: list[str], images: str | None, format: str, columns: Mapping[str, str] | None, check: bool
+) -> Iterator[Example]:
     for path in paths:
-        try:
-            _, records = formats.read_records(path, images, format, name="data", check=check)
-        except ConfigError as error:
-            raise ConfigError(re.sub(r"build_info\.(images|format)", r"--\1", str(error))) from None
+        _, records = formats.read_records(path, images, format, columns, "data", check)
         if not isinstance(records, Sequence):
             raise ConfigError(f"--data {path} is a shard. Name files or a folder.")
         group = Path(path).stem if len(paths) > 1 else ""

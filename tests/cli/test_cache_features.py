@@ -298,8 +298,7 @@ def test_bad_arguments(flag, capsys):
 
 def test_features_that_float16_cannot_hold(configs, tmp_path, monkeypatch):
     monkeypatch.setattr(Vision, "query_outputs", lambda self, image: torch.full((len(image), 8, 24), 1e6))
-    with pytest.raises(FloatingPointError, match="not finite in float16"):
-        cache(configs["stage2"], tmp_path / "f")
+    assert "not finite in float16" in cache(configs["stage2"], tmp_path / "f")
     assert not list(tmp_path.glob("f/*/*.tar"))
 
 

@@ -202,6 +202,16 @@ def test_other_data_or_settings_in_the_same_folder_are_refused(tmp_path):
     assert sorted(path.name for path in (tmp_path / "b").iterdir()) == ["filter_cap.json", "image"]
 
 
+def test_a_caption_that_has_changed_is_other_data(tmp_path, capsys):
+    pictures(tmp_path)
+    (tmp_path / "dog.txt").write_text("A dog.")
+    command = ["convert", str(tmp_path), "--to", "jsonl", "--out", str(tmp_path.with_name("out")), "--workers", "1"]
+    assert main([*command, "--leave-out"]) == 0
+    (tmp_path / "dog.txt").write_text("A cat.")
+    with pytest.raises(ConfigError, match="fingerprint"):
+        main([*command, "--leave-out"])
+
+
 def test_faults_end_it_or_are_left_out(tmp_path, capsys):
     write_align(tmp_path / "a", records=4)
     (tmp_path / "a/image/2.jpg").unlink()
