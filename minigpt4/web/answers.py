@@ -28,7 +28,7 @@ from minigpt4.web.pictures import MAX_PICTURES, Uploads
 MAX_CHARACTERS = 20_000  # in a question
 MAX_MESSAGES = 400
 UPDATE_SECONDS = 0.04  # at most 25 updates a second reach the browser, whatever the model's speed
-LINE_SECONDS = 1.0  # time between two updates of the place in line
+LINE_SECONDS = 0.1  # how often the place in line is looked at
 ANSWER_SECONDS = 3600  # an answer ends after that
 REMEMBERED = 20  # answers from whose time the waiting time is estimated
 
@@ -200,9 +200,16 @@ class Answering:
 
         answer = self._start(prepared, wake)
         try:
-            async for update in self._wait_in_line(answer, changed):
-                yield _event(update)
-            start, shown = time.monotonic(), ""
+            start, update, shown = time.monotonic(), None, ""
+            while not (answer.text() or answer.finish):
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(changed.wait(), LINE_SECONDS)
+                changed.clear()
+                if not answer.started:
+                    start = time.monotonic()
+                before, update = update, {"started": True} if answer.started else self._line(answer)
+                if update != before:
+                    yield _event(update)
             while True:
                 changed.clear()
                 finish, text = answer.finish, answer.text()
@@ -252,20 +259,6 @@ class Answering:
             self.batcher.cancel([answer])
         else:
             answer.end("cancelled")
-
-    async def _wait_in_line(self, answer: Answer | _Alone, changed: asyncio.Event) -> AsyncIterator[dict]:
-        """Updates until the first text, or the end."""
-        shown = None
-        while not (answer.ids or answer.text() or answer.finish):
-            update = {"started": True} if answer.started else self._line(answer)
-            if update != shown:
-                yield update
-                shown = update
-            with suppress(TimeoutError):
-                await asyncio.wait_for(changed.wait(), LINE_SECONDS)
-            changed.clear()
-        if shown != {"started": True}:
-            yield {"started": True}
 
     def _line(self, answer: Answer | _Alone) -> dict:
         waiting = [*self.batcher.waiting]
