@@ -92,12 +92,13 @@ def case_errors(attention, name: str, dtype: torch.dtype, device: str) -> list[f
     return errors(attention, qkv, gradient, num_kv_heads, starts, prefix_len, max_kv_len)
 
 
-def rope_case_errors(rope_attention, name: str, dtype: torch.dtype, device: str, int8: bool = False) -> list[float]:
+def rope_case_errors(
+    rope_attention, name: str, dtype: torch.dtype, device: str, int8: bool = False, adapter: bool = False
+) -> list[float]:
     """`case_errors` with the linear layer that computes the heads, and RoPE; x is the layer's input.
 
-    The prefix's keys and values get no gradient.
-
-    int8: the linear layer has 8-bit weights.
+    int8: the linear layer has 8-bit weights. adapter: something is added to its output, and depends on x. Otherwise the
+    prefix's keys and values get no gradient.
     """
     lengths, prefix_len, num_heads, num_kv_heads, d = ATTENTION_CASES[name]
     starts, max_kv_len = lengths_to_starts(lengths, prefix_len, device)
@@ -111,11 +112,16 @@ def rope_case_errors(rope_attention, name: str, dtype: torch.dtype, device: str,
         rounded, scale = (weight * 100).to(torch.int8), torch.rand(len(weight), device=device) / 100
         qkv_layer = LowBitLinear.replacing(qkv_layer, rounded, scale)
         weight = rounded.double() * scale.double().unsqueeze(1)
+    delta = torch.randn(weight.shape, device=device).to(dtype) * 0.1
 
     def attention(x, num_kv_heads, *others):
-        return rope_attention(x, qkv_layer, d, num_kv_heads, cos, sin, *others)
+        added = {"added": x @ delta.t()} if adapter else {}
+        return rope_attention(x, qkv_layer, d, num_kv_heads, cos, sin, *others, **added)
 
     def expected(x, *others):
+        if adapter:
+            heads = (x.double() @ (weight + delta).double().t()).view(qkv.shape)
+            return reference(rotate(heads, cos.double(), sin.double(), num_heads + num_kv_heads), *others)
         heads = (x.double() @ weight.double().t()).view(qkv.shape)
         keys_and_values = torch.cat([heads[:prefix_len, num_heads:].detach(), heads[prefix_len:, num_heads:]])
         heads = torch.cat([heads[:, :num_heads], keys_and_values], dim=1)
@@ -206,14 +212,15 @@ def check_ops() -> None:
     qkv, angles = qkv.detach(), torch.rand(2, 76, 8)
     factors = [qkv.flatten(1), torch.eye(64)]
     opcheck(rope_attention.rope_product, (factors, *angles, 16, 1), test_utils=no_gradient)
+    opcheck(rope_attention.rope_product, (factors, *angles, 16, 1, qkv.flatten(1)), test_utils=no_gradient)
     # Not every torch has this product for the CPU.
     rope_attention.fp8_matmul = lambda rounded, weight, scale: rounded[0].bfloat16() @ weight.bfloat16().t()
     factors = [*fp8_rounding.quantize_rows(qkv.flatten(1)), *fp8_rounding.quantize_rows(torch.eye(64))]
     opcheck(rope_attention.rope_product, (factors, *angles, 16, 1), test_utils="test_faketensor")
     out, lse = packed_attention_with_lse(qkv, 1, starts, *sizes)
     backward = torch.randn_like(out), qkv, 1, out, lse, starts, *sizes, *angles
-    opcheck(rope_attention.rope_attention_backward, (*backward, False), test_utils=no_gradient)
-    opcheck(rope_attention.rope_attention_backward, (*backward, True), test_utils="test_faketensor")
+    opcheck(rope_attention.rope_attention_backward, (*backward, False, True), test_utils=no_gradient)
+    opcheck(rope_attention.rope_attention_backward, (*backward, True, False), test_utils="test_faketensor")
     opcheck(llama_kernels.silu_product, (torch.randn(3, 8, requires_grad=True),))
 
 
@@ -233,6 +240,8 @@ def main() -> None:
         results[f"rotated, {name}"] = rope_case_errors(rope_attention, name, torch.float32, "cpu")
     compiled = torch.compile(rope_attention, backend="aot_eager", fullgraph=True, dynamic=True)
     results["rotated, compiled"] = rope_case_errors(compiled, "grouped heads", torch.float32, "cpu")
+    adapted = rope_case_errors(compiled, "grouped heads", torch.float32, "cpu", adapter=True)
+    results["rotated, with an adapter"] = adapted
     results["rotated, 8 bit"] = rope_case_errors(rope_attention, "grouped heads", torch.float32, "cpu", int8=True)
     results["fused llama"], results["fused llama, 8 bit"] = fused_llama_errors(), fused_llama_errors(int8=True)
     results |= {name: silu_product_errors(name, torch.float32, "cpu") for name in SILU_PRODUCT_CASES}
