@@ -115,7 +115,7 @@ def rope_case_errors(
     delta = torch.randn(weight.shape, device=device).to(dtype) * 0.1
 
     def attention(x, num_kv_heads, *others):
-        added = {"added": x @ delta.t()} if adapter else {}
+        added = {"added": x @ delta.t(), "with_prefix_gradient": True} if adapter else {}
         return rope_attention(x, qkv_layer, d, num_kv_heads, cos, sin, *others, **added)
 
     def expected(x, *others):
@@ -130,10 +130,11 @@ def rope_case_errors(
     return errors(attention, x, gradient, num_kv_heads, starts, prefix_len, max_kv_len, expected)
 
 
-def fused_llama_errors(int8: bool = False) -> list[float]:
-    """Of the logits, and of the gradient of the embeddings after the prefix, compared with transformers.
+def fused_llama_errors(int8: bool = False, targets: tuple[str, ...] = ()) -> list[float]:
+    """Of the logits, of the gradient of the embeddings after the prefix, and of those of adapters, compared with
+    transformers and peft.
 
-    int8: both have 8-bit weights.
+    int8: both have 8-bit weights. targets: the layers that have adapters.
     """
     from minigpt4.fast import llama as fast_llama
     from minigpt4.quantization.int8 import quantize_model
@@ -143,6 +144,13 @@ def fused_llama_errors(int8: bool = False) -> list[float]:
     allow_packing(llm)
     if int8:
         quantize_model(llm, torch.device("cpu"))
+    if targets:
+        from peft import LoraConfig, inject_adapter_in_model
+
+        inject_adapter_in_model(LoraConfig(r=2, target_modules=list(targets)), llm)
+    adapters = [p for name, p in llm.named_parameters() if ".lora_" in name]
+    for parameter in adapters:
+        torch.nn.init.normal_(parameter, std=0.2)
     assert fuse_projections(llm) == 4
     sequences = [[1, 2, IMAGE_ID, *range(3, 9)], [1, 2, IMAGE_ID, *range(3, 5)]]
     (micro_batch,) = pack(sequences, [[IGNORE_INDEX] * 3 + ids[3:] for ids in sequences], 1024).micro_batches
@@ -152,7 +160,8 @@ def fused_llama_errors(int8: bool = False) -> list[float]:
 
     def results(predict):
         logits = predict(embeds, micro_batch)[0, labelled]
-        return logits, torch.autograd.grad(logits.square().sum(), embeds)[0][:, prefix_len:]
+        of_embeds, *others = torch.autograd.grad(logits.square().sum(), [embeds, *adapters])
+        return logits, of_embeds[:, prefix_len:], *others
 
     expected = results(lambda embeds, micro_batch: llm(inputs_embeds=embeds, **micro_batch.llm_inputs()).logits)
     usual, fast_llama.use_triton = fast_llama.use_triton, lambda x: True
@@ -244,6 +253,9 @@ def main() -> None:
     results["rotated, with an adapter"] = adapted
     results["rotated, 8 bit"] = rope_case_errors(rope_attention, "grouped heads", torch.float32, "cpu", int8=True)
     results["fused llama"], results["fused llama, 8 bit"] = fused_llama_errors(), fused_llama_errors(int8=True)
+    every = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    for targets in (every, ("q_proj", "v_proj"), ("o_proj", "up_proj")):
+        results[f"fused llama with adapters, {targets}"] = fused_llama_errors(targets=targets)
     results |= {name: silu_product_errors(name, torch.float32, "cpu") for name in SILU_PRODUCT_CASES}
     print(json.dumps(results))
 

@@ -67,8 +67,8 @@ Adapters = Mapping[str, Adapter]  # of a decoder layer, by the name of the linea
 class FusedLlama:
     """Logits of a Llama that `supports_fused_llama`, computed with the model's own weights.
 
-    On a GPU the embeddings of the tokens that all sequences share get only a part of their gradient. Training does not
-    use it: these tokens precede the images and belong to a frozen model.
+    Without adapters, the embeddings of the tokens that all sequences share get only a part of their gradient on a GPU.
+    Training does not use it: these tokens precede the images and belong to a frozen model.
     """
 
     def __init__(self, llm, compiled: bool):
@@ -91,9 +91,10 @@ class FusedLlama:
         rotation = tuple(x[0, :, : x.shape[-1] // 2].contiguous() for x in angles)
         # The first layer gets a sum of two tensors that need gradients, as all others do: one compilation serves all.
         hidden, addend = embeds, embeds * 0
-        for layer in llama.layers:
-            adapters = adapters_of(layer, leaves or {})
-            hidden, attended = self.pre_attention(layer, adapters, hidden, addend, rotation, segments)
+        adapters_of_layers = [adapters_of(layer, leaves or {}) for layer in llama.layers]
+        trains = any(adapters_of_layers)
+        for layer, adapters in zip(llama.layers, adapters_of_layers, strict=True):
+            hidden, attended = self.pre_attention(layer, adapters, hidden, addend, rotation, segments, trains)
             if layer is llama.layers[-1]:
                 hidden, attended = (x.index_select(1, labelled) for x in (hidden, attended))
             hidden, addend = self.post_attention(layer, adapters, hidden, attended)
@@ -118,11 +119,14 @@ def _without_adapter(layer: nn.Module) -> nn.Module:
 
 
 def _pre_attention(
-    layer, adapters: Adapters, hidden, addend, rotation, segments: Segments
+    layer, adapters: Adapters, hidden, addend, rotation, segments: Segments, trains: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The sum that enters a layer [1,T,D], and the output of its attention's heads [1,T,H*d]."""
+    """The sum that enters a layer [1,T,D], and the output of its attention's heads [1,T,H*d].
+
+    trains: whether adapters of any layer may train.
+    """
     attention, hidden = layer.self_attn, hidden + addend
-    attended = _attend(attention, adapters, layer.input_layernorm(hidden).squeeze(0), rotation, segments)
+    attended = _attend(attention, adapters, layer.input_layernorm(hidden).squeeze(0), rotation, segments, trains)
     return hidden, attended.flatten(1).unsqueeze(0)
 
 
@@ -132,7 +136,7 @@ def _post_attention(layer, adapters: Adapters, hidden, attended) -> tuple[torch.
     return hidden, _mlp(layer.mlp, adapters, layer.post_attention_layernorm(hidden).squeeze(0)).unsqueeze(0)
 
 
-def _attend(attention, adapters: Adapters, x: torch.Tensor, rotation, segments: Segments) -> torch.Tensor:
+def _attend(attention, adapters: Adapters, x: torch.Tensor, rotation, segments: Segments, trains: bool) -> torch.Tensor:
     """A norm's output [T,D] to the output of the attention's heads [T,H,d]. rotation: cosines and sines [T,d/2]."""
     qkv_layer, d, scaling = _joint(attention, GROUPS[0]), attention.head_dim, attention.scaling
     added = _added(attention, GROUPS[0], adapters, x)
@@ -141,7 +145,7 @@ def _attend(attention, adapters: Adapters, x: torch.Tensor, rotation, segments: 
     if use_triton(x):
         from minigpt4.fast.rope_attention import rope_attention
 
-        return rope_attention(x, qkv_layer, d, num_kv_heads, *rotation, *segments, scaling, added)
+        return rope_attention(x, qkv_layer, d, num_kv_heads, *rotation, *segments, scaling, added, trains)
     qkv = qkv_layer(x) if added is None else qkv_layer(x) + added
     qkv = qkv.unflatten(1, (heads, d))
     cos, sin = (angle.unsqueeze(1) for angle in rotation)

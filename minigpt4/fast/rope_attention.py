@@ -20,7 +20,8 @@ from minigpt4.quantization.fp8_rounding import quantize_rows
 
 def rope_attention(
     x: torch.Tensor, qkv_layer: nn.Module, d: int, num_kv_heads: int, cos: torch.Tensor, sin: torch.Tensor,
-    starts: torch.Tensor, prefix_len: int, max_kv_len: int, scaling: float, added: torch.Tensor | None = None,
+    starts: torch.Tensor, prefix_len: int, max_kv_len: int, scaling: float,
+    added: torch.Tensor | None = None, with_prefix_gradient: bool = False,
 ) -> torch.Tensor:  # fmt: skip
     """The output [T,H,d] of the heads' attention, for a norm's output x [T,D].
 
@@ -30,9 +31,10 @@ def rope_attention(
         cos, sin: [T,d/2], of the angles by which dimensions i and i + d/2 are rotated.
         starts, prefix_len, max_kv_len, scaling: as for `packed_attention_with_lse`.
         added: [T,(H+2G)*d], what adapters add to the layer's output.
+        with_prefix_gradient: whether the shared tokens' keys and values have a gradient, too. It is of no use where
+            nothing in the model trains: these tokens precede any image.
 
-    Only x and `added` get gradients. Without `added`, those of the shared tokens' keys and values are left out: these
-    tokens precede any image, and the model is frozen.
+    Only x and `added` get gradients.
     """
     scales = [None, None, None]  # of the weight; in fp8 also its copy for the backward pass, and that one's
     if isinstance(qkv_layer, Fp8Linear):
@@ -40,8 +42,9 @@ def rope_attention(
     elif isinstance(qkv_layer, LowBitLinear):
         scales[0] = qkv_layer.scale
     return _RopeAttention.apply(
-        x, qkv_layer.weight, *scales, added, cos, sin, starts, d, num_kv_heads, prefix_len, max_kv_len, scaling
-    )
+        x, qkv_layer.weight, *scales, added, cos, sin, starts, d, num_kv_heads, prefix_len, max_kv_len, scaling,
+        with_prefix_gradient,
+    )  # fmt: skip
 
 
 class _RopeAttention(torch.autograd.Function):
@@ -50,7 +53,7 @@ class _RopeAttention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, x, weight, scale, columns, column_scale, added, cos, sin, starts,
-        d, num_kv_heads, prefix_len, max_kv_len, scaling,
+        d, num_kv_heads, prefix_len, max_kv_len, scaling, with_prefix_gradient,
     ):  # fmt: skip
         weights = [weight] if scale is None else [weight, scale]
         factors = [x, *weights] if columns is None else [*quantize_rows(x), *weights]
@@ -59,24 +62,28 @@ class _RopeAttention(torch.autograd.Function):
         backward_weights = weights if columns is None else [columns, column_scale]
         ctx.save_for_backward(qkv, out, lse, starts, cos, sin, *backward_weights)
         ctx.sizes, ctx.in_fp8 = (prefix_len, max_kv_len, scaling), columns is not None
-        ctx.num_kv_heads, ctx.has_adapters = num_kv_heads, added is not None
+        ctx.num_kv_heads, ctx.has_added, ctx.with_prefix_gradient = (
+            num_kv_heads,
+            added is not None,
+            with_prefix_gradient,
+        )
         return out
 
     @staticmethod
     def backward(ctx, grad):
         qkv, out, lse, starts, cos, sin, *weights = ctx.saved_tensors
-        rounds = ctx.in_fp8 and not ctx.has_adapters  # the gradient of adapters is not rounded to fp8
+        rounds = ctx.in_fp8 and not ctx.has_added  # the gradient of adapters is not rounded to fp8
         gradient = rope_attention_backward(
-            grad, qkv, ctx.num_kv_heads, out, lse, starts, *ctx.sizes, cos, sin, rounds, ctx.has_adapters
+            grad, qkv, ctx.num_kv_heads, out, lse, starts, *ctx.sizes, cos, sin, rounds, ctx.with_prefix_gradient
         )
-        of_added = gradient[0].flatten(1) if ctx.has_adapters else None
+        of_added = gradient[0].flatten(1) if ctx.has_added else None
         if ctx.in_fp8:
             of_input = fp8_matmul(gradient if rounds else quantize_rows(of_added), *weights)
         elif len(weights) > 1:
             of_input = low_bit_matmul(gradient[0].flatten(1), *weights, True)
         else:
             of_input = gradient[0].flatten(1) @ weights[0]
-        return of_input, None, None, None, None, of_added, *[None] * 8
+        return of_input, None, None, None, None, of_added, *[None] * 9
 
 
 @torch.library.custom_op("minigpt4::rotated_product", mutates_args=())

@@ -19,6 +19,8 @@ ALL = {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "
 
 def build(build_golden_model, dtype=torch.bfloat16, dropout=0.0, **cfg):
     model = trained(build_golden_model("cuda", dtype, lora=LORA | ALL | {"dropout": dropout}, **cfg)).train()
+    for parameter in adapters(model).values():  # larger ones make the gradient depend on every rounding
+        parameter.data *= 0.5
     model.prompt_list = ["###Human: <Img><ImageHere></Img> What is it? ###Assistant: "]
     model.max_txt_len = 200
     return model
@@ -52,7 +54,7 @@ def test_accelerated_equals_plain(build_golden_model, caplog, load_in, recompute
     plain = steps(build(build_golden_model, load_in=load_in), order, rate=0.01)
     model = build(build_golden_model, load_in=load_in, llm_grad_checkpoint=recomputed)
     model.accelerate(packed=True, compiled=True)
-    fused = load_in != "8bit"  # bitsandbytes' own layers, which are neither fused nor captured
+    fused = not recomputed  # recomputed layers are neither fused nor captured
     assert model.step.packed and bool(model.step.fused_llama) == fused and model.step.graphed_vision
     assert isinstance(model.step.loss_and_gradient, GraphedFunction) == fused
     accelerated = steps(model, order, rate=0.01)
