@@ -38,8 +38,8 @@ class Scores(TypedDict):
     """The most important one first."""
     better: dict[str, str]
     """Of each figure: "higher", "lower", or empty: neither is better."""
-    groups: dict[str, float]
-    """`figure/group`: the figures of each group, such as a dataset."""
+    details: dict[str, float]
+    """`figure/group`: the figures of each group, such as a dataset; `flags/kind`: shares of marked answers."""
     answers: str
     """Some of the answers, a line each."""
     pictures: dict[str, Any]

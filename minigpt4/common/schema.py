@@ -87,7 +87,8 @@ class RunConfig:
     eval_every_epochs: int = setting(1, at_least=1)
     """Epochs from one validation to the next; after the last epoch there is always one."""
     eval_every_steps: int | None = setting(None, at_least=1)
-    """Micro-batches from one validation to the next within epochs, and one before training; null: none there."""
+    """Steps (updates of the weights) from one validation to the next; there is also one before training. null: only
+    after epochs."""
     eval_samples: int | None = setting(None, at_least=1)
     """Samples of each dataset in a validation, the same each time; null: all for the loss, 200 for answers."""
     best_metric: str | None = None

@@ -1,5 +1,6 @@
 """Answers of the model of a run, scored: while it trains, on fixed samples, and of `run.test_splits`."""
 
+import hashlib
 import json
 import logging
 from collections.abc import Mapping
@@ -53,7 +54,7 @@ class AnswerScorer:
             task, examples, _ = _questions(cfg, datasets, split)
             perfect = {example.id: Answer(example.references[0], True) for example in examples}
             figures = measure(task, examples, perfect)[1]
-            known = ["loss", *(name for name, figure in figures.items() if figure.better)]
+            known = ["loss", *(name for name, figure in figures.items() if figure.better and not figure.flag)]
             if cfg.run_cfg.best_metric not in (None, *known):
                 raise ConfigError(
                     f"run.best_metric={cfg.run_cfg.best_metric} is no metric of the task {task} that has a better "
@@ -95,24 +96,19 @@ class AnswerScorer:
         if not answers:
             raise ConfigError(f"run.eval_task: no question of the split {split} could be answered (see above).")
         scores, figures = measure(task, examples, answers)
-        groups = {
-            f"{name}/{group}": value
-            for group, each in scores.get("groups", {}).items()
-            for name, value in _in_tables(each["figures"]).items()
-        }
+        values, flags = _in_tables(scores["figures"]), [name for name, figure in figures.items() if figure.flag]
+        details = {f"flags/{name}": values.pop(name) for name in flags}
+        for group, each in scores.get("groups", {}).items():
+            details |= {f"{name}/{group}": n for name, n in _in_tables(each["figures"]).items() if name in values}
         shown = [examples[index] for index in spread(len(examples), SHOWN)]
-        pictures = {
-            f"{number}": image
-            for number, example in enumerate(shown, 1)
-            if split not in self._shown and example.pictures and (image := thumbnail(example.pictures[0]))
-        }
+        pictures = {} if split in self._shown else _pictures(shown)
         self._shown.add(split)
         return {
             "task": task,
-            "data": digest(examples),
-            "figures": _in_tables(scores["figures"]),
-            "better": {name: figure.better for name, figure in figures.items()},
-            "groups": groups,
+            "data": _identity(examples),
+            "figures": values,
+            "better": {name: figures[name].better for name in values},
+            "details": details,
             "answers": "\n".join(_shown(n, each, answers.get(each.id)) for n, each in enumerate(shown, 1)),
             "pictures": pictures,
         }
@@ -129,6 +125,18 @@ def _questions(cfg: Config, datasets: Datasets, split: str) -> tuple[str, list[E
 
 def _task(cfg: Config, examples: list[Example]) -> str:
     return task_for(examples) if cfg.run_cfg.eval_task == "auto" else cfg.run_cfg.eval_task
+
+
+def _identity(examples: list[Example]) -> str:
+    """Equal for the same questions with the same references."""
+    content = json.dumps([digest(examples), [example.references for example in examples]])
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def _pictures(examples: list[Example]) -> dict[str, Any]:
+    """The first picture of each example, as a PIL image by the example's number."""
+    found = {str(n): thumbnail(example.pictures[0]) for n, example in enumerate(examples, 1) if example.pictures}
+    return {number: image for number, image in found.items() if image}
 
 
 def _in_tables(figures: Mapping[str, Mapping[str, float]]) -> dict[str, float]:

@@ -198,7 +198,8 @@ class RunnerBase:
     def train_epoch(self, epoch: int) -> dict[str, float]:
         """Train on `iters_per_epoch` micro-batches; returns the epoch's mean learning rate and loss."""
         self.model.train()
-        metrics, changed = MetricLogger(on_line=self._log_line), Counter()
+        self.metrics = metrics = MetricLogger(on_line=self._log_line)
+        changed: Counter[LeftOut] = Counter()
         header = f"Train: data epoch: [{epoch}]"
         length, accum, log_freq = self.iters_per_epoch, self.run.accum_grad_iters, self.run.log_freq
         epoch_batches = map(self._sanitize, self.loader.epoch(epoch, length))
@@ -212,10 +213,6 @@ class RunnerBase:
                 metrics.update(lr=self.optimizer.param_groups[0]["lr"], loss=loss)
                 metrics.count(**amounts(samples))
                 self.eta.step(i)
-                if is_update:
-                    seconds = self.validation.after_update(epoch, self.step - i % accum - 1)
-                    metrics.pause(seconds)
-                    self.eta.pause(seconds)
                 changed.update(LeftOut(*MARKERS, text, "broke up") for text in samples.get("broken_up", ()))
                 changed[CUT] += samples.get("num_cut", 0)
                 if is_update:
@@ -228,6 +225,11 @@ class RunnerBase:
 
         item: the number of the last micro-batch in the epoch, from 0. `updates` counts the updates so far.
         """
+        start = time.perf_counter()
+        if item + 1 < self.iters_per_epoch and self.validation.is_due(self.updates):
+            self.validation.within_epoch()
+            for clock in (self.metrics, self.eta):
+                clock.pause(time.perf_counter() - start)
 
     @property
     def updates(self) -> int:

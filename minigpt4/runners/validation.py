@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 
 KEY = "evaluation"
 """In a checkpoint: what was measured before training and with these weights."""
-# A metric that falls by more is reported: points of a figure, as in tables; of the loss the share of its value.
-MARGIN, LOSS_MARGIN = 5.0, 0.05
+# A metric that gets worse by more is reported: in the units of tables; of the loss in per cent of its value.
+MARGIN = 5.0
+EARLIER = {"ckpt": "model.ckpt records", "start": "before training it was"}
 # Runs that differ in these have no best metric in common.
 COMPARED = {"valid_splits": [], "eval_task": None, "eval_samples": None, "best_metric": None}
 
@@ -50,45 +51,36 @@ class Validation:
 
     def __init__(self, runner: "RunnerBase") -> None:
         self.runner, self.run = runner, runner.run
-        self.earlier: dict[str, Results] = {}  # with which all results are compared, by where they are from
+        self.earlier: dict[str, Results] = {}  # by EARLIER; all later results are compared with them
         self.latest: Results = {}
         self._latest_step = -1
         self.scorer = None
         if self.run.eval_task and (self.run.valid_splits or self.run.test_splits):
             self.scorer = registry.get("scorer", "answers")(runner.cfg, runner.module, runner.datasets)
 
-    def is_due(self, before: int, step: int) -> bool:
-        """Whether `run.eval_every_steps` asks for an evaluation at `step`, if the update before was at `before`."""
-        every = self.run.eval_every_steps
-        return every is not None and step // every > before // every
+    def is_due(self, updates: int) -> bool:
+        """Whether `run.eval_every_steps` asks for an evaluation after so many updates of the weights."""
+        return self.run.eval_every_steps is not None and updates % self.run.eval_every_steps == 0
 
     def is_due_after(self, epoch: int) -> bool:
         """Whether an epoch is followed by an evaluation."""
-        length, accum = self.runner.iters_per_epoch, self.run.accum_grad_iters
-        end = (epoch + 1) * length
-        by_epochs = (epoch + 1) % self.run.eval_every_epochs == 0 or epoch + 1 >= self.run.max_epoch
-        return bool(self.run.valid_splits) and (by_epochs or self.is_due(end - (length % accum or accum), end))
+        done, updates = epoch + 1, -(-self.runner.iters_per_epoch // self.run.accum_grad_iters)
+        by_epochs = done % self.run.eval_every_epochs == 0 or done >= self.run.max_epoch
+        return bool(self.run.valid_splits) and (by_epochs or self.is_due(done * updates))
 
     def before_training(self) -> None:
         """Evaluate the weights that a new run starts from, if its evaluations are more than a loss after each epoch."""
         if self.run.valid_splits and (self.scorer or self.run.eval_every_steps):
             logging.info("Evaluation before training.")
             start = self._measure()
-            self.earlier = {"model.ckpt records": self._recorded_in_ckpt()}
+            self.earlier = {"ckpt": self._recorded_in_ckpt()}
             self._warn_of_drops()
-            self.earlier["before training it was"] = start
+            self.earlier["start"] = start
 
-    def after_update(self, epoch: int, before: int) -> float:
-        """Evaluate within an epoch if it is time to. Returns the seconds that it took.
-
-        before: step of the update before this one.
-        """
-        step, start = self.runner.step, time.perf_counter()
-        if not self.is_due(before, step) or step == (epoch + 1) * self.runner.iters_per_epoch:
-            return 0.0
-        if self._evaluate(f"step {step}"):
+    def within_epoch(self) -> None:
+        """Evaluate, and keep the weights if they are the best so far."""
+        if self._evaluate(f"step {self.runner.updates}"):
             self.runner.save_best()
-        return time.perf_counter() - start
 
     def after_epoch(self, epoch: int) -> None:
         """Evaluate, and save the epoch's checkpoint with the result."""
@@ -146,9 +138,9 @@ class Validation:
             runner.log_stats(split, results[split]["figures"])
         for split, each in scores.items():
             logging.info("%s: answers, each beside its first reference:\n%s", split, each["answers"])
-            groups = {f"{split}_{name}": value for name, value in each["groups"].items()}
+            details = {f"{split}_{name}": value for name, value in each["details"].items()}
             pictures = {f"{split}_picture/{number}": picture for number, picture in each["pictures"].items()}
-            runner.log({**groups, f"{split}_answers": each["answers"], **pictures})
+            runner.log({**details, f"{split}_answers": each["answers"], **pictures})
         if scores:
             runner.log({"eval_seconds": time.perf_counter() - start})
         self.latest, self._latest_step = results, runner.step
@@ -172,11 +164,13 @@ class Validation:
                 if not before or name not in result["figures"]:
                     continue
                 old, new = before["figures"][name], result["figures"][name]
-                margin = LOSS_MARGIN * abs(old) if name == "loss" else MARGIN
-                if (new - old if result["better"][name] == "lower" else old - new) > margin:
-                    text = f"{split}: {name} is {new:.4g}; {source} {old:.4g}. The run loses what the model could do."
-                    logging.warning(text)
-                    self.runner.log({f"warning/{split} {name}, {source}": text})
+                worse = new - old if result["better"][name] == "lower" else old - new
+                margin, unit = (MARGIN * abs(old) / 100, "%") if name == "loss" else (MARGIN, "points")
+                if worse > margin:
+                    text = f"{split}: {name} is {new:.4g}; {EARLIER[source]} {old:.4g}. "
+                    text += f"It is worse by more than {MARGIN:g} {unit}."
+                    logging.warning("Step %d, %s", self.runner.step, text)
+                    self.runner.log({f"warning/{split}_{name} since {source}": text})
 
 
 def _asked(split: str, result: Mapping[str, Any]) -> Any:
@@ -188,7 +182,7 @@ def _result(loss: float, scores: Mapping[str, Any] | None, metric: str | None) -
     """The result of a split. metric: `run.best_metric`."""
     result = {"figures": {"loss": loss}, "better": {"loss": "lower"}, "metric": metric or "loss"}
     if scores:
-        result["metric"] = metric or next(iter(scores["figures"]))
+        result["metric"] = metric or next(filter(scores["better"].get, scores["figures"]), "loss")
         result |= {key: result[key] | scores[key] for key in ("figures", "better")}
         result |= {key: scores[key] for key in ("task", "data")}
     return result
