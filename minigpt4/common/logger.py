@@ -107,6 +107,11 @@ class MetricLogger:
         self._total: dict[str, float | torch.Tensor] = {}
         self._amounts: dict[str, int] = {}  # since the last line
         self._count = 0
+        self._paused = 0.0  # seconds since the last item
+
+    def pause(self, seconds: float) -> None:
+        """Let seconds since the last item not count, such as those of an evaluation."""
+        self._paused += seconds
 
     def update(self, **values: float | torch.Tensor) -> None:
         """Record one step's values; the same names in every step."""
@@ -137,6 +142,7 @@ class MetricLogger:
         for i, item in enumerate(iterable):
             data_time += time.perf_counter() - item_end
             yield item
+            start, last_line, self._paused = start + self._paused, last_line + self._paused, 0.0
             if line_within(i, 1, length, log_freq):
                 latest = {name: float(value) for name, value in self._latest.items()}
                 values = [f"{name}: {value:.{DIGITS.get(name, 4)}f}" for name, value in latest.items()]
