@@ -62,9 +62,7 @@ def main(argv: list[str]) -> None:
     settings = Settings(**given(args, Settings))
 
     def load():
-        chat = load_chat(cfg, select_gpu(cfg, args.gpu_id or 0), warm_up=[1, settings.max_batch])
-        logging.info("The model is ready.")
-        return chat
+        return load_chat(cfg, select_gpu(cfg, args.gpu_id or 0))
 
     def give_up() -> None:
         server.should_exit = True

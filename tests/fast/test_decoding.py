@@ -407,7 +407,7 @@ def compiles(monkeypatch):
     monkeypatch.setattr("minigpt4.kernels.decoding", kernels, raising=False)
     monkeypatch.setattr(loop, "_run_on_side_stream", lambda run, device: run())
     monkeypatch.setattr(loop, "_capture", capture)
-    monkeypatch.setattr(loop, "_start_copy", lambda ids: ids.clone)
+    monkeypatch.setattr(loop, "start_copy", lambda ids: ids.clone)
     monkeypatch.setattr(loop, "Decoder", partial(Decoder, graphs=True))
     counter, compiler = CompileCounter(), torch.compile
     monkeypatch.setattr(torch, "compile", lambda call: compiler(call, backend=counter, fullgraph=True))

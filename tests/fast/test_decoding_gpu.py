@@ -182,8 +182,8 @@ def test_the_next_turn_is_as_from_scratch(llm, monkeypatch):
     said = torch.tensor(run(llm, embeds, mask), device="cuda")
     asked = torch.cat([embeds, llm.get_input_embeddings()(said), prompts(7, seed=3)[0]], dim=1)
     expected = theirs(llm, asked, mask.new_ones(asked.shape[:2]))
-    seen, prefill = [], Decoder._prefill
-    monkeypatch.setattr(Decoder, "_prefill", lambda *args: seen.append(args[3].shape[1]) or prefill(*args))
+    seen, prefill = [], Decoder.prefill
+    monkeypatch.setattr(Decoder, "prefill", lambda *args: seen.append(args[3].shape[1]) or prefill(*args))
     assert run(llm, asked, mask.new_ones(asked.shape[:2])) == expected
     assert seen[0] <= 9  # the question, and the end of the answer, which no step had read
 

@@ -84,15 +84,16 @@ def gate(chat, monkeypatch):
 
 
 @pytest.fixture
-def batches(chat, monkeypatch):
-    """The prompts of each batch that is generated."""
-    seen, context = [], chat.model.context
+def steps(chat, monkeypatch):
+    """How many answers each step of the language model continues, and "prompt" where it reads a part of one."""
+    seen, forward = [], chat.model.llama_model.forward
 
-    def spy(prompts, images):
-        seen.append(prompts)
-        return context(prompts, images)
+    def watched(*args, **kwargs):
+        rows, length = kwargs["inputs_embeds"].shape[:2]
+        seen.append(rows if length == 1 else "prompt")
+        return forward(*args, **kwargs)
 
-    monkeypatch.setattr(chat.model, "context", spy)
+    monkeypatch.setattr(chat.model.llama_model, "forward", watched)
     return seen
 
 

@@ -8,7 +8,8 @@ import torch
 
 from minigpt4.conversation import Chat
 from minigpt4.models.prompt import IMAGE_SLOT
-from minigpt4.serving.batching import Answer, Batcher, Prompt
+from minigpt4.serving.answer import Answer, Prompt
+from minigpt4.serving.batching import Batcher
 from minigpt4.serving.sampling import RowSampling
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
