@@ -71,6 +71,8 @@ def test_nobody_waits_for_a_long_answer(served, gate, talkative, steps):
         long = pool.submit(served.ask, user(text("Tell me everything.")), max_tokens=60)
         served.wait_for(running=1)
         gate.step(5)
+        while len(served.batcher.running[0].ids) < 5:
+            time.sleep(0.01)
         short = pool.submit(served.ask, user(text("Hello")), max_tokens=3)
         served.wait_for(waiting=1)
         gate.step(6)  # of the long answer alone, the prompt, of both twice, and of the long one alone twice
@@ -188,7 +190,7 @@ def test_without_memory_one_request_fails(served, chat, talkative, monkeypatch, 
                 each.wait(1)
 
     expected, found = answers(), answers()
-    for each in expected:
+    for each in expected[:2]:
         served.batcher.submit([each])
         wait([each])
     monkeypatch.setattr(chat.model.llama_model, "forward", failing)

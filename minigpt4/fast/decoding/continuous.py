@@ -67,7 +67,7 @@ class ContinuousBatch:
             self._prompt_cache = KVCache(1, cache_length(length + 1), embeds.device)
         source, prefix_len = self._find_prefix(embeds)
         if prefix_len:
-            if not self._prompt_cache.layers:
+            if not self._prompt_cache.allocated:
                 self._prompt_cache.grow(1, self._prompt_cache.length, like=self._cache)
             self._prompt_cache.copy_row(0, self._cache, self._rows.index(source), prefix_len)
         for start in range(prefix_len, length, PART):

@@ -30,6 +30,11 @@ class KVCache:
         self.positions = torch.zeros(batch, 1, dtype=torch.long, device=device)
         self._rows = torch.arange(batch, device=device).unsqueeze(1)
 
+    @property
+    def allocated(self) -> bool:
+        """Whether every layer has its keys and values. They come with the first prefill, unless that fails."""
+        return bool(self.layers) and all(layer.keys is not None for layer in self.layers)
+
     def prefill(
         self, llm, embeds: torch.Tensor, attention_mask: torch.Tensor, prefix_len: int, kv_len: int | None = None
     ) -> torch.Tensor:
