@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from minigpt4.fast.decoding.kv_cache import KVCache, common_prefix
-from minigpt4.fast.decoding.loop import LONGEST_PREFILL, SHORTEST_PREFILL, Decoder, cache_length, start_copy
+from minigpt4.fast.decoding.loop import LONGEST_PREFILL, SHORTEST_PREFILL, Decoder, cache_length
 
 PART = LONGEST_PREFILL  # vectors of a prompt that are read between two steps
 SHORT_ROW = 512  # tokens of a row at the start, where memory is short; the cache grows when longer ones come
@@ -89,7 +89,8 @@ class ContinuousBatch:
 
     def _make_room(self, length: int) -> None:
         """Make the cache large enough for one more active row of this many tokens."""
-        rows = min(2 ** self.active.bit_length(), len(self._rows))
+        # Two at least, so that two conversations can take turns.
+        rows = min(max(2, 2 ** self.active.bit_length()), len(self._rows))
         if rows > self._cache.batch or length > self._cache.length:
             self._grow(max(rows, self._cache.batch), max(cache_length(length), self._cache.length))
 
@@ -119,10 +120,7 @@ class ContinuousBatch:
 
     def read_ids(self) -> Callable[[], list[int]]:
         """Start to copy the tokens that were set to the host. Returns a function that waits for them alone."""
-        ids = self._cache.ids[: self.active]
-        if not self.decoder.graphs:
-            return ids.tolist
-        read = start_copy(ids)
+        read = self.decoder.start_copy(self._cache.ids[: self.active].clone())  # the next tokens overwrite them
         return lambda: read().tolist()
 
     def step(self) -> None:

@@ -171,7 +171,7 @@ class Decoder:
             for n in range(steps):
                 with CAPTURE_LOCK:  # torch's random numbers belong to a graph while it is captured
                     history[:, n] = ids = choose(history[:, :n], logits[:rows])
-                read_ids = start_copy(ids) if self.graphs else ids.cpu
+                read_ids = self.start_copy(ids)
                 if not self.graphs:
                     yield read_ids()
                 if n + 1 < steps:
@@ -186,6 +186,10 @@ class Decoder:
                 cache.content, cache.prompt_len = torch.cat([content, answer]), prompt_len
             with self._lock:
                 self.idle = [*self.idle, cache][-MAX_IDLE_CACHES:]
+
+    def start_copy(self, ids: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """Start to copy ids to the host. Returns a function that waits for the copy, and for no step after it."""
+        return _start_copy(ids) if self.graphs else ids.cpu
 
     def _take_cache(self, embeds: torch.Tensor, length: int) -> tuple[KVCache, int]:
         """A cache for a batch, and how many of its positions hold the batch's beginning already."""
@@ -318,7 +322,7 @@ def _capture(run: Callable[[], torch.Tensor], cache: KVCache) -> tuple["torch.cu
     return graph, result
 
 
-def start_copy(ids: torch.Tensor) -> Callable[[], torch.Tensor]:
+def _start_copy(ids: torch.Tensor) -> Callable[[], torch.Tensor]:
     """Start to copy ids to the host. Returns a function that waits for the copy, and for nothing after it."""
     host = torch.empty(ids.shape, dtype=ids.dtype, pin_memory=True)
     host.copy_(ids, non_blocking=True)
