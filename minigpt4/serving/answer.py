@@ -66,7 +66,16 @@ class Answer:
         self._ends = end_ids(self.tokenizer)
         self.shortest = MinNewTokens(self.tokenizer, (self.min_tokens, self.stops))
         self.random = random.Random(self.sampling.seed)  # one number for each token
-        self._news = threading.Event()
+        self._news, self._turn_start = threading.Event(), 0
+
+    def begin_turn(self) -> None:
+        """Called when the model's thread takes the answer up, perhaps not for the first time."""
+        self.started, self._turn_start = True, len(self.ids)
+
+    @property
+    def turn_tokens(self) -> int:
+        """Tokens since then."""
+        return len(self.ids) - self._turn_start
 
     def add_token(self, token: int) -> None:
         """Append a token, and end the answer if the token, a stop text, the length or the deadline requires it."""

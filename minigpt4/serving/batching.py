@@ -1,7 +1,8 @@
 """The queue of answers, and the thread that owns the model and generates them.
 
 The thread computes up to `max_batch` answers together (`together.py`). A waiting answer joins the running ones as soon
-as one of them has ended. Each answer has its own sampling, stop texts, length and deadline.
+as there is room. If there is none for long, a running answer gives way, and goes on later where it was. Each answer has
+its own sampling, stop texts, length and deadline.
 """
 
 import threading
@@ -17,6 +18,7 @@ from minigpt4.serving.sampling import RowSampling
 from minigpt4.serving.together import AnswersAlone, AnswersTogether, answers_for
 
 POLL_SECONDS = 0.05  # how often `stream` asks whether to stop
+TURN_TOKENS = 128  # after so many tokens, an answer gives way to one that waits
 
 
 class Batcher(threading.Thread):
@@ -84,9 +86,10 @@ class Batcher(threading.Thread):
             self.waiting = [answer for answer in self.waiting if not answer.finish]
 
     def place(self, answer: Answer) -> int:
-        """The place of an answer in the queue, from 1; 0 if it is not waiting."""
+        """The place of an answer in the queue, from 1; 0 once it has started."""
         with self._queue_changed:
-            return self.waiting.index(answer) + 1 if answer in self.waiting else 0
+            waiting = [each for each in self.waiting if not each.started]
+            return waiting.index(answer) + 1 if answer in waiting else 0
 
     def stream(
         self,
@@ -129,16 +132,17 @@ class Batcher(threading.Thread):
             self.cancel([answer])
 
     def close(self, seconds: float = 5) -> None:
-        """End all answers: waiting ones with an error, running ones at their current length.
+        """End all answers: those that have not started with an error, the others at their current length.
 
         This waits up to `seconds` for the thread. Loading cannot be interrupted; meanwhile `is_alive()` stays True.
         """
         with self._queue_changed:
             self.closed = True
-            for answer in self.waiting:
-                answer.end("error", _stopping())
-            for answer in self.running:
-                answer.end("length")
+            for answer in (*self.waiting, *self.running):
+                if answer.started:
+                    answer.end("length")
+                else:
+                    answer.end("error", _stopping())
             self.waiting.clear()
             self._queue_changed.notify()
         if self.is_alive() and self.chat:
@@ -157,7 +161,7 @@ class Batcher(threading.Thread):
         self.chat = chat
         with _gpu_of(chat), torch.no_grad():
             while self._wait_for_work(answers):
-                answers.round(self._take)
+                answers.round(self._take, self._give_way)
                 with self._queue_changed:
                     self.running = [answer for answer in self.running if not answer.finish]
 
@@ -170,13 +174,38 @@ class Batcher(threading.Thread):
     def _take(self) -> Answer | None:
         """The next answer to compute: the longest waiting one of the clients with the fewest running answers."""
         with self._queue_changed:
-            running = Counter(answer.client for answer in self.running if answer.client is not None)
-            answer = min(self.waiting, key=lambda answer: running[answer.client], default=None)
+            running = Counter(map(_client, self.running))
+            answer = min(self.waiting, key=lambda answer: running[_client(answer)], default=None)
             if answer:
                 self.waiting.remove(answer)
-                answer.started = True
+                answer.begin_turn()
                 self.running.append(answer)
             return answer
+
+    def _give_way(self) -> Answer | None:
+        """A running answer that goes back into the queue, since others wait and no place is free; None: nobody's.
+
+        It is one of the client with the most places, if that has two more than a client that waits, else the one that
+        has had TURN_TOKENS.
+        """
+        with self._queue_changed:
+            candidates = [answer for answer in self.running if answer.turn_tokens]
+            if not (self.waiting and candidates) or len(self.running) < self._max_batch:
+                return None
+            running = Counter(map(_client, self.running))
+            fewest = min(running[_client(answer)] for answer in self.waiting)
+            answer = max(candidates, key=lambda answer: (running[_client(answer)], answer.turn_tokens))
+            if running[_client(answer)] < fewest + 2:
+                answer = max(candidates, key=lambda answer: answer.turn_tokens)
+                if answer.turn_tokens < TURN_TOKENS:
+                    return None
+            self.running.remove(answer)
+            self.waiting.append(answer)
+            return answer
+
+
+def _client(answer: Answer) -> str | int:
+    return id(answer) if answer.client is None else answer.client
 
 
 def _gpu_of(chat: Chat):

@@ -53,13 +53,15 @@ class AnswersTogether:
     def busy(self) -> bool:
         return bool(self._answers or self._beginning)
 
-    def round(self, take: Take) -> None:
-        """Compute a token of each answer, then let others begin. take: returns the next one, None if there is none.
+    def round(self, take: Take, give_way: Take) -> None:
+        """Compute a token of each answer, then let others begin. An answer that fails ends with an error.
 
-        An answer that fails ends with an error; the others go on.
+        Args:
+            take: returns the next answer; None: there is none.
+            give_way: returns an answer that is to be interrupted. `take` will return it again.
         """
         try:
-            self._step()
+            self._step(give_way)
         except Exception as error:
             logging.exception("%d answers failed.", len(self._answers))
             for answer in self._answers:
@@ -67,13 +69,13 @@ class AnswersTogether:
             self._answers, self._batch = [], self._new_batch()
         self._begin(take)
 
-    def _step(self) -> None:
+    def _step(self, give_way: Take) -> None:
         batch, answers = self._batch, [*self._answers]
         if not answers:
             return
         read_ids = batch.read_ids()
         if not batch.decoder.graphs:  # an answer that has ended needs no step
-            self._add_tokens(answers, read_ids())
+            self._add_tokens(answers, read_ids(), give_way)
         while self._answers:
             try:
                 batch.step()
@@ -83,15 +85,16 @@ class AnswersTogether:
                 self._answers[-1].end("error", error)
                 self._leave(len(self._answers) - 1)
         if batch.decoder.graphs:  # while the GPU computes the step
-            self._add_tokens(answers, read_ids())
+            self._add_tokens(answers, read_ids(), give_way)
         if self._answers:
             self._choose(batch.logits, first_row=0)
 
-    def _add_tokens(self, answers: list[Answer], ids: list[int]) -> None:
+    def _add_tokens(self, answers: list[Answer], ids: list[int], give_way: Take) -> None:
         for answer, token in zip(answers, ids, strict=True):
             answer.add_token(token)
+        interrupted = give_way()  # here, where all tokens that were chosen for it have been added
         for row in reversed(range(len(self._answers))):
-            if self._answers[row].finish:
+            if self._answers[row].finish or self._answers[row] is interrupted:
                 self._leave(row)
 
     def _leave(self, row: int) -> None:
@@ -136,8 +139,11 @@ class AnswersTogether:
         for start in range(0, len(prompt.images), IMAGES_AT_ONCE):
             images += self._encoded(prompt.images[start : start + IMAGES_AT_ONCE])
             yield
-        embeds, _ = self._chat.model.context([prompt.text], images)
-        for logits in self._batch.join(embeds[0], answer.max_tokens):
+        (embeds,), _ = self._chat.model.context([prompt.text], images)
+        if answer.ids:  # it was interrupted
+            ids = torch.tensor(answer.ids, device=embeds.device)
+            embeds = torch.cat([embeds, self._chat.model.llama_model.get_input_embeddings()(ids).to(embeds.dtype)])
+        for logits in self._batch.join(embeds, answer.max_tokens - len(answer.ids)):
             if logits is None:
                 yield
         self._answers.append(answer)
@@ -186,8 +192,8 @@ class AnswersAlone:
     def __init__(self, chat: Chat):
         self._chat, self._encoded = chat, EncodedPictures(chat)
 
-    def round(self, take: Take) -> None:
-        """Compute the next answer. One that fails ends with an error."""
+    def round(self, take: Take, give_way: Take) -> None:
+        """Compute the next answer to its end. One that fails ends with an error."""
         answer = take()
         if answer is None:
             return

@@ -13,6 +13,7 @@ from endpoint import assistant, image, serving, text, user
 from PIL import Image
 
 from minigpt4.conversation import CONV_VISION, open_picture
+from minigpt4.serving import batching
 from minigpt4.serving.answer import Answer, Prompt
 from minigpt4.serving.batching import Batcher
 from minigpt4.serving.prepare import image_urls, read_prompt
@@ -211,6 +212,37 @@ def test_clients_get_equal_shares(chat, gate):
     batcher.submit([Answer(chat.model.tokenizer, prompt, RowSampling(), 9, [], client=c) for c in "aaabac"])
     assert [batcher._take().client for _ in range(6)] == ["a", "b", "c", "a", "a", "a"]
     assert batcher._take() is None
+
+
+def test_answers_give_way_and_go_on_where_they_were(chat, talkative, monkeypatch):
+    """To clients without a place, and after their turn to anyone who waits; each answer is what it is alone."""
+    monkeypatch.setattr(batching, "TURN_TOKENS", 10)
+    batcher, prompt = Batcher(lambda: chat, 2), Prompt("###Human: Hello###Assistant:", [], 9)
+    batcher.start()
+
+    def ask(n, client=None):
+        sampling = RowSampling(temperature=float(n % 2), seed=n, frequency_penalty=0.3)
+        length = 80 if client else 15
+        answer = Answer(chat.model.tokenizer, prompt, sampling, length, ["###"], min_tokens=3, client=client)
+        batcher.submit([answer])
+        return answer
+
+    def wait(*answers):
+        for each in answers:
+            while not each.finish:
+                each.wait(1)
+        return [each.ids for each in answers]
+
+    clients = ["busy"] * 2 + [None] * 3
+    alone = [wait(ask(n, client))[0] for n, client in enumerate(clients)]
+    found = [ask(n, client) for n, client in enumerate(clients[:2])]
+    while not all(each.ids for each in found):
+        time.sleep(0.001)
+    found += [ask(n, client) for n, client in enumerate(clients) if n >= 2]
+    wait(*found[2:])
+    assert not any(each.finish for each in found[:2])
+    assert wait(*found) == alone
+    batcher.close()
 
 
 def test_the_chat_answers_through_it(served, chat, pictures, talkative, monkeypatch):
