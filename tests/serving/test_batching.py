@@ -214,7 +214,7 @@ def test_clients_get_equal_shares(chat, gate):
     assert batcher._take() is None
 
 
-def test_answers_give_way_and_go_on_where_they_were(chat, talkative, monkeypatch):
+def test_answers_give_way_and_go_on_where_they_were(chat, gate, talkative, monkeypatch):
     """To clients without a place, and after their turn to anyone who waits; each answer is what it is alone."""
     monkeypatch.setattr(batching, "TURN_TOKENS", 10)
     batcher, prompt = Batcher(lambda: chat, 2), Prompt("###Human: Hello###Assistant:", [], 9)
@@ -234,14 +234,15 @@ def test_answers_give_way_and_go_on_where_they_were(chat, talkative, monkeypatch
         return [each.ids for each in answers]
 
     clients = ["busy"] * 2 + [None] * 3
-    alone = [wait(ask(n, client))[0] for n, client in enumerate(clients)]
     found = [ask(n, client) for n, client in enumerate(clients[:2])]
+    gate.step(6)
     while not all(each.ids for each in found):
         time.sleep(0.001)
     found += [ask(n, client) for n, client in enumerate(clients) if n >= 2]
+    gate.open()
     wait(*found[2:])
     assert not any(each.finish for each in found[:2])
-    assert wait(*found) == alone
+    assert wait(*found) == [wait(ask(n, client))[0] for n, client in enumerate(clients)]
     batcher.close()
 
 
