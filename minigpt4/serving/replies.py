@@ -22,10 +22,11 @@ class Reply:
 
     Args:
         max_tokens: maximum length of an answer in tokens.
+        client: who asked.
         deadline: time (`time.monotonic()`) at which the request is refused if an answer has not started.
     """
 
-    def __init__(self, request: ChatRequest, prompt: Prompt, chat: Chat, max_tokens: int, deadline: float):
+    def __init__(self, request: ChatRequest, prompt: Prompt, chat: Chat, max_tokens: int, client: str, deadline: float):
         self._loop, self._changed = asyncio.get_running_loop(), asyncio.Event()
         self._request, self._prompt, self._deadline = request, prompt, deadline
         self._id, self._created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
@@ -40,6 +41,7 @@ class Reply:
                 label=empty.label,
                 deadline=deadline,
                 min_tokens=min(request.min_tokens, max_tokens),
+                client=client,
                 changed=self._signal_change,
             )
             for n in range(request.n)
