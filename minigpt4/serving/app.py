@@ -51,7 +51,10 @@ async def _api_error(request: Request, error: ApiError) -> Response:
 
 
 async def _http_error(request: Request, error: HTTPException) -> Response:
-    messages = {404: f"There is no {request.url.path}.", 405: f"{request.method} is not allowed here."}
+    path = request.url.path
+    known = path.removeprefix("/v1").rstrip("/").endswith(("/chat/completions", "/models"))
+    hint = " The base URL of this server ends with /v1." if known else ""
+    messages = {404: f"There is no {path}.{hint}", 405: f"{request.method} is not allowed here."}
     return await _api_error(request, ApiError(error.status_code, messages.get(error.status_code, error.detail)))
 
 

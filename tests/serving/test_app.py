@@ -107,6 +107,8 @@ def test_a_page_in_a_browser_gets_no_answer(served):
 
 def test_unknown_routes(served):
     assert error(served.get("/v1/embeddings"), 404, "There is no /v1/embeddings")["type"] == "invalid_request_error"
+    for path in ("/chat/completions", "/models", "/v1/v1/chat/completions"):
+        error(served.http.post(path, json=BODY), 404, "ends with /v1")
     error(served.get("/v1/../../etc/passwd"), 404)
     error(served.get("/v1/models/..%2f..%2fetc%2fpasswd"), 404)
     error(served.get("/v1/chat/completions"), 405, "GET is not allowed")
