@@ -27,6 +27,8 @@ for name in list(os.environ):
     is_proxy = name.lower() in ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
     if name in (*OURS, *LAUNCHERS, *DATA_SCRIPTS, *OTHERS) or name.startswith(PREFIXES) or is_proxy:
         del os.environ[name]
+# The processes of pytest, and those that they start, share the cores: threads of each would wait for the others.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 # The driver reads CUDA_VISIBLE_DEVICES once in a process. It must see the GPUs before `_hide_gpus` changes it.
 if torch.cuda.is_available():
@@ -58,7 +60,11 @@ SLOW_TESTS = (
 )
 
 
-LONGEST_FILES = ("tests/kernels/test_packed_attention.py", "tests/web/test_page.py")
+LONGEST_FILES = (
+    "tests/kernels/test_packed_attention.py",
+    "tests/test_tutorial.py",
+    "tests/web/test_page.py",
+)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -188,7 +188,7 @@ class Page:
             except ValidationError as error:
                 raise PageError(400, "bad_request", detail=str(error.errors()[0]["msg"])[:200]) from None
             prepared = await asyncio.to_thread(prepare, answering.batcher.chat, self.uploads, question)
-            updates = answering.updates(prepared)
+            updates = answering.updates(prepared, owner)
             return EventStream(updates, stack.pop_all().close, time.monotonic() + ANSWER_SECONDS)
 
     async def _judge(self, request: Request) -> Response:

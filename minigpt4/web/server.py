@@ -134,7 +134,7 @@ def load_model(page: Page, cfg: Config, gpu_id: int, check_weights: Callable[[],
 
         check_weights()
         page.progress = "Loading the model"
-        answer_with(page, load_chat(cfg, select_gpu(cfg, gpu_id), warm_up=[1, page.batch]))
+        answer_with(page, load_chat(cfg, select_gpu(cfg, gpu_id)))
     finally:
         logging.getLogger().removeHandler(handler)
     logging.info("Initialization Finished")

@@ -270,10 +270,10 @@ def test_several_visitors_are_answered_together_and_a_stream_costs_little(page, 
     wait_until(lambda: not any(answer.finish is None for answer in page.batcher.running))
 
 
-def test_the_place_in_line(page, chat, monkeypatch):
-    """Also with beams: whoever leaves the line leaves it at once."""
+def test_the_place_in_line(one_at_a_time, chat, monkeypatch):
+    """Whoever leaves the line leaves it at once."""
     monkeypatch.setattr(chat, "pause", 0.01)
-    monkeypatch.setattr(page.batcher, "_max_batch", 1)
+    page = one_at_a_time
     with Visitor(page.url, 1) as first, Visitor(page.url, 2) as second:
         for visitor in (first, second):
             visitor.show()
@@ -296,7 +296,7 @@ def test_a_model_that_fails(page, monkeypatch):
 
     with Visitor(page.url, 1) as visitor:
         visitor.show()
-        monkeypatch.setattr(page.batcher.chat.model, "encode_img", fail)
+        monkeypatch.setattr(page.batcher.chat.model, "context", fail)
         for settings in ({}, {"num_beams": 2}):
             with pytest.raises(AssertionError, match="'error': 'failed'"):
                 visitor.ask("What?", **settings)
