@@ -55,8 +55,8 @@ class StopRequest:
         return self
 
     def __exit__(self, *_) -> None:
-        for child in multiprocessing.active_children() if self.number else ():
-            child.kill()  # data workers that hang would keep the process waiting
+        if self.number:
+            end_children()
         for number, handler in self._before.items():
             # A rank that is done must not end by the signal that torchrun sends when another is done, too.
             signal.signal(number, signal.SIG_IGN if self.number else handler)
@@ -94,8 +94,7 @@ class StopRequest:
             if "TORCHELASTIC_RUN_ID" in os.environ and now - self._since < SAME_SIGNAL:
                 return
             os.write(2, b"A second signal: the run leaves at once.\n")
-            for child in multiprocessing.active_children():
-                child.kill()
+            end_children()
             os._exit(128 + number)
         self.number, self._since = number, now
         # Not by logging, which may be interrupted here in the middle of a line.
@@ -104,6 +103,24 @@ class StopRequest:
         )
         if self._at_once:
             raise Stopped(number)
+
+
+def ignore_signals() -> None:
+    """Let a data worker go on when a signal reaches all processes of a run: its batches are needed for the last step.
+
+    The main process ends it (`end_children`).
+    """
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def end_children() -> None:
+    """Kill the data workers of this process. One that hangs would keep the process waiting at its end."""
+    children = multiprocessing.active_children()
+    if children and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch raises an error in its handler
+    for child in children:
+        child.kill()
 
 
 def _end_with(parent: int) -> None:

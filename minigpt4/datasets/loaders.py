@@ -6,6 +6,7 @@ which samples. The workers make whole batches as planned. The plan and all rando
 `common.contracts` lists the optional methods of a dataset.
 """
 
+import atexit
 import random
 import sys
 from collections import Counter, deque
@@ -20,6 +21,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
 
 from minigpt4.common.errors import ConfigError
+from minigpt4.common.stopping import end_children, ignore_signals
 from minigpt4.datasets.captions import usable_samples
 from minigpt4.datasets.left_out import Tally
 from minigpt4.datasets.length_balancing import POOL, rank_share
@@ -367,16 +369,23 @@ def collate_fn_of(dataset: Dataset) -> Callable[[list[Any]], Any]:
 
 
 def _data_loader(maker: Dataset, plan: list[BatchRequest | None] | None, num_workers: int) -> DataLoader:
+    atexit.unregister(end_children)
+    atexit.register(end_children)
     return DataLoader(
         maker,
         sampler=plan,
         batch_size=None,
         collate_fn=_unchanged,
         num_workers=num_workers,
-        worker_init_fn=_silence_hangups,
+        worker_init_fn=_init_worker,
         persistent_workers=num_workers > 0,
         generator=torch.Generator(),  # by default, each epoch would draw from the global generator
     )
+
+
+def _init_worker(worker: int) -> None:
+    ignore_signals()
+    _silence_hangups(worker)
 
 
 def _silence_hangups(worker: int) -> None:
