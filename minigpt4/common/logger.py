@@ -94,8 +94,8 @@ def kept_console() -> Iterator[Callable[[Path], None]]:
 class MetricLogger:
     """Running averages of an epoch, and its progress lines.
 
-    Values may be tensors on a GPU. They are summed there and read only for a log line, because each read makes the host
-    wait for the GPU.
+    Values may be tensors on a GPU. They are read only for a log line, because each read makes the host wait for the
+    GPU.
 
     on_line: is called for each line with the number of the item and the line's values, not rounded: the latest ones,
         `step_seconds` and `data_seconds`, `…_per_second` of each amount, and the memory in MiB.
@@ -103,17 +103,14 @@ class MetricLogger:
 
     def __init__(self, on_line: Callable[[int, dict[str, float]], None] = lambda item, values: None) -> None:
         self._on_line = on_line
-        self._latest: dict[str, float | torch.Tensor] = {}
-        self._total: dict[str, float | torch.Tensor] = {}
+        self._unread: dict[str, list[float | torch.Tensor]] = {}  # since the last line
+        self._totals: dict[str, list[float]] = {}  # the sum of the finite values, and their number
         self._amounts: dict[str, int] = {}  # since the last line
-        self._count = 0
 
     def update(self, **values: float | torch.Tensor) -> None:
         """Record one step's values; the same names in every step."""
         for name, value in values.items():
-            self._latest[name] = value
-            self._total[name] = self._total.get(name, 0.0) + value
-        self._count += 1
+            self._unread.setdefault(name, []).append(value)
 
     def count(self, **amounts: int) -> None:
         """Add to amounts of which a line tells how many there were a second, such as images."""
@@ -121,10 +118,22 @@ class MetricLogger:
             self._amounts[name] = self._amounts.get(name, 0) + amount
 
     def global_avg(self) -> dict[str, float]:
-        """The mean of each value over the steps of all ranks."""
-        sums = torch.tensor([*(float(total) for total in self._total.values()), self._count], dtype=torch.float64)
-        *totals, count = all_reduce_sum(sums).tolist()
-        return {name: total / max(count, 1) for name, total in zip(self._total, totals, strict=True)}
+        """The mean of each value over the steps of all ranks. Values that are not finite are left out."""
+        self._read()
+        sums = all_reduce_sum(torch.tensor([*self._totals.values()], dtype=torch.float64)).tolist()
+        return {name: total / max(count, 1) for name, (total, count) in zip(self._totals, sums, strict=True)}
+
+    def _read(self) -> dict[str, float]:
+        """Wait for the values, and take them into the totals. Returns the latest ones."""
+        latest = {}
+        for name, values in self._unread.items():
+            read = torch.stack(values).flatten().tolist() if isinstance(values[0], torch.Tensor) else values
+            finite = [value for value in read if math.isfinite(value)]
+            total, count = self._totals.get(name, (0.0, 0))
+            self._totals[name] = [total + sum(finite), count + len(finite)]
+            latest[name] = read[-1]
+        self._unread.clear()
+        return latest
 
     def log_every(self, iterable: Iterable, length: int, log_freq: int, header: str) -> Iterator:
         """Yield from `iterable`; log a line every `log_freq` items and at the last of the `length`.
@@ -137,8 +146,8 @@ class MetricLogger:
         for i, item in enumerate(iterable):
             data_time += time.perf_counter() - item_end
             yield item
-            if line_within(i, 1, length, log_freq):
-                latest = {name: float(value) for name, value in self._latest.items()}
+            if i % log_freq == 0 or i + 1 == length:
+                latest = self._read()
                 values = [f"{name}: {value:.{DIGITS.get(name, 4)}f}" for name, value in latest.items()]
                 now, items, memory = time.perf_counter(), i - last_logged, _memory()
                 eta = _hms((now - start) / (i + 1) * (length - i - 1))
@@ -150,24 +159,9 @@ class MetricLogger:
                 self._on_line(i, {**latest, "step_seconds": step_time, "data_seconds": data_time, **rates, **memory})
                 self._amounts.clear()
                 last_line, data_time, last_logged = now, 0.0, i
-                _check_finite(latest, f"{header} step {i}")
             item_end = time.perf_counter()
         total = time.perf_counter() - start
         logging.info("%s Total time: %s (%.4f s / it)", header, _hms(total), total / max(length, 1))
-
-
-def line_within(item: int, count: int, length: int, log_freq: int) -> bool:
-    """Whether `log_every` logs a line at one of the `count` items from `item` on."""
-    return -item % log_freq < count or item + count >= length
-
-
-def _check_finite(values: dict[str, float], where: str) -> None:
-    for name, value in values.items():
-        if not math.isfinite(value):
-            raise FloatingPointError(
-                f"{where}: {name} is {value}. The run stops; what was saved before is untouched. Lower run.init_lr, or "
-                "check the weights that were loaded; with fp16, try run.amp_dtype=bf16."
-            )
 
 
 def _hms(seconds: float) -> str:

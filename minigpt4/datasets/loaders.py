@@ -8,7 +8,7 @@ which samples. The workers make whole batches as planned. The plan and all rando
 
 import random
 import sys
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any, NamedTuple
@@ -21,10 +21,12 @@ from minigpt4.common.errors import ConfigError
 from minigpt4.datasets.captions import Unusable, usable
 from minigpt4.datasets.left_out import Tally
 from minigpt4.datasets.length_balancing import POOL, balanced_batches, rank_share
+from minigpt4.datasets.samples import SampleId, all_finite, identify
 from minigpt4.datasets.seeding import derive_seed, seeded
 
-# Samples in a row with texts that cannot be used; more end the run.
+# Samples in a row that cannot be used; more end the run.
 MAX_BAD_IN_A_ROW = 1000
+NOT_FINITE = "a sample with numbers that are not finite after the processors"
 
 
 class BatchRequest(NamedTuple):
@@ -84,6 +86,7 @@ class TrainLoader:
             if hasattr(dataset, "set_seed"):
                 dataset.set_seed(derive_seed(seed, name), rank, world_size)
         self._left_out: Counter[LeftOut] = Counter()
+        self._ids: deque[list[SampleId]] = deque()  # of the batches that `take_ids` was not asked for yet
         self._plan: list[BatchRequest] = []  # the sampler; replaced in each epoch
         maker = BatchMaker(dict(datasets), batch_size, derive_seed(seed, "batch", rank), balanced=world_size > 1)
         self._loader = _data_loader(maker, self._plan, num_workers)
@@ -95,9 +98,15 @@ class TrainLoader:
         exhausted is void as soon as the next epoch begins.
         """
         self._plan[:] = self._requests(epoch, num_batches)
-        for batch, left_out in self._loader:
+        self._ids.clear()
+        for batch, left_out, ids in self._loader:
             self._left_out.update(left_out)
+            self._ids.append(ids)
             yield batch
+
+    def take_ids(self) -> list[SampleId]:
+        """The names of the samples of the first batch that this was not called for yet. Batches may be prefetched."""
+        return self._ids.popleft() if self._ids else []
 
     def shares(self) -> dict[str, float]:
         """The share of each dataset among this rank's batches of the epoch."""
@@ -190,11 +199,11 @@ def left_out_counts(left_out: Counter[LeftOut]) -> dict[str, int]:
 class BatchMaker(Dataset):
     """Makes whole batches on request, in the workers. Each batch has its own seed.
 
-    Samples of any dataset whose text cannot be trained on (`captions.usable`) are left out; the next one takes their
-    place. After MAX_BAD_IN_A_ROW of them a RuntimeError ends the run.
+    Samples of any dataset that cannot be trained on (`usable_samples`) are left out; the next one takes their place.
+    After MAX_BAD_IN_A_ROW of them a RuntimeError ends the run.
 
     balanced: batches of a stream are balanced by length. replace: False leaves a batch without them smaller.
-    Item: the batch, or None if no sample is left, and {LeftOut: count} of the samples left out.
+    Item: the batch, or None if no sample is left; {LeftOut: count} of the samples left out; the names of the samples.
     """
 
     def __init__(
@@ -206,20 +215,23 @@ class BatchMaker(Dataset):
         self._streams: dict[str, Iterator[list[Any]]] = {}
         self._last: dict[str, BatchRequest] = {}  # for each stream
 
-    def __getitem__(self, request: BatchRequest) -> tuple[Any, dict[LeftOut, int]]:
-        dataset = self.datasets[request.dataset]
+    def __getitem__(self, request: BatchRequest) -> tuple[Any, dict[LeftOut, int], list[SampleId]]:
+        name, dataset = request.dataset, self.datasets[request.dataset]
         with seeded(derive_seed(self.seed, request.epoch, request.number)):
             if request.indices is None:
                 samples = next(self._stream(request))
+                ids = [identify(sample, name) for sample in samples]
             else:
-                samples = [s for index in request.indices for s in self._at(request.dataset, index)]
+                found = [(sample, index) for index in request.indices for sample in self._at(name, index)]
+                samples = [sample for sample, _ in found]
+                ids = [identify(sample, name, index) for sample, index in found]
             batch = collate_fn_of(dataset)(samples) if samples else None
-        left_out = self._tallies[request.dataset].take()
+        left_out = self._tallies[name].take()
         left_out.update(dataset.take_left_out() if hasattr(dataset, "take_left_out") else {})
-        return batch, {LeftOut(request.dataset, *key): n for key, n in left_out.items()}
+        return batch, {LeftOut(name, *key): n for key, n in left_out.items()}, ids
 
     def _at(self, name: str, index: int) -> Iterator[Any]:
-        """The sample at an index, or the next one whose text is usable; without `replace`, perhaps none."""
+        """The sample at an index, or the next one that is usable; without `replace`, perhaps none."""
         dataset = self.datasets[name]
         if self.replace:
             following = (dataset[(index + i) % len(dataset)] for i in range(len(dataset)))
@@ -239,7 +251,10 @@ class BatchMaker(Dataset):
 
 
 def usable_samples(samples: Iterable[Any], tally: Tally) -> Iterator[Any]:
-    """The samples without a text, and those whose text is usable. Raises RuntimeError for MAX_BAD_IN_A_ROW others."""
+    """The samples without a text that cannot be trained on, or with numbers that are not finite.
+
+    Raises RuntimeError for MAX_BAD_IN_A_ROW others.
+    """
     bad_in_a_row = 0
     for sample in samples:
         try:
@@ -247,8 +262,10 @@ def usable_samples(samples: Iterable[Any], tally: Tally) -> Iterator[Any]:
             if isinstance(sample, Mapping) and "text_input" in sample:
                 text = sample["text_input"]
                 usable(text if isinstance(text, str | None) else "another")
+            if not all_finite(sample):
+                raise Unusable(NOT_FINITE)
         except Unusable as cause:
-            tally.drop(str(cause), str(sample.get("image_id", "a sample")))
+            tally.drop(str(cause), identify(sample, tally.name).key or "a sample")
             bad_in_a_row += 1
             if bad_in_a_row == MAX_BAD_IN_A_ROW:
                 raise RuntimeError(f"datasets.{tally.name}: {cause}: {bad_in_a_row} samples in a row.") from None
@@ -272,7 +289,7 @@ def eval_loader(
     starts = range(0, len(part), batch_size)
     plan = [BatchRequest("", 0, number, list(part[i : i + batch_size])) for number, i in enumerate(starts)]
     maker = BatchMaker({"": dataset}, batch_size, derive_seed("eval", rank), replace=False)
-    yield from (batch for batch, _ in _data_loader(maker, plan, num_workers) if batch is not None)
+    yield from (batch for batch, *_ in _data_loader(maker, plan, num_workers) if batch is not None)
 
 
 class OnePass(IterableDataset):

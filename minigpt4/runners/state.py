@@ -25,6 +25,7 @@ ENTRIES = {
     "best_metric": (int, float),
     "validated": bool,
     "run_id": str,
+    "health": dict,
     "facts": dict,
     fingerprint.KEY: (dict, NoneType),
 }

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from minigpt4.common.output import write_whole
-from minigpt4.tracking import plot
+from minigpt4.tracking import metrics, plot
 from minigpt4.tracking.run_files import CONFIG, ENVIRONMENT, without_passwords
 
 NAME = "report.html"
@@ -118,7 +118,8 @@ def _results(run: plot.Run) -> str:
 
 def _answers(run: plot.Run) -> Iterator[str]:
     """The latest text of each name, such as answers of an evaluation."""
-    latest = {name: value for line in run.lines for name, value in line.items() if isinstance(value, str)}
+    texts = [(name, value) for line in run.lines for name, value in line.items() if isinstance(value, str)]
+    latest = {name: value for name, value in texts if name != metrics.SAMPLES}
     yield from (f"<p class=soft>{_text(name)}</p><pre>{_text(value)}</pre>" for name, value in latest.items())
 
 

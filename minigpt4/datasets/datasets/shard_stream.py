@@ -20,6 +20,7 @@ from minigpt4.datasets.datasets.shards import is_local
 from minigpt4.datasets.datasets.tar_reader import Group, ShardError, read_members, read_samples
 from minigpt4.datasets.left_out import Gate
 from minigpt4.datasets.patience import OutOfReach, Patience, PatientFile, open_shard
+from minigpt4.datasets.samples import Sample
 from minigpt4.datasets.seeding import derive_seed
 from minigpt4.datasets.splits import Share
 from minigpt4.weights import locate
@@ -130,7 +131,7 @@ class ShardStream(IterableDataset):
     def _items(self, samples: Iterable[Any]) -> Iterator[dict[str, Any]]:
         self.read.open_window()
         self.decoded.open_window()
-        return (item for sample in samples if (item := self.item(sample)) is not None)
+        return (Sample(item, raw.shard) for raw in samples if (item := self.item(raw)) is not None)
 
     def _raw_samples(self, shards: Iterable[str]) -> Iterator[Any]:
         """The samples of shards, in order. Raises RuntimeError if none of very many belongs to the stream."""
