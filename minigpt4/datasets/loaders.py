@@ -9,7 +9,9 @@ which samples. The workers make whole batches as planned. The plan and all rando
 import random
 import sys
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -18,15 +20,11 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
 
 from minigpt4.common.errors import ConfigError
-from minigpt4.datasets.captions import Unusable, usable
 from minigpt4.datasets.left_out import Tally
-from minigpt4.datasets.length_balancing import POOL, balanced_batches, rank_share
-from minigpt4.datasets.samples import SampleId, all_finite, identify
+from minigpt4.datasets.length_balancing import POOL, rank_share
+from minigpt4.datasets.samples import SampleId, identify, usable_samples
 from minigpt4.datasets.seeding import derive_seed, seeded
-
-# Samples in a row that cannot be used; more end the run.
-MAX_BAD_IN_A_ROW = 1000
-NOT_FINITE = "a sample with numbers that are not finite after the processors"
+from minigpt4.datasets.stream_batches import Restart, StreamBatches
 
 
 class BatchRequest(NamedTuple):
@@ -36,6 +34,8 @@ class BatchRequest(NamedTuple):
     epoch: int
     number: int  # of the batch in the epoch
     indices: list[int] | None  # None: the next samples of the stream
+    reader: int = 0  # of the stream
+    restart: Restart | None = None  # from where the stream goes on
 
 
 class LeftOut(NamedTuple):
@@ -47,6 +47,15 @@ class LeftOut(NamedTuple):
     verb: str = "left out"
 
 
+class Made(NamedTuple):
+    """What a worker gives back for a request."""
+
+    batch: Any  # None if no sample is left
+    left_out: dict[LeftOut, int]
+    ids: list[SampleId]
+    restart: Restart | None = None  # of the stream, after this batch
+
+
 class TrainLoader:
     """Endless training batches of one rank from one or more datasets.
 
@@ -55,6 +64,11 @@ class TrainLoader:
     the dataset of each batch by itself. With several ranks, batches of a dataset are balanced by length
     (`length_balancing.py`): between the ranks of a step if the dataset has `text_length(index)`, between the batches
     of a rank if it is a stream.
+
+    Batch N of a stream is made by reader N modulo `num_readers`: the number of workers, or in a resumed run that of the
+    run's start, so that another number of workers makes the same batches (of streams with the method `reader`).
+
+    Batches are fetched before they are used. `use_next` says that one is used; `state` is that of the batches used.
     """
 
     def __init__(
@@ -85,24 +99,51 @@ class TrainLoader:
         for name, dataset in datasets.items():
             if hasattr(dataset, "set_seed"):
                 dataset.set_seed(derive_seed(seed, name), rank, world_size)
+        self.num_readers = max(num_workers, 1)
+        self._num_workers = max(num_workers, 1)
         self._left_out: Counter[LeftOut] = Counter()
-        self._ids: deque[list[SampleId]] = deque()  # of the batches that `take_ids` was not asked for yet
-        self._plan: list[BatchRequest] = []  # the sampler; replaced in each epoch
+        self._restarts: dict[tuple[str, int], Restart] = {}  # by dataset and reader
+        self._fetched: deque[tuple[BatchRequest, Made]] = deque()  # that are not used yet
+        self._ids: deque[list[SampleId]] = deque()  # of the batches that `take_ids` was not called for yet
+        self._drawn: list[str] = []  # the dataset of each batch of the epoch
+        self._plan: list[BatchRequest | None] = []  # the sampler; replaced in each epoch
         maker = BatchMaker(dict(datasets), batch_size, derive_seed(seed, "batch", rank), balanced=world_size > 1)
         self._loader = _data_loader(maker, self._plan, num_workers)
 
-    def epoch(self, epoch: int, num_batches: int) -> Iterator[dict[str, Any]]:
-        """Exactly `num_batches` batches, those of this epoch: `{"image": [B, 3, S, S], "text_input": [str] * B, …}`.
+    def epoch(self, epoch: int, num_batches: int, first: int = 0) -> Iterator[dict[str, Any]]:
+        """The batches of this epoch from number `first` on: `{"image": [B, 3, S, S], "text_input": [str] * B, …}`.
 
         A walk continues where it ended if all earlier epochs had `num_batches` batches too. An iterator that was not
-        exhausted is void as soon as the next epoch begins.
+        exhausted is void as soon as the next epoch begins. If `first` is not 0, `load_state` must have been called.
         """
-        self._plan[:] = self._requests(epoch, num_batches)
+        if not first:
+            self._restarts.clear()
+        self._fetched.clear()
         self._ids.clear()
-        for batch, left_out, ids in self._loader:
-            self._left_out.update(left_out)
-            self._ids.append(ids)
-            yield batch
+        self._drawn = self._draw(epoch, num_batches)
+        requests = self._requests(epoch, num_batches)[first:]
+        self._plan[:] = self._routed(requests)
+        for request, made in zip(requests, filter(None, self._loader), strict=True):
+            self._fetched.append((request, made))
+            self._ids.append(made.ids)
+            yield made.batch
+
+    def use_next(self) -> None:
+        """The first of the batches that were yielded and are not used yet is used now."""
+        request, made = self._fetched.popleft()
+        self._left_out.update(made.left_out)
+        if made.restart:
+            self._restarts[request.dataset, request.reader] = made.restart
+
+    def state(self) -> dict[str, Any]:
+        """Where this rank is after the batches used, in types that torch reads with `weights_only=True`."""
+        restarts = [(*key, restart) for key, restart in self._restarts.items()]
+        return {"left_out": [(tuple(key), count) for key, count in self._left_out.items()], "restarts": restarts}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state in the next epoch that is begun."""
+        self._left_out = Counter({LeftOut(*key): count for key, count in state["left_out"]})
+        self._restarts = {(name, reader): restart for name, reader, restart in state["restarts"]}
 
     def take_ids(self) -> list[SampleId]:
         """The names of the samples of the first batch that this was not called for yet. Batches may be prefetched."""
@@ -110,11 +151,13 @@ class TrainLoader:
 
     def shares(self) -> dict[str, float]:
         """The share of each dataset among this rank's batches of the epoch."""
-        counts = Counter(request.dataset for request in self._plan)
+        counts = Counter(self._drawn)
         return {name: counts[name] / max(counts.total(), 1) for name in self.names}
 
     def take_left_out(self) -> Counter[LeftOut]:
-        """Counts of the samples that this rank has left out since the last call."""
+        """Counts of the samples that this rank has left out since the last call, in all batches that were yielded."""
+        while self._fetched:
+            self.use_next()
         taken, self._left_out = self._left_out, Counter()
         return taken
 
@@ -123,9 +166,23 @@ class TrainLoader:
         requests = []
         for number, name in enumerate(self._draw(epoch, num_batches)):
             indices = self._next_indices(name, done[name]) if name in self._walks else None
-            requests.append(BatchRequest(name, epoch, number, indices))
+            requests.append(BatchRequest(name, epoch, number, indices, number % self.num_readers))
             done[name] += 1
         return requests
+
+    def _routed(self, requests: list[BatchRequest]) -> Iterator[BatchRequest | None]:
+        """The requests, the first one of each stream and reader with its restart, so that one worker makes its batches.
+
+        Workers take turns. None lets a worker pass.
+        """
+        turn, restarts = 0, dict(self._restarts)
+        for request in requests:
+            while turn % self._num_workers != request.reader % self._num_workers:
+                turn += 1
+                yield None
+            turn += 1
+            restart = restarts.pop((request.dataset, request.reader), None)
+            yield request._replace(restart=restart) if request.indices is None else request
 
     def _draw(self, epoch: int, num_batches: int) -> list[str]:
         """The dataset of each batch of an epoch."""
@@ -200,10 +257,8 @@ class BatchMaker(Dataset):
     """Makes whole batches on request, in the workers. Each batch has its own seed.
 
     Samples of any dataset that cannot be trained on (`usable_samples`) are left out; the next one takes their place.
-    After MAX_BAD_IN_A_ROW of them a RuntimeError ends the run.
 
     balanced: batches of a stream are balanced by length. replace: False leaves a batch without them smaller.
-    Item: the batch, or None if no sample is left; {LeftOut: count} of the samples left out; the names of the samples.
     """
 
     def __init__(
@@ -212,23 +267,34 @@ class BatchMaker(Dataset):
         self.datasets, self.batch_size, self.seed = datasets, batch_size, seed
         self.balanced, self.replace = balanced, replace
         self._tallies = {name: Tally(name) for name in datasets}
-        self._streams: dict[str, Iterator[list[Any]]] = {}
-        self._last: dict[str, BatchRequest] = {}  # for each stream
+        self._streams: dict[tuple[str, int], StreamBatches] = {}  # by dataset and reader
+        self._last: dict[tuple[str, int], BatchRequest] = {}
 
-    def __getitem__(self, request: BatchRequest) -> tuple[Any, dict[LeftOut, int], list[SampleId]]:
+    def __getitem__(self, request: BatchRequest | None) -> Made | None:
+        if request is None:
+            return None
         name, dataset = request.dataset, self.datasets[request.dataset]
-        with seeded(derive_seed(self.seed, request.epoch, request.number)):
-            if request.indices is None:
-                samples = next(self._stream(request))
+        stream = self._stream(request) if request.indices is None else None
+        with self._seeded(request.epoch, request.number):
+            if stream:
+                samples = stream.make(request.number)
                 ids = [identify(sample, name) for sample in samples]
             else:
                 found = [(sample, index) for index in request.indices for sample in self._at(name, index)]
                 samples = [sample for sample, _ in found]
                 ids = [identify(sample, name, index) for sample, index in found]
             batch = collate_fn_of(dataset)(samples) if samples else None
-        left_out = self._tallies[name].take()
+        left_out = {LeftOut(name, *key): n for key, n in self._take(name).items()}
+        return Made(batch, left_out, ids, stream and stream.restart())
+
+    def _seeded(self, epoch: int, number: int) -> AbstractContextManager[None]:
+        return seeded(derive_seed(self.seed, epoch, number))
+
+    def _take(self, name: str) -> Counter[tuple[str, ...]]:
+        """Counts of the samples left out since the last call."""
+        left_out, dataset = self._tallies[name].take(), self.datasets[name]
         left_out.update(dataset.take_left_out() if hasattr(dataset, "take_left_out") else {})
-        return batch, {LeftOut(name, *key): n for key, n in left_out.items()}, ids
+        return left_out
 
     def _at(self, name: str, index: int) -> Iterator[Any]:
         """The sample at an index, or the next one that is usable; without `replace`, perhaps none."""
@@ -240,38 +306,20 @@ class BatchMaker(Dataset):
             following = [] if item is None else [item]
         return islice(usable_samples(following, self._tallies[name]), 1)
 
-    def _stream(self, request: BatchRequest) -> Iterator[list[Any]]:
+    def _stream(self, request: BatchRequest) -> StreamBatches:
         """The batches of a stream. They start again in a new epoch, and in one that is begun once more."""
-        name, last = request.dataset, self._last.get(request.dataset)
-        if last is None or last.epoch != request.epoch or last.number >= request.number:
-            samples = usable_samples(_endless(self.datasets[name], name, request.epoch), self._tallies[name])
-            self._streams[name] = balanced_batches(samples, self.batch_size, POOL if self.balanced else 0)
-        self._last[name] = request
-        return self._streams[name]
-
-
-def usable_samples(samples: Iterable[Any], tally: Tally) -> Iterator[Any]:
-    """The samples without a text that cannot be trained on, or with numbers that are not finite.
-
-    Raises RuntimeError for MAX_BAD_IN_A_ROW others.
-    """
-    bad_in_a_row = 0
-    for sample in samples:
-        try:
-            # A plug-in may have no texts, or others than strings.
-            if isinstance(sample, Mapping) and "text_input" in sample:
-                text = sample["text_input"]
-                usable(text if isinstance(text, str | None) else "another")
-            if not all_finite(sample):
-                raise Unusable(NOT_FINITE)
-        except Unusable as cause:
-            tally.drop(str(cause), identify(sample, tally.name).key or "a sample")
-            bad_in_a_row += 1
-            if bad_in_a_row == MAX_BAD_IN_A_ROW:
-                raise RuntimeError(f"datasets.{tally.name}: {cause}: {bad_in_a_row} samples in a row.") from None
-        else:
-            bad_in_a_row = 0
-            yield sample
+        name, key = request.dataset, (request.dataset, request.reader)
+        last = self._last.get(key)
+        if last is None or last.epoch != request.epoch or last.number >= request.number or request.restart:
+            dataset, pool = self.datasets[name], POOL if self.balanced else 0
+            if hasattr(dataset, "set_epoch"):
+                dataset.set_epoch(request.epoch)
+            how = self._tallies[name], self.batch_size, pool, request.reader, partial(self._seeded, request.epoch)
+            self._streams[key] = StreamBatches(dataset, *how, request.restart)
+            if request.restart:
+                self._take(name)  # they were counted when their batches were made for the first time
+        self._last[key] = request
+        return self._streams[key]
 
 
 def eval_loader(
@@ -289,7 +337,7 @@ def eval_loader(
     starts = range(0, len(part), batch_size)
     plan = [BatchRequest("", 0, number, list(part[i : i + batch_size])) for number, i in enumerate(starts)]
     maker = BatchMaker({"": dataset}, batch_size, derive_seed("eval", rank), replace=False)
-    yield from (batch for batch, *_ in _data_loader(maker, plan, num_workers) if batch is not None)
+    yield from (made.batch for made in _data_loader(maker, plan, num_workers) if made.batch is not None)
 
 
 class OnePass(IterableDataset):
@@ -317,20 +365,7 @@ def collate_fn_of(dataset: Dataset) -> Callable[[list[Any]], Any]:
     return getattr(dataset, "collater", None) or getattr(dataset, "collate_fn", None) or default_collate
 
 
-def _endless(dataset: IterableDataset, name: str, epoch: int) -> Iterator[Any]:
-    """The samples of a stream; one that ends is begun again. Raises ConfigError for one without samples."""
-    if hasattr(dataset, "set_epoch"):
-        dataset.set_epoch(epoch)
-    while True:
-        samples = iter(dataset)
-        first = list(islice(samples, 1))
-        if not first:
-            raise ConfigError(f"{name} is a stream without any sample.")
-        yield from first
-        yield from samples
-
-
-def _data_loader(maker: Dataset, plan: list[BatchRequest] | None, num_workers: int) -> DataLoader:
+def _data_loader(maker: Dataset, plan: list[BatchRequest | None] | None, num_workers: int) -> DataLoader:
     return DataLoader(
         maker,
         sampler=plan,

@@ -1,13 +1,19 @@
-"""A sample of a dataset: where it comes from, and whether its numbers can be computed with."""
+"""The samples of a dataset: where each comes from, and whether it can be trained on."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from minigpt4.datasets.captions import Unusable, usable
+from minigpt4.datasets.left_out import Tally
 from minigpt4.weights.checkpoint import is_finite
+
+# Samples in a row that cannot be used; more end the run.
+MAX_BAD_IN_A_ROW = 1000
+NOT_FINITE = "a sample with numbers that are not finite after the processors"
 
 
 class Sample(dict):
@@ -49,3 +55,27 @@ def all_finite(value: Any) -> bool:
     if isinstance(value, list | tuple):
         return all(map(all_finite, value))
     return not isinstance(value, float) or math.isfinite(value)
+
+
+def usable_samples(samples: Iterable[Any], tally: Tally) -> Iterator[Any]:
+    """Leave out samples with a text that cannot be trained on, or with numbers that are not finite.
+
+    Raises RuntimeError for MAX_BAD_IN_A_ROW of them.
+    """
+    bad_in_a_row = 0
+    for sample in samples:
+        try:
+            # A plug-in may have no texts, or others than strings.
+            if isinstance(sample, Mapping) and "text_input" in sample:
+                text = sample["text_input"]
+                usable(text if isinstance(text, str | None) else "another")
+            if not all_finite(sample):
+                raise Unusable(NOT_FINITE)
+        except Unusable as cause:
+            tally.drop(str(cause), identify(sample, tally.name).key or "a sample")
+            bad_in_a_row += 1
+            if bad_in_a_row == MAX_BAD_IN_A_ROW:
+                raise RuntimeError(f"datasets.{tally.name}: {cause}: {bad_in_a_row} samples in a row.") from None
+        else:
+            bad_in_a_row = 0
+            yield sample

@@ -205,13 +205,31 @@ class RunnerBase:
                 self.eta.step(i)
                 changed.update(LeftOut(*MARKERS, text, "broke up") for text in samples.get("broken_up", ()))
                 changed[CUT] += samples.get("num_cut", 0)
-                if self.health.failure:
-                    break
+                if is_update:
+                    self._check_health()
+                    self.after_update(epoch, i)
         self.health.read()
-        if self.health.failure:
-            raise FloatingPointError(self.health.failure)
+        self._check_health()
         self._log_data(epoch, changed)
         return metrics.global_avg()
+
+    def _check_health(self) -> None:
+        """Raise FloatingPointError if too many updates in a row were skipped."""
+        if self.health.failure:
+            raise FloatingPointError(self.health.failure)
+
+    def after_update(self, epoch: int, item: int) -> None:
+        """Decide, after each update of the weights, what follows it: evaluate? save? stop? In this order, on all ranks.
+
+        item: the number of the last micro-batch in the epoch, from 0. `updates` counts the updates so far.
+        """
+
+    @property
+    def updates(self) -> int:
+        """Updates of the weights since the start of the run. An incomplete group at the end of an epoch is one."""
+        epochs, batches = divmod(self.step, self.iters_per_epoch)
+        accum = self.run.accum_grad_iters
+        return epochs * -(-self.iters_per_epoch // accum) + -(-batches // accum)
 
     def _sanitize(self, samples: dict) -> dict:
         return self.module.sanitize(samples) if hasattr(self.module, "sanitize") else samples
