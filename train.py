@@ -72,10 +72,6 @@ def main(argv: list[str] | None = None) -> None:
             write_console_to(folder / "console.log")
         try:
             runner.train()
-            if cfg.run_cfg.evaluate and cfg.run_cfg.eval_task:
-                from minigpt4.cli.evaluate import evaluate_splits
-
-                evaluate_splits(cfg, model.eval(), datasets, folder_of(cfg.run_cfg.output_dir, job_id))
         except KeyboardInterrupt:
             logging.info("Stopped by Ctrl-C. %s", how_to_go_on(runner))
             raise

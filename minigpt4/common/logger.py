@@ -106,6 +106,11 @@ class MetricLogger:
         self._unread: dict[str, list[float | torch.Tensor]] = {}  # since the last line
         self._totals: dict[str, list[float]] = {}  # the sum of the finite values, and their number
         self._amounts: dict[str, int] = {}  # since the last line
+        self._paused = 0.0  # seconds since the last item
+
+    def pause(self, seconds: float) -> None:
+        """Let seconds since the last item not count, such as those of an evaluation."""
+        self._paused += seconds
 
     def update(self, **values: float | torch.Tensor) -> None:
         """Record one step's values; the same names in every step."""
@@ -146,6 +151,7 @@ class MetricLogger:
         for i, item in enumerate(iterable):
             data_time += time.perf_counter() - item_end
             yield item
+            start, last_line, self._paused = start + self._paused, last_line + self._paused, 0.0
             if i % log_freq == 0 or i + 1 == length:
                 latest = self._read()
                 values = [f"{name}: {value:.{DIGITS.get(name, 4)}f}" for name, value in latest.items()]

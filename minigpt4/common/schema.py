@@ -89,12 +89,23 @@ class RunConfig:
     """Splits to train on."""
     valid_splits: list[str] = field(default_factory=list)
     """Splits to validate on after each epoch; the best checkpoint is kept as checkpoint_best.pth."""
+    eval_every_epochs: int = setting(1, at_least=1)
+    """Epochs from one validation to the next; after the last epoch there is always one."""
+    eval_every_steps: int | None = setting(None, at_least=1)
+    """Steps (updates of the weights) from one validation to the next; there is also one before training. null: only
+    after epochs."""
+    eval_samples: int | None = setting(None, at_least=1)
+    """Samples of each dataset in a validation, the same each time; null: all for the loss, 200 for answers."""
+    best_metric: str | None = None
+    """Metric that decides on the best checkpoint: `loss`, or one of `eval_task`. null: the first one of `eval_task`, or
+    without that the loss."""
     test_splits: list[str] = field(default_factory=list)
-    """Splits to evaluate after training, or alone with `evaluate`."""
+    """Splits to evaluate after training, with the best checkpoint, or alone with `evaluate`."""
     evaluate: bool = False
     """Evaluate `test_splits` and do not train."""
     eval_task: str | None = None
-    """With `evaluate`: score answers, too, by this evaluation task; `auto`: the one that fits the references."""
+    """Score answers, too, by this evaluation task, on `valid_splits` and `test_splits`; `auto`: the one that fits the
+    references; null: the loss alone."""
 
     output_dir: str = setting("output", kind="path")
     """Folder of the runs, relative to the working directory. Each run makes a folder of its own in it."""

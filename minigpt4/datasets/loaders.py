@@ -24,6 +24,7 @@ from minigpt4.datasets.left_out import Tally
 from minigpt4.datasets.length_balancing import POOL, rank_share
 from minigpt4.datasets.samples import SampleId, identify, usable_samples
 from minigpt4.datasets.seeding import derive_seed, seeded
+from minigpt4.datasets.splits import spread
 from minigpt4.datasets.stream_batches import Restart, StreamBatches
 
 
@@ -323,17 +324,19 @@ class BatchMaker(Dataset):
 
 
 def eval_loader(
-    dataset: Dataset, batch_size: int, num_workers: int, rank: int = 0, world_size: int = 1
+    dataset: Dataset, batch_size: int, num_workers: int, rank: int = 0, world_size: int = 1, most: int | None = None
 ) -> Iterator[dict[str, Any]]:
     """Batches of a dataset in order, every sample once; over several ranks each takes a part of the samples.
 
     Batches may be smaller, and a rank may have none. Random draws are the same each time.
     The dataset has a length, or is a stream with the method `one_pass`.
+
+    most: number of samples, of a stream the first ones, otherwise spread over the dataset; None: all.
     """
     if isinstance(dataset, IterableDataset):
-        yield from _data_loader(OnePass(dataset, batch_size, rank, world_size), None, num_workers)
+        yield from _data_loader(OnePass(dataset, batch_size, rank, world_size, most), None, num_workers)
         return
-    part = range(rank, len(dataset), world_size)
+    part = spread(len(dataset), most)[rank::world_size]
     starts = range(0, len(part), batch_size)
     plan = [BatchRequest("", 0, number, list(part[i : i + batch_size])) for number, i in enumerate(starts)]
     maker = BatchMaker({"": dataset}, batch_size, derive_seed("eval", rank), replace=False)
@@ -341,16 +344,23 @@ def eval_loader(
 
 
 class OnePass(IterableDataset):
-    """The batches of one pass over a stream. Ranks and workers share its samples."""
+    """The batches of one pass over a stream, or of its first `most` samples. Ranks and workers share them."""
 
-    def __init__(self, stream: IterableDataset, batch_size: int, rank: int, world_size: int) -> None:
+    def __init__(
+        self, stream: IterableDataset, batch_size: int, rank: int, world_size: int, most: int | None = None
+    ) -> None:
         self.stream, self.batch_size, self.rank, self.world_size = stream, batch_size, rank, world_size
+        self.most = most
 
     def __iter__(self) -> Iterator[Any]:
         worker = get_worker_info()
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        reader = self.rank * workers + number
-        samples = usable_samples(self.stream.one_pass(reader, self.world_size * workers), Tally("evaluation"))
+        reader, readers = self.rank * workers + number, self.world_size * workers
+        if self.most is None:
+            found = self.stream.one_pass(reader, readers)
+        else:  # which ones are the first must not depend on the number of readers
+            found = islice(self.stream.one_pass(0, 1), reader, self.most, readers)
+        samples = usable_samples(found, Tally("evaluation"))
         batch, number = [None], 0
         while batch:
             with seeded(derive_seed("eval", reader, number)):

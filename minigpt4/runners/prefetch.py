@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from minigpt4.fast.cuda_graphs import CAPTURE_LOCK
-from minigpt4.runners.state import to_device
+from minigpt4.runners.state import MAKING, to_device
 
 # Prefetched batches on the device, beside the one in use.
 AHEAD = 2
@@ -41,11 +41,12 @@ def prefetch(batches: Iterable[dict], model, device: torch.device) -> Iterator[d
 
     def produce() -> None:
         try:
-            for samples in batches:
-                ready.put(copied(prepare(samples)))
-                if abandoned.is_set():
-                    return
-            ready.put(None)
+            source, item = iter(batches), True
+            while item is not None and not abandoned.is_set():
+                with MAKING:
+                    samples = next(source, None)
+                    item = None if samples is None else copied(prepare(samples))
+                ready.put(item)
         except BaseException as error:  # raised again by the consumer
             ready.put(error)
 

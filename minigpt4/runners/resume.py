@@ -27,7 +27,8 @@ FACTS = "facts"
 # A difference in these does not change the weights that are trained, or only to rounding (packed, compile). Files of
 # weights may have moved: FROZEN compares their values. `max_epoch` is raised to go on with a finished run.
 HARMLESS_RUN = """imports name trackers report max_epoch batch_size_eval log_freq valid_splits test_splits evaluate
-    eval_task output_dir packed compile device distributed dist_backend dist_url world_size gpu rank
+    eval_task eval_every_epochs eval_every_steps eval_samples best_metric
+    output_dir packed compile device distributed dist_backend dist_url world_size gpu rank
     use_dist_eval_sampler data_timeout_s video_backend max_bad_steps timeout_minutes"""
 HARMLESS_MODEL = """model_type llama_model vit_weights q_former_model ckpt load_vision prompt use_grad_checkpoint
     llm_grad_checkpoint llm_device_map device_8bit allow_llm_mismatch trust_remote_code"""

@@ -28,7 +28,7 @@ from minigpt4.common.text import pluralize
 from minigpt4.common.trained_parts import check_parts, rates_of_parts
 from minigpt4.datasets.loaders import LeftOut, TrainLoader, eval_loader, left_out_counts, report_left_out
 from minigpt4.quantization.fp8 import check_fp8_supported
-from minigpt4.runners import data, resume
+from minigpt4.runners import data, resume, validation
 from minigpt4.runners.folder import continue_folder, folder_of, new_run_id
 from minigpt4.runners.health import Health
 from minigpt4.runners.prefetch import prefetch
@@ -42,6 +42,7 @@ from minigpt4.runners.state import (
     rng_states,
     to_device,
 )
+from minigpt4.runners.validation import Validation
 from minigpt4.tracking.record import RunRecord
 from minigpt4.tracking.run_files import without_passwords
 from minigpt4.tracking.trackers import RunInfo
@@ -91,6 +92,7 @@ class RunnerBase:
         self.run_id = new_run_id(job_id)
         self.labels_of_step: list[torch.Tensor] = []  # number of labels of each micro-batch, over all ranks
         self.grad_norm: torch.Tensor | None = None  # of the last update, before it was clipped
+        self.validation = Validation(self)
         if not self.run.evaluate:
             self._prepare_training()
         elif self.run.resume_ckpt_path:
@@ -117,6 +119,7 @@ class RunnerBase:
         """
         run, world_size = cfg.run_cfg, dist_utils.get_world_size()
         data.check_data(cfg, datasets, world_size)
+        validation.check_settings(cfg, datasets)
         for name in run.trackers:
             registry.get("tracker", name)
         if run.resume_ckpt_path and not run.evaluate:
@@ -171,26 +174,33 @@ class RunnerBase:
         with contextlib.closing(self.record):
             if not self.run.evaluate:
                 self._log_plan()
-                if self.run.valid_splits and not self.validated:
+                if self.start_epoch == 0:
+                    self.validation.before_training()
+                elif self.run.valid_splits and not self.validated:
                     logging.info("Epoch %d is validated first: the run that is resumed has not.", self.start_epoch - 1)
-                    self._validate(self.start_epoch - 1)
+                    self.validation.after_epoch(self.start_epoch - 1)
                 for epoch in range(self.start_epoch, self.run.max_epoch):
                     logging.info("Start training epoch %d, %d iters per inner epoch.", epoch, self.iters_per_epoch)
                     stats = self.train_epoch(epoch)
                     self.step = (epoch + 1) * self.iters_per_epoch
-                    self.validated = False
+                    self.validated = not self.validation.is_due_after(epoch)
                     self.save_checkpoint(epoch)  # before all that could fail
-                    self._log_stats("train", stats)
-                    self._validate(epoch)
+                    self.log_stats("train", stats)
+                    if not self.validated:
+                        self.validation.after_epoch(epoch)
             with self._best_weights():
                 for split in self.run.test_splits:
-                    self._log_stats(split, {"loss": self.evaluate(split)}, "test/")
+                    self.log_stats(split, {"loss": self.evaluate(split)}, "test/")
+                    if self.validation.scorer:
+                        figures = self.validation.scorer.write(split, self.output_dir / split)
+                        self.log_stats(split, figures, "test/")
         logging.info("Training time %s", datetime.timedelta(seconds=int(time.time() - start)))
 
     def train_epoch(self, epoch: int) -> dict[str, float]:
         """Train on `iters_per_epoch` micro-batches; returns the epoch's mean learning rate and loss."""
         self.model.train()
-        metrics, changed = MetricLogger(on_line=self._log_line), Counter()
+        self.metrics = metrics = MetricLogger(on_line=self._log_line)
+        changed: Counter[LeftOut] = Counter()
         header = f"Train: data epoch: [{epoch}]"
         length, accum, log_freq = self.iters_per_epoch, self.run.accum_grad_iters, self.run.log_freq
         epoch_batches = map(self._sanitize, self.loader.epoch(epoch, length))
@@ -223,6 +233,11 @@ class RunnerBase:
 
         item: the number of the last micro-batch in the epoch, from 0. `updates` counts the updates so far.
         """
+        start = time.perf_counter()
+        if item + 1 < self.iters_per_epoch and self.validation.is_due(self.updates):
+            self.validation.within_epoch()
+            for clock in (self.metrics, self.eta):
+                clock.pause(time.perf_counter() - start)
 
     @property
     def updates(self) -> int:
@@ -277,16 +292,18 @@ class RunnerBase:
         self.labels_of_step.clear()
 
     @torch.no_grad()
-    def evaluate(self, split: str) -> float:
+    def evaluate(self, split: str, most: int | None = None) -> float:
         """The mean loss over all labels of a split. Each sample counts once, for any number of ranks.
 
         NaN if nothing has a label.
+
+        most: samples of each dataset; given only with `run.eval_samples`.
         """
         run, rank = self.run, dist_utils.get_rank()
         self.module.eval()
         total = torch.zeros(2, dtype=torch.float64)
         for dataset in data.split_of(self.datasets, split).values():
-            for samples in eval_loader(dataset, run.batch_size_eval, run.num_workers, rank, self.world_size):
+            for samples in eval_loader(dataset, run.batch_size_eval, run.num_workers, rank, self.world_size, most):
                 with self._autocast():
                     output = self.task.valid_step(self.module, to_device(self._sanitize(samples), self.device))
                 loss, num_labels = _loss_and_labels(output, f"{type(self.task).__name__}.valid_step")
@@ -301,36 +318,50 @@ class RunnerBase:
         Called after each epoch, and again after its validation, if there is one, with the new `best_metric`.
         Raises FloatingPointError for weights that are not finite.
         """
-        weights = {name: each.detach() for name, each in checkpoint.saved_parameters(self.module).items()}
-        broken = [name for name, weight in weights.items() if not weight.isfinite().all()]
-        if broken:
-            raise FloatingPointError(f"Not saved after epoch {epoch}: not all of {', '.join(broken)} is finite.")
+        content = self._weights_to_save(f"after epoch {epoch}")
         states = rng_states()
         if not dist_utils.is_main_process():
             return
         # bf16 needs no scaler, but the first release resumes an `amp` run only if it finds the state of one.
         scaler = self.scaler if self.scaler.is_enabled() else torch.amp.GradScaler("cpu")
-        content = {
-            "model": weights,
+        content |= {
             "optimizer": self.optimizer.state_dict(),
-            "config": self.cfg.to_dict(),
             "scaler": scaler.state_dict() if self.run.amp else None,
             "epoch": epoch,
             "rng": states,
-            "best_metric": self.best_metric,
             "validated": self.validated,
-            "run_id": self.run_id,
             "health": self.health.state_dict(),
-            resume.FACTS: self.facts,
         }
-        if self.fingerprint:
-            content[fingerprint.KEY] = self.fingerprint
         path = self.output_dir / f"checkpoint_{epoch}.pth"
         for each in [*([self.output_dir / "checkpoint_best.pth"] if is_best else []), path]:
             if each != self.last_checkpoint:  # else only what the validation found is added
                 logging.info("Saving checkpoint at epoch %d to %s.", epoch, each)
             checkpoint.save(content, each)
         self.last_checkpoint = path
+
+    def save_best(self) -> None:
+        """Write the weights of the middle of an epoch as checkpoint_best.pth. Runs are not resumed from there."""
+        content = self._weights_to_save(f"at step {self.step}")
+        if dist_utils.is_main_process():
+            path = self.output_dir / "checkpoint_best.pth"
+            logging.info("Saving weights of step %d to %s.", self.step, path)
+            checkpoint.save(content, path)
+
+    def _weights_to_save(self, when: str) -> dict[str, Any]:
+        """The entries of a checkpoint that describe the weights. Raises FloatingPointError if some are not finite."""
+        weights = {name: each.detach() for name, each in checkpoint.saved_parameters(self.module).items()}
+        broken = [name for name, weight in weights.items() if not weight.isfinite().all()]
+        if broken:
+            raise FloatingPointError(f"Not saved {when}: not all of {', '.join(broken)} is finite.")
+        content = {
+            "model": weights,
+            "config": self.cfg.to_dict(),
+            "best_metric": self.best_metric,
+            "run_id": self.run_id,
+            resume.FACTS: self.facts,
+            validation.KEY: self.validation.state(),
+        }
+        return content | ({fingerprint.KEY: self.fingerprint} if self.fingerprint else {})
 
     def _resume(self, path: Path) -> None:
         """Restore weights, optimiser, scaler, random states and best metric, to continue after the checkpoint's epoch.
@@ -365,13 +396,7 @@ class RunnerBase:
         self.start_epoch = epoch + 1
         self.step = self.start_epoch * self.iters_per_epoch
         self.run_id = content.get("run_id", self.run_id)
-        splits = ((content.get("config") or {}).get("run") or {}).get("valid_splits", self.run.valid_splits)
-        if splits == list(self.run.valid_splits):  # other splits have another metric
-            best = content.get("best_metric", self.best_metric)
-            self.best_metric = best if math.isfinite(best) else self.best_metric
-            self.validated = content.get("validated", True)
-        else:
-            self.validated = False
+        self.validation.resume(content)
         restore_rng_states(content.get("rng"))
         logging.info("Resuming after epoch %d from %s.", epoch, path)
 
@@ -387,23 +412,6 @@ class RunnerBase:
         checkpoint.load_weights(self.module, weights, str(path), required=set(self._trainable()))
         self.module.from_checkpoint = {*getattr(self.module, "from_checkpoint", ()), *weights}
         return content
-
-    def _validate(self, epoch: int) -> None:
-        """Evaluate the validation splits, if there are any, and save the epoch's checkpoint with the result."""
-        if not self.run.valid_splits:
-            return
-        losses = {split: self.evaluate(split) for split in self.run.valid_splits}
-        for split, loss in losses.items():
-            self._log_stats(split, {"loss": loss})
-        metric = self.task.agg_metrics(sum(losses.values()) / len(losses))
-        # The metric of a loss that is not finite may be finite, and the best.
-        broken = [name for name, value in {**losses, "agg_metrics": metric}.items() if not math.isfinite(value)]
-        if broken:
-            logging.warning("Of %s, the result is not a number; epoch %d is not compared.", ", ".join(broken), epoch)
-        is_best = not broken and metric > self.best_metric
-        self.best_metric = metric if is_best else self.best_metric
-        self.validated = True
-        self.save_checkpoint(epoch, is_best)
 
     @contextlib.contextmanager
     def _best_weights(self) -> Iterator[None]:
@@ -459,7 +467,7 @@ class RunnerBase:
         logging.info("Computing in %s on %s.", str(self.dtype).removeprefix("torch."), self.device)
         self.eta.log_schedule()
 
-    def _log_stats(self, split: str, stats: dict[str, float], kind: str = "") -> None:
+    def log_stats(self, split: str, stats: dict[str, float], kind: str = "") -> None:
         """Log results of a split. kind: the beginning of their names in metrics.jsonl."""
         title = "Averaged stats" if split == "train" else split
         logging.info("%s: %s", title, "  ".join(f"{name}: {value:.4f}" for name, value in stats.items()))
@@ -499,7 +507,7 @@ class RunnerBase:
     def _is_behind(self, line: Mapping[str, Any]) -> bool:
         """Whether the resumed run does not write a line of metrics.jsonl again."""
         epoch, last = line.get("epoch", 0), self.start_epoch - 1
-        again = epoch == last and not self.validated and any(f"{s}_loss" in line for s in self.run.valid_splits)
+        again = not self.validated and line["step"] == self.step and self.validation.wrote(line)
         return epoch <= last and not again
 
 

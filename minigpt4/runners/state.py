@@ -2,11 +2,14 @@
 
 import logging
 import random
+import threading
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from types import NoneType
 
 import numpy as np
 import torch
+from torch import nn
 
 from minigpt4.common import dist_utils
 from minigpt4.common.errors import ConfigError
@@ -14,6 +17,10 @@ from minigpt4.common.text import pluralize
 from minigpt4.processors import normalise
 from minigpt4.weights import fingerprint
 from minigpt4.weights.checkpoint import CheckpointError
+
+# Held while a batch is made, and by an evaluation in the middle of an epoch: random states belong to the whole process,
+# and data workers must not be forked while a batch is made.
+MAKING = threading.Lock()
 
 # Types of the entries of a checkpoint beside its weights.
 ENTRIES = {
@@ -24,6 +31,7 @@ ENTRIES = {
     "rng": (list, NoneType),
     "best_metric": (int, float),
     "validated": bool,
+    "evaluation": dict,
     "run_id": str,
     "health": dict,
     "facts": dict,
@@ -73,17 +81,37 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+@contextmanager
+def undisturbed(module: nn.Module) -> Iterator[None]:
+    """Run a block with the module in eval mode; then restore the modes of all its parts, and this rank's random states.
+
+    No batch is made meanwhile (`prefetch`).
+    """
+    with MAKING:
+        modes, states = {part: part.training for part in module.modules()}, _own_rng_states()
+        module.eval()
+        try:
+            yield
+        finally:
+            for part, mode in modes.items():
+                part.training = mode
+            _restore(states)
+
+
 def rng_states() -> list[dict]:
     """The random states of every rank, in types that torch reads with `weights_only=True`."""
+    return dist_utils.gather_objects(_own_rng_states())
+
+
+def _own_rng_states() -> dict:
     version, keys, position, *gauss = np.random.get_state()
-    own = {
+    return {
         "python": random.getstate(),
         "numpy": (version, torch.from_numpy(keys.astype(np.int64)), int(position), int(gauss[0]), float(gauss[1])),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
         "mps": torch.mps.get_rng_state() if torch.backends.mps.is_available() else None,
     }
-    return dist_utils.gather_objects(own)
 
 
 def restore_rng_states(states: list[dict] | None) -> None:

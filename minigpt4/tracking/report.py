@@ -20,6 +20,8 @@ from minigpt4.tracking.run_files import CONFIG, ENVIRONMENT, without_passwords
 NAME = "report.html"
 # Versions that are shown at once; the others are folded.
 MAIN_PACKAGES = ("minigpt4", "torch", "transformers", "timm", "bitsandbytes", "numpy")
+# Names of texts that are warnings begin so.
+WARNING = "warning/"
 # Counts of what was left out and the like: `verb/dataset/cause`.
 COUNT = re.compile(r"(left_out|cut_off|broke_up)/([^/]*)/(.*)")
 
@@ -41,6 +43,7 @@ def report(folder: Path) -> str:
     parts = [
         f"<h1>{_text(run.name)}</h1><p class=soft>Started {_text(about['started'])} in {_text(str(folder))}</p>",
         _tiles(run),
+        _section("Warnings", "".join(_warnings(run))),
         _section("Curves", _curves(run)),
         _section("Results", _results(run)),
         _section("Answers", "".join(_answers(run))),
@@ -118,9 +121,21 @@ def _results(run: plot.Run) -> str:
 
 def _answers(run: plot.Run) -> Iterator[str]:
     """The latest text of each name, such as answers of an evaluation."""
-    texts = [(name, value) for line in run.lines for name, value in line.items() if isinstance(value, str)]
-    latest = {name: value for name, value in texts if name != metrics.SAMPLES}
-    yield from (f"<p class=soft>{_text(name)}</p><pre>{_text(value)}</pre>" for name, value in latest.items())
+    for name, (step, text) in _latest_texts(run).items():
+        if not name.startswith(WARNING):
+            yield f"<p class=soft>{_text(name)}, step {step:,}</p><pre>{_text(text)}</pre>"
+
+
+def _warnings(run: plot.Run) -> Iterator[str]:
+    """The latest warning of each kind."""
+    for name, (step, text) in _latest_texts(run).items():
+        if name.startswith(WARNING):
+            yield f"<p>Step {step:,}, {_text(text)}</p>"
+
+
+def _latest_texts(run: plot.Run) -> dict[str, tuple[int, str]]:
+    texts = ((line["step"], *item) for line in run.lines for item in line.items() if isinstance(item[1], str))
+    return {name: (step, text) for step, name, text in texts if name != metrics.SAMPLES}
 
 
 def _settings(changed: dict[str, list[Any]]) -> str:
