@@ -16,9 +16,6 @@ from minigpt4.common.errors import ConfigError
 
 __getattr__ = first_release.attributes_of(__name__)  # for names that are gone
 
-# A rank that waits longer than this for the others stops with an error instead of hanging.
-TIMEOUT = timedelta(minutes=20)
-
 
 def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized()
@@ -91,8 +88,12 @@ def select_dtype(device: torch.device, amp: bool = True, amp_dtype: str = "auto"
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp_dtype, torch.bfloat16 if bf16 else torch.float16)
 
 
-def init_process_group(device: torch.device, backend: str | None = None, distributed: bool = True) -> None:
+def init_process_group(
+    device: torch.device, backend: str | None = None, distributed: bool = True, timeout_minutes: float = 20.0
+) -> None:
     """Join the process group that torchrun announces in the environment; without one, do nothing.
+
+    timeout_minutes: a rank that waits longer for the others ends with an error instead of hanging.
 
     Raises ConfigError when there are several processes and `distributed` is False: each would train by itself.
     """
@@ -103,7 +104,8 @@ def init_process_group(device: torch.device, backend: str | None = None, distrib
         raise ConfigError(f"run.distributed=False, but torchrun started {world_size} processes. Set it to True.")
     logging.info("| distributed init (rank %d, world %d): env://", int(os.environ["RANK"]), world_size)
     backend = backend or ("nccl" if device.type == "cuda" else "gloo")
-    dist.init_process_group(backend, timeout=TIMEOUT, device_id=device if backend == "nccl" else None)
+    timeout = timedelta(minutes=timeout_minutes)
+    dist.init_process_group(backend, timeout=timeout, device_id=device if backend == "nccl" else None)
 
 
 def destroy_process_group() -> None:
@@ -118,7 +120,7 @@ def process_group(run, device: torch.device | None = None) -> Iterator[torch.dev
     run: the `run:` section of a config. device: in place of `run.device`.
     """
     device = device or select_device(run.device)
-    init_process_group(device, run.dist_backend, run.distributed)
+    init_process_group(device, run.dist_backend, run.distributed, run.timeout_minutes)
     try:
         yield device
     finally:

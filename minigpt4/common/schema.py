@@ -136,6 +136,8 @@ class RunConfig:
 
     dist_backend: str | None = None
     """Backend of torch.distributed; null: nccl on GPUs, gloo on CPUs."""
+    timeout_minutes: float = setting(20.0, more_than=0)
+    """Minutes that a process waits for the others, after which it ends with an error."""
     dist_url: str = "env://"
     """*Inert*: torchrun sets the rendezvous."""
     world_size: int = 1

@@ -7,7 +7,6 @@ which samples. The workers make whole batches as planned. The plan and all rando
 """
 
 import random
-import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -17,15 +16,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
+from torch.utils.data import Dataset, IterableDataset, default_collate, get_worker_info
 
 from minigpt4.common.errors import ConfigError
 from minigpt4.datasets.left_out import Tally
 from minigpt4.datasets.length_balancing import POOL, rank_share
+from minigpt4.datasets.patience import at_batch, read_now
 from minigpt4.datasets.samples import SampleId, identify, usable_samples
 from minigpt4.datasets.seeding import derive_seed, seeded
 from minigpt4.datasets.splits import spread
 from minigpt4.datasets.stream_batches import Restart, StreamBatches
+from minigpt4.datasets.workers import WatchedLoader
 
 
 class BatchRequest(NamedTuple):
@@ -81,8 +82,11 @@ class TrainLoader:
         seed: int,
         rank: int = 0,
         world_size: int = 1,
+        timeout_s: float = 300.0,
     ) -> None:
         """sample_ratios: relative frequency of each dataset (default 1). batch_size: samples per rank.
+
+        timeout_s: of files out of reach, after which a worker that reads the same file still is taken to hang.
 
         Raises ConfigError for no datasets, ratios that are no frequencies, or a dataset smaller than a batch.
         """
@@ -109,7 +113,7 @@ class TrainLoader:
         self._drawn: list[str] = []  # the dataset of each batch of the epoch
         self._plan: list[BatchRequest | None] = []  # the sampler; replaced in each epoch
         maker = BatchMaker(dict(datasets), batch_size, derive_seed(seed, "batch", rank), balanced=world_size > 1)
-        self._loader = _data_loader(maker, self._plan, num_workers)
+        self._loader = WatchedLoader(maker, self._plan, num_workers, timeout_s)
 
     def epoch(self, epoch: int, num_batches: int, first: int = 0) -> Iterator[dict[str, Any]]:
         """The batches of this epoch from number `first` on: `{"image": [B, 3, S, S], "text_input": [str] * B, …}`.
@@ -274,6 +278,11 @@ class BatchMaker(Dataset):
     def __getitem__(self, request: BatchRequest | None) -> Made | None:
         if request is None:
             return None
+        source = f"datasets.{request.dataset}" if request.dataset else "an evaluation"
+        with at_batch(f"batch {request.number} of {source}"):
+            return self._make(request)
+
+    def _make(self, request: BatchRequest) -> Made:
         name, dataset = request.dataset, self.datasets[request.dataset]
         stream = self._stream(request) if request.indices is None else None
         with self._seeded(request.epoch, request.number):
@@ -300,6 +309,7 @@ class BatchMaker(Dataset):
     def _at(self, name: str, index: int) -> Iterator[Any]:
         """The sample at an index, or the next one that is usable; without `replace`, perhaps none."""
         dataset = self.datasets[name]
+        read_now(f"sample {index}")
         if self.replace:
             following = (dataset[(index + i) % len(dataset)] for i in range(len(dataset)))
         else:  # ours put the next record in the place of a bad one themselves
@@ -324,23 +334,31 @@ class BatchMaker(Dataset):
 
 
 def eval_loader(
-    dataset: Dataset, batch_size: int, num_workers: int, rank: int = 0, world_size: int = 1, most: int | None = None
+    dataset: Dataset,
+    batch_size: int,
+    num_workers: int,
+    rank: int = 0,
+    world_size: int = 1,
+    most: int | None = None,
+    timeout_s: float = 300.0,
 ) -> Iterator[dict[str, Any]]:
     """Batches of a dataset in order, every sample once; over several ranks each takes a part of the samples.
 
     Batches may be smaller, and a rank may have none. Random draws are the same each time.
     The dataset has a length, or is a stream with the method `one_pass`.
 
-    most: number of samples, of a stream the first ones, otherwise spread over the dataset; None: all.
+    most: number of samples, of a stream the first ones, otherwise spread over the dataset; None: all. timeout_s: as for
+    `TrainLoader`.
     """
     if isinstance(dataset, IterableDataset):
-        yield from _data_loader(OnePass(dataset, batch_size, rank, world_size, most), None, num_workers)
+        yield from WatchedLoader(OnePass(dataset, batch_size, rank, world_size, most), None, num_workers, timeout_s)
         return
     part = spread(len(dataset), most)[rank::world_size]
     starts = range(0, len(part), batch_size)
     plan = [BatchRequest("", 0, number, list(part[i : i + batch_size])) for number, i in enumerate(starts)]
     maker = BatchMaker({"": dataset}, batch_size, derive_seed("eval", rank), replace=False)
-    yield from (made.batch for made in _data_loader(maker, plan, num_workers) if made.batch is not None)
+    loader = WatchedLoader(maker, plan, num_workers, timeout_s)
+    yield from (made.batch for made in loader if made.batch is not None)
 
 
 class OnePass(IterableDataset):
@@ -356,14 +374,15 @@ class OnePass(IterableDataset):
         worker = get_worker_info()
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
         reader, readers = self.rank * workers + number, self.world_size * workers
-        if self.most is None:
-            found = self.stream.one_pass(reader, readers)
-        else:  # which ones are the first must not depend on the number of readers
-            found = islice(self.stream.one_pass(0, 1), reader, self.most, readers)
+        with at_batch("the start of an evaluation"):
+            if self.most is None:
+                found = self.stream.one_pass(reader, readers)
+            else:  # which ones are the first must not depend on the number of readers
+                found = islice(self.stream.one_pass(0, 1), reader, self.most, readers)
         samples = usable_samples(found, Tally("evaluation"))
         batch, number = [None], 0
         while batch:
-            with seeded(derive_seed("eval", reader, number)):
+            with seeded(derive_seed("eval", reader, number)), at_batch(f"batch {number} of an evaluation"):
                 batch = list(islice(samples, self.batch_size))
             number += 1
             if batch:
@@ -373,33 +392,3 @@ class OnePass(IterableDataset):
 def collate_fn_of(dataset: Dataset) -> Callable[[list[Any]], Any]:
     """The dataset's own `collater` (LAVIS) or `collate_fn`, otherwise torch's: tensors stacked, strings in a list."""
     return getattr(dataset, "collater", None) or getattr(dataset, "collate_fn", None) or default_collate
-
-
-def _data_loader(maker: Dataset, plan: list[BatchRequest | None] | None, num_workers: int) -> DataLoader:
-    return DataLoader(
-        maker,
-        sampler=plan,
-        batch_size=None,
-        collate_fn=_unchanged,
-        num_workers=num_workers,
-        worker_init_fn=_silence_hangups,
-        persistent_workers=num_workers > 0,
-        generator=torch.Generator(),  # by default, each epoch would draw from the global generator
-    )
-
-
-def _silence_hangups(worker: int) -> None:
-    """Let a worker print no traceback for a broken connection: its main process was stopped while it took a batch."""
-    default_hook = sys.excepthook
-
-    def excepthook(kind, error, trace):
-        cut_short = isinstance(error, OSError) and error.errno is None  # a message, by multiprocessing
-        if not (isinstance(error, (ConnectionError, EOFError)) or cut_short):
-            default_hook(kind, error, trace)
-
-    # The hook serves multiprocessing's thread that sends batches; errors of a dataset do not pass it.
-    sys.excepthook = excepthook
-
-
-def _unchanged(batch: Any) -> Any:
-    return batch

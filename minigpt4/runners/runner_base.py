@@ -26,6 +26,7 @@ from minigpt4.common.optims import create_optimizer, create_schedule
 from minigpt4.common.registry import registry
 from minigpt4.common.text import pluralize
 from minigpt4.common.trained_parts import check_parts, rates_of_parts
+from minigpt4.datasets import workers
 from minigpt4.datasets.loaders import LeftOut, TrainLoader, eval_loader, left_out_counts, report_left_out
 from minigpt4.quantization.fp8 import check_fp8_supported
 from minigpt4.runners import data, resume, validation
@@ -141,6 +142,7 @@ class RunnerBase:
             run.seed,
             rank=dist_utils.get_rank(),
             world_size=self.world_size,
+            timeout_s=run.data_timeout_s,
         )
         self.iters_per_epoch = data.batches_per_epoch(self.cfg, datasets, self.world_size)
         self.facts = resume.facts_of_data(self.cfg, datasets, self.world_size)
@@ -171,7 +173,7 @@ class RunnerBase:
     def train(self) -> None:
         """Train the remaining epochs (none with `run.evaluate`), a checkpoint after each; evaluate the test splits."""
         start = time.time()
-        with contextlib.closing(self.record):
+        with contextlib.closing(self.record), workers.explained():
             if not self.run.evaluate:
                 self._log_plan()
                 if self.start_epoch == 0:
@@ -303,7 +305,8 @@ class RunnerBase:
         self.module.eval()
         total = torch.zeros(2, dtype=torch.float64)
         for dataset in data.split_of(self.datasets, split).values():
-            for samples in eval_loader(dataset, run.batch_size_eval, run.num_workers, rank, self.world_size, most):
+            how = run.batch_size_eval, run.num_workers, rank, self.world_size, most, run.data_timeout_s
+            for samples in eval_loader(dataset, *how):
                 with self._autocast():
                     output = self.task.valid_step(self.module, to_device(self._sanitize(samples), self.device))
                 loss, num_labels = _loss_and_labels(output, f"{type(self.task).__name__}.valid_step")

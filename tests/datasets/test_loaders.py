@@ -19,7 +19,7 @@ from helpers import Pictures
 from torch.utils.data import Dataset, IterableDataset
 
 from minigpt4.common.registry import registry
-from minigpt4.datasets import loaders
+from minigpt4.datasets import loaders, workers
 from minigpt4.datasets.loaders import LeftOut, TrainLoader, eval_loader, report_left_out
 from minigpt4.datasets.seeding import derive_seed, seeded
 
@@ -317,7 +317,7 @@ def test_a_dataset_may_collate_itself(name):
 def test_what_goes_to_the_workers_can_be_pickled(datasets):
     """Python 3.14 starts workers by forkserver, and macOS by spawn."""
     loader = TrainLoader(datasets("laion", "cc_sbu_align"), None, 4, 0, seed=0)
-    copy = pickle.loads(pickle.dumps(loader._loader.dataset))
+    copy = pickle.loads(pickle.dumps(loader._loader.loader.dataset))
     request = loader._requests(0, 1)[0]
     batch = copy[request].batch
     assert same([batch], list(loader.epoch(0, 1)))
@@ -477,8 +477,8 @@ class WorkerAddress(Dataset):
 def test_a_worker_prints_no_traceback_when_its_main_process_ends(monkeypatch, capfd, quiet):
     """The receiver of a batch hangs up, like a stopped process. By default, the worker prints a traceback."""
     if not quiet:
-        monkeypatch.setattr(loaders, "_silence_hangups", None)
-    (address,) = set(batches := iter(loaders._data_loader(WorkerAddress(), [0], 1)))
+        monkeypatch.setattr(workers, "_silence_hangups", lambda: None)
+    (address,) = set(batches := iter(workers.WatchedLoader(WorkerAddress(), [0], 1, 60.0).loader))
     for _ in range(2):  # the second is answered after the first was handled
         with socket.socket(socket.AF_UNIX) as caller:
             caller.connect(address)
@@ -490,7 +490,7 @@ def test_a_worker_prints_no_traceback_when_its_main_process_ends(monkeypatch, ca
 def test_a_worker_reports_other_errors(monkeypatch):
     reported = []
     monkeypatch.setattr(sys, "excepthook", lambda kind, error, trace: reported.append(error))
-    loaders._silence_hangups(0)
+    workers._silence_hangups()
     errors = [OSError("got end of file during message"), OSError(24, "Too many open files"), ValueError()]
     for error in errors:
         sys.excepthook(type(error), error, None)
