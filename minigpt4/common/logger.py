@@ -9,7 +9,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from logging.handlers import MemoryHandler
 from pathlib import Path
 
@@ -91,6 +91,10 @@ def kept_console() -> Iterator[Callable[[Path], None]]:
             handler.close()
 
 
+Totals = dict[str, tuple[float, int]]
+"""The sum of the finite values of each name, and their number."""
+
+
 class MetricLogger:
     """Running averages of an epoch, and its progress lines.
 
@@ -104,7 +108,7 @@ class MetricLogger:
     def __init__(self, on_line: Callable[[int, dict[str, float]], None] = lambda item, values: None) -> None:
         self._on_line = on_line
         self._unread: dict[str, list[float | torch.Tensor]] = {}  # since the last line
-        self._totals: dict[str, list[float]] = {}  # the sum of the finite values, and their number
+        self._totals: Totals = {}
         self._amounts: dict[str, int] = {}  # since the last line
         self._paused = 0.0  # seconds since the last item
 
@@ -128,27 +132,33 @@ class MetricLogger:
         sums = all_reduce_sum(torch.tensor([*self._totals.values()], dtype=torch.float64)).tolist()
         return {name: total / max(count, 1) for name, (total, count) in zip(self._totals, sums, strict=True)}
 
-    def _read(self) -> dict[str, float]:
-        """Wait for the values, and take them into the totals. Returns the latest ones."""
-        latest = {}
-        for name, values in self._unread.items():
-            read = torch.stack(values).flatten().tolist() if isinstance(values[0], torch.Tensor) else values
-            finite = [value for value in read if math.isfinite(value)]
-            total, count = self._totals.get(name, (0.0, 0))
-            self._totals[name] = [total + sum(finite), count + len(finite)]
-            latest[name] = read[-1]
-        self._unread.clear()
-        return latest
+    def state(self) -> Callable[[], Totals]:
+        """A function that returns the sums up to now. It waits for the GPU; this method does not."""
+        totals, unread = dict(self._totals), {name: list(values) for name, values in self._unread.items()}
+        return lambda: _added(totals, _values(unread))
 
-    def log_every(self, iterable: Iterable, length: int, log_freq: int, header: str) -> Iterator:
+    def load_state(self, totals: Totals) -> None:
+        """Go on from sums."""
+        self._totals = dict(totals)
+
+    def _read(self) -> dict[str, float]:
+        """Wait for the values, and add them up. Returns the latest ones."""
+        values = _values(self._unread)
+        self._totals = _added(self._totals, values)
+        self._unread.clear()
+        return {name: of_name[-1] for name, of_name in values.items()}
+
+    def log_every(self, iterable: Iterable, length: int, log_freq: int, header: str, first: int = 0) -> Iterator:
         """Yield from `iterable`; log a line every `log_freq` items and at the last of the `length`.
+
+        first: the number of the first item.
 
         `time` and `data` are seconds per item since the previous line: in total, and waiting for data.
         """
         width = len(str(length))
         start = last_line = item_end = time.perf_counter()
-        data_time, last_logged = 0.0, -1
-        for i, item in enumerate(iterable):
+        data_time, last_logged = 0.0, first - 1
+        for i, item in enumerate(iterable, first):
             data_time += time.perf_counter() - item_end
             yield item
             start, last_line, self._paused = start + self._paused, last_line + self._paused, 0.0
@@ -156,7 +166,7 @@ class MetricLogger:
                 latest = self._read()
                 values = [f"{name}: {value:.{DIGITS.get(name, 4)}f}" for name, value in latest.items()]
                 now, items, memory = time.perf_counter(), i - last_logged, _memory()
-                eta = _hms((now - start) / (i + 1) * (length - i - 1))
+                eta = _hms((now - start) / (i + 1 - first) * (length - i - 1))
                 step_time, data_time = (now - last_line) / items, data_time / items
                 times = [f"time: {step_time:.4f}", f"data: {data_time:.4f}"]
                 times += [f"max mem: {memory['gpu_memory_mib']}"] if "gpu_memory_mib" in memory else []
@@ -167,7 +177,26 @@ class MetricLogger:
                 last_line, data_time, last_logged = now, 0.0, i
             item_end = time.perf_counter()
         total = time.perf_counter() - start
-        logging.info("%s Total time: %s (%.4f s / it)", header, _hms(total), total / max(length, 1))
+        logging.info("%s Total time: %s (%.4f s / it)", header, _hms(total), total / max(length - first, 1))
+
+
+def _values(unread: Mapping[str, list[float | torch.Tensor]]) -> dict[str, list[float]]:
+    return {
+        name: torch.stack(values).flatten().tolist() if isinstance(values[0], torch.Tensor) else values
+        for name, values in unread.items()
+    }
+
+
+def _added(totals: Totals, values: Mapping[str, list[float]]) -> Totals:
+    """The sums with more values. These are added one by one, so that the sums do not depend on when they are read."""
+    added = dict(totals)
+    for name, of_name in values.items():
+        total, number = added.get(name, (0.0, 0))
+        for value in of_name:
+            if math.isfinite(value):
+                total, number = total + value, number + 1
+        added[name] = total, number
+    return added
 
 
 def _hms(seconds: float) -> str:

@@ -13,6 +13,9 @@ from typing import Any
 from minigpt4.common.model_schema import BLIP2_URL, VIT_KEYS, VIT_MODELS, MiniGPT4Config  # noqa: F401
 from minigpt4.common.settings import setting
 
+# The value of `run.resume_ckpt_path` that stands for the newest checkpoint of the run.
+AUTO = "auto"
+
 
 @dataclass
 class LrGroup:
@@ -109,10 +112,17 @@ class RunConfig:
 
     output_dir: str = setting("output", kind="path")
     """Folder of the runs, relative to the working directory. Each run makes a folder of its own in it."""
+    save_every_steps: int | None = setting(None, at_least=1)
+    """Steps (updates of the weights) from one checkpoint within an epoch to the next; null: only after epochs."""
+    save_every_minutes: float | None = setting(None, more_than=0)
+    """Minutes after which a checkpoint is written within an epoch."""
+    keep_last: int | None = setting(None, at_least=1)
+    """Checkpoints that are kept beside the best one; null: those of all epochs, and the last two within epochs."""
     resume_ckpt_path: str | None = setting(None, kind="path")
-    """Checkpoint of an unfinished run to resume: a file, or a run's folder (its newest checkpoint)."""
+    """Checkpoint of an unfinished run to resume: a file, a run's folder (its newest checkpoint), or `auto`: the newest
+    of this run in `output_dir`, or a new run if there is none."""
     resume_anyway: bool = False
-    """Resume although settings, data or the number of ranks differ from those of the checkpoint's run."""
+    """Resume although settings or data differ from those of the checkpoint's run."""
 
     amp: bool = True
     """Mixed precision on a GPU. On a CPU everything is float32."""

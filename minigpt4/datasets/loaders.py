@@ -145,10 +145,12 @@ class TrainLoader:
         restarts = [(*key, restart) for key, restart in self._restarts.items()]
         return {"left_out": [(tuple(key), count) for key, count in self._left_out.items()], "restarts": restarts}
 
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state in the next epoch that is begun."""
-        self._left_out = Counter({LeftOut(*key): count for key, count in state["left_out"]})
-        self._restarts = {(name, reader): restart for name, reader, restart in state["restarts"]}
+    def load_state(self, left_out: list[tuple[tuple[str, ...], int]], restarts: list[tuple[str, int, Restart]]) -> None:
+        """Go on from the entries of a state in the next epoch that is begun."""
+        self._left_out = Counter()
+        for key, count in left_out:
+            self._left_out[LeftOut(*key)] += count
+        self._restarts = {(name, reader): restart for name, reader, restart in restarts}
 
     def take_ids(self) -> list[SampleId]:
         """The names of the samples of the first batch that this was not called for yet. Batches may be prefetched."""
@@ -186,8 +188,7 @@ class TrainLoader:
                 turn += 1
                 yield None
             turn += 1
-            restart = restarts.pop((request.dataset, request.reader), None)
-            yield request._replace(restart=restart) if request.indices is None else request
+            yield BatchRequest(*request[:-1], restarts.pop((request.dataset, request.reader), None))
 
     def _draw(self, epoch: int, num_batches: int) -> list[str]:
         """The dataset of each batch of an epoch."""

@@ -4,6 +4,7 @@ A worker writes the batch and the file that it is at (`patience.at_batch`) into 
 process.
 """
 
+import atexit
 import logging
 import os
 import re
@@ -23,6 +24,7 @@ import psutil
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from minigpt4.common.stopping import end_children, ignore_signals
 from minigpt4.datasets import patience
 
 log = logging.getLogger(__name__)
@@ -99,6 +101,8 @@ class WatchedLoader:
             generator=torch.Generator(),  # by default, each epoch would draw from the global generator
         )
         _boards.add(self.board)
+        atexit.unregister(end_children)
+        atexit.register(end_children)
 
     def __iter__(self) -> Iterator[Any]:
         watch = _Watch(self.board, self.limit, kill=self.num_workers > 0)
@@ -197,6 +201,7 @@ def _is_alive(pid: int) -> bool:
 def _start(board: Board, worker: int) -> None:
     """Set up a worker's process."""
     patience.listen(board.writer(worker))
+    ignore_signals()
     _silence_hangups()
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True, name="parent watch").start()
 

@@ -61,7 +61,7 @@ class Health:
         self.counts: Counter[str] = Counter()  # since the last `take_counts`
         self.in_a_row, self.in_spike, self.failure = 0, False, ""
         self.losses: deque[float] = deque(maxlen=WINDOW)
-        self.digest = ""
+        self.digest = self._digest_at_update = ""
         self._on_gpu = device.type == "cuda"
         self._rows = torch.empty(LAG + 1, 3, pin_memory=True) if self._on_gpu else None
         self._ids: list[SampleId] = []
@@ -98,7 +98,7 @@ class Health:
             done = torch.cuda.current_stream().record_event()
         self._updates.append(Update(step, self._ids, numbers, done))
         self._count += 1
-        self._ids, self._sums = [], []
+        self._ids, self._sums, self._digest_at_update = [], [], self.digest
         self.read(keep=LAG if self._on_gpu else 0)
 
     def read(self, keep: int = 0) -> None:
@@ -117,14 +117,15 @@ class Health:
         return taken
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run goes on with. Call `read` before."""
-        own = {"in_a_row": self.in_a_row, "in_spike": self.in_spike, "digest": self.digest}
+        """What a resumed run goes on with after the last update. Call `read` before."""
+        own = {"in_a_row": self.in_a_row, "in_spike": self.in_spike, "digest": self._digest_at_update}
         return {"counts": dict(self.counts), "losses": list(self.losses), **own}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a `state_dict`."""
         self.counts, self.losses = Counter(state["counts"]), deque(state["losses"], WINDOW)
-        self.in_a_row, self.in_spike, self.digest = state["in_a_row"], state["in_spike"], state["digest"]
+        self.in_a_row, self.in_spike = state["in_a_row"], state["in_spike"]
+        self.digest = self._digest_at_update = state["digest"]
 
     def _judge(self, update: Update, norm: float, loss: float, own_loss: float) -> None:
         if math.isfinite(norm) and math.isfinite(loss):

@@ -138,7 +138,7 @@ def test_an_epoch_goes_on_after_any_batch(datasets, spoilt_shards, num_workers, 
     for first in (1, 16, 39):
         resumed = loader(then)
         resumed.num_readers = whole.num_readers
-        resumed.load_state(states[first - 1])
+        resumed.load_state(**states[first - 1])
         assert same(list(resumed.epoch(1, 40, first)), batches[first:])
         assert resumed.take_left_out() == left_out
         assert same(list(resumed.epoch(1, 40)), batches)
@@ -154,7 +154,7 @@ def test_a_plug_ins_stream_goes_on_after_any_batch():
         states.append(whole.state())
     for first in (1, 6):
         resumed = TrainLoader({"t": Ticks()}, None, 3, 2, seed=0)
-        resumed.load_state(states[first - 1])
+        resumed.load_state(**states[first - 1])
         assert same(list(resumed.epoch(0, 9, first)), batches[first:])
 
 
