@@ -46,6 +46,7 @@ def report(folder: Path) -> str:
         _section("Warnings", "".join(_warnings(run))),
         _section("Curves", _curves(run)),
         _section("Results", _results(run)),
+        _section("Evaluations", "".join(_evaluations(folder))),
         _section("Answers", "".join(_answers(run))),
         _section("Settings that differ from the defaults", _settings(about["changed_settings"])),
         _section("Data", _data(run) if run.lines else ""),
@@ -117,6 +118,19 @@ def _results(run: plot.Run) -> str:
     rows = ([step, *(values.get(name, "") for name in names)] for step, values in sorted(by_step.items()))
     tests = {name[5:]: value for line in run.lines for name, value in line.items() if name.startswith("test/")}
     return _table(["step", *names], rows) + (f"<h3>Test</h3>{_table(['', ''], tests.items())}" if tests else "")
+
+
+def _evaluations(folder: Path) -> Iterator[str]:
+    """The figures of each evaluation in the run's folder, as `evaluate` and `run.test_splits` write them."""
+    for path in sorted(folder.glob("*/scores.json")):
+        scores = json.loads(path.read_text(encoding="utf-8"))
+        rows = (
+            [name, *(round(figure[end] * figure["scale"], 1) for end in ("value", "low", "high"))]
+            for name, figure in scores["figures"].items()
+        )
+        name = path.parent.name
+        about = f"{name}: task {scores['task']}, {scores['n']:,} answers. {name}/answers.html has them."
+        yield f"<p class=soft>{_text(about)}</p>{_table(['', 'value', 'from', 'to'], rows)}"
 
 
 def _answers(run: plot.Run) -> Iterator[str]:
