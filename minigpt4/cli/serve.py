@@ -29,6 +29,10 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         "--api-key", default=os.environ.get(KEY_VARIABLE), metavar="KEY",
         help=f"key that clients must send; the variable {KEY_VARIABLE} is safer, since other users see command lines",
     )  # fmt: skip
+    parser.add_argument(
+        "--allow-origin", action="append", default=[], metavar="URL",
+        help="origin of a web page (https://example.com) that may use the endpoint in browsers; * for all",
+    )  # fmt: skip
     add_settings(parser.add_argument_group("the endpoint; the numbers are upper limits"), Settings)
     args = parse(parser, argv, Settings)
     if args.api_key == "":

@@ -18,6 +18,7 @@ from PIL import Image
 
 from minigpt4.serving import connections
 from minigpt4.serving.app import EventStream
+from minigpt4.serving.settings import Settings
 
 HI = user(text("Hi"))
 BODY = {"model": "minigpt4", "messages": [HI], "max_tokens": 2, "temperature": 0}
@@ -103,6 +104,57 @@ def test_a_page_in_a_browser_gets_no_answer(served):
         error(response, 415, "application/json")
     response = served.http.options("/v1/chat/completions", headers={"Origin": "https://example.com"})
     assert not any(name.startswith("access-control") for name in response.headers)
+
+
+def test_a_page_of_an_allowed_origin_may_ask(serve):
+    served = serve(allow_origin=["https://one.example"])
+    preflight = {
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "authorization,content-type",
+    }
+    for origin, allowed in (("https://one.example", True), ("https://two.example", False)):
+        asked = served.http.options("/v1/chat/completions", headers={"Origin": origin, **preflight})
+        answered = served.post(BODY, headers={"Origin": origin})
+        for response in (asked, answered):
+            assert (response.headers.get("access-control-allow-origin") == origin) == allowed
+            assert "access-control-allow-credentials" not in response.headers
+    for wrong in ("one.example", "https://one.example/path", "null"):
+        with pytest.raises(ValueError, match="allow_origin"):
+            Settings(allow_origin=[wrong])
+
+
+def test_behind_a_proxy(serve):
+    """It passes on the whole path, or what is behind its own part."""
+    served = serve(root_path="/apps/cat")
+    for path in ("/v1/chat/completions", "/apps/cat/v1/chat/completions"):
+        assert served.http.post(path, json=BODY).status_code == 200
+    assert served.get("/apps/cat/health").status_code == served.get("/health").status_code == 200
+    error(served.get("/apps/dog/health"), 404)
+    for wrong in ("apps", "/apps/", "/"):
+        with pytest.raises(ValueError, match="root_path"):
+            Settings(root_path=wrong)
+
+
+def test_metrics(serve, monkeypatch):
+    served = serve(api_key="k")
+    key = {"Authorization": "Bearer k"}
+    assert served.post({**BODY, "n": 2, "min_tokens": 2}, headers=key).status_code == 200
+    assert served.post({**BODY, "stream": True, "min_tokens": 2}, headers=key).text.endswith("[DONE]\n\n")
+    error(served.post({**BODY, "n": 0}, headers=key), 400)
+    error(served.get("/metrics"), 401)
+    response = served.get("/metrics", headers=key)
+    assert response.headers["content-type"].startswith("text/plain; version=")
+    lines = dict(line.rsplit(" ", 1) for line in response.text.splitlines() if line[0] != "#")
+    expected = {
+        'minigpt4_responses_total{status="200"}': 2, 'minigpt4_responses_total{status="400"}': 1,
+        "minigpt4_completion_tokens_total": 6, "minigpt4_first_token_seconds_count": 2,
+        'minigpt4_request_seconds_bucket{le="+Inf"}': 2, "minigpt4_running": 0, "minigpt4_waiting": 0,
+    }  # fmt: skip
+    assert {name: float(lines[name]) for name in expected} == expected
+    assert 0 < float(lines["minigpt4_first_token_seconds_sum"]) < float(lines["minigpt4_request_seconds_sum"])
+    assert float(lines["minigpt4_prompt_tokens_total"]) > 10
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    error(serve().get("/metrics"), 501, "minigpt4[metrics]")
 
 
 def test_unknown_routes(served):
