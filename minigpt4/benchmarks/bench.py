@@ -1,4 +1,4 @@
-"""python -m minigpt4 bench train | chat | serve | data: measure training steps, answers, a server, or the reading of pictures."""
+"""python -m minigpt4 bench train | chat | serve | data: measure steps, answers, servers, or the reading of pictures."""
 
 from minigpt4.common.commands import dispatch
 
