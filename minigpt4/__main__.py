@@ -5,6 +5,7 @@ python -m minigpt4 caption --dir photos --out captions.jsonl --cfg-path eval_con
 python -m minigpt4 serve --cfg-path eval_configs/minigpt4_eval.yaml
 """
 
+import os
 import sys
 
 from minigpt4.common.commands import accept_any_text, check_dashes, dispatch
@@ -37,6 +38,9 @@ def main(argv: list[str] | None = None) -> int | str | None:
     try:
         check_dashes(arguments)
         return dispatch(arguments, __doc__, COMMANDS, _module_of)
+    except BrokenPipeError:  # whoever reads the output has seen enough: `… | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still in the buffer
+        return 1
     except Exception as error:
         if not is_mistake(error):
             raise

@@ -84,7 +84,7 @@ def settings_of(args: argparse.Namespace, cfg: Config) -> dict[str, Any]:
     """What the captions depend on: {name: value}, for JSON."""
     prompt, file = args.prompt, cfg.model_cfg.get("prompt_path")
     if prompt is None and file:  # the first of the file, which may be edited
-        lines = Path(file).read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = Path(file).read_text(encoding="utf-8-sig", errors="replace").splitlines()
         prompt = next((line for line in lines if facts.IMAGE_SLOT in line), None)
     settings = {"prompt": prompt} | arguments.given(args, arguments.AnswerSettings)
     # Another installation of this package has the same files elsewhere.
@@ -93,7 +93,7 @@ def settings_of(args: argparse.Namespace, cfg: Config) -> dict[str, Any]:
     settings["run.video_backend"] = plain["run"]["video_backend"]
     ckpt = settings.get("model.ckpt")
     if ckpt and os.path.isdir(ckpt):
-        settings["model.ckpt"] = str(facts.newest_checkpoint(Path(ckpt)) or ckpt)
+        settings["model.ckpt"] = str(next(iter(facts.checkpoints_in(Path(ckpt))), ckpt))
     settings["preprocess.vis_processor"] = plain["preprocess"]["vis_processor"]
     for name, dataset in plain["datasets"].items():
         settings[f"datasets.{name}.vis_processor"] = dataset.get("vis_processor")

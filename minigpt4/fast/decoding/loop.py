@@ -44,7 +44,9 @@ class CachedDecoding:
     `models/generation.py` takes it as its `decoding_loop`. Threads may use it side by side.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, graphs: bool | None = None) -> None:
+        """graphs: as for `Decoder`."""
+        self._graphs = graphs
         self.decoders: weakref.WeakKeyDictionary[nn.Module, Decoder] = weakref.WeakKeyDictionary()
         self._checked: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
         self._lock = threading.Lock()
@@ -78,7 +80,7 @@ class CachedDecoding:
         with self._lock:
             decoder = self.decoders.get(llm)
             if decoder is None or decoder.weights != _fingerprint(llm):
-                decoder = self.decoders[llm] = Decoder(llm)
+                decoder = self.decoders[llm] = Decoder(llm, self._graphs)
         return decoder
 
     def clear_cache(self, llm) -> None:
