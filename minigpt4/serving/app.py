@@ -20,6 +20,7 @@ from minigpt4.conversation.decoding import Decoding
 from minigpt4.serving.batching import Batcher
 from minigpt4.serving.connections import Bodies
 from minigpt4.serving.errors import RETRY, ApiError
+from minigpt4.serving.guard import Brake, HostCheck, TooManyGuesses, client_network
 from minigpt4.serving.images import Images
 from minigpt4.serving.prepare import image_urls, read_prompt
 from minigpt4.serving.protocol import ChatRequest, read_request
@@ -50,7 +51,8 @@ def create_app(batcher: Batcher, settings: Settings) -> Starlette:
         routes.append(Mount(settings.root_path, routes=routes))
     origins = {"allow_origins": settings.allow_origin, "allow_headers": ["Authorization", "Content-Type"]}
     cross_origin = Middleware(CORSMiddleware, **origins, allow_methods=["GET", "POST"])
-    middleware = [cross_origin] if settings.allow_origin else []
+    host_check = Middleware(HostCheck, host=settings.host, allowed=settings.allow_host)
+    middleware = [host_check, cross_origin] if settings.allow_origin else [host_check]
     handlers = {ApiError: _api_error, HTTPException: _http_error, Exception: _server_error}
     return Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan, middleware=middleware)
 
@@ -97,6 +99,7 @@ class Endpoint:
 
     def __init__(self, batcher: Batcher, settings: Settings):
         self._batcher, self._settings = batcher, settings
+        self._brake = Brake()
         self._bodies = Bodies(settings.max_bytes)
         self._images = Images(settings.allow_http_images, settings.allow_private_hosts, settings.max_bytes)
         # Only two threads, because a picture takes much memory while it is decoded.
@@ -160,8 +163,7 @@ class Endpoint:
             stack.enter_context(self._place_in_queue())
             chat_request = await asyncio.to_thread(read_request, body)
             del body
-            client = request.client.host if request.client else ""
-            work = asyncio.create_task(self._answer(chat_request, client, start, stack))
+            work = asyncio.create_task(self._answer(chat_request, client_network(request.scope), start, stack))
             gone = asyncio.create_task(_disconnected(request))
             try:
                 await asyncio.wait([work, gone], return_when=asyncio.FIRST_COMPLETED)
@@ -181,11 +183,17 @@ class Endpoint:
     # Checks
 
     def _check_key(self, request: Request) -> None:
-        if self._settings.api_key is None:
+        if not self._settings.api_keys:
             return
         kind, _, key = request.headers.get("authorization", "").partition(" ")
-        right = hmac.compare_digest(key.strip().encode("latin-1"), self._settings.api_key.encode())
-        if kind.lower() != "bearer" or not right:
+        key = key.strip().encode("latin-1")
+        right = any([hmac.compare_digest(key, each.encode()) for each in self._settings.api_keys])
+        try:
+            # A request without a key is no guess.
+            passes = kind.lower() == "bearer" and self._brake.check(client_network(request.scope), key.hex(), right)
+        except TooManyGuesses as error:
+            raise ApiError(429, str(error), "too_many_guesses") from None
+        if not passes:
             raise ApiError(401, "The API key is missing or wrong: send Authorization: Bearer KEY.", "invalid_api_key")
 
     def _check_model(self, name: str) -> None:

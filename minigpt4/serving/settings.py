@@ -14,7 +14,12 @@ class Settings:
     """
 
     model_name: str = setting("minigpt4", "its name in requests")
-    api_key: str | None = setting(None)
+    host: str = setting("127.0.0.1")
+    """The address on which the endpoint listens."""
+    allow_host: list[str] = setting(list)
+    """Names by which it may be asked, beside those of this machine; "*": any."""
+    api_keys: list[str] = setting(list)
+    """Clients must send one of them; none: everybody may ask."""
     allow_http_images: bool = setting(False, "fetch pictures by URL, from public addresses")
     allow_private_hosts: bool = setting(False, "… and from private networks, for tests")
     allow_origin: list[str] = setting(list)
