@@ -226,5 +226,5 @@ def answers_for(chat: Chat, max_answers: int) -> AnswersTogether | AnswersAlone:
     llm, loop = chat.model.llama_model, chat.decoding_loop
     if isinstance(loop, CachedDecoding) and loop.supports(llm) and Sampling.of(llm, {}):
         return AnswersTogether(chat, max_answers)
-    logging.info("This language model answers one question after the other (docs/serving.md#batches).")
+    logging.info("This language model answers one question after the other (docs/serving.md#answers-together).")
     return AnswersAlone(chat)
