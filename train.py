@@ -17,6 +17,7 @@ from minigpt4.cli.arguments import add_config_arguments
 from minigpt4.common.commands import accept_any_text, check_dashes
 from minigpt4.common.config import Config
 from minigpt4.common.errors import format_error, is_mistake
+from minigpt4.common.stopping import STOP, Stopped
 from minigpt4.doctor.checks import log_warnings, preflight
 
 
@@ -46,6 +47,7 @@ def main(argv: list[str] | None = None) -> None:
 
     setup_logger()
     with (
+        STOP,
         kept_console() as write_console_to,
         dist_utils.process_group(cfg.run_cfg),
         reserved_folder(cfg.run_cfg.output_dir) as job_id,
@@ -72,12 +74,8 @@ def main(argv: list[str] | None = None) -> None:
             write_console_to(folder / "console.log")
         try:
             runner.train()
-            if cfg.run_cfg.evaluate and cfg.run_cfg.eval_task:
-                from minigpt4.cli.evaluate import evaluate_splits
-
-                evaluate_splits(cfg, model.eval(), datasets, folder_of(cfg.run_cfg.output_dir, job_id))
-        except KeyboardInterrupt:
-            logging.info("Stopped by Ctrl-C. %s", how_to_go_on(runner))
+        except KeyboardInterrupt as stop:
+            logging.info("Stopped by %s. %s", stop if isinstance(stop, Stopped) else "Ctrl-C", how_to_go_on(runner))
             raise
         if cfg.run_cfg.report and dist_utils.is_main_process() and (page := write_report(folder)):
             logging.info("The report of the run is %s.", page)
@@ -88,12 +86,14 @@ def how_to_go_on(runner) -> str:
     saved = getattr(runner, "last_checkpoint", None)
     if saved is None:
         return "It had saved no checkpoint yet."
-    return f"To go on after the last whole epoch: --options run.resume_ckpt_path={saved}"
+    return f"To go on: --options run.resume_ckpt_path={saved}"
 
 
 if __name__ == "__main__":
     try:
         main()
+    except Stopped as stop:
+        sys.exit(stop.status)
     except KeyboardInterrupt:
         sys.exit(130)  # as a shell reports Ctrl-C
     except Exception as error:

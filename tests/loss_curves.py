@@ -51,11 +51,11 @@ class Shares:
 
     def __init__(self, joint: TrainLoader, reverse: bool):
         self.joint, self.reverse = joint, reverse
-        self.take_left_out, self.shares = joint.take_left_out, joint.shares
+        self.take_left_out, self.shares, self.use_next = joint.take_left_out, joint.shares, joint.use_next
 
-    def epoch(self, epoch: int, num_batches: int) -> Iterator[dict]:
+    def epoch(self, epoch: int, num_batches: int, first: int = 0) -> Iterator[dict]:
         rank, ranks = dist_utils.get_rank(), dist_utils.get_world_size()
-        for batch in self.joint.epoch(epoch, num_batches):
+        for batch in self.joint.epoch(epoch, num_batches, first):
             order = list(range(len(batch["text_input"])))[:: -1 if self.reverse else 1][rank::ranks]
             yield {
                 key: value[order] if isinstance(value, torch.Tensor) else [value[i] for i in order]

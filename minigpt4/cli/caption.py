@@ -93,7 +93,7 @@ def settings_of(args: argparse.Namespace, cfg: Config) -> dict[str, Any]:
     settings["run.video_backend"] = plain["run"]["video_backend"]
     ckpt = settings.get("model.ckpt")
     if ckpt and os.path.isdir(ckpt):
-        settings["model.ckpt"] = str(facts.newest_checkpoint(Path(ckpt)) or ckpt)
+        settings["model.ckpt"] = str(next(iter(facts.checkpoints_in(Path(ckpt))), ckpt))
     settings["preprocess.vis_processor"] = plain["preprocess"]["vis_processor"]
     for name, dataset in plain["datasets"].items():
         settings[f"datasets.{name}.vis_processor"] = dataset.get("vis_processor")

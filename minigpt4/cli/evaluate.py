@@ -12,9 +12,7 @@ it stopped if it gets the same --out and settings. docs/evaluation.md describes 
 import argparse
 import hashlib
 import logging
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from minigpt4.cli import arguments
 from minigpt4.cli.caption import settings_of
@@ -91,7 +89,7 @@ def _score_file(args: argparse.Namespace) -> int:
 def _score_model(args: argparse.Namespace, cfg: Config) -> int:
     from minigpt4.common import dist_utils
     from minigpt4.conversation.loading import load_chat, select_gpu
-    from minigpt4.evaluation.generate import check_prompt
+    from minigpt4.evaluation.generate import answerer_of, check_prompt
     from minigpt4.evaluation.results import ANSWERS, LINES, digest, evaluate
 
     gpu = None if args.gpu_id is None else select_gpu(cfg, args.gpu_id)
@@ -104,45 +102,12 @@ def _score_model(args: argparse.Namespace, cfg: Config) -> int:
             # A mistake shows before the model is loaded.
             check_output(args.out / ANSWERS, settings | {"questions": digest(examples)}, LINES)
         decoding = Decoding(**arguments.given(args, Decoding))
-        answerer = _answerer(cfg, load_chat(cfg, device), dataset, args.prompt, decoding)
+        answerer = answerer_of(cfg, load_chat(cfg, device), dataset, args.prompt, decoding)
         name = args.name or Path(args.cfg_path).stem
         skipped = evaluate(answerer, task, examples, args.out, settings, name, args.batch_size)
         if dist_utils.is_main_process():
             print((args.out / "table.md").read_text(encoding="utf-8"), end="")
     return 1 if skipped else 0
-
-
-def evaluate_splits(cfg: Config, model: Any, datasets: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
-    """Answer and score `run.test_splits` by `run.eval_task`, each in a folder of its own. All ranks call it."""
-    from minigpt4.common import dist_utils
-    from minigpt4.conversation import Chat
-    from minigpt4.evaluation.references import examples_of_split, task_for
-    from minigpt4.evaluation.results import evaluate
-
-    run = cfg.run_cfg
-    for split in run.test_splits:
-        examples, dataset = examples_of_split(datasets, split)
-        task = task_for(examples) if run.eval_task == "auto" else run.eval_task
-        chat = Chat(model, None, dist_utils.select_device(run.device))
-        answerer = _answerer(cfg, chat, dataset, None, Decoding(do_sample=False))
-        evaluate(answerer, task, examples, folder / split, {}, split, run.batch_size_eval)
-        if dist_utils.is_main_process():
-            logging.info("%s: %s\n%s", split, task, (folder / split / "table.md").read_text(encoding="utf-8"))
-
-
-def _answerer(cfg: Config, chat: Any, dataset: str, prompt: str | None, decoding: Decoding) -> Any:
-    """The `Answerer` of a chat, which gets the image processor that its dataset has for evaluation, if it has one."""
-    from minigpt4.conversation.loading import load_vis_processor
-    from minigpt4.evaluation.generate import Answerer
-    from minigpt4.models.template import from_prompt
-    from minigpt4.processors.base_processor import make_processor
-
-    if section := dataset and cfg.datasets_cfg[dataset].vis_processor.get("eval"):
-        chat.vis_processor = make_processor(f"datasets.{dataset}.vis_processor.eval", section)
-    chat.vis_processor = chat.vis_processor or load_vis_processor(cfg)
-    texts = cfg.model_cfg.get("prompt_template") or "{}", cfg.model_cfg.get("end_sym") or ""
-    template = getattr(chat.model, "template", None) or from_prompt(*texts)
-    return Answerer(chat, template, prompt, decoding)
 
 
 def _examples(args: argparse.Namespace, cfg: Config | None) -> tuple[str, list[Example], str]:

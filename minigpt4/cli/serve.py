@@ -18,8 +18,6 @@ from minigpt4.serving.settings import Settings
 
 KEY_VARIABLE = "MINIGPT4_API_KEY"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-MAX_CONNECTIONS = 500
-GRACE_SECONDS = 10
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -50,6 +48,7 @@ def main(argv: list[str]) -> None:
     from minigpt4.conversation.loading import load_chat, select_gpu
     from minigpt4.serving.app import create_app
     from minigpt4.serving.batching import Batcher
+    from minigpt4.serving.connections import server_config
 
     class Server(uvicorn.Server):
         def handle_exit(self, sig, frame) -> None:
@@ -62,19 +61,13 @@ def main(argv: list[str]) -> None:
     settings = Settings(**given(args, Settings))
 
     def load():
-        chat = load_chat(cfg, select_gpu(cfg, args.gpu_id or 0), warm_up=[1, settings.max_batch])
-        logging.info("The model is ready.")
-        return chat
+        return load_chat(cfg, select_gpu(cfg, args.gpu_id or 0))
 
     def give_up() -> None:
         server.should_exit = True
 
     batcher = Batcher(load, settings.max_batch, failed=give_up)
-    config = uvicorn.Config(
-        create_app(batcher, settings), host=args.host, port=args.port, log_config=None, server_header=False,
-        limit_concurrency=MAX_CONNECTIONS, timeout_graceful_shutdown=GRACE_SECONDS,
-    )  # fmt: skip
-    server = Server(config)
+    server = Server(server_config(create_app(batcher, settings), host=args.host, port=args.port))
     try:
         server.run()
     except KeyboardInterrupt:

@@ -36,6 +36,7 @@ from minigpt4.common.errors import ConfigError, check_names
 from minigpt4.common.options import KeyTypes, is_text, parse_options, without_none
 from minigpt4.common.registry import did_you_mean, registry
 from minigpt4.common.schema import (
+    AUTO,
     DatasetConfig,
     EnvConfig,
     MiniGPT4Config,
@@ -120,7 +121,7 @@ class Config:
     def missing_paths(self, datasets: bool, keys: Sequence[str] = PATH_KEYS) -> Iterator[tuple[str, str, str]]:
         """(key, what is wrong, how to mend it) of every path that does not exist."""
         for key, value in [*self._paths(keys), *(self._storages() if datasets else [])]:
-            if not _exists(value, key):
+            if not (key == "run.resume_ckpt_path" and value == AUTO) and not _exists(value, key):
                 fix = f"Change it there, or on the command line: --options {key}=/where/it/is"
                 wrong = "is a pipe or a device" if Path(value).expanduser().exists() else "does not exist"
                 yield key, f"{value!r} (set in {self.origin(key)}) {wrong}", fix

@@ -27,6 +27,25 @@ class LossAndLabels(TypedDict):
     """The number of labels. Micro-batches and ranks are weighted by it; where it is absent, each counts as 1."""
 
 
+class Scores(TypedDict):
+    """How a model answers the questions of a split. Figures are as in tables: mostly in per cent."""
+
+    task: str
+    """Registered name of the evaluation task."""
+    data: str
+    """Identifies the questions."""
+    figures: dict[str, float]
+    """The most important one first."""
+    better: dict[str, str]
+    """Of each figure: "higher", "lower", or empty: neither is better."""
+    details: dict[str, float]
+    """`figure/group`: the figures of each group, such as a dataset; `flags/kind`: shares of marked answers."""
+    answers: str
+    """Some of the answers, a line each."""
+    pictures: dict[str, Any]
+    """PIL images to these answers, by the numbers of their lines."""
+
+
 class Model(Protocol):
     """A `torch.nn.Module` that the runner trains; at least one parameter must require a gradient.
 

@@ -18,6 +18,8 @@ __getattr__ = first_release.attributes_of(__name__)  # for names that are gone
 
 # A rank that waits longer than this for the others stops with an error instead of hanging.
 TIMEOUT = timedelta(minutes=20)
+# The ranks on their CPUs, where the default group is that of their GPUs.
+_host_group: dist.ProcessGroup | None = None
 
 
 def is_distributed() -> bool:
@@ -102,8 +104,10 @@ def init_process_group(device: torch.device, backend: str | None = None, distrib
     if not distributed:
         raise ConfigError(f"run.distributed=False, but torchrun started {world_size} processes. Set it to True.")
     logging.info("| distributed init (rank %d, world %d): env://", int(os.environ["RANK"]), world_size)
+    global _host_group
     backend = backend or ("nccl" if device.type == "cuda" else "gloo")
     dist.init_process_group(backend, timeout=TIMEOUT, device_id=device if backend == "nccl" else None)
+    _host_group = dist.new_group(backend="gloo", timeout=TIMEOUT) if backend == "nccl" else None
 
 
 def destroy_process_group() -> None:
@@ -147,6 +151,15 @@ def gather_objects(value) -> list:
     box = [None] * get_world_size()
     dist.all_gather_object(box, value)
     return box
+
+
+def agree(*values: int) -> list[int]:
+    """The largest of each value over the ranks. The hosts wait for each other, the GPUs do not."""
+    if not is_distributed():
+        return [*values]
+    largest = torch.tensor(values)
+    dist.all_reduce(largest, dist.ReduceOp.MAX, group=_host_group)
+    return largest.tolist()
 
 
 def all_reduce_sum(value: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,8 @@ from minigpt4 import PACKAGE_ROOT
 from minigpt4.common.errors import ConfigError
 from minigpt4.common.model_schema import BLIP2_URL, VIT_KEYS, VIT_MODELS
 
+# The place of a checkpoint at the end of its epoch.
+END = float("inf")
 # The place of an image's vectors in a text.
 IMAGE_SLOT = "<ImageHere>"
 # Separates the turns of a chat.
@@ -42,12 +44,15 @@ def load_in(load_in: str | None, low_resource: bool) -> str:
     return load_in or ("8bit" if low_resource else "16bit")
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint_N.pth with the largest N in a run's folder; None: there is none."""
-    numbered = {
-        int(m[1]): path for path in folder.iterdir() if (m := re.fullmatch(r"checkpoint_(\d+)\.pth", path.name))
-    }
-    return numbered[max(numbered)] if numbered else None
+def place_of_checkpoint(path: Path) -> tuple[int, float] | None:
+    """(epoch, micro-batches done in it, or END) of a run's own checkpoint; None: its name is none of these."""
+    match = re.fullmatch(r"checkpoint_(\d+)(?:_(\d+))?\.pth", path.name)
+    return (int(match[1]), int(match[2]) if match[2] else END) if match else None
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The checkpoints in a run's folder, checkpoint_<epoch>.pth and checkpoint_<epoch>_<batch>.pth, newest first."""
+    return sorted(filter(place_of_checkpoint, folder.iterdir()), key=place_of_checkpoint, reverse=True)
 
 
 def cached_features(dataset_cfg: Mapping) -> str | None:

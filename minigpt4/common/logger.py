@@ -9,9 +9,10 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from logging.handlers import MemoryHandler
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -107,6 +108,11 @@ class MetricLogger:
         self._total: dict[str, float | torch.Tensor] = {}
         self._amounts: dict[str, int] = {}  # since the last line
         self._count = 0
+        self._paused = 0.0  # seconds since the last item
+
+    def pause(self, seconds: float) -> None:
+        """Let seconds since the last item not count, such as those of an evaluation."""
+        self._paused += seconds
 
     def update(self, **values: float | torch.Tensor) -> None:
         """Record one step's values; the same names in every step."""
@@ -126,22 +132,33 @@ class MetricLogger:
         *totals, count = all_reduce_sum(sums).tolist()
         return {name: total / max(count, 1) for name, total in zip(self._total, totals, strict=True)}
 
-    def log_every(self, iterable: Iterable, length: int, log_freq: int, header: str) -> Iterator:
+    def state(self) -> dict[str, Any]:
+        """The sums so far, for `load_state`."""
+        return {"totals": dict(self._total), "count": self._count}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from sums, which may be on another device."""
+        self._total, self._count = dict(state["totals"]), state["count"]
+
+    def log_every(self, iterable: Iterable, length: int, log_freq: int, header: str, first: int = 0) -> Iterator:
         """Yield from `iterable`; log a line every `log_freq` items and at the last of the `length`.
+
+        first: the number of the first item.
 
         `time` and `data` are seconds per item since the previous line: in total, and waiting for data.
         """
         width = len(str(length))
         start = last_line = item_end = time.perf_counter()
-        data_time, last_logged = 0.0, -1
-        for i, item in enumerate(iterable):
+        data_time, last_logged = 0.0, first - 1
+        for i, item in enumerate(iterable, first):
             data_time += time.perf_counter() - item_end
             yield item
+            start, last_line, self._paused = start + self._paused, last_line + self._paused, 0.0
             if line_within(i, 1, length, log_freq):
                 latest = {name: float(value) for name, value in self._latest.items()}
                 values = [f"{name}: {value:.{DIGITS.get(name, 4)}f}" for name, value in latest.items()]
                 now, items, memory = time.perf_counter(), i - last_logged, _memory()
-                eta = _hms((now - start) / (i + 1) * (length - i - 1))
+                eta = _hms((now - start) / (i + 1 - first) * (length - i - 1))
                 step_time, data_time = (now - last_line) / items, data_time / items
                 times = [f"time: {step_time:.4f}", f"data: {data_time:.4f}"]
                 times += [f"max mem: {memory['gpu_memory_mib']}"] if "gpu_memory_mib" in memory else []
@@ -153,7 +170,7 @@ class MetricLogger:
                 _check_finite(latest, f"{header} step {i}")
             item_end = time.perf_counter()
         total = time.perf_counter() - start
-        logging.info("%s Total time: %s (%.4f s / it)", header, _hms(total), total / max(length, 1))
+        logging.info("%s Total time: %s (%.4f s / it)", header, _hms(total), total / max(length - first, 1))
 
 
 def line_within(item: int, count: int, length: int, log_freq: int) -> bool:

@@ -24,6 +24,22 @@ def batches_ahead(pool: Executor, function: Callable, items: Iterable, size: int
         yield batch
 
 
+def answer_in_batches(
+    items: Iterable, load: Callable[[Any], tuple[Any, Any]], answer: Callable[[list[tuple]], list[dict]], size: int
+) -> Iterator[tuple[int, list[dict], list[str]]]:
+    """For each batch of items: their number, the lines of the answers, and why items were skipped.
+
+    Args:
+        load: reads an item, in a thread: its name, and what was read, or an exception.
+        answer: the lines for a batch of what `load` returned, without exceptions.
+    """
+    with ThreadPoolExecutor(4) as pool:
+        for batch in batches_ahead(pool, load, items, size):
+            good = [pair for pair in batch if not isinstance(pair[1], Exception)]
+            skipped = [f"{name}: {error}" for name, error in batch if isinstance(error, Exception)]
+            yield len(batch), answer(good) if good else [], skipped
+
+
 def write_answers(
     items: Iterable,
     load: Callable[[Any], tuple[Any, Any]],
@@ -36,22 +52,20 @@ def write_answers(
     """Answer this rank's items in batches, and write a line for each. Returns why all ranks skipped items.
 
     Args:
-        load: reads an item, in a thread: its name, and what was read, or an exception.
-        answer: the lines for a batch of what `load` returned, without exceptions.
+        load, answer: as for `answer_in_batches`.
         unit: what a line is, for messages.
         total: number of the items, if it is known.
     """
     from minigpt4.common import dist_utils
 
     skipped, written = [], 0
-    with ThreadPoolExecutor(4) as pool, tqdm(total=total, unit=unit, disable=dist_utils.get_rank() > 0) as bar:
-        for batch in batches_ahead(pool, load, items, batch_size):
-            skipped += [f"{name}: {error}" for name, error in batch if isinstance(error, Exception)]
-            good = [pair for pair in batch if not isinstance(pair[1], Exception)]
-            if good:
-                output.write(answer(good))
-                written += len(good)
-            bar.update(len(batch))
+    with tqdm(total=total, unit=unit, disable=dist_utils.get_rank() > 0) as bar:
+        for size, lines, reasons in answer_in_batches(items, load, answer, batch_size):
+            if lines:
+                output.write(lines)
+            written += len(lines)
+            skipped += reasons
+            bar.update(size)
     output.finish()
     skipped = [line for lines in dist_utils.gather_objects(skipped) for line in lines]
     if skipped:

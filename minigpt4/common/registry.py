@@ -34,6 +34,7 @@ HOMES = {
     "adapters": "minigpt4.models.lora",
     "trained_parts": "minigpt4.common.trained_parts",
     "eval_task": "minigpt4.evaluation",
+    "scorer": "minigpt4.evaluation.scorer",
 }
 # Names whose module is imported only when they are asked for.
 ALIASES = {("model", "minigpt4"): "minigpt4.models.later_release"}

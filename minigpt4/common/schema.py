@@ -13,6 +13,9 @@ from typing import Any
 from minigpt4.common.model_schema import BLIP2_URL, VIT_KEYS, VIT_MODELS, MiniGPT4Config  # noqa: F401
 from minigpt4.common.settings import setting
 
+# The value of `run.resume_ckpt_path` that stands for the newest checkpoint of the run.
+AUTO = "auto"
+
 
 @dataclass
 class LrGroup:
@@ -84,19 +87,37 @@ class RunConfig:
     """Splits to train on."""
     valid_splits: list[str] = field(default_factory=list)
     """Splits to validate on after each epoch; the best checkpoint is kept as checkpoint_best.pth."""
+    eval_every_epochs: int = setting(1, at_least=1)
+    """Epochs from one validation to the next; after the last epoch there is always one."""
+    eval_every_steps: int | None = setting(None, at_least=1)
+    """Steps (updates of the weights) from one validation to the next; there is also one before training. null: only
+    after epochs."""
+    eval_samples: int | None = setting(None, at_least=1)
+    """Samples of each dataset in a validation, the same each time; null: all for the loss, 200 for answers."""
+    best_metric: str | None = None
+    """Metric that decides on the best checkpoint: `loss`, or one of `eval_task`. null: the first one of `eval_task`, or
+    without that the loss."""
     test_splits: list[str] = field(default_factory=list)
-    """Splits to evaluate after training, or alone with `evaluate`."""
+    """Splits to evaluate after training, with the best checkpoint, or alone with `evaluate`."""
     evaluate: bool = False
     """Evaluate `test_splits` and do not train."""
     eval_task: str | None = None
-    """With `evaluate`: score answers, too, by this evaluation task; `auto`: the one that fits the references."""
+    """Score answers, too, by this evaluation task, on `valid_splits` and `test_splits`; `auto`: the one that fits the
+    references; null: the loss alone."""
 
     output_dir: str = setting("output", kind="path")
     """Folder of the runs, relative to the working directory. Each run makes a folder of its own in it."""
+    save_every_steps: int | None = setting(None, at_least=1)
+    """Steps (updates of the weights) from one checkpoint within an epoch to the next; null: only after epochs."""
+    save_every_minutes: float | None = setting(None, more_than=0)
+    """Minutes after which a checkpoint is written within an epoch."""
+    keep_last: int | None = setting(None, at_least=1)
+    """Checkpoints that are kept beside the best one; null: those of all epochs, and the last two within epochs."""
     resume_ckpt_path: str | None = setting(None, kind="path")
-    """Checkpoint of an unfinished run to resume: a file, or a run's folder (its newest checkpoint)."""
+    """Checkpoint of an unfinished run to resume: a file, a run's folder (its newest checkpoint), or `auto`: the newest
+    of this run in `output_dir`, or a new run if there is none."""
     resume_anyway: bool = False
-    """Resume although settings, data or the number of ranks differ from those of the checkpoint's run."""
+    """Resume although settings or data differ from those of the checkpoint's run."""
 
     amp: bool = True
     """Mixed precision on a GPU. On a CPU everything is float32."""

@@ -28,20 +28,30 @@ def balanced_bins(lengths: Sequence[int], num_bins: int) -> list[list[int]]:
     return [sorted(indices) for indices in bins]
 
 
-def balanced_batches(samples: Iterable[Any], batch_size: int, pool: int = POOL) -> Iterator[list[Any]]:
+def batches_per_pool(batch_size: int, pool: int) -> int:
+    """The number of batches of a pool of at most `pool` samples, or of one batch."""
+    return max(pool // batch_size, 1)
+
+
+def balanced_batches(
+    samples: Iterable[Any], batch_size: int, pool: int = POOL, resumed: bool = False
+) -> Iterator[list[Any]]:
     """Batches of an endless stream of samples, balanced within pools of at most `pool` samples, or one batch.
 
     The next pool is drawn one batch at a time while the current one is used: drawn at once, it would delay a step.
+
+    resumed: the samples go on after the first batch of a pool. Empty batches stand for those of that pool.
     """
-    samples, batches_per_pool = iter(samples), max(pool // batch_size, 1)
-    upcoming = list(islice(samples, batches_per_pool * batch_size))
+    samples, count = iter(samples), batches_per_pool(batch_size, pool)
+    batches: list[list[Any]] = [[]] * count if resumed else []
+    upcoming = [] if resumed else list(islice(samples, count * batch_size))
     while True:
-        bins = balanced_bins([text_length(sample) for sample in upcoming], batches_per_pool)
-        batches = [[upcoming[i] for i in indices] for indices in bins]
-        upcoming = []
-        while batches:
-            yield batches.pop(0)
-            upcoming += islice(samples, batch_size)
+        if not batches:
+            bins = balanced_bins([text_length(sample) for sample in upcoming], count)
+            batches = [[upcoming[i] for i in indices] for indices in bins]
+            upcoming = []
+        yield batches.pop(0)
+        upcoming += islice(samples, batch_size)
 
 
 def rank_share(items: list[Any], length_of: Callable[[Any], int] | None, rank: int, ranks: int) -> list[Any]:

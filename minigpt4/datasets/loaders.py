@@ -6,10 +6,13 @@ which samples. The workers make whole batches as planned. The plan and all rando
 `common.contracts` lists the optional methods of a dataset.
 """
 
+import atexit
 import random
 import sys
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -18,13 +21,13 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
 
 from minigpt4.common.errors import ConfigError
-from minigpt4.datasets.captions import Unusable, usable
+from minigpt4.common.stopping import end_children, ignore_signals
+from minigpt4.datasets.captions import usable_samples
 from minigpt4.datasets.left_out import Tally
-from minigpt4.datasets.length_balancing import POOL, balanced_batches, rank_share
+from minigpt4.datasets.length_balancing import POOL, rank_share
 from minigpt4.datasets.seeding import derive_seed, seeded
-
-# Samples in a row with texts that cannot be used; more end the run.
-MAX_BAD_IN_A_ROW = 1000
+from minigpt4.datasets.splits import spread
+from minigpt4.datasets.stream_batches import Restart, StreamBatches
 
 
 class BatchRequest(NamedTuple):
@@ -34,6 +37,8 @@ class BatchRequest(NamedTuple):
     epoch: int
     number: int  # of the batch in the epoch
     indices: list[int] | None  # None: the next samples of the stream
+    reader: int = 0  # of the stream
+    restart: Restart | None = None  # from where the stream goes on
 
 
 class LeftOut(NamedTuple):
@@ -45,6 +50,14 @@ class LeftOut(NamedTuple):
     verb: str = "left out"
 
 
+class Made(NamedTuple):
+    """What a worker gives back for a request."""
+
+    batch: Any  # None if no sample is left
+    left_out: dict[LeftOut, int]
+    restart: Restart | None = None  # of the stream, after this batch
+
+
 class TrainLoader:
     """Endless training batches of one rank from one or more datasets.
 
@@ -53,6 +66,11 @@ class TrainLoader:
     the dataset of each batch by itself. With several ranks, batches of a dataset are balanced by length
     (`length_balancing.py`): between the ranks of a step if the dataset has `text_length(index)`, between the batches
     of a rank if it is a stream.
+
+    Batch N of a stream is made by reader N modulo `num_readers`: the number of workers, or in a resumed run that of the
+    run's start, so that another number of workers makes the same batches (of streams with the method `reader`).
+
+    Batches are fetched before they are used. `use_next` says that one is used; `state` is that of the batches used.
     """
 
     def __init__(
@@ -83,29 +101,60 @@ class TrainLoader:
         for name, dataset in datasets.items():
             if hasattr(dataset, "set_seed"):
                 dataset.set_seed(derive_seed(seed, name), rank, world_size)
+        self.num_readers = max(num_workers, 1)
+        self._num_workers = max(num_workers, 1)
         self._left_out: Counter[LeftOut] = Counter()
-        self._plan: list[BatchRequest] = []  # the sampler; replaced in each epoch
+        self._restarts: dict[tuple[str, int], Restart] = {}  # by dataset and reader
+        self._fetched: deque[tuple[BatchRequest, Made]] = deque()  # that are not used yet
+        self._drawn: list[str] = []  # the dataset of each batch of the epoch
+        self._plan: list[BatchRequest | None] = []  # the sampler; replaced in each epoch
         maker = BatchMaker(dict(datasets), batch_size, derive_seed(seed, "batch", rank), balanced=world_size > 1)
         self._loader = _data_loader(maker, self._plan, num_workers)
 
-    def epoch(self, epoch: int, num_batches: int) -> Iterator[dict[str, Any]]:
-        """Exactly `num_batches` batches, those of this epoch: `{"image": [B, 3, S, S], "text_input": [str] * B, …}`.
+    def epoch(self, epoch: int, num_batches: int, first: int = 0) -> Iterator[dict[str, Any]]:
+        """The batches of this epoch from number `first` on: `{"image": [B, 3, S, S], "text_input": [str] * B, …}`.
 
         A walk continues where it ended if all earlier epochs had `num_batches` batches too. An iterator that was not
-        exhausted is void as soon as the next epoch begins.
+        exhausted is void as soon as the next epoch begins. If `first` is not 0, `load_state` must have been called.
         """
-        self._plan[:] = self._requests(epoch, num_batches)
-        for batch, left_out in self._loader:
-            self._left_out.update(left_out)
-            yield batch
+        if not first:
+            self._restarts.clear()
+        self._fetched.clear()
+        self._drawn = self._draw(epoch, num_batches)
+        requests = self._requests(epoch, num_batches)[first:]
+        self._plan[:] = self._routed(requests)
+        for request, made in zip(requests, filter(None, self._loader), strict=True):
+            self._fetched.append((request, made))
+            yield made.batch
+
+    def use_next(self) -> None:
+        """The first of the batches that were yielded and are not used yet is used now."""
+        request, made = self._fetched.popleft()
+        self._left_out.update(made.left_out)
+        if made.restart:
+            self._restarts[request.dataset, request.reader] = made.restart
+
+    def state(self) -> dict[str, Any]:
+        """Where this rank is after the batches used, in types that torch reads with `weights_only=True`."""
+        restarts = [(*key, restart) for key, restart in self._restarts.items()]
+        return {"left_out": [(tuple(key), count) for key, count in self._left_out.items()], "restarts": restarts}
+
+    def load_state(self, left_out: list[tuple[tuple[str, ...], int]], restarts: list[tuple[str, int, Restart]]) -> None:
+        """Go on from the entries of a state in the next epoch that is begun."""
+        self._left_out = Counter()
+        for key, count in left_out:
+            self._left_out[LeftOut(*key)] += count
+        self._restarts = {(name, reader): restart for name, reader, restart in restarts}
 
     def shares(self) -> dict[str, float]:
         """The share of each dataset among this rank's batches of the epoch."""
-        counts = Counter(request.dataset for request in self._plan)
+        counts = Counter(self._drawn)
         return {name: counts[name] / max(counts.total(), 1) for name in self.names}
 
     def take_left_out(self) -> Counter[LeftOut]:
-        """Counts of the samples that this rank has left out since the last call."""
+        """Counts of the samples that this rank has left out since the last call, in all batches that were yielded."""
+        while self._fetched:
+            self.use_next()
         taken, self._left_out = self._left_out, Counter()
         return taken
 
@@ -114,9 +163,22 @@ class TrainLoader:
         requests = []
         for number, name in enumerate(self._draw(epoch, num_batches)):
             indices = self._next_indices(name, done[name]) if name in self._walks else None
-            requests.append(BatchRequest(name, epoch, number, indices))
+            requests.append(BatchRequest(name, epoch, number, indices, number % self.num_readers))
             done[name] += 1
         return requests
+
+    def _routed(self, requests: list[BatchRequest]) -> Iterator[BatchRequest | None]:
+        """The requests, the first one of each stream and reader with its restart, so that one worker makes its batches.
+
+        Workers take turns. None lets a worker pass.
+        """
+        turn, restarts = 0, dict(self._restarts)
+        for request in requests:
+            while turn % self._num_workers != request.reader % self._num_workers:
+                turn += 1
+                yield None
+            turn += 1
+            yield BatchRequest(*request[:-1], restarts.pop((request.dataset, request.reader), None))
 
     def _draw(self, epoch: int, num_batches: int) -> list[str]:
         """The dataset of each batch of an epoch."""
@@ -194,7 +256,6 @@ class BatchMaker(Dataset):
     place. After MAX_BAD_IN_A_ROW of them a RuntimeError ends the run.
 
     balanced: batches of a stream are balanced by length. replace: False leaves a batch without them smaller.
-    Item: the batch, or None if no sample is left, and {LeftOut: count} of the samples left out.
     """
 
     def __init__(
@@ -203,20 +264,31 @@ class BatchMaker(Dataset):
         self.datasets, self.batch_size, self.seed = datasets, batch_size, seed
         self.balanced, self.replace = balanced, replace
         self._tallies = {name: Tally(name) for name in datasets}
-        self._streams: dict[str, Iterator[list[Any]]] = {}
-        self._last: dict[str, BatchRequest] = {}  # for each stream
+        self._streams: dict[tuple[str, int], StreamBatches] = {}  # by dataset and reader
+        self._last: dict[tuple[str, int], BatchRequest] = {}
 
-    def __getitem__(self, request: BatchRequest) -> tuple[Any, dict[LeftOut, int]]:
+    def __getitem__(self, request: BatchRequest | None) -> Made | None:
+        if request is None:
+            return None
         dataset = self.datasets[request.dataset]
-        with seeded(derive_seed(self.seed, request.epoch, request.number)):
-            if request.indices is None:
-                samples = next(self._stream(request))
+        stream = self._stream(request) if request.indices is None else None
+        with self._seeded(request.epoch, request.number):
+            if stream:
+                samples = stream.make(request.number)
             else:
                 samples = [s for index in request.indices for s in self._at(request.dataset, index)]
             batch = collate_fn_of(dataset)(samples) if samples else None
-        left_out = self._tallies[request.dataset].take()
+        left_out = {LeftOut(request.dataset, *key): n for key, n in self._take(request.dataset).items()}
+        return Made(batch, left_out, stream and stream.restart())
+
+    def _seeded(self, epoch: int, number: int) -> AbstractContextManager[None]:
+        return seeded(derive_seed(self.seed, epoch, number))
+
+    def _take(self, name: str) -> Counter[tuple[str, ...]]:
+        """Counts of the samples left out since the last call."""
+        left_out, dataset = self._tallies[name].take(), self.datasets[name]
         left_out.update(dataset.take_left_out() if hasattr(dataset, "take_left_out") else {})
-        return batch, {LeftOut(request.dataset, *key): n for key, n in left_out.items()}
+        return left_out
 
     def _at(self, name: str, index: int) -> Iterator[Any]:
         """The sample at an index, or the next one whose text is usable; without `replace`, perhaps none."""
@@ -228,64 +300,60 @@ class BatchMaker(Dataset):
             following = [] if item is None else [item]
         return islice(usable_samples(following, self._tallies[name]), 1)
 
-    def _stream(self, request: BatchRequest) -> Iterator[list[Any]]:
+    def _stream(self, request: BatchRequest) -> StreamBatches:
         """The batches of a stream. They start again in a new epoch, and in one that is begun once more."""
-        name, last = request.dataset, self._last.get(request.dataset)
-        if last is None or last.epoch != request.epoch or last.number >= request.number:
-            samples = usable_samples(_endless(self.datasets[name], name, request.epoch), self._tallies[name])
-            self._streams[name] = balanced_batches(samples, self.batch_size, POOL if self.balanced else 0)
-        self._last[name] = request
-        return self._streams[name]
-
-
-def usable_samples(samples: Iterable[Any], tally: Tally) -> Iterator[Any]:
-    """The samples without a text, and those whose text is usable. Raises RuntimeError for MAX_BAD_IN_A_ROW others."""
-    bad_in_a_row = 0
-    for sample in samples:
-        try:
-            # A plug-in may have no texts, or others than strings.
-            if isinstance(sample, Mapping) and "text_input" in sample:
-                text = sample["text_input"]
-                usable(text if isinstance(text, str | None) else "another")
-        except Unusable as cause:
-            tally.drop(str(cause), str(sample.get("image_id", "a sample")))
-            bad_in_a_row += 1
-            if bad_in_a_row == MAX_BAD_IN_A_ROW:
-                raise RuntimeError(f"datasets.{tally.name}: {cause}: {bad_in_a_row} samples in a row.") from None
-        else:
-            bad_in_a_row = 0
-            yield sample
+        name, key = request.dataset, (request.dataset, request.reader)
+        last = self._last.get(key)
+        if last is None or last.epoch != request.epoch or last.number >= request.number or request.restart:
+            dataset, pool = self.datasets[name], POOL if self.balanced else 0
+            if hasattr(dataset, "set_epoch"):
+                dataset.set_epoch(request.epoch)
+            how = self._tallies[name], self.batch_size, pool, request.reader, partial(self._seeded, request.epoch)
+            self._streams[key] = StreamBatches(dataset, *how, request.restart)
+            if request.restart:
+                self._take(name)  # they were counted when their batches were made for the first time
+        self._last[key] = request
+        return self._streams[key]
 
 
 def eval_loader(
-    dataset: Dataset, batch_size: int, num_workers: int, rank: int = 0, world_size: int = 1
+    dataset: Dataset, batch_size: int, num_workers: int, rank: int = 0, world_size: int = 1, most: int | None = None
 ) -> Iterator[dict[str, Any]]:
     """Batches of a dataset in order, every sample once; over several ranks each takes a part of the samples.
 
     Batches may be smaller, and a rank may have none. Random draws are the same each time.
     The dataset has a length, or is a stream with the method `one_pass`.
+
+    most: number of samples, of a stream the first ones, otherwise spread over the dataset; None: all.
     """
     if isinstance(dataset, IterableDataset):
-        yield from _data_loader(OnePass(dataset, batch_size, rank, world_size), None, num_workers)
+        yield from _data_loader(OnePass(dataset, batch_size, rank, world_size, most), None, num_workers)
         return
-    part = range(rank, len(dataset), world_size)
+    part = spread(len(dataset), most)[rank::world_size]
     starts = range(0, len(part), batch_size)
     plan = [BatchRequest("", 0, number, list(part[i : i + batch_size])) for number, i in enumerate(starts)]
     maker = BatchMaker({"": dataset}, batch_size, derive_seed("eval", rank), replace=False)
-    yield from (batch for batch, _ in _data_loader(maker, plan, num_workers) if batch is not None)
+    yield from (made.batch for made in _data_loader(maker, plan, num_workers) if made.batch is not None)
 
 
 class OnePass(IterableDataset):
-    """The batches of one pass over a stream. Ranks and workers share its samples."""
+    """The batches of one pass over a stream, or of its first `most` samples. Ranks and workers share them."""
 
-    def __init__(self, stream: IterableDataset, batch_size: int, rank: int, world_size: int) -> None:
+    def __init__(
+        self, stream: IterableDataset, batch_size: int, rank: int, world_size: int, most: int | None = None
+    ) -> None:
         self.stream, self.batch_size, self.rank, self.world_size = stream, batch_size, rank, world_size
+        self.most = most
 
     def __iter__(self) -> Iterator[Any]:
         worker = get_worker_info()
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        reader = self.rank * workers + number
-        samples = usable_samples(self.stream.one_pass(reader, self.world_size * workers), Tally("evaluation"))
+        reader, readers = self.rank * workers + number, self.world_size * workers
+        if self.most is None:
+            found = self.stream.one_pass(reader, readers)
+        else:  # which ones are the first must not depend on the number of readers
+            found = islice(self.stream.one_pass(0, 1), reader, self.most, readers)
+        samples = usable_samples(found, Tally("evaluation"))
         batch, number = [None], 0
         while batch:
             with seeded(derive_seed("eval", reader, number)):
@@ -300,30 +368,24 @@ def collate_fn_of(dataset: Dataset) -> Callable[[list[Any]], Any]:
     return getattr(dataset, "collater", None) or getattr(dataset, "collate_fn", None) or default_collate
 
 
-def _endless(dataset: IterableDataset, name: str, epoch: int) -> Iterator[Any]:
-    """The samples of a stream; one that ends is begun again. Raises ConfigError for one without samples."""
-    if hasattr(dataset, "set_epoch"):
-        dataset.set_epoch(epoch)
-    while True:
-        samples = iter(dataset)
-        first = list(islice(samples, 1))
-        if not first:
-            raise ConfigError(f"{name} is a stream without any sample.")
-        yield from first
-        yield from samples
-
-
-def _data_loader(maker: Dataset, plan: list[BatchRequest] | None, num_workers: int) -> DataLoader:
+def _data_loader(maker: Dataset, plan: list[BatchRequest | None] | None, num_workers: int) -> DataLoader:
+    atexit.unregister(end_children)
+    atexit.register(end_children)
     return DataLoader(
         maker,
         sampler=plan,
         batch_size=None,
         collate_fn=_unchanged,
         num_workers=num_workers,
-        worker_init_fn=_silence_hangups,
+        worker_init_fn=_init_worker,
         persistent_workers=num_workers > 0,
         generator=torch.Generator(),  # by default, each epoch would draw from the global generator
     )
+
+
+def _init_worker(worker: int) -> None:
+    ignore_signals()
+    _silence_hangups(worker)
 
 
 def _silence_hangups(worker: int) -> None:

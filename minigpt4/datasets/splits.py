@@ -20,6 +20,11 @@ def content_identity(content: bytes) -> str:
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
+def spread(count: int, most: int | None) -> Sequence[int]:
+    """The numbers of range(count), or `most` of them, evenly spread and always the same."""
+    return range(count) if most is None or count <= most else [n * count // most for n in range(most)]
+
+
 class Share(NamedTuple):
     """The records that are in val, or all others."""
 

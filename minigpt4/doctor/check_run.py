@@ -7,6 +7,7 @@ from pathlib import Path
 from minigpt4.common.config_files import shipped_datasets
 from minigpt4.common.errors import ConfigError
 from minigpt4.common.registry import UnknownNameError, registry
+from minigpt4.common.schema import AUTO
 from minigpt4.common.text import pluralize
 from minigpt4.common.trained_parts import rates_of_parts
 from minigpt4.doctor.check_memory import trainable_parameters
@@ -96,21 +97,27 @@ def check_chat(context: RunContext) -> Iterator[Diagnostic]:
 
 def check_resume(context: RunContext) -> Iterator[Diagnostic]:
     """The run goes on from a checkpoint as it began. The model's own facts are compared when it is loaded."""
-    from minigpt4.runners import resume
+    from minigpt4.runners import checkpoints, resume
     from minigpt4.weights import checkpoint, locate
 
     key, source = "run.resume_ckpt_path", context.run.resume_ckpt_path
-    if not context.training or context.run.evaluate or not source or not locate.local_path(source).exists():
+    if not context.training or context.run.evaluate or not source:
         return
-    content = checkpoint.read_file(checkpoint.resolve(source))
-    breaking, harmless = resume.differences(content, context.cfg, {resume.RANKS: context.world_size})
+    if source != AUTO and not locate.local_path(source).exists():
+        return
+    own = {resume.RANKS: context.world_size}
+    path = checkpoints.find(context.run, lambda content: resume.differences(content, context.cfg, own)[0])
+    if path is None:
+        yield ok(key, f"auto: there is no checkpoint of this run in {context.run.output_dir}; a new run starts")
+        return
+    breaking, harmless = resume.differences(checkpoint.read_file(path), context.cfg, own)
     what = f"the run would not go on as it began: {'; '.join(breaking)}"
     if breaking and context.run.resume_anyway:
         yield warning(key, what, "run.resume_anyway=True lets it go on all the same.")
     elif breaking:
         yield error(key, what, "Take the checkpoint's values, or --options run.resume_anyway=True")
     else:
-        yield ok(key, f"the settings are those of {source}" + "".join(f"; {line}" for line in harmless))
+        yield ok(key, f"the settings are those of {path}" + "".join(f"; {line}" for line in harmless))
 
 
 def check_length(context: RunContext) -> Iterator[Diagnostic]:

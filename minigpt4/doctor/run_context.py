@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from minigpt4.common import facts
 from minigpt4.common.config import Config
 from minigpt4.common.registry import registry
-from minigpt4.common.schema import MiniGPT4Config
+from minigpt4.common.schema import AUTO, MiniGPT4Config
 from minigpt4.common.trained_parts import TrainedParts
 from minigpt4.doctor.machine import Gpu
 from minigpt4.weights import gguf, locate
@@ -171,7 +171,9 @@ class RunContext:
 
         Raises ConfigError if `model.vit_model` and `model.vit_weights` do not say which.
         """
-        found = {"model.ckpt": self.model.ckpt, "run.resume_ckpt_path": self.run.resume_ckpt_path}
+        found, resumed = {"model.ckpt": self.model.ckpt}, self.run.resume_ckpt_path
+        if resumed and resumed != AUTO and not Path(resumed).expanduser().is_dir():
+            found["run.resume_ckpt_path"] = resumed  # else the newest that can be read, which `check_resume` finds
         if self.with_vision and self.vit:
             found["model.vit_weights"] = facts.vit_weights(self.model.vit_model, self.model.vit_weights)
             found["model.q_former_model"] = self.model.q_former_model

@@ -1,7 +1,7 @@
 """Figures with bootstrap intervals, from counts of each example."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -27,6 +27,8 @@ class Figure:
     """The factor in tables."""
     flag: bool = False
     """Whether the page marks the examples whose value is above 0."""
+    better: str = "higher"
+    """"higher" or "lower": which value is the better one; empty: neither."""
 
     @property
     def value(self) -> float:
@@ -39,7 +41,7 @@ class Figure:
 
     def select(self, chosen: np.ndarray) -> "Figure":
         """The figure of the examples at which `chosen` [n] is true."""
-        return Figure(self.counts[chosen], self.combine, self.scale, self.flag)
+        return replace(self, counts=self.counts[chosen])
 
 
 def intervals(figures: Mapping[str, Figure]) -> dict[str, tuple[float, float]]:
@@ -60,10 +62,10 @@ def intervals(figures: Mapping[str, Figure]) -> dict[str, tuple[float, float]]:
     return found
 
 
-def mean(values: Sequence[float], scale: float = 100, flag: bool = False) -> Figure:
+def mean(values: Sequence[float], scale: float = 100, flag: bool = False, better: str = "higher") -> Figure:
     """The mean of one value for each example."""
     values = np.asarray(values, dtype=float)
-    return Figure(np.stack([values, np.ones_like(values)], axis=1), scale=scale, flag=flag)
+    return Figure(np.stack([values, np.ones_like(values)], axis=1), scale=scale, flag=flag, better=better)
 
 
 def _sums(counts: np.ndarray) -> np.ndarray:

@@ -74,8 +74,8 @@ def _table(scores: Mapping[str, Any]) -> str:
 
 
 def _row(example: Example, answer: str, score: str, flags: Sequence[str]) -> str:
-    sources = filter(None, map(thumbnail, example.pictures))
-    pictures = "".join(f'<img alt="" src="{source}">' for source in sources)
+    thumbnails = filter(None, map(thumbnail, example.pictures))
+    pictures = "".join(f'<img alt="" src="{_as_url(image)}">' for image in thumbnails)
     question = f'<p class="question">{escape(example.question)}</p>' if example.question else ""
     group = "" if example.id.startswith(example.group) else example.group
     label = escape(f"{group} {example.id}".strip())
@@ -88,20 +88,27 @@ def _row(example: Example, answer: str, score: str, flags: Sequence[str]) -> str
     )
 
 
-def thumbnail(picture: Any) -> str:
-    """A picture of at most SIDE pixels a side as a data: URL; empty if it cannot be read."""
+def thumbnail(picture: Any) -> Image.Image | None:
+    """A picture of an example, of at most SIDE pixels a side; None for cached features, and if it cannot be read."""
     try:
         image = _from_tensor(picture()) if callable(picture) else open_picture(picture)
     except PictureError:
-        return ""
-    image.thumbnail((SIDE, SIDE))
+        return None
+    if image:
+        image.thumbnail((SIDE, SIDE))
+    return image
+
+
+def _as_url(image: Image.Image) -> str:
     content = io.BytesIO()
     image.save(content, "JPEG", quality=80)
     return "data:image/jpeg;base64," + base64.b64encode(content.getvalue()).decode()
 
 
-def _from_tensor(pixels: Any) -> Image.Image:
-    """A processed picture [3,H,W], from its lowest value, black, to its highest."""
+def _from_tensor(pixels: Any) -> Image.Image | None:
+    """A processed picture [3,H,W], from its lowest value, black, to its highest; None for features [Q,W]."""
+    if pixels.ndim != 3:
+        return None
     pixels = pixels - pixels.min()
     scaled = (pixels / pixels.max().clamp(min=1e-6) * 255).byte()
     return Image.fromarray(scaled.permute(1, 2, 0).cpu().numpy())

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,13 @@ from minigpt4.datasets.conversations.dataset import conversation_of
 from minigpt4.datasets.conversations.listed import open_coco
 from minigpt4.datasets.conversations.record import Picture, Record
 from minigpt4.datasets.conversations.text_files import TextFile, decode, parse_json
+from minigpt4.datasets.splits import spread
 from minigpt4.evaluation.example import Example
 
 PICTURE = (("user", (None,)),)
 """A picture alone: a caption is asked for."""
+PICTURES = {"image", "image_features"}
+"""Keys of a sample's picture."""
 TYPES = {"question": str, "text": str, "image": str, "answers": list, "choices": list}
 """Of the values that benchmarks have at these keys."""
 SHORT = 5  # words: references that are no longer are answers to compare as a whole
@@ -167,10 +171,12 @@ def from_records(records: Iterable[Record], group: str = "") -> Iterator[Example
     yield from merged.values()
 
 
-def examples_of_split(datasets: Mapping[str, Mapping[str, Any]], split: str) -> tuple[list[Example], str]:
+def examples_of_split(
+    datasets: Mapping[str, Mapping[str, Any]], split: str, most: int | None = None
+) -> tuple[list[Example], str]:
     """The examples of a split of {name: {split: dataset}}, and the name of the first dataset that has it.
 
-    Raises ConfigError if there is none.
+    most: of each dataset, as for `from_dataset`. Raises ConfigError if there is none.
     """
     having = {name: splits[split] for name, splits in datasets.items() if split in splits}
     if not having:
@@ -179,25 +185,31 @@ def examples_of_split(datasets: Mapping[str, Mapping[str, Any]], split: str) -> 
             f"--split {split}: no dataset has it (they have {', '.join(known)}). Name references with --data, or keep "
             "a share of a dataset back: build_info.val (docs/own_data.md)."
         )
-    found = [example for name, dataset in having.items() for example in from_dataset(dataset, name)]
+    found = [example for name, dataset in having.items() for example in from_dataset(dataset, name, most)]
     return with_unique_ids(found), next(iter(having))
 
 
-def from_dataset(dataset: Any, name: str) -> Iterator[Example]:
+def from_dataset(dataset: Any, name: str, most: int | None = None) -> Iterator[Example]:
     """The examples of a dataset with a length, or of one pass over a stream, whose pictures are then kept in memory.
 
-    A sample has "image" and a text "text_input", or a conversation and "pictures" (`datasets.conversations.dataset`).
+    A sample has "image" (or "image_features") and a text "text_input", or a conversation and "pictures"
+    (`datasets.conversations.dataset`).
 
-    name: that of its section; the group of the examples. Raises ConfigError for a dataset of another kind.
+    Args:
+        name: that of its section; the group of the examples.
+        most: number of examples, of a stream the first ones, otherwise spread over the dataset; None: all.
+
+    Raises ConfigError for a dataset of another kind.
     """
     records = getattr(dataset, "records", None)
     if isinstance(records, Sequence):
-        yield from from_records((records[index] for index in range(len(records))), name)
+        examples = [*from_records((records[index] for index in range(len(records))), name)]
+        yield from (examples[index] for index in spread(len(examples), most))
         return
-    for index, (sample, get) in enumerate(_samples(dataset, name)):
+    for index, (sample, get) in enumerate(_samples(dataset, name, most)):
         text = sample.get("text_input") if isinstance(sample, Mapping) else None
         names = {} if text is None else {"image_id": str(sample.get("image_id", index))}
-        if isinstance(text, str) and "image" in sample:
+        if isinstance(text, str) and PICTURES & sample.keys():
             yield Example(str(index), PICTURE, (text,), (partial(_processed, get, None),), names, name)
         elif isinstance(text, tuple) and "pictures" in sample:
             pictures = tuple(partial(_processed, get, number) for number in range(len(sample["pictures"])))
@@ -207,14 +219,14 @@ def from_dataset(dataset: Any, name: str) -> Iterator[Example]:
             raise ConfigError(f"datasets.{name}: {what}. Name references with --data.")
 
 
-def _samples(dataset: Any, name: str) -> Iterator[tuple[Any, Callable[[], Any]]]:
+def _samples(dataset: Any, name: str, most: int | None) -> Iterator[tuple[Any, Callable[[], Any]]]:
     """The samples of a dataset, each with a function that returns it again. Those that cannot be used are left out."""
     if hasattr(dataset, "one_pass"):
-        for sample in dataset.one_pass(0, 1):
+        for sample in islice(dataset.one_pass(0, 1), most):
             yield sample, lambda sample=sample: sample
     elif hasattr(dataset, "__len__"):
         read = getattr(dataset, "item_or_none", dataset.__getitem__)
-        for index in range(len(dataset)):
+        for index in spread(len(dataset), most):
             if (sample := read(index)) is not None:
                 yield sample, partial(read, index)
     else:
@@ -222,12 +234,14 @@ def _samples(dataset: Any, name: str) -> Iterator[tuple[Any, Callable[[], Any]]]
 
 
 def _processed(get: Callable[[], Any], number: int | None) -> Any:
-    """The picture [3,H,W] of a sample, or the one with this number, normalised."""
+    """The picture [3,H,W] of a sample, or the one with this number, normalised; or its cached features [Q,W]."""
     from torch.utils.data import default_collate
 
     from minigpt4.processors import normalise
 
     fields = get() if number is None else get()["pictures"][number]
+    if "image_features" in fields:
+        return fields["image_features"]
     picture = {key: fields[key] for key in ("image", "image_mean", "image_std") if key in fields}
     return normalise(default_collate([picture]))["image"][0]
 

@@ -30,8 +30,8 @@ def _failure_figures(answers: Sequence[Answer], sentences: bool | None) -> dict[
     """The shares of failed answers; sentences: as for `failures`, None: answers are no sentences at all."""
     found = [failures(answer.text, answer.ended, bool(sentences)) for answer in answers]
     kinds = [kind for kind in KINDS if kind != "fragment" or sentences is not None]
-    shares = {kind: mean([kind in each for each in found], flag=True) for kind in kinds}
-    return {"failures": mean([bool(each & set(kinds)) for each in found]), **shares}
+    shares = {kind: mean([kind in each for each in found], flag=True, better="lower") for kind in kinds}
+    return {"failures": mean([bool(each & set(kinds)) for each in found], better="lower"), **shares}
 
 
 @registry.register("eval_task", "caption")
@@ -46,7 +46,7 @@ class CaptionTask:
             "CIDEr-D": captions.cider_d(texts, references),
             **captions.bleu(texts, references),
             "ROUGE-L": captions.rouge_l(texts, references),
-            "words": mean([len(text) for text in texts], scale=1),
+            "words": mean([len(text) for text in texts], scale=1, better=""),
             **_failure_figures(answers, in_sentences([example.references for example in examples])),
         }
 
@@ -76,8 +76,8 @@ class YesNoTask:
             "precision": Figure(np.stack([both, found], axis=1).astype(float)),
             "recall": Figure(np.stack([both, wanted], axis=1).astype(float)),
             "F1": Figure(np.stack([2 * both, found * 1 + wanted], axis=1).astype(float)),
-            "yes rate": mean(found),
-            "neither yes nor no": mean(~np.array(clear), flag=True),
+            "yes rate": mean(found, better=""),
+            "neither yes nor no": mean(~np.array(clear), flag=True, better="lower"),
             **_failure_figures(answers, None),
         }
 
@@ -94,7 +94,7 @@ class ChoiceTask:
         _need("choice", "choices", examples, lambda each: each.choices)
         chosen = [_choice(answer.text, example.choices) for answer, example in zip(answers, examples, strict=True)]
         right = [choice in example.references for choice, example in zip(chosen, examples, strict=True)]
-        unclear = mean([choice is None for choice in chosen], flag=True)
+        unclear = mean([choice is None for choice in chosen], flag=True, better="lower")
         return {"accuracy": mean(right), "no choice": unclear, **_failure_figures(answers, None)}
 
 

@@ -83,15 +83,14 @@ def continue_embeds(
     first = [MinNewTokens(tokenizer, (least, [stop]))] if least and stop else []
     sampling = Sampling.of(llm, options) if decoding_loop and decoding_loop.supports(llm) else None
     if sampling is None:
-        with torch.inference_mode():
-            return llm.generate(
-                inputs_embeds=inputs_embeds,
-                attention_mask=attention_mask,
-                pad_token_id=tokenizer.eos_token_id,
-                stopping_criteria=criteria,
-                logits_processor=[*first, *processors],
-                **DEFAULTS | options,
-            )
+        return llm.generate(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            pad_token_id=tokenizer.eos_token_id,
+            stopping_criteria=criteria,
+            logits_processor=[*first, *processors],
+            **DEFAULTS | options,
+        )
     sampling.processors = [*first, *sampling.processors, *processors]
     # KV caches outlive this call, and inference tensors cannot be written to outside of inference mode.
     with torch.inference_mode(False), torch.no_grad():

@@ -3,12 +3,14 @@
 import queue
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
 from minigpt4.fast.cuda_graphs import CAPTURE_LOCK
-from minigpt4.runners.state import to_device
+from minigpt4.runners.state import MAKING, host_rng_states, to_device
 
 # Prefetched batches on the device, beside the one in use.
 AHEAD = 2
@@ -19,16 +21,33 @@ PATIENCE = 5
 SWITCH_INTERVAL = 1e-4
 
 
-def prefetch(batches: Iterable[dict], model, device: torch.device) -> Iterator[dict]:
+def prefetch(
+    batches: Iterable[dict],
+    model,
+    device: torch.device,
+    waiting: Callable[[], AbstractContextManager] = nullcontext,
+    states: deque[tuple] | None = None,
+) -> Iterator[dict]:
     """Each batch, in order, after the model's `prepare` and on `device`. An error of the thread is raised here.
 
     Close the iterator (`contextlib.closing`) if the consumer may fail: that ends the thread.
+
+    waiting: the context of a wait for the next batch.
+    states: gets the random states of the host after each batch's `prepare`, if a thread calls that ahead of time.
     """
     prepare = getattr(model, "prepare", lambda samples: samples)
+    source = iter(batches)
     if device.type != "cuda":
-        for samples in batches:
+        while True:
+            with waiting():
+                samples = next(source, None)
+            if samples is None:
+                return
             yield to_device(prepare(samples), device)
-        return
+    yield from _by_thread(source, prepare, device, waiting, states)
+
+
+def _by_thread(source: Iterator[dict], prepare: Callable, device: torch.device, waiting, states) -> Iterator[dict]:
     ready: queue.Queue = queue.Queue(AHEAD)
     abandoned = threading.Event()
     copies = torch.cuda.Stream(device)
@@ -41,11 +60,14 @@ def prefetch(batches: Iterable[dict], model, device: torch.device) -> Iterator[d
 
     def produce() -> None:
         try:
-            for samples in batches:
-                ready.put(copied(prepare(samples)))
-                if abandoned.is_set():
-                    return
-            ready.put(None)
+            item = True
+            while item is not None and not abandoned.is_set():
+                with MAKING:
+                    samples = next(source, None)
+                    item = None if samples is None else copied(prepare(samples))
+                    if states is not None:
+                        states.append(host_rng_states())
+                ready.put(item)
         except BaseException as error:  # raised again by the consumer
             ready.put(error)
 
@@ -53,7 +75,11 @@ def prefetch(batches: Iterable[dict], model, device: torch.device) -> Iterator[d
     sys.setswitchinterval(SWITCH_INTERVAL)
     thread.start()
     try:
-        while (item := ready.get()) is not None:
+        while True:
+            with waiting():
+                item = ready.get()
+            if item is None:
+                return
             if isinstance(item, BaseException):
                 raise item
             moved, done = item

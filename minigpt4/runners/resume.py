@@ -26,8 +26,9 @@ FACTS = "facts"
 
 # A difference in these does not change the weights that are trained, or only to rounding (packed, compile). Files of
 # weights may have moved: FROZEN compares their values. `max_epoch` is raised to go on with a finished run.
-HARMLESS_RUN = """imports name trackers report max_epoch batch_size_eval log_freq valid_splits test_splits evaluate
-    eval_task output_dir packed compile device distributed dist_backend dist_url world_size gpu rank
+HARMLESS_RUN = """imports name trackers report save_every_steps save_every_minutes keep_last max_epoch batch_size_eval
+    log_freq valid_splits test_splits evaluate eval_task eval_every_epochs eval_every_steps eval_samples
+    best_metric output_dir packed compile device distributed dist_backend dist_url world_size gpu rank
     use_dist_eval_sampler data_timeout_s video_backend"""
 HARMLESS_MODEL = """model_type llama_model vit_weights q_former_model ckpt load_vision prompt use_grad_checkpoint
     llm_grad_checkpoint llm_device_map device_8bit allow_llm_mismatch trust_remote_code"""
@@ -36,6 +37,7 @@ HARMLESS = {f"run.{key}" for key in HARMLESS_RUN.split()} | {f"model.{key}" for 
 OWN = ("run.resume_ckpt_path", "run.resume_anyway")
 # Facts, and the settings that act through them alone.
 RANKS, BATCHES, DATA, READERS = "number of ranks", "micro-batches per epoch", "data", "num_workers of streams"
+FIXED_READERS = "streams that each number of workers reads in another way"
 DTYPE, PROMPTS, FROZEN = "computing type", "prompts", "frozen weights"
 ACT_THROUGH = {
     "run.iters_per_epoch": BATCHES,
@@ -51,12 +53,13 @@ UNKNOWN = object()
 
 def facts_of_data(cfg: Config, training: Mapping, world_size: int) -> dict[str, Any]:
     """The facts that are known before the model is built. training: the datasets by name."""
-    streams = any(isinstance(dataset, IterableDataset) for dataset in training.values())
+    streams = [dataset for dataset in training.values() if isinstance(dataset, IterableDataset)]
     return {
         RANKS: world_size,
         BATCHES: batches_per_epoch(cfg, training, world_size),
         DATA: [f"{name}: {_extent(dataset)}" for name, dataset in training.items()],  # batches are drawn in this order
         READERS: max(cfg.run_cfg.num_workers, 1) if streams else None,  # 0 workers read like 1
+        FIXED_READERS: not all(hasattr(stream, "reader") for stream in streams),
     }
 
 
@@ -108,13 +111,20 @@ def differences(content: Mapping, cfg: Config, own: Mapping[str, Any]) -> tuple[
     breaking = [
         f"{name}: {recorded[name]!r} in the checkpoint, {value!r} here"
         for name, value in own.items()
-        if name in recorded and not _agrees(recorded[name], value)
+        if name in recorded and name not in (RANKS, READERS) and not _agrees(recorded[name], value)
     ]
     harmless = []
+    if RANKS in own and recorded.get(RANKS, own[RANKS]) != own[RANKS]:
+        harmless.append(
+            f"{RANKS}: {recorded[RANKS]} in the checkpoint, {own[RANKS]} here. The samples of a step and the random "
+            "numbers are not those of a run without interruption"
+        )
+    if own.get(FIXED_READERS) and recorded.get(READERS, own[READERS]) != own[READERS]:
+        breaking.append(f"{READERS}: {recorded[READERS]} in the checkpoint, {own[READERS]} here")
     for key, old, new in _config_differences(content.get("config"), cfg.to_dict()):
         is_harmless = key in HARMLESS or ACT_THROUGH.get(key) in recorded
         if key == "run.max_epoch":  # the length of the schedule, unless the run was finished
-            is_harmless = content.get("epoch", 0) + 1 >= old
+            is_harmless = content.get("epoch", 0) + 1 >= old and not content.get("batches")
         (harmless if is_harmless else breaking).append(f"{key}: {old!r} in the checkpoint, {new!r} here")
     return breaking, harmless
 

@@ -7,7 +7,7 @@ import logging
 import math
 import time
 import warnings
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
@@ -24,16 +24,19 @@ from minigpt4.common.errors import ConfigError
 from minigpt4.common.logger import MetricLogger, line_within
 from minigpt4.common.optims import create_optimizer, create_schedule
 from minigpt4.common.registry import registry
+from minigpt4.common.stopping import STOP, Stopped
 from minigpt4.common.text import pluralize
 from minigpt4.common.trained_parts import check_parts, rates_of_parts
-from minigpt4.datasets.loaders import LeftOut, TrainLoader, eval_loader, left_out_counts, report_left_out
+from minigpt4.datasets.loaders import TrainLoader, eval_loader, left_out_counts, report_left_out
 from minigpt4.quantization.fp8 import check_fp8_supported
-from minigpt4.runners import data, resume
+from minigpt4.runners import data, resume, validation
+from minigpt4.runners.checkpoints import Checkpoints, find
 from minigpt4.runners.folder import continue_folder, folder_of, new_run_id
 from minigpt4.runners.prefetch import prefetch
+from minigpt4.runners.progress import EpochProgress, Place, on_cpu
 from minigpt4.runners.schedule import EtaLogger, TrainingSchedule, log_rates
 from minigpt4.runners.state import (
-    amounts,
+    RngStates,
     check_entries,
     check_shapes,
     numbers_in,
@@ -41,13 +44,11 @@ from minigpt4.runners.state import (
     rng_states,
     to_device,
 )
+from minigpt4.runners.validation import Validation
 from minigpt4.tracking.record import RunRecord
 from minigpt4.tracking.run_files import without_passwords
 from minigpt4.tracking.trackers import RunInfo
 from minigpt4.weights import checkpoint, fingerprint
-
-CUT = LeftOut("texts", "the end of a text longer than model.max_txt_len tokens", "in training", "cut off")
-MARKERS = ("captions", "markers of the prompt (###, <ImageHere>, special tokens)")
 
 
 @registry.register_runner("runner_base")
@@ -84,17 +85,25 @@ class RunnerBase:
         self.world_size = dist_utils.get_world_size()
         self.output_dir = folder_of(self.run.output_dir, job_id)
         self.start_epoch, self.best_metric = 0, float("-inf")
+        self.start_batches = 0  # micro-batches that are done in the first epoch here
         self.validated = True  # whether the epoch of the last checkpoint was compared with the best
-        self.last_checkpoint: Path | None = None
         self.step = 0  # micro-batches of each rank since the start of the run
+        self.checkpoints = Checkpoints(self.output_dir, self.run)
+        self.stop = STOP
+        self.place: Place | None = None  # after the last update, if that is not the end of an epoch
+        self.saved_step = 0  # of the last checkpoint within an epoch
+        self.is_time_to_save = False
+        self._host_state: tuple | None = None  # random states after the present batch was prepared by a thread
+        self._to_resume: list[dict[str, Any]] = []  # progress of all ranks in the epoch that is resumed
         self.run_id = new_run_id(job_id)
         self.labels_of_step: list[torch.Tensor] = []  # number of labels of each micro-batch, over all ranks
         self.grad_norm: torch.Tensor | None = None  # of the update before a log line
         self.wants_grad_norm = False
+        self.validation = Validation(self)
         if not self.run.evaluate:
             self._prepare_training()
         elif self.run.resume_ckpt_path:
-            self._load(checkpoint.resolve(self.run.resume_ckpt_path))
+            self._load(Path(self.run.resume_ckpt_path))
         if dist_utils.is_main_process():
             self.output_dir.mkdir(parents=True, exist_ok=True)
             if any(self.output_dir.iterdir()):
@@ -102,8 +111,8 @@ class RunnerBase:
             (self.output_dir / "result").mkdir()  # as in the first release, for what evaluations write
             with open(self.output_dir / "log.txt", "x", encoding="utf-8") as file:
                 file.write(json.dumps(cfg.to_dict(), indent=4) + "\n")
-            if self.start_epoch:
-                earlier = checkpoint.resolve(self.run.resume_ckpt_path)
+            if self.step:
+                earlier = Path(self.run.resume_ckpt_path)
                 continue_folder(self.output_dir, earlier, self.best_metric, self._is_behind)
         config = json.loads(without_passwords(json.dumps(cfg.to_dict())))
         info = RunInfo(self.run_id, self.run.name or self.run_id, str(self.output_dir), config)
@@ -113,18 +122,21 @@ class RunnerBase:
     def check_data(cls, cfg: Config, datasets: dict[str, dict]) -> None:
         """Raise ConfigError for data that the run could not use, and for a checkpoint that it could not go on from.
 
-        train.py calls it before the model is loaded.
+        train.py calls it before the model is loaded. Afterwards `run.resume_ckpt_path` is the path of a file, or None.
         """
         run, world_size = cfg.run_cfg, dist_utils.get_world_size()
         data.check_data(cfg, datasets, world_size)
+        validation.check_settings(cfg, datasets)
         for name in run.trackers:
             registry.get("tracker", name)
-        if run.resume_ckpt_path and not run.evaluate:
-            path = checkpoint.resolve(run.resume_ckpt_path)
-            own = resume.facts_of_data(cfg, data.training_data(cfg, datasets)[0], world_size)
-            content = checkpoint.read_file(path)
-            check_entries(content, str(path))
-            resume.check(content, cfg, own, str(path))
+        if run.resume_ckpt_path:
+            own = {} if run.evaluate else resume.facts_of_data(cfg, data.training_data(cfg, datasets)[0], world_size)
+            path = find(run, lambda content: [] if run.evaluate else resume.differences(content, cfg, own)[0])
+            run.resume_ckpt_path = path and str(path)
+            if path and not run.evaluate:
+                content = checkpoint.read_file(path)
+                check_entries(content, str(path))
+                resume.check(content, cfg, own, str(path))
 
     def _prepare_training(self) -> None:
         """Build what a step needs, resume a checkpoint if there is one, then make the model fast and distributed."""
@@ -147,7 +159,7 @@ class RunnerBase:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.lr_sched = create_schedule(run, self.optimizer, self.iters_per_epoch)
         if run.resume_ckpt_path:
-            self._resume(checkpoint.resolve(run.resume_ckpt_path))
+            self._resume(Path(run.resume_ckpt_path))
         schedule = TrainingSchedule(
             run.batch_size_train,
             self.world_size,
@@ -167,46 +179,99 @@ class RunnerBase:
     def train(self) -> None:
         """Train the remaining epochs (none with `run.evaluate`), a checkpoint after each; evaluate the test splits."""
         start = time.time()
-        with contextlib.closing(self.record):
+        with contextlib.closing(self.record), self._saved_if_stopped():
+            self.stop.begin_steps()
             if not self.run.evaluate:
                 self._log_plan()
-                if self.run.valid_splits and not self.validated:
-                    logging.info("Epoch %d is validated first: the run that is resumed has not.", self.start_epoch - 1)
-                    self._validate(self.start_epoch - 1)
+                self._validate_first()
                 for epoch in range(self.start_epoch, self.run.max_epoch):
                     logging.info("Start training epoch %d, %d iters per inner epoch.", epoch, self.iters_per_epoch)
                     stats = self.train_epoch(epoch)
                     self.step = (epoch + 1) * self.iters_per_epoch
-                    self.validated = False
+                    self.validated = not self.validation.is_due_after(epoch)
                     self.save_checkpoint(epoch)  # before all that could fail
-                    self._log_stats("train", stats)
-                    self._validate(epoch)
+                    self.log_stats("train", stats)
+                    if not self.validated:
+                        self.validation.after_epoch(epoch)
             with self._best_weights():
                 for split in self.run.test_splits:
-                    self._log_stats(split, {"loss": self.evaluate(split)}, "test/")
+                    self.log_stats(split, {"loss": self.evaluate(split)}, "test/")
+                    if self.validation.scorer:
+                        figures = self.validation.scorer.write(split, self.output_dir / split)
+                        self.log_stats(split, figures, "test/")
         logging.info("Training time %s", datetime.timedelta(seconds=int(time.time() - start)))
 
     def train_epoch(self, epoch: int) -> dict[str, float]:
         """Train on `iters_per_epoch` micro-batches; returns the epoch's mean learning rate and loss."""
         self.model.train()
-        metrics, changed = MetricLogger(on_line=self._log_line), Counter()
         header = f"Train: data epoch: [{epoch}]"
         length, accum, log_freq = self.iters_per_epoch, self.run.accum_grad_iters, self.run.log_freq
-        epoch_batches = map(self._sanitize, self.loader.epoch(epoch, length))
-        with contextlib.closing(prefetch(epoch_batches, self.module, self.device)) as batches:
-            for i, samples in enumerate(metrics.log_every(batches, length, log_freq, header)):
+        self.metrics = metrics = MetricLogger(on_line=self._log_line)
+        self.progress = EpochProgress(metrics, self.loader)
+        first = self._resume_epoch() if self.start_batches else 0
+        with contextlib.closing(self._batches(epoch, first)) as batches:
+            for i, samples in enumerate(metrics.log_every(batches, length, log_freq, header, first), first):
                 self.lr_sched.step(cur_epoch=epoch, cur_step=i)
                 is_update = (i + 1) % accum == 0 or i + 1 == length
                 self.wants_grad_norm = line_within(i, accum, length, log_freq)
                 loss = self.train_step(samples, is_update)
                 self.step = epoch * length + i + 1
-                metrics.update(lr=self.optimizer.param_groups[0]["lr"], loss=loss)
-                metrics.count(**amounts(samples))
-                self.eta.step(i)
-                changed.update(LeftOut(*MARKERS, text, "broke up") for text in samples.get("broken_up", ()))
-                changed[CUT] += samples.get("num_cut", 0)
-        self._log_data(epoch, changed)
+                self.progress.add(samples, lr=self.optimizer.param_groups[0]["lr"], loss=loss)
+                self.eta.step(i - first)
+                if is_update and i + 1 < length:
+                    self.after_update(epoch, i)
+        self.place = None
+        self._log_data(epoch)
         return metrics.global_avg()
+
+    @property
+    def last_checkpoint(self) -> Path | None:
+        """The newest checkpoint that this run has written."""
+        return self.checkpoints.last
+
+    def after_update(self, epoch: int, item: int) -> None:
+        """Decide, after each update within an epoch, what follows it: evaluate? save? In this order, on all ranks.
+
+        Whether to stop is decided before the next micro-batch (`_batches`).
+
+        item: the number of the last micro-batch in the epoch, from 0. `updates` counts the updates so far.
+        """
+        self._remember(epoch, item + 1)
+        start = time.perf_counter()
+        if self.validation.is_due(self.updates):
+            self.validated = False
+            self.validation.within_epoch()
+            self.validated = True
+        if self.checkpoints.is_due(self.updates) or self.is_time_to_save:
+            self.save_within_epoch()
+        for clock in (self.metrics, self.eta):
+            clock.pause(time.perf_counter() - start)
+
+    def _batches(self, epoch: int, first: int) -> Iterator[dict]:
+        """The micro-batches of an epoch from number `first` on, on the device.
+
+        Before each, ranks agree on whether to stop: a signal has reached one of them, perhaps while it waits for data.
+        Then they raise Stopped together.
+        """
+        length, states = self.iters_per_epoch, deque()
+        source, waiting = map(self._sanitize, self.loader.epoch(epoch, length, first)), self.stop.interruptible
+        with contextlib.closing(prefetch(source, self.module, self.device, waiting, states)) as batches:
+            for _ in range(first, length):
+                with contextlib.suppress(Stopped):
+                    samples = next(batches)
+                signal, is_time = dist_utils.agree(self.stop.number, int(self.checkpoints.is_time()))
+                if signal:
+                    raise Stopped(signal)
+                self.is_time_to_save = bool(is_time)
+                self._host_state = states.popleft() if states else None
+                yield samples
+
+    @property
+    def updates(self) -> int:
+        """Updates of the weights since the start of the run. An incomplete group at the end of an epoch is one."""
+        epochs, batches = divmod(self.step, self.iters_per_epoch)
+        accum = self.run.accum_grad_iters
+        return epochs * -(-self.iters_per_epoch // accum) + -(-batches // accum)
 
     def _sanitize(self, samples: dict) -> dict:
         return self.module.sanitize(samples) if hasattr(self.module, "sanitize") else samples
@@ -251,21 +316,25 @@ class RunnerBase:
         self.labels_of_step.clear()
 
     @torch.no_grad()
-    def evaluate(self, split: str) -> float:
+    def evaluate(self, split: str, most: int | None = None) -> float:
         """The mean loss over all labels of a split. Each sample counts once, for any number of ranks.
 
         NaN if nothing has a label.
+
+        most: samples of each dataset; given only with `run.eval_samples`.
         """
         run, rank = self.run, dist_utils.get_rank()
         self.module.eval()
         total = torch.zeros(2, dtype=torch.float64)
         for dataset in data.split_of(self.datasets, split).values():
-            for samples in eval_loader(dataset, run.batch_size_eval, run.num_workers, rank, self.world_size):
+            batches = eval_loader(dataset, run.batch_size_eval, run.num_workers, rank, self.world_size, most)
+            for samples in self.stop.until_stopped(batches):
                 with self._autocast():
                     output = self.task.valid_step(self.module, to_device(self._sanitize(samples), self.device))
                 loss, num_labels = _loss_and_labels(output, f"{type(self.task).__name__}.valid_step")
                 if num_labels:  # the mean of nothing may be NaN
                     total += torch.tensor([float(loss) * num_labels, num_labels], dtype=torch.float64)
+        self.check_stop()
         loss, num_labels = dist_utils.all_reduce_sum(total).tolist()
         return loss / num_labels if num_labels else math.nan
 
@@ -275,35 +344,53 @@ class RunnerBase:
         Called after each epoch, and again after its validation, if there is one, with the new `best_metric`.
         Raises FloatingPointError for weights that are not finite.
         """
+        content = self._weights_to_save(f"after epoch {epoch}") | {"epoch": epoch, "rng": rng_states()}
+        if dist_utils.is_main_process():
+            self.checkpoints.write(content | self._training_state(), f"checkpoint_{epoch}.pth", is_best)
+
+    def save_within_epoch(self) -> None:
+        """Write checkpoint_<epoch>_<micro-batches>.pth with the state after the last update, on all ranks."""
+        place = self.place
+        content = self._weights_to_save(f"at step {place.step}") | {"epoch": place.epoch, "batches": place.batches}
+        progress = on_cpu(place.progress or self.progress.state())
+        states = dist_utils.gather_objects((place.rng.saved(), progress))
+        content["rng"], content["progress"] = map(list, zip(*states, strict=True))
+        content["grad_norm"] = None if self.grad_norm is None else float(self.grad_norm)
+        if dist_utils.is_main_process():
+            self.checkpoints.write(content | self._training_state(), f"checkpoint_{place.epoch}_{place.batches}.pth")
+        self.saved_step = place.step
+
+    def _training_state(self) -> dict[str, Any]:
+        """The entries of a checkpoint about optimizer, scaler and validation."""
+        # bf16 needs no scaler, but the first release resumes an `amp` run only if it finds the state of one.
+        scaler = self.scaler if self.scaler.is_enabled() else torch.amp.GradScaler("cpu")
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": scaler.state_dict() if self.run.amp else None,
+            "validated": self.validated,
+        }
+
+    def save_best(self) -> None:
+        """Write the weights of the middle of an epoch as checkpoint_best.pth. Runs are not resumed from there."""
+        content = self._weights_to_save(f"at step {self.step}")
+        if dist_utils.is_main_process():
+            self.checkpoints.write_best(content, self.step)
+
+    def _weights_to_save(self, when: str) -> dict[str, Any]:
+        """The entries of a checkpoint that describe the weights. Raises FloatingPointError if some are not finite."""
         weights = {name: each.detach() for name, each in checkpoint.saved_parameters(self.module).items()}
         broken = [name for name, weight in weights.items() if not weight.isfinite().all()]
         if broken:
-            raise FloatingPointError(f"Not saved after epoch {epoch}: not all of {', '.join(broken)} is finite.")
-        states = rng_states()
-        if not dist_utils.is_main_process():
-            return
-        # bf16 needs no scaler, but the first release resumes an `amp` run only if it finds the state of one.
-        scaler = self.scaler if self.scaler.is_enabled() else torch.amp.GradScaler("cpu")
+            raise FloatingPointError(f"Not saved {when}: not all of {', '.join(broken)} is finite.")
         content = {
             "model": weights,
-            "optimizer": self.optimizer.state_dict(),
             "config": self.cfg.to_dict(),
-            "scaler": scaler.state_dict() if self.run.amp else None,
-            "epoch": epoch,
-            "rng": states,
             "best_metric": self.best_metric,
-            "validated": self.validated,
             "run_id": self.run_id,
             resume.FACTS: self.facts,
+            validation.KEY: self.validation.state(),
         }
-        if self.fingerprint:
-            content[fingerprint.KEY] = self.fingerprint
-        path = self.output_dir / f"checkpoint_{epoch}.pth"
-        for each in [*([self.output_dir / "checkpoint_best.pth"] if is_best else []), path]:
-            if each != self.last_checkpoint:  # else only what the validation found is added
-                logging.info("Saving checkpoint at epoch %d to %s.", epoch, each)
-            checkpoint.save(content, each)
-        self.last_checkpoint = path
+        return content | ({fingerprint.KEY: self.fingerprint} if self.fingerprint else {})
 
     def _resume(self, path: Path) -> None:
         """Restore weights, optimiser, scaler, random states and best metric, to continue after the checkpoint's epoch.
@@ -333,18 +420,63 @@ class RunnerBase:
             raise checkpoint.CheckpointError(
                 f"{path} cannot be resumed: its epoch is {epoch!r}, not a number from 0 up."
             )
-        self.start_epoch = epoch + 1
-        self.step = self.start_epoch * self.iters_per_epoch
-        self.run_id = content.get("run_id", self.run_id)
-        splits = ((content.get("config") or {}).get("run") or {}).get("valid_splits", self.run.valid_splits)
-        if splits == list(self.run.valid_splits):  # other splits have another metric
-            best = content.get("best_metric", self.best_metric)
-            self.best_metric = best if math.isfinite(best) else self.best_metric
-            self.validated = content.get("validated", True)
+        batches = content.get("batches") or 0
+        if 0 < batches < self.iters_per_epoch and content.get("progress"):
+            self.start_epoch, self.start_batches, self._to_resume = epoch, batches, content["progress"]
+            if content.get("grad_norm") is not None:
+                self.grad_norm = torch.tensor(content["grad_norm"])
         else:
-            self.validated = False
+            self.start_epoch = epoch + 1
+        self.step = self.start_epoch * self.iters_per_epoch + self.start_batches
+        if readers := (content.get(resume.FACTS) or {}).get(resume.READERS):
+            self.loader.num_readers = self.facts[resume.READERS] = readers
+        self.run_id = content.get("run_id", self.run_id)
+        self.validation.resume(content)
         restore_rng_states(content.get("rng"))
-        logging.info("Resuming after epoch %d from %s.", epoch, path)
+        where = f"batch {batches} of epoch {epoch}" if self.start_batches else f"epoch {epoch}"
+        logging.info("Resuming after %s from %s.", where, path)
+
+    def _resume_epoch(self) -> int:
+        """Go on within an epoch. Returns the number of its next micro-batch."""
+        rank = dist_utils.get_rank()
+        self.progress.load_states(self._to_resume, rank, self.world_size, self.device)
+        first, self.start_batches, self._to_resume = self.start_batches, 0, []
+        return first
+
+    def _validate_first(self) -> None:
+        """Validate before the first step: a new run, or what the resumed run has not validated."""
+        if self.step == 0:
+            self.validation.before_training()
+        elif self.start_batches:
+            if not self.validated and self.validation.is_due(self.updates):
+                logging.info("Step %d is validated first: the run that is resumed has not.", self.updates)
+                self.validation.within_epoch()
+            self.validated = True
+        elif self.run.valid_splits and not self.validated:
+            logging.info("Epoch %d is validated first: the run that is resumed has not.", self.start_epoch - 1)
+            self.validation.after_epoch(self.start_epoch - 1)
+
+    def _remember(self, epoch: int, batches: int) -> None:
+        """Note the state after an update, which is saved if the run stops before the next one is complete."""
+        progress = self.progress.state() if self.run.accum_grad_iters > 1 else None
+        self.place = Place(epoch, batches, self.step, RngStates.now(self._host_state), progress)
+
+    @contextlib.contextmanager
+    def _saved_if_stopped(self) -> Iterator[None]:
+        """A block in which the run may be asked to stop. Then the state after the last update is saved."""
+        try:
+            yield
+        except Stopped:
+            if self.place and self.place.step > self.saved_step:
+                self.save_within_epoch()
+            dist_utils.agree(0)  # torchrun ends the others as soon as one ends, and rank 0 may still write
+            raise
+
+    def check_stop(self) -> None:
+        """Raise Stopped on all ranks if one of them was asked to stop. To be called on all ranks."""
+        (signal,) = dist_utils.agree(self.stop.number)
+        if signal:
+            raise Stopped(signal)
 
     def _load(self, path: Path) -> dict:
         """Load the trained weights of a checkpoint. Returns the whole content of the file."""
@@ -358,23 +490,6 @@ class RunnerBase:
         checkpoint.load_weights(self.module, weights, str(path), required=set(self._trainable()))
         self.module.from_checkpoint = {*getattr(self.module, "from_checkpoint", ()), *weights}
         return content
-
-    def _validate(self, epoch: int) -> None:
-        """Evaluate the validation splits, if there are any, and save the epoch's checkpoint with the result."""
-        if not self.run.valid_splits:
-            return
-        losses = {split: self.evaluate(split) for split in self.run.valid_splits}
-        for split, loss in losses.items():
-            self._log_stats(split, {"loss": loss})
-        metric = self.task.agg_metrics(sum(losses.values()) / len(losses))
-        # The metric of a loss that is not finite may be finite, and the best.
-        broken = [name for name, value in {**losses, "agg_metrics": metric}.items() if not math.isfinite(value)]
-        if broken:
-            logging.warning("Of %s, the result is not a number; epoch %d is not compared.", ", ".join(broken), epoch)
-        is_best = not broken and metric > self.best_metric
-        self.best_metric = metric if is_best else self.best_metric
-        self.validated = True
-        self.save_checkpoint(epoch, is_best)
 
     @contextlib.contextmanager
     def _best_weights(self) -> Iterator[None]:
@@ -430,7 +545,7 @@ class RunnerBase:
         logging.info("Computing in %s on %s.", str(self.dtype).removeprefix("torch."), self.device)
         self.eta.log_schedule()
 
-    def _log_stats(self, split: str, stats: dict[str, float], kind: str = "") -> None:
+    def log_stats(self, split: str, stats: dict[str, float], kind: str = "") -> None:
         """Log results of a split. kind: the beginning of their names in metrics.jsonl."""
         title = "Averaged stats" if split == "train" else split
         logging.info("%s: %s", title, "  ".join(f"{name}: {value:.4f}" for name, value in stats.items()))
@@ -443,9 +558,9 @@ class RunnerBase:
         values = {name: n * (self.world_size if "_per_" in name else 1) for name, n in values.items()}
         self.log(values if self.grad_norm is None else {**values, "grad_norm": float(self.grad_norm)})
 
-    def _log_data(self, epoch: int, changed: Counter[LeftOut]) -> None:
+    def _log_data(self, epoch: int) -> None:
         """Report what was left out of an epoch, by all ranks, and the shares of the datasets that were reached."""
-        left_out = sum(dist_utils.gather_objects(self.loader.take_left_out() + changed), Counter())
+        left_out = sum(dist_utils.gather_objects(self.progress.take_counts()), Counter())
         for line in report_left_out(left_out):
             logging.info("Epoch %d: %s", epoch, line)
         shares, values = self.loader.shares(), left_out_counts(left_out)
@@ -465,8 +580,9 @@ class RunnerBase:
     def _is_behind(self, line: Mapping[str, Any]) -> bool:
         """Whether the resumed run does not write a line of metrics.jsonl again."""
         epoch, last = line.get("epoch", 0), self.start_epoch - 1
-        again = epoch == last and not self.validated and any(f"{s}_loss" in line for s in self.run.valid_splits)
-        return epoch <= last and not again
+        again = not self.validated and line["step"] == self.step and self.validation.wrote(line)
+        is_of_past = line["step"] <= self.step if self.start_batches else epoch <= last
+        return is_of_past and not again
 
 
 def _loss_and_labels(output, source: str, with_gradient: bool = False) -> tuple[torch.Tensor | float, float]:

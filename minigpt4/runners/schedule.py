@@ -91,6 +91,10 @@ class EtaLogger:
         text = str(self._schedule)
         logging.info("%s.", text[0].upper() + text[1:])
 
+    def pause(self, seconds: float) -> None:
+        """Let seconds not count, such as those of an evaluation."""
+        self._start = self._start and self._start + seconds
+
     def step(self, number: int) -> None:
         """To be called in each step of an epoch; `number` counts from 0."""
         if number == 1:

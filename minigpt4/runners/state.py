@@ -2,11 +2,15 @@
 
 import logging
 import random
+import threading
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from types import NoneType
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import nn
 
 from minigpt4.common import dist_utils
 from minigpt4.common.errors import ConfigError
@@ -15,6 +19,10 @@ from minigpt4.processors import normalise
 from minigpt4.weights import fingerprint
 from minigpt4.weights.checkpoint import CheckpointError
 
+# Held while a batch is made, and by an evaluation in the middle of an epoch: random states belong to the whole process,
+# and data workers must not be forked while a batch is made.
+MAKING = threading.Lock()
+
 # Types of the entries of a checkpoint beside its weights.
 ENTRIES = {
     "optimizer": dict,
@@ -22,8 +30,11 @@ ENTRIES = {
     "scaler": (dict, NoneType),
     "epoch": int,
     "rng": (list, NoneType),
+    "batches": (int, NoneType),
+    "progress": (list, NoneType),
     "best_metric": (int, float),
     "validated": bool,
+    "evaluation": dict,
     "run_id": str,
     "facts": dict,
     fingerprint.KEY: (dict, NoneType),
@@ -72,17 +83,53 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+@contextmanager
+def undisturbed(module: nn.Module) -> Iterator[None]:
+    """Run a block with the module in eval mode; then restore the modes of all its parts, and this rank's random states.
+
+    No batch is made meanwhile (`prefetch`).
+    """
+    with MAKING:
+        modes, states = {part: part.training for part in module.modules()}, RngStates.now()
+        module.eval()
+        try:
+            yield
+        finally:
+            for part, mode in modes.items():
+                part.training = mode
+            _restore(states.saved())
+
+
+class RngStates(NamedTuple):
+    """The random states of a process."""
+
+    host: tuple
+    """Of python, numpy and torch on the CPU."""
+    cuda: torch.Tensor | None
+    mps: torch.Tensor | None
+
+    @classmethod
+    def now(cls, host: tuple | None = None) -> "RngStates":
+        """Those of this moment. host: those of the host, if they are to be of another moment."""
+        cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+        mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
+        return cls(host or host_rng_states(), cuda, mps)
+
+    def saved(self) -> dict:
+        """In types that torch reads with `weights_only=True`."""
+        python, (version, keys, position, *gauss), cpu = self.host
+        numpy = (version, torch.from_numpy(keys.astype(np.int64)), int(position), int(gauss[0]), float(gauss[1]))
+        return {"python": python, "numpy": numpy, "torch": cpu, "cuda": self.cuda, "mps": self.mps}
+
+
+def host_rng_states() -> tuple:
+    """The states of python, numpy and torch on the CPU."""
+    return random.getstate(), np.random.get_state(), torch.get_rng_state()
+
+
 def rng_states() -> list[dict]:
     """The random states of every rank, in types that torch reads with `weights_only=True`."""
-    version, keys, position, *gauss = np.random.get_state()
-    own = {
-        "python": random.getstate(),
-        "numpy": (version, torch.from_numpy(keys.astype(np.int64)), int(position), int(gauss[0]), float(gauss[1])),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
-        "mps": torch.mps.get_rng_state() if torch.backends.mps.is_available() else None,
-    }
-    return dist_utils.gather_objects(own)
+    return dist_utils.gather_objects(RngStates.now().saved())
 
 
 def restore_rng_states(states: list[dict] | None) -> None:

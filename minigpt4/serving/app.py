@@ -15,6 +15,7 @@ from starlette.routing import Route
 
 from minigpt4.conversation.decoding import Decoding
 from minigpt4.serving.batching import Batcher
+from minigpt4.serving.connections import Bodies
 from minigpt4.serving.errors import RETRY, ApiError
 from minigpt4.serving.images import Images
 from minigpt4.serving.prepare import image_urls, read_prompt
@@ -22,7 +23,6 @@ from minigpt4.serving.protocol import ChatRequest, read_request
 from minigpt4.serving.replies import Reply
 from minigpt4.serving.settings import Settings
 
-BODY_SECONDS = 60  # limit for receiving the body of a request
 READ_SECONDS = 60  # the client has this long to read the end of a stream after the deadline
 
 
@@ -51,7 +51,10 @@ async def _api_error(request: Request, error: ApiError) -> Response:
 
 
 async def _http_error(request: Request, error: HTTPException) -> Response:
-    messages = {404: f"There is no {request.url.path}.", 405: f"{request.method} is not allowed here."}
+    path = request.url.path
+    known = path.removeprefix("/v1").rstrip("/").endswith(("/chat/completions", "/models"))
+    hint = " The base URL of this server ends with /v1." if known else ""
+    messages = {404: f"There is no {path}.{hint}", 405: f"{request.method} is not allowed here."}
     return await _api_error(request, ApiError(error.status_code, messages.get(error.status_code, error.detail)))
 
 
@@ -85,6 +88,7 @@ class Endpoint:
 
     def __init__(self, batcher: Batcher, settings: Settings):
         self._batcher, self._settings = batcher, settings
+        self._bodies = Bodies(settings.max_bytes)
         self._images = Images(settings.allow_http_images, settings.allow_private_hosts, settings.max_bytes)
         # Only two threads, because a picture takes much memory while it is decoded.
         self._pool = ThreadPoolExecutor(2, "prepare")
@@ -110,14 +114,17 @@ class Endpoint:
 
     async def completions(self, request: Request) -> Response:
         self._check_key(request)
+        try:
+            body = await self._bodies.read(request)
+        except ClientDisconnect:
+            return Response(status_code=499)
         deadline = time.monotonic() + self._settings.timeout
         with ExitStack() as stack:
             stack.enter_context(self._place_in_queue())
-            try:
-                chat_request = await asyncio.to_thread(read_request, await self._body(request))
-            except ClientDisconnect:
-                return Response(status_code=499)
-            work = asyncio.create_task(self._answer(chat_request, deadline, stack))
+            chat_request = await asyncio.to_thread(read_request, body)
+            del body
+            client = request.client.host if request.client else ""
+            work = asyncio.create_task(self._answer(chat_request, client, deadline, stack))
             gone = asyncio.create_task(_disconnected(request))
             try:
                 await asyncio.wait([work, gone], return_when=asyncio.FIRST_COMPLETED)
@@ -163,36 +170,12 @@ class Endpoint:
         finally:
             self._requests -= 1
 
-    async def _body(self, request: Request) -> bytes:
-        """The body of a request. Raises ApiError if it is too large, too slow or not JSON."""
-        # Any web page can make a browser send other types. For JSON the browser first asks the server, which refuses.
-        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-            raise ApiError(415, "Send Content-Type: application/json.")
-        # A body that is up to four times too large is read to its end: most clients read the response only after that.
-        limit, body, size = self._settings.max_bytes, bytearray(), 0
-        try:
-            async with asyncio.timeout(BODY_SECONDS):
-                async for chunk in request.stream():
-                    size += len(chunk)
-                    if size <= limit:
-                        body += chunk
-                    elif size > 4 * limit:
-                        break
-        except TimeoutError:
-            raise ApiError(408, f"The request took longer than {BODY_SECONDS} s to arrive.") from None
-        if size > limit:
-            raise ApiError(
-                413, f"The request is larger than {self._settings.max_upload_mb:g} MB. Send smaller or fewer pictures.",
-                "request_too_large",
-            )  # fmt: skip
-        return bytes(body)
-
     # Answers
 
-    async def _answer(self, chat_request: ChatRequest, deadline: float, stack: ExitStack) -> Response:
-        """Answer a request. A streaming response takes over the callbacks of `stack`."""
+    async def _answer(self, chat_request: ChatRequest, client: str, deadline: float, stack: ExitStack) -> Response:
+        """Answer a client's request. A streaming response takes over the callbacks of `stack`."""
         self._check_model(chat_request.model)
-        reply = await self._make_reply(chat_request, deadline)
+        reply = await self._make_reply(chat_request, client, deadline)
         stack.callback(self._batcher.cancel, reply.answers)
         self._batcher.submit(reply.answers)
         if not chat_request.stream:
@@ -200,7 +183,7 @@ class Endpoint:
         await reply.wait_for_first_token()  # an error before that can still set the HTTP status
         return EventStream(reply.events(), stack.pop_all().close, deadline + READ_SECONDS)
 
-    async def _make_reply(self, chat_request: ChatRequest, deadline: float) -> Reply:
+    async def _make_reply(self, chat_request: ChatRequest, client: str, deadline: float) -> Reply:
         """Read the pictures and the messages of a request."""
         urls = image_urls(chat_request.messages, self._settings.max_images)
         pictures = await self._images.read_all(urls)
@@ -211,7 +194,7 @@ class Endpoint:
         chat_request.messages.clear()  # frees megabytes while the request waits
         requested = chat_request.new_tokens or Decoding.max_new_tokens
         max_tokens = min(requested, self._settings.max_tokens, chat.window() - prompt.num_tokens)
-        return Reply(chat_request, prompt, chat, max_tokens, deadline)
+        return Reply(chat_request, prompt, chat, max_tokens, client, deadline)
 
 
 async def _disconnected(request: Request) -> None:

@@ -26,7 +26,7 @@ UNITS = {
 }
 # Not drawn, unless they are asked for.
 OTHERS = ("step", "time", "epoch", "train_lr", "train_loss", "step_seconds", "data_seconds", "tokens_per_second")
-OTHERS += ("host_memory_mib",)
+OTHERS += ("host_memory_mib", "eval_seconds")
 MAX_MARKERS = 30
 
 

@@ -20,6 +20,8 @@ from minigpt4.tracking.run_files import CONFIG, ENVIRONMENT, without_passwords
 NAME = "report.html"
 # Versions that are shown at once; the others are folded.
 MAIN_PACKAGES = ("minigpt4", "torch", "transformers", "timm", "bitsandbytes", "numpy")
+# Names of texts that are warnings begin so.
+WARNING = "warning/"
 # Counts of what was left out and the like: `verb/dataset/cause`.
 COUNT = re.compile(r"(left_out|cut_off|broke_up)/([^/]*)/(.*)")
 
@@ -41,8 +43,10 @@ def report(folder: Path) -> str:
     parts = [
         f"<h1>{_text(run.name)}</h1><p class=soft>Started {_text(about['started'])} in {_text(str(folder))}</p>",
         _tiles(run),
+        _section("Warnings", "".join(_warnings(run))),
         _section("Curves", _curves(run)),
         _section("Results", _results(run)),
+        _section("Evaluations", "".join(_evaluations(folder))),
         _section("Answers", "".join(_answers(run))),
         _section("Settings that differ from the defaults", _settings(about["changed_settings"])),
         _section("Data", _data(run) if run.lines else ""),
@@ -116,10 +120,35 @@ def _results(run: plot.Run) -> str:
     return _table(["step", *names], rows) + (f"<h3>Test</h3>{_table(['', ''], tests.items())}" if tests else "")
 
 
+def _evaluations(folder: Path) -> Iterator[str]:
+    """The figures of each evaluation in the run's folder, as `evaluate` and `run.test_splits` write them."""
+    for path in sorted(folder.glob("*/scores.json")):
+        scores = json.loads(path.read_text(encoding="utf-8"))
+        rows = (
+            [name, *(round(figure[end] * figure["scale"], 1) for end in ("value", "low", "high"))]
+            for name, figure in scores["figures"].items()
+        )
+        name = path.parent.name
+        about = f"{name}: task {scores['task']}, {scores['n']:,} answers. {name}/answers.html has them."
+        yield f"<p class=soft>{_text(about)}</p>{_table(['', 'value', 'from', 'to'], rows)}"
+
+
 def _answers(run: plot.Run) -> Iterator[str]:
     """The latest text of each name, such as answers of an evaluation."""
-    latest = {name: value for line in run.lines for name, value in line.items() if isinstance(value, str)}
-    yield from (f"<p class=soft>{_text(name)}</p><pre>{_text(value)}</pre>" for name, value in latest.items())
+    for name, (step, text) in _latest_texts(run).items():
+        if not name.startswith(WARNING):
+            yield f"<p class=soft>{_text(name)}, step {step:,}</p><pre>{_text(text)}</pre>"
+
+
+def _warnings(run: plot.Run) -> Iterator[str]:
+    """The latest warning of each kind."""
+    for name, (step, text) in _latest_texts(run).items():
+        if name.startswith(WARNING):
+            yield f"<p>Step {step:,}, {_text(text)}</p>"
+
+
+def _latest_texts(run: plot.Run) -> dict[str, tuple[int, str]]:
+    return {k: (line["step"], v) for line in run.lines for k, v in line.items() if isinstance(v, str)}
 
 
 def _settings(changed: dict[str, list[Any]]) -> str:

@@ -4,6 +4,7 @@ A checkpoint holds only the trainable tensors, under the keys of the first relea
 (``{"model", "optimizer", "config", "scaler", "epoch"}``), and the state that an exact resume needs.
 """
 
+import contextlib
 import functools
 import logging
 import os
@@ -21,7 +22,7 @@ from torch import nn
 
 from minigpt4.common import compat
 from minigpt4.common.errors import ConfigError
-from minigpt4.common.facts import newest_checkpoint
+from minigpt4.common.facts import checkpoints_in
 from minigpt4.common.text import pluralize
 from minigpt4.weights.locate import fetch, shards, why_unreadable
 
@@ -300,12 +301,12 @@ def resolve(path: str) -> Path:
     resolved = fetch(path)
     if not resolved.is_dir():
         return resolved
-    newest = newest_checkpoint(resolved)
-    if newest is None:
+    newest = checkpoints_in(resolved)
+    if not newest:
         raise NoCheckpointError(
             f"{path} is a folder without a checkpoint_N.pth, so no run's own folder. {_files_in(resolved)}"
         )
-    return newest
+    return newest[0]
 
 
 def save(content: dict, path: Path) -> None:
@@ -320,8 +321,13 @@ def save(content: dict, path: Path) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
+        with contextlib.suppress(OSError):  # the new name outlives a power cut, too, if the file system can do that
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
     except (OSError, RuntimeError) as error:  # torch's writer raises the latter, after the OSError of the file
         reason = next((each.strerror for each in (error, error.__context__) if isinstance(each, OSError)), error)
         raise CheckpointError(f"{path} cannot be written: {reason}. What was saved before is untouched.") from error
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the folder may have vanished, or be read-only now
+            part.unlink(missing_ok=True)

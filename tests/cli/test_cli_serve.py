@@ -78,7 +78,7 @@ SLOW = """
 import time
 from minigpt4.conversation import loading
 
-def load_chat(cfg, device, warm_up):
+def load_chat(cfg, device):
     import torch
     end = time.time() + 60
     while time.time() < end:

@@ -12,7 +12,7 @@ from multiprocessing import resource_sharer
 import numpy as np
 import pytest
 import torch
-from dataset_files import TEXT, VIS, write_align, write_shards
+from dataset_files import TEXT, VIS, good_members, write_align, write_shards, write_tar
 from torch.utils.data import Dataset, IterableDataset
 
 from minigpt4.common.registry import registry
@@ -57,6 +57,20 @@ def datasets(tmp_path_factory):
     return build
 
 
+@pytest.fixture(scope="module")
+def spoilt_shards(tmp_path_factory) -> list[str]:
+    """Shards with broken pictures, a sample without a caption, one without any sample, and one that is cut off."""
+    folder, broken = tmp_path_factory.mktemp("spoilt"), b"no picture"
+    paths = []
+    for shard in range(4):
+        members = [(n, broken if n.endswith(("3.png", "8.png")) else c) for n, c in good_members(shard * 30, 30)]
+        paths.append(
+            write_tar(folder / f"{shard}.tar", [(n, c) for n, c in members if "00005." not in n or "png" in n])
+        )
+    paths[1].write_bytes(paths[1].read_bytes()[:20_000])
+    return [str(path) for path in (write_tar(folder / "empty.tar", []), *paths)]
+
+
 def flat(batches) -> list[str]:
     return [text for batch in batches for text in batch["text_input"]]
 
@@ -97,6 +111,48 @@ def test_an_epoch_that_was_broken_off_leaves_no_trace(datasets, num_workers):
     whole = list(loader.epoch(0, 8))
     assert len(list(islice(loader.epoch(0, 8), 3))) == 3
     assert same(list(loader.epoch(0, 8)), whole)
+
+
+@pytest.mark.parametrize(("num_workers", "then", "ranks"), [(0, 0, 1), (2, 2, 1), (2, 3, 1), (3, 0, 2), (1, 2, 2)])
+def test_an_epoch_goes_on_after_any_batch(datasets, spoilt_shards, num_workers, then, ranks, monkeypatch):
+    """With the same samples, crops and counts, whatever the number of workers; pools of several batches included."""
+    monkeypatch.setattr(loaders, "POOL", 12)
+    ratios = {"laion": 3, "cc_sbu": 1, "cc_sbu_align": 1}
+
+    def loader(workers):
+        sets = datasets(*ratios)
+        for name in ("laion", "cc_sbu"):
+            sets[name].shards, sets[name].shuffle_buffer = spoilt_shards, 20
+        return TrainLoader(sets, ratios, 4, workers, seed=42, rank=ranks - 1, world_size=ranks)
+
+    whole, batches, states = loader(num_workers), [], []
+    for batch in whole.epoch(1, 40):
+        batches.append(batch)
+        whole.use_next()
+        states.append(pickle.loads(pickle.dumps(whole.state())))
+    left_out = whole.take_left_out()
+    assert left_out.total() > 5
+    for first in (1, 16, 39):
+        resumed = loader(then)
+        resumed.num_readers = whole.num_readers
+        resumed.load_state(**states[first - 1])
+        assert same(list(resumed.epoch(1, 40, first)), batches[first:])
+        assert resumed.take_left_out() == left_out
+        assert same(list(resumed.epoch(1, 40)), batches)
+
+
+def test_a_plug_ins_stream_goes_on_after_any_batch():
+    """It is read again from its start, under the same seeds."""
+    whole = TrainLoader({"t": Ticks()}, None, 3, 2, seed=0)
+    batches, states = [], []
+    for batch in whole.epoch(0, 9):
+        batches.append(batch)
+        whole.use_next()
+        states.append(whole.state())
+    for first in (1, 6):
+        resumed = TrainLoader({"t": Ticks()}, None, 3, 2, seed=0)
+        resumed.load_state(**states[first - 1])
+        assert same(list(resumed.epoch(0, 9, first)), batches[first:])
 
 
 def test_no_worker_is_like_one_worker_and_walks_do_not_depend_on_workers(datasets):
@@ -260,7 +316,7 @@ def test_what_goes_to_the_workers_can_be_pickled(datasets):
     loader = TrainLoader(datasets("laion", "cc_sbu_align"), None, 4, 0, seed=0)
     copy = pickle.loads(pickle.dumps(loader._loader.dataset))
     request = loader._requests(0, 1)[0]
-    batch, _ = copy[request]
+    batch = copy[request].batch
     assert same([batch], list(loader.epoch(0, 1)))
 
 

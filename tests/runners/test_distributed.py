@@ -16,6 +16,7 @@ from minigpt4.common import dist_utils
 from minigpt4.common.config import Config
 from minigpt4.runners import RunnerBase
 from minigpt4.tasks import ImageTextPretrainTask
+from minigpt4.tracking.metrics import read_metrics
 
 
 def make_runner(folder, model, splits, job_id, **run):
@@ -111,12 +112,16 @@ def test_two_ranks_train_adapters_as_one(on_two_ranks, build_golden_model, pool,
         torch.testing.assert_close(ranks[0][name], parameter.detach(), atol=2e-5, rtol=0)
 
 
+EVALUATED = {"eval_task": "caption", "eval_every_steps": 1, "eval_samples": 3}
+
+
 def resuming_rank(rank, folder, model, pool):
-    """Train two epochs at once, then the second again from the first's checkpoint, with a validation each time."""
+    """Train two epochs at once, the second again from the first's checkpoint, and both with answers at each step."""
     weights, metrics, draws = [], [], []
-    for job_id, resume in (("whole", "null"), ("resumed", folder / "output/whole/checkpoint_0.pth")):
+    runs = {"whole": {}, "resumed": {"resume_ckpt_path": folder / "output/whole/checkpoint_0.pth"}}
+    for job_id, changed in {**runs, "evaluated": EVALUATED}.items():
         random.seed(rank)
-        settings = {"batch_size_train": 2, "max_epoch": 2, "iters_per_epoch": 2, "resume_ckpt_path": resume}
+        settings = {"batch_size_train": 2, "max_epoch": 2, "iters_per_epoch": 2} | changed
         splits = {"train": Pictures(*pool), "val": Pictures(pool[0][:5], pool[1][:5])}
         own = copy.deepcopy(model)
         own.prompt_list = [f"{i} <Img><ImageHere></Img> " for i in range(4)]
@@ -129,13 +134,13 @@ def resuming_rank(rank, folder, model, pool):
 
 
 def test_ranks_resume_and_evaluate_together(on_two_ranks, build_golden_model, pool, tmp_path):
-    """Each rank gets its own random state back; evaluation shares the samples and agrees on the mean."""
+    """Each rank gets its own random state back; evaluation shares the samples, agrees on the mean, changes nothing."""
     on_two_ranks(resuming_rank, tmp_path, build_golden_model(), pool)
     ranks = [torch.load(tmp_path / f"rank{rank}.pth") for rank in range(2)]
     for weights, metrics, draws in ranks:
-        assert torch.equal(*weights)
-        assert metrics[0] == metrics[1]
-        assert draws[0] == draws[1]
+        assert torch.equal(weights[0], weights[1]) and torch.equal(weights[0], weights[2])
+        assert metrics[0] == metrics[1] == metrics[2]
+        assert draws[0] == draws[1] == draws[2]
     assert ranks[0][2] != ranks[1][2]
     assert ranks[0][1] == ranks[1][1]
     model = build_golden_model().eval()
@@ -146,6 +151,19 @@ def test_ranks_resume_and_evaluate_together(on_two_ranks, build_golden_model, po
     with torch.no_grad():
         expected = model({"image": pool[0][:5], "text_input": pool[1][:5]})["loss"].item()
     assert ranks[0][1][0] == pytest.approx(expected, abs=1e-5)
+
+    splits = {"train": Pictures(*pool), "val": Pictures(pool[0][:5], pool[1][:5])}
+    own = build_golden_model()
+    own.prompt_list = ["0 <Img><ImageHere></Img> "]
+    alone = make_runner(tmp_path, own, splits, "alone", valid_splits="[val]", batch_size_train=2, **EVALUATED)
+    alone.validation.before_training()
+    lines = [
+        [line for line in read_metrics(tmp_path / "output" / job / "metrics.jsonl") if line["step"] == 0]
+        for job in ("alone", "evaluated")
+    ]
+    first, second = ({k: v for line in each for k, v in line.items() if k.startswith("val_")} for each in lines)
+    assert first.pop("val_loss") == pytest.approx(second.pop("val_loss"), rel=1e-6)
+    assert first == second and len(first) > 10
 
 
 def timed_rank(rank, folder, model, pool):

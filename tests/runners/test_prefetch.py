@@ -94,7 +94,9 @@ def test_a_consumer_that_fails_ends_the_thread(fake_gpu, build_golden_model, mak
     runner = make_runner(build_golden_model(), iters_per_epoch=50)
     monkeypatch.setattr(runner, "device", CUDA)
     monkeypatch.setattr(module, "_pinned", lambda value: value)
-    runner.loader.epoch = lambda epoch, count: ({"image": pool[0][:2], "text_input": pool[1][:2]} for _ in range(count))
+    runner.loader.epoch = lambda epoch, count, first: (
+        {"image": pool[0][:2], "text_input": pool[1][:2]} for _ in range(count)
+    )
     runner.train_step = lambda samples, is_update: 1 / 0
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
     monkeypatch.setattr("minigpt4.fast.packing.batch.PackedBatch.record_stream", lambda batch, stream: None)

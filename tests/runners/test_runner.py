@@ -54,8 +54,14 @@ class Batches:
     def __init__(self, batch):
         self.batch = batch
 
-    def epoch(self, epoch, num_batches):
+    def epoch(self, epoch, num_batches, first=0):
         return iter([dict(self.batch)] * num_batches)
+
+    def use_next(self):
+        pass
+
+    def state(self):
+        return {"left_out": [], "restarts": []}
 
     def take_left_out(self):
         return Counter()
@@ -225,7 +231,7 @@ def test_a_metric_that_is_not_a_number_is_not_compared(build_golden_model, make_
     assert (last["best_metric"], last["validated"]) == (-0.5, True)
 
 
-@pytest.mark.parametrize("stop_in", ["_validate", "_log_stats"])
+@pytest.mark.parametrize("stop_in", ["after_epoch", "log_stats"])
 def test_an_epoch_is_saved_before_all_that_could_fail(build_golden_model, make_runner, pool, monkeypatch, stop_in):
     """Killed right after the epoch, a run goes on with the validation, and has the best checkpoint of a whole run."""
     splits = {"train": Pictures(*pool), "val": Pictures(*pool)}
@@ -237,7 +243,7 @@ def test_an_epoch_is_saved_before_all_that_could_fail(build_golden_model, make_r
     def kill(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(killed, stop_in, kill)
+    monkeypatch.setattr(killed.validation if stop_in == "after_epoch" else killed, stop_in, kill)
     with pytest.raises(KeyboardInterrupt):
         killed.train()
     assert [p.name for p in killed.output_dir.glob("*.pth")] == ["checkpoint_0.pth"] == [killed.last_checkpoint.name]

@@ -16,6 +16,7 @@ import pytest
 from endpoint import data_url, image, serving, text, user
 from PIL import Image
 
+from minigpt4.serving import connections
 from minigpt4.serving.app import EventStream
 
 HI = user(text("Hi"))
@@ -106,6 +107,8 @@ def test_a_page_in_a_browser_gets_no_answer(served):
 
 def test_unknown_routes(served):
     assert error(served.get("/v1/embeddings"), 404, "There is no /v1/embeddings")["type"] == "invalid_request_error"
+    for path in ("/chat/completions", "/models", "/v1/v1/chat/completions"):
+        error(served.http.post(path, json=BODY), 404, "ends with /v1")
     error(served.get("/v1/../../etc/passwd"), 404)
     error(served.get("/v1/models/..%2f..%2fetc%2fpasswd"), 404)
     error(served.get("/v1/chat/completions"), 405, "GET is not allowed")
@@ -195,7 +198,7 @@ def test_time(serve, gate, talkative):
 
 
 def test_a_request_that_never_arrives(serve, monkeypatch):
-    monkeypatch.setattr("minigpt4.serving.app.BODY_SECONDS", 0.3)
+    monkeypatch.setattr("minigpt4.serving.connections.BODY_SECONDS", 0.3)
     served = serve()
     host, port = served.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as client:
@@ -203,6 +206,57 @@ def test_a_request_that_never_arrives(serve, monkeypatch):
         client.sendall(b"Content-Length: 100\r\n\r\n{")
         assert b" 408 " in client.recv(1000)
     served.wait_for(requests=0)
+
+
+@pytest.mark.parametrize("sent", ["nothing", "half a header", "half a body", "a body but for its end"])
+def test_five_hundred_that_send_no_whole_request_deny_nobody(serve, gate, monkeypatch, sent):
+    """Beside them and a full queue, others are answered, and asking for the state always is."""
+    monkeypatch.setattr(connections, "MAX_CONNECTIONS", 60)
+    monkeypatch.setattr(connections, "MAX_BODIES", 20)
+    monkeypatch.setattr(connections, "MAX_BODY_BYTES", 2_000_000)
+    header = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    body = b"Content-Length: 1000000\r\n\r\n{" + b" " * (900_000 if sent == "a body but for its end" else 0)
+    content = {"nothing": b"", "half a header": header}.get(sent, header + body)
+    served = serve(max_upload_mb=1, max_queue=2)
+
+    def ask():
+        return httpx.post(f"{served.url}/v1/chat/completions", json=BODY, trust_env=False, timeout=60)
+
+    host, port = served.url.removeprefix("http://").split(":")
+    clients = []
+    try:
+        for n in range(120 if len(content) < 10_000 else 30):
+            clients.append(socket.create_connection((host, int(port)), timeout=20))
+            with suppress(OSError):  # it may have been closed already
+                clients[-1].sendall(content)
+            if n % 10 == 0:
+                assert httpx.get(f"{served.url}/health", trust_env=False).json()["requests"] == 0
+        with ThreadPoolExecutor(2) as pool:
+            asked = [
+                pool.submit(httpx.post, f"{served.url}/v1/chat/completions", json=BODY, trust_env=False) for _ in "ab"
+            ]
+            served.wait_for(requests=2)
+            assert ask().status_code == 429
+            gate.open()
+            assert [request.result().status_code for request in asked] == [200, 200]
+    finally:
+        for client in clients:
+            client.close()
+
+
+def test_a_header_that_never_ends(serve, monkeypatch):
+    """Also behind a request that was answered."""
+    monkeypatch.setattr(connections, "HEADER_SECONDS", 0.5)
+    served = serve()
+    host, port = served.url.removeprefix("http://").split(":")
+    for before in (b"", b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"):
+        with socket.create_connection((host, int(port)), timeout=20) as client:
+            client.sendall(before)
+            if before:
+                assert b" 200 " in client.recv(10_000)
+            client.sendall(b"GET /health HTTP/1.1\r\nHo")
+            with suppress(ConnectionResetError):
+                assert client.recv(1000) == b""
 
 
 # Clients that disconnect
@@ -256,8 +310,9 @@ def test_a_client_that_leaves_while_it_sends(served):
     with socket.create_connection((host, int(port))) as client:
         client.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n")
         client.sendall(b"Content-Length: 100\r\n\r\n{")
-        served.wait_for(requests=1)
-    served.wait_for(requests=0)
+        time.sleep(0.1)
+        assert served.health()["requests"] == 0
+    assert served.post(BODY).status_code == 200
 
 
 def test_a_client_that_never_reads_its_stream_loses_its_place():
@@ -283,21 +338,18 @@ def test_a_client_that_never_reads_its_stream_loses_its_place():
 # Two users
 
 
-def test_users_never_see_each_others_content(served, pictures, gate, batches):
-    """Requests that are answered in the same batch get the same answers as alone."""
+def test_users_never_see_each_others_content(served, pictures, gate, steps):
+    """Requests that are answered together get the same answers as alone."""
     gate.open()
     things = [(picture, f"Is this number {n}?") for n, picture in enumerate(pictures)]
     alone = [served.ask(user(image(p), text(q)), max_tokens=20).json()["choices"] for p, q in things]
     assert len({choices[0]["message"]["content"] for choices in alone}) == len(things)
-    batches.clear()
+    steps.clear()
     with ThreadPoolExecutor(8) as pool:
         asked = [pool.submit(served.ask, user(image(p), text(q)), max_tokens=20) for _ in range(4) for p, q in things]
         together = [request.result().json()["choices"] for request in asked]
     assert together == alone * 4
-    assert max(map(len, batches)) > 1
-    for prompts in batches:
-        for prompt in prompts:
-            assert prompt.count("Is this number") == 1
+    assert max(rows for rows in steps if rows != "prompt") > 1
 
 
 def test_a_placeholder_in_a_text_gets_no_other_users_picture(served, pictures):

@@ -56,7 +56,7 @@ class ConversationStream(ShardStream):
 
     def texts(self) -> Iterator[tuple[str, Conversation]]:
         """(id, conversation) of the records whose texts can be used, in the order of the shards."""
-        return usable_conversations(sample.record for sample in self._raw_samples(self.shards))
+        return usable_conversations(sample.record for sample in self.raw_samples(self.shards))
 
     def item(self, sample: RawRecord) -> dict[str, Any] | None:
         try:

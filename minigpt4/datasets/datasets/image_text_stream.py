@@ -86,7 +86,7 @@ class ImageTextStream(ShardStream):
 
     def texts(self) -> Iterator[tuple[str, str]]:
         """(image id, caption after `text_processor`) of the usable captions, in the order of the shards."""
-        for sample in self._raw_samples(self.shards):
+        for sample in self.raw_samples(self.shards):
             text = self.text_of(sample)
             if text is not None:
                 yield sample.image_id, text

@@ -3,19 +3,18 @@
 import hashlib
 import logging
 import os
-import random
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import closing, suppress
 from functools import partial
-from itertools import chain, count, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
-import webdataset as wds
 from torch.utils.data import IterableDataset, get_worker_info
 
 from minigpt4.common.text import pluralize
+from minigpt4.datasets.datasets.shard_reader import Position, ShardReader
 from minigpt4.datasets.datasets.shards import is_local
 from minigpt4.datasets.datasets.tar_reader import Group, ShardError, read_members, read_samples
 from minigpt4.datasets.left_out import Gate
@@ -97,12 +96,12 @@ class ShardStream(IterableDataset):
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         worker = get_worker_info()
-        seed = derive_seed(self.seed, self.epoch, self.rank, worker.id if worker else 0)
-        rng = random.Random(seed)
-        # We draw shards and seeds ourselves: webdataset's depend on time and process id, or collide.
-        drawn = (rng.choice(self.shards) for _ in count())
-        shuffle = wds.shuffle(self.shuffle_buffer, initial=self.shuffle_buffer, seed=derive_seed(seed, "shuffle"))
-        return self._items(shuffle(self._start_anywhere(self._raw_samples(drawn), rng)))
+        return self.reader(worker.id if worker else 0)
+
+    def reader(self, number: int, position: Position | None = None) -> ShardReader:
+        """The samples of worker `number` in this epoch after a position, which the reader's `position()` gave."""
+        self._open_windows()
+        return ShardReader(self, derive_seed(self.seed, self.epoch, self.rank, number), position)
 
     def one_pass(self, reader: int, num_readers: int) -> Iterator[dict[str, Any]]:
         """Each sample once, in order. Of `num_readers` readers each gets other samples: whole shards if there are as
@@ -111,7 +110,7 @@ class ShardStream(IterableDataset):
         shards, samples_of_each = list(dict.fromkeys(self.shards)), num_readers
         if len(shards) >= num_readers:
             shards, reader, samples_of_each = shards[reader::num_readers], 0, 1
-        return self._items(islice(self._raw_samples(shards), reader, None, samples_of_each))
+        return self._items(islice(self.raw_samples(shards), reader, None, samples_of_each))
 
     def digest(self) -> str:
         """Identifies the shards by their names and, of local ones, their sizes; a resumed run knows its data by it."""
@@ -125,21 +124,24 @@ class ShardStream(IterableDataset):
 
     def part(self, number: int) -> Iterator[Any]:
         """The samples of a shard, in order."""
-        return self._raw_samples([self.shards[number]])
+        return self.raw_samples([self.shards[number]])
 
     def _items(self, samples: Iterable[Any]) -> Iterator[dict[str, Any]]:
-        self.read.open_window()
-        self.decoded.open_window()
+        self._open_windows()
         return (item for sample in samples if (item := self.item(sample)) is not None)
 
-    def _raw_samples(self, shards: Iterable[str]) -> Iterator[Any]:
+    def _open_windows(self) -> None:
+        self.read.open_window()
+        self.decoded.open_window()
+
+    def raw_samples(self, shards: Iterable[str]) -> Iterator[Any]:
         """The samples of shards, in order. Raises RuntimeError if none of very many belongs to the stream."""
         without = 0
         for shard in shards:
             self.read.check()
             self.decoded.check()
             without += 1
-            for sample in self._samples_of(shard):
+            for sample in self.samples_of(shard):
                 without = 0
                 yield sample
             if self.share and without > 10 * len(self.shards):
@@ -147,7 +149,9 @@ class ShardStream(IterableDataset):
                     f"datasets.{self.name}: no sample is left to train on: build_info.val={self.share.val} takes all."
                 )
 
-    def _samples_of(self, shard: str) -> Iterator[Any]:
+    def samples_of(self, shard: str) -> Iterator[Any]:
+        """The samples of a shard, in order, undecoded."""
+
         def drop(cause: str, detail: str) -> None:
             self.read.drop(cause, shard, detail)
 
@@ -165,6 +169,12 @@ class ShardStream(IterableDataset):
                     reason = is_local(shard) and locate.why_unreadable(Path(shard))
                 self.read.drop(problem.cause, shard, reason or problem.detail)
 
+    def size_of(self, shard: str) -> int:
+        """Bytes of a shard; 0 for one that is no local file, or is out of reach."""
+        with suppress(OutOfReach):
+            return self.patience.retry(lambda: os.path.getsize(shard), shard) if is_local(shard) else 0
+        return 0
+
     def _others_in_reach(self, shard: str) -> bool:
         """Whether another shard than this one can be read."""
         other = next((each for each in (self._last_read, *self.shards[:2]) if each not in ("", shard)), None)
@@ -173,18 +183,3 @@ class ShardStream(IterableDataset):
         with suppress(OSError), closing(open_shard(other)) as stream:
             return bool(stream.read(1))
         return False
-
-    def _start_anywhere(self, samples: Iterator[Any], rng: random.Random) -> Iterator[Any]:
-        """Skip a random part of the first shard, so that each place in it is equally likely to be the start."""
-        first = next(samples)
-        size = 0
-        if is_local(first.shard):
-            with suppress(OutOfReach):
-                size = self.patience.retry(lambda: os.path.getsize(first.shard), first.shard)
-        bytes_to_skip = rng.random() * size
-        for sample in chain([first], samples):
-            if bytes_to_skip > 0 and sample.shard == first.shard:
-                bytes_to_skip -= sample.size
-            else:
-                bytes_to_skip = 0
-                yield sample

@@ -1,0 +1,160 @@
+"""The checkpoints of a run: when they are written, which are kept, and from which one a run goes on.
+
+`checkpoint_3.pth` is that after epoch 3, `checkpoint_3_1200.pth` that after 1,200 micro-batches of epoch 3.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from minigpt4.common import dist_utils, facts
+from minigpt4.common.schema import AUTO, RunConfig
+from minigpt4.runners.state import check_entries
+from minigpt4.weights import checkpoint
+from minigpt4.weights.checkpoint import CheckpointError
+
+BEST = "checkpoint_best.pth"
+# Checkpoints within epochs that are kept if `run.keep_last` is not set.
+KEPT_WITHIN_EPOCHS = 2
+# Saves in a row that may fail.
+MAX_FAILURES = 3
+
+
+class Checkpoints:
+    """Writes the checkpoints of a run into its folder, on rank 0.
+
+    If one cannot be written the run goes on, and tries again at the next save; MAX_FAILURES times in a row end it.
+    Only files that were written here, and were not changed since, are removed.
+    """
+
+    def __init__(self, folder: Path, run: RunConfig) -> None:
+        self.folder, self.run = folder, run
+        self.last: Path | None = None
+        """The newest one that was written."""
+        self._written: dict[Path, tuple[int, int, int]] = {}
+        self._failures, self._saved_at = 0, time.monotonic()
+
+    def is_due(self, updates: int) -> bool:
+        """Whether `run.save_every_steps` asks for a checkpoint after so many updates of the weights."""
+        return self.run.save_every_steps is not None and updates % self.run.save_every_steps == 0
+
+    def is_time(self) -> bool:
+        """Whether `run.save_every_minutes` asks for one now, by the clock of rank 0."""
+        minutes = self.run.save_every_minutes
+        is_set = minutes is not None and dist_utils.is_main_process()
+        return is_set and time.monotonic() - self._saved_at >= 60 * minutes
+
+    def write(self, content: dict, name: str, is_best: bool = False) -> None:
+        """Write a checkpoint; if it is the best, first a copy as checkpoint_best.pth. Then remove old ones.
+
+        Raises CheckpointError if this fails for the third time in a row.
+        """
+        path, self._saved_at = self.folder / name, time.monotonic()
+        try:
+            for each in [*([self.folder / BEST] if is_best else []), path]:
+                if each != self.last:  # else only what the validation found is added
+                    logging.info("Saving checkpoint at epoch %d to %s.", content["epoch"], each)
+                checkpoint.save(content, each)
+        except CheckpointError as error:
+            self._failed(error)
+            return
+        self._failures, self.last = 0, path
+        self._written[path] = _identity(path)
+        self._remove_old()
+
+    def write_best(self, content: dict, step: int) -> None:
+        """Write weights from which no run goes on as checkpoint_best.pth."""
+        logging.info("Saving weights of step %d to %s.", step, self.folder / BEST)
+        try:
+            checkpoint.save(content, self.folder / BEST)
+        except CheckpointError as error:
+            self._failed(error)
+
+    def _failed(self, error: CheckpointError) -> None:
+        self._failures += 1
+        on_disk = f"The newest checkpoint is {self.last}." if self.last else "There is no checkpoint of this run yet."
+        if self._failures == MAX_FAILURES:
+            raise CheckpointError(f"{error} This was the {MAX_FAILURES}rd time in a row; the run stops. {on_disk}")
+        logging.warning("%s The run goes on, and tries again at the next save. %s", error, on_disk)
+
+    def _remove_old(self) -> None:
+        keep = self.run.keep_last
+        newest_first = sorted(self._written, key=facts.place_of_checkpoint, reverse=True)
+        if keep is None:  # those of epochs stay
+            within = [path for path in newest_first if facts.place_of_checkpoint(path)[1] != facts.END]
+            old = within[KEPT_WITHIN_EPOCHS:]
+        else:
+            old = newest_first[keep:]
+        for path in old:
+            identity = self._written.pop(path)
+            try:
+                if _identity(path) == identity:
+                    path.unlink()
+            except OSError as error:
+                logging.warning("run.keep_last: %s is not removed: %s.", path, error.strerror)
+
+
+def _identity(path: Path) -> tuple[int, int, int]:
+    stat = path.stat()
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+def find(run: RunConfig, differences: Callable[[Mapping[str, Any]], list[str]]) -> Path | None:
+    """The checkpoint that `run.resume_ckpt_path` stands for, the same on all ranks; None: a new run starts.
+
+    Of a folder, and of `auto`, it is the newest that can be read; `auto` also passes over those of other runs. Both are
+    said in the log.
+
+    differences: from the run whose checkpoint has a content; any makes it another run.
+    Raises CheckpointError if a folder has none that can be read.
+    """
+    source = run.resume_ckpt_path
+    if source != AUTO and not Path(source).expanduser().is_dir():
+        return checkpoint.resolve(source)
+    found: Path | Exception | None = None
+    if dist_utils.is_main_process():
+        try:
+            found = _newest_valid(run, differences)
+        except Exception as error:  # raised on all ranks, so that none waits
+            found = error
+    found = dist_utils.broadcast_object(found)
+    if isinstance(found, Exception):
+        raise found
+    return found
+
+
+def _newest_valid(run: RunConfig, differences: Callable[[Mapping[str, Any]], list[str]]) -> Path | None:
+    source, problems = run.resume_ckpt_path, []
+    is_auto = source == AUTO
+    if is_auto:
+        candidates = _of_all_runs(Path(run.output_dir).expanduser())
+    else:
+        candidates = facts.checkpoints_in(checkpoint.resolve(source).parent)
+    for path in candidates:
+        try:
+            content = checkpoint.read_file(path)
+            check_entries(content, str(path))
+        except (CheckpointError, OSError) as error:
+            problems.append(error)
+            logging.warning("Passed over, and the one before is tried: %s", error)
+            continue
+        breaking = differences(content) if is_auto and not run.resume_anyway else []
+        if not breaking:
+            logging.info("run.resume_ckpt_path=%s: the run goes on from %s.", source, path)
+            return path
+        shown = "; ".join(breaking[:3])
+        logging.warning("run.resume_ckpt_path=auto: %s is passed over, as it is of another run: %s", path, shown)
+    if is_auto:
+        logging.info("run.resume_ckpt_path=auto: there is no checkpoint to go on from; a new run starts.")
+        return None
+    raise problems[0]
+
+
+def _of_all_runs(output_dir: Path) -> Iterator[Path]:
+    """The checkpoints in all run folders, first those of the run that wrote one last."""
+    folders = [folder for folder in output_dir.iterdir() if folder.is_dir()] if output_dir.is_dir() else []
+    runs = [found for folder in folders if (found := facts.checkpoints_in(folder))]
+    for found in sorted(runs, key=lambda paths: max(path.stat().st_mtime_ns for path in paths), reverse=True):
+        yield from found

@@ -1,0 +1,181 @@
+"""Kill training runs at random moments, let them go on, and compare their last weights with an uninterrupted run's.
+
+    python scripts/kill_runs.py --out /tmp/kills --kills 100                                # a small model, any machine
+    python scripts/kill_runs.py --out /data/kills --size 7b --kills 5 --cases shards-1-4-1  # full size, on a GPU
+
+A case is DATA-RANKS-WORKERS-ACCUM: `shards` (stage 1) or `files` (stage 2), processes, data workers of each, and
+micro-batches of a step. Each case first trains without interruption. Then the same run is started with
+run.resume_ckpt_path=auto, killed by SIGKILL with all its processes after a random time, and started again, until it is
+done; all cases in turn, until --kills runs were killed. --out is a new folder, or one of this script. The status is 1
+if a weight differs, or if more steps were lost than those since the last save.
+"""
+
+import argparse
+import hashlib
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from minigpt4.benchmarks import random_weights
+from minigpt4.benchmarks.published import SIZES
+from minigpt4.benchmarks.rehearse import make_data
+from minigpt4.benchmarks.synthetic import ROOT, STAGE_CONFIGS
+from minigpt4.common.facts import checkpoints_in
+from minigpt4.common.output import own_folder
+
+CASES = [
+    f"{data}-{ranks}-{workers}-{accum}"
+    for data in ("shards", "files")
+    for ranks in (1, 2)
+    for workers, accum in ((0, 2), (1, 1), (4, 3))
+]
+EPOCHS, BATCHES, SAVE_EVERY = 2, 24, 3
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for weights, data and runs")
+    parser.add_argument("--kills", type=int, default=100, metavar="N", help="(%(default)s)")
+    parser.add_argument("--size", default="small", choices=list(SIZES), help="of the model (%(default)s)")
+    parser.add_argument("--cases", nargs="+", default=CASES, metavar="CASE", help="(all)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the moments (%(default)s)")
+    parser.add_argument("--options", nargs="+", default=[], metavar="KEY=VALUE", help="more settings for all runs")
+    return parser.parse_args(argv)
+
+
+def command(args: argparse.Namespace, weights: list[str], case: str, output: Path, *more: str) -> list[str]:
+    """The command that trains a case."""
+    data, ranks, workers, accum = case.split("-")
+    if data == "shards":
+        storage = dict.fromkeys(("laion", "cc_sbu"), args.out / "data/shards/{00000..00001}.tar")
+    else:
+        storage = {"cc_sbu_align": args.out / "data/cc_sbu_align"}
+    run = {"output_dir": output, "max_epoch": EPOCHS, "iters_per_epoch": BATCHES, "num_workers": workers, "log_freq": 1}
+    run |= {"batch_size_train": 2, "accum_grad_iters": accum, "save_every_steps": SAVE_EVERY, "report": False}
+    run |= {"valid_splits": "[val]", "init_lr": 1e-3, "warmup_steps": 5, "warmup_lr": 1e-5}
+    options = [f"run.{key}={value}" for key, value in run.items()]
+    for name, path in storage.items():
+        options += [f"datasets.{name}.build_info.storage={path}", f"datasets.{name}.build_info.val=0.1"]
+    python = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", ranks, "--rdzv-backend", "c10d"]
+    python += ["--rdzv-endpoint", "localhost:0"]
+    start = python if int(ranks) > 1 else [sys.executable]
+    stage = STAGE_CONFIGS[1 if data == "shards" else 2]
+    return [*start, "train.py", "--cfg-path", stage, "--options", *weights, *options, *args.options, *more]
+
+
+def start(words: list[str], log: Path) -> subprocess.Popen:
+    env = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": str(ROOT)}
+    with open(log, "w") as file:
+        return subprocess.Popen(words, cwd=ROOT, env=env, stdout=file, stderr=file, start_new_session=True)
+
+
+def kill(process: subprocess.Popen) -> None:
+    """Kill all processes of a run, workers and ranks included, and wait until none is left."""
+    while True:
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            return
+        process.poll()
+        time.sleep(0.05)
+
+
+def weights_of(output: Path) -> str:
+    """The SHA-256 of the trained weights of a finished run, in the newest folder of `output`."""
+    last = checkpoints_in(max(folder for folder in output.iterdir() if folder.is_dir()))[0]
+    digest = hashlib.sha256()
+    for name, tensor in sorted(torch.load(last, map_location="cpu", weights_only=True)["model"].items()):
+        digest.update(name.encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return f"{last.name} {digest.hexdigest()}"
+
+
+def steps_done(log: Path) -> int:
+    """Micro-batches that a run has reported."""
+    found = re.findall(r"data epoch: \[(\d+)\]  \[ *(\d+)/", log.read_text(errors="replace"))
+    return max((int(epoch) * BATCHES + int(batch) + 1 for epoch, batch in found), default=0)
+
+
+def step_resumed(log: Path) -> int:
+    """The micro-batches behind the checkpoint that a run goes on from; 0: it starts anew, -1: it is not known yet."""
+    text = log.read_text(errors="replace")
+    if found := re.search(r"Resuming after (?:batch (\d+) of )?epoch (\d+)", text):
+        epoch = int(found[2])
+        return epoch * BATCHES + int(found[1]) if found[1] else (epoch + 1) * BATCHES
+    return 0 if "a new run starts" in text else -1
+
+
+class Case:
+    """A case, with the weights and the seconds of its uninterrupted run."""
+
+    def __init__(self, args: argparse.Namespace, weights: list[str], name: str) -> None:
+        self.args, self.weights, self.name = args, weights, name
+        self.accum = int(name.split("-")[3])
+        output, log = args.out / name / "whole", args.out / name / "whole.log"
+        log.parent.mkdir(parents=True)
+        began = time.monotonic()
+        if start(command(args, weights, name, output), log).wait():
+            sys.exit(f"{name}: the run failed: {log}")
+        self.seconds, self.expected = time.monotonic() - began, weights_of(output)
+        print(f"{name}: {self.seconds:.0f} s without interruption, {self.expected}", flush=True)
+
+    def run_killed(self, number: int, most_kills: int, draw: random.Random) -> tuple[int, list[str]]:
+        """Run once with kills. Returns the number of kills, and what is wrong."""
+        output, kills, done, wrong = self.args.out / self.name / f"run{number}", 0, 0, []
+        words = command(self.args, self.weights, self.name, output, "run.resume_ckpt_path=auto")
+        while True:
+            log = output.with_name(f"{output.name}.{kills}.log")
+            process = start(words, log)
+            try:
+                status = process.wait(draw.uniform(0.2, 1) * self.seconds if kills < most_kills else None)
+            except subprocess.TimeoutExpired:
+                kill(process)
+                kills += 1
+                status = None
+            resumed = step_resumed(log)
+            if resumed >= 0:
+                if done - resumed > SAVE_EVERY * self.accum:
+                    wrong.append(f"{log}: {done} micro-batches were done, and it goes on after {resumed}")
+                print(f"{self.name}: {done} micro-batches done, goes on after {resumed}", flush=True)
+                done = steps_done(log) or resumed
+            if status is not None:
+                break
+        if status:
+            wrong.append(f"{log}: status {status}")
+        elif (found := weights_of(output)) != self.expected:
+            wrong.append(f"{output}: {found}, not {self.expected}")
+        return kills, wrong
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Kill as many runs as asked for. Returns the number of those that went wrong."""
+    args = parse_args(argv)
+    args.out = args.out.resolve()
+    own_folder(args.out, "kills.txt")
+    (args.out / "kills.txt").touch()
+    make_data(args.out / "data")
+    paths = random_weights.write(args.out / "weights", args.size)
+    weights = random_weights.yaml_options(args.size, paths)
+    draw, kills, wrong = random.Random(args.seed), 0, []
+    args.out = args.out / time.strftime("%Y%m%d-%H%M%S")
+    (args.out).mkdir()
+    (args.out / "data").symlink_to(args.out.parent / "data")
+    cases = [Case(args, weights, name) for name in args.cases]
+    number = 0
+    while kills < args.kills:
+        case = cases[number % len(cases)]
+        killed, problems = case.run_killed(number, args.kills - kills, draw)
+        kills, number, wrong = kills + killed, number + 1, wrong + problems
+        print(f"{case.name}: killed {killed} times, {kills} in all; {problems or 'the same weights'}", flush=True)
+    print("\n".join(wrong) or f"{kills} kills in {number} runs: all weights are those of uninterrupted runs.")
+    return len(wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(min(main(), 1))
