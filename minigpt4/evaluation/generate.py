@@ -126,8 +126,8 @@ def answers_of(examples: Sequence[Example], answerer: Answerer, batch_size: int)
     """{id: answer} of the examples, each rank's share from that rank; and why examples were skipped."""
     own = examples[dist_utils.get_rank() :: dist_utils.get_world_size()]
     found = [*answer_in_batches(own, answerer.load, answerer.answer, batch_size)]
-    lines = {line["id"]: Answer(line["answer"], line["ended"]) for _, batch, _ in found for line in batch}
-    skipped = [reason for _, _, reasons in found for reason in reasons]
+    lines = {line["id"]: Answer(line["answer"], line["ended"]) for batch in found for line in batch.lines}
+    skipped = [f"{name}: {cause}" for batch in found for name, cause in batch.skipped.items()]
     gathered = dist_utils.gather_objects((lines, skipped))
     answers = {id: answer for each, _ in gathered for id, answer in each.items()}
     return answers, [reason for _, reasons in gathered for reason in reasons]
@@ -137,7 +137,8 @@ def answer_all(examples: Sequence[Example], answerer: Answerer, output: Output, 
     """Answer the examples that `output` lacks, this rank its share. Returns why all ranks skipped examples."""
     open_ones = [example for example in examples if example.id not in output.done]
     own = open_ones[dist_utils.get_rank() :: dist_utils.get_world_size()]
-    return write_answers(own, answerer.load, answerer.answer, output, batch_size, "answer", len(own))
+    batches = answer_in_batches(own, answerer.load, answerer.answer, batch_size)
+    return write_answers(batches, output, "answer", len(own))
 
 
 def entry(example: Example, answer: Answer) -> dict:
