@@ -82,7 +82,7 @@ class Bodies:
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != kind:
             raise ApiError(415, f"Send Content-Type: {kind}.")
         # A body that is up to four times too large is read to its end: most clients read the response only after that.
-        body, size, start = bytearray(), 0, time.monotonic()
+        body, size, dropped = bytearray(), 0, False
         try:
             async with asyncio.timeout(BODY_SECONDS) as limit:
                 try:
@@ -95,9 +95,9 @@ class Bodies:
                             break
                         self._admit(limit, request, len(body))
                 finally:
-                    self._received.pop(limit, None)
+                    dropped = self._received.pop(limit, None) is None
         except TimeoutError:
-            if time.monotonic() - start < BODY_SECONDS:
+            if dropped:
                 raise ApiError(503, "Too many requests are being received; try again later.", "busy") from None
             raise ApiError(408, f"The request took longer than {BODY_SECONDS} s to arrive.") from None
         if size > self._max_bytes:
