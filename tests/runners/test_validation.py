@@ -132,6 +132,7 @@ def test_resumed_equals_uninterrupted(build_golden_model, make_runner, pool):
     assert all(torch.equal(best[0]["model"][name], best[1]["model"][name]) for name in best[0]["model"])
 
 
+@pytest.mark.slow
 def test_a_signal_during_an_evaluation(build_golden_model, make_runner, pool):
     """It ends early; the run that goes on makes up for it."""
     splits, settings = {"train": Pictures(*pool), "val": Pictures(*pool)}, SETTINGS | EVALUATED
@@ -189,6 +190,7 @@ def test_the_best_checkpoint_by_a_named_metric(build_golden_model, make_runner, 
         make_runner(build_golden_model(), splits, "again", resume_ckpt_path=path, **SETTINGS, **settings)
 
 
+@pytest.mark.slow
 def test_what_gets_worse_is_a_warning(build_golden_model, make_runner, pool, given, caplog):
     """Worse than before training by more than 5 points, and than what `model.ckpt` records for the same questions."""
     splits = {"train": Pictures(*pool), "val": Pictures(*pool)}
@@ -255,6 +257,7 @@ class Shards(IterableDataset):
         return iter(self.samples[reader::num_readers])
 
 
+@pytest.mark.slow
 def test_streams_and_cached_features(build_golden_model, make_runner, pool):
     """The same samples give the same loss and answers, as a stream, with a length, and from a cache of features."""
     model, (images, captions) = build_golden_model(), pool
