@@ -131,8 +131,8 @@ def answers_of(
     """
     own = until_stopped(examples[dist_utils.get_rank() :: dist_utils.get_world_size()])
     found = [*answer_in_batches(own, answerer.load, answerer.answer, batch_size)]
-    lines = {line["id"]: Answer(line["answer"], line["ended"]) for _, batch, _ in found for line in batch}
-    skipped = [reason for _, _, reasons in found for reason in reasons]
+    lines = {line["id"]: Answer(line["answer"], line["ended"]) for batch in found for line in batch.lines}
+    skipped = [f"{name}: {cause}" for batch in found for name, cause in batch.skipped.items()]
     gathered = dist_utils.gather_objects((lines, skipped))
     answers = {id: answer for each, _ in gathered for id, answer in each.items()}
     return answers, [reason for _, reasons in gathered for reason in reasons]
@@ -144,7 +144,8 @@ def answer_all(
     """Answer the examples that `output` lacks, this rank its share. Returns why all ranks skipped examples."""
     open_ones = [example for example in examples if example.id not in output.done]
     own = open_ones[dist_utils.get_rank() :: dist_utils.get_world_size()]
-    return write_answers(until_stopped(own), answerer.load, answerer.answer, output, batch_size, "answer", len(own))
+    batches = answer_in_batches(until_stopped(own), answerer.load, answerer.answer, batch_size)
+    return write_answers(batches, output, "answer", len(own))
 
 
 def entry(example: Example, answer: Answer) -> dict:
