@@ -355,7 +355,6 @@ class RunnerBase:
         progress = on_cpu(place.progress or self.progress.state())
         states = dist_utils.gather_objects((place.rng.saved(), progress))
         content["rng"], content["progress"] = map(list, zip(*states, strict=True))
-        content["grad_norm"] = None if self.grad_norm is None else float(self.grad_norm)
         if dist_utils.is_main_process():
             self.checkpoints.write(content | self._training_state(), f"checkpoint_{place.epoch}_{place.batches}.pth")
         self.saved_step = place.step
@@ -368,6 +367,7 @@ class RunnerBase:
             "optimizer": self.optimizer.state_dict(),
             "scaler": scaler.state_dict() if self.run.amp else None,
             "validated": self.validated,
+            "grad_norm": None if self.grad_norm is None else float(self.grad_norm),
         }
 
     def save_best(self) -> None:
@@ -423,11 +423,11 @@ class RunnerBase:
         batches = content.get("batches") or 0
         if 0 < batches < self.iters_per_epoch and content.get("progress"):
             self.start_epoch, self.start_batches, self._to_resume = epoch, batches, content["progress"]
-            if content.get("grad_norm") is not None:
-                self.grad_norm = torch.tensor(content["grad_norm"])
         else:
             self.start_epoch = epoch + 1
         self.step = self.start_epoch * self.iters_per_epoch + self.start_batches
+        if content.get("grad_norm") is not None:
+            self.grad_norm = torch.tensor(content["grad_norm"])
         if readers := (content.get(resume.FACTS) or {}).get(resume.READERS):
             self.loader.num_readers = self.facts[resume.READERS] = readers
         self.run_id = content.get("run_id", self.run_id)
