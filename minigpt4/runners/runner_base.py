@@ -389,7 +389,7 @@ class RunnerBase:
     def _resume_epoch(self) -> int:
         """Go on within an epoch. Returns the number of its next micro-batch."""
         rank = dist_utils.get_rank()
-        self.progress.load_states(self.to_resume, rank, self.world_size, self.device)
+        self.progress.load_states(self.to_resume, rank, self.world_size)
         first, self.start_batches, self.to_resume = self.start_batches, 0, []
         return first
 
