@@ -37,6 +37,7 @@ let running = null // {controller, answer}
 let editing = false
 let ready = false
 let leaving = false
+let following = true
 const blobs = {}
 const uploading = new Map()
 
@@ -50,7 +51,6 @@ function save() {
 // Showing
 
 function render() {
-  const followed = isAtEnd()
   const last = lastAnswer()
   $("#welcome").hidden = messages.length > 0
   $("#restart").hidden = $("#download").hidden = messages.length === 0
@@ -58,7 +58,6 @@ function render() {
   $("#send").hidden = running !== null
   $("#stop").hidden = running === null
   box.placeholder = t(Object.keys(files).length ? "type" : "no_picture_yet")
-  if (followed) toEnd()
   save()
 }
 
@@ -97,7 +96,7 @@ function failure(message) {
   const again = button(t("try_again"), () => {
     if (box.value === message.question) box.value = ""
     ask(message.question)
-  })
+  }, { className: "again" })
   return make("div", { className: "actions" }, make("span", { className: "problem" }, message.reason), again)
 }
 
@@ -119,10 +118,17 @@ function actions(message, isLast) {
   return made
 }
 
-const isAtEnd = () => chatbot.scrollHeight - chatbot.scrollTop - chatbot.clientHeight < NEAR
-
+/** Show the end of the conversation, and stay there while it grows, until the visitor scrolls up. */
 function toEnd() {
+  following = true
   chatbot.scrollTop = chatbot.scrollHeight
+}
+
+function connectScrolling() {
+  chatbot.onscroll = () => (following = chatbot.scrollHeight - chatbot.scrollTop - chatbot.clientHeight < NEAR)
+  const follow = new ResizeObserver(() => following && messages.length && toEnd())
+  follow.observe($("#messages"))
+  follow.observe(chatbot)
 }
 
 function lastAnswer() {
@@ -348,10 +354,8 @@ async function* updates(response) {
 
 function follow(reply, { add, text, line, seconds }) {
   Object.assign(reply, { line, seconds, text: text ?? reply.text + (add ?? "") })
-  const followed = isAtEnd()
   const bubbles = document.querySelectorAll("#messages > .assistant .bubble")
   fill(bubbles[bubbles.length - 1], reply)
-  if (followed) toEnd()
 }
 
 async function vote(message, good) {
@@ -454,7 +458,7 @@ function buildSettings() {
 }
 
 function buildExamples() {
-  const asked = (index) => t(config.emoji ? "example" : `example_${index + 1}`)
+  const asked = (index) => t(config.emoji ? `emoji_${1 + (index % 2)}` : `example_${index + 1}`)
   const items = config.examples.map((name, index) => {
     const question = asked(index)
     const use = async () => {
@@ -524,6 +528,7 @@ function connect() {
   addEventListener("click", (event) => {
     if (!$("#download").contains(event.target)) $("#download").open = false
   })
+  connectScrolling()
   connectDrops()
 }
 
