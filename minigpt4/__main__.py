@@ -20,6 +20,7 @@ COMMANDS = {
     "merge": "write the language model with its LoRA adapters merged in",
     "data": "check datasets, show samples as the model reads them, or convert them",
     "plot": "draw the curves of runs, to compare them",
+    "compare": "say where two runs differ: settings, environment, numbers, samples, weights",
     "report": "write the page about a run that has not ended by itself",
     "doctor": "find what is wrong with a run before it starts",
     "make-random-weights": "write random weights in the published formats, for rehearsals and benchmarks",

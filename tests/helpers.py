@@ -119,6 +119,9 @@ class FixedBatches:
     def take_left_out(self):
         return Counter()
 
+    def take_ids(self):
+        return []
+
     def shares(self):
         return {}
 

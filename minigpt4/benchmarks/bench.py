@@ -1,4 +1,4 @@
-"""python -m minigpt4 bench train | chat | caption | data: measure training steps, answers, captions, or reading."""
+"""python -m minigpt4 bench train | chat | caption | serve | data: measure steps, answers, servers, or reading."""
 
 from minigpt4.common.commands import dispatch
 
@@ -6,6 +6,7 @@ KINDS = {
     "train": "training steps, at full size with random weights or of a config",
     "chat": "tokens per second of an answer, and milliseconds to the first one",
     "caption": "pictures per second that are described",
+    "serve": "tokens per second of a server, and seconds to the first one, for several clients at a time",
     "data": "pictures per second and core",
 }
 

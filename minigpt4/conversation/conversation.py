@@ -338,7 +338,7 @@ class Chat:
         stop = conv.stop
         read = partial(answer_text, self.model.tokenizer, stop=stop, label=conv.label)
         with self._pending_answer(conv) as pending:
-            context, fitting = self._fit(conv, decoding, notify)
+            context, fitting = self.fit(conv, decoding, notify)
             with closing(self._stream(context.get_prompt(), img_list, stop, fitting, should_stop, in_line)) as running:
                 for ids, complete in running:
                     text, shown = read(ids, complete=complete), pending[1]
@@ -350,7 +350,7 @@ class Chat:
             notify("The answer stops here: the model can hold no more text. Restart to make room.")
         return np.array(strip_leading(self.model.tokenizer, ids), dtype=np.int64)
 
-    def _fit(self, conv: Conversation, decoding: Decoding, notify: Callable) -> tuple[Conversation, Decoding]:
+    def fit(self, conv: Conversation, decoding: Decoding, notify: Callable) -> tuple[Conversation, Decoding]:
         """The conversation and the settings, cut to the context window.
 
         The oldest text is removed first, images never.

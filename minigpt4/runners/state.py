@@ -36,6 +36,7 @@ ENTRIES = {
     "validated": bool,
     "evaluation": dict,
     "run_id": str,
+    "health": dict,
     "facts": dict,
     fingerprint.KEY: (dict, NoneType),
 }

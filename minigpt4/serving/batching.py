@@ -185,8 +185,8 @@ class Batcher(threading.Thread):
     def _give_way(self) -> Answer | None:
         """A running answer that goes back into the queue, since others wait and no place is free; None: nobody's.
 
-        It is one of the client with the most places, if that has two more than a client that waits, else the one that
-        has had TURN_TOKENS.
+        It is one of the client with the most places, if that has two more than a client that waits, else one that has
+        had TURN_TOKENS while another client waits.
         """
         with self._queue_changed:
             candidates = [answer for answer in self.running if answer.turn_tokens]
@@ -197,7 +197,8 @@ class Batcher(threading.Thread):
             answer = max(candidates, key=lambda answer: (running[_client(answer)], answer.turn_tokens))
             if running[_client(answer)] < fewest + 2:
                 answer = max(candidates, key=lambda answer: answer.turn_tokens)
-                if answer.turn_tokens < TURN_TOKENS:
+                others = any(_client(each) != _client(answer) for each in self.waiting)
+                if answer.turn_tokens < TURN_TOKENS or not others:
                     return None
             self.running.remove(answer)
             self.waiting.append(answer)

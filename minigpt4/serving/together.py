@@ -231,5 +231,5 @@ def answers_for(chat: Chat, max_answers: int) -> AnswersTogether | AnswersAlone:
     """Computes the answers of a chat, at most `max_answers` at a time."""
     if computes_together(chat):
         return AnswersTogether(chat, max_answers)
-    logging.info("This language model answers one question after the other (docs/serving.md#batches).")
+    logging.info("This language model answers one question after the other (docs/serving.md#answers-together).")
     return AnswersAlone(chat)

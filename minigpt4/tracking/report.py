@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from minigpt4.common.output import write_whole
-from minigpt4.tracking import plot
+from minigpt4.tracking import metrics, plot
 from minigpt4.tracking.run_files import CONFIG, ENVIRONMENT, without_passwords
 
 NAME = "report.html"
@@ -148,7 +148,8 @@ def _warnings(run: plot.Run) -> Iterator[str]:
 
 
 def _latest_texts(run: plot.Run) -> dict[str, tuple[int, str]]:
-    return {k: (line["step"], v) for line in run.lines for k, v in line.items() if isinstance(v, str)}
+    texts = ((line["step"], *item) for line in run.lines for item in line.items() if isinstance(item[1], str))
+    return {name: (step, text) for step, name, text in texts if name != metrics.SAMPLES}
 
 
 def _settings(changed: dict[str, list[Any]]) -> str:

@@ -1,6 +1,7 @@
 """Two gloo ranks against one process. The tests share two processes, since imports take most of the time."""
 
 import copy
+import json
 import os
 import random
 from types import SimpleNamespace
@@ -14,7 +15,9 @@ from lora_models import LORA, trained
 from minigpt4.benchmarks.scaling import ScalingTimer, without_exchange
 from minigpt4.common import dist_utils
 from minigpt4.common.config import Config
+from minigpt4.datasets.samples import SampleId
 from minigpt4.runners import RunnerBase
+from minigpt4.runners.health import BAD_BATCHES
 from minigpt4.tasks import ImageTextPretrainTask
 from minigpt4.tracking.metrics import read_metrics
 
@@ -167,7 +170,7 @@ def test_ranks_resume_and_evaluate_together(on_two_ranks, build_golden_model, po
 
 
 def timed_rank(rank, folder, model, pool):
-    """Steps with and without exchange, and one that rank 0 takes alone."""
+    """Steps with and without exchange, one that rank 0 takes alone, and one with NaN in a picture of rank 1."""
     samples = {"image": pool[0][rank::2][:2], "text_input": pool[1][rank::2][:2]}
     runner = make_runner(folder, copy.deepcopy(model), {"train": Pictures(*pool)}, "job", batch_size_train=2)
     projection = runner.module.llama_proj.weight
@@ -186,13 +189,26 @@ def timed_rank(rank, folder, model, pool):
         timer.step()
     timer.step_alone(3)
     steps = [len(each.seconds) for each in (timer, timer.no_exchange, timer.alone)]
-    torch.save((weights, steps), folder / f"rank{rank}.pth")
+    bad = {**samples, "image": samples["image"] * float("nan")} if rank else samples
+    runner.loader.take_ids = lambda: [SampleId("pictures", f"of rank {rank}", "")]
+    skipped = [runner.module.llama_proj.weight.detach().clone()]
+    for taken in (bad, samples):
+        runner.train_step(taken, is_update=True)
+        skipped.append(runner.module.llama_proj.weight.detach().clone())
+    torch.save((weights, steps, skipped), folder / f"rank{rank}.pth")
 
 
-def test_steps_without_exchange(on_two_ranks, build_golden_model, pool, tmp_path):
-    """A rank can take such steps while the others wait; afterwards all ranks exchange gradients again."""
+def test_steps_without_exchange_and_with_nan_on_one_rank(on_two_ranks, build_golden_model, pool, tmp_path):
+    """A rank can take such steps while the others wait; afterwards all ranks exchange gradients again.
+
+    NaN on one rank: all skip the update, and the samples of that rank are named.
+    """
     on_two_ranks(timed_rank, tmp_path, build_golden_model(), pool)
-    (first, steps), (second, others) = (torch.load(tmp_path / f"rank{rank}.pth") for rank in range(2))
+    (first, steps, skipped), (second, others, also) = (torch.load(tmp_path / f"rank{rank}.pth") for rank in range(2))
     assert steps == others == [2, 2, 3]
     assert not first[1].equal(first[0])
     assert first[0].equal(second[0]) and first[2].equal(second[2]) and not first[2].equal(first[0])
+    assert skipped[0].equal(skipped[1]) and also[0].equal(also[1])
+    assert not skipped[1].equal(skipped[2]) and not also[1].equal(also[2])
+    (entry,) = map(json.loads, (tmp_path / "output/job" / BAD_BATCHES).read_text().splitlines())
+    assert entry["rank"] == 1 and [each["key"] for each in entry["samples"]] == ["of rank 1"]
