@@ -37,6 +37,7 @@ CASES = [
     for workers, accum in ((0, 2), (1, 1), (4, 3))
 ]
 EPOCHS, BATCHES, SAVE_EVERY = 2, 24, 3
+MOST_KILLS_OF_A_RUN = 5
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -74,6 +75,13 @@ def start(words: list[str], log: Path) -> subprocess.Popen:
     env = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": str(ROOT)}
     with open(log, "w") as file:
         return subprocess.Popen(words, cwd=ROOT, env=env, stdout=file, stderr=file, start_new_session=True)
+
+
+def wait_for_steps(process: subprocess.Popen, log: Path) -> float:
+    """Wait until a run begins to train, or ends. Returns the time."""
+    while process.poll() is None and "Start training epoch" not in log.read_text(errors="replace"):
+        time.sleep(0.05)
+    return time.monotonic()
 
 
 def kill(process: subprocess.Popen) -> None:
@@ -119,11 +127,13 @@ class Case:
         self.accum = int(name.split("-")[3])
         output, log = args.out / name / "whole", args.out / name / "whole.log"
         log.parent.mkdir(parents=True)
-        began = time.monotonic()
-        if start(command(args, weights, name, output), log).wait():
+        began, process = time.monotonic(), start(command(args, weights, name, output), log)
+        self.until_steps = wait_for_steps(process, log) - began
+        if process.wait():
             sys.exit(f"{name}: the run failed: {log}")
-        self.seconds, self.expected = time.monotonic() - began, weights_of(output)
-        print(f"{name}: {self.seconds:.0f} s without interruption, {self.expected}", flush=True)
+        self.seconds, self.expected = time.monotonic() - began - self.until_steps, weights_of(output)
+        shown = f"{self.until_steps:.0f} s until it trains and {self.seconds:.0f} s more"
+        print(f"{name}: {shown} without interruption, {self.expected}", flush=True)
 
     def run_killed(self, number: int, most_kills: int, draw: random.Random) -> tuple[int, list[str]]:
         """Run once with kills. Returns the number of kills, and what is wrong."""
@@ -133,7 +143,13 @@ class Case:
             log = output.with_name(f"{output.name}.{kills}.log")
             process = start(words, log)
             try:
-                status = process.wait(draw.uniform(0.2, 1) * self.seconds if kills < most_kills else None)
+                if kills == most_kills:
+                    status = process.wait()
+                elif draw.random() < 0.2:  # while it loads
+                    status = process.wait(draw.random() * self.until_steps)
+                else:
+                    wait_for_steps(process, log)
+                    status = process.wait(draw.random() * self.seconds)
             except subprocess.TimeoutExpired:
                 kill(process)
                 kills += 1
@@ -170,7 +186,7 @@ def main(argv: list[str] | None = None) -> int:
     number = 0
     while kills < args.kills:
         case = cases[number % len(cases)]
-        killed, problems = case.run_killed(number, args.kills - kills, draw)
+        killed, problems = case.run_killed(number, min(args.kills - kills, MOST_KILLS_OF_A_RUN), draw)
         kills, number, wrong = kills + killed, number + 1, wrong + problems
         print(f"{case.name}: killed {killed} times, {kills} in all; {problems or 'the same weights'}", flush=True)
     print("\n".join(wrong) or f"{kills} kills in {number} runs: all weights are those of uninterrupted runs.")

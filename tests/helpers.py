@@ -3,12 +3,14 @@
 import functools
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -98,6 +100,33 @@ class Pictures(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         return {"image": self.images[index], "text_input": self.captions[index]}
+
+
+class Augmented(Pictures):
+    """Pictures with random noise, some of which are left out."""
+
+    left_out = 0
+
+    def __getitem__(self, index):
+        if index == 3:
+            self.left_out += 1
+        noise = random.random() + np.random.rand() + torch.rand(())
+        return {"image": self.images[index] + 0.01 * noise, "text_input": self.captions[index]}
+
+    def take_left_out(self):
+        taken, self.left_out = self.left_out, 0
+        return {("a test", "here"): taken} if taken else {}
+
+
+def facts_of(runner):
+    """All that a run ends with: weights, optimizer, its numbers without times, and log.txt without the config."""
+    lines = [json.loads(line) for line in (runner.output_dir / "metrics.jsonl").read_text().splitlines()]
+    timed = ("time", "_seconds", "_per_second", "_mib")
+    lines = [{k: v for k, v in line.items() if not k.endswith(timed)} for line in lines]
+    for line in lines:
+        line["samples"] = int(line.get("samples", "0")[:12], 16)  # torch.testing compares no texts
+    weights = {name: p.detach() for name, p in runner._trainable().items()}
+    return weights, runner.optimizer.state_dict()["state"], sorted(lines, key=str), random.random()
 
 
 class FixedBatches:

@@ -303,6 +303,16 @@ class MapDatasetExtras(Protocol):
         """
 
 
+class StreamReader(Protocol):
+    """An endless iterator over samples, whose order global random generators must not decide."""
+
+    def __next__(self) -> Any:
+        """Return the next sample."""
+
+    def position(self) -> Any:
+        """Return the position behind the last sample: numbers and texts, in tuples, lists and dicts."""
+
+
 class StreamExtras(Protocol):
     """Optional members of a stream."""
 
@@ -310,6 +320,14 @@ class StreamExtras(Protocol):
         """Set the epoch of the next `__iter__`. Called in each data worker, right before it.
 
         If it is absent, `__iter__` does not know the epoch; global random generators are seeded for it all the same.
+        """
+
+    def reader(self, number: int, position: Any = None) -> "StreamReader":
+        """Return what `__iter__` returns in data worker `number`, after a position if one is given.
+
+        Called in place of `__iter__`, perhaps in another worker, and for several numbers in one.
+        If it is absent, a run that is resumed within an epoch reads the stream again from the epoch's start, and must
+        have the same number of workers.
         """
 
     def one_pass(self, reader: int, num_readers: int) -> Iterator[Any]:
@@ -412,7 +430,7 @@ class RunnerExtras(Protocol):
     """Optional members of a runner."""
 
     last_checkpoint: Any
-    """The newest checkpoint of the run. train.py names it when the run is stopped with Ctrl-C; None, or absent: it
+    """The newest checkpoint of the run. train.py names it when the run is stopped by a signal; None, or absent: it
     says that there is none."""
     check_data: Callable[[Any, Mapping[str, Mapping[str, Any]]], None]
     """A class method that raises ConfigError for datasets which the runner could not use. train.py calls it as

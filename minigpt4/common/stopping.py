@@ -60,6 +60,7 @@ class StopRequest:
         for number, handler in self._before.items():
             # A rank that is done must not end by the signal that torchrun sends when another is done, too.
             signal.signal(number, signal.SIG_IGN if self.number else handler)
+        self.number = 0
 
     def begin_steps(self) -> None:
         """From now on a signal is only noted, outside of `interruptible`."""

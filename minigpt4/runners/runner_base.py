@@ -26,7 +26,7 @@ from minigpt4.common.optims import create_optimizer, create_schedule
 from minigpt4.common.registry import registry
 from minigpt4.common.stopping import STOP, Stopped
 from minigpt4.common.text import pluralize
-from minigpt4.common.trained_parts import check_parts, rates_of_parts
+from minigpt4.common.trained_parts import rates_of_parts
 from minigpt4.datasets import workers
 from minigpt4.datasets.loaders import TrainLoader, eval_loader, left_out_counts, report_left_out
 from minigpt4.quantization.fp8 import check_fp8_supported
@@ -36,13 +36,11 @@ from minigpt4.runners.folder import continue_folder, folder_of, new_run_id
 from minigpt4.runners.health import Health
 from minigpt4.runners.prefetch import prefetch
 from minigpt4.runners.progress import EpochProgress, Place, on_cpu
+from minigpt4.runners.saved_state import load_weights, resume_run, training_state, weights_to_save
 from minigpt4.runners.schedule import EtaLogger, TrainingSchedule, log_rates
 from minigpt4.runners.state import (
     RngStates,
     check_entries,
-    check_shapes,
-    numbers_in,
-    restore_rng_states,
     rng_states,
     to_device,
 )
@@ -50,7 +48,7 @@ from minigpt4.runners.validation import Validation
 from minigpt4.tracking.record import RunRecord
 from minigpt4.tracking.run_files import without_passwords
 from minigpt4.tracking.trackers import RunInfo
-from minigpt4.weights import checkpoint, fingerprint
+from minigpt4.weights import checkpoint
 
 
 @registry.register_runner("runner_base")
@@ -96,7 +94,7 @@ class RunnerBase:
         self.saved_step = 0  # of the last checkpoint within an epoch
         self.is_time_to_save = False
         self._host_state: tuple | None = None  # random states after the present batch was prepared by a thread
-        self._to_resume: list[dict[str, Any]] = []  # progress of all ranks in the epoch that is resumed
+        self.to_resume: list[dict[str, Any]] = []  # progress of all ranks in the epoch that is resumed
         self.run_id = new_run_id(job_id)
         self.labels_of_step: list[torch.Tensor] = []  # number of labels of each micro-batch, over all ranks
         self.grad_norm: torch.Tensor | None = None  # of the last update, before it was clipped
@@ -104,7 +102,7 @@ class RunnerBase:
         if not self.run.evaluate:
             self._prepare_training()
         elif self.run.resume_ckpt_path:
-            self._load(Path(self.run.resume_ckpt_path))
+            load_weights(self, Path(self.run.resume_ckpt_path))
         if dist_utils.is_main_process():
             self.output_dir.mkdir(parents=True, exist_ok=True)
             if any(self.output_dir.iterdir()):
@@ -162,7 +160,7 @@ class RunnerBase:
         self.health = Health(self.device, self.scaler, run.max_bad_steps, lambda *line: self.record.append(*line))
         self.lr_sched = create_schedule(run, self.optimizer, self.iters_per_epoch)
         if run.resume_ckpt_path:
-            self._resume(Path(run.resume_ckpt_path))
+            resume_run(self, Path(run.resume_ckpt_path))
         schedule = TrainingSchedule(
             run.batch_size_train,
             self.world_size,
@@ -235,10 +233,11 @@ class RunnerBase:
         self._remember(epoch, batches)
         try:
             self.save_within_epoch()
-            saved = f"The weights of before are in {self.last_checkpoint}."
-        except FloatingPointError as error:  # it was the weights that were broken
-            saved = f"{error} The last checkpoint is {self.last_checkpoint}."
-        raise FloatingPointError(f"{self.health.failure} {saved}")
+            saved = "The weights, which have not changed since, are in {}."
+        except FloatingPointError as error:  # it is the weights that are broken
+            saved = f"{error} The last checkpoint is {{}}."
+        last = dist_utils.broadcast_object(self.last_checkpoint)
+        raise FloatingPointError(f"{self.health.failure} {saved.format(last or 'none')}")
 
     @property
     def last_checkpoint(self) -> Path | None:
@@ -365,107 +364,33 @@ class RunnerBase:
         Raises FloatingPointError for weights that are not finite.
         """
         self.health.read()
-        content = self._weights_to_save(f"after epoch {epoch}") | {"epoch": epoch, "rng": rng_states()}
+        content = weights_to_save(self, f"after epoch {epoch}") | {"epoch": epoch, "rng": rng_states()}
         if dist_utils.is_main_process():
-            self.checkpoints.write(content | self._training_state(), f"checkpoint_{epoch}.pth", is_best)
+            self.checkpoints.write(content | training_state(self), f"checkpoint_{epoch}.pth", is_best)
 
     def save_within_epoch(self) -> None:
         """Write checkpoint_<epoch>_<micro-batches>.pth with the state after the last update, on all ranks."""
         place = self.place
         self.health.read()
-        content = self._weights_to_save(f"at step {place.step}") | {"epoch": place.epoch, "batches": place.batches}
+        content = weights_to_save(self, f"at step {place.step}") | {"epoch": place.epoch, "batches": place.batches}
         progress = on_cpu(place.progress or self.progress.state())
         states = dist_utils.gather_objects((place.rng.saved(), progress))
         content["rng"], content["progress"] = map(list, zip(*states, strict=True))
-        content["grad_norm"] = None if self.grad_norm is None else float(self.grad_norm)
         if dist_utils.is_main_process():
-            self.checkpoints.write(content | self._training_state(), f"checkpoint_{place.epoch}_{place.batches}.pth")
+            self.checkpoints.write(content | training_state(self), f"checkpoint_{place.epoch}_{place.batches}.pth")
         self.saved_step = place.step
-
-    def _training_state(self) -> dict[str, Any]:
-        """The entries of a checkpoint about optimizer, scaler and validation."""
-        # bf16 needs no scaler, but the first release resumes an `amp` run only if it finds the state of one.
-        scaler = self.scaler if self.scaler.is_enabled() else torch.amp.GradScaler("cpu")
-        return {
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": scaler.state_dict() if self.run.amp else None,
-            "validated": self.validated,
-            "health": self.health.state_dict(),
-        }
 
     def save_best(self) -> None:
         """Write the weights of the middle of an epoch as checkpoint_best.pth. Runs are not resumed from there."""
-        content = self._weights_to_save(f"at step {self.step}")
+        content = weights_to_save(self, f"at step {self.step}")
         if dist_utils.is_main_process():
             self.checkpoints.write_best(content, self.step)
-
-    def _weights_to_save(self, when: str) -> dict[str, Any]:
-        """The entries of a checkpoint that describe the weights. Raises FloatingPointError if some are not finite."""
-        weights = {name: each.detach() for name, each in checkpoint.saved_parameters(self.module).items()}
-        broken = [name for name, weight in weights.items() if not weight.isfinite().all()]
-        if broken:
-            raise FloatingPointError(f"Not saved {when}: not all of {', '.join(broken)} is finite.")
-        content = {
-            "model": weights,
-            "config": self.cfg.to_dict(),
-            "best_metric": self.best_metric,
-            "run_id": self.run_id,
-            resume.FACTS: self.facts,
-            validation.KEY: self.validation.state(),
-        }
-        return content | ({fingerprint.KEY: self.fingerprint} if self.fingerprint else {})
-
-    def _resume(self, path: Path) -> None:
-        """Restore weights, optimiser, scaler, random states and best metric, to continue after the checkpoint's epoch.
-
-        Raises CheckpointError for a checkpoint without optimiser state, or with one that does not fit.
-        """
-        content = self._load(path)
-        for name in ("optimizer", "scaler"):
-            checkpoint.check_finite(numbers_in(content.get(name), name), str(path))
-        differences = resume.check(content, self.cfg, self.facts, str(path))
-        if dist_utils.is_main_process():
-            resume.report(content, *differences)
-        try:
-            for group in content["optimizer"]["param_groups"]:
-                group["fused"] = self.optimizer.defaults["fused"]  # depends on this device, not on the one that saved
-            self.optimizer.load_state_dict(content["optimizer"])
-            check_shapes(self.optimizer)
-            if "health" in content:  # not of an earlier version
-                self.health.load_state_dict(content["health"])
-            if content.get("scaler") and self.scaler.is_enabled():
-                self.scaler.load_state_dict(content["scaler"])
-        except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-            raise checkpoint.CheckpointError(
-                f"{path} holds no optimiser state that fits this run ({error}); it cannot go on from there. To start a "
-                f"run from its weights: --options run.resume_ckpt_path=null model.ckpt={path}"
-            ) from error
-        epoch = content.get("epoch")
-        if not isinstance(epoch, int) or epoch < 0:
-            raise checkpoint.CheckpointError(
-                f"{path} cannot be resumed: its epoch is {epoch!r}, not a number from 0 up."
-            )
-        batches = content.get("batches") or 0
-        if 0 < batches < self.iters_per_epoch and content.get("progress"):
-            self.start_epoch, self.start_batches, self._to_resume = epoch, batches, content["progress"]
-            if content.get("grad_norm") is not None:
-                self.grad_norm = torch.tensor(content["grad_norm"])
-        else:
-            self.start_epoch = epoch + 1
-        self.step = self.start_epoch * self.iters_per_epoch + self.start_batches
-        if readers := (content.get(resume.FACTS) or {}).get(resume.READERS):
-            self.loader.num_readers = self.facts[resume.READERS] = readers
-        self.run_id = content.get("run_id", self.run_id)
-        self.validation.resume(content)
-        restore_rng_states(content.get("rng"))
-        where = f"batch {batches} of epoch {epoch}" if self.start_batches else f"epoch {epoch}"
-        logging.info("Resuming after %s from %s.", where, path)
 
     def _resume_epoch(self) -> int:
         """Go on within an epoch. Returns the number of its next micro-batch."""
         rank = dist_utils.get_rank()
-        self.progress.load_states(self._to_resume, rank, self.world_size)
-        first, self.start_batches, self._to_resume = self.start_batches, 0, []
+        self.progress.load_states(self.to_resume, rank, self.world_size)
+        first, self.start_batches, self.to_resume = self.start_batches, 0, []
         return first
 
     def _validate_first(self) -> None:
@@ -503,19 +428,6 @@ class RunnerBase:
         if signal:
             raise Stopped(signal)
 
-    def _load(self, path: Path) -> dict:
-        """Load the trained weights of a checkpoint. Returns the whole content of the file."""
-        content = checkpoint.read_file(path)
-        check_entries(content, str(path))
-        weights = checkpoint.weights_of(content, str(path), own=self.module.state_dict().keys())
-        allowed = self.cfg.model_cfg.get("allow_llm_mismatch", False)
-        recorded = content.get(fingerprint.KEY)
-        check_parts(weights, recorded, self.fingerprint or {}, str(path))
-        fingerprint.check(recorded, self.fingerprint, str(path), allowed)
-        checkpoint.load_weights(self.module, weights, str(path), required=set(self._trainable()))
-        self.module.from_checkpoint = {*getattr(self.module, "from_checkpoint", ()), *weights}
-        return content
-
     @contextlib.contextmanager
     def _best_weights(self) -> Iterator[None]:
         """While entered, the model has the weights of the best checkpoint, if the run has one and there is a test."""
@@ -527,7 +439,7 @@ class RunnerBase:
             if found:
                 last = {name: parameter.detach().clone() for name, parameter in self._trainable().items()}
                 if dist_utils.is_main_process():
-                    self._load(best)
+                    load_weights(self, best)
                 self._copy_from_rank_0()
         yield
         for name, weight in last.items():

@@ -34,6 +34,7 @@ ENTRIES = {
     "progress": (list, NoneType),
     "best_metric": (int, float),
     "validated": bool,
+    "grad_norm": (float, NoneType),
     "evaluation": dict,
     "run_id": str,
     "health": dict,

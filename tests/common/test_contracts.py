@@ -17,6 +17,7 @@ from minigpt4.datasets.builders import BaseDatasetBuilder
 from minigpt4.datasets.datasets.cc_sbu_dataset import CCSBUAlignDataset
 from minigpt4.datasets.datasets.feature_dataset import FeatureSet, FeatureStream
 from minigpt4.datasets.datasets.image_text_stream import ImageTextStream
+from minigpt4.datasets.datasets.shard_reader import ShardReader
 from minigpt4.datasets.loaders import TrainLoader
 from minigpt4.models import BaseModel, MiniGPT4
 from minigpt4.models.projectors import MLP
@@ -399,6 +400,7 @@ OURS = [
     (contracts.Stream, ImageTextStream),
     (contracts.Stream, FeatureStream),
     (contracts.StreamExtras, ImageTextStream),
+    (contracts.StreamReader, ShardReader),
     (contracts.DatasetExtras, ImageTextStream),
     (contracts.CacheableDataset, CCSBUAlignDataset),
     (contracts.CacheableDataset, ImageTextStream),

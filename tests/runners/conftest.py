@@ -1,9 +1,12 @@
 """A runner around the golden model, fed with given batches."""
 
+import random
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
-from helpers import FixedBatches, Pictures
+import torch
+from helpers import Augmented, FixedBatches, Pictures
 
 from minigpt4.common.config import Config
 from minigpt4.common.registry import registry
@@ -52,3 +55,22 @@ def golden_runner(golden, pool, build_golden_model, make_runner):
         return runner, case
 
     return make
+
+
+@pytest.fixture
+def run(build_golden_model, make_runner, pool):
+    """Function that trains: the runner after its run, which may be one that is resumed."""
+
+    def train(job_id, **more):
+        model = build_golden_model(end_sym="###")
+        model.prompt_list = [f"###Human: {i} <Img><ImageHere></Img> ###Assistant: " for i in range(4)]
+        is_new = more.get("resume_ckpt_path", "auto") == "auto"
+        random.seed(7 if is_new else 8), np.random.seed(7), torch.manual_seed(7)
+        settings = {"iters_per_epoch": 3, "max_epoch": 2, "init_lr": 0.01, "log_freq": 2}
+        settings |= {"warmup_steps": 3, "warmup_lr": 1e-4}
+        splits = {"train": Augmented(*pool), "val": Pictures(*pool)}
+        runner = make_runner(model, splits, job_id=job_id, **(settings | more))
+        runner.train()
+        return runner
+
+    return train

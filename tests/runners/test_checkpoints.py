@@ -1,63 +1,14 @@
 """Checkpoints within epochs: exact resume, `auto`, what is kept, and disks that fail."""
 
 import errno
-import json
 import random
 
-import numpy as np
 import pytest
 import torch
-from helpers import Pictures
+from helpers import facts_of
 
 from minigpt4.weights import checkpoint
 from minigpt4.weights.checkpoint import CheckpointError
-
-SETTINGS = {"iters_per_epoch": 3, "max_epoch": 2, "init_lr": 0.01, "warmup_steps": 3, "warmup_lr": 1e-4, "log_freq": 2}
-
-
-class Augmented(Pictures):
-    """Pictures with random noise, some of which are left out."""
-
-    left_out = 0
-
-    def __getitem__(self, index):
-        if index == 3:
-            self.left_out += 1
-        noise = random.random() + np.random.rand() + torch.rand(())
-        return {"image": self.images[index] + 0.01 * noise, "text_input": self.captions[index]}
-
-    def take_left_out(self):
-        taken, self.left_out = self.left_out, 0
-        return {("a test", "here"): taken} if taken else {}
-
-
-@pytest.fixture
-def run(build_golden_model, make_runner, pool):
-    """Function that trains: the runner after its run, which may be one that is resumed."""
-
-    def train(job_id, **more):
-        model = build_golden_model(end_sym="###")
-        model.prompt_list = [f"###Human: {i} <Img><ImageHere></Img> ###Assistant: " for i in range(4)]
-        random.seed(len(job_id)), np.random.seed(7), torch.manual_seed(7)
-        if not more.get("resume_ckpt_path"):
-            random.seed(7)
-        splits = {"train": Augmented(*pool), "val": Pictures(*pool)}
-        runner = make_runner(model, splits, job_id=job_id, **(SETTINGS | more))
-        runner.train()
-        return runner
-
-    return train
-
-
-def facts_of(runner):
-    """All that a run ends with: weights, optimizer, its numbers without times, and log.txt without the config."""
-    lines = [json.loads(line) for line in (runner.output_dir / "metrics.jsonl").read_text().splitlines()]
-    timed = ("time", "_seconds", "_per_second", "_mib")
-    lines = [{k: v for k, v in line.items() if not k.endswith(timed)} for line in lines]
-    for line in lines:
-        line["samples"] = int(line.get("samples", "0")[:12], 16)  # of texts, torch.testing compares none
-    weights = {name: p.detach() for name, p in runner._trainable().items()}
-    return weights, runner.optimizer.state_dict()["state"], sorted(lines, key=str), random.random()
 
 
 @pytest.mark.parametrize("accum", [1, 2])

@@ -4,17 +4,21 @@ import copy
 import json
 import os
 import random
+import signal
+import time
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
-from helpers import FixedBatches, Pictures, free_port
+from helpers import Augmented, FixedBatches, Pictures, free_port
 from lora_models import LORA, trained
 
 from minigpt4.benchmarks.scaling import ScalingTimer, without_exchange
 from minigpt4.common import dist_utils
 from minigpt4.common.config import Config
+from minigpt4.common.stopping import REQUEUE, STOP, Stopped
 from minigpt4.datasets.samples import SampleId
 from minigpt4.runners import RunnerBase
 from minigpt4.runners.health import BAD_BATCHES
@@ -212,3 +216,45 @@ def test_steps_without_exchange_and_with_nan_on_one_rank(on_two_ranks, build_gol
     assert not skipped[1].equal(skipped[2]) and not also[1].equal(also[2])
     (entry,) = map(json.loads, (tmp_path / "output/job" / BAD_BATCHES).read_text().splitlines())
     assert entry["rank"] == 1 and [each["key"] for each in entry["samples"]] == ["of rank 1"]
+
+
+class Stalls(Augmented):
+    """Rank 1 gets a signal while it waits for data that do not come."""
+
+    stalls = False
+
+    def __getitem__(self, index):
+        if self.stalls and index == 5 and dist_utils.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+        return super().__getitem__(index)
+
+
+def stopped_rank(rank, folder, model, pool):
+    found = {}
+    for job_id, stalls in (("whole", False), ("stopped", True), ("resumed", False)):
+        random.seed(rank), np.random.seed(rank), torch.manual_seed(rank)
+        own, data = copy.deepcopy(model), Stalls(*pool)
+        own.prompt_list = [f"{i} <Img><ImageHere></Img> " for i in range(4)]
+        settings = {"batch_size_train": 2, "max_epoch": 2, "resume_ckpt_path": "auto", "log_freq": 1}
+        settings |= {"output_dir": folder / ("whole" if job_id == "whole" else "output"), "accum_grad_iters": 2}
+        runner = make_runner(folder, own, {"train": data}, job_id, **settings)
+        data.stalls = stalls
+        try:
+            with STOP:
+                runner.train()
+        except Stopped as stop:
+            found["status"] = stop.status
+        found[job_id] = [each.detach().clone() for each in runner._trainable().values()], random.random()
+    torch.save(found, folder / f"rank{rank}.pth")
+
+
+def test_ranks_stop_together(build_golden_model, pool, tmp_path):
+    """At the same step, although one waits for data and the other for that one; and they go on exactly."""
+    args = (free_port(), stopped_rank, tmp_path, build_golden_model(), pool)
+    mp.start_processes(as_rank, args, nprocs=2, start_method="spawn")  # of their own, since they ignore SIGTERM then
+    for rank in range(2):
+        found = torch.load(tmp_path / f"rank{rank}.pth")
+        assert found["status"] == REQUEUE
+        torch.testing.assert_close(found["resumed"], found["whole"], rtol=0, atol=0)
+    assert list((tmp_path / "output/stopped").glob("checkpoint_?_?.pth"))
