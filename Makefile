@@ -10,7 +10,8 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-PIP = $(VENV)/bin/pip install --quiet
+# --no-compile: Python compiles a file when it is first imported; pip would compile all of them, one by one.
+PIP = $(VENV)/bin/pip install --quiet --no-compile
 BIN = $(VENV)/bin
 IMG2DATASET_VENV = .venv-img2dataset
 # Two processes; the tests of a file stay together, for the models that they share.
@@ -60,7 +61,7 @@ $(VENV)/.installed: requirements.txt requirements.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	@echo "Installing torch and the rest into $(VENV): a few minutes, 7 GB on Linux."
 	$(PIP) --upgrade pip
-	$(PIP) --constraint requirements.lock $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch torchvision
+	$(if $(TORCH_INDEX),$(PIP) --constraint requirements.lock --index-url $(TORCH_INDEX) torch torchvision)
 	$(PIP) --constraint requirements.lock --editable '.[tiny]'
 	touch $@
 

@@ -1,4 +1,6 @@
-"""Make a set of conversations about emoji: which colour, which kind, and how many. docs/own_data.md trains on it.
+"""Make sets of conversations about emoji: what they are, which colour, which kind, and how many.
+
+docs/own_data.md and docs/smollm2.md train on them.
 
     python dataset/prepare_tiny.py         # draws the pictures by OpenMoji
     python dataset/emoji_questions.py      # or: --output data/emoji_questions
@@ -7,7 +9,8 @@ The same inputs always give the same files:
 
     data/emoji_questions/train.jsonl       conversations about drawings by OpenMoji, Noto and Twemoji
     data/emoji_questions/heldout.jsonl     about drawings by Fluent, which nothing was trained on
-    data/emoji_questions/image/            their pictures
+    data/emoji_questions/names.jsonl       what is drawn, a question about each drawing by OpenMoji, Noto and Twemoji
+    data/emoji_questions/image/            the pictures of all three
 
 Conversations have one to three questions, and one picture or two. The colour of a drawing is measured from its pixels,
 the kind of a thing is Unicode's subgroup, and a picture to count has a drawing one to four times. The folder appears
@@ -58,6 +61,7 @@ QUESTIONS = {
     "kind": "Which group does it belong to?",
     "count": "How many do you see?",
 }
+NAME_QUESTION = "What is this?"
 ANSWERS = {"colour": "It goes with {}.", "kind": "It belongs to {}.", "count": "I see {}."}
 
 
@@ -192,6 +196,16 @@ def write(folder: Path, drawings: dict[str, list[Drawing]]) -> dict[str, int]:
     return counts
 
 
+def write_names(folder: Path, drawings: list[Drawing]) -> None:
+    """Write a question about each drawing, what it is, and the pictures."""
+    with open(folder / "names.jsonl", "w", encoding="utf-8") as file:
+        for drawing in drawings:
+            name = f"image/{drawing.artist}-{drawing.concept.id}.png"
+            drawing.picture.save(folder / name)
+            record = {"image": name, "prompt": NAME_QUESTION, "answer": drawing.concept.name}
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     data = ROOT / "data"
@@ -202,12 +216,15 @@ def main() -> None:
         sys.exit(f"{args.output} exists, and is not changed. Remove it, or name another folder with --output.")
     partial = args.output.with_name(f".{args.output.name}-{os.getpid()}")
     try:
-        counts = write(partial, load_drawings(args.openmoji))
+        drawings = load_drawings(args.openmoji)
+        counts = write(partial, drawings)
+        write_names(partial, drawings["train"])
         partial.rename(args.output)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     for split, number in counts.items():
         print(f"{args.output / split}.jsonl: {CONVERSATIONS[split]} conversations, {number} questions.")
+    print(f"{args.output}/names.jsonl: {len(drawings['train'])} questions.")
 
 
 if __name__ == "__main__":

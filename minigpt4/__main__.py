@@ -5,6 +5,7 @@ python -m minigpt4 caption --dir photos --out captions.jsonl --cfg-path eval_con
 python -m minigpt4 serve --cfg-path eval_configs/minigpt4_eval.yaml
 """
 
+import os
 import sys
 
 from minigpt4.common.commands import accept_any_text, check_dashes, dispatch
@@ -19,6 +20,7 @@ COMMANDS = {
     "merge": "write the language model with its LoRA adapters merged in",
     "data": "check datasets, show samples as the model reads them, or convert them",
     "plot": "draw the curves of runs, to compare them",
+    "compare": "say where two runs differ: settings, environment, numbers, samples, weights",
     "report": "write the page about a run that has not ended by itself",
     "doctor": "find what is wrong with a run before it starts",
     "make-random-weights": "write random weights in the published formats, for rehearsals and benchmarks",
@@ -37,6 +39,9 @@ def main(argv: list[str] | None = None) -> int | str | None:
     try:
         check_dashes(arguments)
         return dispatch(arguments, __doc__, COMMANDS, _module_of)
+    except BrokenPipeError:  # whoever reads the output has seen enough: `… | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still in the buffer
+        return 1
     except Exception as error:
         if not is_mistake(error):
             raise

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 # These variables, which a user or a launcher may have set, change the results of tests. Tests that need one set it.
 # Libraries that read them when they are imported are imported later.
-OURS = ("HF_HUB_OFFLINE", "MINIGPT4_API_KEY", "TRITON_INTERPRET")
+OURS = ("HF_HUB_OFFLINE", "MINIGPT4_API_KEY", "MINIGPT4_AUTH", "TRITON_INTERPRET")
 LAUNCHERS = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 DATA_SCRIPTS = ("URL_LIST", "OUTPUT_FOLDER", "PROCESSES", "THREADS", "IMAGE_SIZE", "WANDB", "DISTRIBUTOR")
 PREFIXES = ("GRADIO_", "OPENAI_", "TORCHELASTIC_", "TRACKIO_", "WANDB_")
@@ -27,6 +27,8 @@ for name in list(os.environ):
     is_proxy = name.lower() in ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
     if name in (*OURS, *LAUNCHERS, *DATA_SCRIPTS, *OTHERS) or name.startswith(PREFIXES) or is_proxy:
         del os.environ[name]
+# The processes of pytest, and those that they start, share the cores: threads of each would wait for the others.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 # The driver reads CUDA_VISIBLE_DEVICES once in a process. It must see the GPUs before `_hide_gpus` changes it.
 if torch.cuda.is_available():
@@ -53,11 +55,16 @@ SLOW_TESTS = (
     "tests/runners/test_distributed.py",
     "tests/serving/test_fuzz.py",
     "tests/web/test_demo.py::test_the_whole_command",
+    "tests/web/test_http.py::test_sixteen_visitors_at_once",
     "tests/web/test_page.py",
 )
 
 
-LONGEST_FILES = ("tests/kernels/test_packed_attention.py", "tests/web/test_page.py")
+LONGEST_FILES = (
+    "tests/kernels/test_packed_attention.py",
+    "tests/test_tutorial.py",
+    "tests/web/test_page.py",
+)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -70,12 +70,13 @@ def serving(load, **changed):
     import uvicorn
 
     from minigpt4.serving.app import create_app
+    from minigpt4.serving.connections import server_config
 
     settings = Settings(**changed)
     batcher = Batcher(load, settings.max_batch)
     sock = socket.socket()
     sock.bind(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(create_app(batcher, settings), log_config=None))
+    server = uvicorn.Server(server_config(create_app(batcher, settings)))
     thread = threading.Thread(target=server.run, args=([sock],), daemon=True)
     thread.start()
     while not server.started:

@@ -5,13 +5,13 @@
 
 It starts demo.py. Each visitor uploads a picture of its own, asks two questions, leaves, and repeats this. The answers
 are greedy, and must equal those that the visitor got when it was alone. The exit status is 1 if an answer differs, a
-request fails, sessions or uploads remain, or the server's memory grows. With a model in 16 or 8 bit (--cfg-path,
+request fails, files remain, or the server's memory grows. With a model in 16 or 8 bit (--cfg-path,
 --options) an answer can differ where two tokens are nearly tied; this is reported, too.
 """
 
 import argparse
+import io
 import json
-import secrets
 import statistics
 import subprocess
 import sys
@@ -27,85 +27,69 @@ import httpx
 import psutil
 from dataset_files import picture_bytes
 from helpers import PYTHONPATH, ROOT, free_port
+from PIL import Image
 
 QUESTIONS = ("What is this?", "And what colour is it?")
+BYTES = {"Content-Type": "application/octet-stream"}
+GREEDY = {"do_sample": False, "max_new_tokens": 40}
 GROWTH = 1.05  # limit of the memory in the last quarter of the time, relative to the second quarter
 
 
 class Visitor:
-    """A visitor of the page at `url`. The end of the context closes the tab."""
+    """A visitor of the page at `url`, which does what page.js does."""
 
     def __init__(self, url: str, number: int):
         self.number = number
         self._http = httpx.Client(base_url=url, timeout=120)
-        self._session = secrets.token_hex(8)
-        config = self._get("config").json()
-        self._components = {component["id"]: component for component in config["components"]}
-        self._events = config["dependencies"]
+        self.messages = []
 
     def __enter__(self) -> "Visitor":
-        request = self._http.build_request("GET", f"gradio_api/heartbeat/{self._session}")
-        self._heartbeat = self._http.send(request, stream=True)
         return self
 
     def __exit__(self, *error) -> None:
-        self._heartbeat.close()
+        self._http.post("forget", json=[name for message in self.messages for name in message.get("pictures", [])])
         self._http.close()
 
-    def start_chat(self) -> None:
-        """Upload the visitor's own picture and start the chat."""
-        self.name = f"visitor{self.number}.png"
-        files = {"files": (self.name, picture_bytes(self.number, 64), "image/png")}
-        (path,) = self._checked(self._http.post("gradio_api/upload", files=files)).json()
-        file = {"path": path, "orig_name": self.name, "meta": {"_type": "gradio.FileData"}}
-        gallery = [{"image": file, "caption": None}]
-        self._trigger("picker", "upload", {"picker": gallery})
-        self._trigger("start", "click", {"picker": gallery})
+    def show(self, content: bytes | None = None, name: str | None = None, **options) -> dict:
+        """Upload a picture, by default the visitor's own. Returns what the server says about it."""
+        name = name or f"visitor{self.number}.png"
+        content = content or picture_bytes(self.number, 64)
+        while True:
+            response = self._http.post("pictures", params={"name": name, **options}, content=content, headers=BYTES)
+            if response.status_code != 429:
+                break
+            time.sleep(0.2)
+        upload = self._checked(response).json()
+        self.messages.append({"role": "user", "text": "", "pictures": [upload["id"]]})
+        return upload
 
-    def ask(self, text: str) -> list[tuple[str, str]]:
-        """Ask, and wait for the answer. Returns the (role, text) of all messages on the page, without the pictures."""
-        chatbot, *_ = self._trigger("box", "submit", {"box": {"text": text, "files": []}})
-        contents = [(message["role"], message["content"][0]) for message in chatbot]
-        for _, content in contents:
-            if "file" in content and not content["file"]["path"].endswith(self.name):
-                raise AssertionError(f"{self.name} is shown {content['file']['path']}")
-        return [(role, content["text"]) for role, content in contents if "text" in content]
+    def ask(self, text: str, **settings) -> str:
+        """Ask, and wait for the answer."""
+        if self.messages[-1].get("pictures") and not self.messages[-1]["text"]:
+            self.messages[-1]["text"] = text
+        else:
+            self.messages.append({"role": "user", "text": text})
+        answer = "".join(update.get("add", "") for update in self.updates(**settings))
+        self.messages.append({"role": "assistant", "text": answer})
+        return answer
 
-    def _trigger(self, elem_id: str, event: str, values: dict) -> list:
-        """Make the calls that a browser makes for an event. Returns the output of the last one."""
-        return [self.call(call, values) for call in self.chain(elem_id, event)][-1]
+    def updates(self, **settings) -> Iterator[dict]:
+        """The updates of the answer to the last message."""
+        question = {"messages": self.messages, "settings": GREEDY | settings}
+        with self._http.stream("POST", "answer", json=question) as response:
+            if response.status_code != 200:
+                raise AssertionError(f"visitor {self.number}: {response.status_code} {response.read().decode()}")
+            for line in response.iter_lines():
+                if line:
+                    update = json.loads(line.removeprefix("data: "))
+                    yield update
+                    if "error" in update:
+                        raise AssertionError(f"visitor {self.number}: {update}")
+        if "end" not in update:
+            raise AssertionError(f"visitor {self.number}: the stream ended before the answer")
 
-    def chain(self, elem_id: str, event: str) -> list[dict]:
-        """The calls of an event: its own call, then those that follow it."""
-        component = next(i for i, c in self._components.items() if c["props"].get("elem_id") == elem_id)
-        calls = [e for e in self._events if [component, event] in e["targets"]]
-        while followers := [e for e in self._events if e["trigger_after"] == calls[-1]["id"]]:
-            calls += followers
-        return calls
-
-    def call(self, event: dict, values: dict) -> list:
-        """Make a call and return its output. The inputs are `values`, by elem_id, or the page's initial values."""
-        data = [self._value(self._components[i]["props"], values) for i in event["inputs"]]
-        body = {"data": data, "fn_index": event["id"], "session_hash": self._session}
-        if not event["queue"]:
-            return self._checked(self._http.post("gradio_api/run/predict", json=body)).json()["data"]
-        self._checked(self._http.post("gradio_api/queue/join", json=body))
-        with self._http.stream("GET", f"gradio_api/queue/data?session_hash={self._session}") as stream:
-            for line in stream.iter_lines():
-                message = json.loads(line.removeprefix("data: ")) if line else {}
-                if message.get("msg") == "process_completed":
-                    if not message["success"]:
-                        raise AssertionError(f"visitor {self.number}: {message['output']}")
-                    return message["output"].get("data")
-        raise AssertionError(f"visitor {self.number}: the stream ended before the answer")
-
-    @staticmethod
-    def _value(props: dict, values: dict):
-        greedy = {"Sample": False, "Longest answer, in tokens": 40}
-        return values.get(props.get("elem_id"), greedy.get(props.get("label"), props.get("value")))
-
-    def _get(self, path: str) -> httpx.Response:
-        return self._checked(self._http.get(path))
+    def preview(self) -> bytes:
+        return self._checked(self._http.get(f"pictures/{self.messages[0]['pictures'][0]}/0")).content
 
     @staticmethod
     def _checked(response: httpx.Response) -> httpx.Response:
@@ -114,16 +98,15 @@ class Visitor:
 
 
 def visit(url: str, number: int) -> list[str]:
-    """Make one visit and return the answers. Raises AssertionError if content of another visitor appears."""
+    """Make one visit and return the answers. Raises AssertionError if another visitor's picture appears."""
     with Visitor(url, number) as visitor:
-        visitor.start_chat()
-        asked = [f"{question} ({number})" for question in QUESTIONS]
-        for n, question in enumerate(asked, start=1):
-            shown = visitor.ask(question)
-            questions = [text for role, text in shown if role == "user"]
-            if questions != asked[:n]:
-                raise AssertionError(f"visitor {number} asked {asked[:n]} and is shown {questions}")
-        return [text for role, text in shown if role == "assistant"]
+        visitor.show()
+        answers = [visitor.ask(f"{question} ({number})") for question in QUESTIONS]
+        own = Image.open(io.BytesIO(picture_bytes(number, 64))).convert("RGB").resize((1, 1)).getpixel((0, 0))
+        shown = Image.open(io.BytesIO(visitor.preview())).resize((1, 1)).getpixel((0, 0))
+        if max(abs(x - y) for x, y in zip(own, shown, strict=True)) > 4:
+            raise AssertionError(f"visitor {number} is shown another picture")
+        return answers
 
 
 def crowd(url: str, visitors: int, seconds: float, expected: list[list[str]]) -> tuple[int, list[str]]:
@@ -195,11 +178,9 @@ def main(argv: list[str] | None = None) -> int:
                 time.sleep(1)
         visits, problems = running.result()
         time.sleep(2)
-        problems += [f"remaining upload: {path.name}" for path in Path(folder).rglob("visitor*.png")]
+        problems += [f"remaining file: {path}" for path in Path(folder).rglob("*.*") if path.name != "log.txt"]
         log = (Path(folder) / "log.txt").read_text()
         problems += [line for line in log.splitlines() if "Traceback" in line or "failed" in line]
-        if "A visit ended; 0 are in progress" not in log.splitlines()[-1]:
-            problems.append(f"remaining sessions: {log.splitlines()[-1]}")
     quarter = max(1, len(memory) // 4)
     before, after = (statistics.median(part) for part in (memory[quarter : 2 * quarter] or memory, memory[-quarter:]))
     print(f"{visits} visits, {visits * len(QUESTIONS)} answers; memory {before:.0f} MB, at the end {after:.0f} MB")

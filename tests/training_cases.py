@@ -92,12 +92,13 @@ def case_errors(attention, name: str, dtype: torch.dtype, device: str) -> list[f
     return errors(attention, qkv, gradient, num_kv_heads, starts, prefix_len, max_kv_len)
 
 
-def rope_case_errors(rope_attention, name: str, dtype: torch.dtype, device: str, int8: bool = False) -> list[float]:
+def rope_case_errors(
+    rope_attention, name: str, dtype: torch.dtype, device: str, int8: bool = False, adapter: bool = False
+) -> list[float]:
     """`case_errors` with the linear layer that computes the heads, and RoPE; x is the layer's input.
 
-    The prefix's keys and values get no gradient.
-
-    int8: the linear layer has 8-bit weights.
+    int8: the linear layer has 8-bit weights. adapter: something is added to its output, and depends on x. Otherwise the
+    prefix's keys and values get no gradient.
     """
     lengths, prefix_len, num_heads, num_kv_heads, d = ATTENTION_CASES[name]
     starts, max_kv_len = lengths_to_starts(lengths, prefix_len, device)
@@ -111,11 +112,16 @@ def rope_case_errors(rope_attention, name: str, dtype: torch.dtype, device: str,
         rounded, scale = (weight * 100).to(torch.int8), torch.rand(len(weight), device=device) / 100
         qkv_layer = LowBitLinear.replacing(qkv_layer, rounded, scale)
         weight = rounded.double() * scale.double().unsqueeze(1)
+    delta = torch.randn(weight.shape, device=device).to(dtype) * 0.1
 
     def attention(x, num_kv_heads, *others):
-        return rope_attention(x, qkv_layer, d, num_kv_heads, cos, sin, *others)
+        added = {"added": x @ delta.t(), "with_prefix_gradient": True} if adapter else {}
+        return rope_attention(x, qkv_layer, d, num_kv_heads, cos, sin, *others, **added)
 
     def expected(x, *others):
+        if adapter:
+            heads = (x.double() @ (weight + delta).double().t()).view(qkv.shape)
+            return reference(rotate(heads, cos.double(), sin.double(), num_heads + num_kv_heads), *others)
         heads = (x.double() @ weight.double().t()).view(qkv.shape)
         keys_and_values = torch.cat([heads[:prefix_len, num_heads:].detach(), heads[prefix_len:, num_heads:]])
         heads = torch.cat([heads[:, :num_heads], keys_and_values], dim=1)
@@ -124,10 +130,11 @@ def rope_case_errors(rope_attention, name: str, dtype: torch.dtype, device: str,
     return errors(attention, x, gradient, num_kv_heads, starts, prefix_len, max_kv_len, expected)
 
 
-def fused_llama_errors(int8: bool = False) -> list[float]:
-    """Of the logits, and of the gradient of the embeddings after the prefix, compared with transformers.
+def fused_llama_errors(int8: bool = False, targets: tuple[str, ...] = ()) -> list[float]:
+    """Of the logits, of the gradient of the embeddings after the prefix, and of those of adapters, compared with
+    transformers and peft.
 
-    int8: both have 8-bit weights.
+    int8: both have 8-bit weights. targets: the layers that have adapters.
     """
     from minigpt4.fast import llama as fast_llama
     from minigpt4.quantization.int8 import quantize_model
@@ -137,6 +144,13 @@ def fused_llama_errors(int8: bool = False) -> list[float]:
     allow_packing(llm)
     if int8:
         quantize_model(llm, torch.device("cpu"))
+    if targets:
+        from peft import LoraConfig, inject_adapter_in_model
+
+        inject_adapter_in_model(LoraConfig(r=2, target_modules=list(targets)), llm)
+    adapters = [p for name, p in llm.named_parameters() if ".lora_" in name]
+    for parameter in adapters:
+        torch.nn.init.normal_(parameter, std=0.2)
     assert fuse_projections(llm) == 4
     sequences = [[1, 2, IMAGE_ID, *range(3, 9)], [1, 2, IMAGE_ID, *range(3, 5)]]
     (micro_batch,) = pack(sequences, [[IGNORE_INDEX] * 3 + ids[3:] for ids in sequences], 1024).micro_batches
@@ -146,7 +160,8 @@ def fused_llama_errors(int8: bool = False) -> list[float]:
 
     def results(predict):
         logits = predict(embeds, micro_batch)[0, labelled]
-        return logits, torch.autograd.grad(logits.square().sum(), embeds)[0][:, prefix_len:]
+        of_embeds, *others = torch.autograd.grad(logits.square().sum(), [embeds, *adapters])
+        return logits, of_embeds[:, prefix_len:], *others
 
     expected = results(lambda embeds, micro_batch: llm(inputs_embeds=embeds, **micro_batch.llm_inputs()).logits)
     usual, fast_llama.use_triton = fast_llama.use_triton, lambda x: True
@@ -206,14 +221,15 @@ def check_ops() -> None:
     qkv, angles = qkv.detach(), torch.rand(2, 76, 8)
     factors = [qkv.flatten(1), torch.eye(64)]
     opcheck(rope_attention.rope_product, (factors, *angles, 16, 1), test_utils=no_gradient)
+    opcheck(rope_attention.rope_product, (factors, *angles, 16, 1, qkv.flatten(1)), test_utils=no_gradient)
     # Not every torch has this product for the CPU.
     rope_attention.fp8_matmul = lambda rounded, weight, scale: rounded[0].bfloat16() @ weight.bfloat16().t()
     factors = [*fp8_rounding.quantize_rows(qkv.flatten(1)), *fp8_rounding.quantize_rows(torch.eye(64))]
     opcheck(rope_attention.rope_product, (factors, *angles, 16, 1), test_utils="test_faketensor")
     out, lse = packed_attention_with_lse(qkv, 1, starts, *sizes)
     backward = torch.randn_like(out), qkv, 1, out, lse, starts, *sizes, *angles
-    opcheck(rope_attention.rope_attention_backward, (*backward, False), test_utils=no_gradient)
-    opcheck(rope_attention.rope_attention_backward, (*backward, True), test_utils="test_faketensor")
+    opcheck(rope_attention.rope_attention_backward, (*backward, False, True), test_utils=no_gradient)
+    opcheck(rope_attention.rope_attention_backward, (*backward, True, False), test_utils="test_faketensor")
     opcheck(llama_kernels.silu_product, (torch.randn(3, 8, requires_grad=True),))
 
 
@@ -233,8 +249,13 @@ def main() -> None:
         results[f"rotated, {name}"] = rope_case_errors(rope_attention, name, torch.float32, "cpu")
     compiled = torch.compile(rope_attention, backend="aot_eager", fullgraph=True, dynamic=True)
     results["rotated, compiled"] = rope_case_errors(compiled, "grouped heads", torch.float32, "cpu")
+    adapted = rope_case_errors(compiled, "grouped heads", torch.float32, "cpu", adapter=True)
+    results["rotated, with an adapter"] = adapted
     results["rotated, 8 bit"] = rope_case_errors(rope_attention, "grouped heads", torch.float32, "cpu", int8=True)
     results["fused llama"], results["fused llama, 8 bit"] = fused_llama_errors(), fused_llama_errors(int8=True)
+    every = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    for targets in (every, ("q_proj", "v_proj"), ("o_proj", "up_proj")):
+        results[f"fused llama with adapters, {targets}"] = fused_llama_errors(targets=targets)
     results |= {name: silu_product_errors(name, torch.float32, "cpu") for name in SILU_PRODUCT_CASES}
     print(json.dumps(results))
 

@@ -3,13 +3,15 @@
     python -m minigpt4 chat cat.jpg --cfg-path eval_configs/minigpt4_tiny_eval.yaml
 
 Type a question, or a command: /image PATH, /video PATH, /reset, /retry, /help, /quit. Ctrl-C stops an answer or
-the reading of a file; Ctrl-D quits. The arrow keys bring back earlier questions.
+the reading of a file; Ctrl-D quits. The arrow keys bring back earlier questions. Answers go to the standard output,
+everything else to the standard error: `… chat cat.jpg < questions.txt > answers.txt` writes answers alone.
 """
 
 import argparse
 import logging
 import os
 import shlex
+import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
@@ -27,7 +29,8 @@ COMMANDS = """\
   /reset          start a new conversation, without pictures
   /retry          answer the last question again
   /help           show this list
-  /quit           quit"""
+  /quit           quit, like quit or exit"""
+QUIT = ("quit", "exit", "/quit", "/exit", "quit()", "exit()")
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -47,7 +50,7 @@ def main(argv: list[str]) -> None:
     from minigpt4.conversation.loading import load_chat, select_gpu
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    print("Loading the model …", flush=True)
+    note("Loading the model …")
     chat = load_chat(cfg, select_gpu(cfg, args.gpu_id or 0), warm_up=[1])
     terminal = Terminal(chat, arguments.given(args, Decoding), args.frames)
     try:
@@ -55,9 +58,26 @@ def main(argv: list[str]) -> None:
             terminal.add(path)
     except PictureError as error:
         raise ConfigError(str(error)) from error
-    print("Ask something, or /help.")
+    note("Ask something, or /help.")
     with _history():
         terminal.run()
+
+
+def note(text: str) -> None:
+    """Print what is no answer."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def read_line(prompt: str) -> str:
+    """A line of the input. Raises EOFError at its end.
+
+    `input` writes the prompt to the standard output. There it belongs only if that is the screen: then the arrow keys
+    leave the prompt alone.
+    """
+    if sys.stdin.isatty() and sys.stdout.isatty():
+        return input(prompt).strip()
+    print(prompt, end="", file=sys.stderr, flush=True)
+    return input().strip()
 
 
 class Terminal:
@@ -80,43 +100,49 @@ class Terminal:
         """Carry out the lines of the input, until /quit or its end."""
         while True:
             try:
-                line = input("> ").strip()
+                line = read_line("> ")
             except EOFError:
-                print()
+                note("")
                 return
             except KeyboardInterrupt:
-                print("\nUse Ctrl-D or /quit to quit.")
+                note("\nUse Ctrl-D or /quit to quit.")
                 continue
-            if line == "/quit":
+            if line.lower() in QUIT:
                 return
             if line:
                 try:
                     self.obey(line)
                 except KeyboardInterrupt:  # while a file was read; `answer` catches one of its own
-                    print("\n[stopped]")
+                    note("\n[stopped]")
 
     def obey(self, line: str) -> None:
         """Carry out a command, or answer a question."""
         command, _, argument = line.partition(" ")
-        if command in ("/image", "/video") and argument.strip():
-            for path in _paths(argument.strip()):
-                try:
-                    self.add(path, video=command == "/video")
-                except PictureError as error:
-                    print(error)
+        if command in ("/image", "/video"):
+            self.show(argument.strip() or _ask_for_path(command), video=command == "/video")
         elif command == "/reset":
             self.reset()
-            print("[a new conversation, without pictures]")
+            note("[a new conversation, without pictures]")
         elif command == "/retry":
             self.retry()
+        elif command.startswith("/") and Path(line).is_file():
+            note(f"To show this file: /image {line}")
         elif command.startswith("/"):
-            if command != "/help":
-                print(f"There is no command {line}.")
-            print(COMMANDS)
+            note(COMMANDS if command == "/help" else f"There is no command {line}.\n{COMMANDS}")
         else:
+            if not (self.img_list or self.conv.messages):
+                note("[no picture is shown, so the answer comes from the text alone; /image PATH shows one]")
             conv = self.conv.copy()
             self.chat.ask(line, conv)
             self.answer(conv)
+
+    def show(self, paths: str, video: bool) -> None:
+        """Show pictures or videos. One that cannot be read is reported, and the others are shown."""
+        for path in _paths(paths):
+            try:
+                self.add(path, video)
+            except PictureError as error:
+                note(str(error))
 
     def add(self, path: str, video: bool = False) -> None:
         """Show one picture or video. Raises PictureError if the file cannot be read as one.
@@ -126,18 +152,24 @@ class Terminal:
         file, first = Path(path).expanduser(), len(self.img_list) + 1
         if video or is_video(file):
             self.chat.upload_video(file, self.conv, self.img_list, self.frames)
-            print(f"[images {first} to {len(self.img_list)}: {path}]")
+            note(f"[images {first} to {len(self.img_list)}: {path}]")
         else:
             self.chat.upload_img(file, self.conv, self.img_list)
-            print(f"[image {first}: {path}]")
+            note(f"[image {first}: {path}]")
 
     def retry(self) -> None:
-        if self.conv.messages and self.conv.messages[-1][0] == self.conv.roles[1]:
-            conv = self.conv.copy()
+        questioner, answerer = self.conv.roles
+        conv = self.conv.copy()
+        if not any(role == answerer for role, _ in conv.messages):
+            note("There is no answer yet.")
+        elif conv.messages[-1][0] == questioner:  # pictures that wait for their question
+            note(
+                "A picture was shown after the last answer, and waits for a question. /retry answers again only while "
+                "nothing came after the answer: type the question once more."
+            )
+        else:
             conv.messages.pop()
             self.answer(conv)
-        else:
-            print("There is no answer yet.")
 
     def answer(self, conv) -> None:
         """Print the answer to the last message of `conv` as it is written. Ctrl-C ends it.
@@ -147,19 +179,28 @@ class Terminal:
         before, self.conv = self.conv, conv
         printed = ""
         answering = self.chat.stream_answer(
-            conv, self.img_list, notify=lambda text: print(f"\n[{text}]"), **self.settings
+            conv, self.img_list, notify=lambda text: note(f"\n[{text}]"), **self.settings
         )
         try:
             with closing(answering):
                 for text in answering:
                     print(text[len(printed) :] if text.startswith(printed) else f"\n{text}", end="", flush=True)
                     printed = text
+            print(flush=True)
         except KeyboardInterrupt:
-            print(" [stopped]", end="")
+            print(flush=True)
+            note("[stopped]")
         except ValueError as error:
             self.conv = before
-            print(error, end="")
-        print()
+            note(str(error))
+
+
+def _ask_for_path(command: str) -> str:
+    """The path of /image or /video; nothing, if none is given."""
+    try:
+        return read_line(f"{command} PATH: ")
+    except EOFError:
+        return ""
 
 
 def _paths(argument: str) -> list[str]:

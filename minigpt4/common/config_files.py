@@ -17,6 +17,7 @@ from minigpt4.common.registry import RegistrationError, registry
 from minigpt4.common.schema import MiniGPT4Config
 
 CONFIGS = PACKAGE_ROOT / "configs"
+CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")  # YAML refuses them without naming the line
 
 # `${package:assets/tiny/llama}` is a file in the installed package.
 OmegaConf.register_resolver("package", lambda path: str(PACKAGE_ROOT / path), replace=True)
@@ -48,13 +49,17 @@ def _read_text(path: str | Path) -> str:
         raise ConfigError(f"Cannot read {path}: {error.strerror}. Give the YAML file with --cfg-path.") from None
     is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
-        return content.decode("utf-16" if is_utf16 else "utf-8-sig").removeprefix("\ufeff")
+        text = content.decode("utf-16" if is_utf16 else "utf-8-sig").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         line, byte = content[: error.start].count(b"\n") + 1, content[error.start]
         raise ConfigError(
             f"{path}, line {line}: the byte 0x{byte:02x} is not UTF-8. Save the file in UTF-8, in the editor or with "
             "iconv (Chinese Windows: iconv -f GBK -t UTF-8 OLD > NEW)."
         ) from None
+    if control := CONTROL.search(text):
+        line = text[: control.start()].count("\n") + 1
+        raise ConfigError(f"{path}, line {line}: the control character U+{ord(control[0]):04X}. Delete it.")
+    return text
 
 
 def _described(error: Exception) -> str:
@@ -63,7 +68,10 @@ def _described(error: Exception) -> str:
     if mark is None:
         return f": {error}"
     began = f" ({error.context}, from line {context.line + 1} on)" if context else ""
-    return f", line {mark.line + 1}, column {mark.column + 1}: {error.problem}{began}."
+    told = f", line {mark.line + 1}, column {mark.column + 1}: {error.problem}{began}."
+    if error.problem.startswith(("mapping values", "did not find expected key")):
+        told += " Compare the spaces at the beginning of this line and its neighbours."
+    return told
 
 
 def with_sections(source: DictConfig, where: str | Path) -> DictConfig:

@@ -16,8 +16,6 @@ from minigpt4.common.errors import ConfigError
 
 __getattr__ = first_release.attributes_of(__name__)  # for names that are gone
 
-# A rank that waits longer than this for the others stops with an error instead of hanging.
-TIMEOUT = timedelta(minutes=20)
 # The ranks on their CPUs, where the default group is that of their GPUs.
 _host_group: dist.ProcessGroup | None = None
 
@@ -93,8 +91,12 @@ def select_dtype(device: torch.device, amp: bool = True, amp_dtype: str = "auto"
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp_dtype, torch.bfloat16 if bf16 else torch.float16)
 
 
-def init_process_group(device: torch.device, backend: str | None = None, distributed: bool = True) -> None:
+def init_process_group(
+    device: torch.device, backend: str | None = None, distributed: bool = True, timeout_minutes: float = 20.0
+) -> None:
     """Join the process group that torchrun announces in the environment; without one, do nothing.
+
+    timeout_minutes: a rank that waits longer for the others ends with an error instead of hanging.
 
     Raises ConfigError when there are several processes and `distributed` is False: each would train by itself.
     """
@@ -106,8 +108,9 @@ def init_process_group(device: torch.device, backend: str | None = None, distrib
     logging.info("| distributed init (rank %d, world %d): env://", int(os.environ["RANK"]), world_size)
     global _host_group
     backend = backend or ("nccl" if device.type == "cuda" else "gloo")
-    dist.init_process_group(backend, timeout=TIMEOUT, device_id=device if backend == "nccl" else None)
-    _host_group = dist.new_group(backend="gloo", timeout=TIMEOUT) if backend == "nccl" else None
+    timeout = timedelta(minutes=timeout_minutes)
+    dist.init_process_group(backend, timeout=timeout, device_id=device if backend == "nccl" else None)
+    _host_group = dist.new_group(backend="gloo", timeout=timeout) if backend == "nccl" else None
 
 
 def destroy_process_group() -> None:
@@ -122,7 +125,7 @@ def process_group(run, device: torch.device | None = None) -> Iterator[torch.dev
     run: the `run:` section of a config. device: in place of `run.device`.
     """
     device = device or select_device(run.device)
-    init_process_group(device, run.dist_backend, run.distributed)
+    init_process_group(device, run.dist_backend, run.distributed, run.timeout_minutes)
     try:
         yield device
     finally:

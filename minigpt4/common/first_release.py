@@ -22,14 +22,21 @@ GONE = {
     "minigpt4.common.dist_utils.init_distributed_mode": "with process_group(cfg.run_cfg): … of the same module",
     "minigpt4.common.dist_utils.is_dist_avail_and_initialized": "is_distributed() of the same module",
     "minigpt4.common.dist_utils.main_process": "if is_main_process(): … of the same module",
+    "minigpt4.common.dist_utils.setup_for_distributed": "logging: ranks other than 0 log warnings only",
     "minigpt4.common.eval_utils": EVALUATION,
     "minigpt4.common.gradcam": "nothing: no code called it",
+    "minigpt4.common.logger.AttrDict": "types.SimpleNamespace of the library",
     "minigpt4.common.logger.SmoothedValue": "MetricLogger of the same module keeps the values itself",
     "minigpt4.common.optims.LinearWarmupCosineLRScheduler": "LinearWarmupCosineLR of the same module",
     "minigpt4.common.optims.LinearWarmupStepLRScheduler": "LinearWarmupStepLR of the same module",
     "minigpt4.common.utils": "the library: datetime for now(), facts.is_url for is_url(), weights.locate for downloads",
     "minigpt4.common.vqa_tools": EVALUATION,
     "minigpt4.conversation.conversation_v2": FIRST_ONLY,
+    "minigpt4.datasets.builders.DatasetZoo": "registry.list_builders() of minigpt4.common.registry",
+    "minigpt4.datasets.builders.base_dataset_builder.load_dataset_config": (
+        "Config(args).datasets_cfg, with the defaults filled in (minigpt4/common/config.py)"
+    ),
+    "minigpt4.datasets.builders.dataset_zoo": "registry.list_builders() of minigpt4.common.registry",
     "minigpt4.datasets.builders.load_dataset": "task.build_datasets(cfg) (minigpt4/tasks/base_task.py)",
     "minigpt4.datasets.data_utils": "from minigpt4.datasets.loaders import TrainLoader, eval_loader",
     "minigpt4.datasets.datasets.base_dataset": "torch.utils.data.Dataset; CONTRIBUTING.md shows a data set",
@@ -54,6 +61,7 @@ GONE = {
     "minigpt4.models.minigpt_v2": FIRST_ONLY,
     "minigpt4.models.model_zoo": "registry.list_models() of minigpt4.common.registry",
     "minigpt4.models.modeling_llama": "from transformers import LlamaForCausalLM, unmodified",
+    "minigpt4.processors.blip_processors.BlipImageBaseProcessor": "Blip2ImageTrainProcessor of the same module",
     "minigpt4.processors.load_processor": "from minigpt4.processors.base_processor import make_processor",
     "minigpt4.processors.randaugment": "nothing: no configuration used it",
     "minigpt4.tasks.setup_task": "registry.get_task_class(cfg.run_cfg.task).setup_task(cfg) (train.py)",
@@ -61,9 +69,24 @@ GONE = {
 GONE |= {
     f"minigpt4.datasets.datasets.{name}": LATER_DATA
     for name in (
-        *("aok_vqa_datasets", "coco_caption", "coco_dataset", "coco_vqa_datasets", "flickr", "gqa_datasets"),
-        *("llava_dataset", "multitask_conversation", "ocrvqa_dataset", "text_caps", "unnatural_instruction"),
+        *("aok_vqa_datasets", "coco_caption", "coco_dataset", "coco_vqa_datasets", "doc_dataset", "flickr"),
+        *(
+            "gqa_datasets",
+            "llava_dataset",
+            "multitask_conversation",
+            "ocrvqa_dataset",
+            "text_caps",
+            "unnatural_instruction",
+        ),
         *("vg_dataset", "vqa_datasets"),
+    )
+}
+GONE |= {
+    f"minigpt4.datasets.builders.image_text_pair_builder.{name}Builder": LATER_DATA
+    for name in (
+        *("AOKVQA", "AllRefCOCO", "COCOCaption", "COCOVQA", "CaptionToPhrase", "DocumentVQA", "GQA", "GroundedCaption"),
+        *("LlavaDetail", "LlavaReason", "MultitaskConversation", "OCRVQA", "RefCOCO", "RefCOCOG", "RefCOCOP"),
+        *("RefVisualGenome", "TextcapCaption", "UnnaturalInstruction"),
     )
 }
 

@@ -12,7 +12,6 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from logging.handlers import MemoryHandler
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
@@ -92,11 +91,15 @@ def kept_console() -> Iterator[Callable[[Path], None]]:
             handler.close()
 
 
+Totals = dict[str, tuple[float, int]]
+"""The sum of the finite values of each name, and their number."""
+
+
 class MetricLogger:
     """Running averages of an epoch, and its progress lines.
 
-    Values may be tensors on a GPU. They are summed there and read only for a log line, because each read makes the host
-    wait for the GPU.
+    Values may be tensors on a GPU. They are read only for a log line, because each read makes the host wait for the
+    GPU.
 
     on_line: is called for each line with the number of the item and the line's values, not rounded: the latest ones,
         `step_seconds` and `data_seconds`, `…_per_second` of each amount, and the memory in MiB.
@@ -104,10 +107,9 @@ class MetricLogger:
 
     def __init__(self, on_line: Callable[[int, dict[str, float]], None] = lambda item, values: None) -> None:
         self._on_line = on_line
-        self._latest: dict[str, float | torch.Tensor] = {}
-        self._total: dict[str, float | torch.Tensor] = {}
+        self._unread: dict[str, list[float | torch.Tensor]] = {}  # since the last line
+        self._totals: Totals = {}
         self._amounts: dict[str, int] = {}  # since the last line
-        self._count = 0
         self._paused = 0.0  # seconds since the last item
 
     def pause(self, seconds: float) -> None:
@@ -117,9 +119,7 @@ class MetricLogger:
     def update(self, **values: float | torch.Tensor) -> None:
         """Record one step's values; the same names in every step."""
         for name, value in values.items():
-            self._latest[name] = value
-            self._total[name] = self._total.get(name, 0.0) + value
-        self._count += 1
+            self._unread.setdefault(name, []).append(value)
 
     def count(self, **amounts: int) -> None:
         """Add to amounts of which a line tells how many there were a second, such as images."""
@@ -127,18 +127,26 @@ class MetricLogger:
             self._amounts[name] = self._amounts.get(name, 0) + amount
 
     def global_avg(self) -> dict[str, float]:
-        """The mean of each value over the steps of all ranks."""
-        sums = torch.tensor([*(float(total) for total in self._total.values()), self._count], dtype=torch.float64)
-        *totals, count = all_reduce_sum(sums).tolist()
-        return {name: total / max(count, 1) for name, total in zip(self._total, totals, strict=True)}
+        """The mean of each value over the steps of all ranks. Values that are not finite are left out."""
+        self._read()
+        sums = all_reduce_sum(torch.tensor([*self._totals.values()], dtype=torch.float64)).tolist()
+        return {name: total / max(count, 1) for name, (total, count) in zip(self._totals, sums, strict=True)}
 
-    def state(self) -> dict[str, Any]:
-        """The sums so far, for `load_state`."""
-        return {"totals": dict(self._total), "count": self._count}
+    def state(self) -> Callable[[], Totals]:
+        """A function that returns the sums up to now. It waits for the GPU; this method does not."""
+        totals, unread = dict(self._totals), {name: list(values) for name, values in self._unread.items()}
+        return lambda: _added(totals, _values(unread))
 
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """Go on from sums, which may be on another device."""
-        self._total, self._count = dict(state["totals"]), state["count"]
+    def load_state(self, totals: Totals) -> None:
+        """Go on from sums."""
+        self._totals = dict(totals)
+
+    def _read(self) -> dict[str, float]:
+        """Wait for the values, and add them up. Returns the latest ones."""
+        values = _values(self._unread)
+        self._totals = _added(self._totals, values)
+        self._unread.clear()
+        return {name: of_name[-1] for name, of_name in values.items()}
 
     def log_every(self, iterable: Iterable, length: int, log_freq: int, header: str, first: int = 0) -> Iterator:
         """Yield from `iterable`; log a line every `log_freq` items and at the last of the `length`.
@@ -154,8 +162,8 @@ class MetricLogger:
             data_time += time.perf_counter() - item_end
             yield item
             start, last_line, self._paused = start + self._paused, last_line + self._paused, 0.0
-            if line_within(i, 1, length, log_freq):
-                latest = {name: float(value) for name, value in self._latest.items()}
+            if i % log_freq == 0 or i + 1 == length:
+                latest = self._read()
                 values = [f"{name}: {value:.{DIGITS.get(name, 4)}f}" for name, value in latest.items()]
                 now, items, memory = time.perf_counter(), i - last_logged, _memory()
                 eta = _hms((now - start) / (i + 1 - first) * (length - i - 1))
@@ -167,24 +175,28 @@ class MetricLogger:
                 self._on_line(i, {**latest, "step_seconds": step_time, "data_seconds": data_time, **rates, **memory})
                 self._amounts.clear()
                 last_line, data_time, last_logged = now, 0.0, i
-                _check_finite(latest, f"{header} step {i}")
             item_end = time.perf_counter()
         total = time.perf_counter() - start
         logging.info("%s Total time: %s (%.4f s / it)", header, _hms(total), total / max(length - first, 1))
 
 
-def line_within(item: int, count: int, length: int, log_freq: int) -> bool:
-    """Whether `log_every` logs a line at one of the `count` items from `item` on."""
-    return -item % log_freq < count or item + count >= length
+def _values(unread: Mapping[str, list[float | torch.Tensor]]) -> dict[str, list[float]]:
+    return {
+        name: torch.stack(values).flatten().tolist() if isinstance(values[0], torch.Tensor) else values
+        for name, values in unread.items()
+    }
 
 
-def _check_finite(values: dict[str, float], where: str) -> None:
-    for name, value in values.items():
-        if not math.isfinite(value):
-            raise FloatingPointError(
-                f"{where}: {name} is {value}. The run stops; what was saved before is untouched. Lower run.init_lr, or "
-                "check the weights that were loaded; with fp16, try run.amp_dtype=bf16."
-            )
+def _added(totals: Totals, values: Mapping[str, list[float]]) -> Totals:
+    """The sums with more values. These are added one by one, so that the sums do not depend on when they are read."""
+    added = dict(totals)
+    for name, of_name in values.items():
+        total, number = added.get(name, (0.0, 0))
+        for value in of_name:
+            if math.isfinite(value):
+                total, number = total + value, number + 1
+        added[name] = total, number
+    return added
 
 
 def _hms(seconds: float) -> str:

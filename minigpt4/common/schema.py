@@ -64,6 +64,11 @@ class RunConfig:
     beta2: float = setting(0.999, at_least=0, less_than=1)
     """AdamW's second beta."""
 
+    grad_clip: float | None = setting(None, more_than=0)
+    """Largest norm of the gradient, over all weights that train; a longer one is scaled down to it. null: any."""
+    max_bad_steps: int = setting(10, at_least=1)
+    """Updates in a row that may be skipped because loss or gradient is not finite, before the run stops."""
+
     max_epoch: int = setting(1, at_least=1)
     """Epochs; each is `iters_per_epoch` micro-batches and ends with a checkpoint."""
     iters_per_epoch: int | None = setting(None, at_least=1)
@@ -141,6 +146,8 @@ class RunConfig:
 
     dist_backend: str | None = None
     """Backend of torch.distributed; null: nccl on GPUs, gloo on CPUs."""
+    timeout_minutes: float = setting(20.0, more_than=0)
+    """Minutes that a process waits for the others, after which it ends with an error."""
     dist_url: str = "env://"
     """*Inert*: torchrun sets the rendezvous."""
     world_size: int = 1

@@ -13,20 +13,28 @@ from typing import NamedTuple
 import yaml
 from omegaconf import OmegaConf
 
-# Full-width digits, letters and signs of YAML; quotes; dashes; spaces, and characters without a width.
+# Full-width digits, letters and signs of YAML; quotes; dashes; bullets; spaces, and characters without a width.
 PLAIN = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F) if chr(code - 0xFEE0).isalnum()}
 PLAIN |= {ord(char): ord(char) - 0xFEE0 for char in "：，＃［］｛｝＂＇－．＝＋＿"}
-PLAIN |= str.maketrans("、【】「」『』“”„‟‘’‚‛", ',[]""""""""\'\'\'\'')
-PLAIN |= dict.fromkeys(map(ord, "‐‑‒–—―−"), "-")
-SPACES = "\u00a0\u2002\u2003\u2009\u202f\u3000"
+PLAIN |= str.maketrans("﹕∶꞉︰；﹐﹑､、【】〔〕（）", "::::,,,,,[][][]")
+PLAIN |= dict.fromkeys(map(ord, "「」『』“”„‟«»〝〞〟❝❞″"), '"')
+PLAIN |= dict.fromkeys(map(ord, "‘’‚‛‹›❛❜′´`"), "'")
+PLAIN |= dict.fromkeys(map(ord, "‐‑‒–—―−•‣◦⁃●▪"), "-")
+SPACES = "\u00a0\u1680\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
 PLAIN |= dict.fromkeys(map(ord, SPACES), " ")
-PLAIN |= dict.fromkeys(map(ord, "\u00ad\u200b\u200c\u200d\u2060\ufeff"), "")
+# Soft hyphen, joiners, directions of writing, variation selectors, byte-order marks.
+INVISIBLE = "\u00ad\u061c\u2060\ufe0e\ufe0f\ufeff" + "".join(
+    chr(code) for start, end in ((0x200B, 0x2010), (0x202A, 0x202F), (0x2066, 0x206A)) for code in range(start, end)
+)
+PLAIN |= dict.fromkeys(map(ord, INVISIBLE), "")
 ENTITY = re.compile(r"&(?:nbsp|ensp|emsp|quot|apos|amp|lt|gt|#\d+|#x[0-9a-f]+);", re.IGNORECASE)
 
 # A key and its value with `:` or `=` in place of `: `, but not `pipe:cat a.tar`, `https://…` or `C:\data`.
 KEY_AND_VALUE = r"(?!(?:pipe|file|data):)([a-z_][a-z0-9_]+) *(?::(?=[^\s/\\])|= *)"
 ITEM = r"-(?=[A-Za-z\"'])"
 QUOTED_OR_COMMENT = re.compile(r"""("(?:[^"\\]|\\.)*"|'[^']*'|(?<!\S)#.*)""")
+ESCAPED_QUOTE = re.compile(r"""\\(["'])""")
+DOUBLED_QUOTES = re.compile(r"""(''|"")([^\s,\]}:'"].*?)\1""")
 LINE_BREAK = re.compile("\r\n|[\n\r\u0085\u2028\u2029]")
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
@@ -42,14 +50,27 @@ class Slip(NamedTuple):
         odd = [char for char in dict.fromkeys(self.found) if ord(char) in PLAIN]
         causes = [f"{unicodedata.name(char).lower()} U+{ord(char):04X}" for char in odd]
         causes += ["a tab"] * ("\t" in self.found) + ENTITY.findall(self.found)
+        causes += ["a backslash"] * (ESCAPED_QUOTE.search(self.found) is not None)
         if not causes:
-            causes = ["no colon" if "=" in self.found and "=" not in self.needed else "a missing space"]
+            causes = [self._cause_in_plain_text()]
         return f"{self.found!r} should be {self.needed!r} (the cause: {', '.join(causes)})"
+
+    def _cause_in_plain_text(self) -> str:
+        if self.found.startswith(("''", '""')):
+            return "two quotes in a row"
+        if self.found == self.needed + self.found[-1]:
+            return f"{self.found[-1]!r} at the end"
+        return "a missing space" if ":" in self.found or ":" not in self.needed else "no colon"
 
 
 def plain(text: str) -> str:
     """The text as an English keyboard types it. Texts in quotes and comments stay as they are."""
-    return _outside_quotes(lambda part: ENTITY.sub(lambda match: html.unescape(match[0]), part).translate(PLAIN), text)
+
+    def typed(part: str) -> str:
+        part = ENTITY.sub(lambda match: html.unescape(match[0]), part)
+        return ESCAPED_QUOTE.sub(r"\1", part).translate(PLAIN)
+
+    return _outside_quotes(typed, text)
 
 
 def _outside_quotes(change: Callable[[str], str], text: str) -> str:
@@ -62,6 +83,8 @@ def _outside_quotes(change: Callable[[str], str], text: str) -> str:
 def slip_in_value(text: str) -> Slip | None:
     """The slip in a value: YAML would read something else than a text from it, were it typed in plain characters."""
     typed = plain(text)
+    if text[-1:] in (",", ";", "，", "；", "。") and _means_more(plain(text[:-1]).strip(" ")):
+        return Slip(text, plain(text[:-1]).strip(" "))
     if typed == text or (text.strip(SPACES) == text and not _means_more(typed.strip(" "))):
         return None
     return Slip(text, typed.strip(" "))
@@ -89,6 +112,11 @@ def slip_in_yaml(text: str) -> Slip | None:
             lone_key = isinstance(before, (yaml.FlowMappingStartToken, yaml.FlowEntryToken)) and not in_lists[-1]
             if slip := _slip_in_scalar(token, lines, in_lists[-1], lone_key):
                 return slip
+        elif isinstance(token, yaml.ScalarToken) and token.style in "'\"" and not token.value:
+            # `''###''` is an empty text and a comment.
+            rest = lines[token.start_mark.line][token.start_mark.column :].rstrip()
+            if token.start_mark.line == token.end_mark.line and (match := DOUBLED_QUOTES.fullmatch(rest)):
+                return Slip(rest, f'"{match[2]}"', token.start_mark.line + 1)
         before = token
     return None
 
@@ -113,11 +141,17 @@ def _slip_in_scalar(token: yaml.ScalarToken, lines: list[str], in_list: bool, lo
 
 def slip_before(text: str, line: int) -> Slip | None:
     """The first slip in a file that is no YAML, up to the line (from 1) where YAML noticed."""
-    for number, found in enumerate(LINE_BREAK.split(text)[:line], start=1):
+    lines = LINE_BREAK.split(text)
+    for number, found in enumerate(lines[:line], start=1):
+        if found.strip().startswith("```"):  # of Markdown
+            return Slip(found.strip(), "", number)
         needed = _outside_quotes(lambda part: part.replace("\t", "  "), plain(found))
         needed = _outside_quotes(lambda part: re.sub(rf"(?<=[{{,])(\s*){KEY_AND_VALUE}", r"\1\2: ", part), needed)
         needed = re.sub(rf"^(\s*){ITEM}", r"\1- ", needed)
         needed = re.sub(rf"^(\s*(?:- )?){KEY_AND_VALUE}", r"\1\2: ", needed)
+        if re.fullmatch(r" *[a-z_][a-z0-9_]*", needed) and number < len(lines):
+            below = lines[number]
+            needed += ":" * (len(below) - len(below.lstrip(" ")) > len(needed) - len(needed.lstrip(" ")))
         if needed.rstrip() != found.rstrip(" \r"):
             return Slip(found.strip(" \r"), needed.strip(), number)
     return None

@@ -10,12 +10,13 @@ Q query tokens per image, S sequence, T new tokens, D width of the language mode
 
 import logging
 from bisect import bisect_left
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -185,8 +186,21 @@ class StoppingCriteriaSub:
         return done
 
 
+class SharedDecoding(Protocol):
+    """Computes answers of any number of threads together, such as `serving.batching.Batcher`."""
+
+    def stream(
+        self, prompt: str, images: list, decoding: Decoding, stop: str, should_stop: Callable, in_line: Callable
+    ) -> Iterator[tuple[list[int], bool]]:
+        """Yield (the new ids so far, False) whenever there are more, then (all of them, True)."""
+
+
 class Chat:
     """Generates a model's answers in conversations about images.
+
+    Attributes:
+        batcher: computes the answers, together with those of others; None: each is computed alone. Beams and answers
+            with `stopping_criteria` always are.
 
     Args:
         model: a `MiniGPT4`.
@@ -215,6 +229,7 @@ class Chat:
         self.device = torch.device(device)
         self.template = template
         self.stopping_criteria = [*(stopping_criteria or [])]
+        self.batcher: SharedDecoding | None = None
 
     def new_conversation(self) -> Conversation:
         """An empty conversation in the model's template."""
@@ -302,6 +317,7 @@ class Chat:
         img_list: list[torch.Tensor],
         should_stop: Callable[[], bool] = lambda: False,
         notify: Callable[[str], None] = logging.warning,
+        in_line: Callable[[int], None] = lambda place: None,
         **settings,
     ) -> Generator[str, None, np.ndarray]:
         """Like `answer`, but yields the whole answer so far, each time longer; returns the token ids.
@@ -312,6 +328,7 @@ class Chat:
         Args:
             should_stop: called after each token.
             notify: called with a sentence for the user if the conversation or the answer exceeds the context window.
+            in_line: with a `batcher`, called with the place in its queue whenever that changes; 0: being computed.
             settings: the fields of `Decoding`.
 
         Raises:
@@ -321,9 +338,8 @@ class Chat:
         stop = conv.stop
         read = partial(answer_text, self.model.tokenizer, stop=stop, label=conv.label)
         with self._pending_answer(conv) as pending:
-            context, fitting = self._fit(conv, decoding, notify)
-            run = partial(self._generate, context.get_prompt(), img_list, stop, fitting)
-            with closing(stream(run, should_stop, show=decoding.num_beams == 1)) as running:
+            context, fitting = self.fit(conv, decoding, notify)
+            with closing(self._stream(context.get_prompt(), img_list, stop, fitting, should_stop, in_line)) as running:
                 for ids, complete in running:
                     text, shown = read(ids, complete=complete), pending[1]
                     if complete or len(text) > len(shown or ""):
@@ -334,7 +350,7 @@ class Chat:
             notify("The answer stops here: the model can hold no more text. Restart to make room.")
         return np.array(strip_leading(self.model.tokenizer, ids), dtype=np.int64)
 
-    def _fit(self, conv: Conversation, decoding: Decoding, notify: Callable) -> tuple[Conversation, Decoding]:
+    def fit(self, conv: Conversation, decoding: Decoding, notify: Callable) -> tuple[Conversation, Decoding]:
         """The conversation and the settings, cut to the context window.
 
         The oldest text is removed first, images never.
@@ -372,6 +388,15 @@ class Chat:
         """The length of a prompt in tokens, images included."""
         bos = self.template is None or self.template.bos
         return len(encode_with_images(self.model.tokenizer, prompt, self.model.query_tokens.shape[1], bos))
+
+    def _stream(
+        self, prompt: str, img_list: list, stop: str, decoding: Decoding, should_stop: Callable, in_line: Callable
+    ) -> Iterator[tuple[list[int], bool]]:
+        """See `models.generation.stream`."""
+        if self.batcher and decoding.num_beams == 1 and not self.stopping_criteria:
+            return self.batcher.stream(prompt, [*img_list], decoding, stop, should_stop, in_line)
+        run = partial(self._generate, prompt, img_list, stop, decoding)
+        return stream(run, should_stop, show=decoding.num_beams == 1)
 
     @torch.inference_mode()
     def _generate(self, prompt: str, img_list: list, stop: str, decoding: Decoding, tap) -> torch.Tensor:

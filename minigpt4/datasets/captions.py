@@ -11,13 +11,9 @@ Markers of the prompt inside a caption are broken up later, by the model, which 
 import codecs
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from minigpt4.datasets.left_out import Tally
-
-# Samples in a row with texts that cannot be used; more end the run.
-MAX_BAD_IN_A_ROW = 1000
 MISSING = 'a sample without caption (.json with "caption", or .txt)'
 
 # Longest first: the mark of UTF-32 begins with that of UTF-16.
@@ -100,22 +96,3 @@ def _in_json(content: bytes) -> Any:
     if caption is None:
         raise Incomplete(MISSING)
     return caption
-
-
-def usable_samples(samples: Iterable[Any], tally: Tally) -> Iterator[Any]:
-    """The samples without a text, and those whose text is usable. Raises RuntimeError for MAX_BAD_IN_A_ROW others."""
-    bad_in_a_row = 0
-    for sample in samples:
-        try:
-            # A plug-in may have no texts, or others than strings.
-            if isinstance(sample, Mapping) and "text_input" in sample:
-                text = sample["text_input"]
-                usable(text if isinstance(text, str | None) else "another")
-        except Unusable as cause:
-            tally.drop(str(cause), str(sample.get("image_id", "a sample")))
-            bad_in_a_row += 1
-            if bad_in_a_row == MAX_BAD_IN_A_ROW:
-                raise RuntimeError(f"datasets.{tally.name}: {cause}: {bad_in_a_row} samples in a row.") from None
-        else:
-            bad_in_a_row = 0
-            yield sample

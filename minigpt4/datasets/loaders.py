@@ -6,9 +6,7 @@ which samples. The workers make whole batches as planned. The plan and all rando
 `common.contracts` lists the optional methods of a dataset.
 """
 
-import atexit
 import random
-import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -18,16 +16,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
+from torch.utils.data import Dataset, IterableDataset, default_collate, get_worker_info
 
 from minigpt4.common.errors import ConfigError
-from minigpt4.common.stopping import end_children, ignore_signals
-from minigpt4.datasets.captions import usable_samples
 from minigpt4.datasets.left_out import Tally
 from minigpt4.datasets.length_balancing import POOL, rank_share
+from minigpt4.datasets.patience import at_batch, read_now
+from minigpt4.datasets.samples import SampleId, identify, usable_samples
 from minigpt4.datasets.seeding import derive_seed, seeded
 from minigpt4.datasets.splits import spread
 from minigpt4.datasets.stream_batches import Restart, StreamBatches
+from minigpt4.datasets.workers import WatchedLoader
 
 
 class BatchRequest(NamedTuple):
@@ -55,6 +54,7 @@ class Made(NamedTuple):
 
     batch: Any  # None if no sample is left
     left_out: dict[LeftOut, int]
+    ids: list[SampleId]
     restart: Restart | None = None  # of the stream, after this batch
 
 
@@ -82,8 +82,11 @@ class TrainLoader:
         seed: int,
         rank: int = 0,
         world_size: int = 1,
+        timeout_s: float = 300.0,
     ) -> None:
         """sample_ratios: relative frequency of each dataset (default 1). batch_size: samples per rank.
+
+        timeout_s: of files out of reach, after which a worker that reads the same file still is taken to hang.
 
         Raises ConfigError for no datasets, ratios that are no frequencies, or a dataset smaller than a batch.
         """
@@ -106,10 +109,11 @@ class TrainLoader:
         self._left_out: Counter[LeftOut] = Counter()
         self._restarts: dict[tuple[str, int], Restart] = {}  # by dataset and reader
         self._fetched: deque[tuple[BatchRequest, Made]] = deque()  # that are not used yet
+        self._ids: deque[list[SampleId]] = deque()  # of the batches that `take_ids` was not called for yet
         self._drawn: list[str] = []  # the dataset of each batch of the epoch
         self._plan: list[BatchRequest | None] = []  # the sampler; replaced in each epoch
         maker = BatchMaker(dict(datasets), batch_size, derive_seed(seed, "batch", rank), balanced=world_size > 1)
-        self._loader = _data_loader(maker, self._plan, num_workers)
+        self._loader = WatchedLoader(maker, self._plan, num_workers, timeout_s)
 
     def epoch(self, epoch: int, num_batches: int, first: int = 0) -> Iterator[dict[str, Any]]:
         """The batches of this epoch from number `first` on: `{"image": [B, 3, S, S], "text_input": [str] * B, …}`.
@@ -120,11 +124,13 @@ class TrainLoader:
         if not first:
             self._restarts.clear()
         self._fetched.clear()
+        self._ids.clear()
         self._drawn = self._draw(epoch, num_batches)
         requests = self._requests(epoch, num_batches)[first:]
         self._plan[:] = self._routed(requests)
         for request, made in zip(requests, filter(None, self._loader), strict=True):
             self._fetched.append((request, made))
+            self._ids.append(made.ids)
             yield made.batch
 
     def use_next(self) -> None:
@@ -145,6 +151,10 @@ class TrainLoader:
         for key, count in left_out:
             self._left_out[LeftOut(*key)] += count
         self._restarts = {(name, reader): restart for name, reader, restart in restarts}
+
+    def take_ids(self) -> list[SampleId]:
+        """The names of the samples of the first batch that this was not called for yet. Batches may be prefetched."""
+        return self._ids.popleft() if self._ids else []
 
     def shares(self) -> dict[str, float]:
         """The share of each dataset among this rank's batches of the epoch."""
@@ -252,8 +262,7 @@ def left_out_counts(left_out: Counter[LeftOut]) -> dict[str, int]:
 class BatchMaker(Dataset):
     """Makes whole batches on request, in the workers. Each batch has its own seed.
 
-    Samples of any dataset whose text cannot be trained on (`captions.usable`) are left out; the next one takes their
-    place. After MAX_BAD_IN_A_ROW of them a RuntimeError ends the run.
+    Samples of any dataset that cannot be trained on (`usable_samples`) are left out; the next one takes their place.
 
     balanced: batches of a stream are balanced by length. replace: False leaves a batch without them smaller.
     """
@@ -270,16 +279,24 @@ class BatchMaker(Dataset):
     def __getitem__(self, request: BatchRequest | None) -> Made | None:
         if request is None:
             return None
-        dataset = self.datasets[request.dataset]
+        source = f"datasets.{request.dataset}" if request.dataset else "an evaluation"
+        with at_batch(f"batch {request.number} of {source}"):
+            return self._make(request)
+
+    def _make(self, request: BatchRequest) -> Made:
+        name, dataset = request.dataset, self.datasets[request.dataset]
         stream = self._stream(request) if request.indices is None else None
         with self._seeded(request.epoch, request.number):
             if stream:
                 samples = stream.make(request.number)
+                ids = [identify(sample, name) for sample in samples]
             else:
-                samples = [s for index in request.indices for s in self._at(request.dataset, index)]
+                found = [(sample, index) for index in request.indices for sample in self._at(name, index)]
+                samples = [sample for sample, _ in found]
+                ids = [identify(sample, name, index) for sample, index in found]
             batch = collate_fn_of(dataset)(samples) if samples else None
-        left_out = {LeftOut(request.dataset, *key): n for key, n in self._take(request.dataset).items()}
-        return Made(batch, left_out, stream and stream.restart())
+        left_out = {LeftOut(name, *key): n for key, n in self._take(name).items()}
+        return Made(batch, left_out, ids, stream and stream.restart())
 
     def _seeded(self, epoch: int, number: int) -> AbstractContextManager[None]:
         return seeded(derive_seed(self.seed, epoch, number))
@@ -291,8 +308,9 @@ class BatchMaker(Dataset):
         return left_out
 
     def _at(self, name: str, index: int) -> Iterator[Any]:
-        """The sample at an index, or the next one whose text is usable; without `replace`, perhaps none."""
+        """The sample at an index, or the next one that is usable; without `replace`, perhaps none."""
         dataset = self.datasets[name]
+        read_now(f"sample {index}")
         if self.replace:
             following = (dataset[(index + i) % len(dataset)] for i in range(len(dataset)))
         else:  # ours put the next record in the place of a bad one themselves
@@ -317,23 +335,31 @@ class BatchMaker(Dataset):
 
 
 def eval_loader(
-    dataset: Dataset, batch_size: int, num_workers: int, rank: int = 0, world_size: int = 1, most: int | None = None
+    dataset: Dataset,
+    batch_size: int,
+    num_workers: int,
+    rank: int = 0,
+    world_size: int = 1,
+    most: int | None = None,
+    timeout_s: float = 300.0,
 ) -> Iterator[dict[str, Any]]:
     """Batches of a dataset in order, every sample once; over several ranks each takes a part of the samples.
 
     Batches may be smaller, and a rank may have none. Random draws are the same each time.
     The dataset has a length, or is a stream with the method `one_pass`.
 
-    most: number of samples, of a stream the first ones, otherwise spread over the dataset; None: all.
+    most: number of samples, of a stream the first ones, otherwise spread over the dataset; None: all. timeout_s: as for
+    `TrainLoader`.
     """
     if isinstance(dataset, IterableDataset):
-        yield from _data_loader(OnePass(dataset, batch_size, rank, world_size, most), None, num_workers)
+        yield from WatchedLoader(OnePass(dataset, batch_size, rank, world_size, most), None, num_workers, timeout_s)
         return
     part = spread(len(dataset), most)[rank::world_size]
     starts = range(0, len(part), batch_size)
     plan = [BatchRequest("", 0, number, list(part[i : i + batch_size])) for number, i in enumerate(starts)]
     maker = BatchMaker({"": dataset}, batch_size, derive_seed("eval", rank), replace=False)
-    yield from (made.batch for made in _data_loader(maker, plan, num_workers) if made.batch is not None)
+    loader = WatchedLoader(maker, plan, num_workers, timeout_s)
+    yield from (made.batch for made in loader if made.batch is not None)
 
 
 class OnePass(IterableDataset):
@@ -349,14 +375,15 @@ class OnePass(IterableDataset):
         worker = get_worker_info()
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
         reader, readers = self.rank * workers + number, self.world_size * workers
-        if self.most is None:
-            found = self.stream.one_pass(reader, readers)
-        else:  # which ones are the first must not depend on the number of readers
-            found = islice(self.stream.one_pass(0, 1), reader, self.most, readers)
+        with at_batch("the start of an evaluation"):
+            if self.most is None:
+                found = self.stream.one_pass(reader, readers)
+            else:  # which ones are the first must not depend on the number of readers
+                found = islice(self.stream.one_pass(0, 1), reader, self.most, readers)
         samples = usable_samples(found, Tally("evaluation"))
         batch, number = [None], 0
         while batch:
-            with seeded(derive_seed("eval", reader, number)):
+            with seeded(derive_seed("eval", reader, number)), at_batch(f"batch {number} of an evaluation"):
                 batch = list(islice(samples, self.batch_size))
             number += 1
             if batch:
@@ -366,40 +393,3 @@ class OnePass(IterableDataset):
 def collate_fn_of(dataset: Dataset) -> Callable[[list[Any]], Any]:
     """The dataset's own `collater` (LAVIS) or `collate_fn`, otherwise torch's: tensors stacked, strings in a list."""
     return getattr(dataset, "collater", None) or getattr(dataset, "collate_fn", None) or default_collate
-
-
-def _data_loader(maker: Dataset, plan: list[BatchRequest | None] | None, num_workers: int) -> DataLoader:
-    atexit.unregister(end_children)
-    atexit.register(end_children)
-    return DataLoader(
-        maker,
-        sampler=plan,
-        batch_size=None,
-        collate_fn=_unchanged,
-        num_workers=num_workers,
-        worker_init_fn=_init_worker,
-        persistent_workers=num_workers > 0,
-        generator=torch.Generator(),  # by default, each epoch would draw from the global generator
-    )
-
-
-def _init_worker(worker: int) -> None:
-    ignore_signals()
-    _silence_hangups(worker)
-
-
-def _silence_hangups(worker: int) -> None:
-    """Let a worker print no traceback for a broken connection: its main process was stopped while it took a batch."""
-    default_hook = sys.excepthook
-
-    def excepthook(kind, error, trace):
-        cut_short = isinstance(error, OSError) and error.errno is None  # a message, by multiprocessing
-        if not (isinstance(error, (ConnectionError, EOFError)) or cut_short):
-            default_hook(kind, error, trace)
-
-    # The hook serves multiprocessing's thread that sends batches; errors of a dataset do not pass it.
-    sys.excepthook = excepthook
-
-
-def _unchanged(batch: Any) -> Any:
-    return batch

@@ -4,8 +4,8 @@ import errno
 import io
 import logging
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 from minigpt4.common.files import open_regular
@@ -23,6 +23,40 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.1, 30.0
 # Seconds to wait for a file that is out of reach while others of its dataset are not: it has probably been deleted. For
 # each further one half as long, so that many of them do not stop a run.
 WAIT_FOR_ONE = 10.0
+
+
+# Gets the text of what this process reads, if it is a data worker.
+_listener: Callable[[str], None] | None = None
+_batch = ""
+
+
+def listen(listener: Callable[[str], None]) -> None:
+    """Let a function get the text of each batch and file that this process is at."""
+    global _listener
+    _listener = listener
+
+
+@contextmanager
+def at_batch(text: str) -> Iterator[None]:
+    """While entered, this process makes a batch, which the text names. So does an error that is raised there."""
+    global _batch
+    _batch = text
+    read_now("")
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"The data worker was at {text}.")
+        raise
+    finally:
+        _batch = ""
+        if _listener:
+            _listener("")
+
+
+def read_now(place: str) -> None:
+    """Say which sample or file this process reads from now on, within `at_batch`."""
+    if _listener and _batch:
+        _listener(f"{_batch}, {place}" if place else _batch)
 
 
 class OutOfReach(OSError):
@@ -46,6 +80,7 @@ class Patience:
 
     def retry(self, action: Callable[[], Result], path: str) -> Result:
         """The result of `action`, which reads `path`. Raises OutOfReach if that fails until the end of the wait."""
+        read_now(path)
         try:
             result = action()
         except OSError as error:
@@ -68,6 +103,7 @@ class Patience:
                 log.warning("%s: waiting up to %.0f s (run.data_timeout_s) for %s: %s", name, left, path, error)
             time.sleep(min(pause, left))
             pause = min(2 * pause, LONGEST_PAUSE)
+            read_now(path)
             try:
                 result = action()
             except OSError as latest:

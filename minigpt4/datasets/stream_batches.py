@@ -8,9 +8,9 @@ from typing import Any
 from torch.utils.data import IterableDataset
 
 from minigpt4.common.errors import ConfigError
-from minigpt4.datasets.captions import usable_samples
 from minigpt4.datasets.left_out import Tally
 from minigpt4.datasets.length_balancing import balanced_batches, batches_per_pool
+from minigpt4.datasets.samples import usable_samples
 
 Restart = tuple[Any, list[int]]
 """A position of a reader, and the numbers of the batches that are made again from there, the first one empty.

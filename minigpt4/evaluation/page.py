@@ -76,7 +76,9 @@ def _table(scores: Mapping[str, Any]) -> str:
 def _row(example: Example, answer: str, score: str, flags: Sequence[str]) -> str:
     thumbnails = filter(None, map(thumbnail, example.pictures))
     pictures = "".join(f'<img alt="" src="{_as_url(image)}">' for image in thumbnails)
-    question = f'<p class="question">{escape(example.question)}</p>' if example.question else ""
+    question = "".join(
+        f'<p class="question">{escape(text)}</p>' for text in [*_earlier(example), example.question] if text
+    )
     group = "" if example.id.startswith(example.group) else example.group
     label = escape(f"{group} {example.id}".strip())
     references = escape("\n".join(dict.fromkeys(example.references)))
@@ -86,6 +88,12 @@ def _row(example: Example, answer: str, score: str, flags: Sequence[str]) -> str
         f'<div>{question}<p>{escape(answer) or "(nothing)"}</p><p class="references">{references}</p>'
         f'<small>{label}</small></div><div class="score">{score}{marks}</div></article>'
     )
+
+
+def _earlier(example: Example) -> list[str]:
+    """The turns of a conversation before the question."""
+    turns = [(role, " ".join(part for part in parts if part)) for role, parts in example.messages[:-1]]
+    return [f"{role}: {text}" for role, text in turns]
 
 
 def thumbnail(picture: Any) -> Image.Image | None:

@@ -8,7 +8,7 @@ fp8 is the exception: its rounding is larger.
 import functools
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -96,20 +96,31 @@ class FastStep(PlainStep):
                 losses.append(self._summed_loss(model, image_embeds, part))
         return sum(losses) / max(batch.num_labels, 1)
 
-    def _summed_loss(self, model, image_embeds: torch.Tensor, part) -> torch.Tensor:
-        """Cross-entropy summed over the labels of a micro-batch, or of a padded batch, given all images [B,Q,D]."""
+    def _summed_loss(self, model, image_embeds: torch.Tensor, part, leaves: Mapping | None = None) -> torch.Tensor:
+        """Cross-entropy summed over the labels of a micro-batch, or of a padded batch, given all images [B,Q,D].
+
+        leaves: tensors that stand for the parameters of adapters in a `FusedLlama`.
+        """
         embeds = model.embed(part, image_embeds)
         is_micro_batch = isinstance(part, MicroBatch)
-        logits = self.fused_llama(embeds, part) if self.fused_llama and is_micro_batch else model.predict(embeds, part)
+        logits = (
+            self.fused_llama(embeds, part, leaves)
+            if self.fused_llama and is_micro_batch
+            else model.predict(embeds, part)
+        )
         return self.summed_cross_entropy(logits, part.targets)
 
     def _loss_and_gradient(self, model, image_embeds: torch.Tensor, numbers: torch.Tensor, sizes: Sizes) -> tuple:
         """The summed loss of a micro-batch and its gradients: of the image vectors, and of `adapters`."""
         image_embeds = image_embeds.detach().requires_grad_()
+        # A parameter's gradient belongs to the stream on which its graph began, which a captured stream cannot wait
+        # for. These tensors have the same memory, and no earlier graph.
+        leaves = {p: p.detach().requires_grad_() for p in self.adapters} if self.fused_llama else {}
         with torch.enable_grad():
-            loss = self._summed_loss(model, image_embeds, MicroBatch(numbers, sizes))
+            loss = self._summed_loss(model, image_embeds, MicroBatch(numbers, sizes), leaves)
+        trained = [image_embeds, *(leaves.get(p, p) for p in self.adapters)]
         with torch.autocast(image_embeds.device.type, enabled=False):
-            return loss.detach(), *torch.autograd.grad(loss, [image_embeds, *self.adapters])
+            return loss.detach(), *torch.autograd.grad(loss, trained)
 
     def _compile(self, model, check: TrainingCheck, in_fp8: bool) -> None:
         """Set up torch.compile for the layers; each is compiled when the first step calls it."""
@@ -141,8 +152,8 @@ class FastStep(PlainStep):
         """Set up CUDA graphs. No gradient passes through one.
 
         So nothing of the vision side may train. The graph of the language model returns the gradient of the image
-        vectors among its results. With adapters it is not captured: autograd would make the stream of the capture wait
-        for the one on which their gradients were accumulated before.
+        vectors among its results, and those of adapters in a `FusedLlama`. Around other layers, adapters are not
+        captured (`_loss_and_gradient` says why).
         """
         self.graphed_vision, self.loss_and_gradient = None, None
         trained = [name for name, p in model.named_parameters() if p.requires_grad]
@@ -155,7 +166,7 @@ class FastStep(PlainStep):
         at_once = self.packed and not in_float16 and not _overrides(model, "predict", "embed")
         if at_once and all(map(is_vision, trained)):
             self.loss_and_gradient = functools.partial(self._loss_and_gradient, model)
-            if compiled and self.adapters:
+            if compiled and self.adapters and not self.fused_llama:
                 logging.info("Micro-batches with adapters are compiled, and not captured in CUDA graphs.")
             elif compiled and not self.quantized:
                 self.loss_and_gradient = GraphedFunction(self.loss_and_gradient, "language model")

@@ -102,18 +102,18 @@ class MinNewTokens:
         self._rows = [(least, [stop for stop in stops if stop]) for least, stops in rows]
         # As in StopOnText, a token is at least one byte of text.
         self._tail = max([len(stop.encode()) for _, stops in self._rows for stop in stops], default=0) + 8
-        self._all_may_end = False
+        self.all_may_end = False
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """The scores [B,V], -inf for excluded tokens. `input_ids` [B,T] are the new tokens so far."""
-        if self._all_may_end:
+        if self.all_may_end:
             return scores
-        scores, self._all_may_end = scores.clone(), True
+        scores, self.all_may_end = scores.clone(), True
         for row, ids in enumerate(input_ids.tolist()):
             answer = strip_leading(self._tokenizer, ids) or ids
             excluded = self._excluded(answer, *self._rows[row % len(self._rows)])
             if excluded:
-                self._all_may_end = False
+                self.all_may_end = False
                 columns = torch.tensor(excluded, device=scores.device)
                 scores[row, columns[columns < scores.shape[1]]] = -torch.inf
         return scores

@@ -9,10 +9,13 @@ from torchvision import transforms
 from torchvision.transforms.functional import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
+from minigpt4.common import first_release
 from minigpt4.common.errors import ConfigError
 from minigpt4.common.registry import registry
 from minigpt4.common.rgb import to_rgb
 from minigpt4.processors.base_processor import BaseProcessor
+
+__getattr__ = first_release.attributes_of(__name__)  # for names that are gone
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)

@@ -34,21 +34,21 @@ class EpochProgress:
         return self.loader.take_left_out() + self._changed
 
     def state(self) -> dict[str, Any]:
-        """The state after the batches added. Its tensors may be on a GPU."""
+        """The state after the batches added, for `on_cpu`. It waits for no GPU."""
         changed = [(tuple(key), count) for key, count in self._changed.items()]
         return {"metrics": self.metrics.state(), "loader": self.loader.state(), "changed": changed}
 
-    def load_states(self, states: Sequence[dict[str, Any]], rank: int, world_size: int, device: torch.device) -> None:
+    def load_states(self, states: Sequence[dict[str, Any]], rank: int, world_size: int) -> None:
         """Go on from the states of all ranks. If there were more or fewer of them, rank 0 takes the sums of all."""
         same = len(states) == world_size
         counted = [states[rank]] if same else states if rank == 0 else []
-        totals: dict[str, Any] = {}
+        totals: dict[str, tuple[float, int]] = {}
         for state in counted:
-            for name, total in state["metrics"]["totals"].items():
-                own = total.to(device) if isinstance(total, torch.Tensor) else total
-                totals[name] = totals[name] + own if name in totals else own
+            for name, (total, number) in state["metrics"].items():
+                before = totals.get(name, (0.0, 0))
+                totals[name] = before[0] + total, before[1] + number
             self._changed.update({LeftOut(*key): count for key, count in state["changed"]})
-        self.metrics.load_state({"totals": totals, "count": sum(state["metrics"]["count"] for state in counted)})
+        self.metrics.load_state(totals)
         left_out = [entry for state in counted for entry in state["loader"]["left_out"]]
         self.loader.load_state(left_out, states[rank]["loader"]["restarts"] if rank < len(states) else [])
 
@@ -67,6 +67,4 @@ class Place(NamedTuple):
 
 def on_cpu(state: dict[str, Any]) -> dict[str, Any]:
     """A state of `EpochProgress` as it is saved: in types that torch reads with `weights_only=True`."""
-    metrics = state["metrics"]
-    totals = {n: v.cpu() if isinstance(v, torch.Tensor) else v for n, v in metrics["totals"].items()}
-    return {**state, "metrics": {**metrics, "totals": totals}}
+    return {**state, "metrics": state["metrics"]()}

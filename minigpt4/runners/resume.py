@@ -29,7 +29,7 @@ FACTS = "facts"
 HARMLESS_RUN = """imports name trackers report save_every_steps save_every_minutes keep_last max_epoch batch_size_eval
     log_freq valid_splits test_splits evaluate eval_task eval_every_epochs eval_every_steps eval_samples
     best_metric output_dir packed compile device distributed dist_backend dist_url world_size gpu rank
-    use_dist_eval_sampler data_timeout_s video_backend"""
+    use_dist_eval_sampler data_timeout_s video_backend max_bad_steps timeout_minutes"""
 HARMLESS_MODEL = """model_type llama_model vit_weights q_former_model ckpt load_vision prompt use_grad_checkpoint
     llm_grad_checkpoint llm_device_map device_8bit allow_llm_mismatch trust_remote_code"""
 HARMLESS = {f"run.{key}" for key in HARMLESS_RUN.split()} | {f"model.{key}" for key in HARMLESS_MODEL.split()}

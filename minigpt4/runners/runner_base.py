@@ -21,17 +21,19 @@ from minigpt4.common import dist_utils
 from minigpt4.common.config import Config
 from minigpt4.common.contracts import Task
 from minigpt4.common.errors import ConfigError
-from minigpt4.common.logger import MetricLogger, line_within
+from minigpt4.common.logger import MetricLogger
 from minigpt4.common.optims import create_optimizer, create_schedule
 from minigpt4.common.registry import registry
 from minigpt4.common.stopping import STOP, Stopped
 from minigpt4.common.text import pluralize
 from minigpt4.common.trained_parts import rates_of_parts
+from minigpt4.datasets import workers
 from minigpt4.datasets.loaders import TrainLoader, eval_loader, left_out_counts, report_left_out
 from minigpt4.quantization.fp8 import check_fp8_supported
 from minigpt4.runners import data, resume, validation
 from minigpt4.runners.checkpoints import Checkpoints, find
 from minigpt4.runners.folder import continue_folder, folder_of, new_run_id
+from minigpt4.runners.health import Health
 from minigpt4.runners.prefetch import prefetch
 from minigpt4.runners.progress import EpochProgress, Place, on_cpu
 from minigpt4.runners.saved_state import load_weights, resume_run, training_state, weights_to_save
@@ -96,8 +98,7 @@ class RunnerBase:
         self.to_resume: list[dict[str, Any]] = []  # progress of all ranks in the epoch that is resumed
         self.run_id = new_run_id(job_id)
         self.labels_of_step: list[torch.Tensor] = []  # number of labels of each micro-batch, over all ranks
-        self.grad_norm: torch.Tensor | None = None  # of the update before a log line
-        self.wants_grad_norm = False
+        self.grad_norm: torch.Tensor | None = None  # of the last update, before it was clipped
         self.validation = Validation(self)
         if not self.run.evaluate:
             self._prepare_training()
@@ -149,6 +150,7 @@ class RunnerBase:
             run.seed,
             rank=dist_utils.get_rank(),
             world_size=self.world_size,
+            timeout_s=run.data_timeout_s,
         )
         self.iters_per_epoch = data.batches_per_epoch(self.cfg, datasets, self.world_size)
         self.facts = resume.facts_of_data(self.cfg, datasets, self.world_size)
@@ -156,6 +158,7 @@ class RunnerBase:
         decays = {part: rates.weight_decay for part, rates in rates_of_parts(run).items()}
         self.optimizer = create_optimizer(self.module, run.init_lr, run.weight_decay, run.beta2, decays)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self.health = Health(self.device, self.scaler, run.max_bad_steps, lambda *line: self.record.append(*line))
         self.lr_sched = create_schedule(run, self.optimizer, self.iters_per_epoch)
         if run.resume_ckpt_path:
             resume_run(self, Path(run.resume_ckpt_path))
@@ -178,7 +181,7 @@ class RunnerBase:
     def train(self) -> None:
         """Train the remaining epochs (none with `run.evaluate`), a checkpoint after each; evaluate the test splits."""
         start = time.time()
-        with contextlib.closing(self.record), self._saved_if_stopped():
+        with contextlib.closing(self.record), workers.explained(), self._saved_if_stopped():
             self.stop.begin_steps()
             if not self.run.evaluate:
                 self._log_plan()
@@ -212,16 +215,29 @@ class RunnerBase:
             for i, samples in enumerate(metrics.log_every(batches, length, log_freq, header, first), first):
                 self.lr_sched.step(cur_epoch=epoch, cur_step=i)
                 is_update = (i + 1) % accum == 0 or i + 1 == length
-                self.wants_grad_norm = line_within(i, accum, length, log_freq)
                 loss = self.train_step(samples, is_update)
                 self.step = epoch * length + i + 1
                 self.progress.add(samples, lr=self.optimizer.param_groups[0]["lr"], loss=loss)
                 self.eta.step(i - first)
                 if is_update and i + 1 < length:
                     self.after_update(epoch, i)
+        self.health.read()
+        self._check_health(epoch, length)
         self.place = None
         self._log_data(epoch)
         return metrics.global_avg()
+
+    def _check_health(self, epoch: int, batches: int) -> None:
+        """Save the state and raise FloatingPointError, if too many updates in a row were skipped."""
+        if not self.health.failure:
+            return
+        self._remember(epoch, batches)
+        try:
+            self.save_within_epoch()
+            saved = f"The weights of before are in {self.last_checkpoint}."
+        except FloatingPointError as error:  # it was the weights that were broken
+            saved = f"{error} The last checkpoint is {self.last_checkpoint}."
+        raise FloatingPointError(f"{self.health.failure} {saved}")
 
     @property
     def last_checkpoint(self) -> Path | None:
@@ -236,6 +252,7 @@ class RunnerBase:
         item: the number of the last micro-batch in the epoch, from 0. `updates` counts the updates so far.
         """
         self._remember(epoch, item + 1)
+        self._check_health(epoch, item + 1)
         start = time.perf_counter()
         if self.validation.is_due(self.updates):
             self.validated = False
@@ -286,9 +303,11 @@ class RunnerBase:
                 output = self.task.train_step(self.model, samples)
             loss, num_labels = _loss_and_labels(output, f"{type(self.task).__name__}.train_step", with_gradient=True)
             # torch.full runs on the GPU; copying a tensor from the host would make the host wait.
-            labels = torch.full((), float(num_labels), device=self.device)
-            if self.world_size > 1:
-                labels = dist_utils.all_reduce_sum(labels)
+            own = torch.full((2,), float(num_labels), device=self.device)
+            own[1].mul_(loss.detach().reshape(()))  # labels, and the sum of their losses
+            sums = dist_utils.all_reduce_sum(own) if self.world_size > 1 else own
+            self.health.add(sums, own, self.loader.take_ids())
+            labels = sums[0]
             self.labels_of_step.append(torch.where(labels > 0, labels, 1.0))
             # The gradient must be that of the mean over the labels of all ranks and micro-batches. DDP divides by the
             # number of ranks. So far only the labels of the first micro-batch count; `optimizer_step` corrects that.
@@ -299,17 +318,18 @@ class RunnerBase:
         return loss.detach()
 
     def optimizer_step(self) -> None:
-        """Rescale the gradients to the mean over all labels of the step, and update the weights."""
+        """Rescale the gradients to the mean over all labels of the step, clip them, and update the weights."""
         self.scaler.unscale_(self.optimizer)
         if len(self.labels_of_step) > 1:
             share = self.labels_of_step[0] / sum(self.labels_of_step)
             for parameter in self._trainable().values():
                 if parameter.grad is not None:
                     parameter.grad.mul_(share)
-        if self.wants_grad_norm:
-            gradients = [p.grad for p in self._trainable().values() if p.grad is not None]
-            self.grad_norm = torch.nn.utils.get_total_norm(gradients)
-        self.scaler.step(self.optimizer)
+        trained = [p for p in self._trainable().values() if p.grad is not None]
+        self.grad_norm = torch.nn.utils.get_total_norm([p.grad for p in trained])
+        if self.run.grad_clip:
+            torch.nn.utils.clip_grads_with_norm_(trained, self.run.grad_clip, self.grad_norm)
+        self.health.update(self.optimizer, self.grad_norm, self.step + 1)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.labels_of_step.clear()
@@ -326,8 +346,8 @@ class RunnerBase:
         self.module.eval()
         total = torch.zeros(2, dtype=torch.float64)
         for dataset in data.split_of(self.datasets, split).values():
-            batches = eval_loader(dataset, run.batch_size_eval, run.num_workers, rank, self.world_size, most)
-            for samples in self.stop.until_stopped(batches):
+            how = run.batch_size_eval, run.num_workers, rank, self.world_size, most, run.data_timeout_s
+            for samples in self.stop.until_stopped(eval_loader(dataset, *how)):
                 with self._autocast():
                     output = self.task.valid_step(self.module, to_device(self._sanitize(samples), self.device))
                 loss, num_labels = _loss_and_labels(output, f"{type(self.task).__name__}.valid_step")
@@ -343,6 +363,7 @@ class RunnerBase:
         Called after each epoch, and again after its validation, if there is one, with the new `best_metric`.
         Raises FloatingPointError for weights that are not finite.
         """
+        self.health.read()
         content = weights_to_save(self, f"after epoch {epoch}") | {"epoch": epoch, "rng": rng_states()}
         content["epoch_stats"] = self.epoch_stats
         if dist_utils.is_main_process():
@@ -351,6 +372,7 @@ class RunnerBase:
     def save_within_epoch(self) -> None:
         """Write checkpoint_<epoch>_<micro-batches>.pth with the state after the last update, on all ranks."""
         place = self.place
+        self.health.read()
         content = weights_to_save(self, f"at step {place.step}") | {"epoch": place.epoch, "batches": place.batches}
         progress = on_cpu(place.progress or self.progress.state())
         states = dist_utils.gather_objects((place.rng.saved(), progress))
@@ -368,7 +390,7 @@ class RunnerBase:
     def _resume_epoch(self) -> int:
         """Go on within an epoch. Returns the number of its next micro-batch."""
         rank = dist_utils.get_rank()
-        self.progress.load_states(self.to_resume, rank, self.world_size, self.device)
+        self.progress.load_states(self.to_resume, rank, self.world_size)
         first, self.start_batches, self.to_resume = self.start_batches, 0, []
         return first
 
@@ -471,20 +493,22 @@ class RunnerBase:
         title = "Averaged stats" if split == "train" else split
         logging.info("%s: %s", title, "  ".join(f"{name}: {value:.4f}" for name, value in stats.items()))
         if dist_utils.is_main_process():
-            self.record.append_to_log({f"{split}_{name}": f"{value:.3f}" for name, value in stats.items()})
+            self.record.append("log.txt", {f"{split}_{name}": f"{value:.3f}" for name, value in stats.items()})
         self.log({f"{kind}{split}_{name}": value for name, value in stats.items()})
 
     def _log_line(self, item: int, values: dict[str, float]) -> None:
         """Record the values of a log line, whose rates are those of this rank."""
         values = {name: n * (self.world_size if "_per_" in name else 1) for name, n in values.items()}
-        self.log(values if self.grad_norm is None else {**values, "grad_norm": float(self.grad_norm)})
+        if self.grad_norm is not None:
+            values["grad_norm"] = float(self.grad_norm)
+        self.log(values, self.health.digest)
 
     def _log_data(self, epoch: int) -> None:
-        """Report what was left out of an epoch, by all ranks, and the shares of the datasets that were reached."""
+        """Report what was left out of an epoch, by all ranks, the shares of the datasets, and skipped updates."""
         left_out = sum(dist_utils.gather_objects(self.progress.take_counts()), Counter())
         for line in report_left_out(left_out):
             logging.info("Epoch %d: %s", epoch, line)
-        shares, values = self.loader.shares(), left_out_counts(left_out)
+        shares, values = self.loader.shares(), left_out_counts(left_out) | self.health.take_counts(epoch)
         if len(shares) > 1:
             batches = ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
             logging.info("Epoch %d: batches from %s.", epoch, batches)
@@ -492,11 +516,14 @@ class RunnerBase:
         if values:
             self.log(values)
 
-    def log(self, values: Mapping[str, Any]) -> None:
-        """Record numbers, texts and pictures of this step by name: in metrics.jsonl, and by the trackers."""
+    def log(self, values: Mapping[str, Any], samples: str = "") -> None:
+        """Record numbers, texts and pictures of this step by name: in metrics.jsonl, and by the trackers.
+
+        samples: the digest of the samples so far.
+        """
         if dist_utils.is_main_process():
             at = {} if self.run.evaluate else {"epoch": max(self.step - 1, 0) // self.iters_per_epoch}
-            self.record.log(self.step, at | dict(values))
+            self.record.log(self.step, at | dict(values), samples)
 
     def _is_behind(self, line: Mapping[str, Any]) -> bool:
         """Whether the resumed run does not write a line of metrics.jsonl again."""

@@ -41,6 +41,7 @@ def training_state(runner: "RunnerBase") -> dict[str, Any]:
         "optimizer": runner.optimizer.state_dict(),
         "scaler": scaler.state_dict() if runner.run.amp else None,
         "validated": runner.validated,
+        "health": runner.health.state_dict(),
         "grad_norm": None if runner.grad_norm is None else float(runner.grad_norm),
     }
 
@@ -77,6 +78,8 @@ def resume_run(runner: "RunnerBase", path: Path) -> None:
             group["fused"] = runner.optimizer.defaults["fused"]  # depends on this device, not on the one that saved
         runner.optimizer.load_state_dict(content["optimizer"])
         check_shapes(runner.optimizer)
+        if "health" in content:  # not of an earlier version
+            runner.health.load_state_dict(content["health"])
         if content.get("scaler") and runner.scaler.is_enabled():
             runner.scaler.load_state_dict(content["scaler"])
     except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:

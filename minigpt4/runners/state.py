@@ -38,6 +38,7 @@ ENTRIES = {
     "epoch_stats": dict,
     "evaluation": dict,
     "run_id": str,
+    "health": dict,
     "facts": dict,
     fingerprint.KEY: (dict, NoneType),
 }

@@ -1,117 +1,53 @@
-"""The queue of answers, and the thread that owns the model and generates them in batches.
+"""The queue of answers, and the thread that owns the model and generates them.
 
-The thread takes the waiting answers in order, up to the batch size, and generates them as one left-padded batch. Later
-answers wait for the next batch. Each answer has its own sampling, stop texts, length and deadline.
-
-Q query tokens per image, D width of the language model.
+The thread computes up to `max_batch` answers together (`together.py`). A waiting answer joins the running ones as soon
+as there is room. If there is none for long, a running answer gives way, and goes on later where it was. Each answer has
+its own sampling, stop texts, length and deadline.
 """
 
-import logging
 import threading
-import time
-from collections import deque
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 
 from minigpt4.conversation import Chat, Decoding
-from minigpt4.models.generation import StopOnText, answer_text, continue_embeds, end_ids
-from minigpt4.models.sampling import MinNewTokens
-from minigpt4.models.tokenizer import Tokenizer
-from minigpt4.serving.sampling import RowSampler, RowSampling
+from minigpt4.serving.answer import Answer, Prompt
+from minigpt4.serving.sampling import RowSampling
+from minigpt4.serving.together import AnswersAlone, AnswersTogether, answers_for
 
-IMAGES_AT_ONCE = 16
-GATHER_SECONDS = 0.01  # a batch waits this long for further answers before it starts
-
-
-@dataclass(frozen=True, eq=False)
-class Prompt:
-    """A text with image placeholders, its images [3,H,W] in order, and its length in tokens, images included."""
-
-    text: str
-    pixels: list[torch.Tensor]
-    num_tokens: int
-
-
-@dataclass(eq=False)
-class Answer:
-    """An answer that is waiting, being generated, or complete.
-
-    Attributes:
-        stops: texts that end the answer.
-        label: a text that models repeat at the beginning of an answer ("Assistant:"), and which is removed.
-        deadline: time (`time.monotonic()`) at which the answer ends at its current length.
-        min_tokens: neither a token nor a stop text ends the answer before it has so many tokens.
-        changed: called by the model's thread after each token and at the end.
-        ids: the token ids so far.
-        started: True once a batch with this answer has started.
-        finish: None until the answer has ended, then "stop", "length", "cancelled" or "error".
-    """
-
-    tokenizer: Tokenizer
-    prompt: Prompt
-    sampling: RowSampling
-    max_tokens: int
-    stops: list[str]
-    label: str
-    deadline: float
-    min_tokens: int = Decoding.min_length
-    changed: Callable[[], None] = lambda: None
-    ids: list[int] = field(default_factory=list)
-    started: bool = False
-    finish: str | None = None
-
-    def __post_init__(self) -> None:
-        self._stop, self._ends = StopOnText(self.tokenizer, *self.stops), end_ids(self.tokenizer)
-
-    def add_token(self, token: int) -> None:
-        """Append a token, and end the answer if the token, a stop text, the length or the deadline requires it."""
-        if self.finish:
-            return
-        self.ids.append(token)
-        if token in self._ends or self._stop.reached(self.ids):
-            self.end("stop")
-        elif len(self.ids) >= self.max_tokens or time.monotonic() > self.deadline:
-            self.end("length")
-        else:
-            self.changed()
-
-    def end(self, finish: str) -> None:
-        """End the answer, unless it has already ended."""
-        if not self.finish:
-            self.finish = finish
-            self.changed()
-
-    def text(self) -> str:
-        """The text so far. Each text begins with the previous one, because text that was sent cannot be changed.
-
-        For this reason the label is removed only at the beginning, unlike in `Chat`.
-        """
-        complete = self.finish is not None
-        text = answer_text(self.tokenizer, list(self.ids), self.stops, complete=complete)
-        if not complete and self.label.startswith(text):
-            return ""
-        return text.removeprefix(self.label).lstrip()
+POLL_SECONDS = 0.05  # how often `stream` asks whether to stop
+TURN_TOKENS = 128  # after so many tokens, an answer gives way to one that waits
 
 
 class Batcher(threading.Thread):
     """The thread that loads the model and generates answers.
+
+    The endpoint and the page, or both at once, use it in their process:
+
+        batcher = Batcher(lambda: load_chat(cfg, device), max_batch=8)
+        batcher.start()
+        …  # until batcher.status is "ready"
+        answer = Answer(tokenizer, Prompt(text, images, num_tokens), RowSampling(seed=1), max_tokens=100, stops=["###"])
+        batcher.submit([answer])
+        while not answer.finish:
+            answer.wait(1)
+            print(answer.text())
+        batcher.cancel([answer])  # at any time
+
+    With `chat.batcher = batcher`, `Chat.stream_answer` and `Chat.answer` are computed by it, in any number of threads.
 
     Attributes:
         chat: None until the model is loaded.
         failure: the exception that `load` raised.
         closed: True after `close`.
         waiting: the answers in the queue.
-        running: the answers of the current batch.
-        fill_batches: fill up batches of several answers to `max_batch` rows. This is done on a GPU, where each batch
-            size needs CUDA graphs of its own, and a further row costs almost nothing.
+        running: the answers that are being computed.
 
     Args:
         load: makes the `Chat`.
-        max_batch: maximum number of answers in a batch.
+        max_batch: maximum number of answers at a time.
         failed: called after `load` has raised an exception.
     """
 
@@ -120,9 +56,8 @@ class Batcher(threading.Thread):
         self.chat: Chat | None = None
         self.failure: BaseException | None = None
         self.closed = False
-        self.waiting: deque[Answer] = deque()
+        self.waiting: list[Answer] = []
         self.running: list[Answer] = []
-        self.fill_batches = False
         self._load, self._max_batch, self._failed = load, max_batch, failed
         self._queue_changed = threading.Condition()
 
@@ -138,7 +73,7 @@ class Batcher(threading.Thread):
         with self._queue_changed:
             if self.closed:
                 for answer in answers:
-                    answer.end("error")
+                    answer.end("error", _stopping())
                 return
             self.waiting.extend(answers)
             self._queue_changed.notify()
@@ -148,101 +83,135 @@ class Batcher(threading.Thread):
         with self._queue_changed:
             for answer in answers:
                 answer.end("cancelled")
-            self.waiting = deque(answer for answer in self.waiting if not answer.finish)
+            self.waiting = [answer for answer in self.waiting if not answer.finish]
+
+    def place(self, answer: Answer) -> int:
+        """The place of an answer in the queue, from 1; 0 once it has started."""
+        with self._queue_changed:
+            waiting = [each for each in self.waiting if not each.started]
+            return waiting.index(answer) + 1 if answer in waiting else 0
+
+    def stream(
+        self,
+        prompt: str,
+        images: list[torch.Tensor],
+        decoding: Decoding,
+        stop: str,
+        should_stop: Callable[[], bool] = lambda: False,
+        in_line: Callable[[int], None] = lambda place: None,
+    ) -> Iterator[tuple[list[int], bool]]:
+        """Yield (the new ids so far, False) whenever there are more, then (all of them, True).
+
+        The answer ends early if `should_stop()` is true or this iterator is closed. Raises what made it fail.
+
+        Args:
+            images: one for each place in the prompt, as in `Prompt`.
+            decoding: with one beam.
+            in_line: called with `place` whenever it has changed.
+        """
+        chat, asked = self.chat, Prompt(prompt, images, self.chat.num_tokens(prompt))
+        answer = Answer(
+            chat.model.tokenizer, asked, RowSampling.of(decoding), decoding.max_new_tokens, [stop],
+            min_tokens=decoding.min_length,
+        )  # fmt: skip
+        self.submit([answer])
+        shown = 0
+        try:
+            while not answer.finish:
+                if (place := self.place(answer)) != shown:
+                    in_line(place)
+                    shown = place
+                if should_stop():
+                    self.cancel([answer])
+                elif answer.wait(POLL_SECONDS) and answer.ids:
+                    yield list(answer.ids), False
+            if answer.finish == "error":
+                raise answer.error
+            yield list(answer.ids), True
+        finally:
+            self.cancel([answer])
 
     def close(self, seconds: float = 5) -> None:
-        """End all answers: waiting ones with an error, running ones at their current length.
+        """End all answers: those that have not started with an error, the others at their current length.
 
         This waits up to `seconds` for the thread. Loading cannot be interrupted; meanwhile `is_alive()` stays True.
         """
         with self._queue_changed:
             self.closed = True
-            for answer in self.waiting:
-                answer.end("error")
-            for answer in self.running:
-                answer.end("length")
+            for answer in (*self.waiting, *self.running):
+                if answer.started:
+                    answer.end("length")
+                else:
+                    answer.end("error", _stopping())
             self.waiting.clear()
             self._queue_changed.notify()
         if self.is_alive() and self.chat:
             self.join(seconds)
 
     def run(self) -> None:
-        """Load the model, then generate batches until the batcher is closed."""
+        """Load the model, then generate answers until the batcher is closed."""
         try:
             chat = self._load()
+            with _gpu_of(chat), torch.no_grad():
+                answers = answers_for(chat, self._max_batch)
         except BaseException as error:  # reported by the thread that made this batcher
             self.failure = error
             self._failed()
             return
-        self.fill_batches = chat.device.type == "cuda"
         self.chat = chat
-        while batch := self._next_batch():
-            try:
-                self._generate(batch)
-            except Exception:
-                logging.exception("A batch of %d failed.", len(batch))
-            self.running = []
-            for answer in batch:
-                answer.end("error")  # unless it has ended
+        with _gpu_of(chat), torch.no_grad():
+            while self._wait_for_work(answers):
+                answers.round(self._take, self._give_way)
+                with self._queue_changed:
+                    self.running = [answer for answer in self.running if not answer.finish]
 
-    def _next_batch(self) -> list[Answer]:
-        """The answers to generate next, or an empty list if the batcher is closed."""
-        batch: list[Answer] = []
+    def _wait_for_work(self, answers: AnswersTogether | AnswersAlone) -> bool:
+        """Wait until there is an answer to compute. Returns False if the batcher is closed."""
         with self._queue_changed:
-            while not (batch or self.closed):  # a second time if all answers were cancelled in the meantime
-                self._queue_changed.wait_for(lambda: self.waiting or self.closed)
-                self._queue_changed.wait_for(
-                    lambda: len(self.waiting) >= self._max_batch or self.closed, timeout=GATHER_SECONDS
-                )
-                while self.waiting and len(batch) < self._max_batch and self._fits([*batch, self.waiting[0]]):
-                    batch.append(self.waiting.popleft())
-                    batch[-1].started = True
-            self.running = batch
-        return batch
+            self._queue_changed.wait_for(lambda: self.waiting or answers.busy or self.closed)
+            return not self.closed
 
-    def _fits(self, batch: list[Answer]) -> bool:
-        """True if the longest prompt and the longest answer of a batch fit into the context window together."""
-        longest = max(answer.prompt.num_tokens for answer in batch) + max(answer.max_tokens for answer in batch)
-        return len(batch) == 1 or longest <= self.chat.window()
+    def _take(self) -> Answer | None:
+        """The next answer to compute: the longest waiting one of the clients with the fewest running answers."""
+        with self._queue_changed:
+            running = Counter(map(_client, self.running))
+            answer = min(self.waiting, key=lambda answer: running[_client(answer)], default=None)
+            if answer:
+                self.waiting.remove(answer)
+                answer.begin_turn()
+                self.running.append(answer)
+            return answer
 
-    @torch.inference_mode()
-    def _generate(self, batch: list[Answer]) -> None:
-        model, device = self.chat.model, self.chat.device
-        fill = self._max_batch - len(batch) if self.fill_batches and len(batch) > 1 else 0
-        max_tokens = max(answer.max_tokens for answer in batch)
-        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            sampler = RowSampler(
-                [answer.sampling for answer in batch] + [RowSampling(temperature=0)] * fill, max_tokens, device
-            )
-            shortest = MinNewTokens(
-                model.tokenizer, *[(answer.min_tokens, answer.stops) for answer in batch], *[(0, [])] * fill
-            )
-            context, mask = model.context([answer.prompt.text for answer in batch], self._images(batch))
-            context, mask = (torch.cat([rows, *[rows[-1:]] * fill]) for rows in (context, mask))
-            continue_embeds(
-                model.llama_model, model.tokenizer, context, mask, stop="",
-                criteria=[partial(_add_tokens, batch, fill)], processors=[shortest, sampler],
-                decoding_loop=self.chat.decoding_loop, max_new_tokens=max_tokens,
-                min_new_tokens=min(answer.min_tokens for answer in batch),
-            )  # fmt: skip
+    def _give_way(self) -> Answer | None:
+        """A running answer that goes back into the queue, since others wait and no place is free; None: nobody's.
 
-    def _images(self, batch: list[Answer]) -> list[torch.Tensor]:
-        """The embeddings [1,Q,D] of each answer's images, in order. A prompt of several answers is encoded once."""
-        prompts = list({id(answer.prompt): answer.prompt for answer in batch}.values())
-        pixels = [image for prompt in prompts for image in prompt.pixels]
-        starts = range(0, len(pixels), IMAGES_AT_ONCE)
-        groups = [torch.stack(pixels[n : n + IMAGES_AT_ONCE]).to(self.chat.device) for n in starts]
-        encoded = iter([image for group in groups for image in self.chat.model.encode_img(group)[0].split(1)])
-        images = {id(prompt): [next(encoded) for _ in prompt.pixels] for prompt in prompts}
-        return [image for answer in batch for image in images[id(answer.prompt)]]
+        It is one of the client with the most places, if that has two more than a client that waits, else one that has
+        had TURN_TOKENS while another client waits.
+        """
+        with self._queue_changed:
+            candidates = [answer for answer in self.running if answer.turn_tokens]
+            if not (self.waiting and candidates) or len(self.running) < self._max_batch:
+                return None
+            running = Counter(map(_client, self.running))
+            fewest = min(running[_client(answer)] for answer in self.waiting)
+            answer = max(candidates, key=lambda answer: (running[_client(answer)], answer.turn_tokens))
+            if running[_client(answer)] < fewest + 2:
+                answer = max(candidates, key=lambda answer: answer.turn_tokens)
+                others = any(_client(each) != _client(answer) for each in self.waiting)
+                if answer.turn_tokens < TURN_TOKENS or not others:
+                    return None
+            self.running.remove(answer)
+            self.waiting.append(answer)
+            return answer
 
 
-def _add_tokens(batch: list[Answer], fill: int, input_ids: torch.Tensor, scores, **kwargs) -> torch.Tensor:
-    """Stopping criterion that adds each row's new token to its answer. A row is done when its answer has ended.
+def _client(answer: Answer) -> str | int:
+    return id(answer) if answer.client is None else answer.client
 
-    The last `fill` rows belong to no answer and are done from the start.
-    """
-    for answer, token in zip(batch, input_ids[: len(batch), -1].tolist(), strict=True):
-        answer.add_token(token)
-    done = [answer.finish is not None for answer in batch] + [True] * fill
-    return torch.tensor(done, device=input_ids.device)
+
+def _gpu_of(chat: Chat):
+    return torch.cuda.device(chat.device) if chat.device.type == "cuda" else nullcontext()
+
+
+def _stopping() -> RuntimeError:
+    return RuntimeError("The server is stopping.")

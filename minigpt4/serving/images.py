@@ -4,13 +4,14 @@ import asyncio
 import base64
 import ipaddress
 import socket
-from urllib.parse import quote, urljoin, urlsplit
+from urllib.parse import quote, unquote, urljoin, urlsplit
 
 import httpcore
 
 from minigpt4.serving.errors import ApiError
 
 MAX_REDIRECTS = 3
+URL_SAFE = str.maketrans("-_", "+/")
 FETCH_SECONDS = 15
 # Addresses of the public internet: global unicast. Of IPv6 it is one block, without those inside it that serve a
 # purpose (tunnels, benchmarks, overlays, examples).
@@ -102,12 +103,13 @@ class _Refused(Exception):
 
 
 def read_data_url(url: str) -> bytes:
-    """The content of a base64 data URL."""
+    """The content of a base64 data URL. Line breaks, URL-safe letters and missing padding are accepted."""
     head, comma, data = url.partition(",")
     if not comma or not head.lower().startswith("data:image/") or not head.lower().endswith(";base64"):
         raise _Refused("a data URL must begin with data:image/…;base64,")
     try:
-        return base64.b64decode(data, validate=True)
+        letters = "".join(unquote(data).split()).translate(URL_SAFE).rstrip("=")
+        return base64.b64decode(letters + "=" * (-len(letters) % 4), validate=True)
     except ValueError:
         raise _Refused("its base64 is damaged") from None
 

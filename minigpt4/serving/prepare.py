@@ -8,7 +8,7 @@ vicuna_v0 they stay where they stand, as in training.
 from minigpt4.conversation import Chat, Conversation, PictureError, open_picture
 from minigpt4.conversation.conversation import IMAGE_TURN
 from minigpt4.conversation.pictures import FORMATS
-from minigpt4.serving.batching import Prompt
+from minigpt4.serving.answer import Prompt
 from minigpt4.serving.errors import ApiError
 from minigpt4.serving.protocol import Image, Message, Text
 
@@ -42,14 +42,14 @@ def read_prompt(chat: Chat, messages: list[Message], pictures: dict[str, bytes],
             "context_length_exceeded",
             "messages",
         )
-    pixels = []
+    images = []
     for place, content in pictures.items():
         try:
             picture = open_picture(content, f"The picture in {place}", max_pixels, FORMATS)
-            pixels.append(chat.vis_processor(picture))
+            images.append(chat.vis_processor(picture))
         except PictureError as error:
             raise ApiError(400, str(error), "invalid_image", place) from None
-    return Prompt(prompt, pixels, tokens)
+    return Prompt(prompt, images, tokens)
 
 
 def conversation(chat: Chat, messages: list[Message]) -> Conversation:

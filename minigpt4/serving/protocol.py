@@ -37,8 +37,15 @@ class ImageUrl(_Strict):
 
 
 class Image(_Strict):
+    """A picture. Its URL may also stand without an object around it, as many clients write it."""
+
     type: Literal["image_url"]
     image_url: ImageUrl
+
+    @field_validator("image_url", mode="before")
+    @classmethod
+    def _url(cls, image_url):
+        return {"url": image_url} if isinstance(image_url, str) else image_url
 
 
 class Message(_Strict):
@@ -48,6 +55,11 @@ class Message(_Strict):
     content: list[Annotated[Text | Image, Discriminator("type")]] = Field(default=[], validate_default=True)
     tool_calls: None = None
     function_call: None = None
+
+    @field_validator("tool_calls", "function_call", mode="before")
+    @classmethod
+    def _nothing(cls, asked):
+        return asked or None
 
     @field_validator("content", mode="before")
     @classmethod
@@ -82,7 +94,7 @@ class ChatRequest(_Strict, RowSampling):
     @field_validator("stop", mode="before")
     @classmethod
     def _stops(cls, stop):
-        return [stop] if isinstance(stop, str) else stop
+        return [stop] if stop and isinstance(stop, str) else stop or []
 
     @property
     def new_tokens(self) -> int | None:
@@ -104,7 +116,8 @@ def read_request(body: bytes) -> ChatRequest:
         raise ApiError(400, "The body must be a JSON object.")
     given = {name: value for name, value in fields.items() if value is not None and name not in IGNORED}
     for name, neutral in REFUSED.items():
-        if name in given and given.pop(name) not in neutral:
+        value = given.pop(name, None)
+        if value not in (None, False, [], {}, "", *neutral):
             raise ApiError(400, f"{name} is not supported here.", "unsupported_parameter", name)
     try:
         request = ChatRequest.model_validate(given)

@@ -7,8 +7,10 @@ import uuid
 from collections.abc import AsyncIterator
 from contextlib import suppress
 
+import torch
+
 from minigpt4.conversation import Chat
-from minigpt4.serving.batching import Answer, Prompt
+from minigpt4.serving.answer import Answer, Prompt
 from minigpt4.serving.errors import ApiError
 from minigpt4.serving.protocol import ChatRequest
 
@@ -20,10 +22,11 @@ class Reply:
 
     Args:
         max_tokens: maximum length of an answer in tokens.
+        client: who asked.
         deadline: time (`time.monotonic()`) at which the request is refused if an answer has not started.
     """
 
-    def __init__(self, request: ChatRequest, prompt: Prompt, chat: Chat, max_tokens: int, deadline: float):
+    def __init__(self, request: ChatRequest, prompt: Prompt, chat: Chat, max_tokens: int, client: str, deadline: float):
         self._loop, self._changed = asyncio.get_running_loop(), asyncio.Event()
         self._request, self._prompt, self._deadline = request, prompt, deadline
         self._id, self._created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
@@ -38,6 +41,7 @@ class Reply:
                 label=empty.label,
                 deadline=deadline,
                 min_tokens=min(request.min_tokens, max_tokens),
+                client=client,
                 changed=self._signal_change,
             )
             for n in range(request.n)
@@ -107,10 +111,14 @@ class Reply:
         self._raise_failure()
 
     def _raise_failure(self) -> None:
-        if any(answer.finish == "error" for answer in self.answers):
-            if all(answer.started for answer in self.answers):
-                raise ApiError(500, "The model failed on this request. The server's log says why.")
-            raise ApiError(503, "The server is stopping.", "not_ready")
+        failed = next((answer for answer in self.answers if answer.finish == "error"), None)
+        if failed is None:
+            return
+        if isinstance(failed.error, torch.OutOfMemoryError):
+            raise ApiError(503, "There is no memory for this request; try again later, or send less.", "out_of_memory")
+        if failed.started:
+            raise ApiError(500, "The model failed on this request. The server's log says why.")
+        raise ApiError(503, "The server is stopping.", "not_ready")
 
     def _usage(self) -> dict:
         prompt, completion = self._prompt.num_tokens, sum(len(answer.ids) for answer in self.answers)

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 NAME = "metrics.jsonl"
+SAMPLES = "samples"
+"""The name of the digest of all samples so far, by which runs are compared."""
 
 
 class MetricsFile:

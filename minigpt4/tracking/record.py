@@ -20,13 +20,15 @@ class RunRecord:
 
     def __init__(self, run: RunInfo, trackers: Sequence[str]) -> None:
         self.run = run
-        self._log_file = Path(run.folder) / "log.txt"
         self._metrics = metrics.MetricsFile(Path(run.folder) / metrics.NAME)
         self._to_start, self._trackers = list(trackers), []
 
-    def log(self, step: int, values: Mapping[str, Any]) -> None:
-        """Record numbers, texts and pictures (PIL images) by name. Pictures are for trackers only."""
-        self._metrics.write(step, values)
+    def log(self, step: int, values: Mapping[str, Any], samples: str = "") -> None:
+        """Record numbers, texts and pictures (PIL images) by name. Pictures are for trackers only.
+
+        samples: the digest of the samples so far, for metrics.jsonl only.
+        """
+        self._metrics.write(step, {**values, metrics.SAMPLES: samples} if samples else values)
         while self._to_start:
             self._start(self._to_start.pop(0))
         self._trackers = [tracker for tracker in self._trackers if tracker.log(step, values)]
@@ -37,13 +39,13 @@ class RunRecord:
             return any(name in line and line["step"] == step for line in metrics.read_metrics(self._metrics.path))
         return False
 
-    def append_to_log(self, entry: dict[str, str]) -> None:
-        """Add a line of JSON to log.txt."""
+    def append(self, name: str, entry: Mapping[str, Any]) -> None:
+        """Add a line of JSON to a file of the run's folder."""
         try:
-            with open(self._log_file, "a", encoding="utf-8") as file:
-                file.write(json.dumps(entry) + "\n")
-        except OSError as error:  # the same numbers are in the log on the screen
-            logging.warning("Nothing was added to log.txt; the run goes on. %s", error)
+            with open(Path(self.run.folder) / name, "a", encoding="utf-8", errors="surrogateescape") as file:
+                file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        except OSError as error:  # the log on the screen says the same
+            logging.warning("Nothing was added to %s; the run goes on. %s", name, error)
 
     def close(self) -> None:
         """Close files and trackers, for which the run waits `process.PATIENCE` seconds at most."""

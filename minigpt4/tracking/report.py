@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from minigpt4.common.output import write_whole
-from minigpt4.tracking import plot
+from minigpt4.tracking import metrics, plot
 from minigpt4.tracking.run_files import CONFIG, ENVIRONMENT, without_passwords
 
 NAME = "report.html"
@@ -46,6 +46,7 @@ def report(folder: Path) -> str:
         _section("Warnings", "".join(_warnings(run))),
         _section("Curves", _curves(run)),
         _section("Results", _results(run)),
+        _section("Evaluations", "".join(_evaluations(folder))),
         _section("Answers", "".join(_answers(run))),
         _section("Settings that differ from the defaults", _settings(about["changed_settings"])),
         _section("Data", _data(run) if run.lines else ""),
@@ -119,6 +120,19 @@ def _results(run: plot.Run) -> str:
     return _table(["step", *names], rows) + (f"<h3>Test</h3>{_table(['', ''], tests.items())}" if tests else "")
 
 
+def _evaluations(folder: Path) -> Iterator[str]:
+    """The figures of each evaluation in the run's folder, as `evaluate` and `run.test_splits` write them."""
+    for path in sorted(folder.glob("*/scores.json")):
+        scores = json.loads(path.read_text(encoding="utf-8"))
+        rows = (
+            [name, *(round(figure[end] * figure["scale"], 1) for end in ("value", "low", "high"))]
+            for name, figure in scores["figures"].items()
+        )
+        name = path.parent.name
+        about = f"{name}: task {scores['task']}, {scores['n']:,} answers. {name}/answers.html has them."
+        yield f"<p class=soft>{_text(about)}</p>{_table(['', 'value', 'from', 'to'], rows)}"
+
+
 def _answers(run: plot.Run) -> Iterator[str]:
     """The latest text of each name, such as answers of an evaluation."""
     for name, (step, text) in _latest_texts(run).items():
@@ -134,7 +148,8 @@ def _warnings(run: plot.Run) -> Iterator[str]:
 
 
 def _latest_texts(run: plot.Run) -> dict[str, tuple[int, str]]:
-    return {k: (line["step"], v) for line in run.lines for k, v in line.items() if isinstance(v, str)}
+    texts = ((line["step"], *item) for line in run.lines for item in line.items() if isinstance(item[1], str))
+    return {name: (step, text) for step, name, text in texts if name != metrics.SAMPLES}
 
 
 def _settings(changed: dict[str, list[Any]]) -> str:

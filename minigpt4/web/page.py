@@ -1,276 +1,252 @@
-"""The web page (gradio 6): pictures on the left, the conversation on the right; on a phone they are stacked."""
+"""The web page as an ASGI application: its files, uploads, answers.
 
-import logging
-import re
+The browser (`static/page.js`) holds the conversation. The server holds pictures, and runs the model.
+"""
+
+import asyncio
+import json
 import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-import gradio as gr
-from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import FileResponse, HTMLResponse, JSONResponse, Response
+from starlette.routing import Route
 
-from minigpt4.conversation import Chat
+from minigpt4.conversation import PictureError
 from minigpt4.conversation.videos import FRAMES
-from minigpt4.web.session import MAX_PICTURES, ChatSession, ChatSessions
+from minigpt4.serving.app import EventStream
+from minigpt4.serving.batching import Batcher
+from minigpt4.serving.connections import Bodies
+from minigpt4.serving.errors import ApiError
+from minigpt4.serving.guard import client_network
+from minigpt4.web.answers import ANSWER_SECONDS, Answering, Message, PageError, Question, prepare
+from minigpt4.web.pictures import MAX_PICTURES, Uploads, read_upload
 
-TITLE = "MiniGPT-4"
-HIDDEN = {"show_progress": "hidden", "api_visibility": "private"}
-# Events that open pictures and videos: four at the same time, so that a slow file does not block other visitors.
-OPENS_FILES = {"concurrency_id": "reading", "concurrency_limit": 4, **HIDDEN}
-MEDIA = ["image", "video"]
-INVISIBLE = "\u2060"  # word joiner
-EMPTY_BOX = {"value": None, "placeholder": "Please upload your image first", "interactive": False}
-GalleryValue = list[tuple[str, str | None]] | None  # (path, caption) of each picture
-CSS_FILE = Path(__file__).with_name("page.css")
+STATIC = Path(__file__).with_name("static")
 EXAMPLES = Path(__file__).parents[1] / "assets" / "examples"
-TOGGLE_DARK = "() => { document.body.classList.toggle('dark') }"
-# System fonts, because the page must load nothing from other servers.
-THEME = gr.themes.Soft(
-    primary_hue="indigo",
-    font=["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"],
-    font_mono=["ui-monospace", "Consolas", "monospace"],
+STATIC_FILES = ("page.css", "page.js", "view.js", "store.js", "markdown.js", "icon.svg")
+JSON_BYTES = 2 * 2**20  # limit of a question with its conversation
+REFUSED = {408: "slow", 413: "large_file", 415: "bad_request", 503: "busy"}  # texts for the errors of `Bodies`
+# Requests at a time, of all and of one client.
+MAX_QUESTIONS, OWN_QUESTIONS = 100, 32
+MAX_UPLOADS, OWN_UPLOADS = 32, 16
+MAX_FEEDBACK_BYTES = 64 * 2**20  # of the file
+# The page loads nothing from other servers, whatever a model writes.
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; media-src 'self' blob:; "
+    "connect-src 'self'; base-uri 'self'; form-action 'self'; frame-ancestors 'self'"
 )
+HEADERS = {
+    "Content-Security-Policy": POLICY,
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cache-Control": "no-cache",
+}
+
+
+class Feedback(BaseModel):
+    """A visitor's judgement of the last answer of a conversation."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    good: bool
+    messages: list[Message] = Field(min_length=2, max_length=400)
 
 
 class Page:
-    """The page and the sessions of its visitors.
-
-    The page can be served before the model is loaded: until `chat` is set, the page shows `progress`.
+    """The page. It can be served before the model is loaded: until `batcher` is set, it shows `progress`.
 
     Args:
-        uploads: folder for the visitors' files.
-        concurrency: number of visitors that the model answers at the same time; the others wait in a queue.
-        emoji: offer emoji as example pictures, for the tiny model, which was trained on emoji.
+        folder: for videos while they are decoded.
+        batch: number of answers that are computed together.
+        max_upload_mb: size limit of a file.
+        emoji: the model knows only emoji: say so, and offer emoji as examples.
+        feedback: file to which visitors' judgements are appended; None: they are not asked for any.
+        root_path: path under which a proxy serves the page.
     """
 
-    def __init__(self, uploads: Path, concurrency: int, emoji: bool):
-        self.chat: Chat | None = None
+    def __init__(
+        self, folder: Path, batch: int, max_upload_mb: float, emoji: bool, feedback: Path | None, root_path: str = ""
+    ):
+        self.url = ""
         self.progress = "Starting"
-        self._started = time.monotonic()
-        self._model = {"concurrency_id": "model", "concurrency_limit": concurrency, **HIDDEN}
-        pictures = (EXAMPLES / ("emoji" if emoji else "drawings")).iterdir()
-        self.blocks = self._build([Image.open(path) for path in sorted(pictures)])
-        self.examples = [entry["image"]["path"] for entry in self._example_gallery.value]  # gradio's copies
-        self.sessions = ChatSessions(uploads, keep=self.examples)
+        self.uploads = Uploads()
+        self.batch = batch
+        self._answering: Answering | None = None
+        self._folder, self._root_path = folder, root_path.rstrip("/")
+        self._files, self._questions = Bodies(int(max_upload_mb * 2**20)), Bodies(JSON_BYTES)
+        self._feedback, self._started = feedback, time.monotonic()
+        self._examples = EXAMPLES / ("emoji" if emoji else "drawings")
+        self._config = {
+            "texts": json.loads((STATIC / "texts.json").read_text(encoding="utf-8")),
+            "examples": [path.name for path in sorted(self._examples.iterdir())],
+            "emoji": emoji,
+            "feedback": feedback is not None,
+            "max_upload_mb": max_upload_mb,
+            "max_pictures": MAX_PICTURES,
+        }
+        # Four at the same time, so that a slow file does not block other visitors.
+        self._readers = ThreadPoolExecutor(4, "reading")
+        self._open: dict[str, Counter] = {"questions": Counter(), "uploads": Counter()}
+        self.app = self._make_app()
 
-    # Layout
+    @property
+    def batcher(self) -> Batcher | None:
+        """The thread that owns the model."""
+        return self._answering and self._answering.batcher
 
-    def _build(self, examples: list[Image.Image]) -> gr.Blocks:
-        with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(600, 21600), fill_width=True) as blocks:
-            with gr.Row(elem_id="header"):
-                gr.Markdown(f"# {TITLE}", container=False)
-                dark = gr.Button("Light / dark", size="sm", scale=0, min_width=110)
-            self._status = gr.Markdown(self._status_text(), elem_id="status")
-            with gr.Row():
-                with gr.Column(scale=2, min_width=280, elem_id="left"):
-                    self._build_left(examples)
-                with gr.Column(scale=3, min_width=320, elem_id="right"):
-                    self._build_right()
-            self._timer = gr.Timer(1)
-            dark.click(None, js=TOGGLE_DARK, api_visibility="private")
-            self._connect(blocks)
-        return blocks
+    @batcher.setter
+    def batcher(self, batcher: Batcher) -> None:
+        self._answering = Answering(batcher, self.batch)
 
-    def _build_left(self, examples: list[Image.Image]) -> None:
-        self._picker = gr.Gallery(
-            label="Pictures and videos", type="filepath", file_types=MEDIA, columns=2, height=250, object_fit="contain",
-            fit_columns=False, interactive=True, elem_id="picker", buttons=[],
-        )  # fmt: skip
-        self._start = gr.Button("Upload & Start Chat", variant="primary", interactive=False, elem_id="start")
-        self._restart = gr.Button("Restart", elem_id="restart")
-        gr.Markdown("Or take an example:", container=False)
-        self._example_gallery = gr.Gallery(
-            examples, label="Examples", show_label=False, columns=4, height=120, object_fit="contain",
-            format="png", interactive=False, allow_preview=False, elem_id="examples", buttons=[],
-        )  # fmt: skip
-        with gr.Column(elem_id="settings"):
-            self._build_settings()
+    def _make_app(self) -> Starlette:
+        routes = [
+            Route("/", self._index),
+            Route("/config.json", self._send_config),
+            Route("/health", self._health),
+            Route("/examples/{name}", self._example),
+            Route("/pictures", self._upload, methods=["POST"]),
+            Route("/pictures/{upload}/{number:int}", self._preview),
+            Route("/forget", self._forget, methods=["POST"]),
+            Route("/answer", self._answer, methods=["POST"]),
+            Route("/feedback", self._judge, methods=["POST"]),
+            *(Route(f"/{name}", self._static) for name in STATIC_FILES),
+        ]
+        handlers: dict = {PageError: _page_error, Exception: _server_error}
+        return Starlette(routes=routes, exception_handlers=handlers)
 
-    def _build_settings(self) -> None:
-        settings = self._settings = {}  # by field of `Decoding`
-        settings["num_beams"] = gr.Slider(1, 10, 1, step=1, precision=0, label="Beam search numbers", elem_id="beams")
-        settings["temperature"] = gr.Slider(0.1, 2.0, 1.0, step=0.1, label="Temperature", elem_id="temperature")
-        with gr.Accordion("More settings", open=False):
-            settings["do_sample"] = gr.Checkbox(True, label="Sample", info="Off: always the likeliest answer")
-            settings["top_p"] = gr.Slider(0.05, 1.0, 0.9, step=0.05, label="Top p")
-            settings["max_new_tokens"] = gr.Slider(1, 1000, 300, step=1, precision=0, label="Longest answer, in tokens")
-            settings["min_length"] = gr.Slider(
-                1, 1000, 1, step=1, precision=0, label="Shortest answer, in tokens", elem_id="shortest"
-            )
-            settings["repetition_penalty"] = gr.Slider(1.0, 2.0, 1.0, step=0.05, label="Repetition penalty")
-            settings["length_penalty"] = gr.Slider(
-                -2.0, 2.0, 1.0, step=0.1, label="Length penalty", info="With beam search"
-            )
-            settings["seed"] = gr.Number(None, label="Seed", info="Makes an answer repeatable", precision=0)
-            self._frames = gr.Slider(
-                1, MAX_PICTURES, FRAMES, step=1, precision=0, label="Pictures from a video", info="Drawn evenly",
-                elem_id="frames",
-            )  # fmt: skip
+    # Files
 
-    def _build_right(self) -> None:
-        self._chatbot = gr.Chatbot(
-            label="Conversation", height=600, elem_id="chatbot", editable="user", buttons=["copy", "copy_all"],
-            render_markdown=False, feedback_options=None, layout="bubble",
-            group_consecutive_messages=False,  # gradio cannot edit a text that shares a bubble with a picture
-            placeholder="Choose a picture or a video and press **Upload & Start Chat**.",
-        )  # fmt: skip
-        self._notice = gr.Markdown("", elem_id="notice")
-        self._box = gr.MultimodalTextbox(
-            **EMPTY_BOX, show_label=False, file_types=MEDIA, file_count="multiple", sources=["upload"],
-            max_plain_text_length=100_000, elem_id="box", autofocus=False,
-        )  # fmt: skip
+    async def _index(self, request: Request) -> Response:
+        page = (STATIC / "index.html").read_text(encoding="utf-8")
+        return HTMLResponse(page.replace('<base href="./">', f'<base href="{self._root_path}/">'), headers=HEADERS)
 
-    # Events
+    async def _static(self, request: Request) -> Response:
+        return FileResponse(STATIC / Path(request.url.path).name, headers=HEADERS)
 
-    def _connect(self, blocks: gr.Blocks) -> None:
-        view = [self._chatbot, self._notice]
-        started = self._start.click(
-            self._start_chat, [self._picker, self._frames], [*view, self._picker, self._start, self._box], **OPENS_FILES
-        )
-        self._picker.upload(self._register_uploads, self._picker, None, queue=False, **HIDDEN)
-        # This event also runs at each key press (about 5 ms of server time): gradio has none for attached files alone.
-        self._box.change(self._register_uploads, self._box, None, queue=False, **HIDDEN)
-        self._example_gallery.select(self._add_example, self._picker, self._picker, queue=False, **HIDDEN)
-        submitted = self._box.submit(self._submit, [self._box, self._frames], [*view, self._box], **OPENS_FILES)
-        retried = self._chatbot.retry(self._retry, None, [*view, self._box], **HIDDEN)
-        edited = self._chatbot.edit(self._edit, None, [*view, self._box], **HIDDEN)
-        running = [started, submitted, retried, edited]
-        for asked in (submitted, retried, edited):
-            answered = asked.success(self._answer, set(self._settings.values()), view, **self._model)
-            answered.then(self._enable_box, None, [*view, self._box], queue=False, **HIDDEN)
-            running.append(answered)
-        self._box.stop(self._stop, None, None, queue=False, **HIDDEN)
-        gr.on(
-            [self._restart.click, self._chatbot.clear], self._restart_chat, None,
-            [*view, self._picker, self._start, self._box], cancels=running, queue=False, **HIDDEN,
-        )  # fmt: skip
-        status = [self._status, self._start, self._timer]
-        gr.on([blocks.load, self._timer.tick], self._show_status, None, status, queue=False, **HIDDEN)
-        blocks.unload(self._close_session)
+    async def _example(self, request: Request) -> Response:
+        name = request.path_params["name"]
+        if name not in self._config["examples"]:
+            raise PageError(404, "gone")
+        return FileResponse(self._examples / name, headers=HEADERS)
 
-    def _show_status(self, request: gr.Request):
-        session = self._session(request)  # made when the page loads, so that uploads can be registered with it
-        if self.chat is None:
-            return self._status_text(), gr.skip(), gr.skip()
-        return "", gr.Button(interactive=not session.started), gr.Timer(active=False)
+    async def _send_config(self, request: Request) -> Response:
+        return JSONResponse(self._config, headers=HEADERS)
 
-    def _status_text(self) -> str:
-        return "" if self.chat else f"⏳ {self.progress} … ({time.monotonic() - self._started:.0f} s)"
+    async def _health(self, request: Request) -> Response:
+        """Status 200 if the model is loaded, else 503. For the page, and for load balancers."""
+        seconds = round(time.monotonic() - self._started)
+        if self.batcher is None:
+            return JSONResponse({"status": "loading", "progress": self.progress, "seconds": seconds}, 503, HEADERS)
+        return JSONResponse({"status": "ready", "seconds": seconds}, headers=HEADERS)
 
-    def _start_chat(self, pictures: GalleryValue, frames: int, request: gr.Request):
-        session = self._idle_session(request)
-        if not pictures:
-            raise gr.Error("Choose a picture first.", print_exception=False)
-        self._add_files(session, _paths(pictures), frames)
-        started = session.started
-        box = gr.MultimodalTextbox(interactive=True, placeholder="Type and press Enter") if started else gr.skip()
-        return *_view(session), gr.Gallery(interactive=not started), gr.Button(interactive=not started), box
+    # Pictures
 
-    def _register_uploads(self, value: GalleryValue | dict, request: gr.Request) -> None:
-        """Register the files of the gallery, or of the message in the text box."""
-        paths = value["files"] if isinstance(value, dict) else _paths(value)
-        self.sessions.add_uploads(request.session_hash, paths)
+    async def _upload(self, request: Request) -> Response:
+        """Keep the picture or video that is the body of the request. Returns its name and its number of pictures."""
+        name = Path(request.query_params.get("name", "")).name[:200] or "picture"
+        frames = request.query_params.get("frames", str(FRAMES))
+        if not (frames.isdecimal() and 1 <= int(frames[:4]) <= MAX_PICTURES):
+            raise PageError(400, "bad_setting", detail=f"frames={frames[:20]} must be from 1 to {MAX_PICTURES}.")
+        answering, owner = self._ready(), client_network(request.scope)
+        content = await self._read(self._files, request, "application/octet-stream", name)
+        with self._place("uploads", owner, MAX_UPLOADS, OWN_UPLOADS):
+            read = (content, name, int(frames), owner, answering.batcher.chat.vis_processor, self._folder)
+            try:
+                upload = await asyncio.get_running_loop().run_in_executor(self._readers, read_upload, *read)
+            except PictureError as error:
+                raise PageError(400, "bad_picture", detail=str(error)) from None
+        return JSONResponse({"id": self.uploads.add(upload), "pictures": len(upload.pixels)}, headers=HEADERS)
 
-    def _add_example(self, pictures: GalleryValue, selected: gr.SelectData) -> list[str]:
-        return [*_paths(pictures), self.examples[selected.index]]
+    async def _preview(self, request: Request) -> Response:
+        """A picture as people see it, or a frame of a video."""
+        upload, number = self.uploads.get(request.path_params["upload"]), request.path_params["number"]
+        if upload is None or number >= len(upload.previews):
+            raise PageError(404, "gone")
+        return Response(upload.previews[number], media_type="image/jpeg", headers=HEADERS)
 
-    def _submit(self, message: dict, frames: int, request: gr.Request):
-        """Ask the question in the text box, about the attached files, too."""
-        session = self._idle_session(request)
-        if not session.started:
-            raise gr.Error("Please upload your image first.", print_exception=False)
-        self._add_files(session, message["files"], frames)
-        return self._ask(session, message["text"])
+    async def _forget(self, request: Request) -> Response:
+        names = await self._read_json(request)
+        if isinstance(names, list):
+            self.uploads.forget(name for name in names if isinstance(name, str))
+        return Response(status_code=204)
 
-    def _retry(self, request: gr.Request):
-        session = self._idle_session(request)
-        if session.question is None:
-            raise gr.Error("There is no question to answer again.", print_exception=False)
-        return self._ask(session, session.undo_last_question())
+    # Answers
 
-    def _edit(self, edit: gr.EditData, request: gr.Request):
-        session = self._idle_session(request)
-        if edit.index != session.question_index:
-            gr.Info("Only the last question can be edited.")
-            return *_view(session), gr.skip()
-        session.undo_last_question()
-        return self._ask(session, str(edit.value).replace(INVISIBLE, ""))
-
-    def _add_files(self, session: ChatSession, paths: list[str], frames: int) -> None:
-        if self.chat is None:
-            raise gr.Error("The model is still being loaded.", print_exception=False)
-        for problem in session.add_files(self.chat, paths, frames):
-            gr.Warning(problem)
-
-    @staticmethod
-    def _ask(session: ChatSession, text: str):
+    async def _answer(self, request: Request) -> Response:
+        """Answer a question with a stream of updates (`Answering.updates`)."""
+        answering, owner = self._ready(), client_network(request.scope)
         try:
-            session.ask(text)
-        except ValueError as error:
-            gr.Warning(str(error))
-        busy = session.busy
-        return *_view(session), gr.MultimodalTextbox(value=None, submit_btn=not busy, stop_btn=busy)
+            question = Question.model_validate(await self._read_json(request))
+        except ValidationError as error:
+            raise PageError(400, "bad_request", detail=str(error.errors()[0]["msg"])[:200]) from None
+        with ExitStack() as stack:
+            stack.enter_context(self._place("questions", owner, MAX_QUESTIONS, OWN_QUESTIONS))
+            prepared = await asyncio.to_thread(prepare, answering.batcher.chat, self.uploads, question)
+            updates = answering.updates(prepared, owner)
+            return EventStream(updates, stack.pop_all().close, time.monotonic() + ANSWER_SECONDS)
 
-    def _answer(self, values: dict, request: gr.Request):
-        session = self._session(request)
-        if not session.pending:
-            return
-        settings = {name: values[component] for name, component in self._settings.items()}
+    async def _judge(self, request: Request) -> Response:
+        """Append a visitor's judgement of an answer to the file."""
+        if self._feedback is None:
+            raise PageError(404, "gone")
         try:
-            for _ in session.answer(self.chat, settings):
-                if self.sessions.by_id.get(request.session_hash) is not session:  # the visitor has restarted or left
-                    return
-                yield _view(session)
-        except ValueError as error:
-            session.undo_last_question()
-            gr.Warning(str(error))
-        except Exception:
-            logging.exception("An answer failed.")
-            session.undo_last_question()
-            gr.Warning("The model failed on this question. The server's log says why.")
+            feedback = Feedback.model_validate(await self._read_json(request))
+        except ValidationError:
+            raise PageError(400, "bad_request", detail="feedback") from None
+        messages = [{"role": each.role, "text": each.text} for each in feedback.messages]
+        line = {"time": round(time.time()), "good": feedback.good, "messages": messages}
+        if not self._feedback.exists() or self._feedback.stat().st_size < MAX_FEEDBACK_BYTES:
+            with self._feedback.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        return Response(status_code=204)
 
-    def _enable_box(self, request: gr.Request):
-        session = self._session(request)
-        if session.pending:  # `_answer` has not run, because the queue was full
-            session.undo_last_question()
-            gr.Warning("Too many visitors are waiting for an answer. Try again in a moment.")
-        return *_view(session), gr.MultimodalTextbox(submit_btn=True, stop_btn=False)
+    async def _read(self, bodies: Bodies, request: Request, kind: str, name: str = "") -> bytes:
+        """The body of a request. Raises PageError."""
+        try:
+            return await bodies.read(request, kind)
+        except ApiError as error:
+            megabytes = round(self._config["max_upload_mb"], 1)
+            raise PageError(error.status, REFUSED[error.status], name=name, megabytes=megabytes, detail=kind) from None
+        except ClientDisconnect:
+            raise PageError(408, "slow") from None
 
-    def _stop(self, request: gr.Request) -> None:
-        self._session(request).stop()
+    async def _read_json(self, request: Request):
+        try:
+            return json.loads(await self._read(self._questions, request, "application/json"))
+        except (ValueError, RecursionError):
+            raise PageError(400, "bad_request", detail="JSON") from None
 
-    def _restart_chat(self, request: gr.Request):
-        self._close_session(request)
-        self._session(request)  # makes the new one, so that uploads can be registered with it
-        box = gr.MultimodalTextbox(**EMPTY_BOX, submit_btn=True, stop_btn=False)
-        picker, start = gr.Gallery(value=None, interactive=True), gr.Button(interactive=self.chat is not None)
-        return [], "", picker, start, box
+    def _ready(self) -> Answering:
+        if self._answering is None:
+            raise PageError(503, "loading")
+        return self._answering
 
-    def _close_session(self, request: gr.Request) -> None:
-        self.sessions.close(request.session_hash)
-
-    def _session(self, request: gr.Request) -> ChatSession:
-        return self.sessions.get(request.session_hash)
-
-    def _idle_session(self, request: gr.Request) -> ChatSession:
-        """The visitor's session. Raises gr.Error while a question is being answered."""
-        session = self._session(request)
-        if session.busy:
-            raise gr.Error("Wait for the answer, or stop it.", print_exception=False)
-        return session
-
-
-def _paths(pictures: GalleryValue) -> list[str]:
-    return [path for path, _ in pictures or []]
-
-
-def _view(session: ChatSession) -> tuple[list[dict], str]:
-    """The values of the chatbot and of the notice."""
-    return [entry | {"content": _escape(entry["content"])} for entry in session.history], session.notice
+    @contextmanager
+    def _place(self, kind: str, owner: str, most: int, own: int) -> Iterator[None]:
+        """Hold one of the places for requests of a kind. Raises PageError if they are taken."""
+        counts = self._open[kind]
+        if counts.total() >= most or counts[owner] >= own:
+            raise PageError(429, "busy")
+        counts[owner] += 1
+        try:
+            yield
+        finally:
+            counts[owner] -= 1
+            if not counts[owner]:
+                del counts[owner]
 
 
-def _escape(content: str | dict) -> str | dict:
-    """Text with an invisible character after each "<" and "&" that could begin a tag or an entity.
+async def _page_error(request: Request, error: PageError) -> Response:
+    return JSONResponse(error.body, error.status, HEADERS)
 
-    gradio renders text as HTML. Without this, a browser would load a picture that the text names from another server.
-    """
-    return re.sub(r"([<&])(?=[a-zA-Z/!?#])", f"\\1{INVISIBLE}", content) if isinstance(content, str) else content
+
+async def _server_error(request: Request, error: Exception) -> Response:
+    return JSONResponse({"error": "failed", "values": {}}, 500, HEADERS)

@@ -1,5 +1,6 @@
 """python -m minigpt4 chat."""
 
+import io
 import subprocess
 import sys
 
@@ -24,27 +25,27 @@ def terminal(build_golden_model):
 def test_a_conversation(terminal, capsys):
     terminal.obey(f"/image {PICTURE}")
     terminal.obey("What is it?")
-    out = capsys.readouterr().out
-    assert out == f"[image 1: {PICTURE}]\n{terminal.conv.messages[-1][1]}\n"
+    told = capsys.readouterr()
+    assert told.out == f"{terminal.conv.messages[-1][1]}\n" and told.err == f"[image 1: {PICTURE}]\n"
     first = terminal.conv.copy()
     terminal.obey("/retry")
     assert terminal.conv == first  # greedy
     capsys.readouterr()
     terminal.obey("/reset")
     assert terminal.conv.messages == terminal.img_list == []
-    assert capsys.readouterr().out == "[a new conversation, without pictures]\n"
+    assert capsys.readouterr().err == "[a new conversation, without pictures]\n"
     terminal.obey("/retry")
-    assert "no answer yet" in capsys.readouterr().out
+    assert "no answer yet" in capsys.readouterr().err
     terminal.obey("/what")
-    told = capsys.readouterr().out
+    told = capsys.readouterr().err
     assert "no command /what" in told and "/image PATH" in told
 
 
 def test_errors_are_printed_and_the_conversation_continues(terminal, capsys):
     terminal.obey("/image /nowhere.png")
-    assert "nowhere.png cannot be read" in capsys.readouterr().out
+    assert "nowhere.png cannot be read" in capsys.readouterr().err
     terminal.obey("a dog " * 3000)
-    assert "the model holds" in capsys.readouterr().out
+    assert "the model holds" in capsys.readouterr().err
     terminal.obey("Hello")
     assert len(terminal.conv.messages) == 2
 
@@ -54,7 +55,7 @@ def test_a_question_that_is_too_long_is_dropped_alone(terminal, capsys):
     terminal.obey(f"/image {PICTURE}")
     before = terminal.conv.copy()
     terminal.obey("a dog " * 3000)
-    assert "the model holds" in capsys.readouterr().out
+    assert "the model holds" in capsys.readouterr().err
     assert terminal.conv == before
     terminal.obey("What is it?")
     assert terminal.conv.messages[0] == ["Human", "<Img><ImageHere></Img> What is it?"]
@@ -62,7 +63,7 @@ def test_a_question_that_is_too_long_is_dropped_alone(terminal, capsys):
     before = terminal.conv.copy()
     terminal.settings["max_length"] = 10
     terminal.obey("/retry")
-    assert "the model holds 10" in capsys.readouterr().out
+    assert "the model holds 10" in capsys.readouterr().err
     assert terminal.conv == before
 
 
@@ -86,26 +87,82 @@ def test_videos(terminal, capsys, tmp_path):
     terminal.obey(f"/image {PICTURE}")
     terminal.obey(f"/video {path}")
     terminal.obey(f"/image {path}")  # recognised by its suffix
-    assert capsys.readouterr().out.splitlines()[1:] == [f"[images 2 to 4: {path}]", f"[images 5 to 7: {path}]"]
+    assert capsys.readouterr().err.splitlines()[1:] == [f"[images 2 to 4: {path}]", f"[images 5 to 7: {path}]"]
     terminal.obey("What happens?")
     assert terminal.conv.messages[0][1].count("<ImageHere>") == len(terminal.img_list) == 7
     assert capsys.readouterr().out == f"{terminal.conv.messages[1][1]}\n"
     messages = bad_videos(tmp_path)
     for name, message in messages.items():
         terminal.obey(f"/video {tmp_path / name}")
-        assert message in capsys.readouterr().out
+        assert message in capsys.readouterr().err
     terminal.obey(f"/video {PICTURE}")
-    assert "rgb.png is not a video" in capsys.readouterr().out
+    assert "rgb.png is not a video" in capsys.readouterr().err
     assert len(terminal.img_list) == 7
-    terminal.obey("/video")
-    assert "/video PATH" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["/image", "/video"])
+def test_a_command_without_a_path_asks_for_it(terminal, capsys, monkeypatch, tmp_path, command):
+    path = PICTURE if command == "/image" else write_video(tmp_path / "clip.mp4")
+    lines = iter([str(path), ""])
+    monkeypatch.setattr("builtins.input", lambda: next(lines))
+    terminal.obey(command)
+    shown = len(terminal.img_list)
+    assert shown == (1 if command == "/image" else 8)
+    terminal.obey(command)  # answered by an empty line
+    assert list(lines) == [] and len(terminal.img_list) == shown
+    monkeypatch.undo()
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    terminal.obey(command)  # at the end of the input
+    told = capsys.readouterr()
+    assert told.err.count(f"{command} PATH: ") == 3 and told.out == "" and len(terminal.img_list) == shown
+
+
+def test_retry_is_for_an_answer_after_which_nothing_came(terminal, capsys):
+    terminal.obey(f"/image {PICTURE}")
+    terminal.obey("/retry")
+    assert "no answer yet" in capsys.readouterr().err
+    terminal.obey("What is it?")
+    terminal.obey(f"/image {PICTURE}")
+    before = terminal.conv.copy()
+    capsys.readouterr()
+    terminal.obey("/retry")
+    told = capsys.readouterr()
+    assert "after the last answer" in told.err and not told.out and terminal.conv == before
+    terminal.obey("And this?")  # the picture was kept for it
+    assert [text.count("<ImageHere>") for _, text in terminal.conv.messages] == [1, 0, 1, 0]
+    terminal.obey("/retry")
+    assert len(terminal.conv.messages) == 4
+
+
+def test_the_first_question_without_a_picture_is_pointed_out(terminal, capsys):
+    terminal.obey("Hello")
+    assert "no picture" in capsys.readouterr().err
+    terminal.obey("And now?")
+    assert "no picture" not in capsys.readouterr().err
+    terminal.obey(f"/image {PICTURE}")
+    terminal.obey("/reset")
+    terminal.obey("What is it?")
+    assert "no picture is shown" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("word", ["quit", "Exit", "/quit", "/exit", "exit()"])
+def test_words_that_leave(terminal, monkeypatch, capsys, word):
+    lines = iter([f" {word} ", "never"])
+    monkeypatch.setattr("builtins.input", lambda: next(lines))
+    terminal.run()
+    assert list(lines) == ["never"] and capsys.readouterr().out == ""
+
+
+def test_a_path_typed_as_a_command(terminal, capsys):
+    terminal.obey(PICTURE)
+    assert f"/image {PICTURE}" in capsys.readouterr().err and not terminal.conv.messages
 
 
 def test_typed_text_is_not_markup(terminal, capsys):
     terminal.obey(f"/image {PICTURE}")
     terminal.obey("<ImageHere> ### <Img>")
     assert terminal.conv.get_prompt().count("<ImageHere>") == 1
-    assert "the model holds" not in capsys.readouterr().out
+    assert "the model holds" not in capsys.readouterr().err
 
 
 def test_ctrl_c_stops_an_answer(terminal, capsys, monkeypatch):
@@ -114,11 +171,13 @@ def test_ctrl_c_stops_an_answer(terminal, capsys, monkeypatch):
     def interrupted(*args, end="\n", **kwargs):
         if end == "":
             raise KeyboardInterrupt
+        told.append(args)
 
-    monkeypatch.setattr("builtins.print", lambda *args, **kwargs: interrupted(*args, **kwargs))
-    with pytest.raises(KeyboardInterrupt):  # the "[stopped]" is printed with this print, too
-        terminal.obey("Hello")
+    told = []
+    monkeypatch.setattr("builtins.print", interrupted)
+    terminal.obey("Hello")
     monkeypatch.undo()
+    assert told[-1] == ("[stopped]",)
     assert terminal.conv.messages[-1][0] == "Assistant"
     terminal.settings |= {"max_new_tokens": 5, "min_length": 1}
     terminal.obey("And now?")
@@ -129,11 +188,12 @@ def test_ctrl_c_while_a_picture_is_read_leaves_the_conversation_as_it_was(termin
         raise KeyboardInterrupt
 
     lines = iter(["/image big.png", "/reset", "/quit"])
-    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    monkeypatch.setattr("builtins.input", lambda: next(lines))
     monkeypatch.setattr(terminal.chat, "upload_img", interrupted)
     terminal.run()
     assert list(lines) == []
-    assert capsys.readouterr().out == "\n[stopped]\n[a new conversation, without pictures]\n"
+    told = capsys.readouterr()
+    assert told.out == "" and told.err == "> \n[stopped]\n> [a new conversation, without pictures]\n> "
 
 
 def test_an_unreadable_history_is_ignored(monkeypatch, tmp_path):
@@ -165,7 +225,8 @@ def test_the_whole_command(golden_config, tmp_path):
         env={"PATH": "", "XDG_CACHE_HOME": str(tmp_path)},
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert f"[image 1: {PICTURE}]" in result.stdout
+    assert f"[image 1: {PICTURE}]" in result.stderr and "> " in result.stderr
+    assert result.stdout and not any(word in result.stdout for word in ("Loading", "Ask", "> ", "[image"))
 
 
 def test_settings():

@@ -39,6 +39,24 @@ MANGLED = [
     ("init_lr: 3e-5", "init_lr: 3e–5", "'3e–5'", "'3e-5'"),
     ("num_workers: 4", "num_workers: ４", "'４'", "'4'"),
     ("num_workers: 4", "num_workers: 4 ＃ four", "'4 ＃ four'", "'4 # four'"),
+    ("arch: mini", "arch﹕mini", "'arch﹕mini_gpt4'", "'arch: mini_gpt4'"),
+    ("model:", "model", "'model'", "'model:' (the cause: no colon)"),
+    ('end_sym: "###"', "end_sym: «###»", "'«###»'", "'\"###\"'"),
+    ('end_sym: "###"', "end_sym: ″###″", "'″###″'", "'\"###\"'"),
+    ('end_sym: "###"', "end_sym: ´###´", "'´###´'", "\"'###'\""),
+    ('end_sym: "###"', "end_sym: `###`", "'end_sym: `###`'", "\"end_sym: '###'\""),
+    ('end_sym: "###"', "end_sym: ''###''", "\"''###''\"", "'\"###\"'"),
+    ('end_sym: "###"', 'end_sym: ""###""', '\'""###""\'', "'\"###\"'"),
+    ('end_sym: "###"', 'end_sym: \\"###\\"', "###", "a backslash"),
+    ('["train"]', "（train）", "'（train）'", "'[train]'"),
+    ('["train"]', '["train"；"val"]', '["train"；"val"]', '["train","val"]'),
+    ("seed: 42", "seed: 42；", "'42；'", "'42'"),
+    ("seed: 42", "seed: 42,", "'42,'", "'42' (the cause: ',' at the end)"),
+    ("seed: 42", "seed: \u200e42", "'\\u200e42'", "left-to-right mark"),
+    ("seed: 42", "seed: 42\x0c", "U+000C", "Delete it"),
+    ("seed: 42", "• seed: 42", "'• seed'", "'- seed'"),
+    ("model:", "```yaml\nmodel:", "'```yaml'", "''"),
+    ("  seed: 42", "    seed: 42", "mapping values", "Compare the spaces"),
     ("# optimizer", "＃ optimizer", "'＃ optimizer'", "'# optimizer'"),
 ]
 
@@ -52,7 +70,8 @@ def test_the_line_is_named_with_what_belongs_there(tmp_path, good, bad, found, n
     with pytest.raises(ConfigError) as error:
         load_yaml(path)
     message = str(error.value)
-    assert message.startswith(f"{path}, line {line}: ") and found in message and needed in message
+    assert message.startswith((f"{path}, line {line}: ", f"{path} is not valid YAML, line {line},"))
+    assert found in message and needed in message
 
 
 @pytest.mark.parametrize(
@@ -81,6 +100,7 @@ def test_short_files(tmp_path, text, found, needed):
         'run: {output_dir: "“###”", seed: 3}',
         "model:\n  prompt_template: |\n    user：{}\n    arch:x\n",
         "model:\n  prompt_template: 用户：{} “好” 助手：\n",
+        "model: {prompt_template: '', ckpt: /data/照片（1）/a；b`c, end_sym: ''''}",
         "model: {prompt_template: 'user：{}', end_sym: —}",
         "datasets:\n  laion:\n    build_info:\n      storage:\n        pipe:cat a.tar\n",
         "datasets: {laion: {build_info: {storage: [pipe:cat a, https://x/y, s3://a/b, C:\\data, a:b]}}}",

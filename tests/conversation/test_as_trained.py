@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conversation_cases import CHATML, LLAMA2, TOKENIZERS, TRIMMED, random_conversation, renderer
-from dataset_files import picture_bytes
 from endpoint import assistant, image, text, user
 
 from minigpt4.conversation import CONV_VISION, Chat
@@ -16,7 +15,8 @@ from minigpt4.models.template import TEMPLATES, from_chat_template
 from minigpt4.processors import Blip2ImageEvalProcessor
 from minigpt4.serving.prepare import conversation
 from minigpt4.serving.protocol import Message
-from minigpt4.web.session import ChatSession
+from minigpt4.web.answers import Question, prepare
+from minigpt4.web.pictures import Upload, Uploads
 
 QUERIES, LONG = 4, 10**6
 OWN = {name: TEMPLATES[name] for name in ("vicuna_v1", "llama2")} | {
@@ -73,11 +73,11 @@ def turns_of(rng, **changes):
 
 @pytest.mark.parametrize("template", OWN)
 @pytest.mark.parametrize("kind", TOKENIZERS)
-def test_chat_and_page(kind, template, tmp_path):
+def test_chat_and_page(kind, template):
     """There, images precede the text of a question, and there is no system text."""
     tokenizer, rng, template = TOKENIZERS[kind](), random.Random(1), OWN[template]
-    picture = tmp_path / "0.png"
-    picture.write_bytes(picture_bytes(0))
+    uploads = Uploads()
+    picture = uploads.add(Upload([torch.zeros(3, 8, 8)], [], "somebody"))
     for number in range(12):
         turns = [
             (role, tuple(sorted(parts, key=lambda part: part is not None)))
@@ -85,17 +85,16 @@ def test_chat_and_page(kind, template, tmp_path):
             if role != "system"
         ]
         expected = trained(tokenizer, template, turns)
-        chat, session, images = ToldChat(tokenizer, template), ChatSession(), []
+        chat, messages, images = ToldChat(tokenizer, template), [], []
         chat.told = [[*ids] for _, ids, _ in expected]
         conv = chat.new_conversation()
         for (_, asked), (_, _, answer) in zip(turns[::2], expected, strict=True):
             given = asked.count(None)
             if number % 2:
-                assert session.add_files(chat, [picture] * given) == []
-                session.ask(asked[-1])
-                for _ in session.answer(chat, {"num_beams": 1}):
-                    pass
-                assert session.history[-1]["content"] == answer
+                messages.append({"role": "user", "text": asked[-1], "pictures": [picture] * given})
+                prompt = prepare(chat, uploads, Question(messages=messages)).prompt
+                chat.prompts.append(encode_with_images(tokenizer, prompt, QUERIES, template.bos))
+                messages.append({"role": "assistant", "text": answer})
             else:
                 for _ in range(given):
                     chat.upload_img(torch.zeros(3, 8, 8), conv, images)

@@ -374,7 +374,7 @@ def test_a_very_long_conversation_is_cut_at_the_right_place_in_a_few_steps(chat,
     conv.append_message("Assistant", None)
     measured, num_tokens = [], chat.num_tokens
     monkeypatch.setattr(chat, "num_tokens", lambda prompt: measured.append(1) or num_tokens(prompt))
-    shorter, _ = chat._fit(conv, Decoding(), lambda notice: None)
+    shorter, _ = chat.fit(conv, Decoding(), lambda notice: None)
     assert len(measured) < 20
     removed = 301 - sum(role == "Human" for role, _ in shorter.messages)
     one_by_one = conv

@@ -60,6 +60,13 @@ def test_the_set(command, tmp_path, capsys):
     assert name == "jsonl" and len(records) == 60
 
 
+def test_names(command, tmp_path, drawings):
+    command(tmp_path / "set")
+    _, records = read_records(str(tmp_path / "set" / "names.jsonl"), None, "auto", None, "names")
+    asked = {(records[i].messages[0].parts[-1], records[i].messages[1].parts[0]) for i in range(len(records))}
+    assert asked == {("What is this?", drawing.concept.name) for drawing in drawings["train"]}
+
+
 def test_the_same_bytes_twice_and_no_folder_is_changed(command, tmp_path):
     command(tmp_path / "a")
     command(tmp_path / "b")

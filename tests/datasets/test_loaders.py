@@ -1,5 +1,6 @@
 """Batches: mixing, epochs that do not depend on one another, ranks that share nothing, collation, refusals."""
 
+import math
 import pickle
 import random
 import socket
@@ -8,15 +9,17 @@ import time
 from collections import Counter
 from itertools import islice
 from multiprocessing import resource_sharer
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from dataset_files import TEXT, VIS, good_members, write_align, write_shards, write_tar
+from helpers import Pictures
 from torch.utils.data import Dataset, IterableDataset
 
 from minigpt4.common.registry import registry
-from minigpt4.datasets import loaders
+from minigpt4.datasets import loaders, workers
 from minigpt4.datasets.loaders import LeftOut, TrainLoader, eval_loader, report_left_out
 from minigpt4.datasets.seeding import derive_seed, seeded
 
@@ -314,7 +317,7 @@ def test_a_dataset_may_collate_itself(name):
 def test_what_goes_to_the_workers_can_be_pickled(datasets):
     """Python 3.14 starts workers by forkserver, and macOS by spawn."""
     loader = TrainLoader(datasets("laion", "cc_sbu_align"), None, 4, 0, seed=0)
-    copy = pickle.loads(pickle.dumps(loader._loader.dataset))
+    copy = pickle.loads(pickle.dumps(loader._loader.loader.dataset))
     request = loader._requests(0, 1)[0]
     batch = copy[request].batch
     assert same([batch], list(loader.epoch(0, 1)))
@@ -358,7 +361,8 @@ class Texts(Dataset):
         return len(self.texts)
 
     def __getitem__(self, index):
-        return {"image": torch.zeros(1), "text_input": self.texts[index], "image_id": str(index)}
+        number = {"NaN": math.nan, "infinity": -math.inf}.get(self.texts[index], 0.0)
+        return {"image": torch.tensor([number, 0.0]), "text_input": self.texts[index], "image_id": str(index)}
 
 
 class EndlessTexts(Texts, IterableDataset):
@@ -369,15 +373,43 @@ class EndlessTexts(Texts, IterableDataset):
 
 @pytest.mark.parametrize("kind", [Texts, EndlessTexts])
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_texts_that_cannot_be_used_are_left_out_of_any_dataset(kind, num_workers, caplog):
-    dataset = kind("a", "", "b", "\ud83d", None, "c")
+def test_samples_that_cannot_be_used_are_left_out_of_any_dataset(kind, num_workers, caplog):
+    dataset = kind("a", "", "b", "\ud83d", None, "c", "NaN", "infinity")
     loader = TrainLoader({"mine": dataset}, None, 3, num_workers, seed=0)
     texts = [text for batch in loader.epoch(0, 20) for text in batch["text_input"]]
     assert len(texts) == 60 and set(texts) == set("abc")
     left_out = loader.take_left_out()
-    assert {key.cause.split()[-1] for key in left_out} == {"text", "caption", "characters"}
-    assert {key.shard for key in left_out} == {"1", "3", "4"} and all(key.dataset == "mine" for key in left_out)
-    assert min(left_out.values()) >= 10
+    assert {key.cause.split()[-1] for key in left_out} == {"text", "caption", "characters", "processors"}
+    assert {key.shard for key in left_out} == {*"13467"} and all(key.dataset == "mine" for key in left_out)
+    assert min(left_out.values()) >= 7
+    if kind is Texts:
+        batches = list(eval_loader(dataset, 3, num_workers))
+        assert [text for batch in batches for text in batch["text_input"]] == [*"abc"]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_the_samples_of_a_batch_have_names(datasets, num_workers):
+    """Of each kind of dataset: its name, the sample's key, and the file or shard. They follow batches one by one."""
+    found = datasets("laion", "cc_sbu_align") | {"mine": Texts(*"abcdef")}
+    loader = TrainLoader(found, None, 4, num_workers, seed=0)
+    seen = set()
+    for batch in loader.epoch(0, 12):
+        ids = loader.take_ids()
+        assert [each.key for each in ids] == batch["image_id"] and len({each.dataset for each in ids}) == 1
+        dataset, key, shard = ids[0]
+        seen.add(dataset)
+        if dataset == "mine":
+            assert shard == ""
+        else:
+            assert Path(shard).is_file() and (Path(key).stem in shard or key.startswith(f"{Path(shard).name}/"))
+    assert seen == found.keys() and loader.take_ids() == []
+
+
+def test_a_sample_without_a_key_is_named_by_its_index():
+    pictures = Pictures(torch.zeros(6, 3, 2, 2), [*"abcdef"])
+    loader = TrainLoader({"mine": pictures}, None, 3, 0, seed=0)
+    (batch,) = loader.epoch(0, 1)
+    assert [f"[{'abcdef'.index(text)}]" for text in batch["text_input"]] == [each.key for each in loader.take_ids()]
 
 
 def test_nothing_but_texts_that_cannot_be_used():
@@ -445,8 +477,8 @@ class WorkerAddress(Dataset):
 def test_a_worker_prints_no_traceback_when_its_main_process_ends(monkeypatch, capfd, quiet):
     """The receiver of a batch hangs up, like a stopped process. By default, the worker prints a traceback."""
     if not quiet:
-        monkeypatch.setattr(loaders, "_silence_hangups", None)
-    (address,) = set(batches := iter(loaders._data_loader(WorkerAddress(), [0], 1)))
+        monkeypatch.setattr(workers, "_silence_hangups", lambda: None)
+    (address,) = set(batches := iter(workers.WatchedLoader(WorkerAddress(), [0], 1, 60.0).loader))
     for _ in range(2):  # the second is answered after the first was handled
         with socket.socket(socket.AF_UNIX) as caller:
             caller.connect(address)
@@ -458,7 +490,7 @@ def test_a_worker_prints_no_traceback_when_its_main_process_ends(monkeypatch, ca
 def test_a_worker_reports_other_errors(monkeypatch):
     reported = []
     monkeypatch.setattr(sys, "excepthook", lambda kind, error, trace: reported.append(error))
-    loaders._silence_hangups(0)
+    workers._silence_hangups()
     errors = [OSError("got end of file during message"), OSError(24, "Too many open files"), ValueError()]
     for error in errors:
         sys.excepthook(type(error), error, None)

@@ -29,6 +29,14 @@ def test_a_page_of_many_has_the_worst_and_some_of_the_rest():
     assert 0 < text.count("Yes &amp; so on") < SPREAD  # 800 answers are wrong
 
 
+def test_earlier_turns_are_shown():
+    messages = (("user", (None, "What <is> it?")), ("assistant", ("A cat.",)), ("user", ("Is it black?",)))
+    examples, answers = [Example("1", messages, ("yes",))], {"1": Answer("No.", True)}
+    scores, figures = measure("yes_no", examples, answers)
+    text = page("A", scores, figures, examples, answers)
+    assert text.index("user: What &lt;is&gt; it?") < text.index("assistant: A cat.") < text.index("Is it black?")
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium (apt-get install chromium)")
 @pytest.mark.parametrize("width", [1280, 390])
 def test_the_page_in_a_browser(width, tmp_path):

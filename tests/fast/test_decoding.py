@@ -7,14 +7,16 @@ from types import ModuleType
 
 import pytest
 import torch
+from continuous_cases import answer_together
 from helpers import ROOT
 from torch import nn
 
 from minigpt4.common import compat
 from minigpt4.fast import cuda_graphs
-from minigpt4.fast.decoding import loop
+from minigpt4.fast.decoding import continuous, loop
 from minigpt4.fast.decoding.compiled_layers import compiled_copy
-from minigpt4.fast.decoding.kv_cache import KVCache
+from minigpt4.fast.decoding.continuous import ContinuousBatch
+from minigpt4.fast.decoding.kv_cache import KVCache, LayerKVCache
 from minigpt4.fast.decoding.loop import MAX_IDLE_CACHES, Decoder, cache_length, cached_decoding
 from minigpt4.models.generation import continue_embeds
 from minigpt4.models.llm import load_llm
@@ -627,3 +629,81 @@ def test_what_the_check_of_a_compiled_step_takes_for_rounding():
     for logits, exact in ((rounded, True), (other, False), (expected * float("nan"), False)):
         with pytest.raises(RuntimeError, match="differs"):
             loop._check_step(logits, expected, exact)
+
+
+# Continuous batching
+
+
+def conversations():
+    """(prompt [S,D], number of new tokens): of many lengths, alike, and one that goes on."""
+    long, short = prompts(90, seed=5)[0][0], prompts(9, seed=6)[0][0]
+    alike = torch.cat([short, prompts(2, seed=7)[0][0]])
+    sizes = ((20, 9), (3, 1), (70, 24), (1, 12), (33, 5))
+    others = [(prompts(length, seed=length)[0][0], steps) for length, steps in sizes]
+    return [*others, (long, 7), (short, 20), (short, 3), (alike, 11), (torch.cat([long, alike]), 8)]
+
+
+@pytest.mark.parametrize("by_graphs", [False, True])
+@pytest.mark.parametrize("kind", ["grouped", "gpt_neox"])
+def test_prompts_that_join_and_leave_get_the_ids_of_transformers(kind, by_graphs, request, reads, monkeypatch):
+    """In any order, whatever is computed beside them. Graphs are captured for 1, 2 and 3 rows, not for each prompt."""
+    llm, captured = random_llm(kind), []
+    work = conversations()
+    expected = [theirs(llm, embeds[None], max_new_tokens=steps)[0] for embeds, steps in work]
+    if by_graphs:
+        compiles = request.getfixturevalue("compiles")
+        monkeypatch.setattr(loop, "_capture", lambda run, cache: captured.append(cache.batch) or capture(run, cache))
+    monkeypatch.setattr(continuous, "PART", 32)
+    batch = ContinuousBatch(llm, Decoder(llm, graphs=by_graphs), max_rows=3)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**9, 10**9))
+    with torch.no_grad():
+        batch.warm_up(200)
+    counts, warm = reads(llm), len(captured)
+    for seed in range(2):
+        assert answer_together(batch, work, 3, seed) == expected
+    if by_graphs:
+        assert len(captured) == warm and batch.decoder.compiled and compiles.frame_count == 2
+        assert {1, 2, 3} <= set(captured[:warm])
+    else:
+        assert max(counts) == 32
+
+
+def test_a_prompt_that_begins_as_another_is_read_from_there_on(llm, reads):
+    counts = reads(llm)
+    batch = ContinuousBatch(llm, Decoder(llm), max_rows=2)
+    first, other = prompts(40)[0][0], prompts(40, seed=2)[0][0]
+    (ids,) = answer_together(batch, [(first, 10)], 2, 0)
+    answer_together(batch, [(other, 10)], 2, 0)
+    goes_on = torch.cat([first, llm.get_input_embeddings()(torch.tensor(ids)), prompts(5, seed=3)[0][0]])
+    counts.clear()
+    (found,) = answer_together(batch, [(goes_on, 10)], 2, 0)
+    assert counts[0] <= 6
+    assert found == theirs(llm, goes_on[None], max_new_tokens=10)[0]
+
+
+def test_a_cache_that_cannot_grow_keeps_its_rows(llm, monkeypatch):
+    """Where memory is short in the middle, an active row goes on, and the prompt can be tried again."""
+    (first, _), *_, (long, _) = conversations()
+    expected = [theirs(llm, embeds[None], max_new_tokens=24)[0] for embeds in (first, long)]
+    batch, grow, calls = ContinuousBatch(llm, Decoder(llm), max_rows=2), LayerKVCache.grow, []
+
+    def failing(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("no memory")
+        grow(*args)
+
+    with torch.no_grad():
+        (logits,) = batch.join(first, 24)
+        batch.set_ids(logits.argmax(dim=-1))
+        monkeypatch.setattr(LayerKVCache, "grow", failing)
+        with pytest.raises(torch.OutOfMemoryError):
+            list(batch.join(long, 150))
+        found = []
+        while len(found) < 24:
+            found.append(batch.read_ids()()[0])
+            batch.step()
+            batch.set_ids(batch.logits.argmax(dim=-1))
+        batch.leave(0, found)
+    assert found == expected[0]
+    assert answer_together(batch, [(long, 24)], 2, 0) == expected[1:]

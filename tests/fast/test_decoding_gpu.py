@@ -5,10 +5,12 @@ In float32 without TF32 the two differ by rounding alone, which greedy ids of a 
 
 import pytest
 import torch
+from continuous_cases import answer_together
 from helpers import quantize_by_bitsandbytes
 
 from minigpt4.fast.decoding import loop
 from minigpt4.fast.decoding.compiled_layers import compiled_copy
+from minigpt4.fast.decoding.continuous import ContinuousBatch
 from minigpt4.fast.decoding.kv_cache import KVCache
 from minigpt4.fast.decoding.loop import MAX_IDLE_CACHES, Decoder, cached_decoding
 from minigpt4.models.generation import continue_embeds, stream
@@ -182,8 +184,8 @@ def test_the_next_turn_is_as_from_scratch(llm, monkeypatch):
     said = torch.tensor(run(llm, embeds, mask), device="cuda")
     asked = torch.cat([embeds, llm.get_input_embeddings()(said), prompts(7, seed=3)[0]], dim=1)
     expected = theirs(llm, asked, mask.new_ones(asked.shape[:2]))
-    seen, prefill = [], Decoder._prefill
-    monkeypatch.setattr(Decoder, "_prefill", lambda *args: seen.append(args[3].shape[1]) or prefill(*args))
+    seen, prefill = [], Decoder.prefill
+    monkeypatch.setattr(Decoder, "prefill", lambda *args: seen.append(args[3].shape[1]) or prefill(*args))
     assert run(llm, asked, mask.new_ones(asked.shape[:2])) == expected
     assert seen[0] <= 9  # the question, and the end of the answer, which no step had read
 
@@ -244,3 +246,52 @@ def test_threads_decode_side_by_side(llm):
     expected = [theirs(llm, *each) for each in work]
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(lambda each: run(llm, *each), work)) == expected
+
+
+def conversations(dtype=torch.float32):
+    """(prompt [S,D], number of new tokens) of many lengths; one goes on where another began, two are the same."""
+    long = prompts(600, seed=5)[0][0].to(dtype)
+    sizes = ((20, 9), (3, 1), (70, 40), (1, 12), (130, 5), (33, 30), (90, 3), (260, 20))
+    others = [(prompts(length, seed=length)[0][0].to(dtype), steps) for length, steps in sizes]
+    return [*others, (long, 7), (others[0][0], 20), (torch.cat([long, others[2][0]]), 8)]
+
+
+@pytest.mark.parametrize("weights", ["float32", "8bit_weights"])
+def test_prompts_that_join_and_leave(llm, weights, monkeypatch):
+    """They get the ids that each gets alone. All graphs and versions of a layer are made before the first prompt."""
+    if weights == "8bit_weights":
+        llm = random_llm()
+        quantize_model(llm, torch.device("cuda"))
+    work, captured, capture = conversations(), [], loop._capture
+
+    def alone(embeds, steps):
+        return plain(llm, embeds[None], torch.ones(1, len(embeds), dtype=torch.long).cuda(), max_new_tokens=steps)[0]
+
+    expected = [alone(*each) for each in work]
+    monkeypatch.setattr(loop, "_capture", lambda *args: captured.append(args[-1].batch) or capture(*args))
+    batch = ContinuousBatch(llm, Decoder(llm), max_rows=6)
+    with torch.no_grad():
+        batch.warm_up(800)
+    made, compiled = len(captured), torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert {1, 2, 4, 6} <= set(captured)
+    for seed in range(4):
+        assert answer_together(batch, work, 6, seed) == expected
+    assert batch.decoder.compiled and len(captured) == made
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_prompts_that_join_and_leave_in_16_bit(dtype):
+    """Rounding may turn an id, and what follows it: the first ids are as good as those of float32."""
+    llm = random_llm(dtype, num_key_value_heads=2)
+    work = conversations(dtype)
+    batch = ContinuousBatch(llm, Decoder(llm), max_rows=4)
+    with torch.no_grad():
+        batch.warm_up(800)
+    found = [answer_together(batch, work, 4, seed) for seed in range(2)]
+    assert batch.decoder.compiled
+    exact = llm.float()
+    for n, (embeds, _) in enumerate(work):
+        logits = exact(inputs_embeds=embeds[None].float()).logits[0, -1]
+        for ids in found:
+            assert logits.max() - logits[ids[n][0]] < 0.1 * logits.std()

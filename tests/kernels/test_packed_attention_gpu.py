@@ -42,12 +42,12 @@ def test_output_and_gradients(attention, name, dtype):
 
 
 @EACH_DTYPE
-@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("other", [{}, {"int8": True}, {"adapter": True}], ids=str)
 @pytest.mark.parametrize("name", ATTENTION_CASES)
-def test_rotated_heads(name, int8, dtype):
+def test_rotated_heads(name, other, dtype):
     from minigpt4.fast.rope_attention import rope_attention
 
-    assert max(rope_case_errors(rope_attention, name, dtype, "cuda", int8)) < 2e-2  # heads are rounded, too
+    assert max(rope_case_errors(rope_attention, name, dtype, "cuda", **other)) < 2e-2  # heads are rounded, too
 
 
 @EACH_DTYPE

@@ -194,6 +194,9 @@ def test_paths_without_a_language_model(tmp_path, name):
 def test_a_hub_id_offline(monkeypatch, tmp_path):
     """The error names the id and the reason at once."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(
+        "huggingface_hub.constants.HF_HUB_OFFLINE", True
+    )  # read when it was imported, with retries if not
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     for load in (embedding_dim, lambda name: load_llm(name, torch.device("cpu"), torch.float32)):
         with pytest.raises(ConfigError, match=r"model\.llama_model=nobody/no-such-model .*--offline or HF_HUB_OFFLINE"):

@@ -159,7 +159,7 @@ def test_fast_steps(build_golden_model, monkeypatch, load_in, compiled):
 
 
 def test_frozen_adapters_are_not_bypassed(build_golden_model, tmp_path):
-    """The fused Llama reads joint weights, so it leaves models with adapters alone, also where these are frozen."""
+    """The fused Llama reads joint weights, and adds what adapters add, also where these are frozen."""
     cfg = {"lora": LORA | {"target_modules": ["up_proj", "k_proj"]}}
     ckpt = save(trained(build_golden_model(**cfg)), tmp_path / "a.pth")
     model = build_golden_model(**cfg, ckpt=ckpt, train=["projector"])
@@ -167,9 +167,20 @@ def test_frozen_adapters_are_not_bypassed(build_golden_model, tmp_path):
     expected = gradients(model)
     model.accelerate(packed=True, compiled=True)
     uncompiled(model)
-    assert model.step.fused_llama is None
+    assert model.step.fused_llama
     for name, value in gradients(model).items():
         assert (value - expected[name]).norm() <= 1e-4 * value.norm(), name
+
+
+def test_dropout_in_fast_steps(build_golden_model):
+    """The inputs of adapters are dropped in training, and not in evaluation."""
+    plain, model = (trained(build_golden_model(lora=LORA | {"dropout": 0.5})).train() for _ in range(2))
+    model.accelerate(packed=True, compiled=True)
+    uncompiled(model)
+    assert model.step.fused_llama
+    losses = [model(SAMPLES)["loss"].item() for _ in range(2)]
+    assert losses[0] != losses[1]
+    torch.testing.assert_close(model.eval()(SAMPLES)["loss"], plain.eval()(SAMPLES)["loss"], atol=1e-6, rtol=1e-5)
 
 
 # Checkpoints

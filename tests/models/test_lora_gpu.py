@@ -19,17 +19,20 @@ ALL = {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "
 
 def build(build_golden_model, dtype=torch.bfloat16, dropout=0.0, **cfg):
     model = trained(build_golden_model("cuda", dtype, lora=LORA | ALL | {"dropout": dropout}, **cfg)).train()
+    for parameter in adapters(model).values():  # larger ones make the gradient depend on every rounding
+        parameter.data *= 0.5
     model.prompt_list = ["###Human: <Img><ImageHere></Img> What is it? ###Assistant: "]
     model.max_txt_len = 200
     return model
 
 
-def steps(model, order, rate=0.0):
+def steps(model, order, rate=0.0, reseed=True):
     """Losses and gradients of all that trains, one step after the other. rate: of plain descent after each step."""
     results = []
     for number in order:
-        torch.manual_seed(number)
-        images = torch.randn(2, 3, 28, 28, device="cuda")
+        images = torch.randn(2, 3, 28, 28, generator=torch.Generator().manual_seed(number)).cuda()
+        if reseed:
+            torch.manual_seed(number)
         model.zero_grad()
         with torch.autocast("cuda", torch.bfloat16, enabled=model.dtype != torch.float32, cache_enabled=False):
             loss = model({"image": images, "text_input": [text * 9 for text in TEXTS[number]]})["loss"]
@@ -51,22 +54,24 @@ def test_accelerated_equals_plain(build_golden_model, caplog, load_in, recompute
     plain = steps(build(build_golden_model, load_in=load_in), order, rate=0.01)
     model = build(build_golden_model, load_in=load_in, llm_grad_checkpoint=recomputed)
     model.accelerate(packed=True, compiled=True)
-    assert model.step.packed and model.step.fused_llama is None and model.step.graphed_vision
-    assert model.step.loss_and_gradient and not isinstance(model.step.loss_and_gradient, GraphedFunction)
+    fused = not recomputed  # recomputed layers are neither fused nor captured
+    assert model.step.packed and bool(model.step.fused_llama) == fused and model.step.graphed_vision
+    assert isinstance(model.step.loss_and_gradient, GraphedFunction) == fused
     accelerated = steps(model, order, rate=0.01)
     for (loss, gradient), usual, ours in zip(exact, plain, accelerated, strict=True):
         usual_error, error = ((other - gradient).norm() / gradient.norm() for _, other in (usual, ours))
         assert error < 1.5 * usual_error + 0.02  # no further from float32 than a plain step in 16 bit is
-        assert ours[0] == pytest.approx(loss, rel=0.02)
-    assert caplog.text.count("not captured in CUDA graphs") == 1
-    assert "Recording a CUDA graph of the language model" not in caplog.text
+        assert abs(ours[0] - loss) < 1.5 * abs(usual[0] - loss) + 0.02 * loss
+    assert caplog.text.count("not captured in CUDA graphs") == (not fused)
+    assert ("Recording a CUDA graph of the language model" in caplog.text) == fused
 
 
 def test_dropout(build_golden_model):
+    """Replays of a graph draw other inputs to be dropped."""
     model = build(build_golden_model, dropout=0.5)
     model.accelerate(packed=True, compiled=True)
-    (first, _), (second, _), (_, gradient) = steps(model, (0, 0, 1))
-    assert first != second and gradient.isfinite().all()
+    results = steps(model, (0,) * 5, reseed=False)
+    assert len({loss for loss, _ in results}) == 5 and all(gradient.isfinite().all() for _, gradient in results)
 
 
 @pytest.mark.skipif(

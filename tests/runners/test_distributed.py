@@ -1,6 +1,7 @@
-"""Two gloo ranks against one process."""
+"""Two gloo ranks against one process. The tests share two processes, since imports take most of the time."""
 
 import copy
+import json
 import os
 import random
 import signal
@@ -18,8 +19,11 @@ from minigpt4.benchmarks.scaling import ScalingTimer, without_exchange
 from minigpt4.common import dist_utils
 from minigpt4.common.config import Config
 from minigpt4.common.stopping import REQUEUE, STOP, Stopped
+from minigpt4.datasets.samples import SampleId
 from minigpt4.runners import RunnerBase
+from minigpt4.runners.health import BAD_BATCHES
 from minigpt4.tasks import ImageTextPretrainTask
+from minigpt4.tracking.metrics import read_metrics
 
 
 def make_runner(folder, model, splits, job_id, **run):
@@ -31,16 +35,33 @@ def make_runner(folder, model, splits, job_id, **run):
     return RunnerBase(cfg, ImageTextPretrainTask(), model, {"pictures": splits}, job_id)
 
 
-def join(rank, world_size, port):
-    """Join the process group, as torchrun lets a rank do."""
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def as_rank(rank, port, function, *args):
+    """Call `function` with the rank, in the process group, as torchrun lets a rank do."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "CUDA_VISIBLE_DEVICES": ""}
     torch.set_num_threads(1)
     dist_utils.init_process_group(torch.device("cpu"))
+    try:
+        function(rank, *args)
+    finally:  # a rank that waits for one that failed gets an error
+        dist_utils.destroy_process_group()
 
 
-def rank_main(rank, world_size, port, folder, model, pool, settings):
-    join(rank, world_size, port)
+@pytest.fixture(scope="module")
+def on_two_ranks():
+    """Function that calls another on two ranks: on_two_ranks(function, *args)."""
+    with mp.get_context("spawn").Pool(2) as processes:
+
+        def run(function, *args):
+            port = free_port()
+            calls = [processes.apply_async(as_rank, (rank, port, function, *args)) for rank in range(2)]
+            for call in calls:
+                call.get(timeout=200)
+
+        yield run
+
+
+def rank_main(rank, folder, model, pool, settings):
     model = copy.deepcopy(model)  # torch.multiprocessing lets the ranks share its memory
     if rank == 1:  # the ranks must start from rank 0's weights
         model.llama_proj.weight.data.add_(1.0)
@@ -49,15 +70,13 @@ def rank_main(rank, world_size, port, folder, model, pool, settings):
     runner.loader = FixedBatches(*pool, torch.arange(12).reshape(6, 2)[rank::2] % 8)
     runner.train()
     torch.save({"stats": runner.module.llama_proj.state_dict(), "job_id": job_id}, folder / f"rank{rank}.pth")
-    dist_utils.destroy_process_group()
 
 
 @pytest.mark.parametrize("accum_grad_iters", [1, 2])
-def test_two_ranks_equal_the_joint_batch(build_golden_model, pool, tmp_path, accum_grad_iters):
+def test_two_ranks_equal_the_joint_batch(on_two_ranks, build_golden_model, pool, tmp_path, accum_grad_iters):
     """Captions of unequal length on the ranks: the gradient is that of the mean over all labels."""
     settings = {"accum_grad_iters": accum_grad_iters}
-    args = (2, free_port(), tmp_path, build_golden_model(), pool, settings)
-    mp.start_processes(rank_main, args, nprocs=2, start_method="spawn")
+    on_two_ranks(rank_main, tmp_path, build_golden_model(), pool, settings)
     ranks = [torch.load(tmp_path / f"rank{rank}.pth") for rank in range(2)]
     assert [r["job_id"] for r in ranks] == ["job of rank 0"] * 2
     assert [p.name for p in (tmp_path / "output").iterdir()] == ["job of rank 0"]
@@ -76,21 +95,19 @@ def test_two_ranks_equal_the_joint_batch(build_golden_model, pool, tmp_path, acc
 LORA_RUN = {"init_lr": 0.01, "lr_groups": "{lora: {init_lr: 0.02, min_lr: 0.001, weight_decay: 0.2}}"}
 
 
-def lora_rank(rank, world_size, port, folder, model, pool):
-    join(rank, world_size, port)
+def lora_rank(rank, folder, model, pool):
     splits, settings = {"train": Pictures(*pool)}, {"batch_size_train": 2, **LORA_RUN}
     runner = make_runner(folder, copy.deepcopy(model), splits, "job", **settings)
     runner.loader = FixedBatches(*pool, torch.arange(12).reshape(6, 2)[rank::2] % 8)
     runner.train()
     torch.save({name: p.detach() for name, p in runner._trainable().items()}, folder / f"rank{rank}.pth")
-    dist_utils.destroy_process_group()
 
 
-def test_two_ranks_train_adapters_as_one(build_golden_model, pool, tmp_path):
+def test_two_ranks_train_adapters_as_one(on_two_ranks, build_golden_model, pool, tmp_path):
     """At a rate of their own."""
     pytest.importorskip("peft")
     model = trained(build_golden_model(lora=LORA))
-    mp.start_processes(lora_rank, (2, free_port(), tmp_path, model, pool), nprocs=2, start_method="spawn")
+    on_two_ranks(lora_rank, tmp_path, model, pool)
     ranks = [torch.load(tmp_path / f"rank{rank}.pth") for rank in range(2)]
     splits = {"train": Pictures(*pool)}
     single = make_runner(tmp_path, copy.deepcopy(model), splits, "single", batch_size_train=4, **LORA_RUN)
@@ -102,13 +119,16 @@ def test_two_ranks_train_adapters_as_one(build_golden_model, pool, tmp_path):
         torch.testing.assert_close(ranks[0][name], parameter.detach(), atol=2e-5, rtol=0)
 
 
-def resuming_rank(rank, world_size, port, folder, model, pool):
-    """Train two epochs at once, then the second again from the first's checkpoint, with a validation each time."""
-    join(rank, world_size, port)
+EVALUATED = {"eval_task": "caption", "eval_every_steps": 1, "eval_samples": 3}
+
+
+def resuming_rank(rank, folder, model, pool):
+    """Train two epochs at once, the second again from the first's checkpoint, and both with answers at each step."""
     weights, metrics, draws = [], [], []
-    for job_id, resume in (("whole", "null"), ("resumed", folder / "output/whole/checkpoint_0.pth")):
+    runs = {"whole": {}, "resumed": {"resume_ckpt_path": folder / "output/whole/checkpoint_0.pth"}}
+    for job_id, changed in {**runs, "evaluated": EVALUATED}.items():
         random.seed(rank)
-        settings = {"batch_size_train": 2, "max_epoch": 2, "iters_per_epoch": 2, "resume_ckpt_path": resume}
+        settings = {"batch_size_train": 2, "max_epoch": 2, "iters_per_epoch": 2} | changed
         splits = {"train": Pictures(*pool), "val": Pictures(pool[0][:5], pool[1][:5])}
         own = copy.deepcopy(model)
         own.prompt_list = [f"{i} <Img><ImageHere></Img> " for i in range(4)]
@@ -118,19 +138,16 @@ def resuming_rank(rank, world_size, port, folder, model, pool):
         metrics.append(runner.evaluate("val"))
         draws.append(random.random())
     torch.save((weights, metrics, draws), folder / f"rank{rank}.pth")
-    dist_utils.destroy_process_group()
 
 
-def test_ranks_resume_and_evaluate_together(build_golden_model, pool, tmp_path):
-    """Each rank gets its own random state back; evaluation shares the samples and agrees on the mean."""
-    mp.start_processes(
-        resuming_rank, (2, free_port(), tmp_path, build_golden_model(), pool), nprocs=2, start_method="spawn"
-    )
+def test_ranks_resume_and_evaluate_together(on_two_ranks, build_golden_model, pool, tmp_path):
+    """Each rank gets its own random state back; evaluation shares the samples, agrees on the mean, changes nothing."""
+    on_two_ranks(resuming_rank, tmp_path, build_golden_model(), pool)
     ranks = [torch.load(tmp_path / f"rank{rank}.pth") for rank in range(2)]
     for weights, metrics, draws in ranks:
-        assert torch.equal(*weights)
-        assert metrics[0] == metrics[1]
-        assert draws[0] == draws[1]
+        assert torch.equal(weights[0], weights[1]) and torch.equal(weights[0], weights[2])
+        assert metrics[0] == metrics[1] == metrics[2]
+        assert draws[0] == draws[1] == draws[2]
     assert ranks[0][2] != ranks[1][2]
     assert ranks[0][1] == ranks[1][1]
     model = build_golden_model().eval()
@@ -142,10 +159,22 @@ def test_ranks_resume_and_evaluate_together(build_golden_model, pool, tmp_path):
         expected = model({"image": pool[0][:5], "text_input": pool[1][:5]})["loss"].item()
     assert ranks[0][1][0] == pytest.approx(expected, abs=1e-5)
 
+    splits = {"train": Pictures(*pool), "val": Pictures(pool[0][:5], pool[1][:5])}
+    own = build_golden_model()
+    own.prompt_list = ["0 <Img><ImageHere></Img> "]
+    alone = make_runner(tmp_path, own, splits, "alone", valid_splits="[val]", batch_size_train=2, **EVALUATED)
+    alone.validation.before_training()
+    lines = [
+        [line for line in read_metrics(tmp_path / "output" / job / "metrics.jsonl") if line["step"] == 0]
+        for job in ("alone", "evaluated")
+    ]
+    first, second = ({k: v for line in each for k, v in line.items() if k.startswith("val_")} for each in lines)
+    assert first.pop("val_loss") == pytest.approx(second.pop("val_loss"), rel=1e-6)
+    assert first == second and len(first) > 10
 
-def timed_rank(rank, world_size, port, folder, model, pool):
-    """Steps with and without exchange, and one that rank 0 takes alone."""
-    join(rank, world_size, port)
+
+def timed_rank(rank, folder, model, pool):
+    """Steps with and without exchange, one that rank 0 takes alone, and one with NaN in a picture of rank 1."""
     samples = {"image": pool[0][rank::2][:2], "text_input": pool[1][rank::2][:2]}
     runner = make_runner(folder, copy.deepcopy(model), {"train": Pictures(*pool)}, "job", batch_size_train=2)
     projection = runner.module.llama_proj.weight
@@ -164,18 +193,29 @@ def timed_rank(rank, world_size, port, folder, model, pool):
         timer.step()
     timer.step_alone(3)
     steps = [len(each.seconds) for each in (timer, timer.no_exchange, timer.alone)]
-    torch.save((weights, steps), folder / f"rank{rank}.pth")
-    dist_utils.destroy_process_group()
+    bad = {**samples, "image": samples["image"] * float("nan")} if rank else samples
+    runner.loader.take_ids = lambda: [SampleId("pictures", f"of rank {rank}", "")]
+    skipped = [runner.module.llama_proj.weight.detach().clone()]
+    for taken in (bad, samples):
+        runner.train_step(taken, is_update=True)
+        skipped.append(runner.module.llama_proj.weight.detach().clone())
+    torch.save((weights, steps, skipped), folder / f"rank{rank}.pth")
 
 
-def test_steps_without_exchange(build_golden_model, pool, tmp_path):
-    """A rank can take such steps while the others wait; afterwards all ranks exchange gradients again."""
-    args = (2, free_port(), tmp_path, build_golden_model(), pool)
-    mp.start_processes(timed_rank, args, nprocs=2, start_method="spawn")
-    (first, steps), (second, others) = (torch.load(tmp_path / f"rank{rank}.pth") for rank in range(2))
+def test_steps_without_exchange_and_with_nan_on_one_rank(on_two_ranks, build_golden_model, pool, tmp_path):
+    """A rank can take such steps while the others wait; afterwards all ranks exchange gradients again.
+
+    NaN on one rank: all skip the update, and the samples of that rank are named.
+    """
+    on_two_ranks(timed_rank, tmp_path, build_golden_model(), pool)
+    (first, steps, skipped), (second, others, also) = (torch.load(tmp_path / f"rank{rank}.pth") for rank in range(2))
     assert steps == others == [2, 2, 3]
     assert not first[1].equal(first[0])
     assert first[0].equal(second[0]) and first[2].equal(second[2]) and not first[2].equal(first[0])
+    assert skipped[0].equal(skipped[1]) and also[0].equal(also[1])
+    assert not skipped[1].equal(skipped[2]) and not also[1].equal(also[2])
+    (entry,) = map(json.loads, (tmp_path / "output/job" / BAD_BATCHES).read_text().splitlines())
+    assert entry["rank"] == 1 and [each["key"] for each in entry["samples"]] == ["of rank 1"]
 
 
 class Stalls(Augmented):
@@ -190,9 +230,8 @@ class Stalls(Augmented):
         return super().__getitem__(index)
 
 
-def stopped_rank(rank, world_size, port, folder, model, pool):
-    join(rank, world_size, port)
-    found = {}
+def stopped_rank(rank, folder, model, pool):
+    found, handler = {}, signal.getsignal(signal.SIGTERM)
     for job_id, stalls in (("whole", False), ("stopped", True), ("resumed", False)):
         random.seed(rank), np.random.seed(rank), torch.manual_seed(rank)
         own, data = copy.deepcopy(model), Stalls(*pool)
@@ -208,13 +247,12 @@ def stopped_rank(rank, world_size, port, folder, model, pool):
             found["status"] = stop.status
         found[job_id] = [each.detach().clone() for each in runner._trainable().values()], random.random()
     torch.save(found, folder / f"rank{rank}.pth")
-    dist_utils.destroy_process_group()
+    signal.signal(signal.SIGTERM, handler)  # by which the pool ends this process
 
 
-def test_ranks_stop_together(build_golden_model, pool, tmp_path):
+def test_ranks_stop_together(on_two_ranks, build_golden_model, pool, tmp_path):
     """At the same step, although one waits for data and the other for that one; and they go on exactly."""
-    args = (2, free_port(), tmp_path, build_golden_model(), pool)
-    mp.start_processes(stopped_rank, args, nprocs=2, start_method="spawn")
+    on_two_ranks(stopped_rank, tmp_path, build_golden_model(), pool)
     for rank in range(2):
         found = torch.load(tmp_path / f"rank{rank}.pth")
         assert found["status"] == REQUEUE

@@ -1,11 +1,14 @@
 """Tests that need a GPU: 16-bit training and the loss scaler."""
 
+import random
+
 import pytest
 import torch
-from helpers import QFORMER, VIT
+from helpers import QFORMER, VIT, Pictures
 
 from minigpt4.common import dist_utils
 from minigpt4.models import MiniGPT4
+from minigpt4.tracking.metrics import read_metrics
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -54,6 +57,34 @@ def test_training_in_16_bit(golden_weights, golden_llm_folder, golden, make_runn
     content = torch.load(runner.output_dir / "checkpoint_0.pth", weights_only=True)
     assert content["scaler"] is not None  # the first release resumes only with one
     assert content["model"]["llama_proj.weight"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_evaluation_between_steps_changes_nothing(golden_weights, golden_llm_folder, make_runner, pool, compiled):
+    """As far as two runs without evaluation are equal; with the prefetching thread, packed batches and CUDA graphs."""
+    splits = {"train": Pictures(*pool), "val": Pictures(*pool)}
+    settings = {
+        "device": "cuda",
+        "amp": True,
+        "compile": compiled,
+        "iters_per_epoch": 8,
+        "max_epoch": 2,
+        "init_lr": 0.02,
+    }
+    evaluated = {"valid_splits": "[val]", "eval_task": "caption", "eval_every_steps": 3, "eval_samples": 5}
+    found = []
+    for job, more in (("first", {}), ("second", {}), ("evaluated", evaluated)):
+        random.seed(0), torch.manual_seed(0)
+        model = gpu_model(golden_weights, golden_llm_folder, dist_utils.select_dtype(torch.device("cuda")))
+        model.prompt_list = ["One <Img><ImageHere></Img>", "Another <Img><ImageHere></Img>"]
+        runner = make_runner(model, splits, job, **settings, **more)
+        runner.train()
+        found.append((model.llama_proj.weight.detach().clone(), random.random()))
+    steps = [line["step"] for line in read_metrics(runner.output_dir / "metrics.jsonl") if "val_CIDEr-D" in line]
+    assert steps == [0, 3, 6, 8, 9, 12, 15, 16]
+    (first, drawn), (second, _), (weight, drawn_after) = found
+    assert drawn == drawn_after
+    assert (weight - first).abs().max() <= (second - first).abs().max()
 
 
 def test_auto_is_bf16_on_cards_that_have_it():

@@ -66,6 +66,9 @@ class Batches:
     def take_left_out(self):
         return Counter()
 
+    def take_ids(self):
+        return []
+
     def shares(self):
         return {}
 
@@ -343,13 +346,6 @@ def test_a_run_is_never_overwritten(build_golden_model, make_runner):
     make_runner(build_golden_model())
     with pytest.raises(FileExistsError):
         make_runner(build_golden_model())
-
-
-def test_non_finite_loss_stops_the_run(build_golden_model, make_runner):
-    model = build_golden_model()
-    model.llama_proj.weight.data.fill_(float("nan"))
-    with pytest.raises(FloatingPointError, match=r"loss is nan.*run\.init_lr"):
-        make_runner(model, iters_per_epoch=2).train()
 
 
 def test_a_task_may_return_a_loss_alone(build_golden_model, make_runner):

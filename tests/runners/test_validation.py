@@ -1,14 +1,17 @@
 """Evaluation while a run trains: it changes nothing, finds the best checkpoint, and reports what gets worse."""
 
 import random
+import signal
 
 import numpy as np
 import pytest
 import torch
 from helpers import Pictures
+from PIL import Image
 from torch.utils.data import IterableDataset
 
 from minigpt4.common.registry import registry
+from minigpt4.common.stopping import Stopped, StopRequest
 from minigpt4.evaluation import mean
 from minigpt4.tracking import metrics
 from minigpt4.tracking.metrics import read_metrics
@@ -93,6 +96,8 @@ def test_training_with_evaluation_is_bit_equal(build_golden_model, make_runner, 
     modes = []
     train_step = runner.train_step
     runner.train_step = lambda *args: (modes.append(runner.module.training), train_step(*args))[1]
+    logged, record = [], runner.record.log
+    runner.record.log = lambda step, values: (logged.append((step, values)), record(step, values))
     runner.train()
     assert_equal_checkpoints(plain.last_checkpoint, runner.last_checkpoint)
     assert all(modes) and len(modes) == 10
@@ -102,6 +107,8 @@ def test_training_with_evaluation_is_bit_equal(build_golden_model, make_runner, 
     seconds = sum(line["eval_seconds"] for line in lines_of(runner, "eval_seconds"))
     steps = sum(line["step_seconds"] for line in lines_of(runner, "loss"))
     assert steps < seconds  # of which they hold nothing
+    pictures = [(step, n) for step, values in logged for n, value in values.items() if isinstance(value, Image.Image)]
+    assert pictures == [(0, f"val_picture/{number}") for number in (1, 2, 3)]
 
 
 def test_resumed_equals_uninterrupted(build_golden_model, make_runner, pool):
@@ -123,6 +130,33 @@ def test_resumed_equals_uninterrupted(build_golden_model, make_runner, pool):
     assert lines[0] == lines[1] and len(lines[0]) >= 10
     best = [torch.load(runner.output_dir / "checkpoint_best.pth", weights_only=True) for runner in (whole, resumed)]
     assert all(torch.equal(best[0]["model"][name], best[1]["model"][name]) for name in best[0]["model"])
+
+
+def test_a_signal_during_an_evaluation(build_golden_model, make_runner, pool):
+    """It ends early; the run that goes on makes up for it."""
+    splits, settings = {"train": Pictures(*pool), "val": Pictures(*pool)}, SETTINGS | EVALUATED
+    whole = make_runner(seeded_model(build_golden_model), splits, "whole", **settings)
+    whole.train()
+    stopped = make_runner(seeded_model(build_golden_model), splits, "stopped", **settings)
+    stopped.stop, measure, answered = StopRequest(), stopped.validation.scorer.measure, []
+
+    def measure_and_stop(split):
+        if stopped.step == 4:
+            stopped.stop.number = signal.SIGTERM
+        answered.append(stopped.step)
+        return measure(split)
+
+    stopped.validation.scorer.measure = measure_and_stop
+    with pytest.raises(Stopped):
+        stopped.train()
+    assert answered == [0, 4] and [line["step"] for line in lines_of(stopped, "val_loss")] == [0]
+    resumed = make_runner(
+        seeded_model(build_golden_model), splits, "resumed", resume_ckpt_path=str(stopped.output_dir), **settings
+    )
+    resumed.train()
+    assert_equal_checkpoints(whole.last_checkpoint, resumed.last_checkpoint)
+    figures = [[(line["step"], line["val_CIDEr-D"]) for line in lines_of(r, "val_CIDEr-D")] for r in (whole, resumed)]
+    assert figures[0] == figures[1] and len(figures[0]) == 5
 
 
 @pytest.mark.parametrize(("better", "best"), [("higher", 4), ("lower", 7)])

@@ -11,6 +11,7 @@ from helpers import ROOT
 
 from minigpt4.common.config import Config
 from minigpt4.conversation.loading import load_chat
+from minigpt4.fast.decoding.loop import cached_decoding
 
 EVAL = ROOT / "eval_configs/minigpt4_tiny_eval.yaml"
 
@@ -72,6 +73,7 @@ class Gate:
 @pytest.fixture
 def gate(chat, monkeypatch):
     """The language model waits at this gate before each step."""
+    cached_decoding.supports(chat.model.llama_model)  # its self-check takes steps, too
     gate, forward = Gate(), chat.model.llama_model.forward
 
     def waiting(*args, **kwargs):
@@ -84,15 +86,16 @@ def gate(chat, monkeypatch):
 
 
 @pytest.fixture
-def batches(chat, monkeypatch):
-    """The prompts of each batch that is generated."""
-    seen, context = [], chat.model.context
+def steps(chat, monkeypatch):
+    """How many answers each step of the language model continues, and "prompt" where it reads a part of one."""
+    seen, forward = [], chat.model.llama_model.forward
 
-    def spy(prompts, images):
-        seen.append(prompts)
-        return context(prompts, images)
+    def watched(*args, **kwargs):
+        rows, length = kwargs["inputs_embeds"].shape[:2]
+        seen.append(rows if length == 1 else "prompt")
+        return forward(*args, **kwargs)
 
-    monkeypatch.setattr(chat.model, "context", spy)
+    monkeypatch.setattr(chat.model.llama_model, "forward", watched)
     return seen
 
 

@@ -1,5 +1,7 @@
-"""The queue: batches, order, seeds, and ends of answers."""
+"""Answers that are computed together: order, shares, seeds, memory, and ends."""
 
+import base64
+import random
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -7,17 +9,28 @@ from io import BytesIO
 
 import pytest
 import torch
-from endpoint import assistant, image, text, user
+from endpoint import assistant, image, serving, text, user
+from PIL import Image
 
 from minigpt4.conversation import CONV_VISION, open_picture
 from minigpt4.serving import batching
-from minigpt4.serving.batching import Answer, Batcher, Prompt
-from minigpt4.serving.sampling import RowSampler, RowSampling
+from minigpt4.serving.answer import Answer, Prompt
+from minigpt4.serving.batching import Batcher
+from minigpt4.serving.prepare import image_urls, read_prompt
+from minigpt4.serving.protocol import Message
+from minigpt4.serving.sampling import RowChoice, RowSampling, choose
+from minigpt4.serving.together import EncodedPictures
 
 
 def content(response):
     assert response.status_code == 200, response.text
     return [choice["message"]["content"] for choice in response.json()["choices"]]
+
+
+def picture_file(color) -> bytes:
+    buffer = BytesIO()
+    Image.new("RGB", (16, 16), color).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 @pytest.fixture
@@ -36,7 +49,7 @@ def requests(pictures):
     ]
 
 
-def test_waiting_requests_share_a_batch(served, requests, gate, batches):
+def test_waiting_requests_are_answered_together(served, requests, gate, steps):
     """All but the first request wait while the first one is held up; their answers equal those of single requests."""
     with ThreadPoolExecutor(16) as pool:
         first = pool.submit(served.ask, user(text("First")), max_tokens=1)
@@ -46,40 +59,83 @@ def test_waiting_requests_share_a_batch(served, requests, gate, batches):
         gate.open()
         content(first.result())
         together = [content(other.result()) for other in others]
-    assert [len(prompts) for prompts in batches] == [1, len(requests)]
-    batches.clear()
+    assert max(rows for rows in steps if rows != "prompt") > 4
+    steps.clear()
     assert together == [content(served.ask(*m, max_tokens=24 - n)) for n, m in enumerate(requests)]
-    assert [len(prompts) for prompts in batches] == [1] * len(requests)
+    assert {rows for rows in steps if rows != "prompt"} == {1}
     assert len(set(map(tuple, together))) > 5
 
 
-@pytest.mark.parametrize("own_loop", [True, False])
-def test_filled_batches(served, requests, gate, batches, monkeypatch, own_loop):
-    """A batch of three is filled up, as on a GPU. The answers stay the same, with our loop and with transformers'."""
-    if not own_loop:
-        monkeypatch.setattr("minigpt4.fast.decoding.loop.cached_decoding.supports", lambda llm: False)
-    gate.open()
-    single = [content(served.ask(*messages, max_tokens=12)) for messages in requests[:3]]
-    monkeypatch.setattr(served.batcher, "fill_batches", True)
-    monkeypatch.setattr(batching, "GATHER_SECONDS", 1.0)
-    with ThreadPoolExecutor(3) as pool:
-        together = [pool.submit(served.ask, *messages, max_tokens=12) for messages in requests[:3]]
-        assert [content(request.result()) for request in together] == single
-    assert len(batches[-1]) == 3
-
-
-def test_streams_share_batches_with_others(served, gate, batches):
-    ask = {"max_tokens": 8, "seed": 3, "temperature": 1.0}
-    with ThreadPoolExecutor(8) as pool:
-        first = pool.submit(served.ask, user(text("First")), max_tokens=1)
+def test_nobody_waits_for_a_long_answer(served, gate, talkative, steps):
+    """A request joins a running answer between two of its tokens, streams at once, and leaves before it."""
+    with ThreadPoolExecutor(2) as pool:
+        long = pool.submit(served.ask, user(text("Tell me everything.")), max_tokens=60)
         served.wait_for(running=1)
-        stream = pool.submit(served.ask, user(text("Hello")), stream=True, **ask)
-        whole = pool.submit(served.ask, user(text("Hello")), **ask)
-        served.wait_for(waiting=2)
+        gate.step(5)
+        while len(served.batcher.running[0].ids) < 5:
+            time.sleep(0.01)
+        short = pool.submit(served.ask, user(text("Hello")), max_tokens=3)
+        served.wait_for(waiting=1)
+        gate.step(6)  # of the long answer alone, the prompt, of both twice, and of the long one alone twice
+        assert content(short.result())
+        assert not long.done()
         gate.open()
-        first.result()
-    assert [len(prompts) for prompts in batches] == [1, 2]
-    assert content(whole.result())[0].split()[0] in stream.result().text
+        assert long.result().json()["usage"]["completion_tokens"] == 60
+    assert steps.index(2) < 10 and steps.count(2) == 2 and steps[-1] == 1
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_answers_in_any_order_equal_those_alone(chat, requests, pictures, seed):
+    """Greedy and seeded answers of mixed lengths, which join whenever there is room, with conversations that go on."""
+    rng = random.Random(seed)
+    batcher = Batcher(lambda: chat, 3)
+    batcher.start()
+    while batcher.status != "ready":
+        time.sleep(0.01)
+
+    def prepared(messages):
+        parsed = [Message.model_validate(message) for message in messages]
+        contents = {place: base64.b64decode(url.partition(",")[2]) for place, url in image_urls(parsed, 8).items()}
+        return read_prompt(chat, parsed, contents, 10**7)
+
+    def answer(prompt, n):
+        sampling = RowSampling(temperature=0) if n % 3 else RowSampling(seed=n, repetition_penalty=1.2, temperature=1.3)
+        length = (30, 3, 12, 1, 20)[n % 5]
+        return Answer(chat.model.tokenizer, prompt, sampling, length, ["###"], min_tokens=min(length, n % 4))
+
+    def wait(answers):
+        for each in answers:
+            while not each.finish:
+                each.wait(1)
+        return [each.ids for each in answers]
+
+    prompts = [prepared(messages) for messages in (*requests, *requests[:4])]
+    order = rng.sample(range(len(prompts)), len(prompts))
+    together = {n: answer(prompts[n], n) for n in order}
+    for each in together.values():
+        batcher.submit([each])
+        time.sleep(rng.random() * 0.02)
+    together = wait([together[n] for n in range(len(prompts))])
+    alone = []
+    for n, prompt in enumerate(prompts):
+        one = answer(prompt, n)
+        batcher.submit([one])
+        alone += wait([one])
+    batcher.close()
+    assert together == alone
+    assert len(set(map(tuple, together))) > 8
+
+
+def test_a_model_without_our_loop_answers_one_by_one(served, chat, requests, monkeypatch):
+    def asked(served):
+        greedy = [content(served.ask(*messages, max_tokens=12)) for messages in requests[:3]]
+        return greedy, content(served.ask(*requests[0], seed=3, temperature=1.2, max_tokens=12, min_tokens=5))
+
+    expected = asked(served)
+    monkeypatch.setattr(chat, "decoding_loop", None)
+    with serving(lambda: chat) as other:
+        other.wait_for(status="ready")
+        assert asked(other) == expected
 
 
 def test_seeds_give_the_same_answer_in_any_batch(served, pictures, gate):
@@ -94,11 +150,123 @@ def test_seeds_give_the_same_answer_in_any_batch(served, pictures, gate):
     assert content(served.ask(*messages, **ask)) != content(served.ask(*messages, **ask))
 
 
-def test_choices_share_the_encoding_of_pictures(served, chat, pictures, monkeypatch):
+def test_pictures_are_encoded_once(served, chat, pictures, monkeypatch):
+    """Once for all choices, turns and clients; those that were used last are kept, up to a number of bytes."""
     seen, encode = [], chat.model.encode_img
     monkeypatch.setattr(chat.model, "encode_img", lambda images: seen.append(len(images)) or encode(images))
-    content(served.ask(user(image(pictures[0]), image(pictures[1])), n=4, max_tokens=2))
-    assert seen == [2]
+    new = [picture_file(color) for color in ("#123456", "#654321")]
+    first = [user(*map(image, new), text("What is this?"))]
+    said = content(served.ask(*first, n=4, max_tokens=2))[0]
+    assert sum(seen) == 2
+    content(served.ask(*first, assistant(said), user(text("Sure?")), max_tokens=2))
+    content(served.ask(user(image(new[1])), max_tokens=2))
+    assert sum(seen) == 2
+    size = encode(torch.zeros(1, 3, 64, 64))[0].nbytes
+    kept, images = EncodedPictures(chat, max_bytes=2 * size), list(torch.randn(3, 3, 64, 64))
+    seen.clear()
+    for use in ([0, 1], [0], [2], [0, 2], [1]):
+        torch.testing.assert_close(torch.cat(kept([images[n] for n in use])), encode(torch.stack(images)[use])[0])
+    assert seen == [2, 1, 1]
+
+
+@pytest.mark.parametrize("cause", ["prompt", "step"])
+def test_without_memory_one_request_fails(served, chat, talkative, monkeypatch, cause):
+    """Where a prompt or a step needs more than there is, the others go on."""
+    forward, short = chat.model.llama_model.forward, []
+
+    def failing(*args, **kwargs):
+        rows, length = kwargs["inputs_embeds"].shape[:2]
+        if short and (rows == 3 if cause == "step" else length > 100):
+            raise torch.OutOfMemoryError("no memory")
+        return forward(*args, **kwargs)
+
+    def answers():
+        texts = [f"###Human: {word}###Assistant:" for word in ("a", "b", "c " * 150)]
+        prompts = [Prompt(words, [], chat.num_tokens(words)) for words in texts]
+        return [Answer(chat.model.tokenizer, prompt, RowSampling(temperature=0), 40, ["###"]) for prompt in prompts]
+
+    def wait(answers):
+        for each in answers:
+            while not each.finish:
+                each.wait(1)
+
+    expected, found = answers(), answers()
+    for each in expected[:2]:
+        served.batcher.submit([each])
+        wait([each])
+    monkeypatch.setattr(chat.model.llama_model, "forward", failing)
+    short.append(True)
+    served.batcher.submit(found)
+    wait(found)
+    assert [each.finish for each in found] == ["length", "length", "error"]
+    assert [each.ids for each in found[:2]] == [each.ids for each in expected[:2]]
+    if cause == "prompt":
+        response = served.ask(user(text("c " * 150)))
+        assert response.status_code == 503 and response.json()["error"]["code"] == "out_of_memory"
+
+
+def test_clients_get_equal_shares(chat, gate):
+    """Of the waiting answers, those of the client with the fewest running ones are next."""
+    prompt = Prompt("x", [], 3)
+    batcher = Batcher(lambda: chat, 8)
+    batcher.submit([Answer(chat.model.tokenizer, prompt, RowSampling(), 9, [], client=c) for c in "aaabac"])
+    assert [batcher._take().client for _ in range(6)] == ["a", "b", "c", "a", "a", "a"]
+    assert batcher._take() is None
+
+
+def test_answers_give_way_and_go_on_where_they_were(chat, gate, talkative, monkeypatch):
+    """To clients without a place, and after their turn to anyone who waits; each answer is what it is alone."""
+    monkeypatch.setattr(batching, "TURN_TOKENS", 10)
+    batcher, prompt = Batcher(lambda: chat, 2), Prompt("###Human: Hello###Assistant:", [], 9)
+    batcher.start()
+
+    def ask(n, client=None):
+        sampling = RowSampling(temperature=float(n % 2), seed=n, frequency_penalty=0.3)
+        length = 80 if client else 15
+        answer = Answer(chat.model.tokenizer, prompt, sampling, length, ["###"], min_tokens=3, client=client)
+        batcher.submit([answer])
+        return answer
+
+    def wait(*answers):
+        for each in answers:
+            while not each.finish:
+                each.wait(1)
+        return [each.ids for each in answers]
+
+    clients = ["busy"] * 2 + [None] * 3
+    found = [ask(n, client) for n, client in enumerate(clients[:2])]
+    gate.step(6)
+    while not all(each.ids for each in found):
+        time.sleep(0.001)
+    found += [ask(n, client) for n, client in enumerate(clients) if n >= 2]
+    gate.open()
+    wait(*found[2:])
+    assert not any(each.finish for each in found[:2])
+    assert wait(*found) == [wait(ask(n, client))[0] for n, client in enumerate(clients)]
+    batcher.close()
+
+
+def test_the_chat_answers_through_it(served, chat, pictures, talkative, monkeypatch):
+    """`Chat.stream_answer`, for the page: the same text, the place in the queue, and an end while it waits."""
+
+    def conversation():
+        conv, img_list = CONV_VISION.copy(), []
+        chat.upload_img(open_picture(BytesIO(pictures[1]), "picture"), conv, img_list)
+        chat.ask("What is this?", conv)
+        return conv, img_list
+
+    settings, places = {"max_new_tokens": 20, "do_sample": False, "repetition_penalty": 1.3}, []
+    alone, ids = chat.answer(*conversation(), **settings)
+    monkeypatch.setattr(chat, "batcher", served.batcher)
+    texts = list(chat.stream_answer(*conversation(), in_line=places.append, **settings))
+    assert texts[-1] == alone and all(b.startswith(a) for a, b in zip(texts, texts[1:], strict=False))
+    assert chat.answer(*conversation(), **settings)[1].tolist() == ids.tolist()
+    monkeypatch.setattr(served.batcher, "_take", lambda: None)
+    conv, img_list = conversation()
+    places.clear()
+    answering = chat.stream_answer(conv, img_list, lambda: places == [1], in_line=places.append, **settings)
+    assert list(answering) == [""]
+    assert places == [1] and not served.batcher.waiting
 
 
 def test_greedy_equals_the_chat(served, chat, pictures):
@@ -152,18 +320,6 @@ def test_an_answer_ends_where_the_window_does(served, chat, talkative, monkeypat
     assert refused.json()["error"]["code"] == "context_length_exceeded"
 
 
-def test_a_long_prompt_and_a_long_answer_do_not_share_a_batch(chat):
-    def answer(prompt_tokens, max_tokens):
-        prompt = Prompt("x", [], prompt_tokens)
-        return Answer(chat.model.tokenizer, prompt, RowSampling(), max_tokens, ["###"], "", time.monotonic() + 60)
-
-    batcher = Batcher(lambda: chat, 8)
-    batcher.chat, window = chat, chat.window()
-    assert batcher._fits([answer(window - 10, 10)])
-    assert batcher._fits([answer(10, 20), answer(window - 30, 20)])
-    assert not batcher._fits([answer(10, window - 10), answer(window - 10, 10)])
-
-
 def test_penalties(served, talkative):
     repeated = content(served.ask(user(text("Hello")), max_tokens=40))[0].split()
     varied = content(served.ask(user(text("Hello")), max_tokens=40, frequency_penalty=2, presence_penalty=2))[0].split()
@@ -191,7 +347,7 @@ def test_a_label_that_the_model_repeats_is_removed(chat):
     assert read("a dog </s> b", "length") == ("a dog", "stop")
 
 
-def test_a_batch_that_fails_is_an_error_and_the_next_one_is_not(served, chat, monkeypatch, caplog):
+def test_a_failure_is_an_error_and_the_next_one_is_not(served, chat, monkeypatch, caplog):
     def broken(*args, **options):
         raise RuntimeError("secret of the server")
 
@@ -274,23 +430,30 @@ def test_tokens_are_sampled_as_by_transformers(top_p):
     for warper in (TemperatureLogitsWarper(1.3), TopKLogitsWarper(4), TopPLogitsWarper(top_p)):
         expected = warper(None, expected)
     expected = expected.softmax(-1)[0]
-    sampling = [RowSampling(temperature=1.3, top_k=4, top_p=top_p, seed=n) for n in range(rows)]
-    sampler = RowSampler(sampling, 1, torch.device("cpu"))
-    chosen = sampler(torch.empty(rows, 0, dtype=torch.long), scores.expand(rows, -1)).argmax(-1)
+    sampling, rng = RowSampling(temperature=1.3, top_k=4, top_p=top_p), random.Random(0)
+    chosen = choose(scores.repeat(rows, 1), [RowChoice(sampling, [], rng.random()) for _ in range(rows)])
     frequencies = chosen.bincount(minlength=6) / rows
     assert torch.allclose(frequencies, expected, atol=0.015)
     assert not frequencies[expected == 0].any()
 
 
 def test_each_row_is_sampled_by_its_own_settings():
-    scores = torch.tensor([[1.0, 3.0, 2.9, 0.0]]).repeat(4, 1)
+    scores = torch.tensor([[1.0, 3.0, 2.9, 0.0]]).repeat(5, 1)
     rows = [
         RowSampling(temperature=0),
         RowSampling(temperature=0, presence_penalty=1.0),
         RowSampling(temperature=0, frequency_penalty=0.06),
+        RowSampling(temperature=0, repetition_penalty=1.1),
         RowSampling(top_p=0.0, seed=1),
     ]
-    sampler = RowSampler(rows, 3, torch.device("cpu"))
-    so_far = torch.tensor([[1, 1]] * 4)
-    assert sampler(so_far, scores).argmax(-1).tolist() == [1, 2, 2, 1]
-    assert sampler(so_far[:, :0], scores).argmax(-1).tolist() == [1, 1, 1, 1]
+    for ids, expected in (([1, 1], [1, 2, 2, 2, 1]), ([], [1, 1, 1, 1, 1])):
+        assert choose(scores.clone(), [RowChoice(row, ids, 0.9) for row in rows]).tolist() == expected
+
+
+def test_repetitions_are_penalized_as_by_transformers():
+    from transformers import RepetitionPenaltyLogitsProcessor
+
+    scores, ids = torch.randn(1, 50, generator=torch.Generator().manual_seed(0)), [3, 8, 3, 9]
+    expected = RepetitionPenaltyLogitsProcessor(1.4)(torch.tensor([ids]), scores.clone())
+    choose(scores, [RowChoice(RowSampling(temperature=0, repetition_penalty=1.4), ids, 0.0)])
+    assert torch.equal(scores, expected)

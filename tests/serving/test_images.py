@@ -76,12 +76,18 @@ def test_data_urls():
     assert read(data_url(b"content", "png")) == b"content"
     assert read(data_url(b"", "png")) == b""
     assert read("DATA:image/png;charset=utf-8;BASE64," + base64.b64encode(b"x").decode()) == b"x"
+    content = bytes(range(256)) + b"\xff\xfe"
+    plain = base64.b64encode(content).decode()
+    broken = "\r\n".join(plain[n : n + 76] for n in range(0, len(plain), 76))
+    safe = base64.urlsafe_b64encode(content).decode()
+    assert "-" in safe and "_" in safe
+    for written in (broken, safe, plain.rstrip("="), f" {plain}\n", plain.replace("+", "%2B").replace("=", "%3D")):
+        assert read(f"data:image/png;base64,{written}") == content
     for url in ("data:", "data:,", "data:image/png,abc", "data:text/html;base64,aGk=", "data:image/png;base64"):
         assert "must begin with data:image/" in refusal(url)
     for url in (
         "data:image/png;base64,a",
         "data:image/png;base64,$$$$",
-        "data:image/png;base64,YWJj\nYWJj",
         "data:image/png;base64,é",
     ):
         assert "base64 is damaged" in refusal(url)

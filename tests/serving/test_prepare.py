@@ -107,7 +107,7 @@ def test_pictures_and_tokens(chat, pictures):
     raw = messages(user(CAT, text("What?"), CAT))
     places = image_urls(raw, 8)
     prompt = read_prompt(chat, raw, dict(zip(places, pictures, strict=False)), 10**6)
-    assert [pixels.shape for pixels in prompt.pixels] == [(3, 64, 64)] * 2
+    assert [pixels.shape for pixels in prompt.images] == [(3, 64, 64)] * 2
     context, _ = chat.model.context([prompt.text], [chat.model.query_tokens.new_zeros(1, 16, 256)] * 2)
     assert context.shape[1] == prompt.num_tokens
     with pytest.raises(ApiError, match=r"The picture in messages\[0\].content\[0\] is 64 × 64 pixels") as error:
@@ -124,7 +124,7 @@ def test_transparent_pictures_and_those_of_16_bits(chat):
         picture.save(buffer, "PNG")
         contents.append(buffer.getvalue())
     prompt = read_prompt(chat, raw, dict(zip(image_urls(raw, 8), contents, strict=True)), 10**6)
-    for pixels, gray in zip(prompt.pixels, (255, 128), strict=True):
+    for pixels, gray in zip(prompt.images, (255, 128), strict=True):
         assert torch.equal(pixels, chat.vis_processor(Image.new("RGB", (40, 30), (gray, gray, gray))))
 
 

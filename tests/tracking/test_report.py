@@ -20,6 +20,13 @@ def folder(tmp_path, make_run):
     run_files.write_run_files(Config(SimpleNamespace(cfg_path=str(path), options=[])), folder, 1)
     file = metrics.MetricsFile(folder / metrics.NAME)
     file.write(100, {"test/val_loss": 0.125, "answers": "<script>a cat</script>"})
+    for step, was in ((50, "70"), (90, "29.7")):
+        file.write(step, {"warning/val_exact since start": f"val: exact is 7.1; before training it was {was}."})
+    figure = {"value": 0.5551, "low": 0.53, "high": 0.58, "scale": 100}
+    (folder / "heldout").mkdir()
+    (folder / "heldout" / "scores.json").write_text(
+        json.dumps({"task": "match", "n": 1594, "figures": {"exact <name>": figure}})
+    )
     return folder
 
 
@@ -27,7 +34,9 @@ def test_the_page_holds_everything(folder):
     page = report.write_report(folder).read_text(encoding="utf-8")
     text = re.sub(r"<style>.*?</style>|<svg.*?</svg>|<[^>]+>", " ", page, flags=re.DOTALL)
     words_of_the_page = """a &lt;b&gt; &amp; c|waiting for data|10.0%|val_loss|0.125|CIDEr|0.25|run.init_lr|0.003|66.7%
-        |left out: no text|&lt;script&gt;a cat|torch|python train.py --cfg-path|sample_ratio: 2"""
+        |left out: no text|&lt;script&gt;a cat|Step 90, val: exact is 7.1; before training it was 29.7
+        |exact &lt;name&gt;|55.5|heldout: task match
+        |1,594 answers|torch|python train.py --cfg-path|sample_ratio: 2"""
     for words in map(str.strip, words_of_the_page.split("|")):
         assert words in text, words
     links = re.findall("""(?:src|href) *= *["']?([^"' >]*)""", page)

@@ -6,6 +6,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from torch.utils.data import Dataset
 
+from minigpt4.common import first_release
 from minigpt4.common.errors import ConfigError, check_names
 from minigpt4.common.registry import default_yaml
 from minigpt4.common.schema import RunConfig
@@ -13,6 +14,8 @@ from minigpt4.datasets.patience import Patience
 from minigpt4.datasets.splits import Share
 from minigpt4.processors import BaseProcessor
 from minigpt4.processors.base_processor import make_processor
+
+__getattr__ = first_release.attributes_of(__name__)  # for names that are gone
 
 
 class BaseDatasetBuilder:

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
+from minigpt4.common import first_release
 from minigpt4.common.errors import ConfigError
 from minigpt4.common.facts import cached_features
 from minigpt4.common.registry import registry
@@ -13,6 +14,8 @@ from minigpt4.datasets.datasets.cc_sbu_dataset import CCSBUAlignDataset
 from minigpt4.datasets.datasets.feature_dataset import FeatureSet, FeatureStream
 from minigpt4.datasets.datasets.image_text_stream import ImageTextStream
 from minigpt4.datasets.splits import Share
+
+__getattr__ = first_release.attributes_of(__name__)  # for names that are gone
 
 
 class ImageTextPairBuilder(BaseDatasetBuilder):

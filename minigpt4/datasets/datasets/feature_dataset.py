@@ -21,6 +21,7 @@ from minigpt4.datasets.datasets.tar_reader import Group
 from minigpt4.datasets.feature_cache import IDENTITIES, read_features, read_manifest, shards_of
 from minigpt4.datasets.left_out import Tally
 from minigpt4.datasets.patience import OutOfReach, Patience
+from minigpt4.datasets.samples import Sample
 from minigpt4.datasets.splits import Share
 
 log = logging.getLogger(__name__)
@@ -106,7 +107,8 @@ class FeatureSet(Dataset):
             features = read_features(content, self.manifest["shape"])
         except (ValueError, EOFError, OutOfReach) as error:
             raise _broken(path, error) from error
-        return {"image_features": features, "text_input": self.captions[index], "image_id": self.image_ids[index]}
+        fields = {"image_features": features, "text_input": self.captions[index], "image_id": self.image_ids[index]}
+        return Sample(fields, str(path))
 
     def digest(self) -> str:
         """Identifies the samples, in their order, by which a resumed run knows its data."""

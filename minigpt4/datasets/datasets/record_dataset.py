@@ -14,6 +14,7 @@ from minigpt4.datasets.captions import Unusable
 from minigpt4.datasets.left_out import Tally
 from minigpt4.datasets.patience import OutOfReach, Patience
 from minigpt4.datasets.pictures import BROKEN, load_picture
+from minigpt4.datasets.samples import Sample
 
 
 class RecordDataset(Dataset):
@@ -61,7 +62,7 @@ class RecordDataset(Dataset):
     def item_or_none(self, index: int) -> dict[str, Any] | None:
         """The sample of a record; None, counted as left out, for one that cannot be used."""
         try:
-            return self.item(index)
+            return Sample(self.item(index), self.where(index))
         except Unusable as cause:
             self.tally.drop(str(cause), self.where(index), str(cause.__cause__ or ""))
         except ConfigError as mistake:

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import webdataset as wds
 
 from minigpt4.common.errors import ConfigError
+from minigpt4.datasets.samples import Sample
 from minigpt4.datasets.seeding import derive_seed
 
 Position = tuple[int, int, list[int]]
@@ -61,9 +62,10 @@ class ShardReader:
         while True:
             number = next(self._order)
             self._taken += 1
-            item = self._source.item(self._buffer.pop(number))
+            raw = self._buffer.pop(number)
+            item = self._source.item(raw)
             if item is not None:
-                return item
+                return Sample(item, raw.shard)
 
     def position(self) -> Position:
         """The position behind the last item."""

@@ -19,6 +19,7 @@ from minigpt4.datasets.datasets.shards import is_local
 from minigpt4.datasets.datasets.tar_reader import Group, ShardError, read_members, read_samples
 from minigpt4.datasets.left_out import Gate
 from minigpt4.datasets.patience import OutOfReach, Patience, PatientFile, open_shard
+from minigpt4.datasets.samples import Sample
 from minigpt4.datasets.seeding import derive_seed
 from minigpt4.datasets.splits import Share
 from minigpt4.weights import locate
@@ -128,7 +129,7 @@ class ShardStream(IterableDataset):
 
     def _items(self, samples: Iterable[Any]) -> Iterator[dict[str, Any]]:
         self._open_windows()
-        return (item for sample in samples if (item := self.item(sample)) is not None)
+        return (Sample(item, raw.shard) for raw in samples if (item := self.item(raw)) is not None)
 
     def _open_windows(self) -> None:
         self.read.open_window()

@@ -30,6 +30,11 @@ class KVCache:
         self.positions = torch.zeros(batch, 1, dtype=torch.long, device=device)
         self._rows = torch.arange(batch, device=device).unsqueeze(1)
 
+    @property
+    def allocated(self) -> bool:
+        """Whether every layer has its keys and values. They come with the first prefill, unless that fails."""
+        return bool(self.layers) and all(layer.keys is not None for layer in self.layers)
+
     def prefill(
         self, llm, embeds: torch.Tensor, attention_mask: torch.Tensor, prefix_len: int, kv_len: int | None = None
     ) -> torch.Tensor:
@@ -86,14 +91,54 @@ class KVCache:
 
     def common_prefix(self, embeds: torch.Tensor) -> int:
         """How many of the first positions hold the beginning of [1,S,D]; at least one vector is left to be read."""
-        if self.content is None:
-            return 0
-        n = min(len(self.content), embeds.shape[1] - 1)
-        return int((self.content[:n] == embeds[0, :n]).all(dim=1).cumprod(0).sum())
+        return common_prefix(self.content, embeds[0])
 
     def copy_from(self, other: "KVCache", prefix_len: int) -> None:
         """Copy the first `prefix_len` positions of another cache."""
         self.layers = [layer.copy(self.length, prefix_len) for layer in other.layers]
+
+    def grow(self, batch: int, length: int, like: "KVCache") -> None:
+        """Make room for more rows and positions, with heads as those of another cache. The graphs go.
+
+        Where memory is short, OutOfMemoryError leaves what the cache holds, and its size, as they are.
+        """
+        self.step_graph = None
+        self.layers = self.layers or [LayerKVCache(0) for _ in like.layers]
+        for layer, other in zip(self.layers, like.layers, strict=True):
+            layer.grow(batch, length, other)
+        self.ids = nn.functional.pad(self.ids, (0, batch - self.batch))
+        self.positions = nn.functional.pad(self.positions, (0, 0, 0, batch - self.batch))
+        self.batch, self.length = batch, length
+
+    def first_rows(self, count: int) -> "KVCache":
+        """A cache of the first rows, which shares its memory with this one."""
+        rows = KVCache(count, self.length, self.ids.device)
+        rows.layers = [layer.first_rows(count) for layer in self.layers]
+        rows.ids, rows.positions, rows.pool = self.ids[:count], self.positions[:count], self.pool
+        return rows
+
+    def copy_row(self, row: int, other: "KVCache", other_row: int, length: int) -> None:
+        """Copy the first `length` positions of a row of another cache into a row of this one."""
+        for layer, source in zip(self.layers, other.layers, strict=True):
+            layer.keys[row, :length] = source.keys[other_row, :length]
+            layer.values[row, :length] = source.values[other_row, :length]
+
+    def swap_rows(self, row: int, other_row: int, length: int) -> None:
+        """Exchange the first `length` positions of two rows, and their next tokens."""
+        pair = torch.tensor([row, other_row], device=self.ids.device)
+        for layer in self.layers:
+            for cached in (layer.keys, layer.values):
+                cached[pair, :length] = cached[pair.flip(0), :length]
+        for state in (self.ids, self.positions):
+            state[pair] = state[pair.flip(0)]
+
+
+def common_prefix(content: torch.Tensor | None, embeds: torch.Tensor) -> int:
+    """How many vectors at the beginning of [S,D] and [S,D] are the same; at least one of the second is left over."""
+    if content is None:
+        return 0
+    n = min(len(content), len(embeds) - 1)
+    return int((content[:n] == embeds[:n]).all(dim=1).cumprod(0).sum())
 
 
 class LayerKVCache:
@@ -122,6 +167,21 @@ class LayerKVCache:
         self.visible_keys[self.rows, self.positions] = keys
         self.visible_values[self.rows, self.positions] = values
         return self.visible_keys.transpose(1, 2), self.visible_values.transpose(1, 2)
+
+    def grow(self, batch: int, length: int, like: "LayerKVCache") -> None:
+        if self.keys is not None:  # larger than the others where memory was short before
+            batch, length = max(batch, len(self.keys)), max(length, self.keys.shape[1])
+        grown = [cached.new_zeros(batch, length, *cached.shape[2:]) for cached in (like.keys, like.values)]
+        if self.keys is not None:
+            for new, old in zip(grown, (self.keys, self.values), strict=True):
+                new[: len(old), : old.shape[1]] = old
+        self.keys, self.values = grown
+        self.length = length
+
+    def first_rows(self, count: int) -> "LayerKVCache":
+        rows = LayerKVCache(self.length)
+        rows.keys, rows.values = self.keys[:count], self.values[:count]
+        return rows
 
     def copy(self, length: int, prefix_len: int) -> "LayerKVCache":
         copied = LayerKVCache(length)

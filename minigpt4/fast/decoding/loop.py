@@ -73,11 +73,15 @@ class CachedDecoding:
             attention_mask: [B,S], 0 on padding.
             choose: from the ids so far [B,T] and the logits [B,V] float32 to the next ids [B].
         """
+        return self.decoder(llm).run(llm, embeds, attention_mask, steps, choose)
+
+    def decoder(self, llm) -> "Decoder":
+        """The loop of a model in its present place and state."""
         with self._lock:
             decoder = self.decoders.get(llm)
             if decoder is None or decoder.weights != _fingerprint(llm):
                 decoder = self.decoders[llm] = Decoder(llm, self._graphs)
-        return decoder.run(llm, embeds, attention_mask, steps, choose)
+        return decoder
 
     def clear_cache(self, llm) -> None:
         """Free the caches and graphs of a model; the next answer makes new ones."""
@@ -164,17 +168,17 @@ class Decoder:
         cache, prefix_len = self._take_cache(embeds, prompt_len + steps)
         written, content = 0, None
         try:
-            logits = self._prefill(llm, cache, embeds[:, prefix_len:], attention_mask[:, prefix_len:], prefix_len)
+            logits = self.prefill(llm, cache, embeds[:, prefix_len:], attention_mask[:, prefix_len:], prefix_len)
             content = embeds[0]
             for n in range(steps):
                 with CAPTURE_LOCK:  # torch's random numbers belong to a graph while it is captured
                     history[:, n] = ids = choose(history[:, :n], logits[:rows])
-                read_ids = _start_copy(ids) if self.graphs else ids.cpu
+                read_ids = self.start_copy(ids)
                 if not self.graphs:
                     yield read_ids()
                 if n + 1 < steps:
                     cache.advance(ids)
-                    logits = self._step(llm, cache, prompt_len + n + 1)
+                    logits = self.step(llm, cache, prompt_len + n + 1)
                     written += 1
                 if self.graphs:
                     yield read_ids()
@@ -184,6 +188,10 @@ class Decoder:
                 cache.content, cache.prompt_len = torch.cat([content, answer]), prompt_len
             with self._lock:
                 self.idle = [*self.idle, cache][-MAX_IDLE_CACHES:]
+
+    def start_copy(self, ids: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """Start to copy ids to the host. Returns a function that waits for the copy, and for no step after it."""
+        return _start_copy(ids) if self.graphs else ids.cpu
 
     def _take_cache(self, embeds: torch.Tensor, length: int) -> tuple[KVCache, int]:
         """A cache for a batch, and how many of its positions hold the batch's beginning already."""
@@ -208,7 +216,7 @@ class Decoder:
         cache.content, cache.prompt_len = None, 0
         return cache, prefix_len
 
-    def _prefill(
+    def prefill(
         self, llm, cache: KVCache, embeds: torch.Tensor, attention_mask: torch.Tensor, prefix_len: int
     ) -> torch.Tensor:
         """Read the prompt behind its first `prefix_len` vectors; by a graph once its padded length was met twice.
@@ -254,7 +262,7 @@ class Decoder:
         finally:
             _capturing.release()
 
-    def _step(self, llm, cache: KVCache, kv_len: int) -> torch.Tensor:
+    def step(self, llm, cache: KVCache, kv_len: int) -> torch.Tensor:
         """Logits [B,V] after the tokens that were set; by the cache's graph where there are graphs."""
         if not self.graphs:
             return cache.step(llm, kv_len)

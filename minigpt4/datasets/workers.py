@@ -1,0 +1,230 @@
+"""Data workers: what each of them reads, and the end of those that hang, die, or have lost their main process.
+
+A worker writes the batch and the file that it is at (`patience.at_batch`) into memory that it shares with the main
+process.
+"""
+
+import atexit
+import logging
+import os
+import re
+import signal
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from itertools import count
+from typing import Any, NamedTuple
+
+import numpy as np
+import psutil
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from minigpt4.common.stopping import end_children, ignore_signals
+from minigpt4.datasets import patience
+
+log = logging.getLogger(__name__)
+
+# Seconds without a batch after which the log says what is waited for; again after twice as long, and so on.
+QUIET = 30.0
+# A worker hangs if it is at the same file for this many seconds more than `run.data_timeout_s`.
+GRACE = 60.0
+# Seconds between two looks at the workers, and at their main process.
+LOOK = 1.0
+# Bytes of what a worker writes.
+SIZE = 512
+DEAD = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)")
+
+_boards: "weakref.WeakSet[Board]" = weakref.WeakSet()
+
+
+class DataWorkerError(OSError):
+    """A data worker has died or hung. The text says at what."""
+
+
+class Board:
+    """What each worker is at, as texts in shared memory."""
+
+    def __init__(self, num_workers: int) -> None:
+        self._rows = torch.zeros(num_workers, SIZE, dtype=torch.uint8).share_memory_()
+
+    def writer(self, worker: int) -> Callable[[str], None]:
+        """A function that writes what a worker is at, for `patience.listen`."""
+        row, counter = self._rows[worker].numpy(), count()
+
+        def write(text: str) -> None:
+            content = f"{os.getpid()}\n{next(counter)}\n{text}\n".encode("utf-8", "backslashreplace")[:SIZE]
+            row[: len(content)] = np.frombuffer(content, np.uint8)
+
+        return write
+
+    def read(self) -> list["Row"]:
+        """The rows that were written. One that is written meanwhile may be garbled."""
+        rows = []
+        for content in self._rows.numpy():
+            pid, count, text = (*bytes(content).decode("utf-8", "replace").split("\n"), "", "")[:3]
+            if pid.isdigit() and count.isdigit():
+                rows.append(Row(int(pid), int(count), text))
+        return rows
+
+
+class Row(NamedTuple):
+    """A worker: its process, how often it has written, and what it is at; nothing between two batches."""
+
+    pid: int
+    count: int
+    text: str
+
+
+class WatchedLoader:
+    """A DataLoader of whole batches whose workers are watched.
+
+    num_workers: with 0, the batches are made in this process, in which a reading that hangs is only logged.
+    timeout_s: `run.data_timeout_s`.
+    """
+
+    def __init__(self, dataset: Dataset, sampler: Any, num_workers: int, timeout_s: float) -> None:
+        self.num_workers, self.limit = num_workers, timeout_s + GRACE
+        self.board = Board(max(num_workers, 1))
+        self.loader = DataLoader(
+            dataset,
+            sampler=sampler,
+            batch_size=None,
+            collate_fn=_unchanged,
+            num_workers=num_workers,
+            worker_init_fn=partial(_start, self.board),
+            persistent_workers=num_workers > 0,
+            generator=torch.Generator(),  # by default, each epoch would draw from the global generator
+        )
+        _boards.add(self.board)
+        atexit.unregister(end_children)
+        atexit.register(end_children)
+
+    def __iter__(self) -> Iterator[Any]:
+        watch = _Watch(self.board, self.limit, kill=self.num_workers > 0)
+        batches = iter(self.loader)
+        try:
+            while True:
+                if not self.num_workers:
+                    patience.listen(self.board.writer(0))
+                watch.waiting_since = time.monotonic()
+                try:
+                    batch = next(batches, watch)
+                except (EOFError, OSError) as error:  # the worker has died while it sent a batch
+                    dead = [row for row in self.board.read() if self.num_workers and not _is_alive(row.pid)]
+                    raise (_error_of(dead) if dead else error) from None
+                watch.waiting_since = None
+                if batch is watch:
+                    return
+                yield batch
+        finally:
+            watch.ended.set()
+
+
+class _Watch:
+    """A thread that looks at the workers while a batch is waited for."""
+
+    def __init__(self, board: Board, limit: float, kill: bool) -> None:
+        self.waiting_since: float | None = None
+        self.ended = threading.Event()
+        self._board, self._limit, self._kill = board, limit, kill
+        threading.Thread(target=self._run, daemon=True, name="data watch").start()
+
+    def _run(self) -> None:
+        seen: dict[int, tuple[Row, float]] = {}
+        next_line = QUIET
+        while not self.ended.wait(LOOK):
+            now, since = time.monotonic(), self.waiting_since
+            rows = {row.pid: row for row in self._board.read()}
+            seen = {pid: seen[pid] if seen.get(pid, (None,))[0] == row else (row, now) for pid, row in rows.items()}
+            if since is None:
+                next_line = QUIET
+                continue
+            busy = {row: now - start for row, start in seen.values() if row.text}
+            if now - since >= next_line:
+                next_line *= 2
+                log.warning("Waiting for a batch for %.0f s. %s", now - since, _describe(busy))
+            for row, seconds in busy.items():
+                if seconds > self._limit and self._kill:
+                    log.error("A data worker hangs, and is ended: %s", _describe({row: seconds}))
+                    _kill(row.pid)
+
+
+def _describe(busy: dict[Row, float]) -> str:
+    at = [f"process {row.pid} is for {seconds:.0f} s at {row.text}" for row, seconds in busy.items()]
+    return "; ".join(at) or "No data worker has begun one."
+
+
+def _kill(pid: int) -> None:
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Raise DataWorkerError where torch raises RuntimeError because a worker has died.
+
+    It does so in the main thread, wherever that is.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        found = DEAD.search(str(error))
+        if not found:
+            raise
+        pids = {int(pid) for pid in found[1].split(",")}
+        rows = [row for board in list(_boards) for row in board.read() if row.pid in pids]
+        raise _error_of(rows or [Row(pid, 0, "") for pid in pids]) from None
+
+
+def _error_of(dead: list[Row]) -> DataWorkerError:
+    at = "; ".join(f"process {row.pid}, which was at {row.text or 'no batch'}" for row in dead)
+    return DataWorkerError(
+        f"A data worker has died: {at}. If the lines above do not say why, memory ran out: lower run.num_workers or "
+        "run.batch_size_train. With run.num_workers=0 the main process reads, and shows the error."
+    )
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _start(board: Board, worker: int) -> None:
+    """Set up a worker's process."""
+    patience.listen(board.writer(worker))
+    ignore_signals()
+    _silence_hangups()
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True, name="parent watch").start()
+
+
+def _end_with(parent: int) -> None:
+    """End this process when its parent has ended. torch's own check waits for a worker that reads or sends."""
+    while os.getppid() == parent:
+        time.sleep(LOOK)
+    os._exit(1)
+
+
+def _silence_hangups() -> None:
+    """Let a worker print no traceback for a broken connection: its main process was stopped while it took a batch."""
+    default_hook = sys.excepthook
+
+    def excepthook(kind, error, trace):
+        cut_short = isinstance(error, OSError) and error.errno is None  # a message, by multiprocessing
+        if not (isinstance(error, (ConnectionError, EOFError)) or cut_short):
+            default_hook(kind, error, trace)
+
+    # The hook serves multiprocessing's thread that sends batches; errors of a dataset do not pass it.
+    sys.excepthook = excepthook
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch

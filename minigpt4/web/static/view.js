@@ -1,0 +1,169 @@
+/* How a conversation looks: messages, pictures, notices. */
+
+import { blocks } from "./markdown.js"
+
+let texts = {}
+let fallback = {}
+
+export const $ = (selector) => document.querySelector(selector)
+
+/** The text of a key of texts.json, with values in it. */
+export function t(key, values = {}) {
+  const text = texts[key] ?? fallback[key] ?? key
+  return text.replace(/\{(\w+)\}/g, (whole, name) => values[name]?.toLocaleString(document.documentElement.lang) ?? whole)
+}
+
+/** Choose the first of the visitor's languages that there are texts for, and write the texts of the page. */
+export function translate(tables, languages) {
+  const known = languages.map((language) => language.split("-")[0]).find((language) => tables[language]) ?? "en"
+  texts = tables[known]
+  fallback = tables.en
+  document.documentElement.lang = known === "zh" ? "zh-CN" : known
+  for (const each of document.querySelectorAll("[data-text]")) each.textContent = t(each.dataset.text)
+  for (const each of document.querySelectorAll("[data-label]")) label(each, t(each.dataset.label))
+}
+
+export function label(element, text) {
+  element.setAttribute("aria-label", text)
+  if (["BUTTON", "SUMMARY"].includes(element.tagName)) element.title = text
+}
+
+export function make(name, properties = {}, ...children) {
+  const { className, ...others } = properties
+  const made = document.createElement(name)
+  if (className) made.className = className
+  for (const [key, value] of Object.entries(others)) {
+    if (key in made) made[key] = value
+    else made.setAttribute(key, value)
+  }
+  made.append(...children.filter((child) => child !== null && child !== undefined))
+  return made
+}
+
+export function button(text, onclick, properties = {}) {
+  return make("button", { type: "button", onclick, ...properties }, text)
+}
+
+export function notice(text = "") {
+  $("#notice").textContent = text
+}
+
+export function announce(text) {
+  $("#announcer").textContent = text
+}
+
+/** Put a text into the clipboard, exactly; also on pages without TLS, where browsers have no clipboard API. */
+export async function copy(text, pressed) {
+  try {
+    await navigator.clipboard.writeText(text)
+  } catch {
+    const area = make("textarea", { value: text, className: "unseen" })
+    document.body.append(area)
+    area.select()
+    document.execCommand("copy")
+    area.remove()
+  }
+  const before = pressed.textContent
+  pressed.textContent = t("copied")
+  setTimeout(() => (pressed.textContent = before), 1500)
+}
+
+function copyCode(code) {
+  const made = button(t("copy"), () => copy(code, made), { className: "quiet" })
+  made.setAttribute("aria-label", t("copy_code"))
+  return made
+}
+
+/** Show an answer's text in its bubble. */
+export function fill(bubble, message) {
+  bubble.classList.toggle("waiting", !message.text && message.state !== "done")
+  if (message.text) bubble.replaceChildren(...blocks(message.text, copyCode))
+  else bubble.replaceChildren(message.state === "done" ? "…" : waiting(message))
+}
+
+function waiting({ line, seconds }) {
+  if (!line) return t("thinking")
+  const key = (line > 1 ? "line" : "line_first") + (seconds ? "_seconds" : "")
+  return t(key, { line, seconds })
+}
+
+/** A picture or video of a message. remove: called if the visitor takes it away again; null: it has been asked about. */
+export function figure(file, remove) {
+  const { name, id, pictures, url, video } = file
+  const made = make("figure")
+  if (!id) {
+    made.append(make("div", { className: "reading" }, t("reading")))
+  } else if (video) {
+    const player = make("video", { src: url ?? "", controls: true, preload: "metadata", width: 320 })
+    player.setAttribute("aria-label", name)
+    player.onerror = () => player.remove() // a format that this browser does not play
+    const frames = make("div", { className: "frames" })
+    for (let number = 0; number < pictures; number++) {
+      const values = { name, number: number + 1, count: pictures }
+      frames.append(make("img", { src: `pictures/${id}/${number}`, alt: t("frame", values), loading: "lazy" }))
+    }
+    made.append(...(url ? [player] : []), frames)
+    made.append(make("figcaption", {}, t("frames_seen", { name, count: pictures })))
+  } else {
+    const image = make("img", { src: url ?? `pictures/${id}/0`, alt: t("picture", { name }) })
+    image.onerror = () => {
+      image.onerror = null
+      image.src = `pictures/${id}/0` // a format that this browser does not show
+    }
+    made.append(button(image, () => enlarge(image), { className: "show", "aria-label": t("enlarge", { name }) }))
+  }
+  if (remove) made.append(button("", remove, { className: "remove", "aria-label": t("remove", { name }) }))
+  return made
+}
+
+function enlarge(image) {
+  const viewer = $("#viewer")
+  viewer.querySelector("img")?.remove()
+  viewer.append(make("img", { src: image.currentSrc || image.src, alt: image.alt }))
+  viewer.showModal()
+}
+
+/** The form in which the last question is edited. */
+export function editor(text, save, cancel) {
+  const area = make("textarea", { value: text, rows: 3, dir: "auto", "aria-label": t("edit") })
+  area.onkeydown = (event) => {
+    if (event.isComposing) return
+    if (event.key === "Escape") cancel()
+    if (event.key === "Enter" && !event.shiftKey) {
+      event.preventDefault()
+      save(area.value)
+    }
+  }
+  const buttons = make("div", {}, button(t("cancel"), cancel, { className: "quiet" }))
+  buttons.append(button(t("save"), () => save(area.value), { className: "primary" }))
+  return make("div", { className: "edit" }, area, buttons)
+}
+
+const HINTS = ["num_beams", "temperature", "do_sample", "length_penalty", "seed", "frames"]
+
+/** The fields of a setting: a slider with a number, a number alone, or a box to tick. Calls changed(value). */
+export function setting({ name, type, min, max, step, value }, changed) {
+  const id = `setting-${name}`
+  const row = make("div", { className: "setting" }, make("label", { htmlFor: id }, t(name)))
+  if (type === "checkbox") {
+    row.append(make("input", { type, id, checked: value, onchange: (event) => changed(event.target.checked) }))
+  } else {
+    const number = make("input", { type: "number", id, min, max, step, value: value ?? "", inputMode: "decimal" })
+    row.append(number)
+    const range = type === "range" ? make("input", { type, min, max, step, value, "aria-label": t(name) }) : null
+    const update = (text) => {
+      const given = text === "" ? null : Math.min(Math.max(Number(text), min), max)
+      const kept = given === null && range ? value : given
+      number.value = kept ?? ""
+      if (range) range.value = kept
+      changed(kept)
+    }
+    number.onchange = () => update(number.value)
+    if (range) {
+      range.oninput = () => update(range.value)
+      row.append(range)
+    }
+  }
+  if (HINTS.includes(name)) row.append(make("span", { className: "hint" }, t(`${name}_hint`)))
+  return row
+}
