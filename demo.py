@@ -20,7 +20,8 @@ from pathlib import Path
 from minigpt4.cli.arguments import add_model_arguments, check_address
 from minigpt4.common.commands import accept_any_text, check_dashes, check_positive
 from minigpt4.common.config import Config
-from minigpt4.common.errors import ConfigError, format_error, is_mistake
+from minigpt4.common.errors import ConfigError
+from minigpt4.common.failing import format_error, is_mistake
 from minigpt4.doctor.checks import log_warnings, preflight
 from minigpt4.serving.guard import is_exposed, read_secrets
 from minigpt4.web.server import load_model, serve

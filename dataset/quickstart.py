@@ -74,7 +74,9 @@ def main() -> None:
     stage2 = train("stage2_finetune", [*args.options, f"model.ckpt={stage1}"])
     trained = time.monotonic() - start
     folders = {
-        "untrained": evaluate("stage1_pretrain", [*args.options, "model.ckpt=null"], stage1 / "heldout_untrained", 30),
+        "untrained": evaluate(
+            "stage1_pretrain", [*args.options, "run.seed=3", "model.ckpt=null"], stage1 / "heldout_untrained", 30
+        ),
         "stage1": evaluate("stage1_pretrain", [*args.options, f"model.ckpt={stage1}"], stage1 / "heldout", 30),
         "stage2": evaluate("stage2_finetune", [*args.options, f"model.ckpt={stage2}"], stage2 / "heldout", 100),
     }

@@ -32,7 +32,7 @@ BENCHMARKS = ("bench", "make-random-weights", "rehearse")
 
 def main(argv: list[str] | None = None) -> int | str | None:
     """Run a command. Returns the process's exit status, or a message for stderr."""
-    from minigpt4.common.errors import format_error, is_mistake
+    from minigpt4.common.failing import format_error, is_mistake
 
     accept_any_text()
     arguments = sys.argv[1:] if argv is None else argv

@@ -124,7 +124,7 @@ def facts_of(runner):
     timed = ("time", "_seconds", "_per_second", "_mib")
     lines = [{k: v for k, v in line.items() if not k.endswith(timed)} for line in lines]
     for line in lines:
-        line["samples"] = int(line.get("samples", "0")[:12], 16)  # of texts, torch.testing compares none
+        line["samples"] = int(line.get("samples", "0")[:12], 16)  # torch.testing compares no texts
     weights = {name: p.detach() for name, p in runner._trainable().items()}
     return weights, runner.optimizer.state_dict()["state"], sorted(lines, key=str), random.random()
 

@@ -234,10 +234,11 @@ class RunnerBase:
         self._remember(epoch, batches)
         try:
             self.save_within_epoch()
-            saved = f"The weights of before are in {self.last_checkpoint}."
-        except FloatingPointError as error:  # it was the weights that were broken
-            saved = f"{error} The last checkpoint is {self.last_checkpoint}."
-        raise FloatingPointError(f"{self.health.failure} {saved}")
+            saved = "The weights, which have not changed since, are in {}."
+        except FloatingPointError as error:  # it is the weights that are broken
+            saved = f"{error} The last checkpoint is {{}}."
+        last = dist_utils.broadcast_object(self.last_checkpoint)
+        raise FloatingPointError(f"{self.health.failure} {saved.format(last or 'none')}")
 
     @property
     def last_checkpoint(self) -> Path | None:

@@ -27,6 +27,7 @@ from minigpt4.web.pictures import MAX_PICTURES, Uploads
 
 MAX_CHARACTERS = 20_000  # in a question
 MAX_MESSAGES = 400
+MOST = {"num_beams": 10, "max_new_tokens": 1000, "max_length": Decoding.max_length}  # as on the page's sliders
 UPDATE_SECONDS = 0.04  # at most 25 updates a second reach the browser, whatever the model's speed
 LINE_SECONDS = 0.1  # how often the place in line is looked at
 ANSWER_SECONDS = 3600  # an answer ends after that
@@ -73,9 +74,13 @@ class Question(BaseModel):
         if unknown:
             raise PageError(400, "bad_setting", detail=f"{min(unknown)[:100]!r}")
         try:
-            return _DECODING.validate_python(self.settings)
+            decoding = _DECODING.validate_python(self.settings)
         except ValidationError as error:
             raise PageError(400, "bad_setting", detail=error.errors()[0]["msg"]) from None
+        for name, most in MOST.items():
+            if getattr(decoding, name) > most:
+                raise PageError(400, "bad_setting", detail=f"{name}={getattr(decoding, name)} must be at most {most}.")
+        return decoding
 
 
 @dataclass

@@ -111,6 +111,7 @@ class Page:
             Route("/", self._index),
             Route("/config.json", self._send_config),
             Route("/health", self._health),
+            Route("/progress", self._progress),
             Route("/examples/{name}", self._example),
             Route("/pictures", self._upload, methods=["POST"]),
             Route("/pictures/{upload}/{number:int}", self._preview),
@@ -141,11 +142,15 @@ class Page:
         return JSONResponse(self._config, headers=HEADERS)
 
     async def _health(self, request: Request) -> Response:
-        """Status 200 if the model is loaded, else 503. For the page, and for load balancers."""
+        """Status 200 if the model is loaded, else 503. For load balancers: no password is needed."""
+        ready = self._answering is not None
+        return JSONResponse({"status": "ready" if ready else "loading"}, 200 if ready else 503, HEADERS)
+
+    async def _progress(self, request: Request) -> Response:
+        """How far the model is loaded."""
         seconds = round(time.monotonic() - self._started)
-        if self.batcher is None:
-            return JSONResponse({"status": "loading", "progress": self.progress, "seconds": seconds}, 503, HEADERS)
-        return JSONResponse({"status": "ready", "seconds": seconds}, headers=HEADERS)
+        state = {"ready": self._answering is not None, "progress": self.progress, "seconds": seconds}
+        return JSONResponse(state, headers=HEADERS)
 
     # Pictures
 

@@ -69,7 +69,7 @@ def serve(
         with _no_proxy(f"localhost,127.0.0.1,::1,{host},{others}" if share else "*"):
             server = _gradio_server(checks, root_path)
             _, page.url, shared = server.launch(
-                server_name=host, server_port=port, share=share, prevent_thread_lock=True, quiet=True, _frontend=False,
+                server_name=host, server_port=port, share=share, prevent_thread_lock=True, quiet=True,
                 footer_links=[], run_history=False, enable_monitoring=False, ssr_mode=False, root_path=root_path,
             )  # fmt: skip
         # The first connection is gradio's own. Later ones are bounded in time and number.

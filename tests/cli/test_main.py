@@ -12,7 +12,7 @@ from helpers import ROOT
 
 from minigpt4.__main__ import COMMANDS, main
 from minigpt4.common import commands
-from minigpt4.common.errors import PATIENCE
+from minigpt4.common.failing import PATIENCE
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"]])

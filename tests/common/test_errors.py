@@ -2,11 +2,13 @@
 
 import errno
 import os
+import signal
 
 import pytest
 
 from minigpt4.__main__ import main
-from minigpt4.common.errors import ConfigError, format_error, is_mistake
+from minigpt4.common.errors import ConfigError
+from minigpt4.common.failing import format_error, is_mistake, last_words
 from minigpt4.common.registry import UnknownNameError
 
 
@@ -40,3 +42,42 @@ def test_faults_of_ours_keep_their_traceback(error, monkeypatch):
     monkeypatch.setattr("minigpt4.__main__.dispatch", lambda *_: (_ for _ in ()).throw(error))
     with pytest.raises(type(error)):
         main(["chat"])
+
+
+@pytest.fixture
+def several(monkeypatch, tmp_path):
+    """Function that lets this process be a rank of torchrun's, and returns what it says at its end, and its waits."""
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+
+    def end(rank, error):
+        file = tmp_path / f"attempt_0/{rank}/error.json"
+        file.parent.mkdir(parents=True)
+        for name, value in {"WORLD_SIZE": 4, "RANK": rank, "LOCAL_RANK": rank, "TORCHELASTIC_ERROR_FILE": file}.items():
+            monkeypatch.setenv(name, str(value))
+        waits = []
+        monkeypatch.setattr("time.sleep", waits.append)
+        return last_words(raised(lambda: (_ for _ in ()).throw(error))), waits
+
+    return end
+
+
+def test_the_first_rank_that_fails_says_why_and_no_other(several):
+    first, waited = several(2, ValueError("a fault"))
+    assert "Rank 2" in first and "Traceback" in first and first.endswith("ValueError: a fault") and not waited
+    for rank, error in ((0, RuntimeError("[gloo/pair.cc:1] Connection closed by peer")), (3, ValueError("a fault"))):
+        said, waited = several(rank, error)
+        assert said.count("\n") == 0 and f"Rank {rank}" in said and "has lost another rank" in said and waited
+    said, waited = several(1, ConfigError("run.seed"))
+    assert said == "Error: run.seed" and waited
+
+
+def test_a_rank_that_lost_another_does_not_claim_to_be_the_first(several):
+    said, waited = several(0, RuntimeError("NCCL error"))
+    assert "has lost another rank" in said and waited
+    said, waited = several(1, ConfigError("run.seed"))
+    assert said == "Error: run.seed" and not waited
+
+
+def test_the_only_process_shows_its_traceback():
+    with pytest.raises(ValueError, match="a fault"):
+        last_words(ValueError("a fault"))

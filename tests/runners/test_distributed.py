@@ -231,7 +231,7 @@ class Stalls(Augmented):
 
 
 def stopped_rank(rank, folder, model, pool):
-    found, handler = {}, signal.getsignal(signal.SIGTERM)
+    found = {}
     for job_id, stalls in (("whole", False), ("stopped", True), ("resumed", False)):
         random.seed(rank), np.random.seed(rank), torch.manual_seed(rank)
         own, data = copy.deepcopy(model), Stalls(*pool)
@@ -247,12 +247,12 @@ def stopped_rank(rank, folder, model, pool):
             found["status"] = stop.status
         found[job_id] = [each.detach().clone() for each in runner._trainable().values()], random.random()
     torch.save(found, folder / f"rank{rank}.pth")
-    signal.signal(signal.SIGTERM, handler)  # by which the pool ends this process
 
 
-def test_ranks_stop_together(on_two_ranks, build_golden_model, pool, tmp_path):
+def test_ranks_stop_together(build_golden_model, pool, tmp_path):
     """At the same step, although one waits for data and the other for that one; and they go on exactly."""
-    on_two_ranks(stopped_rank, tmp_path, build_golden_model(), pool)
+    args = (free_port(), stopped_rank, tmp_path, build_golden_model(), pool)
+    mp.start_processes(as_rank, args, nprocs=2, start_method="spawn")  # of their own, since they ignore SIGTERM then
     for rank in range(2):
         found = torch.load(tmp_path / f"rank{rank}.pth")
         assert found["status"] == REQUEUE

@@ -83,7 +83,23 @@ def test_a_run_whose_updates_are_all_bad_stops(build_golden_model, make_runner):
     runner = make_runner(model, iters_per_epoch=9, max_bad_steps=3)
     with pytest.raises(FloatingPointError, match=r"Step 3: the loss is nan.*3 updates in a row.*run\.max_bad_steps"):
         runner.train()
-    assert [entry["step"] for entry in named(runner)] == [1, 2, 3]
+    assert [entry["step"] for entry in named(runner)] == [1, 2, 3] and runner.last_checkpoint is None
+
+
+@pytest.mark.parametrize("length", [9, 4])
+def test_the_last_good_state_is_saved(build_golden_model, make_runner, length):
+    """In the middle of an epoch, or at its end. A run that goes on from there trains what an unspoilt one trains."""
+    settings = {"iters_per_epoch": length, "max_epoch": 2, "init_lr": 0.01, "lr_sched": "linear_warmup_step_lr"}
+    runner = make_runner(build_golden_model(), job_id="bad", max_bad_steps=2, **settings)
+    plant(runner, "gradient", {2, 3})
+    seen, update = [], runner.optimizer_step
+    runner.optimizer_step = lambda: (update(), seen.append(weights(runner)))
+    with pytest.raises(FloatingPointError, match=r"have not changed since, are in .*checkpoint_0_4\.pth"):
+        runner.train()
+    resumed = make_runner(build_golden_model(), job_id="on", resume_ckpt_path=str(runner.last_checkpoint), **settings)
+    assert torch.equal(weights(resumed), seen[1]) and resumed.health.in_a_row == 2
+    resumed.train()
+    assert resumed.step == 2 * length and not named(resumed)
 
 
 def test_bad_updates_that_are_not_in_a_row_do_not_stop_a_run(build_golden_model, make_runner):

@@ -97,16 +97,13 @@ def test_training_with_evaluation_is_bit_equal(build_golden_model, make_runner, 
     train_step = runner.train_step
     runner.train_step = lambda *args: (modes.append(runner.module.training), train_step(*args))[1]
     logged, record = [], runner.record.log
-    runner.record.log = lambda step, values: (logged.append((step, values)), record(step, values))
+    runner.record.log = lambda step, values, *more: (logged.append((step, values)), record(step, values, *more))
     runner.train()
     assert_equal_checkpoints(plain.last_checkpoint, runner.last_checkpoint)
     assert all(modes) and len(modes) == 10
     assert [line["step"] for line in lines_of(runner, "val_CIDEr-D")] == [0, 4, 5, 7, 10]
     (first, *_) = lines_of(runner, "val_answers")
     assert first["val_answers"].count("\n") == 2 and first["val_answers"] in caplog.text
-    seconds = sum(line["eval_seconds"] for line in lines_of(runner, "eval_seconds"))
-    steps = sum(line["step_seconds"] for line in lines_of(runner, "loss"))
-    assert steps < seconds  # of which they hold nothing
     pictures = [(step, n) for step, values in logged for n, value in values.items() if isinstance(value, Image.Image)]
     assert pictures == [(0, f"val_picture/{number}") for number in (1, 2, 3)]
 
@@ -132,6 +129,7 @@ def test_resumed_equals_uninterrupted(build_golden_model, make_runner, pool):
     assert all(torch.equal(best[0]["model"][name], best[1]["model"][name]) for name in best[0]["model"])
 
 
+@pytest.mark.slow
 def test_a_signal_during_an_evaluation(build_golden_model, make_runner, pool):
     """It ends early; the run that goes on makes up for it."""
     splits, settings = {"train": Pictures(*pool), "val": Pictures(*pool)}, SETTINGS | EVALUATED
@@ -189,6 +187,7 @@ def test_the_best_checkpoint_by_a_named_metric(build_golden_model, make_runner, 
         make_runner(build_golden_model(), splits, "again", resume_ckpt_path=path, **SETTINGS, **settings)
 
 
+@pytest.mark.slow
 def test_what_gets_worse_is_a_warning(build_golden_model, make_runner, pool, given, caplog):
     """Worse than before training by more than 5 points, and than what `model.ckpt` records for the same questions."""
     splits = {"train": Pictures(*pool), "val": Pictures(*pool)}
@@ -255,6 +254,7 @@ class Shards(IterableDataset):
         return iter(self.samples[reader::num_readers])
 
 
+@pytest.mark.slow
 def test_streams_and_cached_features(build_golden_model, make_runner, pool):
     """The same samples give the same loss and answers, as a stream, with a length, and from a cache of features."""
     model, (images, captions) = build_golden_model(), pool

@@ -244,6 +244,9 @@ def test_questions_that_are_refused(page, chat):
         ({}, {"nonsense": 1}, "bad_setting"),
         ({}, {"seed": -1}, "bad_setting"),
         ({}, {"num_beams": 1.5}, "bad_setting"),
+        ({}, {"num_beams": 11}, "bad_setting"),
+        ({}, {"max_new_tokens": 1001}, "bad_setting"),
+        ({}, {"max_length": 10**9}, "bad_setting"),
     ):
         message = {"role": "user", "text": "Hi", "pictures": [upload]} | change
         with pytest.raises(PageError) as error:

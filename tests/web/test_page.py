@@ -393,7 +393,16 @@ def test_pictures_and_videos(page, visit, tmp_path, monkeypatch):
     (tmp_path / "large.bmp").write_bytes(b"BM" + bytes(2 * 2**20))
     tab.set_input_files("#files", str(tmp_path / "large.bmp"))
     wait(tab, "document.querySelector('#notice').innerText.startsWith('large.bmp is too large')")
-    ask(tab, "What is it?")
+    held = []
+    tab.route(re.compile(r"/pictures\?"), lambda route: held.append(route))
+    tab.set_input_files("#files", str(tmp_path / "bad.png"))
+    ask(tab, "What is it?")  # asked while a file is on its way that then turns out to be bad
+    wait_until(lambda: tab.evaluate("true") and held)
+    held[0].continue_()
+    wait(tab, "document.querySelector('#notice').innerText.startsWith('bad.png is not a picture')")
+    tab.unroute_all()
+    assert tab.input_value("#box textarea") == "What is it?" and tab.locator(".assistant").count() == 0
+    tab.keyboard.press("Enter")
     wait_for_end(tab)
     upload(tab, write_video(tmp_path / "clip.avi"))
     ask(tab, "And this?")

@@ -159,10 +159,13 @@ async function addFiles(list) {
       blobs[number] = file
       database.put(number, file)
       message.files.push(number)
-      const upload = send(number).catch((error) => {
-        removeFile(number)
-        notice(error.message)
-      })
+      const upload = send(number)
+        .then(() => true)
+        .catch((error) => {
+          removeFile(number)
+          notice(error.message)
+          return false
+        })
       uploading.set(number, upload)
       return upload.finally(() => uploading.delete(number)).then(render)
     }).concat(started()),
@@ -194,7 +197,9 @@ async function send(number, tries = TRIES) {
     return send(number, tries - 1)
   }
   if (!response.ok) throw await problem(response)
-  if (files[number]) Object.assign(files[number], await response.json())
+  const { id, pictures } = await response.json()
+  if (files[number]) Object.assign(files[number], { id, pictures })
+  else post("forget", [id]).catch(() => {}) // it was taken away meanwhile
 }
 
 function post(path, body, options = {}) {
@@ -226,8 +231,8 @@ function removeFile(number) {
 async function ask(text) {
   if (running) return notice(t("wait"))
   if (!text.trim()) return notice(t("ask_something"))
-  await Promise.all(uploading.values())
-  if (running) return
+  const uploaded = await Promise.all(uploading.values())
+  if (running || uploaded.includes(false)) return
   if (!Object.keys(files).length) return notice(t(ready ? "no_picture" : "loading"))
   const before = structuredClone(messages)
   messages = messages.filter((message) => message.role !== "failed")
@@ -474,8 +479,8 @@ function buildExamples() {
 
 async function waitForModel() {
   for (;;) {
-    const state = await fetch("health").then((response) => response.json()).catch(() => null)
-    ready = state?.status === "ready"
+    const state = await fetch("progress").then((response) => response.json()).catch(() => null)
+    ready = state?.ready ?? false
     $("#status").textContent = ready ? "" : state ? t("progress", state) : t("unreachable")
     $("#start").disabled = !ready
     for (const each of document.querySelectorAll("#examples button")) each.disabled = !ready
