@@ -6,6 +6,7 @@ Each step is a command that you can run by itself; it is printed before it runs.
 """
 
 import argparse
+import io
 import os
 import re
 import subprocess
@@ -30,10 +31,9 @@ def run(command: list[str], log: Path | None = None, plugins: str = "") -> str:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [plugins, os.getenv("PYTHONPATH")]))},
-        text=True,
-        errors="replace",
     )
-    for line in process.stdout:
+    # Lines as they are: a progress bar returns to their start.
+    for line in io.TextIOWrapper(process.stdout, encoding="utf-8", errors="replace", newline=""):
         lines.append(line)
         print(line, end="", flush=True)
     if process.wait():
@@ -74,7 +74,9 @@ def main() -> None:
     stage2 = train("stage2_finetune", [*args.options, f"model.ckpt={stage1}"])
     trained = time.monotonic() - start
     folders = {
-        "untrained": evaluate("stage1_pretrain", [*args.options, "model.ckpt=null"], stage1 / "heldout_untrained", 30),
+        "untrained": evaluate(
+            "stage1_pretrain", [*args.options, "run.seed=3", "model.ckpt=null"], stage1 / "heldout_untrained", 30
+        ),
         "stage1": evaluate("stage1_pretrain", [*args.options, f"model.ckpt={stage1}"], stage1 / "heldout", 30),
         "stage2": evaluate("stage2_finetune", [*args.options, f"model.ckpt={stage2}"], stage2 / "heldout", 100),
     }

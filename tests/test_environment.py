@@ -15,6 +15,7 @@ from helpers import ROOT
 HARMLESS = {
     "CUDA_VISIBLE_DEVICES", "NCCL_NVLS_ENABLE", "NO_ALBUMENTATIONS_UPDATE", "OMP_NUM_THREADS", "OMP_WAIT_POLICY",
     "NCCL_DEBUG", "PIP_INDEX_URL",
+    "GGUF",  # of a script in the docs
     "IMG2DATASET",  # the rehearsal's program
     "PYTHONPATH", "PYTORCH_ENABLE_MPS_FALLBACK",
     "PYTHON", "TORCH_INDEX", "VENV",  # of make

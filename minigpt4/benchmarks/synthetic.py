@@ -73,7 +73,11 @@ def round_layers(llm, load_in: str) -> None:
 class WordTokenizer:
     """Makes one token of each word, so that texts have exactly the lengths that are wanted."""
 
-    bos_token_id, eos_token_id = 1, 2
+    unk_token_id, bos_token_id, eos_token_id = 0, 1, 2
+    special_tokens: dict[str, int] = {}  # so that no answer ends by itself
+
+    def __len__(self) -> int:
+        return VOCABULARY
 
     def encode(self, text: str) -> list[int]:
         return [3 + zlib.crc32(word.encode()) % (VOCABULARY - 3) for word in text.split()]

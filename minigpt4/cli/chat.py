@@ -51,7 +51,7 @@ def main(argv: list[str]) -> None:
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     note("Loading the model …")
-    chat = load_chat(cfg, select_gpu(cfg, args.gpu_id or 0), warm_up=[1])
+    chat = load_chat(cfg, select_gpu(cfg, args.gpu_id or 0), warm_up=True)
     terminal = Terminal(chat, arguments.given(args, Decoding), args.frames)
     try:
         for path in args.images:

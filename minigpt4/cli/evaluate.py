@@ -89,6 +89,7 @@ def _score_file(args: argparse.Namespace) -> int:
 def _score_model(args: argparse.Namespace, cfg: Config) -> int:
     from minigpt4.common import dist_utils
     from minigpt4.conversation.loading import load_chat, select_gpu
+    from minigpt4.datasets.seeding import seeded
     from minigpt4.evaluation.generate import answerer_of, check_prompt
     from minigpt4.evaluation.results import ANSWERS, LINES, digest, evaluate
 
@@ -102,7 +103,9 @@ def _score_model(args: argparse.Namespace, cfg: Config) -> int:
             # A mistake shows before the model is loaded.
             check_output(args.out / ANSWERS, settings | {"questions": digest(examples)}, LINES)
         decoding = Decoding(**arguments.given(args, Decoding))
-        answerer = answerer_of(cfg, load_chat(cfg, device), dataset, args.prompt, decoding)
+        with seeded(cfg.run_cfg.seed):  # weights that are in no file are the same each time, and on all ranks
+            chat = load_chat(cfg, device)
+        answerer = answerer_of(cfg, chat, dataset, args.prompt, decoding)
         name = args.name or Path(args.cfg_path).stem
         skipped = evaluate(answerer, task, examples, args.out, settings, name, args.batch_size)
         if dist_utils.is_main_process():

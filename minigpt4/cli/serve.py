@@ -10,14 +10,16 @@ then the server.
 import argparse
 import logging
 import os
+import secrets
 
 from minigpt4.cli.arguments import add_model_arguments, add_settings, check_address, given, parse
 from minigpt4.common.commands import command_parser
 from minigpt4.common.config import Config
+from minigpt4.common.errors import ConfigError
+from minigpt4.serving.guard import is_exposed, read_secrets
 from minigpt4.serving.settings import Settings
 
 KEY_VARIABLE = "MINIGPT4_API_KEY"
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -26,14 +28,33 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s: this machine only)")
     parser.add_argument("--port", type=int, default=8000, metavar="N", help="port to listen on (%(default)s)")
     parser.add_argument(
-        "--api-key", default=os.environ.get(KEY_VARIABLE), metavar="KEY",
-        help=f"key that clients must send; the variable {KEY_VARIABLE} is safer, since other users see command lines",
+        "--api-key", metavar="KEY",
+        help=f"key that clients must send; others see command lines, so the variable {KEY_VARIABLE} or a file is safer",
+    )  # fmt: skip
+    parser.add_argument("--api-key-file", metavar="FILE", help="keys in a file, one a line")
+    parser.add_argument("--open", action="store_true", help="let everybody use the endpoint who can reach it")
+    parser.add_argument(
+        "--allow-host", nargs="+", action="extend", default=[], metavar="NAME",
+        help="names of the endpoint, such as a proxy's; *: any name",
+    )  # fmt: skip
+    parser.add_argument(
+        "--allow-origin", action="append", default=[], metavar="URL",
+        help="origin of a web page (https://example.com) that may use the endpoint in browsers; * for all",
     )  # fmt: skip
     add_settings(parser.add_argument_group("the endpoint; the numbers are upper limits"), Settings)
     args = parse(parser, argv, Settings)
-    if args.api_key == "":
+    if "" in (args.api_key, os.environ.get(KEY_VARIABLE)):
         parser.error(f"--api-key or {KEY_VARIABLE} is empty; leave it out to serve without a key.")
     return args
+
+
+def keys_of(args: argparse.Namespace) -> list[str]:
+    """The keys of which clients must send one. Raises ConfigError."""
+    keys = [args.api_key] if args.api_key else []
+    keys += read_secrets(KEY_VARIABLE, args.api_key_file)
+    if keys and args.open:
+        raise ConfigError("--open lets everybody in, and a key does not. Leave one of them out.")
+    return keys
 
 
 def main(argv: list[str]) -> None:
@@ -41,6 +62,7 @@ def main(argv: list[str]) -> None:
     args = parse_args(argv)
     cfg = Config(args)
     cfg.check_paths()
+    keys = keys_of(args)
     check_address(args.host, args.port)
     import uvicorn
 
@@ -56,9 +78,11 @@ def main(argv: list[str]) -> None:
             super().handle_exit(sig, frame)
 
     setup_logger()
-    if args.api_key is None and args.host not in LOOPBACK:
-        logging.warning("Everyone who can reach %s can use this server. Set %s.", args.host, KEY_VARIABLE)
-    settings = Settings(**given(args, Settings))
+    if not keys and not args.open and is_exposed(args.host):
+        keys = [secrets.token_urlsafe(16)]
+        hint = f"Other machines can reach this server. {KEY_VARIABLE} sets another key, --open lets everybody in."
+        logging.warning("API key: %s  %s", *keys, hint)
+    settings = Settings(**given(args, Settings), api_keys=keys)
 
     def load():
         return load_chat(cfg, select_gpu(cfg, args.gpu_id or 0))

@@ -4,12 +4,15 @@ import logging
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
 from minigpt4.common.resumable import Output
 from minigpt4.common.text import pluralize
+
+THREADS = 4  # that read items ahead
+LISTED = 20  # causes in the log; a file has all
 
 
 def batches_ahead(pool: Executor, function: Callable, items: Iterable, size: int) -> Iterator[list]:
@@ -24,52 +27,58 @@ def batches_ahead(pool: Executor, function: Callable, items: Iterable, size: int
         yield batch
 
 
+class Batch(NamedTuple):
+    """How many items were taken, the lines of their answers, and {name: cause} of those that were skipped."""
+
+    size: int
+    lines: list[dict]
+    skipped: dict[str, str]
+
+
 def answer_in_batches(
-    items: Iterable, load: Callable[[Any], tuple[Any, Any]], answer: Callable[[list[tuple]], list[dict]], size: int
-) -> Iterator[tuple[int, list[dict], list[str]]]:
-    """For each batch of items: their number, the lines of the answers, and why items were skipped.
+    items: Iterable,
+    load: Callable[[Any], tuple[Any, Any]],
+    answer: Callable[[list[tuple]], list[dict]],
+    size: int,
+    threads: int = THREADS,
+) -> Iterator[Batch]:
+    """Answer items, `size` at a time.
 
     Args:
         load: reads an item, in a thread: its name, and what was read, or an exception.
         answer: the lines for a batch of what `load` returned, without exceptions.
     """
-    with ThreadPoolExecutor(4) as pool:
+    with ThreadPoolExecutor(threads) as pool:
         for batch in batches_ahead(pool, load, items, size):
             good = [pair for pair in batch if not isinstance(pair[1], Exception)]
-            skipped = [f"{name}: {error}" for name, error in batch if isinstance(error, Exception)]
-            yield len(batch), answer(good) if good else [], skipped
+            skipped = {str(name): str(error) for name, error in batch if isinstance(error, Exception)}
+            yield Batch(len(batch), answer(good) if good else [], skipped)
 
 
-def write_answers(
-    items: Iterable,
-    load: Callable[[Any], tuple[Any, Any]],
-    answer: Callable[[list[tuple]], list[dict]],
-    output: Output,
-    batch_size: int,
-    unit: str,
-    total: int | None,
-) -> list[str]:
-    """Answer this rank's items in batches, and write a line for each. Returns why all ranks skipped items.
+def write_answers(batches: Iterable[Batch], output: Output, unit: str, total: int | None) -> list[str]:
+    """Write the lines of this rank's answers. Returns why all ranks skipped items; a file beside `output` has it, too.
 
     Args:
-        load, answer: as for `answer_in_batches`.
         unit: what a line is, for messages.
         total: number of the items, if it is known.
     """
     from minigpt4.common import dist_utils
 
-    skipped, written = [], 0
+    own, written = {}, 0
     with tqdm(total=total, unit=unit, disable=dist_utils.get_rank() > 0) as bar:
-        for size, lines, reasons in answer_in_batches(items, load, answer, batch_size):
-            if lines:
-                output.write(lines)
-            written += len(lines)
-            skipped += reasons
-            bar.update(size)
+        for batch in batches:
+            if batch.lines:
+                output.write(batch.lines)
+            written += len(batch.lines)
+            own |= batch.skipped
+            bar.update(batch.size)
     output.finish()
-    skipped = [line for lines in dist_utils.gather_objects(skipped) for line in lines]
-    if skipped:
-        logging.warning("Skipped, %d in all:\n  %s", len(skipped), "\n  ".join(skipped))
+    skipped = {name: cause for each in dist_utils.gather_objects(own) for name, cause in each.items()}
+    file = output.write_errors(skipped) if dist_utils.is_main_process() else None
+    reasons = [f"{name}: {cause}" for name, cause in skipped.items()]
+    if reasons:
+        listed = [*reasons[:LISTED], f"… All are in {file}."] if file and len(reasons) > LISTED else reasons
+        logging.warning("Skipped, %d in all:\n  %s", len(reasons), "\n  ".join(listed))
     written = sum(dist_utils.gather_objects(written))
     logging.info("%s written; %d were there already.", pluralize(written, unit), len(output.done))
-    return skipped
+    return reasons

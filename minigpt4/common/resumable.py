@@ -119,10 +119,21 @@ class Output:
                 part.unlink()
         dist_utils.barrier()
 
+    def write_errors(self, errors: dict[str, str]) -> Path | None:
+        """Keep why items have no line, {name: cause}, in place of what an earlier run kept. Returns the file."""
+        if self._path is None:
+            return None
+        file = _errors_file(self._path)
+        if errors or file.exists():
+            lines = (json.dumps({"name": name, "error": cause}, ensure_ascii=False) for name, cause in errors.items())
+            write_whole(file, "".join(f"{line}\n" for line in lines))
+        return file
+
 
 def check_output(path: Path, settings: dict[str, Any], lines: Lines) -> None:
     """Raise ConfigError if `path`, or a part of it, has lines of others, or lines of other settings."""
     kept = _kept_settings(path, lines)
+    _check_errors_file(path, lines)
     files = [file for file in (path, *_parts(path)) if file.exists()]
     written = [line for file in files for line in _look(file, lines, marked=kept is not None)[0]]
     if written and kept is None:
@@ -141,6 +152,24 @@ def check_output(path: Path, settings: dict[str, Any], lines: Lines) -> None:
 
 def _settings_file(path: Path) -> Path:
     return path.with_name(f"{path.name}.settings.json")
+
+
+def _errors_file(path: Path) -> Path:
+    return path.with_name(f"{path.name}.errors.jsonl")
+
+
+def _check_errors_file(path: Path, lines: Lines) -> None:
+    """Raise ConfigError if there is a file in the place of the causes that this command did not write."""
+    file = _errors_file(path)
+    try:
+        if all(json.loads(line).keys() == {"name", "error"} for line in file.read_bytes().splitlines()):
+            return
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except (OSError, ValueError, AttributeError, RecursionError):
+        pass
+    wrong = f"{file.name} beside it is not a file of causes of `{lines.command}`"
+    raise ConfigError(f"--out {path}: {wrong}. Name another --out.")
 
 
 def _kept_settings(path: Path, lines: Lines) -> dict[str, Any] | None:

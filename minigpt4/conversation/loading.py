@@ -1,7 +1,5 @@
 """Building a `Chat` from a config."""
 
-from collections.abc import Iterable
-
 import torch
 
 from minigpt4.common import dist_utils
@@ -16,17 +14,17 @@ from minigpt4.models.template import FirstRelease
 from minigpt4.processors.base_processor import make_processor
 
 
-def load_chat(cfg: Config, device: torch.device, warm_up: Iterable[int] = ()) -> Chat:
+def load_chat(cfg: Config, device: torch.device, warm_up: bool = False) -> Chat:
     """Build the model and its image processor on `device`. Raises ConfigError for weights that do not fit.
 
-    warm_up: numbers of answers computed together, to be prepared for, so that the first answer need not wait.
+    warm_up: prepare for answers that are computed alone, so that the first one need not wait.
     """
     dtype = dist_utils.select_dtype(device, cfg.run_cfg.amp, cfg.run_cfg.amp_dtype)
     vis_processor = load_vis_processor(cfg)  # first: a mistake in it shows before anything slow begins
     model = registry.get_model_class(cfg.model_cfg.arch).build(cfg.model_cfg, device, dtype)
     log_doubts(cfg.model_cfg, model)
-    for rows in warm_up:
-        cached_decoding.warm_up(model.llama_model, rows=rows)
+    if warm_up:
+        cached_decoding.warm_up(model.llama_model)
         token_texts(model.tokenizer)  # a second, for a large vocabulary
     # The first release's chat differs a little from its training; its published weights expect that.
     template = getattr(model, "template", None)

@@ -1,6 +1,6 @@
 """A model's answers to examples, in batches, on one rank or several."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -122,22 +122,30 @@ def answerer_of(cfg: Config, chat: Chat, dataset: str, prompt: str | None, decod
     return Answerer(chat, template, prompt, decoding)
 
 
-def answers_of(examples: Sequence[Example], answerer: Answerer, batch_size: int) -> tuple[dict[str, Answer], list[str]]:
-    """{id: answer} of the examples, each rank's share from that rank; and why examples were skipped."""
-    own = examples[dist_utils.get_rank() :: dist_utils.get_world_size()]
+def answers_of(
+    examples: Sequence[Example], answerer: Answerer, batch_size: int, until_stopped: Callable = iter
+) -> tuple[dict[str, Answer], list[str]]:
+    """{id: answer} of the examples, each rank's share from that rank; and why examples were skipped.
+
+    until_stopped: yields items until the process is asked to stop.
+    """
+    own = until_stopped(examples[dist_utils.get_rank() :: dist_utils.get_world_size()])
     found = [*answer_in_batches(own, answerer.load, answerer.answer, batch_size)]
-    lines = {line["id"]: Answer(line["answer"], line["ended"]) for _, batch, _ in found for line in batch}
-    skipped = [reason for _, _, reasons in found for reason in reasons]
+    lines = {line["id"]: Answer(line["answer"], line["ended"]) for batch in found for line in batch.lines}
+    skipped = [f"{name}: {cause}" for batch in found for name, cause in batch.skipped.items()]
     gathered = dist_utils.gather_objects((lines, skipped))
     answers = {id: answer for each, _ in gathered for id, answer in each.items()}
     return answers, [reason for _, reasons in gathered for reason in reasons]
 
 
-def answer_all(examples: Sequence[Example], answerer: Answerer, output: Output, batch_size: int) -> list[str]:
+def answer_all(
+    examples: Sequence[Example], answerer: Answerer, output: Output, batch_size: int, until_stopped: Callable = iter
+) -> list[str]:
     """Answer the examples that `output` lacks, this rank its share. Returns why all ranks skipped examples."""
     open_ones = [example for example in examples if example.id not in output.done]
     own = open_ones[dist_utils.get_rank() :: dist_utils.get_world_size()]
-    return write_answers(own, answerer.load, answerer.answer, output, batch_size, "answer", len(own))
+    batches = answer_in_batches(until_stopped(own), answerer.load, answerer.answer, batch_size)
+    return write_answers(batches, output, "answer", len(own))
 
 
 def entry(example: Example, answer: Answer) -> dict:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,8 @@ def evaluate(
     settings: Mapping[str, Any],
     name: str,
     batch_size: int = 8,
+    until_stopped: Callable = iter,
+    check_stop: Callable[[], None] = lambda: None,
 ) -> list[str]:
     """Answer the examples with a model, on all ranks, and write the results. An interrupted call is continued.
 
@@ -44,13 +46,16 @@ def evaluate(
         task: registered name of the task.
         settings: what the answers depend on. Answers of other settings in the folder are a ConfigError.
         name: the model's name in tables.
+        until_stopped: yields items until the process is asked to stop.
+        check_stop: raises an exception on all ranks if one was asked.
 
     Returns:
         Why examples could not be answered.
     """
     settings = {**settings, "questions": digest(examples)}
     with open_output(folder / ANSWERS, settings, LINES) as output:
-        skipped = answer_all(examples, answerer, output, batch_size)
+        skipped = answer_all(examples, answerer, output, batch_size, until_stopped)
+        check_stop()
         if dist_utils.is_main_process():
             write_results(folder, name, task, examples, settings)
     return skipped

@@ -5,9 +5,7 @@ import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from minigpt4.common import dist_utils
 from minigpt4.common.config import Config
@@ -27,6 +25,9 @@ from minigpt4.fast.decoding.loop import CachedDecoding
 SAMPLES = 200  # of each dataset, without `run.eval_samples`
 SHOWN = 10  # answers
 
+if TYPE_CHECKING:
+    from minigpt4.runners import RunnerBase
+
 Datasets = Mapping[str, Mapping[str, Any]]
 
 
@@ -34,14 +35,15 @@ Datasets = Mapping[str, Mapping[str, Any]]
 class AnswerScorer:
     """Asks a model the questions of splits, and scores its answers by `run.eval_task`. All ranks share the work."""
 
-    def __init__(self, cfg: Config, model: Any, datasets: Datasets) -> None:
-        """model: has the members of `common.contracts.AnsweringModel`. Raises ConfigError if it has not."""
+    def __init__(self, runner: "RunnerBase") -> None:
+        """Raises ConfigError for a model without the members of `common.contracts.AnsweringModel`."""
+        cfg, model = runner.cfg, runner.module
         if not hasattr(model, "context") or not hasattr(model, "llama_model"):
             raise ConfigError(
                 f"run.eval_task={cfg.run_cfg.eval_task}: {type(model).__name__} writes no answers (it has no method "
                 "context). Set run.eval_task=null."
             )
-        self._cfg, self._run, self._model, self._datasets = cfg, cfg.run_cfg, model, datasets
+        self._runner, self._cfg, self._run, self._model = runner, cfg, cfg.run_cfg, model
         self._questions: dict[str, tuple[str, list[Example], Answerer]] = {}
         # Without CUDA graphs, which would be captured, and the layers compiled, in the middle of training.
         self._decoding_loop = CachedDecoding(graphs=False)
@@ -67,14 +69,15 @@ class AnswerScorer:
         Pictures are returned with the first scores of a split only.
         """
         if split not in self._questions:
-            task, examples, dataset = _questions(self._cfg, self._datasets, split)
-            chat = Chat(self._model, None, self._device(), decoding_loop=self._decoding_loop)
+            task, examples, dataset = _questions(self._cfg, self._runner.datasets, split)
+            chat = Chat(self._model, None, self._runner.device, decoding_loop=self._decoding_loop)
             longest = min(getattr(self._model, "max_txt_len", Decoding.max_new_tokens), Decoding.max_new_tokens)
             decoding = Decoding(do_sample=False, max_new_tokens=longest)
             self._questions[split] = task, examples, answerer_of(self._cfg, chat, dataset, None, decoding)
         task, examples, answerer = self._questions[split]
-        answers, skipped = answers_of(examples, answerer, self._run.batch_size_eval)
+        answers, skipped = answers_of(examples, answerer, self._run.batch_size_eval, self._runner.stop.until_stopped)
         self._decoding_loop.clear_cache(self._model.llama_model)  # training needs the memory
+        self._runner.check_stop()
         if skipped:
             logging.warning("%s: without an answer, %d in all:\n  %s", split, len(skipped), "\n  ".join(skipped[:20]))
         found = self._scores(split, task, examples, answers) if dist_utils.is_main_process() else None
@@ -82,11 +85,12 @@ class AnswerScorer:
 
     def write(self, split: str, folder: Path) -> dict[str, float]:
         """Ask all questions of a split and write the results as `evaluate` does. Returns the figures, as in tables."""
-        examples, dataset = examples_of_split(self._datasets, split)
+        examples, dataset = examples_of_split(self._runner.datasets, split)
         task = _task(self._cfg, examples)
-        chat = Chat(self._model, None, self._device())
+        chat = Chat(self._model, None, self._runner.device)
         answerer = answerer_of(self._cfg, chat, dataset, None, Decoding(do_sample=False))
-        evaluate(answerer, task, examples, folder, {}, split, self._run.batch_size_eval)
+        stopping = {"until_stopped": self._runner.stop.until_stopped, "check_stop": self._runner.check_stop}
+        evaluate(answerer, task, examples, folder, {}, split, self._run.batch_size_eval, **stopping)
         if not dist_utils.is_main_process():
             return {}
         logging.info("%s: %s\n%s", split, task, (folder / "table.md").read_text(encoding="utf-8"))
@@ -112,9 +116,6 @@ class AnswerScorer:
             "answers": "\n".join(_shown(n, each, answers.get(each.id)) for n, each in enumerate(shown, 1)),
             "pictures": pictures,
         }
-
-    def _device(self) -> torch.device:
-        return dist_utils.select_device(self._run.device)
 
 
 def _questions(cfg: Config, datasets: Datasets, split: str) -> tuple[str, list[Example], str]:

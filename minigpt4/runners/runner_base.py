@@ -93,6 +93,7 @@ class RunnerBase:
         self.place: Place | None = None  # after the last update, if that is not the end of an epoch
         self.saved_step = 0  # of the last checkpoint within an epoch
         self.is_time_to_save = False
+        self.epoch_stats: dict[str, float] = {}  # averages of the epoch that is saved
         self._host_state: tuple | None = None  # random states after the present batch was prepared by a thread
         self.to_resume: list[dict[str, Any]] = []  # progress of all ranks in the epoch that is resumed
         self.run_id = new_run_id(job_id)
@@ -187,11 +188,11 @@ class RunnerBase:
                 self._validate_first()
                 for epoch in range(self.start_epoch, self.run.max_epoch):
                     logging.info("Start training epoch %d, %d iters per inner epoch.", epoch, self.iters_per_epoch)
-                    stats = self.train_epoch(epoch)
+                    self.epoch_stats = self.train_epoch(epoch)
                     self.step = (epoch + 1) * self.iters_per_epoch
                     self.validated = not self.validation.is_due_after(epoch)
                     self.save_checkpoint(epoch)  # before all that could fail
-                    self.log_stats("train", stats)
+                    self.log_stats("train", self.epoch_stats)
                     if not self.validated:
                         self.validation.after_epoch(epoch)
             with self._best_weights():
@@ -365,6 +366,7 @@ class RunnerBase:
         """
         self.health.read()
         content = weights_to_save(self, f"after epoch {epoch}") | {"epoch": epoch, "rng": rng_states()}
+        content["epoch_stats"] = self.epoch_stats
         if dist_utils.is_main_process():
             self.checkpoints.write(content | training_state(self), f"checkpoint_{epoch}.pth", is_best)
 
@@ -394,7 +396,12 @@ class RunnerBase:
         return first
 
     def _validate_first(self) -> None:
-        """Validate before the first step: a new run, or what the resumed run has not validated."""
+        """Validate before the first step: a new run, or what the resumed run has not validated.
+
+        If that was killed after it saved an epoch, the epoch's averages are logged first.
+        """
+        if self.epoch_stats and dist_utils.is_main_process() and not self.record.has(self.step, "train_loss"):
+            self.log_stats("train", self.epoch_stats)
         if self.step == 0:
             self.validation.before_training()
         elif self.start_batches:

@@ -96,6 +96,7 @@ def resume_run(runner: "RunnerBase", path: Path) -> None:
     else:
         runner.start_epoch = epoch + 1
     runner.step = runner.start_epoch * runner.iters_per_epoch + runner.start_batches
+    runner.epoch_stats = content.get("epoch_stats") or {}
     if content.get("grad_norm") is not None:
         runner.grad_norm = torch.tensor(content["grad_norm"])
     if readers := (content.get(resume.FACTS) or {}).get(resume.READERS):

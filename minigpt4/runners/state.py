@@ -35,6 +35,7 @@ ENTRIES = {
     "best_metric": (int, float),
     "validated": bool,
     "grad_norm": (float, NoneType),
+    "epoch_stats": dict,
     "evaluation": dict,
     "run_id": str,
     "health": dict,

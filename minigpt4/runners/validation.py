@@ -56,7 +56,7 @@ class Validation:
         self._latest_step = -1
         self.scorer = None
         if self.run.eval_task and (self.run.valid_splits or self.run.test_splits):
-            self.scorer = registry.get("scorer", "answers")(runner.cfg, runner.module, runner.datasets)
+            self.scorer = registry.get("scorer", "answers")(runner)
 
     def is_due(self, updates: int) -> bool:
         """Whether `run.eval_every_steps` asks for an evaluation after so many updates of the weights."""

@@ -43,6 +43,7 @@ class Answer:
         started: True once the model's thread has taken it up.
         finish: None until the answer has ended, then "stop", "length", "cancelled" or "error".
         error: why it ended with "error".
+        first_token_at: time (`time.monotonic()`) of the first token.
     """
 
     tokenizer: Tokenizer
@@ -59,6 +60,7 @@ class Answer:
     started: bool = False
     finish: str | None = None
     error: Exception | None = None
+    first_token_at: float | None = None
 
     def __post_init__(self) -> None:
         self.stops = [stop for stop in self.stops if stop]
@@ -82,6 +84,7 @@ class Answer:
         if self.finish:
             return
         self.ids.append(token)
+        self.first_token_at = self.first_token_at or time.monotonic()
         if token in self._ends or (self._stop and self._stop.reached(self.ids)):
             self.end("stop")
         elif len(self.ids) >= self.max_tokens or time.monotonic() > self.deadline:

@@ -1,7 +1,8 @@
-"""The routes: /v1/chat/completions, /v1/models and /health."""
+"""The routes: /v1/chat/completions, /v1/models, /health and /metrics."""
 
 import asyncio
 import hmac
+import importlib.util
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -9,14 +10,17 @@ from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
-from starlette.routing import Route
+from starlette.routing import Mount, Route
 
 from minigpt4.conversation.decoding import Decoding
 from minigpt4.serving.batching import Batcher
 from minigpt4.serving.connections import Bodies
 from minigpt4.serving.errors import RETRY, ApiError
+from minigpt4.serving.guard import Brake, HostCheck, TooManyGuesses, client_network
 from minigpt4.serving.images import Images
 from minigpt4.serving.prepare import image_urls, read_prompt
 from minigpt4.serving.protocol import ChatRequest, read_request
@@ -38,12 +42,19 @@ def create_app(batcher: Batcher, settings: Settings) -> Starlette:
     endpoint = Endpoint(batcher, settings)
     routes = [
         Route("/health", endpoint.health),
+        Route("/metrics", endpoint.metrics),
         Route("/v1/models", endpoint.models),
         Route("/v1/models/{model}", endpoint.model),
         Route("/v1/chat/completions", endpoint.completions, methods=["POST"]),
     ]
+    if settings.root_path:  # of a proxy that passes the whole path on; others pass on what is behind it
+        routes.append(Mount(settings.root_path, routes=routes))
+    origins = {"allow_origins": settings.allow_origin, "allow_headers": ["Authorization", "Content-Type"]}
+    cross_origin = Middleware(CORSMiddleware, **origins, allow_methods=["GET", "POST"])
+    host_check = Middleware(HostCheck, host=settings.host, allowed=settings.allow_host)
+    middleware = [host_check, cross_origin] if settings.allow_origin else [host_check]
     handlers = {ApiError: _api_error, HTTPException: _http_error, Exception: _server_error}
-    return Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan)
+    return Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan, middleware=middleware)
 
 
 async def _api_error(request: Request, error: ApiError) -> Response:
@@ -88,12 +99,19 @@ class Endpoint:
 
     def __init__(self, batcher: Batcher, settings: Settings):
         self._batcher, self._settings = batcher, settings
+        self._brake = Brake()
         self._bodies = Bodies(settings.max_bytes)
         self._images = Images(settings.allow_http_images, settings.allow_private_hosts, settings.max_bytes)
         # Only two threads, because a picture takes much memory while it is decoded.
         self._pool = ThreadPoolExecutor(2, "prepare")
         self._started = time.time()
         self._requests = 0
+        self._metrics = None
+        if importlib.util.find_spec("prometheus_client"):
+            from minigpt4.serving.metrics import Metrics
+
+            gauges = {"running": lambda: len(batcher.running), "waiting": lambda: len(batcher.waiting)}
+            self._metrics = Metrics(gauges | {"requests": lambda: self._requests})
 
     async def health(self, request: Request) -> Response:
         """Status 200 if the model is loaded, else 503. No key is needed, because load balancers call this."""
@@ -112,19 +130,40 @@ class Endpoint:
         self._check_model(request.path_params["model"])
         return JSONResponse(self._model())
 
+    async def metrics(self, request: Request) -> Response:
+        """Figures for Prometheus."""
+        self._check_key(request)
+        if self._metrics is None:
+            raise ApiError(501, "There are no figures without prometheus-client: pip install 'minigpt4[metrics]'.")
+        content, kind = self._metrics.text()
+        return Response(content, media_type=kind)
+
     async def completions(self, request: Request) -> Response:
+        """Answer a request, and count the response."""
+        status = 500
+        try:
+            response = await self._completions(request)
+            status = response.status_code
+            return response
+        except ApiError as error:
+            status = error.status
+            raise
+        finally:
+            if self._metrics:
+                self._metrics.count_response(status)
+
+    async def _completions(self, request: Request) -> Response:
         self._check_key(request)
         try:
             body = await self._bodies.read(request)
         except ClientDisconnect:
             return Response(status_code=499)
-        deadline = time.monotonic() + self._settings.timeout
+        start = time.monotonic()
         with ExitStack() as stack:
             stack.enter_context(self._place_in_queue())
             chat_request = await asyncio.to_thread(read_request, body)
             del body
-            client = request.client.host if request.client else ""
-            work = asyncio.create_task(self._answer(chat_request, client, deadline, stack))
+            work = asyncio.create_task(self._answer(chat_request, client_network(request.scope), start, stack))
             gone = asyncio.create_task(_disconnected(request))
             try:
                 await asyncio.wait([work, gone], return_when=asyncio.FIRST_COMPLETED)
@@ -144,11 +183,17 @@ class Endpoint:
     # Checks
 
     def _check_key(self, request: Request) -> None:
-        if self._settings.api_key is None:
+        if not self._settings.api_keys:
             return
         kind, _, key = request.headers.get("authorization", "").partition(" ")
-        right = hmac.compare_digest(key.strip().encode("latin-1"), self._settings.api_key.encode())
-        if kind.lower() != "bearer" or not right:
+        key = key.strip().encode("latin-1")
+        right = any([hmac.compare_digest(key, each.encode()) for each in self._settings.api_keys])
+        try:
+            # A request without a key is no guess.
+            passes = kind.lower() == "bearer" and self._brake.check(client_network(request.scope), key.hex(), right)
+        except TooManyGuesses as error:
+            raise ApiError(429, str(error), "too_many_guesses") from None
+        if not passes:
             raise ApiError(401, "The API key is missing or wrong: send Authorization: Bearer KEY.", "invalid_api_key")
 
     def _check_model(self, name: str) -> None:
@@ -172,10 +217,13 @@ class Endpoint:
 
     # Answers
 
-    async def _answer(self, chat_request: ChatRequest, client: str, deadline: float, stack: ExitStack) -> Response:
+    async def _answer(self, chat_request: ChatRequest, client: str, start: float, stack: ExitStack) -> Response:
         """Answer a client's request. A streaming response takes over the callbacks of `stack`."""
         self._check_model(chat_request.model)
+        deadline = start + self._settings.timeout
         reply = await self._make_reply(chat_request, client, deadline)
+        if self._metrics:
+            stack.callback(self._metrics.count_answers, start, reply.answers)
         stack.callback(self._batcher.cancel, reply.answers)
         self._batcher.submit(reply.answers)
         if not chat_request.stream:

@@ -163,7 +163,7 @@ class Batcher(threading.Thread):
             while self._wait_for_work(answers):
                 answers.round(self._take, self._give_way)
                 with self._queue_changed:
-                    self.running = [answer for answer in self.running if not answer.finish]
+                    self._places()
 
     def _wait_for_work(self, answers: AnswersTogether | AnswersAlone) -> bool:
         """Wait until there is an answer to compute. Returns False if the batcher is closed."""
@@ -174,7 +174,7 @@ class Batcher(threading.Thread):
     def _take(self) -> Answer | None:
         """The next answer to compute: the longest waiting one of the clients with the fewest running answers."""
         with self._queue_changed:
-            running = Counter(map(_client, self.running))
+            running = self._places()
             answer = min(self.waiting, key=lambda answer: running[_client(answer)], default=None)
             if answer:
                 self.waiting.remove(answer)
@@ -185,23 +185,29 @@ class Batcher(threading.Thread):
     def _give_way(self) -> Answer | None:
         """A running answer that goes back into the queue, since others wait and no place is free; None: nobody's.
 
-        It is one of the client with the most places, if that has two more than a client that waits, else the one that
-        has had TURN_TOKENS.
+        It is one of the client with the most places, if that has two more than a client that waits, else one that has
+        had TURN_TOKENS while another client waits.
         """
         with self._queue_changed:
+            running = self._places()
             candidates = [answer for answer in self.running if answer.turn_tokens]
             if not (self.waiting and candidates) or len(self.running) < self._max_batch:
                 return None
-            running = Counter(map(_client, self.running))
             fewest = min(running[_client(answer)] for answer in self.waiting)
             answer = max(candidates, key=lambda answer: (running[_client(answer)], answer.turn_tokens))
             if running[_client(answer)] < fewest + 2:
                 answer = max(candidates, key=lambda answer: answer.turn_tokens)
-                if answer.turn_tokens < TURN_TOKENS:
+                others = any(_client(each) != _client(answer) for each in self.waiting)
+                if answer.turn_tokens < TURN_TOKENS or not others:
                     return None
             self.running.remove(answer)
             self.waiting.append(answer)
             return answer
+
+    def _places(self) -> Counter:
+        """How many running answers each client has, without those that have ended."""
+        self.running = [answer for answer in self.running if not answer.finish]
+        return Counter(map(_client, self.running))
 
 
 def _client(answer: Answer) -> str | int:

@@ -74,13 +74,15 @@ class Bodies:
         self._max_bytes = max_bytes
         self._received: dict[asyncio.Timeout, tuple[str, int]] = {}  # address and bytes, the oldest first
 
-    async def read(self, request: Request) -> bytes:
-        """The body of a request. Raises ApiError if it is too large, too slow or not JSON, and ClientDisconnect."""
-        # Any web page can make a browser send other types. For JSON the browser first asks the server, which refuses.
-        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-            raise ApiError(415, "Send Content-Type: application/json.")
+    async def read(self, request: Request, kind: str = "application/json") -> bytes:
+        """The body of a request. Raises ApiError if it is too large, too slow or not of that kind, and
+        ClientDisconnect."""
+        # Any web page can make a browser send texts and forms. For other types the browser first asks the server, which
+        # refuses.
+        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != kind:
+            raise ApiError(415, f"Send Content-Type: {kind}.")
         # A body that is up to four times too large is read to its end: most clients read the response only after that.
-        body, size, start = bytearray(), 0, time.monotonic()
+        body, size, dropped = bytearray(), 0, False
         try:
             async with asyncio.timeout(BODY_SECONDS) as limit:
                 try:
@@ -93,9 +95,9 @@ class Bodies:
                             break
                         self._admit(limit, request, len(body))
                 finally:
-                    self._received.pop(limit, None)
+                    dropped = self._received.pop(limit, None) is None
         except TimeoutError:
-            if time.monotonic() - start < BODY_SECONDS:
+            if dropped:
                 raise ApiError(503, "Too many requests are being received; try again later.", "busy") from None
             raise ApiError(408, f"The request took longer than {BODY_SECONDS} s to arrive.") from None
         if size > self._max_bytes:

@@ -14,6 +14,7 @@ from minigpt4.serving.answer import Answer, Prompt
 from minigpt4.serving.errors import ApiError
 from minigpt4.serving.protocol import ChatRequest
 
+UPDATE_SECONDS = 0.04  # between two events with text of a choice: reading all text for each token would cost too much
 DONE = "data: [DONE]\n\n"
 
 
@@ -88,6 +89,8 @@ class Reply:
                     del sent[n]
             if not sent:
                 break
+            if any(sent.values()):  # the first text is sent at once
+                await asyncio.sleep(UPDATE_SECONDS)
             await self._wait_for_change()
         if self._request.stream_options.include_usage:
             yield self._body("chat.completion.chunk", []) | self._usage()

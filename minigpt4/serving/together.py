@@ -221,10 +221,15 @@ class AnswersAlone:
         )  # fmt: skip
 
 
+def computes_together(chat: Chat) -> bool:
+    """Whether the decoding loop supports the model, so that answers can be computed together."""
+    llm, loop = chat.model.llama_model, chat.decoding_loop
+    return isinstance(loop, CachedDecoding) and loop.supports(llm) and Sampling.of(llm, {}) is not None
+
+
 def answers_for(chat: Chat, max_answers: int) -> AnswersTogether | AnswersAlone:
     """Computes the answers of a chat, at most `max_answers` at a time."""
-    llm, loop = chat.model.llama_model, chat.decoding_loop
-    if isinstance(loop, CachedDecoding) and loop.supports(llm) and Sampling.of(llm, {}):
+    if computes_together(chat):
         return AnswersTogether(chat, max_answers)
-    logging.info("This language model answers one question after the other (docs/serving.md#batches).")
+    logging.info("This language model answers one question after the other (docs/serving.md#answers-together).")
     return AnswersAlone(chat)

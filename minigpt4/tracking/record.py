@@ -4,6 +4,7 @@ import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,12 @@ class RunRecord:
         while self._to_start:
             self._start(self._to_start.pop(0))
         self._trackers = [tracker for tracker in self._trackers if tracker.log(step, values)]
+
+    def has(self, step: int, name: str) -> bool:
+        """Whether a value was recorded for a step, also by the run that is resumed."""
+        with suppress(OSError):
+            return any(name in line and line["step"] == step for line in metrics.read_metrics(self._metrics.path))
+        return False
 
     def append(self, name: str, entry: Mapping[str, Any]) -> None:
         """Add a line of JSON to a file of the run's folder."""

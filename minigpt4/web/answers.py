@@ -1,8 +1,7 @@
 """Answers to the page's questions, as a stream of updates.
 
-The browser holds the conversation and sends all of it with each question. Ordinary answers are computed together in the
-batches of `serving.batching`. Answers with beams or a repetition penalty, which batches lack, are computed by `Chat`,
-one at a time.
+The browser holds the conversation and sends all of it with each question. Answers are computed together by
+`serving.batching`; those with beams by `Chat`, one at a time.
 """
 
 import asyncio
@@ -21,14 +20,16 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from minigpt4.conversation import Chat, Conversation, Decoding
 from minigpt4.conversation.conversation import IMAGE_TURN
-from minigpt4.serving.batching import Answer, Batcher, Prompt
+from minigpt4.serving.answer import Answer, Prompt
+from minigpt4.serving.batching import Batcher
 from minigpt4.serving.sampling import RowSampling
 from minigpt4.web.pictures import MAX_PICTURES, Uploads
 
 MAX_CHARACTERS = 20_000  # in a question
 MAX_MESSAGES = 400
+MOST = {"num_beams": 10, "max_new_tokens": 1000, "max_length": Decoding.max_length}  # as on the page's sliders
 UPDATE_SECONDS = 0.04  # at most 25 updates a second reach the browser, whatever the model's speed
-LINE_SECONDS = 1.0  # time between two updates of the place in line
+LINE_SECONDS = 0.1  # how often the place in line is looked at
 ANSWER_SECONDS = 3600  # an answer ends after that
 REMEMBERED = 20  # answers from whose time the waiting time is estimated
 
@@ -73,9 +74,13 @@ class Question(BaseModel):
         if unknown:
             raise PageError(400, "bad_setting", detail=f"{min(unknown)[:100]!r}")
         try:
-            return _DECODING.validate_python(self.settings)
+            decoding = _DECODING.validate_python(self.settings)
         except ValidationError as error:
             raise PageError(400, "bad_setting", detail=error.errors()[0]["msg"]) from None
+        for name, most in MOST.items():
+            if getattr(decoding, name) > most:
+                raise PageError(400, "bad_setting", detail=f"{name}={getattr(decoding, name)} must be at most {most}.")
+        return decoding
 
 
 @dataclass
@@ -186,7 +191,7 @@ class Answering:
     batch: int
     _seconds: deque[float] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
 
-    async def updates(self, prepared: Prepared) -> AsyncIterator[str]:
+    async def updates(self, prepared: Prepared, client: str) -> AsyncIterator[str]:
         """Answer, as server-sent events, until the answer ends. Closing this iterator stops it.
 
         {"line", "seconds"}: the place in line and the estimated waiting time, or None; {"started": true}; {"add"}: more
@@ -198,11 +203,18 @@ class Answering:
             with suppress(RuntimeError):  # the event loop is closed, because the server is stopping
                 loop.call_soon_threadsafe(changed.set)
 
-        answer = self._start(prepared, wake)
+        answer = self._start(prepared, client, wake)
         try:
-            async for update in self._wait_in_line(answer, changed):
-                yield _event(update)
-            start, shown = time.monotonic(), ""
+            start, update, shown = time.monotonic(), None, ""
+            while not (answer.text() or answer.finish):
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(changed.wait(), LINE_SECONDS)
+                changed.clear()
+                if not answer.started:
+                    start = time.monotonic()
+                before, update = update, {"started": True} if answer.started else self._line(answer)
+                if update != before:
+                    yield _event(update)
             while True:
                 changed.clear()
                 finish, text = answer.finish, answer.text()
@@ -223,25 +235,20 @@ class Answering:
         finally:
             self._stop(answer)
 
-    def _start(self, prepared: Prepared, wake: Callable[[], None]) -> Answer | _Alone:
+    def _start(self, prepared: Prepared, client: str, wake: Callable[[], None]) -> Answer | _Alone:
         chat, decoding = self.batcher.chat, prepared.fitting
-        if decoding.num_beams > 1 or decoding.repetition_penalty != 1:
+        if decoding.num_beams > 1:
             return _Alone(chat, prepared, wake)
-        sampling = RowSampling(
-            temperature=min(decoding.temperature, 2.0) if decoding.do_sample else 0.0,
-            top_p=decoding.top_p,
-            top_k=decoding.top_k,
-            seed=decoding.seed,
-        )
         answer = Answer(
             chat.model.tokenizer,
             Prompt(prepared.prompt, prepared.pixels, chat.num_tokens(prepared.prompt)),
-            sampling,
+            RowSampling.of(decoding),
             max_tokens=decoding.max_new_tokens,
             stops=[prepared.conv.stop],
             label=prepared.conv.label,
             deadline=time.monotonic() + ANSWER_SECONDS,
             min_tokens=decoding.min_length,
+            client=client,
             changed=wake,
         )
         self.batcher.submit([answer])
@@ -253,27 +260,12 @@ class Answering:
         else:
             answer.end("cancelled")
 
-    async def _wait_in_line(self, answer: Answer | _Alone, changed: asyncio.Event) -> AsyncIterator[dict]:
-        """Updates until the first text, or the end."""
-        shown = None
-        while not (answer.ids or answer.text() or answer.finish):
-            update = {"started": True} if answer.started else self._line(answer)
-            if update != shown:
-                yield update
-                shown = update
-            with suppress(TimeoutError):
-                await asyncio.wait_for(changed.wait(), LINE_SECONDS)
-            changed.clear()
-        if shown != {"started": True}:
-            yield {"started": True}
-
     def _line(self, answer: Answer | _Alone) -> dict:
-        waiting = [*self.batcher.waiting]
-        ahead = waiting.index(answer) if answer in waiting else 0
+        place = self.batcher.place(answer) or 1
         if not self._seconds:
-            return {"line": ahead + 1, "seconds": None}
+            return {"line": place, "seconds": None}
         mean = sum(self._seconds) / len(self._seconds)
-        return {"line": ahead + 1, "seconds": round(mean * (1 + ahead // self.batch))}
+        return {"line": place, "seconds": round(mean * (1 + (place - 1) // self.batch))}
 
 
 def _notes(prepared: Prepared, tokens: int) -> list[str]:

@@ -22,6 +22,8 @@ from minigpt4.conversation import PictureError
 from minigpt4.conversation.videos import FRAMES
 from minigpt4.serving.app import EventStream
 from minigpt4.serving.batching import Batcher
+from minigpt4.serving.connections import Bodies
+from minigpt4.serving.errors import ApiError
 from minigpt4.serving.guard import client_network
 from minigpt4.web.answers import ANSWER_SECONDS, Answering, Message, PageError, Question, prepare
 from minigpt4.web.pictures import MAX_PICTURES, Uploads, read_upload
@@ -30,7 +32,7 @@ STATIC = Path(__file__).with_name("static")
 EXAMPLES = Path(__file__).parents[1] / "assets" / "examples"
 STATIC_FILES = ("page.css", "page.js", "view.js", "store.js", "markdown.js", "icon.svg")
 JSON_BYTES = 2 * 2**20  # limit of a question with its conversation
-BODY_SECONDS = 120  # limit for receiving a body
+REFUSED = {408: "slow", 413: "large_file", 415: "bad_request", 503: "busy"}  # texts for the errors of `Bodies`
 # Requests at a time, of all and of one client.
 MAX_QUESTIONS, OWN_QUESTIONS = 100, 32
 MAX_UPLOADS, OWN_UPLOADS = 32, 16
@@ -78,7 +80,8 @@ class Page:
         self.uploads = Uploads()
         self.batch = batch
         self._answering: Answering | None = None
-        self._folder, self._max_bytes, self._root_path = folder, int(max_upload_mb * 2**20), root_path.rstrip("/")
+        self._folder, self._root_path = folder, root_path.rstrip("/")
+        self._files, self._questions = Bodies(int(max_upload_mb * 2**20)), Bodies(JSON_BYTES)
         self._feedback, self._started = feedback, time.monotonic()
         self._examples = EXAMPLES / ("emoji" if emoji else "drawings")
         self._config = {
@@ -108,6 +111,7 @@ class Page:
             Route("/", self._index),
             Route("/config.json", self._send_config),
             Route("/health", self._health),
+            Route("/progress", self._progress),
             Route("/examples/{name}", self._example),
             Route("/pictures", self._upload, methods=["POST"]),
             Route("/pictures/{upload}/{number:int}", self._preview),
@@ -138,11 +142,15 @@ class Page:
         return JSONResponse(self._config, headers=HEADERS)
 
     async def _health(self, request: Request) -> Response:
-        """Status 200 if the model is loaded, else 503. For the page, and for load balancers."""
+        """Status 200 if the model is loaded, else 503. For load balancers: no password is needed."""
+        ready = self._answering is not None
+        return JSONResponse({"status": "ready" if ready else "loading"}, 200 if ready else 503, HEADERS)
+
+    async def _progress(self, request: Request) -> Response:
+        """How far the model is loaded."""
         seconds = round(time.monotonic() - self._started)
-        if self.batcher is None:
-            return JSONResponse({"status": "loading", "progress": self.progress, "seconds": seconds}, 503, HEADERS)
-        return JSONResponse({"status": "ready", "seconds": seconds}, headers=HEADERS)
+        state = {"ready": self._answering is not None, "progress": self.progress, "seconds": seconds}
+        return JSONResponse(state, headers=HEADERS)
 
     # Pictures
 
@@ -153,8 +161,8 @@ class Page:
         if not (frames.isdecimal() and 1 <= int(frames[:4]) <= MAX_PICTURES):
             raise PageError(400, "bad_setting", detail=f"frames={frames[:20]} must be from 1 to {MAX_PICTURES}.")
         answering, owner = self._ready(), client_network(request.scope)
+        content = await self._read(self._files, request, "application/octet-stream", name)
         with self._place("uploads", owner, MAX_UPLOADS, OWN_UPLOADS):
-            content = await _body(request, self._max_bytes, name)
             read = (content, name, int(frames), owner, answering.batcher.chat.vis_processor, self._folder)
             try:
                 upload = await asyncio.get_running_loop().run_in_executor(self._readers, read_upload, *read)
@@ -170,7 +178,7 @@ class Page:
         return Response(upload.previews[number], media_type="image/jpeg", headers=HEADERS)
 
     async def _forget(self, request: Request) -> Response:
-        names = await _json(request)
+        names = await self._read_json(request)
         if isinstance(names, list):
             self.uploads.forget(name for name in names if isinstance(name, str))
         return Response(status_code=204)
@@ -179,16 +187,15 @@ class Page:
 
     async def _answer(self, request: Request) -> Response:
         """Answer a question with a stream of updates (`Answering.updates`)."""
-        answering = self._ready()
+        answering, owner = self._ready(), client_network(request.scope)
+        try:
+            question = Question.model_validate(await self._read_json(request))
+        except ValidationError as error:
+            raise PageError(400, "bad_request", detail=str(error.errors()[0]["msg"])[:200]) from None
         with ExitStack() as stack:
-            owner = client_network(request.scope)
             stack.enter_context(self._place("questions", owner, MAX_QUESTIONS, OWN_QUESTIONS))
-            try:
-                question = Question.model_validate(await _json(request))
-            except ValidationError as error:
-                raise PageError(400, "bad_request", detail=str(error.errors()[0]["msg"])[:200]) from None
             prepared = await asyncio.to_thread(prepare, answering.batcher.chat, self.uploads, question)
-            updates = answering.updates(prepared)
+            updates = answering.updates(prepared, owner)
             return EventStream(updates, stack.pop_all().close, time.monotonic() + ANSWER_SECONDS)
 
     async def _judge(self, request: Request) -> Response:
@@ -196,7 +203,7 @@ class Page:
         if self._feedback is None:
             raise PageError(404, "gone")
         try:
-            feedback = Feedback.model_validate(await _json(request))
+            feedback = Feedback.model_validate(await self._read_json(request))
         except ValidationError:
             raise PageError(400, "bad_request", detail="feedback") from None
         messages = [{"role": each.role, "text": each.text} for each in feedback.messages]
@@ -205,6 +212,22 @@ class Page:
             with self._feedback.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
         return Response(status_code=204)
+
+    async def _read(self, bodies: Bodies, request: Request, kind: str, name: str = "") -> bytes:
+        """The body of a request. Raises PageError."""
+        try:
+            return await bodies.read(request, kind)
+        except ApiError as error:
+            megabytes = round(self._config["max_upload_mb"], 1)
+            raise PageError(error.status, REFUSED[error.status], name=name, megabytes=megabytes, detail=kind) from None
+        except ClientDisconnect:
+            raise PageError(408, "slow") from None
+
+    async def _read_json(self, request: Request):
+        try:
+            return json.loads(await self._read(self._questions, request, "application/json"))
+        except (ValueError, RecursionError):
+            raise PageError(400, "bad_request", detail="JSON") from None
 
     def _ready(self) -> Answering:
         if self._answering is None:
@@ -224,32 +247,6 @@ class Page:
             counts[owner] -= 1
             if not counts[owner]:
                 del counts[owner]
-
-
-async def _body(request: Request, limit: int, name: str = "") -> bytes:
-    """The body of a request. Raises PageError if it is too large or too slow."""
-    body, too_large = bytearray(), PageError(413, "large_file", name=name, megabytes=round(limit / 2**20, 1))
-    if int(request.headers.get("content-length", 0)) > limit:
-        raise too_large
-    try:
-        async with asyncio.timeout(BODY_SECONDS):
-            async for chunk in request.stream():
-                body += chunk
-                if len(body) > limit:
-                    raise too_large
-    except (TimeoutError, ClientDisconnect):
-        raise PageError(408, "slow") from None
-    return bytes(body)
-
-
-async def _json(request: Request):
-    """The body as JSON; pages of other sites cannot send this type without asking. Raises PageError."""
-    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-        raise PageError(415, "bad_request", detail="Content-Type")
-    try:
-        return json.loads(await _body(request, JSON_BYTES))
-    except (ValueError, RecursionError):
-        raise PageError(400, "bad_request", detail="JSON") from None
 
 
 async def _page_error(request: Request, error: PageError) -> Response:

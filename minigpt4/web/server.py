@@ -51,6 +51,7 @@ def serve(
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     from minigpt4.common.logger import setup_logger
+    from minigpt4.serving.connections import Connection
     from minigpt4.web.page import Page
     from minigpt4.web.pictures import video_folder
 
@@ -68,9 +69,11 @@ def serve(
         with _no_proxy(f"localhost,127.0.0.1,::1,{host},{others}" if share else "*"):
             server = _gradio_server(checks, root_path)
             _, page.url, shared = server.launch(
-                server_name=host, server_port=port, share=share, prevent_thread_lock=True, quiet=True, _frontend=False,
+                server_name=host, server_port=port, share=share, prevent_thread_lock=True, quiet=True,
                 footer_links=[], run_history=False, enable_monitoring=False, ssr_mode=False, root_path=root_path,
             )  # fmt: skip
+        # The first connection is gradio's own. Later ones are bounded in time and number.
+        server.get_blocks().server.config.http_protocol_class = Connection
         try:
             logging.info("Running on local URL:  %s", page.url)
             if shared:
@@ -134,7 +137,7 @@ def load_model(page: Page, cfg: Config, gpu_id: int, check_weights: Callable[[],
 
         check_weights()
         page.progress = "Loading the model"
-        answer_with(page, load_chat(cfg, select_gpu(cfg, gpu_id), warm_up=[1, page.batch]))
+        answer_with(page, load_chat(cfg, select_gpu(cfg, gpu_id)))
     finally:
         logging.getLogger().removeHandler(handler)
     logging.info("Initialization Finished")

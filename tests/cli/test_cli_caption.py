@@ -92,12 +92,12 @@ def test_captions_with_any_character_in_them_do_not_break_resuming(run, monkeypa
 
     text = "a\u2028b\u2029c\u0085d\x1ce\r\nf ✓ 猫"
     monkeypatch.setattr(MiniGPT4, "generate", lambda self, images, texts, **options: [text] * len(texts))
-    out = tmp_path / "out.jsonl"
-    _, lines = run(*IMAGES[:2])
+    out, beams = tmp_path / "out.jsonl", ("--num-beams", 2)  # with which `generate` writes the captions
+    _, lines = run(*IMAGES[:2], *beams)
     assert [line["caption"] for line in lines] == [text] * 2
     before = out.read_bytes()
     out.write_bytes(before[: before.rindex("猫".encode()) + 1])
-    _, lines = run(*IMAGES[:3])
+    _, lines = run(*IMAGES[:3], *beams)
     assert out.read_bytes().startswith(before)
     assert [line["image"] for line in lines] == [str(path) for path in IMAGES[:3]]
 
@@ -131,9 +131,10 @@ def test_prompts_for_videos(run, monkeypatch, tmp_path):
     monkeypatch.setattr(
         MiniGPT4, "generate", lambda self, images, texts, **o: seen.append((len(images), texts)) or ["x"] * len(texts)
     )
-    run(IMAGES[0], write_video(tmp_path / "clip.mp4"), "--frames", 2, "--prompt", "Is <Img><ImageHere></Img> new?")
+    settings = ("--frames", 2, "--num-beams", 2)
+    run(IMAGES[0], write_video(tmp_path / "clip.mp4"), *settings, "--prompt", "Is <Img><ImageHere></Img> new?")
     (tmp_path / "out.jsonl").unlink()
-    run(write_video(tmp_path / "other.mp4"), "--frames", 2, "--prompt", "<ImageHere>")
+    run(write_video(tmp_path / "other.mp4"), *settings, "--prompt", "<ImageHere>")
     picture = "<Img><ImageHere></Img>"
     assert seen == [(3, [f"Is {picture} new?", f"Is {picture} {picture} new?"]), (2, ["<ImageHere> <ImageHere>"])]
 
@@ -194,9 +195,9 @@ def test_prompts(run, golden_config, monkeypatch, tmp_path):
     )
     template = ["--options", "model.prompt_template=###Human: {} ###Assistant: "]
     for arguments in ([IMAGES[0]], [IMAGES[1], "--prompt", "What is it?", *template]):
-        run(*arguments)
+        run("--num-beams", 2, *arguments)
         (tmp_path / "out.jsonl").unlink()
-    run(IMAGES[2], "--prompt", "<ImageHere> is", *template)
+    run(IMAGES[2], "--num-beams", 2, "--prompt", "<ImageHere> is", *template)
     assert prompts == [
         ["<ImageHere>"],
         ["###Human: <Img><ImageHere></Img> What is it? ###Assistant: "],
@@ -210,6 +211,83 @@ def test_batches_equal_single_pictures(run, tmp_path):
     _, single = run(*IMAGES, "--batch-size", 1)
     assert together == single
     assert len({line["caption"] for line in single}) > 1
+
+
+@pytest.mark.parametrize("settings", [[], ["--min-length", 5], ["--repetition-penalty", 1.3]])
+def test_together_token_by_token_or_in_batches(run, monkeypatch, tmp_path, settings):
+    """The captions and their order are the same, with videos and unreadable files among the pictures."""
+    (tmp_path / "bad.png").write_text("no picture")
+    items = [*IMAGES[:2], write_video(tmp_path / "clip.mp4"), tmp_path / "bad.png", *IMAGES[2:]]
+    _, together = run(*items, "--batch-size", 3, "--frames", 2, *settings)
+    (tmp_path / "out.jsonl").unlink()
+    monkeypatch.setattr("minigpt4.serving.together.computes_together", lambda chat: False)
+    _, in_batches = run(*items, "--batch-size", 3, "--frames", 2, *settings)
+    assert together == in_batches and [line["image"] for line in together] == [
+        str(i) for i in items if "bad" not in str(i)
+    ]
+
+
+def test_a_long_caption_holds_up_nobody(run, monkeypatch):
+    """The captions after it are computed while it is written, and the lines keep their order."""
+    from minigpt4.serving.answer import Answer
+
+    made, ended = [], []
+    prepare, end = Answer.__post_init__, Answer.end
+
+    def with_a_length(answer):
+        answer.max_tokens = answer.min_tokens = 2 if made else 8
+        made.append(answer)
+        prepare(answer)
+
+    monkeypatch.setattr(Answer, "__post_init__", with_a_length)
+    monkeypatch.setattr(Answer, "end", lambda self, *how: ended.append(made.index(self)) or end(self, *how))
+    _, lines = run(*IMAGES[:3], "--batch-size", 2)
+    assert list(dict.fromkeys(ended)) == [1, 2, 0]
+    assert [line["image"] for line in lines] == [str(path) for path in IMAGES[:3]]
+
+
+def test_causes_are_kept_in_a_file(run, folder, tmp_path, monkeypatch):
+    (folder / "bad.png").write_text("no picture")
+    errors = tmp_path / "out.jsonl.errors.jsonl"
+    status, _ = run("--dir", folder)
+    (line,) = map(json.loads, errors.read_text().splitlines())
+    assert status == 1 and line["name"] == str(folder / "bad.png") and "not a picture" in line["error"]
+    shutil.copy(IMAGES[0], folder / "bad.png")
+    assert run("--dir", folder)[0] == 0
+    assert errors.read_text() == ""
+    errors.write_text("mine")
+    assert "out.jsonl.errors.jsonl beside it is not a file of causes" in run("--dir", folder)[0]
+    assert errors.read_text() == "mine"
+
+
+def test_parts_of_a_job_array(run, folder, tmp_path):
+    found = []
+    for part in range(3):
+        status, _ = run("--dir", folder, "--part", f"{part}/3")
+        assert status == 0
+        out = tmp_path / f"out-{part:05}-of-00003.jsonl"
+        found += [json.loads(line)["image"] for line in out.read_text().splitlines()]
+    assert sorted(found) == sorted(map(str, folder.rglob("*.png"))) and not (tmp_path / "out.jsonl").exists()
+    assert "has nothing to describe" in run(IMAGES[0], "--part", "1/2")[0]
+
+
+def test_a_file_for_each_shard(golden_config, tmp_path):
+    shards = []
+    for number in range(3):
+        shards.append(tmp_path / f"{number:05}.tar")
+        with tarfile.open(shards[-1], "w") as tar:
+            tar.add(IMAGES[number], f"{IMAGES[number].stem}.png")
+    out = tmp_path / "captions"
+    command = ["caption", "--out-dir", str(out), "--cfg-path", str(golden_config), "--max-new-tokens", "2", "--shards"]
+    assert main([*command, str(tmp_path / "{00000..00002}.tar"), "--part", "1/2"]) == 0
+    assert [path.name for path in sorted(out.glob("0*.jsonl"))] == ["00001.jsonl"]
+    assert main([*command, str(tmp_path / "{00000..00002}.tar")]) == 0
+    for number, shard in enumerate(shards):
+        (line,) = (out / f"{number:05}.jsonl").read_text().splitlines()
+        assert json.loads(line)["image"] == f"{shard}/{IMAGES[number].stem}.png"
+    (tmp_path / "more").mkdir()
+    other = shutil.copy(shards[0], tmp_path / "more" / "00000.tar")
+    assert "have the same name" in main([*command, str(shards[0]), str(other)])
 
 
 def test_seeds_make_sampling_repeatable(run, tmp_path):
@@ -245,6 +323,9 @@ def test_wrong_arguments(run, golden_config, arguments, message):
         (["a.png", "--temperature", "-1"], "temperature=-1.0 must be more than 0"),
         (["a.png", "--frames", "65"], "frames=65 must be at most 64"),
         (["a.png", "--batch-size", "0"], "--batch-size 0 must be more than 0"),
+        (["a.png", "--workers", "0"], "--workers 0 must be more than 0"),
+        (["a.png", "--part", "4/4"], "'4/4' is not I/N with I from 0 to N - 1"),
+        (["a.png", "--out-dir", "x"], "--out-dir writes a file for each shard"),
         ([], "give pictures, --dir or --shards"),
     ],
 )

@@ -15,7 +15,7 @@ from helpers import ROOT, free_port
 
 import demo
 from minigpt4.cli.arguments import given
-from minigpt4.cli.serve import main, parse_args
+from minigpt4.cli.serve import keys_of, main, parse_args
 from minigpt4.common.errors import ConfigError
 from minigpt4.serving.settings import Settings
 
@@ -141,7 +141,28 @@ def test_every_setting_is_a_flag(monkeypatch):
     monkeypatch.delenv("MINIGPT4_API_KEY", raising=False)
     args = parse_args(["--cfg-path", "x"])
     assert Settings(**given(args, Settings)) == Settings()
-    assert (args.host, args.port, args.api_key) == ("127.0.0.1", 8000, None)
+    assert (args.host, args.port, keys_of(args)) == ("127.0.0.1", 8000, [])
     assert not (args.allow_http_images or args.allow_private_hosts)
-    monkeypatch.setenv("MINIGPT4_API_KEY", "k")
-    assert parse_args(["--cfg-path", "x"]).api_key == "k"
+
+
+def test_keys_need_not_be_in_the_list_of_processes(tmp_path, monkeypatch):
+    monkeypatch.setenv("MINIGPT4_API_KEY", "a b")
+    (tmp_path / "keys").write_text("c\n\nd\n")
+    arguments = ["--cfg-path", "x", "--api-key-file", str(tmp_path / "keys"), "--api-key", "e"]
+    assert sorted(keys_of(parse_args(arguments))) == ["a", "b", "c", "d", "e"]
+    for wrong, message in ((["--open"], "--open"), (["--api-key-file", "none"], "none")):
+        with pytest.raises(ConfigError, match=message):
+            keys_of(parse_args(["--cfg-path", "x", *wrong]))
+
+
+@pytest.mark.parametrize(("flags", "made"), [([], True), (["--open"], False), (["--api-key", "k"], False)])
+def test_a_server_that_others_reach_has_a_key(monkeypatch, caplog, flags, made):
+    seen = []
+    monkeypatch.delenv("MINIGPT4_API_KEY", raising=False)
+    monkeypatch.setattr("minigpt4.serving.app.create_app", lambda batcher, settings: seen.append(settings))
+    monkeypatch.setattr("uvicorn.Server.run", lambda server: None)
+    monkeypatch.setattr("uvicorn.Config.load", lambda config: None)
+    main(["--cfg-path", str(ROOT / TINY), "--host", "0.0.0.0", "--port", str(free_port()), *flags])
+    keys = seen[0].api_keys
+    assert (len(keys) == 1 and len(keys[0]) > 15 and keys[0] in caplog.text) == made
+    assert made or keys == (["k"] if "k" in flags else [])

@@ -83,3 +83,16 @@ def test_rates_are_of_the_time_since_the_last_line():
     assert [values["loss"] for values in found] == [0, 2, 3]
     for values, items in zip(found, (1, 2, 1), strict=True):
         assert values["images_per_second"] == pytest.approx(3 / values["step_seconds"], rel=1e-6), items
+
+
+def test_a_pause_does_not_count(monkeypatch):
+    clock, lines = [0.0], []
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+    metrics = MetricLogger(on_line=lambda item, values: lines.append(values["step_seconds"]))
+    for item in metrics.log_every(range(4), 4, 2, "Train:"):
+        metrics.update(loss=1.0)
+        clock[0] += 2
+        if item == 1:  # an evaluation
+            clock[0] += 100
+            metrics.pause(100)
+    assert lines == [2, 2, 2]

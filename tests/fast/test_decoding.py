@@ -2,7 +2,6 @@
 
 import sys
 from contextlib import nullcontext
-from functools import partial
 from types import ModuleType
 
 import pytest
@@ -410,7 +409,7 @@ def compiles(monkeypatch):
     monkeypatch.setattr(loop, "_run_on_side_stream", lambda run, device: run())
     monkeypatch.setattr(loop, "_capture", capture)
     monkeypatch.setattr(loop, "_start_copy", lambda ids: ids.clone)
-    monkeypatch.setattr(loop, "Decoder", partial(Decoder, graphs=True))
+    monkeypatch.setattr(loop, "Decoder", lambda llm, graphs=None: Decoder(llm, graphs=True))
     counter, compiler = CompileCounter(), torch.compile
     monkeypatch.setattr(torch, "compile", lambda call: compiler(call, backend=counter, fullgraph=True))
     torch._dynamo.reset()
@@ -590,7 +589,7 @@ def test_warming_up_prepares_a_cache_that_anyone_takes(llm, compiles, monkeypatc
     monkeypatch.setattr(loop, "Decoder", Decoder)
     cached_decoding.warm_up(llm)
     assert llm not in cached_decoding.decoders  # on a CPU there is nothing to prepare
-    monkeypatch.setattr(loop, "Decoder", partial(Decoder, graphs=True))
+    monkeypatch.setattr(loop, "Decoder", lambda llm, graphs=None: Decoder(llm, graphs=True))
     cached_decoding.warm_up(llm, prompt_len=20, answer_len=200)
     monkeypatch.setattr(loop, "_capture", None)
     assert run(llm, *prompts(30), max_new_tokens=180) == theirs(llm, *prompts(30), max_new_tokens=180)

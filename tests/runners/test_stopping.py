@@ -11,6 +11,7 @@ from helpers import Augmented, Pictures, facts_of
 
 from minigpt4.common.stopping import REQUEUE, STOP, Stopped
 from minigpt4.runners import RunnerBase
+from minigpt4.runners.validation import Validation
 from minigpt4.weights import checkpoint
 
 
@@ -23,14 +24,14 @@ def handlers():
         signal.signal(number, handler)
 
 
-def at_call(number, monkeypatch, owner, name, then=lambda: None):
-    """Send SIGTERM to this process in call `number` of a function."""
+def at_call(call, monkeypatch, owner, name, then=lambda: None, number=signal.SIGTERM):
+    """Send a signal (0: none) to this process in call number `call` of a function."""
     function, calls = getattr(owner, name), []
 
     def sending(*args, **kwargs):
         calls.append(name)
-        if len(calls) == number:
-            os.kill(os.getpid(), signal.SIGTERM)
+        if len(calls) == call:
+            os.kill(os.getpid(), number)
             then()
         return function(*args, **kwargs)
 
@@ -81,6 +82,29 @@ def test_the_second_signal_leaves_at_once():
             os._exit(1)
         statuses.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
     assert statuses == [128 + signal.SIGTERM, 128 + signal.SIGINT, REQUEUE]
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "call"),
+    [
+        (RunnerBase, "log_stats", 1),
+        (RunnerBase, "_log_data", 2),
+        (Validation, "after_epoch", 1),
+        (Validation, "state", 5),
+        (checkpoint.os, "replace", 3),
+        (checkpoint.os, "fsync", 3),
+    ],
+)
+def test_a_kill_between_two_files(run, monkeypatch, tmp_path, owner, name, call):
+    """Numbers that were written before a checkpoint, or after it, are there once."""
+    settings = {"resume_ckpt_path": "auto", "save_every_steps": 2, "valid_splits": "[val]"}
+    expected = facts_of(run("whole", **settings, output_dir=str(tmp_path / "whole")))
+    if not (child := os.fork()):
+        at_call(call, monkeypatch, owner, name, lambda: os.kill(os.getpid(), signal.SIGKILL), number=0)
+        run("killed", **settings)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    torch.testing.assert_close(facts_of(run("last", **settings)), expected, rtol=0, atol=0)
 
 
 def test_kills_at_random_moments(run, tmp_path):

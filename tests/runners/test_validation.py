@@ -1,14 +1,17 @@
 """Evaluation while a run trains: it changes nothing, finds the best checkpoint, and reports what gets worse."""
 
 import random
+import signal
 
 import numpy as np
 import pytest
 import torch
 from helpers import Pictures
+from PIL import Image
 from torch.utils.data import IterableDataset
 
 from minigpt4.common.registry import registry
+from minigpt4.common.stopping import Stopped, StopRequest
 from minigpt4.evaluation import mean
 from minigpt4.tracking import metrics
 from minigpt4.tracking.metrics import read_metrics
@@ -93,15 +96,16 @@ def test_training_with_evaluation_is_bit_equal(build_golden_model, make_runner, 
     modes = []
     train_step = runner.train_step
     runner.train_step = lambda *args: (modes.append(runner.module.training), train_step(*args))[1]
+    logged, record = [], runner.record.log
+    runner.record.log = lambda step, values, *more: (logged.append((step, values)), record(step, values, *more))
     runner.train()
     assert_equal_checkpoints(plain.last_checkpoint, runner.last_checkpoint)
     assert all(modes) and len(modes) == 10
     assert [line["step"] for line in lines_of(runner, "val_CIDEr-D")] == [0, 4, 5, 7, 10]
     (first, *_) = lines_of(runner, "val_answers")
     assert first["val_answers"].count("\n") == 2 and first["val_answers"] in caplog.text
-    seconds = sum(line["eval_seconds"] for line in lines_of(runner, "eval_seconds"))
-    steps = sum(line["step_seconds"] for line in lines_of(runner, "loss"))
-    assert steps < seconds  # of which they hold nothing
+    pictures = [(step, n) for step, values in logged for n, value in values.items() if isinstance(value, Image.Image)]
+    assert pictures == [(0, f"val_picture/{number}") for number in (1, 2, 3)]
 
 
 def test_resumed_equals_uninterrupted(build_golden_model, make_runner, pool):
@@ -123,6 +127,34 @@ def test_resumed_equals_uninterrupted(build_golden_model, make_runner, pool):
     assert lines[0] == lines[1] and len(lines[0]) >= 10
     best = [torch.load(runner.output_dir / "checkpoint_best.pth", weights_only=True) for runner in (whole, resumed)]
     assert all(torch.equal(best[0]["model"][name], best[1]["model"][name]) for name in best[0]["model"])
+
+
+@pytest.mark.slow
+def test_a_signal_during_an_evaluation(build_golden_model, make_runner, pool):
+    """It ends early; the run that goes on makes up for it."""
+    splits, settings = {"train": Pictures(*pool), "val": Pictures(*pool)}, SETTINGS | EVALUATED
+    whole = make_runner(seeded_model(build_golden_model), splits, "whole", **settings)
+    whole.train()
+    stopped = make_runner(seeded_model(build_golden_model), splits, "stopped", **settings)
+    stopped.stop, measure, answered = StopRequest(), stopped.validation.scorer.measure, []
+
+    def measure_and_stop(split):
+        if stopped.step == 4:
+            stopped.stop.number = signal.SIGTERM
+        answered.append(stopped.step)
+        return measure(split)
+
+    stopped.validation.scorer.measure = measure_and_stop
+    with pytest.raises(Stopped):
+        stopped.train()
+    assert answered == [0, 4] and [line["step"] for line in lines_of(stopped, "val_loss")] == [0]
+    resumed = make_runner(
+        seeded_model(build_golden_model), splits, "resumed", resume_ckpt_path=str(stopped.output_dir), **settings
+    )
+    resumed.train()
+    assert_equal_checkpoints(whole.last_checkpoint, resumed.last_checkpoint)
+    figures = [[(line["step"], line["val_CIDEr-D"]) for line in lines_of(r, "val_CIDEr-D")] for r in (whole, resumed)]
+    assert figures[0] == figures[1] and len(figures[0]) == 5
 
 
 @pytest.mark.parametrize(("better", "best"), [("higher", 4), ("lower", 7)])
@@ -155,6 +187,7 @@ def test_the_best_checkpoint_by_a_named_metric(build_golden_model, make_runner, 
         make_runner(build_golden_model(), splits, "again", resume_ckpt_path=path, **SETTINGS, **settings)
 
 
+@pytest.mark.slow
 def test_what_gets_worse_is_a_warning(build_golden_model, make_runner, pool, given, caplog):
     """Worse than before training by more than 5 points, and than what `model.ckpt` records for the same questions."""
     splits = {"train": Pictures(*pool), "val": Pictures(*pool)}
@@ -221,6 +254,7 @@ class Shards(IterableDataset):
         return iter(self.samples[reader::num_readers])
 
 
+@pytest.mark.slow
 def test_streams_and_cached_features(build_golden_model, make_runner, pool):
     """The same samples give the same loss and answers, as a stream, with a length, and from a cache of features."""
     model, (images, captions) = build_golden_model(), pool

@@ -18,6 +18,7 @@ from PIL import Image
 
 from minigpt4.serving import connections
 from minigpt4.serving.app import EventStream
+from minigpt4.serving.settings import Settings
 
 HI = user(text("Hi"))
 BODY = {"model": "minigpt4", "messages": [HI], "max_tokens": 2, "temperature": 0}
@@ -81,7 +82,7 @@ def test_stopping_answers_waiting_requests(serve, gate, talkative):
 
 
 def test_keys(serve):
-    served = serve(api_key="correct horse é")
+    served = serve(api_keys=["correct horse é", "other"])
     right = {"Authorization": "Bearer correct horse é".encode()}
     for path in ("/v1/models", "/v1/models/minigpt4"):
         assert served.get(path, headers=right).status_code == 200
@@ -96,6 +97,28 @@ def test_keys(serve):
     assert served.get("/health").status_code == 200
 
 
+def test_guessing_keys_is_slow(serve):
+    served = serve(api_keys=["right"])
+    for n in range(10):
+        error(served.get("/v1/models", headers={"Authorization": f"Bearer {n}"}), 401)
+        error(served.get("/v1/models"), 401)
+    response = served.get("/v1/models", headers={"Authorization": "Bearer right"})
+    assert error(response, 429, "Too many wrong")["code"] == "too_many_guesses"
+    assert int(response.headers["retry-after"]) > 0
+
+
+def test_a_foreign_name_is_refused(serve, served):
+    """A page could point its own name at this machine."""
+    named = serve(allow_host=["cat.example"])
+    for server, name, status in (
+        (served, "evil.example", 403), (served, "localhost:1", 200), (served, "127.0.0.1", 200),
+        (served, "[::1]:80", 200), (named, "cat.example:443", 200), (named, "evil.example", 403),
+    ):  # fmt: skip
+        for response in (server.get("/health", headers={"Host": name}), server.post(BODY, headers={"Host": name})):
+            assert response.status_code == status
+    error(served.get("/health", headers={"Host": "evil.example"}), 403, "--allow-host evil.example")
+
+
 def test_a_page_in_a_browser_gets_no_answer(served):
     """A browser sends only these types without asking the server first, to any address that it can reach."""
     for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", ""):
@@ -103,6 +126,57 @@ def test_a_page_in_a_browser_gets_no_answer(served):
         error(response, 415, "application/json")
     response = served.http.options("/v1/chat/completions", headers={"Origin": "https://example.com"})
     assert not any(name.startswith("access-control") for name in response.headers)
+
+
+def test_a_page_of_an_allowed_origin_may_ask(serve):
+    served = serve(allow_origin=["https://one.example"])
+    preflight = {
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "authorization,content-type",
+    }
+    for origin, allowed in (("https://one.example", True), ("https://two.example", False)):
+        asked = served.http.options("/v1/chat/completions", headers={"Origin": origin, **preflight})
+        answered = served.post(BODY, headers={"Origin": origin})
+        for response in (asked, answered):
+            assert (response.headers.get("access-control-allow-origin") == origin) == allowed
+            assert "access-control-allow-credentials" not in response.headers
+    for wrong in ("one.example", "https://one.example/path", "null"):
+        with pytest.raises(ValueError, match="allow_origin"):
+            Settings(allow_origin=[wrong])
+
+
+def test_behind_a_proxy(serve):
+    """It passes on the whole path, or what is behind its own part."""
+    served = serve(root_path="/apps/cat")
+    for path in ("/v1/chat/completions", "/apps/cat/v1/chat/completions"):
+        assert served.http.post(path, json=BODY).status_code == 200
+    assert served.get("/apps/cat/health").status_code == served.get("/health").status_code == 200
+    error(served.get("/apps/dog/health"), 404)
+    for wrong in ("apps", "/apps/", "/"):
+        with pytest.raises(ValueError, match="root_path"):
+            Settings(root_path=wrong)
+
+
+def test_metrics(serve, monkeypatch):
+    served = serve(api_keys=["k"])
+    key = {"Authorization": "Bearer k"}
+    assert served.post({**BODY, "n": 2, "min_tokens": 2}, headers=key).status_code == 200
+    assert served.post({**BODY, "stream": True, "min_tokens": 2}, headers=key).text.endswith("[DONE]\n\n")
+    error(served.post({**BODY, "n": 0}, headers=key), 400)
+    error(served.get("/metrics"), 401)
+    response = served.get("/metrics", headers=key)
+    assert response.headers["content-type"].startswith("text/plain; version=")
+    lines = dict(line.rsplit(" ", 1) for line in response.text.splitlines() if line[0] != "#")
+    expected = {
+        'minigpt4_responses_total{status="200"}': 2, 'minigpt4_responses_total{status="400"}': 1,
+        "minigpt4_completion_tokens_total": 6, "minigpt4_first_token_seconds_count": 2,
+        'minigpt4_request_seconds_bucket{le="+Inf"}': 2, "minigpt4_running": 0, "minigpt4_waiting": 0,
+    }  # fmt: skip
+    assert {name: float(lines[name]) for name in expected} == expected
+    assert 0 < float(lines["minigpt4_first_token_seconds_sum"]) < float(lines["minigpt4_request_seconds_sum"])
+    assert float(lines["minigpt4_prompt_tokens_total"]) > 10
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    error(serve().get("/metrics"), 501, "minigpt4[metrics]")
 
 
 def test_unknown_routes(served):
@@ -202,7 +276,7 @@ def test_a_request_that_never_arrives(serve, monkeypatch):
     served = serve()
     host, port = served.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as client:
-        client.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n")
+        client.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n")
         client.sendall(b"Content-Length: 100\r\n\r\n{")
         assert b" 408 " in client.recv(1000)
     served.wait_for(requests=0)
@@ -214,7 +288,7 @@ def test_five_hundred_that_send_no_whole_request_deny_nobody(serve, gate, monkey
     monkeypatch.setattr(connections, "MAX_CONNECTIONS", 60)
     monkeypatch.setattr(connections, "MAX_BODIES", 20)
     monkeypatch.setattr(connections, "MAX_BODY_BYTES", 2_000_000)
-    header = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    header = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     body = b"Content-Length: 1000000\r\n\r\n{" + b" " * (900_000 if sent == "a body but for its end" else 0)
     content = {"nothing": b"", "half a header": header}.get(sent, header + body)
     served = serve(max_upload_mb=1, max_queue=2)
@@ -249,7 +323,7 @@ def test_a_header_that_never_ends(serve, monkeypatch):
     monkeypatch.setattr(connections, "HEADER_SECONDS", 0.5)
     served = serve()
     host, port = served.url.removeprefix("http://").split(":")
-    for before in (b"", b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"):
+    for before in (b"", b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"):
         with socket.create_connection((host, int(port)), timeout=20) as client:
             client.sendall(before)
             if before:
@@ -267,7 +341,7 @@ def leave(served, body, after):
     host, port = served.url.removeprefix("http://").split(":")
     content = json.dumps(body).encode()
     with socket.create_connection((host, int(port))) as client:
-        client.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n")
+        client.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n")
         client.sendall(b"Content-Length: %d\r\n\r\n" % len(content) + content)
         after(client)
 
@@ -308,7 +382,7 @@ def test_a_client_that_leaves_frees_its_place(serve, gate, talkative, stream):
 def test_a_client_that_leaves_while_it_sends(served):
     host, port = served.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as client:
-        client.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n")
+        client.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n")
         client.sendall(b"Content-Length: 100\r\n\r\n{")
         time.sleep(0.1)
         assert served.health()["requests"] == 0

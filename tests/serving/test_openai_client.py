@@ -1,6 +1,7 @@
 """OpenAI's own client with the endpoint."""
 
 import re
+import time
 
 import openai
 import pytest
@@ -119,11 +120,14 @@ def test_the_end_of_a_stream(served):
 
 def test_the_documents_example_runs_and_its_lists_are_complete(served, pictures, tmp_path, monkeypatch, capsys):
     page = (ROOT / "docs/serving.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    code, in_process = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
     (tmp_path / "cat.png").write_bytes(pictures[0])
     monkeypatch.chdir(tmp_path)
     exec(code.replace("http://127.0.0.1:8000", served.url), {})
     assert len(capsys.readouterr().out.splitlines()) == 2
+    monkeypatch.chdir(ROOT)
+    exec(in_process.replace("cat.png", str(tmp_path / "cat.png")), {})
+    assert "cat" in capsys.readouterr().out.splitlines()[-1]
     for kind, names in (("ignored", IGNORED), ("refused", REFUSED)):
         (row,) = re.findall(rf"^\| {kind}.* \| (.*) \|$", page, flags=re.MULTILINE)
         assert set(names) <= set(re.findall(r"`(\w+)`", row))
@@ -141,3 +145,16 @@ def test_requests_of_lmms_eval(client, pictures):
         answer = client.chat.completions.create(messages=messages, max_tokens=1024, **MODEL)
         assert word in answer.choices[0].message.content and answer.choices[0].finish_reason == "stop"
         assert answer.usage.completion_tokens > 0 and not answer.usage.completion_tokens_details
+
+
+def test_text_comes_in_few_events(served, client, talkative):
+    """At most 25 a second, however fast the model writes; the first one at once."""
+    events = client.chat.completions.create(
+        messages=[user(text("Hello"))], max_tokens=100, stream=True, extra_body={"min_tokens": 100}, **MODEL
+    )
+    start, texts = time.monotonic(), []
+    for event in events:
+        if event.choices and event.choices[0].delta.content:
+            texts.append(event.choices[0].delta.content)
+    assert 1 < len(texts) <= 25 * (time.monotonic() - start) + 2
+    assert len(texts[0]) < len("".join(texts)) / 2

@@ -61,6 +61,17 @@ def page(answering, chat, monkeypatch):
     return answering
 
 
+@pytest.fixture
+def one_at_a_time(page, chat, monkeypatch):
+    """The page, which computes one answer at a time."""
+    together = page._answering
+    monkeypatch.setattr(page, "batch", 1)
+    answer_with(page, chat)
+    yield page
+    page.batcher.close()
+    page._answering = together
+
+
 def wait_until(condition, seconds=60):
     deadline = time.monotonic() + seconds
     while not condition():

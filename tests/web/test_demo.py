@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import httpx
 import pytest
 from helpers import ROOT, free_port
+from load_page import BYTES
 
 import demo
 from minigpt4.common.errors import ConfigError
@@ -30,23 +31,32 @@ def test_the_whole_command(golden_config, tmp_path):
         text=True,
         env=os.environ | {"TMPDIR": str(tmp_path)},
     )
-    lines = []
-    for line in process.stdout:
-        lines.append(line)
-        if "The model is ready" in line:
-            break
-    output = "".join(lines)
-    assert "The model is ready" in output, output
-    assert output.index("Initializing Chat") < output.index("Loading LLAMA") < output.index("Initialization Finished")
-    url, account = f"http://127.0.0.1:{port}/", re.search(r"User: (\S+)  Password: (\S{12,})", output).groups()
-    assert [httpx.get(url, auth=auth).status_code for auth in (None, ("minigpt4", "guess"), account)] == [401, 401, 200]
-    assert httpx.get(f"{url}health").json()["status"] == "ready"
-    video = {"params": {"name": "clip.mp4"}, "content": b"\0\0\0\x20ftyp" + bytes(2000)}
-    assert httpx.post(f"{url}pictures", auth=account, **video).status_code == 400
-    assert len(list(tmp_path.glob("minigpt4-videos-*"))) == 1
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 0
-    assert not list(tmp_path.glob("minigpt4-videos-*"))
+    try:
+        lines = []
+        for line in process.stdout:
+            lines.append(line)
+            if "The model is ready" in line:
+                break
+        output = "".join(lines)
+        assert "The model is ready" in output, output
+        assert (
+            output.index("Initializing Chat") < output.index("Loading LLAMA") < output.index("Initialization Finished")
+        )
+        url, account = f"http://127.0.0.1:{port}/", re.search(r"User: (\S+)  Password: (\S{12,})", output).groups()
+        assert [httpx.get(url, auth=auth).status_code for auth in (None, ("minigpt4", "guess"), account)] == [
+            401,
+            401,
+            200,
+        ]
+        assert httpx.get(f"{url}health").json()["status"] == "ready"
+        video = {"params": {"name": "clip.mp4"}, "content": b"\0\0\0\x20ftyp" + bytes(2000), "headers": BYTES}
+        assert httpx.post(f"{url}pictures", auth=account, **video).status_code == 400
+        assert len(list(tmp_path.glob("minigpt4-videos-*"))) == 1
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+        assert not list(tmp_path.glob("minigpt4-videos-*"))
+    finally:
+        process.kill()
 
 
 @pytest.mark.slow

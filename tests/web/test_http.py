@@ -1,5 +1,6 @@
 """The page over HTTP: what strangers can and cannot do, and answers computed together."""
 
+import asyncio
 import io
 import json
 import random
@@ -7,7 +8,7 @@ import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 
 import filelock
 import httpx
@@ -15,7 +16,7 @@ import load_page
 import pytest
 import torch
 from helpers import GOLDEN, ROOT
-from load_page import Visitor
+from load_page import BYTES, Visitor
 from PIL import Image
 from video_files import bad_videos, write_video
 from web.conftest import wait_until
@@ -36,7 +37,7 @@ def http(page):
 
 
 def show(http, content=PICTURE, name="rgb.png", **options):
-    return http.post("pictures", params={"name": name, **options}, content=content)
+    return http.post("pictures", params={"name": name, **options}, content=content, headers=BYTES)
 
 
 def ask(http, uploads, text="What?", **settings):
@@ -59,7 +60,7 @@ def test_only_the_pages_own_names_and_pages_are_served(http):
             assert response.status_code == 403
             assert not any(name.startswith("access-control") for name in response.headers)
     foreign = {"origin": "http://evil.example", "sec-fetch-site": "cross-site"}
-    assert http.post("pictures?name=x.png", content=PICTURE, headers=foreign).status_code == 403
+    assert http.post("pictures?name=x.png", content=PICTURE, headers=BYTES | foreign).status_code == 403
     assert http.post("answer", content="{}", headers={"content-type": "text/plain"}).status_code == 415
 
 
@@ -74,6 +75,21 @@ def test_the_policy_lets_the_page_fetch_nothing_elsewhere(http):
         response = http.get(path)
         assert response.status_code == 404, path
         assert "root:" not in response.text
+
+
+def test_a_proxy_may_serve_the_page_under_a_path(tmp_path):
+    """Whether or not it takes the path off."""
+    under = page_module.Page(tmp_path, 1, 1, emoji=True, feedback=None, root_path="/chat/")
+
+    async def get(path):
+        transport = httpx.ASGITransport(app=under.app, root_path="/chat")
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            return await client.get(path)
+
+    for path in ("/", "/chat/"):
+        assert '<base href="/chat/">' in asyncio.run(get(path)).text
+    for path in ("/page.js", "/chat/page.js", "/chat/config.json", "/examples/1_cat.webp"):
+        assert asyncio.run(get(path)).status_code == 200
 
 
 def test_requests_make_nothing_and_nobody_ends_the_talk_of_another(page, http, monkeypatch):
@@ -113,15 +129,28 @@ def test_the_store_of_pictures(monkeypatch):
 
 
 def test_places_are_limited_for_all_and_for_one_client(page, http, monkeypatch):
-    monkeypatch.setattr(page_module, "OWN_UPLOADS", 1)
-    with socket.create_connection(("127.0.0.1", int(page.url.split(":")[-1].strip("/")))) as slow:
-        slow.sendall(b"POST /pictures?name=x.png HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\nab")
-        wait_until(lambda: show(http).status_code == 429)
-    wait_until(lambda: show(http).status_code == 200)  # the place is free again
+    upload = show(http).json()["id"]
+    monkeypatch.setattr(page_module, "OWN_UPLOADS", 0)
     monkeypatch.setattr(page_module, "OWN_QUESTIONS", 0)
-    response = ask(http, [show(http).json()["id"]])
-    assert (response.status_code, response.json()["error"]) == (429, "busy")
+    for response in (show(http), ask(http, [upload])):
+        assert (response.status_code, response.json()["error"]) == (429, "busy")
+    monkeypatch.undo()
+    assert show(http).status_code == 200
     assert not page._open["uploads"] and not page._open["questions"]
+
+
+def test_half_open_connections_and_slow_bodies_deny_nobody(page, http):
+    """300 of each: the connections of a client that has too many go first, and the bodies that are oldest."""
+    port = int(page.url.split(":")[-1].strip("/"))
+    head = b"POST /pictures?name=x.png HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/octet-stream\r\n"
+    with ExitStack() as stack:
+        for n in range(600):
+            slow = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+            slow.sendall(head + b"Content-Length: 1000\r\n\r\nab" if n % 2 else head)
+        with httpx.Client(base_url=page.url, timeout=60) as late:
+            assert late.get("health").status_code == 200
+            assert ask(late, [show(late).json()["id"]], max_new_tokens=2).status_code == 200
+    assert load_page.visit(page.url, 1)
 
 
 def test_files_that_cannot_be_used(http, tmp_path):
@@ -215,6 +244,9 @@ def test_questions_that_are_refused(page, chat):
         ({}, {"nonsense": 1}, "bad_setting"),
         ({}, {"seed": -1}, "bad_setting"),
         ({}, {"num_beams": 1.5}, "bad_setting"),
+        ({}, {"num_beams": 11}, "bad_setting"),
+        ({}, {"max_new_tokens": 1001}, "bad_setting"),
+        ({}, {"max_length": 10**9}, "bad_setting"),
     ):
         message = {"role": "user", "text": "Hi", "pictures": [upload]} | change
         with pytest.raises(PageError) as error:
@@ -270,10 +302,10 @@ def test_several_visitors_are_answered_together_and_a_stream_costs_little(page, 
     wait_until(lambda: not any(answer.finish is None for answer in page.batcher.running))
 
 
-def test_the_place_in_line(page, chat, monkeypatch):
-    """Also with beams: whoever leaves the line leaves it at once."""
+def test_the_place_in_line(one_at_a_time, chat, monkeypatch):
+    """Whoever leaves the line leaves it at once."""
     monkeypatch.setattr(chat, "pause", 0.01)
-    monkeypatch.setattr(page.batcher, "_max_batch", 1)
+    page = one_at_a_time
     with Visitor(page.url, 1) as first, Visitor(page.url, 2) as second:
         for visitor in (first, second):
             visitor.show()
@@ -296,7 +328,7 @@ def test_a_model_that_fails(page, monkeypatch):
 
     with Visitor(page.url, 1) as visitor:
         visitor.show()
-        monkeypatch.setattr(page.batcher.chat.model, "encode_img", fail)
+        monkeypatch.setattr(page.batcher.chat.model, "context", fail)
         for settings in ({}, {"num_beams": 2}):
             with pytest.raises(AssertionError, match="'error': 'failed'"):
                 visitor.ask("What?", **settings)
@@ -341,7 +373,8 @@ def test_malformed_requests_do_not_stop_the_server(page, http):
             place = draw.randrange(len(content))
             content = content[:place] + draw.randbytes(5) + content[place + draw.randrange(9) :]
         path = draw.choice(["answer", "answer", "feedback", "forget", "pictures", "pictures?name=%00&frames=%ff"])
-        response = http.post(path, content=content, headers={"content-type": "application/json"})
+        kind = "application/octet-stream" if "pictures" in path else "application/json"
+        response = http.post(path, content=content, headers={"content-type": kind})
         statuses.add(response.status_code)
         assert response.status_code < 500, (path, content[:200])
         assert "root:" not in response.text

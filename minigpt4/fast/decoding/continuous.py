@@ -22,7 +22,7 @@ from minigpt4.fast.decoding.kv_cache import KVCache, common_prefix
 from minigpt4.fast.decoding.loop import LONGEST_PREFILL, SHORTEST_PREFILL, Decoder, cache_length
 
 PART = LONGEST_PREFILL  # vectors of a prompt that are read between two steps
-SHORT_ROW = 512  # tokens of a row at the start, where memory is short; the cache grows when longer ones come
+SHORT_ROW = 640  # tokens of a row at the start, where memory is short; the cache grows when longer ones come
 
 
 @dataclass(eq=False)

@@ -89,20 +89,20 @@ class CachedDecoding:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def warm_up(self, llm, prompt_len: int = 100, answer_len: int = 300, rows: int = 1) -> None:
+    def warm_up(self, llm, prompt_len: int = 100, answer_len: int = 300) -> None:
         """On a GPU, compile and capture for answers of such lengths in tokens; the first answer would wait for it."""
         if not self.supports(llm) or not Decoder(llm).graphs:
             return
         logging.info("Compiling the language model for answers: some fifteen seconds at first, fewer later on.")
-        # A single row reads each length twice: the second time its prefill is captured.
-        lengths = (prompt_len, prompt_len, SHORTEST_PREFILL, SHORTEST_PREFILL) if rows == 1 else (prompt_len,)
+        # Each length is read twice: the second time its prefill is captured.
+        lengths = (prompt_len, prompt_len, SHORTEST_PREFILL, SHORTEST_PREFILL)
 
         def greedy(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
             return logits.argmax(dim=-1)
 
         for token, length in enumerate(lengths):
             # Other tokens each time, or nothing would be read.
-            ids = torch.full((rows, length), token, device=llm.device)
+            ids = torch.full((1, length), token, device=llm.device)
             embeds = llm.get_input_embeddings()(ids)
             steps = max(prompt_len + answer_len - length, 1)
             with closing(self.decode(llm, embeds, torch.ones_like(ids), steps, greedy)) as run:

@@ -37,6 +37,7 @@ let running = null // {controller, answer}
 let editing = false
 let ready = false
 let leaving = false
+let following = true
 const blobs = {}
 const uploading = new Map()
 
@@ -50,7 +51,6 @@ function save() {
 // Showing
 
 function render() {
-  const followed = isAtEnd()
   const last = lastAnswer()
   $("#welcome").hidden = messages.length > 0
   $("#restart").hidden = $("#download").hidden = messages.length === 0
@@ -58,7 +58,6 @@ function render() {
   $("#send").hidden = running !== null
   $("#stop").hidden = running === null
   box.placeholder = t(Object.keys(files).length ? "type" : "no_picture_yet")
-  if (followed) toEnd()
   save()
 }
 
@@ -97,7 +96,7 @@ function failure(message) {
   const again = button(t("try_again"), () => {
     if (box.value === message.question) box.value = ""
     ask(message.question)
-  })
+  }, { className: "again" })
   return make("div", { className: "actions" }, make("span", { className: "problem" }, message.reason), again)
 }
 
@@ -119,10 +118,17 @@ function actions(message, isLast) {
   return made
 }
 
-const isAtEnd = () => chatbot.scrollHeight - chatbot.scrollTop - chatbot.clientHeight < NEAR
-
+/** Show the end of the conversation, and stay there while it grows, until the visitor scrolls up. */
 function toEnd() {
+  following = true
   chatbot.scrollTop = chatbot.scrollHeight
+}
+
+function connectScrolling() {
+  chatbot.onscroll = () => (following = chatbot.scrollHeight - chatbot.scrollTop - chatbot.clientHeight < NEAR)
+  const follow = new ResizeObserver(() => following && messages.length && toEnd())
+  follow.observe($("#messages"))
+  follow.observe(chatbot)
 }
 
 function lastAnswer() {
@@ -153,10 +159,13 @@ async function addFiles(list) {
       blobs[number] = file
       database.put(number, file)
       message.files.push(number)
-      const upload = send(number).catch((error) => {
-        removeFile(number)
-        notice(error.message)
-      })
+      const upload = send(number)
+        .then(() => true)
+        .catch((error) => {
+          removeFile(number)
+          notice(error.message)
+          return false
+        })
       uploading.set(number, upload)
       return upload.finally(() => uploading.delete(number)).then(render)
     }).concat(started()),
@@ -188,7 +197,9 @@ async function send(number, tries = TRIES) {
     return send(number, tries - 1)
   }
   if (!response.ok) throw await problem(response)
-  if (files[number]) Object.assign(files[number], await response.json())
+  const { id, pictures } = await response.json()
+  if (files[number]) Object.assign(files[number], { id, pictures })
+  else post("forget", [id]).catch(() => {}) // it was taken away meanwhile
 }
 
 function post(path, body, options = {}) {
@@ -220,8 +231,8 @@ function removeFile(number) {
 async function ask(text) {
   if (running) return notice(t("wait"))
   if (!text.trim()) return notice(t("ask_something"))
-  await Promise.all(uploading.values())
-  if (running) return
+  const uploaded = await Promise.all(uploading.values())
+  if (running || uploaded.includes(false)) return
   if (!Object.keys(files).length) return notice(t(ready ? "no_picture" : "loading"))
   const before = structuredClone(messages)
   messages = messages.filter((message) => message.role !== "failed")
@@ -348,10 +359,8 @@ async function* updates(response) {
 
 function follow(reply, { add, text, line, seconds }) {
   Object.assign(reply, { line, seconds, text: text ?? reply.text + (add ?? "") })
-  const followed = isAtEnd()
   const bubbles = document.querySelectorAll("#messages > .assistant .bubble")
   fill(bubbles[bubbles.length - 1], reply)
-  if (followed) toEnd()
 }
 
 async function vote(message, good) {
@@ -454,7 +463,7 @@ function buildSettings() {
 }
 
 function buildExamples() {
-  const asked = (index) => t(config.emoji ? "example" : `example_${index + 1}`)
+  const asked = (index) => t(config.emoji ? `emoji_${1 + (index % 2)}` : `example_${index + 1}`)
   const items = config.examples.map((name, index) => {
     const question = asked(index)
     const use = async () => {
@@ -470,8 +479,8 @@ function buildExamples() {
 
 async function waitForModel() {
   for (;;) {
-    const state = await fetch("health").then((response) => response.json()).catch(() => null)
-    ready = state?.status === "ready"
+    const state = await fetch("progress").then((response) => response.json()).catch(() => null)
+    ready = state?.ready ?? false
     $("#status").textContent = ready ? "" : state ? t("progress", state) : t("unreachable")
     $("#start").disabled = !ready
     for (const each of document.querySelectorAll("#examples button")) each.disabled = !ready
@@ -524,6 +533,7 @@ function connect() {
   addEventListener("click", (event) => {
     if (!$("#download").contains(event.target)) $("#download").open = false
   })
+  connectScrolling()
   connectDrops()
 }
 

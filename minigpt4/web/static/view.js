@@ -25,7 +25,7 @@ export function translate(tables, languages) {
 
 export function label(element, text) {
   element.setAttribute("aria-label", text)
-  if (element.tagName === "BUTTON") element.title = text
+  if (["BUTTON", "SUMMARY"].includes(element.tagName)) element.title = text
 }
 
 export function make(name, properties = {}, ...children) {
