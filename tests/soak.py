@@ -1,7 +1,7 @@
 """Whether memory and open files stay level in a long run. By hand: python tests/soak.py --steps 20000 --workers 4
 
-Trains a very small model from a dataset with a length and a stream. Prints, for each of 20 moments, the memory (MiB,
-the sum of what each process has alone) and the open files of the process and its workers.
+Trains a very small model from a dataset with a length and a stream. Prints, for each of 20 moments, the
+memory (MiB; pages that processes share count once) and the open files of the process and its workers.
 """
 
 import argparse
@@ -57,7 +57,7 @@ class Measured(RunnerBase):
         super().after_update(epoch, item)
         if self.step % self.every == 0:
             processes = [own := psutil.Process(), *own.children(recursive=True)]
-            memory = sum(process.memory_full_info().uss for process in processes) / 2**20
+            memory = sum(process.memory_full_info().pss for process in processes) / 2**20
             self.found = [*self.found, (self.step, memory, sum(process.num_fds() for process in processes))]
 
 

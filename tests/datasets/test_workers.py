@@ -61,8 +61,8 @@ def impatient(monkeypatch):
 
 def batches_of(dataset, evaluated):
     if evaluated:
-        return eval_loader(dataset, 2, 2, timeout_s=0.0)
-    return TrainLoader({"mine": dataset}, None, 2, 2, seed=0, timeout_s=0.0).epoch(0, 6)
+        return eval_loader(dataset, 2, 1, timeout_s=0.0)
+    return TrainLoader({"mine": dataset}, None, 2, 1, seed=0, timeout_s=0.0).epoch(0, 6)
 
 
 @pytest.mark.parametrize("evaluated", [False, True])
