@@ -11,13 +11,12 @@ from minigpt4.cli import cache_features
 from minigpt4.common import dist_utils
 from minigpt4.common.config import Config
 from minigpt4.common.errors import ConfigError
-from minigpt4.conversation import CONV_VISION
+from minigpt4.conversation import CONV_VISION, Decoding
 from minigpt4.conversation.loading import load_chat, select_gpu
 from minigpt4.doctor import check_environment as environment
-from minigpt4.fast.decoding.loop import cached_decoding
 from minigpt4.models import llm
 from minigpt4.runners.state import restore_rng_states, rng_states
-from minigpt4.serving.sampling import RowSampler, RowSampling
+from minigpt4.serving.offline import OfflineAnswers
 from train import main as train
 
 CUDA_ONLY = (
@@ -164,18 +163,18 @@ def test_chat(pretended, golden, golden_config, load_in, settings):
     assert answers["mps"] == answers["cpu"]
 
 
-def test_batches_of_answers(pretended, build_golden_model):
-    images, prompts = torch.randn(2, 3, 28, 28), ["<ImageHere> a", "b <ImageHere> c d"]
-    how = {"decoding_loop": cached_decoding, "max_new_tokens": 8}
-    model = build_golden_model()
-    expected = model.generate(images, prompts, **how)
-    rows = [RowSampling(temperature=0.7, top_p=0.9, top_k=5, seed=3), RowSampling(temperature=0)]
-    sampled = model.generate(images, prompts, processors=[RowSampler(rows, 8, torch.device("cpu"))], **how)
-    model.to("mps")
-    assert model.device == MPS
-    images = images.to("mps")
-    assert model.generate(images, prompts, **how) == expected
-    assert model.generate(images, prompts, processors=[RowSampler(rows, 8, MPS)], **how) == sampled
+def test_batches_of_answers(pretended, golden, golden_config):
+    """Answers computed together, greedy ones and with a seed."""
+    pictures, found = golden("conversation")[1]["images"], {}
+    for device in ("cpu", "mps"):
+        cfg = config(golden_config, f"run.device={device}")
+        torch.manual_seed(0)  # for the random vision side
+        chat = load_chat(cfg, select_gpu(cfg, 0))
+        for decoding in (Decoding(do_sample=False, max_new_tokens=8), Decoding(max_new_tokens=8, seed=3)):
+            answers = OfflineAnswers(chat, lambda number: "<ImageHere> a", decoding, places=2, threads=1)
+            batches = answers.batches(range(3), lambda n: (str(n), [pictures[n % 2]]), lambda *entry: {"entry": entry})
+            found.setdefault(device, []).append([line["entry"] for batch in batches for line in batch.lines])
+    assert found["mps"] == found["cpu"] and [len(lines) for lines in found["cpu"]] == [3, 3]
 
 
 def test_features_are_cached(pretended, configs, tmp_path):
