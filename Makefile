@@ -8,10 +8,11 @@
 # PYTHON=python3.12 picks the interpreter; VENV=DIR the environment; TORCH_INDEX=URL another index for torch's wheels
 # (PyTorch's own CPU index saves some 3 GB on a machine without a GPU; docs/installation.md has its address).
 
+# Some machines set it. Then each of the many processes of the tests would compile what it imports again.
+unexport PYTHONDONTWRITEBYTECODE
 PYTHON ?= python3
 VENV ?= .venv
-# --no-compile: Python compiles a file when it is first imported; pip would compile all of them, one by one.
-PIP = $(VENV)/bin/pip install --quiet --no-compile
+PIP = $(VENV)/bin/pip install --quiet
 BIN = $(VENV)/bin
 IMG2DATASET_VENV = .venv-img2dataset
 # Two processes; the tests of a file stay together, for the models that they share.

@@ -52,6 +52,7 @@ class Shares:
     def __init__(self, joint: TrainLoader, reverse: bool):
         self.joint, self.reverse = joint, reverse
         self.take_left_out, self.shares, self.use_next = joint.take_left_out, joint.shares, joint.use_next
+        self.take_ids = joint.take_ids
 
     def epoch(self, epoch: int, num_batches: int, first: int = 0) -> Iterator[dict]:
         rank, ranks = dist_utils.get_rank(), dist_utils.get_world_size()

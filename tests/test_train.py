@@ -334,7 +334,7 @@ def test_a_resume_with_another_seed_is_refused_before_the_model_is_loaded(config
     path = run_folder(tmp_path, "stage1")
     monkeypatch.setattr("minigpt4.tasks.base_task.BaseTask.build_model", lambda *_: pytest.fail("loads"))
     options = [f"run.resume_ckpt_path={path}", "run.seed=7", "run.num_workers=2"]
-    match = r"(?s)run.resume_ckpt_path=.*checkpoint_0.pth.*num_workers of streams: 1 .*, 2 .*run.seed: 42 .*, 7 here"
+    match = r"(?s)run.resume_ckpt_path=.*checkpoint_0.pth.*run.seed: 42 .*, 7 here"
     fails(configs, "stage1", *options, match=match)
     assert run_folder(tmp_path, "stage1") == path  # the refused run leaves no folder
 

@@ -57,7 +57,7 @@ def parse_options(
                 f"--options {option!r} has no value. Write it after the = without a space; {key}=null unsets the key, "
                 f"{key}='\"\"' empties it."
             )
-        if text[0] not in "\"'" and (slip := typography.slip_in_value(text)):
+        if text[0] not in "\"'`" and (slip := typography.slip_in_value(text)):
             raise ConfigError(f"--options {key}: {slip}. If this text is meant, give it in quotes: {key}='\"…\"'")
         if key.endswith(".storage") and given.setdefault(key, text) != text:
             raise ConfigError(

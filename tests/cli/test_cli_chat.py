@@ -226,7 +226,9 @@ def test_the_whole_command(golden_config, tmp_path):
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert f"[image 1: {PICTURE}]" in result.stderr and "> " in result.stderr
-    assert result.stdout and not any(word in result.stdout for word in ("Loading", "Ask", "> ", "[image"))
+    # The model's weights are random, so its answer may hold any short text.
+    others = ("Loading", "Ask", "[image")
+    assert result.stdout and not result.stdout.startswith(">") and not any(word in result.stdout for word in others)
 
 
 def test_settings():

@@ -25,7 +25,8 @@ def test_everything_is_registered(kind):
 
 
 def test_evaluation_tasks_are_registered():
-    assert registry.names("eval_task") == ["caption", "choice", "match", "vqa", "yes_no"]
+    # Other tests may have registered more.
+    assert {"caption", "choice", "match", "vqa", "yes_no"} <= {*registry.names("eval_task")}
 
 
 @pytest.mark.parametrize("kind", KNOWN)
