@@ -126,8 +126,9 @@ def test_a_talk_from_the_loading_of_the_model_to_a_restart(served, page, chat, v
     assert tab.input_value("#setting-temperature") == "2"  # its bound
     monkeypatch.setattr(chat, "pause", 0.1)
     ask(tab, "What is in this image?")
-    seen = []
+    seen, deadline = [], time.monotonic() + 30
     while "tokens/s" not in tab.inner_text("#messages"):
+        assert time.monotonic() < deadline, tab.inner_text("#messages")
         seen += [text for text in texts(tab, "bot") if text not in seen]
         tab.wait_for_timeout(20)
     monkeypatch.setattr(chat, "pause", 0.0)
