@@ -8,17 +8,17 @@ way is taken. Modules are compared in eval mode: dropout would make any two resu
 T tokens, K labels, D width, V vocabulary.
 """
 
-import contextlib
 import copy
 import functools
 import itertools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
 from minigpt4.common import compat
+from minigpt4.common.eval_mode import evaluating
 from minigpt4.fast.fused_linear import fused_layers
 from minigpt4.fast.packing.batch import MicroBatch, pack
 from minigpt4.models.prompt import IGNORE_INDEX
@@ -55,18 +55,6 @@ def first_layers(llm: nn.Module) -> nn.Module:
     copied.config.get_text_config().num_hidden_layers = min(LAYERS, len(layers))
     del layers[LAYERS:]
     return copied
-
-
-@contextlib.contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """While entered, a module and all its parts are in eval mode."""
-    modes = {part: part.training for part in module.modules()}
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, mode in modes.items():
-            part.training = mode
 
 
 class TrainingCheck:

@@ -14,6 +14,7 @@ from torch import nn
 
 from minigpt4.common import dist_utils
 from minigpt4.common.errors import ConfigError
+from minigpt4.common.eval_mode import evaluating
 from minigpt4.common.text import pluralize
 from minigpt4.processors import normalise
 from minigpt4.weights import fingerprint
@@ -93,13 +94,11 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
     No batch is made meanwhile (`prefetch`).
     """
     with MAKING:
-        modes, states = {part: part.training for part in module.modules()}, RngStates.now()
-        module.eval()
+        states = RngStates.now()
         try:
-            yield
+            with evaluating(module):
+                yield
         finally:
-            for part, mode in modes.items():
-                part.training = mode
             _restore(states.saved())
 
 

@@ -33,7 +33,7 @@ class Batcher(threading.Thread):
         batcher.submit([answer])
         while not answer.finish:
             answer.wait(1)
-            print(answer.text())
+            shown = answer.text()  # so far
         batcher.cancel([answer])  # at any time
 
     With `chat.batcher = batcher`, `Chat.stream_answer` and `Chat.answer` are computed by it, in any number of threads.
