@@ -16,7 +16,7 @@ import sys
 from minigpt4.cli.arguments import add_config_arguments
 from minigpt4.common.commands import accept_any_text, check_dashes
 from minigpt4.common.config import Config
-from minigpt4.common.failing import last_words
+from minigpt4.common.failing import failure_text
 from minigpt4.common.stopping import STOP, Stopped
 from minigpt4.doctor.checks import log_warnings, preflight
 
@@ -97,4 +97,4 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         sys.exit(130)  # as a shell reports Ctrl-C
     except Exception as error:
-        sys.exit(last_words(error))
+        sys.exit(failure_text(error))

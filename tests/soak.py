@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import Dataset, IterableDataset
 
 from minigpt4.common.config import Config
-from minigpt4.datasets.workers import explained
+from minigpt4.datasets.workers import name_dead_workers
 from minigpt4.runners import RunnerBase
 from minigpt4.tasks import BaseTask
 
@@ -72,7 +72,7 @@ def measure(folder: Path, steps: int, workers: int) -> list[tuple[int, float, in
     datasets = {"records": {"train": Noise()}, "stream": {"train": EndlessNoise()}}
     runner = Measured(cfg, BaseTask(), Small(), datasets, "soak")
     runner.every = max(steps // MOMENTS, 1)
-    with explained():
+    with name_dead_workers():
         runner.train()
     return list(runner.found)
 

@@ -46,7 +46,7 @@ def format_error(error: Exception) -> str:
     return f"Error: {error}"
 
 
-def last_words(error: Exception) -> str:
+def failure_text(error: Exception) -> str:
     """The text that a process prints when it ends with `error`. Raises `error` if this process is the only one.
 
     Of several processes, the first that fails on a machine prints its traceback, beginning with its last FRAMES frames.

@@ -39,14 +39,14 @@ LOOK = 1.0
 SIZE = 512
 DEAD = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)")
 
-_boards: "weakref.WeakSet[Board]" = weakref.WeakSet()
+_statuses: "weakref.WeakSet[WorkerStatus]" = weakref.WeakSet()
 
 
 class DataWorkerError(OSError):
     """A data worker has died or hung. The text says at what."""
 
 
-class Board:
+class WorkerStatus:
     """What each worker is at, as texts in shared memory."""
 
     def __init__(self, num_workers: int) -> None:
@@ -89,33 +89,33 @@ class WatchedLoader:
 
     def __init__(self, dataset: Dataset, sampler: Any, num_workers: int, timeout_s: float) -> None:
         self.num_workers, self.limit = num_workers, timeout_s + GRACE
-        self.board = Board(max(num_workers, 1))
+        self.status = WorkerStatus(max(num_workers, 1))
         self.loader = DataLoader(
             dataset,
             sampler=sampler,
             batch_size=None,
             collate_fn=_unchanged,
             num_workers=num_workers,
-            worker_init_fn=partial(_start, self.board),
+            worker_init_fn=partial(_start, self.status),
             persistent_workers=num_workers > 0,
             generator=torch.Generator(),  # by default, each epoch would draw from the global generator
         )
-        _boards.add(self.board)
+        _statuses.add(self.status)
         atexit.unregister(end_children)
         atexit.register(end_children)
 
     def __iter__(self) -> Iterator[Any]:
-        watch = _Watch(self.board, self.limit, kill=self.num_workers > 0)
+        watch = _Watch(self.status, self.limit, kill=self.num_workers > 0)
         batches = iter(self.loader)
         try:
             while True:
                 if not self.num_workers:
-                    patience.listen(self.board.writer(0))
+                    patience.listen(self.status.writer(0))
                 watch.waiting_since = time.monotonic()
                 try:
                     batch = next(batches, watch)
                 except (EOFError, OSError) as error:  # the worker has died while it sent a batch
-                    dead = [row for row in self.board.read() if self.num_workers and not _is_alive(row.pid)]
+                    dead = [row for row in self.status.read() if self.num_workers and not _is_alive(row.pid)]
                     raise (_error_of(dead) if dead else error) from None
                 watch.waiting_since = None
                 if batch is watch:
@@ -128,10 +128,10 @@ class WatchedLoader:
 class _Watch:
     """A thread that looks at the workers while a batch is waited for."""
 
-    def __init__(self, board: Board, limit: float, kill: bool) -> None:
+    def __init__(self, status: WorkerStatus, limit: float, kill: bool) -> None:
         self.waiting_since: float | None = None
         self.ended = threading.Event()
-        self._board, self._limit, self._kill = board, limit, kill
+        self._status, self._limit, self._kill = status, limit, kill
         threading.Thread(target=self._run, daemon=True, name="data watch").start()
 
     def _run(self) -> None:
@@ -139,7 +139,7 @@ class _Watch:
         next_line = QUIET
         while not self.ended.wait(LOOK):
             now, since = time.monotonic(), self.waiting_since
-            rows = {row.pid: row for row in self._board.read()}
+            rows = {row.pid: row for row in self._status.read()}
             seen = {pid: seen[pid] if seen.get(pid, (None,))[0] == row else (row, now) for pid, row in rows.items()}
             if since is None:
                 next_line = QUIET
@@ -167,7 +167,7 @@ def _kill(pid: int) -> None:
 
 
 @contextmanager
-def explained() -> Iterator[None]:
+def name_dead_workers() -> Iterator[None]:
     """Raise DataWorkerError where torch raises RuntimeError because a worker has died.
 
     It does so in the main thread, wherever that is.
@@ -179,7 +179,7 @@ def explained() -> Iterator[None]:
         if not found:
             raise
         pids = {int(pid) for pid in found[1].split(",")}
-        rows = [row for board in list(_boards) for row in board.read() if row.pid in pids]
+        rows = [row for status in list(_statuses) for row in status.read() if row.pid in pids]
         raise _error_of(rows or [Row(pid, 0, "") for pid in pids]) from None
 
 
@@ -198,9 +198,9 @@ def _is_alive(pid: int) -> bool:
         return False
 
 
-def _start(board: Board, worker: int) -> None:
+def _start(status: WorkerStatus, worker: int) -> None:
     """Set up a worker's process."""
-    patience.listen(board.writer(worker))
+    patience.listen(status.writer(worker))
     ignore_signals()
     _silence_hangups()
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True, name="parent watch").start()

@@ -181,7 +181,7 @@ class RunnerBase:
     def train(self) -> None:
         """Train the remaining epochs (none with `run.evaluate`), a checkpoint after each; evaluate the test splits."""
         start = time.time()
-        with contextlib.closing(self.record), workers.explained(), self._saved_if_stopped():
+        with contextlib.closing(self.record), workers.name_dead_workers(), self._saved_if_stopped():
             self.stop.begin_steps()
             if not self.run.evaluate:
                 self._log_plan()

@@ -8,7 +8,7 @@ import pytest
 
 from minigpt4.__main__ import main
 from minigpt4.common.errors import ConfigError
-from minigpt4.common.failing import format_error, is_mistake, last_words
+from minigpt4.common.failing import failure_text, format_error, is_mistake
 from minigpt4.common.registry import UnknownNameError
 
 
@@ -56,7 +56,7 @@ def several(monkeypatch, tmp_path):
             monkeypatch.setenv(name, str(value))
         waits = []
         monkeypatch.setattr("time.sleep", waits.append)
-        return last_words(raised(lambda: (_ for _ in ()).throw(error))), waits
+        return failure_text(raised(lambda: (_ for _ in ()).throw(error))), waits
 
     return end
 
@@ -80,4 +80,4 @@ def test_a_rank_that_lost_another_does_not_claim_to_be_the_first(several):
 
 def test_the_only_process_shows_its_traceback():
     with pytest.raises(ValueError, match="a fault"):
-        last_words(ValueError("a fault"))
+        failure_text(ValueError("a fault"))

@@ -16,7 +16,7 @@ from minigpt4.datasets import patience, workers
 from minigpt4.datasets.left_out import Tally
 from minigpt4.datasets.loaders import TrainLoader, eval_loader
 from minigpt4.datasets.patience import Patience
-from minigpt4.datasets.workers import DataWorkerError, explained
+from minigpt4.datasets.workers import DataWorkerError, name_dead_workers
 
 
 class Faulty(Dataset):
@@ -73,7 +73,7 @@ def test_a_worker_that_dies_or_hangs_is_named(impatient, kind, fault, evaluated,
     what = r"(batch \d+|the start) of " + ("an evaluation" if evaluated else r"datasets\.mine")
     with (
         pytest.raises(DataWorkerError, match=rf"has died: process \d+, which was at {what}.*, /data/5\.jpg"),
-        explained(),
+        name_dead_workers(),
     ):
         list(batches_of(kind(fault), evaluated))
     if fault == "hangs":
@@ -83,7 +83,7 @@ def test_a_worker_that_dies_or_hangs_is_named(impatient, kind, fault, evaluated,
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_an_error_names_the_batch(num_workers):
     loader = TrainLoader({"mine": Faulty("fails")}, None, 2, num_workers, seed=0)
-    with pytest.raises(KeyError) as found, explained():
+    with pytest.raises(KeyError) as found, name_dead_workers():
         list(loader.epoch(0, 6))
     said = "".join([str(found.value), *getattr(found.value, "__notes__", [])])
     assert "of datasets.mine" in said
@@ -97,11 +97,11 @@ def test_without_workers_a_wait_is_logged(impatient, monkeypatch, caplog):
 
 
 def test_texts_that_are_long_or_no_utf_8():
-    board = workers.Board(1)
-    write = board.writer(0)
+    status = workers.WorkerStatus(1)
+    write = status.writer(0)
     for text in ("ä" * 1000, "a\udcff b", "", "short"):
         write(text)
-        ((pid, _, seen),) = board.read()
+        ((pid, _, seen),) = status.read()
         assert pid == os.getpid() and (seen == text or text[:1] in "äa")
     assert patience._batch == ""
 
