@@ -35,6 +35,8 @@ QUIET = 30.0
 GRACE = 60.0
 # Seconds between two looks at the workers, and at their main process.
 LOOK = 1.0
+# Most seconds from the end of a worker's connections to its death.
+DYING = 2.0
 # Bytes of what a worker writes.
 SIZE = 512
 DEAD = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)")
@@ -114,8 +116,8 @@ class WatchedLoader:
                 watch.waiting_since = time.monotonic()
                 try:
                     batch = next(batches, watch)
-                except (EOFError, OSError) as error:  # the worker has died while it sent a batch
-                    dead = [row for row in self.status.read() if self.num_workers and not _is_alive(row.pid)]
+                except (EOFError, OSError) as error:  # the worker may have died while it sent a batch
+                    dead = self._dead_workers() if self.num_workers else []
                     raise (_error_of(dead) if dead else error) from None
                 watch.waiting_since = None
                 if batch is watch:
@@ -123,6 +125,15 @@ class WatchedLoader:
                 yield batch
         finally:
             watch.ended.set()
+
+    def _dead_workers(self) -> list[Row]:
+        """The workers that have died. A process closes its connections a moment before it is dead."""
+        deadline = time.monotonic() + DYING
+        while True:
+            dead = [row for row in self.status.read() if not _is_alive(row.pid)]
+            if dead or time.monotonic() > deadline:
+                return dead
+            time.sleep(0.05)
 
 
 class _Watch:

@@ -91,7 +91,13 @@ def test_an_error_names_the_batch(num_workers):
 
 def test_without_workers_a_wait_is_logged(impatient, monkeypatch, caplog):
     """In the main process, which nothing can end."""
-    monkeypatch.setattr(Faulty, "hangs", lambda self: time.sleep(1.5))
+
+    def until_logged(self):
+        deadline = time.monotonic() + 30
+        while "/data/5.jpg" not in caplog.text and time.monotonic() < deadline:
+            time.sleep(0.05)
+
+    monkeypatch.setattr(Faulty, "hangs", until_logged)
     assert len(list(TrainLoader({"mine": Faulty("hangs")}, None, 2, 0, seed=0, timeout_s=0.0).epoch(0, 6))) == 6
     assert "datasets.mine, /data/5.jpg" in caplog.text and "is ended" not in caplog.text
 
