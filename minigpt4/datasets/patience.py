@@ -3,6 +3,7 @@
 import errno
 import io
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -114,6 +115,13 @@ class Patience:
             return result
         self.given_up.add(path)
         raise OutOfReach(f"{type(error).__name__}: {error}") from error
+
+
+def folder_in_reach(path: str) -> bool:
+    """Whether a file's folder can be listed, and has files."""
+    with suppress(OSError), os.scandir(os.path.dirname(path)) as entries:
+        return next(entries, None) is not None
+    return False
 
 
 class PatientFile(io.RawIOBase):

@@ -153,7 +153,7 @@ def check_records(context: RunContext) -> Iterator[Diagnostic]:
             dataset = CCSBUAlignDataset(storage, BaseProcessor(), name=name)
             sample, val = dataset[0], context.cfg.datasets_cfg[name].build_info.get("val")
             share = Share(val, is_val=False) if isinstance(val, float) and key.endswith("storage") else None
-            trained = len(dataset.select(share, BaseProcessor()))
+            trained = len(dataset.select(share))
         except (ConfigError, FileNotFoundError, RuntimeError) as mistake:
             is_file = os.path.isfile(os.path.expanduser(str(storage)))
             what = f"{storage} is a file" if is_file else str(mistake).removeprefix(f"{key}=")

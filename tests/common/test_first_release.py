@@ -1,6 +1,5 @@
 """Modules and names of the first releases say what to use now."""
 
-import ast
 import importlib
 import re
 import subprocess
@@ -9,7 +8,7 @@ import sys
 import pytest
 from helpers import ROOT
 
-from minigpt4.common.first_release import GONE, PAGE
+from minigpt4.common.first_release import GONE, PAGE, TABLE
 
 TEXT = (ROOT / PAGE).read_text(encoding="utf-8")
 
@@ -83,11 +82,9 @@ def test_modules_on_the_page_exist():
                 assert hasattr(importlib.import_module(module), each), (module, each)
 
 
-def test_the_table_is_sorted():
-    tree = ast.parse((ROOT / "minigpt4/common/first_release.py").read_text(encoding="utf-8"))
-    (table,) = [node for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "GONE"]
-    names = [key.value for key in table.value.keys]
-    assert names == sorted(names)
+def test_the_table_is_sorted_and_names_each_once():
+    assert [(place, names) for place, names, _ in TABLE] == sorted((place, names) for place, names, _ in TABLE)
+    assert len(GONE) == sum(len(names.split()) for _, names, _ in TABLE)
 
 
 @pytest.mark.parametrize(

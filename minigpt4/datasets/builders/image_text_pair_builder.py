@@ -102,7 +102,9 @@ class CCSBUAlignBuilder(ImageTextPairBuilder):
         return self.train_dataset_cls(storage, self.vis_processors["train"], name=self.name)
 
     def make(self, records: CCSBUAlignDataset, processors: str, share: Share | None) -> Dataset:
-        return records.select(share, self.vis_processors[processors])
+        selected = records.select(share)
+        selected.vis_processor = self.vis_processors[processors]
+        return selected
 
     def read_features(self, folder: str) -> FeatureSet:
         return self.feature_dataset_cls(folder, name=self.name)

@@ -58,11 +58,5 @@ class ConversationStream(ShardStream):
         """(id, conversation) of the records whose texts can be used, in the order of the shards."""
         return usable_conversations(sample.record for sample in self.raw_samples(self.shards))
 
-    def item(self, sample: RawRecord) -> dict[str, Any] | None:
-        try:
-            item = to_training_sample(sample.record, self._load_picture)
-        except Unusable as cause:
-            self.decoded.drop(str(cause), sample.shard, f"{sample.key}: {cause.__cause__ or ''}")
-            return None
-        self.decoded.keep()
-        return item
+    def decode(self, sample: RawRecord) -> dict[str, Any]:
+        return to_training_sample(sample.record, self._load_picture)

@@ -4,11 +4,9 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
-from copy import copy
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from PIL import Image
 
 from minigpt4.common import first_release
@@ -17,8 +15,7 @@ from minigpt4.common.files import read_regular
 from minigpt4.common.text import pluralize
 from minigpt4.datasets.captions import Unusable, load_json, usable
 from minigpt4.datasets.datasets.packed_strings import PackedStrings
-from minigpt4.datasets.datasets.record_dataset import RecordDataset
-from minigpt4.datasets.splits import Share
+from minigpt4.datasets.datasets.record_dataset import CaptionedRecords, RecordDataset
 from minigpt4.weights import locate
 
 __getattr__ = first_release.attributes_of(__name__)  # for names that are gone
@@ -38,7 +35,7 @@ class Record(NamedTuple):
     caption: str
 
 
-class CCSBUAlignDataset(RecordDataset):
+class CCSBUAlignDataset(CaptionedRecords, RecordDataset):
     """The records of `<storage>/filter_cap.json` with the pictures `<storage>/image/<image_id>.jpg` (.jpeg .png .webp).
 
     filter_cap.json: `{"annotations": [{"image_id": "2", "caption": "…"}, …]}`. Captions are used unchanged. Records
@@ -49,6 +46,7 @@ class CCSBUAlignDataset(RecordDataset):
     """
 
     RECORDS_PER_PART = 1000
+    FIELDS = ("image_ids", "captions", "files")
 
     def __init__(self, storage: str, vis_processor: Callable[[Image.Image], Any], name: str = "cc_sbu_align") -> None:
         """name: the dataset's name in the YAML, for messages.
@@ -74,36 +72,12 @@ class CCSBUAlignDataset(RecordDataset):
         self.captions = PackedStrings(captions)
         log.info("%s: %s.", name, pluralize(len(self), "record"))
 
-    def __len__(self) -> int:
-        return len(self.captions)
-
     def item(self, index: int) -> dict[str, Any]:
         fields = self.load_picture(self.where(index))
         return fields | {"text_input": self.captions[index], "image_id": self.image_ids[index]}
 
     def where(self, index: int) -> str:
         return os.path.join(self.image_folder, self.files[index])
-
-    def select(self, share: Share | None, vis_processor: Callable) -> "CCSBUAlignDataset":
-        """The records of a share, drawn by `image_id`, with another processor. Raises ConfigError for none or all."""
-        selected = copy(self)
-        RecordDataset.__init__(selected, vis_processor, self.name)
-        chosen = share.among(self.image_ids, self.name) if share else np.full(len(self), True)
-        for name in ("files", "image_ids", "captions"):
-            setattr(selected, name, getattr(self, name).select(chosen))
-        return selected
-
-    def digest(self) -> str:
-        """Identifies the records, in their order, by which a resumed run knows its data."""
-        return f"{self.image_ids.digest()}{self.captions.digest()}"
-
-    def texts(self) -> Iterator[tuple[str, str]]:
-        """(image id, caption) of the records, in order."""
-        yield from zip(self.image_ids, self.captions, strict=True)
-
-    def text_length(self, index: int) -> int:
-        """Characters of a caption, for length balancing."""
-        return len(self.captions[index])
 
     @property
     def num_parts(self) -> int:

@@ -3,9 +3,8 @@
 import logging
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
-from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,11 @@ from minigpt4.common.text import pluralize
 from minigpt4.datasets.captions import Unusable, load_json, usable
 from minigpt4.datasets.datasets.image_text_stream import ImageTextStream, RawSample
 from minigpt4.datasets.datasets.packed_strings import PackedStrings
+from minigpt4.datasets.datasets.record_dataset import CaptionedRecords
 from minigpt4.datasets.datasets.tar_reader import Group
 from minigpt4.datasets.feature_cache import IDENTITIES, read_features, read_manifest, shards_of
 from minigpt4.datasets.left_out import Tally
-from minigpt4.datasets.patience import OutOfReach, Patience
+from minigpt4.datasets.patience import OutOfReach, Patience, folder_in_reach
 from minigpt4.datasets.samples import Sample
 from minigpt4.datasets.splits import Share
 
@@ -53,23 +53,22 @@ class FeatureStream(ImageTextStream):
             return RawSample(shard, raw.key, *own)
         return raw
 
-    def load(self, sample: RawSample) -> dict[str, Any] | None:
-        """The features; None, counted as left out, if they are broken."""
+    def image_fields(self, sample: RawSample) -> dict[str, Any]:
+        """The features. Raises Unusable if they are broken."""
         try:
-            features = read_features(sample.image, self.manifest["shape"])
+            return {"image_features": read_features(sample.image, self.manifest["shape"])}
         except (ValueError, EOFError) as error:
-            self.decoded.drop("features that are broken", sample.shard, f"{sample.key}: {error}")
-            return None
-        self.decoded.keep()
-        return {"image_features": features}
+            raise Unusable("features that are broken") from error
 
 
-class FeatureSet(Dataset):
+class FeatureSet(CaptionedRecords, Dataset):
     """The samples of a cache by index: `{"image_features": float16 [Q,W], "text_input": str, "image_id": str}`.
 
     Samples have the order of the cached dataset, without the records whose pictures were broken or whose captions are
     not usable (`datasets.captions`). Captions are used unchanged.
     """
+
+    FIELDS = ("image_ids", "captions", "places")
 
     def __init__(self, folder: str, name: str = "cc_sbu_align") -> None:
         """Raises ConfigError for a folder that is no cache, or is incomplete or broken."""
@@ -77,30 +76,19 @@ class FeatureSet(Dataset):
         self.shards = shards_of(folder)
         self.name = name
         self.tally = Tally(name)
-        self.patience = Patience(self.tally, _folder_in_reach)
+        self.patience = Patience(self.tally, folder_in_reach)
         found = [(number, *sample) for number, path in enumerate(self.shards) for sample in _index(path)]
         samples = [sample for sample in found if _is_usable(sample[-1])]
         if unusable := len(found) - len(samples):
             log.warning("%s: left out %s whose captions cannot be used.", name, pluralize(unusable, "record"))
-        self._places = np.array([place for *place, _ in samples], dtype=np.int64).reshape(-1, 3)
+        self.places = np.array([place for *place, _ in samples], dtype=np.int64).reshape(-1, 3)
         self.captions = PackedStrings(text["caption"] for *_, text in samples)
         self.image_ids = PackedStrings(text["image_id"] for *_, text in samples)
         log.info("%s: %s of cached features.", name, pluralize(len(self), "record"))
 
-    def select(self, share: Share | None) -> "FeatureSet":
-        """The samples of a share, drawn by `image_id`. Raises ConfigError for none or all."""
-        selected = copy(self)
-        chosen = share.among(self.image_ids, self.name) if share else np.full(len(self), True)
-        selected._places = self._places[chosen]
-        selected.captions, selected.image_ids = self.captions.select(chosen), self.image_ids.select(chosen)
-        return selected
-
-    def __len__(self) -> int:
-        return len(self._places)
-
     def __getitem__(self, index: int) -> dict[str, Any]:
         index = range(len(self))[index]
-        number, offset, size = self._places[index]
+        number, offset, size = self.places[index]
         path = self.shards[number]
         try:
             content = self.patience.retry(lambda: _read_part(path, offset, size), str(path))
@@ -110,25 +98,9 @@ class FeatureSet(Dataset):
         fields = {"image_features": features, "text_input": self.captions[index], "image_id": self.image_ids[index]}
         return Sample(fields, str(path))
 
-    def digest(self) -> str:
-        """Identifies the samples, in their order, by which a resumed run knows its data."""
-        return f"{self.image_ids.digest()}{self.captions.digest()}"
-
-    def texts(self) -> Iterator[tuple[str, str]]:
-        """(image id, caption) of the samples, in order."""
-        yield from zip(self.image_ids, self.captions, strict=True)
-
-    def text_length(self, index: int) -> int:
-        """Characters of a caption, for length balancing."""
-        return len(self.captions[index])
-
     def take_left_out(self) -> Counter[tuple[str, ...]]:
         """Counts of the waits of this process since the last call."""
         return self.tally.take()
-
-
-def _folder_in_reach(path: str) -> bool:
-    return Path(path).parent.exists()
 
 
 def _read_part(path: Path, offset: int, size: int) -> bytes:

@@ -61,32 +61,30 @@ class ImageTextStream(ShardStream):
     def identity(self, sample: RawSample) -> str:
         return sample.identity or content_identity(sample.image)
 
-    def item(self, sample: RawSample) -> dict[str, Any] | None:
-        text = self.text_of(sample)
-        fields = None if text is None else self.load(sample)
-        return None if fields is None else {**fields, "text_input": text, "image_id": sample.image_id}
+    def decode(self, sample: RawSample) -> dict[str, Any]:
+        text = self.processed_text(sample)
+        return {**self.image_fields(sample), "text_input": text, "image_id": sample.image_id}
 
-    def load(self, sample: RawSample) -> dict[str, Any] | None:
-        """ "image" and its companions; None, counted as left out, for a picture that cannot be decoded."""
-        try:
-            fields = load_picture(sample.image, self.vis_processor)
-        except Unusable as cause:
-            self.decoded.drop(str(cause), sample.shard, f"{sample.key}: {cause.__cause__}")
-            return None
-        self.decoded.keep()
-        return fields
+    def image_fields(self, sample: RawSample) -> dict[str, Any]:
+        """ "image" and its companions. Raises Unusable for a picture that cannot be decoded."""
+        return load_picture(sample.image, self.vis_processor)
 
-    def text_of(self, sample: RawSample) -> str | None:
-        """The caption after `text_processor`; None, counted as left out, if that leaves nothing that can be used."""
+    def processed_text(self, sample: RawSample) -> str:
+        """The caption after `text_processor`. Raises Unusable if that leaves nothing that can be used."""
         try:
             return usable(self.text_processor(sample.caption))
         except Unusable as cause:
-            self.decoded.drop(f"{cause}, after text_processor", sample.shard, f"{sample.key}: {sample.caption}")
-            return None
+            raise Unusable(f"{cause}, after text_processor") from ValueError(sample.caption)
+
+    def load(self, sample: RawSample) -> dict[str, Any] | None:
+        """`image_fields`; None, counted as left out, for a picture that cannot be decoded."""
+        return self.if_usable(self.image_fields, sample)
+
+    def text_of(self, sample: RawSample) -> str | None:
+        """`processed_text`; None, counted as left out, if nothing is left that can be used."""
+        return self.if_usable(self.processed_text, sample)
 
     def texts(self) -> Iterator[tuple[str, str]]:
         """(image id, caption after `text_processor`) of the usable captions, in the order of the shards."""
-        for sample in self.raw_samples(self.shards):
-            text = self.text_of(sample)
-            if text is not None:
-                yield sample.image_id, text
+        texts = ((sample.image_id, self.text_of(sample)) for sample in self.raw_samples(self.shards))
+        return ((image_id, text) for image_id, text in texts if text is not None)

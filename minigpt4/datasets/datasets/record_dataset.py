@@ -1,20 +1,22 @@
 """Datasets with a length, of records whose pictures are files: what all of them have in common."""
 
-import os
 from collections import Counter
-from collections.abc import Callable
-from contextlib import suppress
-from typing import Any
+from collections.abc import Callable, Iterator
+from copy import copy
+from typing import Any, Self
 
+import numpy as np
 from torch.utils.data import Dataset
 
 from minigpt4.common.errors import ConfigError
 from minigpt4.common.files import read_regular
 from minigpt4.datasets.captions import Unusable
+from minigpt4.datasets.datasets.packed_strings import PackedStrings
 from minigpt4.datasets.left_out import Tally
-from minigpt4.datasets.patience import OutOfReach, Patience
+from minigpt4.datasets.patience import OutOfReach, Patience, folder_in_reach
 from minigpt4.datasets.pictures import BROKEN, load_picture
 from minigpt4.datasets.samples import Sample
+from minigpt4.datasets.splits import Share
 
 
 class RecordDataset(Dataset):
@@ -34,7 +36,7 @@ class RecordDataset(Dataset):
     def __init__(self, vis_processor: Callable, name: str) -> None:
         self.vis_processor, self.name = vis_processor, name
         self.tally = Tally(name)
-        self.patience = Patience(self.tally, _folder_in_reach)
+        self.patience = Patience(self.tally, folder_in_reach)
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -84,7 +86,39 @@ class RecordDataset(Dataset):
         return load_picture(content, self.vis_processor)
 
 
-def _folder_in_reach(path: str) -> bool:
-    with suppress(OSError), os.scandir(os.path.dirname(path)) as entries:
-        return next(entries, None) is not None
-    return False
+class CaptionedRecords:
+    """The captions of a dataset with a length, beside its pictures or features, and the choice of some of them."""
+
+    FIELDS: tuple[str, ...] = ("image_ids", "captions")
+    """The attributes with an entry for each record: `PackedStrings` or arrays."""
+    name: str
+    image_ids: PackedStrings
+    captions: PackedStrings
+    tally: Tally
+    patience: Patience
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def select(self, share: Share | None) -> Self:
+        """The records of a share, drawn by `image_id`, with counts of its own. Raises ConfigError for none or all."""
+        selected = copy(self)
+        selected.tally = Tally(self.name)
+        selected.patience = Patience(selected.tally, self.patience.others_in_reach)
+        chosen = share.among(self.image_ids, self.name) if share else np.full(len(self), True)
+        for name in self.FIELDS:
+            field = getattr(self, name)
+            setattr(selected, name, field[chosen] if isinstance(field, np.ndarray) else field.select(chosen))
+        return selected
+
+    def digest(self) -> str:
+        """Identifies the records, in their order, by which a resumed run knows its data."""
+        return f"{self.image_ids.digest()}{self.captions.digest()}"
+
+    def texts(self) -> Iterator[tuple[str, str]]:
+        """(image id, caption) of the records, in order."""
+        yield from zip(self.image_ids, self.captions, strict=True)
+
+    def text_length(self, index: int) -> int:
+        """Characters of a caption, for length balancing."""
+        return len(self.captions[index])

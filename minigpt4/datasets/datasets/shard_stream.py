@@ -4,7 +4,7 @@ import hashlib
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, suppress
 from functools import partial
 from itertools import islice
@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from torch.utils.data import IterableDataset, get_worker_info
 
 from minigpt4.common.text import pluralize
+from minigpt4.datasets.captions import Unusable
 from minigpt4.datasets.datasets.shard_reader import Position, ShardReader
 from minigpt4.datasets.datasets.shards import is_local
 from minigpt4.datasets.datasets.tar_reader import Group, ShardError, read_members, read_samples
@@ -31,12 +32,13 @@ class Raw(Protocol):
     """A sample in the shuffle buffer, its pictures not decoded yet."""
 
     shard: str
+    key: str
     size: int
     """Bytes in the tar."""
 
 
 class ShardStream(IterableDataset):
-    """An endless stream of samples. Subclasses define `raw_sample`, `identity` and `item`.
+    """An endless stream of samples. Subclasses define `raw_sample`, `identity` and `decode`.
 
     Shards are drawn with replacement, and their samples pass a shuffle buffer undecoded. The stream is a function of
     (seed, epoch, rank, worker): the same four give the same samples, any other four give others. It starts at a random
@@ -79,9 +81,23 @@ class ShardStream(IterableDataset):
         """A text by which `share` draws samples."""
         raise NotImplementedError
 
-    def item(self, sample: Any) -> dict[str, Any] | None:
-        """The training sample; None, counted in `decoded` as left out, for one that cannot be used."""
+    def decode(self, sample: Any) -> dict[str, Any]:
+        """The training sample. Raises Unusable for one that cannot be used."""
         raise NotImplementedError
+
+    def item(self, sample: Any) -> dict[str, Any] | None:
+        """The training sample; None, counted as left out, for one that cannot be used."""
+        return self.if_usable(self.decode, sample)
+
+    def if_usable(self, decode: Callable[[Any], Any], sample: Any) -> Any | None:
+        """`decode(sample)`; None, counted in `decoded` as left out, if that raises Unusable."""
+        try:
+            result = decode(sample)
+        except Unusable as cause:
+            self.decoded.drop(str(cause), sample.shard, f"{sample.key}: {cause.__cause__ or ''}")
+            return None
+        self.decoded.keep()
+        return result
 
     def set_seed(self, seed: int, rank: int = 0, world_size: int = 1) -> None:
         """Set the seed and the rank. Each rank draws its own shards, so their number does not matter here."""
