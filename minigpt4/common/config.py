@@ -19,19 +19,8 @@ from typing import Any, get_type_hints
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from minigpt4.common import facts
-from minigpt4.common.config_files import (
-    CONFIGS,
-    builder_name,
-    conflict,
-    default_sources,
-    import_plugins,
-    load_yaml,
-    merge,
-    other_kind,
-    shipped_datasets,
-    text_at,
-)
+from minigpt4.common import config_files, facts
+from minigpt4.common.config_files import CONFIGS, builder_name, load_yaml, merge, shipped_datasets
 from minigpt4.common.errors import ConfigError, check_names
 from minigpt4.common.options import KeyTypes, is_text, parse_options, without_none
 from minigpt4.common.registry import did_you_mean, registry
@@ -82,12 +71,12 @@ class Config:
         if not isinstance(imports, (list, ListConfig)) or not all(isinstance(module, str) for module in imports):
             raise ConfigError(f"run.imports = {imports!r} must be a list of modules, as in [my.module].")
         imports = list(dict.fromkeys([*imports, *(getattr(args, "imports", None) or [])]))
-        import_plugins(imports)
+        config_files.import_plugins(imports)
 
         # (where, settings), in merge order; `origin` finds the source of a value here.
         self._sources = [
             (CONFIGS / "default.yaml", load_yaml(CONFIGS / "default.yaml")),
-            *default_sources(request),
+            *config_files.default_sources(request),
             (args.cfg_path, user),
             ("--options", options),
         ]
@@ -202,7 +191,7 @@ class Config:
     def _schema(kind: str, merged: DictConfig, key: str, builtin: type) -> type | None:
         """The dataclass of a section: ours, or that of the plug-in named at `key` (None: any key is accepted)."""
         default = getattr(builtin, key.split(".")[1])
-        name = text_at(merged, key) or default
+        name = config_files.text_at(merged, key) or default
         if name == default:
             return builtin
         try:
@@ -264,9 +253,10 @@ class Config:
                 elif keys and isinstance(given, DictConfig):
                     values[field.name] = self._checked_mapping(key, given, keys)
             typed = OmegaConf.structured(schema)
-            if wrong := conflict(*(OmegaConf.to_container(each, resolve=False) for each in (typed, values))):
+            pair = (OmegaConf.to_container(each, resolve=False) for each in (typed, values))
+            if wrong := config_files.conflict(*pair):
                 key, value = wrong
-                raise ConfigError(f"{self._where(f'{section}.{key}', value)} must be {other_kind(value)}.")
+                raise ConfigError(f"{self._where(f'{section}.{key}', value)} must be {config_files.other_kind(value)}.")
             typed = OmegaConf.merge(typed, values)
             OmegaConf.resolve(typed)
         except OmegaConfBaseException as error:

@@ -1,7 +1,7 @@
 """Learning-rate schedules and AdamW's parameter groups."""
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,22 +111,15 @@ def create_schedule(run_cfg: RunConfig, optimizer: torch.optim.Optimizer, iters_
     schedule_class = registry.get_lr_scheduler_class(run_cfg.lr_sched)
 
     def make(groups: Any, rates: RunConfig | LrGroup) -> Any:
-        return schedule_class(
-            groups,
-            run_cfg.max_epoch,
-            iters_per_epoch,
-            rates.min_lr,
-            rates.init_lr,
-            warmup_steps=rates.warmup_steps,
-            warmup_start_lr=run_cfg.warmup_lr,
-            decay_rate=run_cfg.lr_decay_rate,
-        )
+        run_and_rates = run_cfg.max_epoch, iters_per_epoch, rates.min_lr, rates.init_lr
+        warmup = {"warmup_steps": rates.warmup_steps, "warmup_start_lr": run_cfg.warmup_lr}
+        return schedule_class(groups, *run_and_rates, **warmup, decay_rate=run_cfg.lr_decay_rate)
 
     parts = rates_of_parts(run_cfg)
     if not parts:
         return make(optimizer, run_cfg)
-    of_parts = [make(_GroupsOfPart(optimizer, part), rates) for part, rates in parts.items()]
-    return PartSchedules([make(_GroupsOfPart(optimizer, None), run_cfg), *of_parts])
+    rates_of = {None: run_cfg, **parts}
+    return PartSchedules([make(_GroupsOfPart(optimizer, part), rates) for part, rates in rates_of.items()])
 
 
 def create_optimizer(
@@ -141,12 +134,13 @@ def create_optimizer(
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if not trainable:
         raise ConfigError(f"{type(model).__name__} has no trainable parameter: there is nothing to optimize.")
-    decay_of_parts, train = decay_of_parts or {}, {part_of(name) for name, _ in trainable}
-    for part in decay_of_parts:
-        check_names([part], sorted(train), lambda name: f"run.lr_groups.{name}: no parameter of it trains")
+    decay_of_parts, parts = decay_of_parts or {}, {name: part_of(name) for name, _ in trainable}
+    known = sorted(set(parts.values()))
+    check_names(decay_of_parts, known, lambda name: f"run.lr_groups.{name}: no parameter of it trains")
+    own = {name: part if part in decay_of_parts else None for name, part in parts.items()}
     groups = []
     for part, decay in {None: weight_decay, **decay_of_parts}.items():
-        members = [(name, p) for name, p in trainable if _own_group(name, decay_of_parts) == part]
+        members = [(name, p) for name, p in trainable if own[name] == part]
         decayed = [p for name, p in members if p.ndim >= 2 and not any(each in name for each in NO_DECAY)]
         in_decayed = {id(p) for p in decayed}
         mark = {"part": part} if part else {}
@@ -154,9 +148,3 @@ def create_optimizer(
         groups.append({"params": [p for _, p in members if id(p) not in in_decayed], "weight_decay": 0.0, **mark})
     fused = all(p.is_cuda for _, p in trainable)
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=(0.9, beta2), fused=fused)
-
-
-def _own_group(parameter: str, parts: Collection[str]) -> str | None:
-    """The part of a parameter, if it is one of `parts`."""
-    part = part_of(parameter)
-    return part if part in parts else None

@@ -160,31 +160,34 @@ def _errors_file(path: Path) -> Path:
 
 def _check_errors_file(path: Path, lines: Lines) -> None:
     """Raise ConfigError if there is a file in the place of the causes that this command did not write."""
-    file = _errors_file(path)
-    try:
-        if all(json.loads(line).keys() == {"name", "error"} for line in file.read_bytes().splitlines()):
-            return
-    except (FileNotFoundError, NotADirectoryError):
-        return
-    except (OSError, ValueError, AttributeError, RecursionError):
-        pass
-    wrong = f"{file.name} beside it is not a file of causes of `{lines.command}`"
-    raise ConfigError(f"--out {path}: {wrong}. Name another --out.")
+
+    def check(content: bytes) -> None:
+        if any(json.loads(line).keys() != {"name", "error"} for line in content.splitlines()):
+            raise ValueError
+
+    _read_beside(path, _errors_file(path), check, f"a file of causes of `{lines.command}`")
 
 
 def _kept_settings(path: Path, lines: Lines) -> dict[str, Any] | None:
     """The settings beside a JSONL file; None: there are none. Raises ConfigError for a file that has something else."""
-    file = _settings_file(path)
+
+    def settings(content: bytes) -> dict[str, Any]:
+        kept = json.loads(content)
+        if kept["command"] != lines.command:
+            raise ValueError
+        return kept["settings"]
+
+    return _read_beside(path, _settings_file(path), settings, f"a settings file of `{lines.command}`")
+
+
+def _read_beside(path: Path, file: Path, parse: Callable[[bytes], Any], kind: str) -> Any | None:
+    """A parsed file beside `path`; None: there is none. Raises ConfigError if it cannot be parsed as of this kind."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        if content["command"] == lines.command:
-            return content["settings"]
+        return parse(file.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        pass
-    wrong = f"{file.name} beside it is not a settings file of `{lines.command}`"
-    raise ConfigError(f"--out {path}: {wrong}. Name another --out.")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise ConfigError(f"--out {path}: {file.name} beside it is not {kind}. Name another --out.") from None
 
 
 def _parts(path: Path) -> list[Path]:
@@ -193,9 +196,9 @@ def _parts(path: Path) -> list[Path]:
     return sorted(file for file in path.parent.glob("*.part*") if form.fullmatch(file.name))
 
 
-def whole_lines(path: Path, lines: Lines, marked: bool = True) -> list[bytes]:
+def whole_lines(path: Path, lines: Lines) -> list[bytes]:
     """The lines of a file as `_look` finds them. The last one is completed, or removed if it was cut off."""
-    found, cut_off = _look(path, lines, marked)
+    found, cut_off = _look(path, lines, marked=True)
     whole = sum(map(len, found))
     if cut_off:
         logging.warning("%s ends in a line that was cut off, which is removed: %r", path, cut_off)

@@ -19,7 +19,7 @@ import torch
 import webdataset as wds
 
 from minigpt4.common.errors import ConfigError
-from minigpt4.common.output import own_folder
+from minigpt4.common.output import own_folder, write_whole
 
 MANIFEST = "cache.json"
 IDENTITIES = "identities"
@@ -52,9 +52,7 @@ def open_cache(folder: str | Path, manifest: dict[str, Any]) -> None:
         manifest = {key: value for key, value in manifest.items() if key not in earlier}
         check_same(found, manifest, f"{folder} holds a cache that differs from the one asked for")
         return
-    part = folder / f".{MANIFEST}.{os.getpid()}"
-    part.write_text(json.dumps(manifest, indent=2), encoding="utf-8")
-    os.replace(part, path)
+    write_whole(path, json.dumps(manifest, indent=2))
 
 
 def shards_of(folder: str | Path) -> list[Path]:

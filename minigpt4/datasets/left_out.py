@@ -3,15 +3,12 @@
 import logging
 from collections import Counter
 
+from minigpt4.common.text import printable
+
 log = logging.getLogger(__name__)
 
 # A warning quotes at most this many characters of a detail.
 MAX_DETAIL = 200
-
-
-def _shown(text: str) -> str:
-    """A text from a user's file, without control characters, which could forge lines of a log."""
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 class Tally:
@@ -27,7 +24,7 @@ class Tally:
 
     def drop(self, cause: str, where: str, detail: str = "", verb: str = "left out") -> None:
         """Count something that is left out. where: its shard or file. verb: what was done with it, if not that."""
-        where, detail = _shown(where), _shown(detail)
+        where, detail = printable(where), printable(detail)
         self.left_out[cause] += 1
         self._unreported[(cause, where) if verb == "left out" else (cause, where, verb)] += 1
         count = self.left_out[cause]

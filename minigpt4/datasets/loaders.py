@@ -19,6 +19,7 @@ import torch
 from torch.utils.data import Dataset, IterableDataset, default_collate, get_worker_info
 
 from minigpt4.common.errors import ConfigError
+from minigpt4.common.text import listed
 from minigpt4.datasets.left_out import Tally
 from minigpt4.datasets.length_balancing import POOL, rank_share
 from minigpt4.datasets.patience import at_batch, read_now
@@ -245,9 +246,8 @@ def report_left_out(left_out: Counter[LeftOut]) -> list[str]:
         by_cause.setdefault((dataset, verb, cause), Counter())[shard] += count
     lines = []
     for (dataset, verb, cause), shards in sorted(by_cause.items()):
-        worst = ", ".join(f"{shard} ({count})" for shard, count in shards.most_common(3))
-        more = f" and {len(shards) - 3} more" if len(shards) > 3 else ""
-        lines.append(f"{dataset}: {verb} {shards.total()} × {cause}: {worst}{more}.")
+        worst = listed([f"{shard} ({count})" for shard, count in shards.most_common()], 3)
+        lines.append(f"{dataset}: {verb} {shards.total()} × {cause}: {worst}.")
     return lines
 
 
@@ -288,13 +288,11 @@ class BatchMaker(Dataset):
         stream = self._stream(request) if request.indices is None else None
         with self._seeded(request.epoch, request.number):
             if stream:
-                samples = stream.make(request.number)
-                ids = [identify(sample, name) for sample in samples]
+                found = [(sample, None) for sample in stream.make(request.number)]
             else:
                 found = [(sample, index) for index in request.indices for sample in self._at(name, index)]
-                samples = [sample for sample, _ in found]
-                ids = [identify(sample, name, index) for sample, index in found]
-            batch = collate_fn_of(dataset)(samples) if samples else None
+            batch = collate_fn_of(dataset)([sample for sample, _ in found]) if found else None
+        ids = [identify(sample, name, index) for sample, index in found]
         left_out = {LeftOut(name, *key): n for key, n in self._take(name).items()}
         return Made(batch, left_out, ids, stream and stream.restart())
 

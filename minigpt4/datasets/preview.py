@@ -15,7 +15,7 @@ from torch.utils.data import IterableDataset
 
 from minigpt4.common.registry import registry
 from minigpt4.common.schema import MiniGPT4Config
-from minigpt4.common.text import pluralize
+from minigpt4.common.text import pluralize, printable
 from minigpt4.datasets.conversations.batch import Conversation, Conversations
 from minigpt4.datasets.seeding import seeded
 from minigpt4.models.mini_gpt4 import MiniGPT4
@@ -81,7 +81,7 @@ class Preview(NamedTuple):
 def _shown(text: str) -> str:
     if len(text) > MAX_SHOWN:
         text = f"{text[: MAX_SHOWN * 2 // 3]} … {text[-MAX_SHOWN // 3 :]}"
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+    return printable(text)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import count
 from typing import Any, NamedTuple
@@ -162,19 +162,13 @@ class _Watch:
             for row, seconds in busy.items():
                 if seconds > self._limit and self._kill:
                     log.error("A data worker hangs, and is ended: %s", _describe({row: seconds}))
-                    _kill(row.pid)
+                    with suppress(ProcessLookupError):
+                        os.kill(row.pid, signal.SIGKILL)
 
 
 def _describe(busy: dict[Row, float]) -> str:
     at = [f"process {row.pid} is for {seconds:.0f} s at {row.text}" for row, seconds in busy.items()]
     return "; ".join(at) or "No data worker has begun one."
-
-
-def _kill(pid: int) -> None:
-    try:
-        os.kill(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from minigpt4.common import compat, facts
 from minigpt4.common.errors import ConfigError
 from minigpt4.common.registry import registry
-from minigpt4.common.text import pluralize
+from minigpt4.common.text import listed, pluralize
 from minigpt4.weights import checkpoint
 from minigpt4.weights import locate as weight_files
 from minigpt4.weights.checkpoint import CheckpointError
@@ -154,19 +154,21 @@ def _errors_of(llama_model: str) -> Iterator[None]:
         raise _unreadable(llama_model, error) from error
     except ValueError as error:
         if "trust_remote_code" not in str(error):
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ConfigError(f"model.llama_model={llama_model} cannot be loaded: {reason}") from error
+            raise ConfigError(f"model.llama_model={llama_model} cannot be loaded: {_first_line(error)}") from error
         raise ConfigError(
             f"model.llama_model={llama_model} comes with Python files of its own, without which transformers cannot "
             "load it. They can do whatever you can. Read them; to run them: --options model.trust_remote_code=True"
         ) from error
     except OSError as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         hint = " Nothing may be fetched (--offline or HF_HUB_OFFLINE)." if facts.offline() else ""
         raise ConfigError(
-            f"model.llama_model={llama_model} cannot be loaded: {reason}{hint} Give a folder, or a model's id on the "
-            "hub."
+            f"model.llama_model={llama_model} cannot be loaded: {_first_line(error)}{hint} Give a folder, or a "
+            "model's id on the hub."
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def read_config(llama_model: str, trust_remote_code: bool = False) -> "PreTrainedConfig":
@@ -263,14 +265,11 @@ def _read(llama_model: str, trust_remote_code: bool, **how: Any) -> "PreTrainedM
     reshaped = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info["mismatched_keys"])
     if missing or reshaped:
         problems = [*(f"{name} is missing" for name in missing), *(f"{name} has another shape" for name in reshaped)]
-        more = f"\n  … and {len(problems) - 10} more" if len(problems) > 10 else ""
-        raise CheckpointError(
-            f"The weights in {llama_model} do not fit its config:\n  " + "\n  ".join(problems[:10]) + more
-        )
+        raise CheckpointError(f"The weights in {llama_model} do not fit its config:\n  {checkpoint.below(problems)}")
     surplus = sorted(name for name in info["unexpected_keys"] if not name.endswith("rotary_emb.inv_freq"))
     if surplus:
-        listed = ", ".join(surplus[:5]) + (" …" if len(surplus) > 5 else "")
-        logging.warning("Not used of %s: %s: %s", llama_model, pluralize(len(surplus), "tensor"), listed)
+        count = pluralize(len(surplus), "tensor")
+        logging.warning("Not used of %s: %s: %s", llama_model, count, listed(surplus, 5, more=" …"))
     return llm
 
 
@@ -278,7 +277,7 @@ def _unreadable(llama_model: str, error: Exception) -> CheckpointError:
     """An error that names the broken files and the reasons, if they can be found."""
     folder = Path(llama_model)
     reasons = {name: weight_files.why_unreadable(folder / name) for name in weight_files.shards(folder)}
-    broken = [f"{name}: {reason}" for name, reason in reasons.items() if reason] or [str(error).splitlines()[0]]
+    broken = [f"{name}: {reason}" for name, reason in reasons.items() if reason] or [_first_line(error)]
     return CheckpointError(f"The weights in {llama_model} cannot be read. " + "; ".join(broken))
 
 

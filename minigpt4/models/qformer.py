@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from minigpt4.common.errors import ConfigError
+from minigpt4.common.model_schema import QFormerSizes
 from minigpt4.weights import hf_names
 
 # Tensors of BLIP-2's files that are not used: the text branch, the language head, the projection for T5 or OPT.
@@ -27,11 +28,11 @@ SURPLUS = re.compile(
 class SelfOutput(nn.Module):
     """The end of every sub-layer of BERT: projection, dropout, sum with the residual, norm."""
 
-    def __init__(self, in_dim: int, dim: int, dropout: float):
+    def __init__(self, in_dim: int, sizes: QFormerSizes):
         super().__init__()
-        self.dense = nn.Linear(in_dim, dim)
-        self.LayerNorm = nn.LayerNorm(dim, eps=1e-12)
-        self.dropout = nn.Dropout(dropout)
+        self.dense = nn.Linear(in_dim, sizes.hidden_size)
+        self.LayerNorm = nn.LayerNorm(sizes.hidden_size, eps=1e-12)
+        self.dropout = nn.Dropout(sizes.hidden_dropout_prob)
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         return self.LayerNorm(self.dropout(self.dense(x)) + residual)
@@ -40,9 +41,10 @@ class SelfOutput(nn.Module):
 class MultiHeadAttention(nn.Module):
     """Attention of queries [B,Q,D] over `context` [B,N,context_dim]."""
 
-    def __init__(self, dim: int, context_dim: int, num_heads: int, dropout: float):
+    def __init__(self, context_dim: int, sizes: QFormerSizes):
         super().__init__()
-        self.num_heads, self.dropout = num_heads, dropout
+        dim = sizes.hidden_size
+        self.num_heads, self.dropout = sizes.num_attention_heads, sizes.attention_probs_dropout_prob
         self.query = nn.Linear(dim, dim)
         self.key = nn.Linear(context_dim, dim)
         self.value = nn.Linear(context_dim, dim)
@@ -63,10 +65,10 @@ class MultiHeadAttention(nn.Module):
 class Attention(nn.Module):
     """Attention, then its output projection."""
 
-    def __init__(self, dim: int, context_dim: int, num_heads: int, attention_dropout: float, hidden_dropout: float):
+    def __init__(self, context_dim: int, sizes: QFormerSizes):
         super().__init__()
-        self.self = MultiHeadAttention(dim, context_dim, num_heads, attention_dropout)
-        self.output = SelfOutput(dim, dim, hidden_dropout)
+        self.self = MultiHeadAttention(context_dim, sizes)
+        self.output = SelfOutput(sizes.hidden_size, sizes)
 
     def forward(self, x: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
         return self.output(self.self(x, context), x)
@@ -75,23 +77,14 @@ class Attention(nn.Module):
 class Layer(nn.Module):
     """Self-attention among the queries, cross-attention to the image (in some of the layers), feed-forward."""
 
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        intermediate_size: int,
-        image_dim: int | None,
-        attention_dropout: float,
-        hidden_dropout: float,
-    ):
+    def __init__(self, image_dim: int | None, sizes: QFormerSizes):
         """image_dim: width of the image tokens; None: the layer has no cross-attention."""
         super().__init__()
-        self.attention = Attention(dim, dim, num_heads, attention_dropout, hidden_dropout)
-        self.crossattention = (
-            Attention(dim, image_dim, num_heads, attention_dropout, hidden_dropout) if image_dim else None
-        )
-        self.intermediate_query = nn.Sequential(OrderedDict(dense=nn.Linear(dim, intermediate_size), gelu=nn.GELU()))
-        self.output_query = SelfOutput(intermediate_size, dim, hidden_dropout)
+        dim, inner = sizes.hidden_size, sizes.intermediate_size
+        self.attention = Attention(dim, sizes)
+        self.crossattention = Attention(image_dim, sizes) if image_dim else None
+        self.intermediate_query = nn.Sequential(OrderedDict(dense=nn.Linear(dim, inner), gelu=nn.GELU()))
+        self.output_query = SelfOutput(inner, sizes)
 
     def forward(self, x: torch.Tensor, image_embeds: torch.Tensor) -> torch.Tensor:
         x = self.attention(x, x)
@@ -103,40 +96,24 @@ class Layer(nn.Module):
 class QFormer(nn.Module):
     """Queries [B,Q,D] and image tokens [B,N,vision_width] to query outputs [B,Q,D].
 
-    The defaults are the sizes of bert-base and of the published weights. Dropout acts in train mode only.
+    Dropout acts in train mode only.
+
+    sizes: the fields of `QFormerSizes`. The defaults are those of bert-base and of the published weights.
     """
 
-    def __init__(
-        self,
-        vision_width: int,
-        hidden_size: int = 768,
-        num_hidden_layers: int = 12,
-        num_attention_heads: int = 12,
-        intermediate_size: int = 3072,
-        cross_attention_freq: int = 2,
-        hidden_dropout_prob: float = 0.1,
-        attention_probs_dropout_prob: float = 0.1,
-    ):
+    def __init__(self, vision_width: int, **sizes: float):
         super().__init__()
-        if hidden_size % num_attention_heads:
+        given = QFormerSizes(**sizes)
+        self.hidden_size = given.hidden_size
+        if given.hidden_size % given.num_attention_heads:
             raise ConfigError(
-                f"model.qformer.hidden_size={hidden_size} is not a multiple of "
-                f"model.qformer.num_attention_heads={num_attention_heads}."
+                f"model.qformer.hidden_size={given.hidden_size} is not a multiple of "
+                f"model.qformer.num_attention_heads={given.num_attention_heads}."
             )
-        self.hidden_size = hidden_size
-        layers = nn.ModuleList(
-            Layer(
-                hidden_size,
-                num_attention_heads,
-                intermediate_size,
-                vision_width if i % cross_attention_freq == 0 else None,
-                attention_probs_dropout_prob,
-                hidden_dropout_prob,
-            )
-            for i in range(num_hidden_layers)
-        )
+        widths = (vision_width if i % given.cross_attention_freq == 0 else None for i in range(given.num_hidden_layers))
+        layers = nn.ModuleList(Layer(width, given) for width in widths)
         # BERT's embeddings without the embedding: the queries are given.
-        norm, dropout = nn.LayerNorm(hidden_size, eps=1e-12), nn.Dropout(hidden_dropout_prob)
+        norm, dropout = nn.LayerNorm(given.hidden_size, eps=1e-12), nn.Dropout(given.hidden_dropout_prob)
         embeddings = nn.Sequential(OrderedDict(LayerNorm=norm, dropout=dropout))
         self.bert = nn.ModuleDict({"embeddings": embeddings, "encoder": nn.ModuleDict({"layer": layers})})
 

@@ -18,24 +18,10 @@ if TYPE_CHECKING:
 # The defaults of `continue_embeds`.
 DEFAULTS = {"do_sample": False, "max_new_tokens": 300}
 # The defaults of transformers' `generate`, for options that neither the caller nor the model's folder sets.
-NEUTRAL = {
-    "min_new_tokens": 0,
-    "num_beams": 1,
-    "repetition_penalty": 1.0,
-    "temperature": 1.0,
-    "top_k": 50,
-    "top_p": 1.0,
-}
+NEUTRAL = dict(min_new_tokens=0, num_beams=1, repetition_penalty=1.0, temperature=1.0, top_k=50, top_p=1.0)
 # Entries of a model's generation_config.json that do not concern the choice of a token, or that DEFAULTS overrides.
-IGNORED = {
-    "_from_model_config",
-    "bos_token_id",
-    "eos_token_id",
-    "max_length",
-    "pad_token_id",
-    "transformers_version",
-    "use_cache",
-}
+IGNORED = {"bos_token_id", "eos_token_id", "pad_token_id"}
+IGNORED |= {"max_length", "use_cache", "transformers_version", "_from_model_config"}
 
 
 @dataclass

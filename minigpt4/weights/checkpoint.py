@@ -23,7 +23,7 @@ from torch import nn
 from minigpt4.common import compat
 from minigpt4.common.errors import ConfigError
 from minigpt4.common.facts import checkpoints_in
-from minigpt4.common.text import pluralize
+from minigpt4.common.text import listed, pluralize
 from minigpt4.weights.locate import fetch, shards, why_unreadable
 
 # Buffers in checkpoints of the first release that hold no learnt value.
@@ -152,10 +152,10 @@ def check_finite(tensors: Iterable[tuple[str, torch.Tensor]], source: str) -> No
     """Raise CheckpointError that names those of the pairs (name, tensor) whose numbers are not all finite."""
     broken = [name for name, tensor in tensors if not is_finite(tensor)]
     if broken:
-        listed = ", ".join(broken[:5]) + (f" and {len(broken) - 5} more" if len(broken) > 5 else "")
         raise CheckpointError(
-            f"{source}: NaN or infinity among the numbers of {listed}. The file is damaged, the training that wrote it "
-            "diverged, or float16 cannot hold its numbers (run.amp_dtype=bf16). Use another file."
+            f"{source}: NaN or infinity among the numbers of {listed(broken, 5)}. The file is damaged, "
+            "the training that wrote it diverged, or float16 cannot hold its numbers (run.amp_dtype=bf16). Use another "
+            "file."
         )
 
 
@@ -203,8 +203,8 @@ def weights_of(content: dict, source: str = "the file", own: Collection[str] = (
     # Beside tensors that are not under a key of their own, a file may hold settings.
     others = {name: value for name, value in weights.items() if name not in tensors}
     if others and (weights is not content or not tensors):
-        listed = ", ".join(f"{name} is {_kind(value)}" for name, value in [*others.items()][:5])
-        raise CheckpointError(f"{source} holds other objects than tensors in place of weights: {listed}.")
+        kinds = listed([f"{name} is {_kind(value)}" for name, value in others.items()], 5)
+        raise CheckpointError(f"{source} holds other objects than tensors in place of weights: {kinds}.")
     return _unwrapped(tensors, source, own)
 
 
@@ -243,6 +243,11 @@ def saved_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in named if parameter.requires_grad or name in loaded}
 
 
+def below(problems: list[str]) -> str:
+    """The first ten problems, a line each, and how many more there are."""
+    return listed(problems, 10, "\n  ", "\n  … and {} more")
+
+
 def load_weights(
     module: nn.Module,
     weights: dict[str, torch.Tensor],
@@ -276,8 +281,7 @@ def load_weights(
         *(f"{name} has shape {tuple(weights[name].shape)}, the model's {tuple(own[name].shape)}" for name in reshaped),
     ]
     if problems:
-        more = f"\n  … and {len(problems) - 10} more" if len(problems) > 10 else ""
-        raise CheckpointError(f"{source} does not fit the model:\n  " + "\n  ".join(problems[:10]) + more)
+        raise CheckpointError(f"{source} does not fit the model:\n  {below(problems)}")
     empty = {name for name in weights if own[name].is_meta}
 
     def converted(name: str) -> torch.Tensor:

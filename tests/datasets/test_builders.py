@@ -66,7 +66,7 @@ def test_the_default_placeholder_is_refused(name):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"build_info": {}}, r"datasets\.laion\.build_info\.storage is not set"),
+        ({"build_info": {}}, r"datasets\.laion\.build_info\.storage=None names no path"),
         ({"build_info": {"storage": "x", "sotrage": "y"}}, r"laion\.build_info\.sotrage.*Did you mean 'storage'"),
         ({"vis_processor": {"trian": {}}}, r"laion\.vis_processor\.trian.*Did you mean 'train'"),
         ({"vis_processor": {"train": {"image_size": 16}}}, r"laion\.vis_processor\.train has no key 'name'"),

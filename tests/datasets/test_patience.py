@@ -3,8 +3,10 @@
 import http.server
 import shutil
 import threading
+import time
 from functools import partial
-from itertools import islice
+from itertools import count, islice
+from types import SimpleNamespace
 
 import pytest
 from dataset_files import good_members, write_align, write_shards, write_tar
@@ -46,11 +48,21 @@ def clock(monkeypatch) -> Clock:
     return patience.time
 
 
-def later(action) -> threading.Timer:
-    """Does something in 0.2 s."""
-    timer = threading.Timer(0.2, action)
-    timer.start()
-    return timer
+@pytest.fixture
+def later(monkeypatch):
+    """Function that has something done in the third pause of a wait, so that a busy machine makes no difference."""
+
+    def do(action):
+        pauses = count(1)
+
+        def sleep(seconds):
+            time.sleep(seconds)
+            if next(pauses) == 3:
+                action()
+
+        monkeypatch.setattr(patience, "time", SimpleNamespace(monotonic=time.monotonic, sleep=sleep))
+
+    return do
 
 
 def waits(dataset) -> dict[str, int]:
@@ -60,7 +72,7 @@ def waits(dataset) -> dict[str, int]:
     return {key[1]: count for key, count in taken.items()}
 
 
-def test_local_shards_that_come_back(tmp_path):
+def test_local_shards_that_come_back(tmp_path, later):
     folder = write_shards(tmp_path / "shards", count=2, samples=4)
     dataset = stream(f"{folder}/*.tar")
     away = folder.rename(tmp_path / "away")
@@ -69,7 +81,7 @@ def test_local_shards_that_come_back(tmp_path):
     assert waits(dataset) == {f"{folder}/00000.tar": 1}
 
 
-def test_a_stream_is_the_same_as_without_the_outage(tmp_path):
+def test_a_stream_is_the_same_as_without_the_outage(tmp_path, later):
     folder = write_shards(tmp_path / "shards", count=3, samples=10)
     expected = [sample["image_id"] for sample in islice(stream(f"{folder}/*.tar"), 100)]
     samples = iter(stream(f"{folder}/*.tar"))
@@ -116,7 +128,7 @@ def test_a_command_that_fails_at_first_and_in_the_middle(tmp_path):
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
-def test_a_server_that_comes_back(tmp_path, monkeypatch):
+def test_a_server_that_comes_back(tmp_path, monkeypatch, later):
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
     write_tar(tmp_path / "0.tar", good_members(0, 20))
@@ -141,7 +153,7 @@ def test_a_server_that_comes_back(tmp_path, monkeypatch):
         servers[0].server_close()
 
 
-def test_pictures_of_a_folder_that_comes_back(tmp_path):
+def test_pictures_of_a_folder_that_comes_back(tmp_path, later):
     dataset = CCSBUAlignDataset(str(write_align(tmp_path / "align")), BaseProcessor())
     dataset.patience.timeout_s = 30
     away = (tmp_path / "align").rename(tmp_path / "away")

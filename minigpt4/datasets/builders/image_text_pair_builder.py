@@ -1,6 +1,6 @@
 """laion, cc_sbu (streams of shards) and cc_sbu_align (a folder with a list of captions)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from torch.utils.data import Dataset
@@ -13,6 +13,7 @@ from minigpt4.datasets.builders.base_dataset_builder import BaseDatasetBuilder
 from minigpt4.datasets.datasets.cc_sbu_dataset import CCSBUAlignDataset
 from minigpt4.datasets.datasets.feature_dataset import FeatureSet, FeatureStream
 from minigpt4.datasets.datasets.image_text_stream import ImageTextStream
+from minigpt4.datasets.datasets.shards import how_to_set, listed_storage
 from minigpt4.datasets.splits import Share
 
 __getattr__ = first_release.attributes_of(__name__)  # for names that are gone
@@ -58,19 +59,12 @@ class ImageTextPairBuilder(BaseDatasetBuilder):
         return self.feature_dataset_cls(folder, self.text_processors[processors], name=self.name, share=share)
 
     def storage(self) -> str | list[str]:
-        """`build_info.storage`. Raises ConfigError if it is missing or has unknown neighbours."""
+        """`build_info.storage`. Raises ConfigError if it names no path or has unknown neighbours."""
         build_info = self.config.get("build_info") or {}
         self.check_keys("build_info", build_info, ("storage", "features", "val"))
-        storage = build_info.get("storage")
-        if not storage:
-            key = f"datasets.{self.name}.build_info.storage"
-            raise ConfigError(f"{key} is not set. Set it in the YAML or with --options {key}=/data/{self.name}/…")
-        texts = [storage] if isinstance(storage, str) else storage
-        if not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
-            raise ConfigError(
-                f"datasets.{self.name}.build_info.storage = {storage!r} is no path, and no list of paths."
-            )
-        return storage if isinstance(storage, str) else list(texts)
+        storage, advice = build_info.get("storage"), how_to_set(self.name, f"/data/{self.name}/…")
+        paths = listed_storage(storage, self.name, "path", advice)
+        return storage if isinstance(storage, str) else paths
 
 
 @registry.register_builder("laion")

@@ -19,7 +19,7 @@ from minigpt4.datasets.conversations.record import Record
 from minigpt4.datasets.conversations.shards import ShardRecords
 from minigpt4.datasets.conversations.text_files import TextFile, TextRecords, shown
 from minigpt4.datasets.datasets.packed_strings import PackedStrings
-from minigpt4.datasets.datasets.shards import expand_shards, is_local
+from minigpt4.datasets.datasets.shards import expand_shards, how_to_set, is_local, listed_storage
 
 FORMS: dict[str, forms.Form] = {
     "jsonl": forms.ours,
@@ -186,9 +186,7 @@ def read_records(
 def _paths(storage: str | Sequence[str], name: str) -> tuple[list[str], bool]:
     """All files or shards that `storage` names, and whether they are shards."""
     key = f"datasets.{name}.build_info.storage"
-    items = [storage] if isinstance(storage, str) else list(storage) if isinstance(storage, Sequence) else []
-    if not items or not all(isinstance(item, str) and item.strip() for item in items):
-        raise ConfigError(f"{key}={storage!r} names no file. Set it in the YAML or with --options {key}=/data/my.jsonl")
+    items = listed_storage(storage, name, "file", how_to_set(name, "/data/my.jsonl"))
     streamed = [not is_local(item) or item.endswith(TARS) for item in items]
     if all(streamed):
         return expand_shards(items, name), True

@@ -3,10 +3,9 @@
 import os
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from minigpt4.common.errors import ConfigError
-from minigpt4.datasets.captions import Incomplete
 from minigpt4.datasets.conversations.forms import Form, make_record, pictures_of
 from minigpt4.datasets.conversations.pictures import SUFFIXES, PictureFolder
 from minigpt4.datasets.conversations.record import Picture, Record
@@ -17,43 +16,26 @@ FORM_KEYS = {"messages", "conversations", "texts", "answer", "caption", "prompt"
 PICTURES = tuple(suffix.removeprefix(".") for suffix in SUFFIXES)
 
 
-class ShardRecords:
-    """Makes records of the members of shards; `stream.ConversationStream` reads them.
+class ShardRecords(NamedTuple):
+    """The records in shards, which `stream.ConversationStream` reads."""
 
-    shards: paths, URLs or `pipe:` commands. form: of the .json.
-    """
+    shards: list[str]
+    """Paths, URLs or `pipe:` commands."""
+    form: Form
+    """Of the .json."""
 
-    def __init__(self, shards: list[str], form: Form) -> None:
-        self.shards, self.form = shards, form
 
-    def record(self, shard: str, group: Group) -> Record:
-        """The record of a sample.
-
-        Raises Incomplete while members may follow that it lacks, then ConfigError that names shard and member.
-        """
-        if not group.has_text:
-            raise Incomplete("a sample without text (.json or .txt)")
-        where = f"{shard} member {group.key}"
-        try:
-            record = self._record(shard, group, where)
-        except ConfigError as error:
-            if group.final:
-                raise ConfigError(f"{where} {error}") from None
-            raise Incomplete("a record that is not complete") from None
-        if not (group.final or record.pictures):
-            raise Incomplete("a sample without picture")
-        return record
-
-    def _record(self, shard: str, group: Group, where: str) -> Record:
-        item = parse_json(decode(group.files["json"])) if "json" in group.files else {}
-        if not any(item.get(key) is not None for key in FORM_KEYS) and "txt" in group.files:
-            item["caption"] = decode(group.files["txt"]).rstrip("\r\n")
-        item = {"id": member_id(shard, group.key)} | item
-        find = _MemberPictures(group.key, group.files, len(pictures_of(item)))
-        in_parts = re.search(rb'"image(_url)?"\s*:', group.files.get("json", b""))
-        if find.members and not pictures_of(item) and not in_parts:
-            item["images"] = sorted(find.members, key=_by_number)
-        return make_record(self.form, item, find, where)
+def record_of(form: Form, shard: str, group: Group, where: str) -> Record:
+    """The record of a sample's members. Raises ConfigError for a mistake in it."""
+    item = parse_json(decode(group.files["json"])) if "json" in group.files else {}
+    if not any(item.get(key) is not None for key in FORM_KEYS) and "txt" in group.files:
+        item["caption"] = decode(group.files["txt"]).rstrip("\r\n")
+    item = {"id": member_id(shard, group.key)} | item
+    find = _MemberPictures(group.key, group.files, len(pictures_of(item)))
+    in_parts = re.search(rb'"image(_url)?"\s*:', group.files.get("json", b""))
+    if find.members and not pictures_of(item) and not in_parts:
+        item["images"] = sorted(find.members, key=_by_number)
+    return make_record(form, item, find, where)
 
 
 def _by_number(name: str) -> list[str | int]:

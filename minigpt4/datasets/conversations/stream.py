@@ -5,11 +5,11 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from minigpt4.common.errors import ConfigError
-from minigpt4.datasets.captions import Unusable
+from minigpt4.datasets.captions import Incomplete, Unusable
 from minigpt4.datasets.conversations.batch import Conversation
 from minigpt4.datasets.conversations.dataset import collate, to_training_sample, usable_conversations
 from minigpt4.datasets.conversations.record import Record
-from minigpt4.datasets.conversations.shards import PICTURES, ShardRecords
+from minigpt4.datasets.conversations.shards import PICTURES, ShardRecords, record_of
 from minigpt4.datasets.datasets.shard_stream import ShardStream
 from minigpt4.datasets.datasets.tar_reader import Group, member_id
 from minigpt4.datasets.pictures import load_picture
@@ -38,14 +38,22 @@ class ConversationStream(ShardStream):
 
     def __init__(self, records: ShardRecords, vis_processor: Callable, name: str, share: Share | None = None) -> None:
         super().__init__(records.shards, name, share)
-        self.records = records
+        self.form = records.form
         self._load_picture = partial(load_picture, vis_processor=vis_processor)
 
     def raw_sample(self, shard: str, group: Group) -> RawRecord:
+        if not group.has_text:
+            raise Incomplete("a sample without text (.json or .txt)")
+        where = f"{shard} member {group.key}"
         try:
-            return RawRecord(shard, group.key, self.records.record(shard, group), group.size)
+            record = record_of(self.form, shard, group, where)
         except ConfigError as mistake:
-            raise Unusable("a record with a mistake") from mistake
+            if group.final:
+                raise Unusable("a record with a mistake") from ConfigError(f"{where} {mistake}")
+            raise Incomplete("a record that is not complete") from None
+        if not (group.final or record.pictures):
+            raise Incomplete("a sample without picture")
+        return RawRecord(shard, group.key, record, group.size)
 
     def identity(self, sample: RawRecord) -> str:
         record = sample.record

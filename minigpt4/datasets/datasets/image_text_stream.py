@@ -1,6 +1,6 @@
 """Endless streams of pictures with captions from webdataset shards: laion and cc_sbu."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from PIL import Image
@@ -40,7 +40,7 @@ class ImageTextStream(ShardStream):
 
     def __init__(
         self,
-        storage: str | Iterable[str],
+        storage: str | Sequence[str],
         vis_processor: Callable[[Image.Image], Any],
         text_processor: Callable[[str], str],
         name: str = "image_text",

@@ -2,7 +2,8 @@
 
 import glob
 import os
-from collections.abc import Iterable
+from collections.abc import Sequence
+from typing import Any
 
 from braceexpand import braceexpand
 
@@ -12,7 +13,7 @@ from minigpt4.common.errors import ConfigError
 PATTERN = frozenset("*?[{")
 
 
-def expand_shards(storage: str | Iterable[str], name: str) -> list[str]:
+def expand_shards(storage: str | Sequence[str], name: str) -> list[str]:
     """All shards that `storage` names, in order.
 
     storage: a path or URL, or a list of them. Each may have brace ranges (`{00000..01255}.tar`); local paths may also
@@ -21,16 +22,27 @@ def expand_shards(storage: str | Iterable[str], name: str) -> list[str]:
     name: the dataset's name in the YAML, for messages.
     Raises FileNotFoundError if local shards of a pattern are missing, ConfigError for an empty list.
     """
-    key = f"datasets.{name}.build_info.storage"
-    # In quotes, or the shell would expand the braces.
-    advice = f"Set it in the YAML or with --options '{key}=/data/{name}/{{00000..00099}}.tar'"
-    items = [storage] if isinstance(storage, str) else list(storage or [])
-    if not items or not all(isinstance(item, str) and item.strip() for item in items):
-        raise ConfigError(f"{key}={storage!r} names no shards. {advice}")
+    advice = how_to_set(name, f"/data/{name}/{{00000..00099}}.tar")
     try:
-        return [shard for item in items for shard in _expand(item.strip())]
+        return [shard for item in listed_storage(storage, name, "shards", advice) for shard in _expand(item.strip())]
     except OSError as error:
-        raise type(error)(f"{key}={error} {advice}") from None
+        raise type(error)(f"datasets.{name}.build_info.storage={error} {advice}") from None
+
+
+def listed_storage(storage: Any, name: str, kind: str, advice: str) -> list[str]:
+    """The paths of `build_info.storage`, which is one or a list of them. Raises ConfigError for anything else.
+
+    kind, advice: what a path names, and how to set it, for the message.
+    """
+    items = [storage] if isinstance(storage, str) else [*storage] if isinstance(storage, Sequence) else []
+    if not items or not all(isinstance(item, str) and item.strip() for item in items):
+        raise ConfigError(f"datasets.{name}.build_info.storage={storage!r} names no {kind}. {advice}")
+    return items
+
+
+def how_to_set(name: str, example: str) -> str:
+    """Advice on the storage of a dataset. It is in quotes, or a shell would expand braces."""
+    return f"Set it in the YAML or with --options 'datasets.{name}.build_info.storage={example}'"
 
 
 def shards_of_argument(patterns: list[str]) -> list[str]:
