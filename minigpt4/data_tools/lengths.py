@@ -1,5 +1,6 @@
 """How long a conversation is for the model, and what of it is cut."""
 
+from dataclasses import replace
 from typing import NamedTuple
 
 from minigpt4.common.config import Config
@@ -57,8 +58,7 @@ class ModelTokens:
         """The labels after the first question; none if nothing is learnt."""
         reader = self.reader
         prompt = reader.prompts[0] if reader.prompts else IMAGE_SLOT
-        how = reader.num_query_tokens, max_txt_len, reader.template.end, reader.template, reader.learn_on
-        labels = encode_batch(reader.tokenizer, texts, prompt, *how).labels[0]
+        labels = encode_batch(reader.tokenizer, texts, prompt, replace(reader, max_txt_len=max_txt_len)).labels[0]
         first = next((place for place, label in enumerate(labels) if label != IGNORE_INDEX), len(labels))
         return labels[first:]
 

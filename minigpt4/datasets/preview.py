@@ -19,7 +19,7 @@ from minigpt4.common.text import pluralize, printable
 from minigpt4.datasets.conversations.batch import Conversation, Conversations
 from minigpt4.datasets.seeding import seeded
 from minigpt4.models.mini_gpt4 import MiniGPT4
-from minigpt4.models.prompt import IGNORE_INDEX, IMAGE_ID, IMAGE_SLOT, encode_batch, sanitize_batch
+from minigpt4.models.prompt import IGNORE_INDEX, IMAGE_ID, IMAGE_SLOT, TextSettings, encode_batch, sanitize_batch
 from minigpt4.models.template import Template, from_prompt, read_prompts, resolve
 from minigpt4.processors import BaseProcessor
 
@@ -84,24 +84,22 @@ def _shown(text: str) -> str:
     return printable(text)
 
 
-@dataclass(frozen=True)
-class TextReader:
-    """Reads texts as a `MiniGPT4` does in training."""
+@dataclass(frozen=True, kw_only=True)
+class TextReader(TextSettings):
+    """Reads texts as a `MiniGPT4` with these settings does in training."""
 
-    tokenizer: "Tokenizer"
     template: Template
+    tokenizer: "Tokenizer"
     prompts: Sequence[str]
     """As `MiniGPT4.prompt_list`."""
-    num_query_tokens: int
-    max_txt_len: int
-    learn_on: str = "answers"
 
     @classmethod
     def from_config(cls, cfg: MiniGPT4Config, tokenizer: "Tokenizer") -> "TextReader":
         """Raises ConfigError for a template or a file of prompts that cannot be used."""
         template = resolve(cfg)
         prompts = read_prompts(cfg.prompt_path, template.prompt) if cfg.prompt_path else []
-        return cls(tokenizer, template, prompts, cfg.num_query_token, cfg.max_txt_len, cfg.learn_on)
+        settings = cfg.num_query_token, cfg.max_txt_len, template.end
+        return cls(*settings, learn_on=cfg.learn_on, template=template, tokenizer=tokenizer, prompts=prompts)
 
     @classmethod
     def of_model(cls, model: Any) -> "TextReader | None":
@@ -110,8 +108,8 @@ class TextReader:
         if any(getattr(type(model), name, None) is not getattr(MiniGPT4, name) for name in methods):
             return None
         template = model.template or from_prompt("{}", model.end_sym)
-        limits = model.query_tokens.shape[1], model.max_txt_len
-        return cls(model.tokenizer, template, model.prompt_list, *limits, model.learn_on)
+        settings = vars(model.text_settings) | {"end_sym": template.end, "template": template}
+        return cls(**settings, tokenizer=model.tokenizer, prompts=model.prompt_list)
 
     def read(self, text: str | Conversation, number: int = 0) -> Preview:
         """The "text_input" of a sample as the model reads it.
@@ -122,8 +120,7 @@ class TextReader:
         texts = [text] if isinstance(text, str) else Conversations([text])
         texts, broken_up = sanitize_batch(texts, self.tokenizer, self.template.separators)
         prompt = self.prompts[number % len(self.prompts)] if self.prompts else IMAGE_SLOT
-        how = self.num_query_tokens, self.max_txt_len, self.template.end, self.template, self.learn_on
-        found = encode_batch(self.tokenizer, texts, prompt, *how)
+        found = encode_batch(self.tokenizer, texts, prompt, self)
         turns = [("assistant", texts)] if isinstance(text, str) else texts[0]
         answers = [part for role, parts in turns if role == "assistant" for part in parts]
         ends_early = bool(self.template.end) and any(self.template.end in answer for answer in answers)

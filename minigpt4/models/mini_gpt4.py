@@ -184,12 +184,16 @@ class MiniGPT4(vision.Vision):
         "drawn_prompt" (unless the batch has one).
         """
         texts, drawn = samples["text_input"], samples.get("drawn_prompt") or self._draw_prompt()
-        how = self.query_tokens.shape[1], self.max_txt_len, self.end_sym, self.template, self.learn_on
-        found = prompt.encode_batch(self.tokenizer, texts, drawn, *how)
+        found = prompt.encode_batch(self.tokenizer, texts, drawn, self.text_settings)
         if found.images_seen is not None:
             samples = texts.select_images(samples, found.images_seen)
         tokens = self.step.collate(self, found.ids, found.labels)
         return {**samples, "tokens": tokens, "tokens_of": [*texts], "drawn_prompt": drawn, "num_cut": found.num_cut}
+
+    @property
+    def text_settings(self) -> prompt.TextSettings:
+        num_query_tokens = self.query_tokens.shape[1]
+        return prompt.TextSettings(num_query_tokens, self.max_txt_len, self.end_sym, self.template, self.learn_on)
 
     def _draw_prompt(self) -> str:
         """A random prompt in training, the first one in evaluation, the image alone if there are no prompts."""
@@ -249,8 +253,7 @@ class MiniGPT4(vision.Vision):
         slots = sum(text.count(prompt.IMAGE_SLOT) for text in prompts)
         if slots != len(image_embeds):
             raise ValueError(f"{slots} image slots ({prompt.IMAGE_SLOT}) in the prompts, {len(image_embeds)} images.")
-        bos = self.template is None or self.template.bos
-        tokens = prompt.generation_batch(self.tokenizer, prompts, self.query_tokens.shape[1], bos).to(self.device)
+        tokens = prompt.generation_batch(self.tokenizer, prompts, self.text_settings).to(self.device)
         images = torch.cat([*image_embeds]) if slots else self.query_tokens.new_empty(0, 0, 0)
         self._check_images(images, tokens)
         return self.embed(tokens, images.to(self.device)), tokens.attention_mask

@@ -30,6 +30,26 @@ BOUNDARY = "\x1e"
 IGNORE_INDEX = -100
 
 
+@dataclass(frozen=True)
+class TextSettings:
+    """What of a model decides on the tokens of its texts."""
+
+    num_query_tokens: int
+    """Positions of an image."""
+    max_txt_len: int
+    """Most tokens of a text, or of a conversation after its first question."""
+    end_sym: str
+    """The end of a text. A conversation has that of its template."""
+    template: "Template | None" = None
+    learn_on: str = "answers"
+    """What of a conversation has labels: "answers", or "all" texts after its first question."""
+
+    @property
+    def bos(self) -> bool:
+        """Whether `<s>` comes first, if the tokenizer has one."""
+        return self.template is None or self.template.bos
+
+
 class Batch(Protocol):
     """Token ids for one pass of the language model: a `PaddedBatch`, or a micro-batch of `fast/packing/batch.py`."""
 
@@ -153,54 +173,32 @@ class Sequences(NamedTuple):
     """For each image of the batch, whether its vectors are in the sequences. None: all are."""
 
 
-def encode_batch(
-    tokenizer: "Tokenizer",
-    texts: Sequence,
-    image_prompt: str,
-    num_query_tokens: int,
-    max_txt_len: int,
-    end_sym: str,
-    template: "Template | None" = None,
-    learn_on: str = "answers",
-) -> Sequences:
-    """The tokens of a batch's texts, each after `image_prompt`, or of its conversations, which know how."""
-    if hasattr(texts, "training_sequences"):
-        return texts.training_sequences(tokenizer, template, image_prompt, num_query_tokens, max_txt_len, learn_on)
-    bos = template is None or template.bos
-    return training_sequences(tokenizer, image_prompt, texts, num_query_tokens, max_txt_len, end_sym, bos)
+def encode_batch(tokenizer: "Tokenizer", texts: Sequence, image_prompt: str, settings: TextSettings) -> Sequences:
+    """The tokens of a batch's texts, or of its conversations, which know how.
 
-
-def training_sequences(
-    tokenizer: "Tokenizer",
-    prompt: str,
-    texts: list[str],
-    num_query_tokens: int,
-    max_txt_len: int,
-    end_sym: str,
-    bos: bool = True,
-) -> Sequences:
-    """For each text a sequence: `<s>` if `bos` is true, the prompt with its image, the text with `end_sym`.
-
-    At most `max_txt_len` tokens of a text are kept, `end_sym` included. Only tokens of the text have labels. The eos
-    token has none, as in the first release, unless `end_sym` has it.
+    Of each text: `<s>` if the template asks for it, `image_prompt` with the image, the text, `end_sym`. Only tokens of
+    the text and of `end_sym` have labels, and at most `max_txt_len` of them are kept. The eos token has none, as in the
+    first release, unless `end_sym` has it.
     """
-    prefix = encode_with_images(tokenizer, prompt, num_query_tokens, bos)
+    if hasattr(texts, "training_sequences"):
+        return texts.training_sequences(tokenizer, image_prompt, settings)
+    end_sym = settings.end_sym
+    prefix = encode_with_images(tokenizer, image_prompt, settings.num_query_tokens, settings.bos)
     ignored = None if tokenizer.eos_token_id in tokenizer.encode(end_sym) else tokenizer.eos_token_id
     sequences, labels, num_cut = [], [], 0
     for text in texts:
         ids = tokenizer.encode(text + end_sym)
-        num_cut += len(ids) > max_txt_len
-        ids = ids[:max_txt_len]
+        num_cut += len(ids) > settings.max_txt_len
+        ids = ids[: settings.max_txt_len]
         sequences.append(prefix + ids)
         labels.append([IGNORE_INDEX] * len(prefix) + [IGNORE_INDEX if i == ignored else i for i in ids])
     return Sequences(sequences, labels, num_cut)
 
 
-def generation_batch(
-    tokenizer: "Tokenizer", prompts: list[str], num_query_tokens: int, bos: bool = True
-) -> PaddedBatch:
+def generation_batch(tokenizer: "Tokenizer", prompts: list[str], settings: TextSettings) -> PaddedBatch:
     """Prompts to be continued, padded on the left, so that all of them end at the same position."""
-    sequences = [encode_with_images(tokenizer, prompt, num_query_tokens, bos) for prompt in prompts]
+    number, bos = settings.num_query_tokens, settings.bos
+    sequences = [encode_with_images(tokenizer, prompt, number, bos) for prompt in prompts]
     labels = [[IGNORE_INDEX] * len(sequence) for sequence in sequences]
     return pad(sequences, labels, tokenizer.eos_token_id, side="left")
 

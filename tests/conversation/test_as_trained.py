@@ -10,7 +10,7 @@ from endpoint import assistant, image, text, user
 
 from minigpt4.conversation import CONV_VISION, Chat
 from minigpt4.datasets.conversations.batch import Conversations, encode, exchanges
-from minigpt4.models.prompt import encode_with_images
+from minigpt4.models.prompt import TextSettings, encode_with_images
 from minigpt4.models.template import TEMPLATES, from_chat_template
 from minigpt4.processors import Blip2ImageEvalProcessor
 from minigpt4.serving.prepare import conversation
@@ -61,7 +61,8 @@ def trained(tokenizer, template, turns):
     parts = [*exchanges(sound, template, "")]
     found = []
     for number, (_, answer) in enumerate(parts, 1):
-        ids, learnt = encode(tokenizer, parts[:number], QUERIES, LONG, template.bos).ids, tokenizer.encode(answer)
+        ids = encode(tokenizer, parts[:number], TextSettings(QUERIES, LONG, "", template)).ids
+        learnt = tokenizer.encode(answer)
         found.append((ids[: -len(learnt)], learnt, answer.removesuffix(template.end).strip()))
     return found
 

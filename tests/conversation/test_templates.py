@@ -6,7 +6,7 @@ import torch
 from minigpt4.conversation import Chat
 from minigpt4.conversation.conversation import IMAGE_TURN, Conversation
 from minigpt4.datasets.conversations.batch import encode, exchanges
-from minigpt4.models.prompt import encode_with_images
+from minigpt4.models.prompt import TextSettings, encode_with_images
 from minigpt4.models.template import TEMPLATES, Template
 
 CHATML = Template(
@@ -46,7 +46,7 @@ def test_turn_k_is_sent_as_it_was_trained(chat_and_template, system):
             chat.upload_img(torch.zeros(3, 28, 28), conv, images)
         chat.ask(parts[-1], conv)
         turns += [("user", parts), ("assistant", (answer,))]
-        trained = encode(tokenizer, exchanges(turns, template, ""), 8, 10**6, template.bos)
+        trained = encode(tokenizer, exchanges(turns, template, ""), TextSettings(8, 10**6, "", template))
         sent = encode_with_images(tokenizer, conv.get_prompt(), 8, template.bos)
         assert trained.ids == sent + tokenizer.encode(answer + template.end)
         embeddings = chat.get_context_emb(conv, images)

@@ -136,7 +136,7 @@ def test_prompt_wrapping(golden, build_golden_model):
     for i, case in enumerate(wraps):
         case["prompt"] = case["prompt"] or prompt.IMAGE_SLOT  # no prompt: the image alone
         ids = prompt.encode_with_images(model.tokenizer, case["prompt"], 8)
-        batch = prompt.generation_batch(model.tokenizer, [case["prompt"]] * 2, 8)
+        batch = prompt.generation_batch(model.tokenizer, [case["prompt"]] * 2, model.text_settings)
         embeds = model.embed(batch, wrapped["img_embeds"])
         assert len(ids) - 1 == case["length"]  # ours starts with <s>
         assert_close(embeds[:, 1:], wrapped[f"wrap{i}.embeds"], 1e-6)

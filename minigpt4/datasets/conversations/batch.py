@@ -42,15 +42,8 @@ def exchanges(conversation: Conversation, template: Template, image_prompt: str)
     yield from found
 
 
-def encode(
-    tokenizer: "Tokenizer",
-    parts: Iterable[tuple[str, str]],
-    num_query_tokens: int,
-    max_txt_len: int,
-    bos: bool,
-    learn_on: str = "answers",
-) -> Tokens:
-    """`<s>` if `bos` is true, then each question and its answer. Only the tokens of answers have labels.
+def encode(tokenizer: "Tokenizer", parts: Iterable[tuple[str, str]], settings: prompt.TextSettings) -> Tokens:
+    """`<s>` if the template asks for it, then each question and its answer. Only the tokens of answers have labels.
 
     With `learn_on="all"`, those of later questions have labels, too, except for images.
 
@@ -59,9 +52,10 @@ def encode(
 
     parts: as from `exchanges`.
     """
-    ids, labels, room, num_images = [], [], max_txt_len, 0
+    ids, labels, room, num_images = [], [], settings.max_txt_len, 0
     for number, (question, answer) in enumerate(parts):
-        question_ids = prompt.encode_with_images(tokenizer, question, num_query_tokens, bos and number == 0)
+        bos = settings.bos and number == 0
+        question_ids = prompt.encode_with_images(tokenizer, question, settings.num_query_tokens, bos)
         room -= len(question_ids) if number else 0
         if room < 1:
             return Tokens(ids, labels, num_images, cut=True)
@@ -69,7 +63,7 @@ def encode(
         learnt = answer_ids[:room]
         num_images += question.count(IMAGE_SLOT)
         ids += question_ids + learnt
-        asked = question_ids if number and learn_on == "all" else [IGNORE_INDEX] * len(question_ids)
+        asked = question_ids if number and settings.learn_on == "all" else [IGNORE_INDEX] * len(question_ids)
         labels += [IGNORE_INDEX if i == IMAGE_ID else i for i in asked] + learnt
         room -= len(learnt)
         if len(learnt) < len(answer_ids):
@@ -98,17 +92,11 @@ class Conversations(list[Conversation]):
         return {**samples, **{key: samples[key][kept.to(samples[key].device)] for key in per_image}}
 
     def training_sequences(
-        self,
-        tokenizer: "Tokenizer",
-        template: Template,
-        image_prompt: str,
-        num_query_tokens: int,
-        max_txt_len: int,
-        learn_on: str = "answers",
+        self, tokenizer: "Tokenizer", image_prompt: str, settings: prompt.TextSettings
     ) -> prompt.Sequences:
         """The tokens of each conversation; see `exchanges` and `encode`."""
-        how = num_query_tokens, max_txt_len, template.bos, learn_on
-        found = [encode(tokenizer, exchanges(each, template, image_prompt), *how) for each in self]
+        template = settings.template
+        found = [encode(tokenizer, exchanges(each, template, image_prompt), settings) for each in self]
         counts = [sum(parts.count(None) for _, parts in each) for each in self]
         seen = [
             number < tokens.num_images for tokens, count in zip(found, counts, strict=True) for number in range(count)

@@ -1,6 +1,7 @@
 """Conversations as training batches: the tokens that are learnt, cuts, and the same loss in every form."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from conversation_cases import CHATML, TOKENIZERS, random_conversation, renderer
 
 from minigpt4.datasets.conversations.batch import Conversations, encode, exchanges
 from minigpt4.fast.packing.batch import pack
-from minigpt4.models.prompt import IGNORE_INDEX, IMAGE_ID
+from minigpt4.models.prompt import IGNORE_INDEX, IMAGE_ID, TextSettings
 from minigpt4.models.template import TEMPLATES, from_chat_template
 
 V0 = TEMPLATES["vicuna_v0"]
@@ -25,7 +26,7 @@ def test_the_answers_are_learnt_and_nothing_else(kind, template):
             tokenizer.special_tokens, template.separators
         )
         parts = [*exchanges(conversation, template, "")]
-        found = encode(tokenizer, parts, QUERIES, LONG, template.bos)
+        found = encode(tokenizer, parts, TextSettings(QUERIES, LONG, "", template))
         runs, previous = [], IGNORE_INDEX
         for token, label in zip(found.ids, found.labels, strict=True):
             assert label in (token, IGNORE_INDEX)
@@ -46,8 +47,9 @@ def test_all_texts_but_the_first_question_are_learnt(tokenizer, template):
     for _ in range(30):
         parts = [*exchanges(random_conversation(rng), template, "")]
         for room in (LONG, 40):
-            how = parts, QUERIES, room, template.bos
-            default, all_texts = encode(tokenizer, *how), encode(tokenizer, *how, "all")
+            settings = TextSettings(QUERIES, room, "", template)
+            default = encode(tokenizer, parts, settings)
+            all_texts = encode(tokenizer, parts, replace(settings, learn_on="all"))
             start = next(i for i, label in enumerate(default.labels) if label != IGNORE_INDEX)
             assert all_texts._replace(labels=default.labels) == default
             after = [IGNORE_INDEX if i == IMAGE_ID else i for i in default.ids[start:]]
@@ -64,7 +66,7 @@ def tokenizer():
 def tokens_of(tokenizer, *messages, max_txt_len=LONG):
     roles = ("user", "assistant") * 9
     conversation = tuple((role, parts) for role, parts in zip(roles, messages, strict=False))
-    return encode(tokenizer, exchanges(conversation, V0, "P"), QUERIES, max_txt_len, True)
+    return encode(tokenizer, exchanges(conversation, V0, "P"), TextSettings(QUERIES, max_txt_len, "", V0))
 
 
 def test_a_cut_conversation(tokenizer):
