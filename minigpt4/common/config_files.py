@@ -68,10 +68,10 @@ def _described(error: Exception) -> str:
     if mark is None:
         return f": {error}"
     began = f" ({error.context}, from line {context.line + 1} on)" if context else ""
-    told = f", line {mark.line + 1}, column {mark.column + 1}: {error.problem}{began}."
+    message = f", line {mark.line + 1}, column {mark.column + 1}: {error.problem}{began}."
     if error.problem.startswith(("mapping values", "did not find expected key")):
-        told += " Compare the spaces at the beginning of this line and its neighbours."
-    return told
+        message += " Compare the spaces at the beginning of this line and its neighbours."
+    return message
 
 
 def with_sections(source: DictConfig, where: str | Path) -> DictConfig:

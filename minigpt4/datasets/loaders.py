@@ -324,8 +324,9 @@ class BatchMaker(Dataset):
             dataset, pool = self.datasets[name], POOL if self.balanced else 0
             if hasattr(dataset, "set_epoch"):
                 dataset.set_epoch(request.epoch)
-            how = self._tallies[name], self.batch_size, pool, request.reader, partial(self._seeded, request.epoch)
-            self._streams[key] = StreamBatches(dataset, *how, request.restart)
+            tally, seeded_for = self._tallies[name], partial(self._seeded, request.epoch)
+            made_from = dataset, tally, self.batch_size, pool, request.reader, seeded_for
+            self._streams[key] = StreamBatches(*made_from, request.restart)
             if request.restart:
                 self._take(name)  # they were counted when their batches were made for the first time
         self._last[key] = request

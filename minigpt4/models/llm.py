@@ -70,10 +70,10 @@ def load_llm(
 
     # On the host, weights of unchanged dtype are mapped from disk. Each layer is read when it is rounded.
     mapped = load_in == "8bit_weights"
-    how = {"dtype": "auto" if mapped and not facts.is_gguf(llama_model) else dtype, **_quantization(load_in, dtype)}
+    options = {"dtype": "auto" if mapped and not facts.is_gguf(llama_model) else dtype, **_quantization(load_in, dtype)}
 
     def read(device_map: str | dict) -> "PreTrainedModel":
-        llm = _read(llama_model, trust_remote_code, device_map=device_map, **how)
+        llm = _read(llama_model, trust_remote_code, device_map=device_map, **options)
         return convert_layers(llm, load_in, device, dtype)
 
     on_one = {"": "cpu" if mapped else device}
@@ -131,15 +131,15 @@ def _check_numbers(llm: "PreTrainedModel", llama_model: str, load_in: str) -> No
             checkpoint.check_archive(folder / name)
 
 
-def from_pretrained(auto_class: type, llama_model: str, trust_remote_code: bool, **how: Any) -> Any:
+def from_pretrained(auto_class: type, llama_model: str, trust_remote_code: bool, **options: Any) -> Any:
     """Call the `from_pretrained` of one of transformers' Auto classes. Its errors are turned into ours.
 
     The model's own code runs only with `trust_remote_code`; transformers does not ask at the terminal.
     """
     _check_path(llama_model)
-    name, options = pretrained_source(llama_model)
+    name, source = pretrained_source(llama_model)
     with _errors_of(llama_model):
-        return auto_class.from_pretrained(name, trust_remote_code=trust_remote_code, **how, **options)
+        return auto_class.from_pretrained(name, trust_remote_code=trust_remote_code, **options, **source)
 
 
 @contextlib.contextmanager
@@ -250,17 +250,17 @@ def recompute_layers(llm: "PreTrainedModel", count: int) -> None:
         layers[index] = compat.recomputed(layer)
 
 
-def _read(llama_model: str, trust_remote_code: bool, **how: Any) -> "PreTrainedModel":
+def _read(llama_model: str, trust_remote_code: bool, **options: Any) -> "PreTrainedModel":
     """Load the model. Missing and reshaped tensors are a CheckpointError; a warning is logged for surplus ones."""
     # Without `ignore_mismatched_sizes` transformers would raise an error of its own.
-    how |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     if facts.is_gguf(llama_model):
         with _errors_of(llama_model):
-            llm, info = registry.get("llm_file", ".gguf").load_model(llama_model, **how)
+            llm, info = registry.get("llm_file", ".gguf").load_model(llama_model, **options)
     else:
         from transformers import AutoModelForCausalLM
 
-        llm, info = from_pretrained(AutoModelForCausalLM, llama_model, trust_remote_code, **how)
+        llm, info = from_pretrained(AutoModelForCausalLM, llama_model, trust_remote_code, **options)
     missing = sorted(info["missing_keys"])
     reshaped = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info["mismatched_keys"])
     if missing or reshaped:

@@ -38,8 +38,8 @@ class LoraAdapters:
         compat.silence_bitsandbytes()  # which peft imports
         from peft import LoraConfig, inject_adapter_in_model
 
-        how = {"r": settings.r, "lora_alpha": settings.alpha, "lora_dropout": settings.dropout}
-        inject_adapter_in_model(LoraConfig(target_modules=targets, **how), llm)
+        rank = {"r": settings.r, "lora_alpha": settings.alpha, "lora_dropout": settings.dropout}
+        inject_adapter_in_model(LoraConfig(target_modules=targets, **rank), llm)
         self.modules = [
             part for layer in adapted_layers(llm) for part in (layer.lora_A, layer.lora_B, layer.lora_dropout)
         ]

@@ -174,8 +174,8 @@ class MiniGPT4(vision.Vision):
         Adds "broken_up": the beginnings of the texts that were changed. The runner calls this before `prepare`.
         """
         separators = self.template.separators if self.template else [self.end_sym, facts.SEPARATOR]
-        sound, broken_up = prompt.sanitize_batch(samples.get("text_input", []), self.tokenizer, separators)
-        return {**samples, "text_input": sound, "broken_up": broken_up} if broken_up else samples
+        sanitized, broken_up = prompt.sanitize_batch(samples.get("text_input", []), self.tokenizer, separators)
+        return {**samples, "text_input": sanitized, "broken_up": broken_up} if broken_up else samples
 
     def prepare(self, samples: dict) -> dict:
         """Tokenise and collate the texts of a batch. The runner does this on the host, during the step before.

@@ -125,8 +125,8 @@ def sanitize_batch(texts: Sequence, tokenizer: "Tokenizer", separators: list[str
 
     Also returns the beginnings of those that were changed.
     """
-    sound = getattr(texts, "sanitize", functools.partial(sanitize, [*texts]))(tokenizer.special_tokens, separators)
-    return sound, [str(text)[:60] for text, other in zip(texts, sound, strict=True) if text != other]
+    sanitized = getattr(texts, "sanitize", functools.partial(sanitize, [*texts]))(tokenizer.special_tokens, separators)
+    return sanitized, [str(text)[:60] for text, other in zip(texts, sanitized, strict=True) if text != other]
 
 
 def sanitize(texts: list[str], special_tokens: Iterable[str], separators: list[str]) -> list[str]:
@@ -138,8 +138,8 @@ def sanitize(texts: list[str], special_tokens: Iterable[str], separators: list[s
     beginnings = tuple(marker[0] for marker in map(str.strip, separators) if len(marker) > 1)
     has_marker = _any_of(markers).search
     texts = [text.replace(BOUNDARY, " ") for text in texts]
-    sound = [break_up(text, markers) if has_marker(text) else text for text in texts]
-    return [text + " " if text.endswith(beginnings) else text for text in sound]
+    sanitized = [break_up(text, markers) if has_marker(text) else text for text in texts]
+    return [text + " " if text.endswith(beginnings) else text for text in sanitized]
 
 
 @functools.lru_cache

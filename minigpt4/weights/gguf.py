@@ -219,10 +219,10 @@ def read_config(path: str) -> "PreTrainedConfig":
     return config
 
 
-def load_model(path: str, dtype: "torch.dtype", device_map: Any, **how: Any) -> "tuple[PreTrainedModel, dict]":
+def load_model(path: str, dtype: "torch.dtype", device_map: Any, **options: Any) -> "tuple[PreTrainedModel, dict]":
     """The model, unpacked on the host, and the information about its loading. bitsandbytes quantises it from there.
 
-    how: further arguments of `from_pretrained`.
+    options: further arguments of `from_pretrained`.
     Raises CheckpointError for numbers that are not finite and are about to be quantised.
     """
     import torch
@@ -233,19 +233,19 @@ def load_model(path: str, dtype: "torch.dtype", device_map: Any, **how: Any) -> 
         empty = AutoModelForCausalLM.from_config(config)
     weights = state_dict(header, empty, dtype)
     if weights is None:
-        dense = {key: value for key, value in how.items() if key != "quantization_config"}
-        place = device_map if dense == how else {"": "cpu"}
+        dense = {key: value for key, value in options.items() if key != "quantization_config"}
+        place = device_map if dense == options else {"": "cpu"}
         source = {"gguf_file": header.path.name, "dtype": dtype, "device_map": place, "trust_remote_code": False}
         llm, info = AutoModelForCausalLM.from_pretrained(header.path.parent, **source, **dense)
-        if dense == how:
+        if dense == options:
             return llm, info
         weights = llm.state_dict()
-    if "quantization_config" in how:  # quantised layers no longer show it
+    if "quantization_config" in options:  # quantised layers no longer show it
         from minigpt4.weights.checkpoint import check_finite
 
         check_finite(weights.items(), path)
     return type(empty).from_pretrained(
-        None, config=config, state_dict=weights, dtype=dtype, device_map=device_map, **how
+        None, config=config, state_dict=weights, dtype=dtype, device_map=device_map, **options
     )
 
 

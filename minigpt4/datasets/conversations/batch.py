@@ -77,10 +77,10 @@ class Conversations(list[Conversation]):
     def sanitize(self, special_tokens: Collection[str], separators: list[str]) -> "Conversations":
         """The conversations with the markers of the prompt broken up in their texts (`prompt.sanitize`)."""
 
-        def sound(part: str | None) -> str | None:
+        def sanitized(part: str | None) -> str | None:
             return part if part is None else prompt.sanitize([part], special_tokens, separators)[0]
 
-        return Conversations(tuple((role, tuple(map(sound, parts))) for role, parts in each) for each in self)
+        return Conversations(tuple((role, tuple(map(sanitized, parts))) for role, parts in each) for each in self)
 
     @staticmethod
     def select_images(samples: dict, seen: list[bool]) -> dict:

@@ -127,7 +127,9 @@ class ShardStream(IterableDataset):
         shards, samples_of_each = list(dict.fromkeys(self.shards)), num_readers
         if len(shards) >= num_readers:
             shards, reader, samples_of_each = shards[reader::num_readers], 0, 1
-        return self._items(islice(self.raw_samples(shards), reader, None, samples_of_each))
+        self._open_windows()
+        samples = islice(self.raw_samples(shards), reader, None, samples_of_each)
+        return (Sample(item, raw.shard) for raw in samples if (item := self.item(raw)) is not None)
 
     def digest(self) -> str:
         """Identifies the shards by their names and, of local ones, their sizes; a resumed run knows its data by it."""
@@ -142,10 +144,6 @@ class ShardStream(IterableDataset):
     def part(self, number: int) -> Iterator[Any]:
         """The samples of a shard, in order."""
         return self.raw_samples([self.shards[number]])
-
-    def _items(self, samples: Iterable[Any]) -> Iterator[dict[str, Any]]:
-        self._open_windows()
-        return (Sample(item, raw.shard) for raw in samples if (item := self.item(raw)) is not None)
 
     def _open_windows(self) -> None:
         self.read.open_window()
