@@ -22,6 +22,8 @@ HF_WEIGHTS = (
     ("model.safetensors.index.json", "model.safetensors"),
     ("pytorch_model.bin.index.json", "pytorch_model.bin"),
 )
+# Bytes of a block of a large file; 64 of them identify it.
+BLOCK = 1 << 20
 
 
 def cached_file(url: str) -> Path:
@@ -157,10 +159,10 @@ def identity(path_or_url: str) -> dict[str, str | int]:
     return named | {"bytes": size, "sha256": digest.hexdigest()}
 
 
-def _add_blocks(digest, path: Path, block: int = 1 << 20) -> None:
+def _add_blocks(digest, path: Path) -> None:
     size = path.stat().st_size
-    starts = range(0, size, block) if size <= 64 * block else (i * (size - block) // 63 for i in range(64))
+    starts = range(0, size, BLOCK) if size <= 64 * BLOCK else (i * (size - BLOCK) // 63 for i in range(64))
     with open(path, "rb") as file:
         for start in starts:
             file.seek(start)
-            digest.update(file.read(block))
+            digest.update(file.read(BLOCK))

@@ -189,8 +189,9 @@ def test_a_shard_that_is_no_tar(tmp_path):
         FeatureSet(str(folder))
 
 
-def test_weights_files_are_identified_by_content(tmp_path):
-    content = bytes(range(256)) * 300_000  # 77 MB: only blocks of it are read
+def test_weights_files_are_identified_by_content(tmp_path, monkeypatch):
+    monkeypatch.setattr(locate, "BLOCK", 1 << 12)
+    content = bytes(range(256)) * 1200  # more than 64 blocks: only these are read
     for name, flip in (("a.pth", None), ("b.pth", None), ("c.pth", 0), ("d.pth", len(content) - 1)):
         changed = bytearray(content)
         if flip is not None:

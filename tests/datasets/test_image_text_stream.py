@@ -56,8 +56,8 @@ def test_it_has_no_length_and_no_end(shards):
 
 
 def test_all_shards_are_drawn_and_mixed(shards):
-    counts = Counter(image_id.split("/")[0] for image_id in ids(stream(f"{shards}/*.tar"), 4000))
-    assert len(counts) == 4 and min(counts.values()) > 600
+    counts = Counter(image_id.split("/")[0] for image_id in ids(stream(f"{shards}/*.tar"), 1500))
+    assert len(counts) == 4 and min(counts.values()) > 200
     assert len({image_id.split("/")[0] for image_id in ids(stream(f"{shards}/*.tar", shuffle_buffer=1000), 64)}) > 1
 
 
@@ -86,9 +86,9 @@ def test_workers_read_different_samples(shards):
 def test_it_starts_anywhere_in_a_shard(tmp_path):
     """Short epochs of large shards would otherwise see their heads only."""
     write_tar(tmp_path / "0.tar", good_members(0, 100))
-    starts = [int(ids(stream(f"{tmp_path}/0.tar", epoch=e, shuffle_buffer=1), 1)[0].split("/")[1]) for e in range(200)]
+    starts = [int(ids(stream(f"{tmp_path}/0.tar", epoch=e, shuffle_buffer=1), 1)[0].split("/")[1]) for e in range(80)]
     quarters = Counter(start // 25 for start in starts)
-    assert len(quarters) == 4 and min(quarters.values()) > 25
+    assert len(quarters) == 4 and min(quarters.values()) > 10
 
 
 def test_captions_of_which_the_text_processor_leaves_nothing(tmp_path):

@@ -3,10 +3,8 @@
 import http.server
 import shutil
 import threading
-import time
 from functools import partial
-from itertools import count, islice
-from types import SimpleNamespace
+from itertools import islice
 
 import pytest
 from dataset_files import good_members, write_align, write_shards, write_tar
@@ -46,23 +44,6 @@ class Clock:
 def clock(monkeypatch) -> Clock:
     monkeypatch.setattr(patience, "time", Clock())
     return patience.time
-
-
-@pytest.fixture
-def later(monkeypatch):
-    """Function that has something done in the third pause of a wait, so that a busy machine makes no difference."""
-
-    def do(action):
-        pauses = count(1)
-
-        def sleep(seconds):
-            time.sleep(seconds)
-            if next(pauses) == 3:
-                action()
-
-        monkeypatch.setattr(patience, "time", SimpleNamespace(monotonic=time.monotonic, sleep=sleep))
-
-    return do
 
 
 def waits(dataset) -> dict[str, int]:

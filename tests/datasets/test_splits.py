@@ -65,8 +65,9 @@ def test_training_never_sees_val_and_an_evaluation_sees_it_once(kind, tmp_path):
     val = seen_in_val(splits["val"])
     assert len(whole) == 60 and 4 < len(val) < 22 and len(val) == len({*val}) and {*val} < whole
     assert seen_in_val(splits["val"]) == val  # the same in every epoch
+    splits["train"].shuffle_buffer = 20  # of a stream: it is filled before the first sample
     loader = TrainLoader({"d": splits["train"]}, None, 10, 0, seed=1)
-    assert {*texts(loader.epoch(0, 60))} == whole - {*val}
+    assert {*texts(loader.epoch(0, 40))} == whole - {*val}
     (tmp_path / "other").mkdir()
     if kind == "cc_sbu_align":
         files = write_align(tmp_path / "other", 3)
@@ -79,7 +80,7 @@ def test_training_never_sees_val_and_an_evaluation_sees_it_once(kind, tmp_path):
     assert len(seen_in_val(with_files["val"])) == {"cc_sbu_align": 3, "conversation files": 60}.get(kind, 7)
 
 
-@pytest.mark.parametrize(("world_size", "num_workers"), [(2, 0), (3, 2), (7, 1)])
+@pytest.mark.parametrize(("world_size", "num_workers"), [(2, 0), (3, 2), (7, 0)])
 @pytest.mark.parametrize("kind", ["laion", "conversation shards"])
 def test_ranks_and_workers_share_val(kind, tmp_path, world_size, num_workers):
     """Whole shards if there are enough; otherwise samples."""

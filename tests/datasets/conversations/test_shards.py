@@ -6,7 +6,6 @@ import json
 import logging
 import lzma
 import random
-import threading
 from collections import Counter
 from itertools import islice
 
@@ -137,13 +136,13 @@ def test_the_cause_of_shards_without_samples_is_named(tmp_path, caplog):
     assert all(len(record.getMessage()) < 400 for record in caplog.records)
 
 
-def test_shards_that_come_back(tmp_path, monkeypatch):
+def test_shards_that_come_back(tmp_path, monkeypatch, later):
     monkeypatch.setattr(patience, "FIRST_PAUSE", 0.02)
     (tmp_path / "shards").mkdir()
     path = write_tar(tmp_path / "shards/0.tar", flat(members()))
     dataset = stream(path)
     away = (tmp_path / "shards").rename(tmp_path / "away")
-    threading.Timer(0.2, lambda: away.rename(tmp_path / "shards")).start()
+    later(lambda: away.rename(tmp_path / "shards"))
     assert len([*dataset.one_pass(0, 1)]) == len(SAMPLES)
     assert dataset.take_left_out() == {("a file that was out of reach", str(path), "waited for"): 1}
 
