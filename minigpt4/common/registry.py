@@ -36,8 +36,6 @@ HOMES = {
     "eval_task": "minigpt4.evaluation",
     "scorer": "minigpt4.evaluation.scorer",
 }
-# Names whose module is imported only when they are asked for.
-ALIASES = {("model", "minigpt4"): "minigpt4.models.later_release"}
 
 
 def did_you_mean(name: str, known) -> str:
@@ -106,7 +104,6 @@ class Registry:
     def get(self, kind: str, name: str) -> type:
         """The class registered under `name`. Raises UnknownNameError, a KeyError, that lists the known names."""
         importlib.import_module(HOMES[kind])
-        importlib.import_module(ALIASES.get((kind, name), HOMES[kind]))
         table = self._classes[kind]
         if name not in table:
             raise UnknownNameError(

@@ -309,8 +309,6 @@ class MiniGPT4(vision.Vision):
                 end_sym=template.end,
                 template=template,
                 learn_on=cfg.learn_on,
-                freeze_vit=cfg.freeze_vit,
-                freeze_qformer=cfg.freeze_qformer,
                 llm_grad_checkpoint=cfg.llm_grad_checkpoint,
                 projector=cfg.projector,
                 train=loading.trained_parts(cfg).names,

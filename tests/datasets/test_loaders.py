@@ -55,7 +55,10 @@ def datasets(tmp_path_factory):
     def build(*names):
         cfg = {"vis_processor": VIS, "text_processor": TEXT}
         builders = {n: registry.get_builder_class(n)({**cfg, "build_info": {"storage": storage[n]}}) for n in names}
-        return {name: builder.build_datasets()["train"] for name, builder in builders.items()}
+        built = {name: builder.build_datasets()["train"] for name, builder in builders.items()}
+        for dataset in built.values():
+            dataset.shuffle_buffer = 50  # of a stream: it is filled before the first sample
+        return built
 
     return build
 
