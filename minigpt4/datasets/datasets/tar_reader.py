@@ -115,10 +115,8 @@ def read_members(raw: io.RawIOBase, pictures: Collection[str]) -> Iterator[Membe
     Raises ShardError, once: for what is no tar, at the place where it is broken, or at its end if that is missing.
     """
     wanted, first = {*pictures, *TEXT_SUFFIXES}, True
-    file = io.BufferedReader(raw, BUFFER)
     try:
-        unpack = unpacker(file.peek(8))
-        with tarfile.open(fileobj=unpack(file) if unpack else file, mode="r|") as tar:
+        with tarfile.open(fileobj=_unpacked(raw), mode="r|") as tar:
             first = False
             for info in tar:
                 tar.members = []  # or it would keep them all
@@ -139,6 +137,12 @@ def read_members(raw: io.RawIOBase, pictures: Collection[str]) -> Iterator[Membe
         cut_off = isinstance(error, EOFError) or "unexpected end" in str(error)
         cause = UNREADABLE if first else CUT_OFF if cut_off else CORRUPT
         raise ShardError(cause, f"{type(error).__name__}: {error}") from error
+
+
+def _unpacked(raw: io.RawIOBase) -> io.BufferedIOBase:
+    file = io.BufferedReader(raw, BUFFER)
+    unpack = unpacker(file.peek(8))
+    return unpack(file) if unpack else file
 
 
 def unpacker(head: bytes) -> Callable | None:
