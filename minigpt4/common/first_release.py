@@ -1,4 +1,4 @@
-"""What to use in place of modules and names of the first releases that are gone: `assets/first_release.yaml` says it.
+"""Replacements of modules and names of the first releases that are gone, listed in `assets/first_release.yaml`.
 
 This module is the last of Python's finders, so it is asked only for a module that no other has found.
 """

@@ -122,7 +122,7 @@ class MetricLogger:
             self._unread.setdefault(name, []).append(value)
 
     def count(self, **amounts: int) -> None:
-        """Add to amounts of which a line tells how many there were a second, such as images."""
+        """Add to amounts, such as images. A line shows how many there were in a second."""
         for name, amount in amounts.items():
             self._amounts[name] = self._amounts.get(name, 0) + amount
 

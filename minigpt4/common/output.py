@@ -1,4 +1,4 @@
-"""Where commands write. Nothing that they did not write themselves is replaced or removed."""
+"""Output of commands. Nothing that a command did not write itself is replaced or removed."""
 
 import os
 from collections.abc import Iterator

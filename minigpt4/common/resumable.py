@@ -28,12 +28,12 @@ class Lines:
     noun: str
     """A line, for messages: "caption"."""
     start: bytes
-    """How each line begins."""
+    """The beginning of each line."""
     key: Callable[[Any], str | None]
-    """From a parsed line to what it is about; None: the command did not write it."""
+    """From a parsed line to its key, such as the name of a picture; None: the command did not write it."""
 
     def key_of(self, line: bytes) -> str | None:
-        """What a line is about; None: this command did not write it."""
+        """The key of a line; None: this command did not write it."""
         try:
             return self.key(json.loads(line))
         except (ValueError, AttributeError, TypeError, KeyError, RecursionError):

@@ -192,7 +192,7 @@ def _pixels_alone(chunks: bytes) -> bytes:
 
 @cache
 def _installed(formats: tuple[str, ...] | None, read_heif: bool) -> tuple[str, ...]:
-    """Those of the formats that can be read, in the order in which Pillow tries them. None: all but UNBOUNDED.
+    """The formats that can be read, in the order in which Pillow tries them. None: all but UNBOUNDED.
 
     read_heif: let Pillow read HEIC, if pillow-heif is installed. It reads AVIF itself.
     """

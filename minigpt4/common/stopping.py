@@ -134,4 +134,4 @@ def _end_with(parent: int) -> None:
 
 
 STOP = StopRequest()
-"""That of this process, which train.py enters."""
+"""The request of this process; train.py enters it."""

@@ -1,4 +1,4 @@
-"""What of MiniGPT4 trains: by a config, and in a checkpoint.
+"""The parts of MiniGPT4 that train: those that a config asks for, and those in a checkpoint.
 
 torch is not imported here. The loaders find this in the registry, so that a reader of the model need not.
 """

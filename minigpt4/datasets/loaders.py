@@ -42,7 +42,7 @@ class BatchRequest(NamedTuple):
 
 
 class LeftOut(NamedTuple):
-    """The key under which broken samples are counted, and others that need a word."""
+    """The key of a count: of samples that were left out, or of files that were waited for."""
 
     dataset: str
     cause: str
@@ -51,7 +51,7 @@ class LeftOut(NamedTuple):
 
 
 class Made(NamedTuple):
-    """What a worker gives back for a request."""
+    """The batch that a worker made for a request."""
 
     batch: Any  # None if no sample is left
     left_out: dict[LeftOut, int]
@@ -135,14 +135,14 @@ class TrainLoader:
             yield made.batch
 
     def use_next(self) -> None:
-        """The first of the batches that were yielded and are not used yet is used now."""
+        """Count the oldest batch that was yielded and not used yet as used."""
         request, made = self._fetched.popleft()
         self._left_out.update(made.left_out)
         if made.restart:
             self._restarts[request.dataset, request.reader] = made.restart
 
     def state(self) -> dict[str, Any]:
-        """Where this rank is after the batches used, in types that torch reads with `weights_only=True`."""
+        """The position of this rank after the batches used, in types that torch reads with `weights_only=True`."""
         restarts = [(*key, restart) for key, restart in self._restarts.items()]
         return {"left_out": [(tuple(key), count) for key, count in self._left_out.items()], "restarts": restarts}
 
@@ -154,7 +154,7 @@ class TrainLoader:
         self._restarts = {(name, reader): restart for name, reader, restart in restarts}
 
     def take_ids(self) -> list[SampleId]:
-        """The names of the samples of the first batch that this was not called for yet. Batches may be prefetched."""
+        """The names of the samples of the next batch; the first call is for the first. Batches may be prefetched."""
         return self._ids.popleft() if self._ids else []
 
     def shares(self) -> dict[str, float]:

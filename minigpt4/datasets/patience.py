@@ -67,7 +67,7 @@ class OutOfReach(OSError):
 class Patience:
     """Repeats what raises OSError, with growing pauses, for up to `timeout_s` seconds; counts the waits in `tally`.
 
-    others_in_reach: whether other files of the dataset than this one can be read, so that it is waited for in vain.
+    others_in_reach: whether other files of the dataset than this one can be read. Then this one has probably gone.
     Builders set `timeout_s` to `run.data_timeout_s`.
 
     The time is that of the whole outage: when it is over, other files are not waited for either, until one is read. A

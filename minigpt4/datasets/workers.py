@@ -49,7 +49,7 @@ class DataWorkerError(OSError):
 
 
 class WorkerStatus:
-    """What each worker is at, as texts in shared memory."""
+    """The batch and file that each worker is at, as texts in shared memory."""
 
     def __init__(self, num_workers: int) -> None:
         self._rows = torch.zeros(num_workers, SIZE, dtype=torch.uint8).share_memory_()

@@ -1,4 +1,4 @@
-"""What maps the Q-Former's output to the language model's width, by the names of `model.projector`.
+"""Projectors map the Q-Former's output to the language model's width. `model.projector` names one.
 
 A projector is a module made of two widths. It maps [...,W] float32 to [...,D]. Checkpoints have its weights as
 `llama_proj.*`.

@@ -32,7 +32,7 @@ IGNORE_INDEX = -100
 
 @dataclass(frozen=True)
 class TextSettings:
-    """What of a model decides on the tokens of its texts."""
+    """The settings of a model that decide how its texts become tokens."""
 
     num_query_tokens: int
     """Positions of an image."""
@@ -42,7 +42,7 @@ class TextSettings:
     """The end of a text. A conversation has that of its template."""
     template: "Template | None" = None
     learn_on: str = "answers"
-    """What of a conversation has labels: "answers", or "all" texts after its first question."""
+    """Which texts of a conversation have labels: "answers", or "all" after its first question."""
 
     @property
     def bos(self) -> bool:

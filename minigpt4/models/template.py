@@ -62,7 +62,7 @@ class Template:
         return self.start + self.question
 
     def record(self, setting: str | Mapping | None) -> dict:
-        """What a checkpoint records of the template. setting: `model.template`."""
+        """The entries of a checkpoint about the template. setting: `model.template`."""
         return {"prompt_template": self.prompt, "end_sym": self.end} | ({"template": asdict(self)} if setting else {})
 
     def exchanges(self, messages: Sequence[tuple[str, str]]) -> Iterator[tuple[str, str]]:

@@ -314,7 +314,7 @@ def sentencepiece_model(path: str) -> bytes | None:
 
 @registry.register("llm_file", ".gguf")
 class GGUFFile:
-    """What the loaders need of a .gguf file; they find it by its suffix."""
+    """The functions with which the loaders read a .gguf file; they find this class by the suffix."""
 
     check = staticmethod(read_header)
     read_config = staticmethod(read_config)

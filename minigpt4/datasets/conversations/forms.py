@@ -112,7 +112,7 @@ def _turns(value: Any, key: str, *names: tuple[str, str]) -> Turns:
 
 
 def pictures_of(item: Mapping[str, Any]) -> list[Any]:
-    """What the record gives under `image` or `images`: one or a list."""
+    """The pictures under `image` or `images` of a record, each of which has one or a list."""
     values = [item[key] for key in ("image", "images") if item.get(key)]
     return [each for value in values for each in (value if isinstance(value, list) else [value])]
 

@@ -181,7 +181,7 @@ def scan_json_list(file: TextFile) -> Iterator[Span]:
 
 
 class Table:
-    """How the rows of a CSV or TSV file are cut and parsed. Its first row names the columns."""
+    """Cuts a CSV or TSV file into rows and parses them. Its first row names the columns."""
 
     def __init__(self, file: TextFile, delimiter: str) -> None:
         # The captions of Flickr30k, between |, have quotation marks of their own.

@@ -25,7 +25,7 @@ class Source(Protocol):
         """The undecoded samples of shards, in order, with the attribute `shard`."""
 
     def samples_of(self, shard: str) -> Iterator[Any]:
-        """Those of one shard."""
+        """The samples of one shard."""
 
     def size_of(self, shard: str) -> int:
         """Bytes of a shard; 0 if they are not known."""

@@ -17,7 +17,7 @@ def expand_shards(storage: str | Sequence[str], name: str) -> list[str]:
     """All shards that `storage` names, in order.
 
     storage: a path or URL, or a list of them. Each may have brace ranges (`{00000..01255}.tar`); local paths may also
-    have globs (`*.tar`) and `~`. A folder or file that has the very name is meant first, whatever characters are in it.
+    have globs (`*.tar`) and `~`. A folder or file that exists under exactly this name wins over a pattern.
     `pipe:command` and URLs are not checked.
     name: the dataset's name in the YAML, for messages.
     Raises FileNotFoundError if local shards of a pattern are missing, ConfigError for an empty list.
@@ -89,7 +89,7 @@ def _split_list(pattern: str) -> list[str]:
 
 
 def _existing_part(path: str) -> tuple[str, str]:
-    """A path, split behind the last of its folders that exists under the very name, with `[`, `*` and `{` in it."""
+    """A path, split behind the last of its folders that exists under exactly this name, `[`, `*` and `{` included."""
     end = len(path)
     if not PATTERN.intersection(path):
         return path, ""
@@ -99,7 +99,7 @@ def _existing_part(path: str) -> tuple[str, str]:
 
 
 def _matches(path: str) -> list[str]:
-    """What a pattern matches. A folder that exists under the very name is meant first, at each level."""
+    """The files that a pattern matches. At each level, a folder with exactly this name wins over the pattern."""
     folder, rest = _existing_part(path)
     if not rest:
         return [path]
