@@ -1,6 +1,5 @@
 """Sources of settings: YAML files, and the default files that belong to a request."""
 
-import codecs
 import importlib
 import re
 from functools import cache
@@ -15,6 +14,7 @@ from minigpt4.common import typography
 from minigpt4.common.errors import ConfigError, check_names
 from minigpt4.common.registry import RegistrationError, registry
 from minigpt4.common.schema import MiniGPT4Config
+from minigpt4.common.text import encoding_of
 
 CONFIGS = PACKAGE_ROOT / "configs"
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")  # YAML refuses them without naming the line
@@ -42,14 +42,13 @@ def load_yaml(path: str | Path) -> DictConfig:
 
 
 def _read_text(path: str | Path) -> str:
-    """The text of a file in UTF-8, or in UTF-16 with a byte-order mark."""
+    """The text of a file in UTF-8, or in UTF-16 or UTF-32 with a byte-order mark."""
     try:
         content = Path(path).read_bytes()
     except OSError as error:
         raise ConfigError(f"Cannot read {path}: {error.strerror}. Give the YAML file with --cfg-path.") from None
-    is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
-        text = content.decode("utf-16" if is_utf16 else "utf-8-sig").removeprefix("\ufeff")
+        text = content.decode(encoding_of(content)).removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         line, byte = content[: error.start].count(b"\n") + 1, content[error.start]
         raise ConfigError(

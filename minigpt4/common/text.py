@@ -1,6 +1,16 @@
-"""Numbers and texts in messages."""
+"""Numbers and texts in messages, and the encoding of text files."""
 
+import codecs
 from collections.abc import Sequence
+
+# Longest first: the mark of UTF-32 begins with that of UTF-16.
+MARKS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32"}
+MARKS |= {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+
+
+def encoding_of(content: bytes) -> str:
+    """The encoding of a text file by its byte-order mark; without one, UTF-8."""
+    return next((name for mark, name in MARKS.items() if content.startswith(mark)), "utf-8-sig")
 
 
 def pluralize(count: int, one: str, several: str | None = None) -> str:

@@ -8,21 +8,15 @@ Markers of the prompt inside a caption are broken up later, by the model, which 
 (`models.prompt.sanitize`).
 """
 
-import codecs
 import json
 import re
 from collections.abc import Mapping
 from typing import Any
 
+from minigpt4.common.text import encoding_of
+
 MISSING = 'a sample without caption (.json with "caption", or .txt)'
 
-# Longest first: the mark of UTF-32 begins with that of UTF-16.
-_MARKS = (
-    (codecs.BOM_UTF32_LE, "utf-32"),
-    (codecs.BOM_UTF32_BE, "utf-32"),
-    (codecs.BOM_UTF16_LE, "utf-16"),
-    (codecs.BOM_UTF16_BE, "utf-16"),
-)
 # Lone surrogates, which no tokenizer takes, and control characters: signs of UTF-16 or of data read as UTF-8.
 BLANK = " \u2800\u3164"  # spaces, and letters without ink
 _NO_TEXT = re.compile("[\0-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff\ufffd-\uffff]")
@@ -34,11 +28,6 @@ class Unusable(ValueError):
 
 class Incomplete(Unusable):
     """A part of the sample is missing. It may still follow."""
-
-
-def encoding_of(content: bytes) -> str:
-    """The encoding of a text file by its byte-order mark."""
-    return next((name for mark, name in _MARKS if content.startswith(mark)), "utf-8-sig")
 
 
 def decode(content: bytes) -> str:

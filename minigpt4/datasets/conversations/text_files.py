@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from minigpt4.common.errors import ConfigError
-from minigpt4.datasets.captions import encoding_of
+from minigpt4.common.text import encoding_of
 
 JSON_OPEN, JSON_NEXT = re.compile(r"[ \t\r\n]*\[[ \t\r\n]*"), re.compile(r"[ \t\r\n]*([,\]]?)[ \t\r\n]*")
 
