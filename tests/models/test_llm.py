@@ -40,6 +40,20 @@ def llm_folder(tmp_path_factory):
     return str(folder)
 
 
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory):
+    """Function that copies a language model in two shards, as .bin or .safetensors, into a folder."""
+    folders = {}
+
+    def copy(as_bin: bool, folder: Path) -> Path:
+        if as_bin not in folders:
+            where = tmp_path_factory.mktemp("sharded")
+            folders[as_bin] = random_weights.write(where, "small", parts=("llm",), shard_gb=0.01, as_bin=as_bin)["llm"]
+        return Path(shutil.copytree(folders[as_bin], folder / "llm"))
+
+    return copy
+
+
 def run(llm, embeds):
     """The logits, and the gradient of the inputs."""
     embeds = embeds.clone().requires_grad_()
@@ -146,8 +160,8 @@ def test_missing_and_surplus_tensors_are_reported(llm_folder, tmp_path, caplog):
         load_llm(str(folder), cpu, torch.float32)
 
 
-def test_missing_shards_are_named(tmp_path):
-    folder = random_weights.write(tmp_path, "small", parts=("llm",), shard_gb=0.01)["llm"]
+def test_missing_shards_are_named(tmp_path, sharded):
+    folder = sharded(False, tmp_path)
     (folder / "model-00002-of-00002.safetensors").unlink()
     for load in (embedding_dim, lambda path: load_llm(path, torch.device("cpu"), torch.float32)):
         with pytest.raises(ConfigError, match=r"model\.llama_model.*model-00002-of-00002\.safetensors"):
@@ -163,8 +177,8 @@ def test_missing_shards_are_named(tmp_path):
         (None, ""),  # cut off: the library's own words
     ],
 )
-def test_broken_shards_are_named(tmp_path, as_bin, content, reason):
-    folder = random_weights.write(tmp_path, "small", parts=("llm",), shard_gb=0.01, as_bin=as_bin)["llm"]
+def test_broken_shards_are_named(tmp_path, sharded, as_bin, content, reason):
+    folder = sharded(as_bin, tmp_path)
     (shard,) = folder.glob("*00002-of-00002*")
     shard.write_bytes(shard.read_bytes()[:100_000] if content is None else content)
     with pytest.raises(CheckpointError, match=f"{folder}.*{reason}"):
