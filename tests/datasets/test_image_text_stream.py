@@ -99,6 +99,15 @@ def test_captions_of_which_the_text_processor_leaves_nothing(tmp_path):
     assert dataset.decoded.left_out["an empty caption, after text_processor"] > 20
 
 
+def test_texts_of_which_most_are_left_out_are_listed_all_the_same(tmp_path):
+    """A text that can be used counts as one, also if no picture is read."""
+    for shard in range(4):
+        members = [m for i in range(60) for m in ((f"{i}.png", b""), (f"{i}.txt", b"fine" if i < 10 else b"..."))]
+        write_tar(tmp_path / f"{shard}.tar", members)
+    dataset = ImageTextStream(f"{tmp_path}/*.tar", BaseProcessor(), BlipCaptionProcessor())
+    assert [text for _, text in dataset.texts()] == ["fine"] * 40
+
+
 def member_pair(number: int, caption: str) -> list[tuple[str, bytes]]:
     return [(f"{number}.png", picture_bytes(number)), (f"{number}.txt", caption.encode())]
 
