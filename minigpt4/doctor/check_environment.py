@@ -114,11 +114,10 @@ def check_gpu(context: RunContext) -> Iterator[Diagnostic]:
     """The GPU exists and has the types that the run computes in. `check_torch_gpu` asks whether torch can use it."""
     if not context.run.device.startswith("cuda"):
         return
-    if not context.gpus and gpus.is_there():
-        return
     if not context.gpus:
-        what = "no NVIDIA GPU was found: the run falls back to the CPU"
-        yield warning("GPU", what, "With a GPU: check the driver (nvidia-smi) and CUDA_VISIBLE_DEVICES.")
+        if not gpus.is_there():
+            what = "no NVIDIA GPU was found: the run falls back to the CPU"
+            yield warning("GPU", what, "With a GPU: check the driver (nvidia-smi) and CUDA_VISIBLE_DEVICES.")
         return
     if "+cpu" in metadata.version("torch"):
         what = f"torch {metadata.version('torch')} is built for CPUs only"

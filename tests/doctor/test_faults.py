@@ -13,6 +13,7 @@ from dataset_files import good_members, picture_bytes, write_tar
 from safetensors.torch import load_file, save_file
 
 from minigpt4.benchmarks import published
+from minigpt4.common import gpus
 from minigpt4.common.errors import ConfigError
 from minigpt4.common.registry import registry
 from minigpt4.datasets import feature_cache
@@ -768,7 +769,7 @@ def test_gpus_as_nvidia_smi_prints_them(monkeypatch):
     """A GPU that shares the host's memory prints none of its own."""
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     printed = SimpleNamespace(stdout="NVIDIA H200, 9.0, 143771, 143156\nNVIDIA GB10, 12.1, [N/A], [N/A]\n")
-    monkeypatch.setattr(machine.subprocess, "run", lambda *args, **kwargs: printed)
+    monkeypatch.setattr(gpus.subprocess, "run", lambda *args, **kwargs: printed)
     monkeypatch.setattr(machine, "available_memory", lambda: 7)
     first, second = machine.list_gpus()
     assert first == Gpu("NVIDIA H200", (9, 0), total=143771 * 2**20, free=143156 * 2**20)
