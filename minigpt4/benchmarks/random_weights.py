@@ -4,6 +4,7 @@ They load like the real files and take the same memory and time, for rehearsals 
 Files are written one at a time, and a language model shard by shard, so that twice a shard's memory is enough.
 """
 
+import functools
 import io
 import json
 import logging
@@ -167,6 +168,7 @@ def _write_tokenizer(folder: Path, vicuna: str) -> None:
     _write_json(folder / "tokenizer_config.json", special | {"tokenizer_class": "LlamaTokenizer"})
 
 
+@functools.cache
 def _sentencepiece_model() -> bytes:
     """A model with LLaMA's settings and 2,000 learnt pieces, padded to 32,000 with pieces that occur in no text."""
     from sentencepiece import SentencePieceTrainer

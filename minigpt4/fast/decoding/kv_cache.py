@@ -22,7 +22,7 @@ class KVCache:
         self.batch, self.length = batch, length
         self.layers: list[LayerKVCache] = []
         self.step_graph: tuple[torch.cuda.CUDAGraph, torch.Tensor] | None = None  # and its logits
-        self.prefill_graphs: dict[int, tuple | None] = {}  # by number of tokens; None: met once, not captured yet
+        self.prefill_graphs: dict[int, tuple | None] = {}  # by number of tokens; None: seen once, not captured yet
         self.pool: tuple[int, int] | None = None  # memory of all graphs, of which only one runs at a time
         self.content: torch.Tensor | None = None  # [S,D]: prompt and answer of a single row, whose keys are kept here
         self.prompt_len = 0

@@ -220,7 +220,7 @@ class Decoder:
     def prefill(
         self, llm, cache: KVCache, embeds: torch.Tensor, attention_mask: torch.Tensor, prefix_len: int
     ) -> torch.Tensor:
-        """Read the prompt behind its first `prefix_len` vectors; by a graph once its padded length was met twice.
+        """Read the prompt behind its first `prefix_len` vectors; by a graph once its padded length was seen twice.
 
         Returns logits [B,V], which the next graph of the cache may overwrite.
         """
