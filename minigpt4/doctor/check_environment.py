@@ -12,7 +12,6 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 from minigpt4.common import facts, gpus
-from minigpt4.common.python_version import LEAST_PYTHON
 from minigpt4.common.registry import UnknownNameError, registry
 from minigpt4.common.text import pluralize
 from minigpt4.doctor.diagnostic import WARNING, Diagnostic, error, ok, verdict, warning
@@ -30,9 +29,7 @@ FP8 = (9, 0)
 
 
 def check_versions(context: RunContext) -> Iterator[Diagnostic]:
-    """Python and the libraries are in the ranges that are known to work."""
-    if sys.version_info < LEAST_PYTHON:
-        yield error("python", f"{sys.version.split()[0]} is older than 3.11", "Make an environment with a newer one.")
+    """The libraries are in the ranges that are known to work. (The package itself refuses an older Python.)"""
     libc, glibc = platform.libc_ver()
     if libc == "glibc" and tuple(map(int, glibc.split("."))) < LEAST_GLIBC:
         what = f"{glibc} is older than 2.28, which the wheels of torch need"

@@ -582,7 +582,6 @@ def not_installed(name):
         (check_environment.metadata, "version", lambda name: "1.0", "chat", WARNING, "libraries", "torch 1.0"),
         (check_environment.metadata, "version", not_installed, "chat", ERROR, "libraries", "torchvision"),
         (check_environment.metadata, "version", lambda name: "2.14.1+cpu", "chat", ERROR, "GPU", "built for CPUs only"),
-        (check_environment.sys, "version_info", (3, 10), "chat", ERROR, "python", "older than 3.11"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -725,7 +724,7 @@ def test_an_apple_gpu(patient, monkeypatch, platform, load_in, what):
     """Told at the start too, where no NVIDIA GPU is seen."""
     patient.stage, patient.gpus = "chat", []
     patient.options = ["run.device=mps", f"model.load_in={load_in}"]
-    seen = SimpleNamespace(platform=platform, version=check_environment.sys.version, version_info=(3, 11))
+    seen = SimpleNamespace(platform=platform, version=check_environment.sys.version)
     monkeypatch.setattr(check_environment, "sys", seen)
     monkeypatch.setattr(checks, "list_gpus", lambda: [])
     found = [f for f in patient.diagnostics(ERROR) if f.check == "run.device"]
