@@ -19,9 +19,7 @@ when it is complete. A folder that exists is never changed.
 
 import argparse
 import json
-import os
 import random
-import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +28,8 @@ import numpy as np
 from PIL import Image
 from tiny_pictures import SIZE, TINY_DIR, read_pictures
 from tiny_text import Concept, load_concepts
+
+from minigpt4.common.output import whole_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 SEED = 18
@@ -179,7 +179,7 @@ def load_drawings(openmoji: Path) -> dict[str, list[Drawing]]:
 
 def write(folder: Path, drawings: dict[str, list[Drawing]]) -> dict[str, int]:
     """Write the conversations of each split, and their pictures. Returns the number of questions of each split."""
-    (folder / "image").mkdir(parents=True)
+    (folder / "image").mkdir()
     counts = {}
     for split, number in CONVERSATIONS.items():
         writer, questions = Writer(drawings[split], random.Random(f"{SEED} {split}")), 0
@@ -214,14 +214,10 @@ def main() -> None:
     args = parser.parse_args()
     if args.output.exists():
         sys.exit(f"{args.output} exists, and is not changed. Remove it, or name another folder with --output.")
-    partial = args.output.with_name(f".{args.output.name}-{os.getpid()}")
-    try:
-        drawings = load_drawings(args.openmoji)
-        counts = write(partial, drawings)
-        write_names(partial, drawings["train"])
-        partial.rename(args.output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    drawings = load_drawings(args.openmoji)
+    with whole_folder(args.output) as folder:
+        counts = write(folder, drawings)
+        write_names(folder, drawings["train"])
     for split, number in counts.items():
         print(f"{args.output / split}.jsonl: {CONVERSATIONS[split]} conversations, {number} questions.")
     print(f"{args.output}/names.jsonl: {len(drawings['train'])} questions.")

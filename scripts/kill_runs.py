@@ -11,7 +11,6 @@ if a weight differs, or if more steps were lost than those since the last save.
 """
 
 import argparse
-import hashlib
 import os
 import random
 import re
@@ -21,12 +20,11 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-
 from minigpt4.benchmarks import random_weights
 from minigpt4.benchmarks.published import SIZES
 from minigpt4.benchmarks.rehearse import make_data
 from minigpt4.benchmarks.synthetic import ROOT, STAGE_CONFIGS
+from minigpt4.cli.compare import weights_digest
 from minigpt4.common.facts import checkpoints_in
 from minigpt4.common.output import own_folder
 
@@ -99,10 +97,7 @@ def weights_of(output: Path) -> str:
     """The SHA-256 of the trained weights of a finished run, in the newest folder of `output`."""
     # A run that was killed after its last save leaves nothing to train, and the next one writes no checkpoint.
     last = checkpoints_in(max(path.parent for path in output.glob("*/checkpoint_*.pth")))[0]
-    digest = hashlib.sha256()
-    for name, tensor in sorted(torch.load(last, map_location="cpu", weights_only=True)["model"].items()):
-        digest.update(name.encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
-    return f"{last.name} {digest.hexdigest()}"
+    return f"{last.name} {weights_digest(last)}"
 
 
 def steps_done(log: Path) -> int:

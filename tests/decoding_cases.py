@@ -2,11 +2,10 @@
 
     TRITON_INTERPRET=1 python tests/decoding_cases.py
 
-prints a JSON object: the relative error of each of LINEAR_CASES and ATTENTION_CASES in each of DTYPES, error messages,
-and how many dequantized 8-bit weights differ from torch's.
+prints a JSON object: the relative error of each of LINEAR_CASES and ATTENTION_CASES (`dtypes_of` says in which types),
+error messages, and how many dequantized 8-bit weights differ from torch's.
 """
 
-import itertools
 import json
 
 import torch
@@ -45,6 +44,19 @@ ATTENTION_CASES = {
     "a wide head": ([300], 320, 2, 1, 256),
     "so many programs that each has fewer warps": ([3, 70] * 16, 80, 9, 3, 16),
 }
+
+# Those of them that are interpreted in 16 bit, too. A GPU tries all.
+IN_16_BIT = (
+    "odd",
+    "several blocks and one input more",
+    "sequences of different lengths",
+    "grouped heads",
+)
+
+
+def dtypes_of(cases: dict) -> list[tuple[str, str]]:
+    """(case, dtype) of what is interpreted."""
+    return [(name, dtype) for name in cases for dtype in DTYPES if dtype == "float32" or name in IN_16_BIT]
 
 
 def relative_error(result: torch.Tensor, expected: torch.Tensor) -> float:
@@ -116,11 +128,11 @@ def main() -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.utils.deterministic.fill_uninitialized_memory
     errors = {}
-    for (dtype_name, dtype), name in itertools.product(DTYPES.items(), LINEAR_CASES):
-        errors[f"{name}, {dtype_name}"] = linear_error(single_row_linear, name, dtype, "cpu")
-        errors[f"{name}, int8 and {dtype_name}"] = linear_error(single_row_linear, name, dtype, "cpu", int8=True)
-    for (dtype_name, dtype), name in itertools.product(DTYPES.items(), ATTENTION_CASES):
-        errors[f"{name}, {dtype_name}"] = attention_error(attend_cache, name, dtype, "cpu")
+    for name, dtype in dtypes_of(LINEAR_CASES):
+        errors[f"{name}, {dtype}"] = linear_error(single_row_linear, name, DTYPES[dtype], "cpu")
+        errors[f"{name}, int8 and {dtype}"] = linear_error(single_row_linear, name, DTYPES[dtype], "cpu", int8=True)
+    for name, dtype in dtypes_of(ATTENTION_CASES):
+        errors[f"{name}, {dtype}"] = attention_error(attend_cache, name, DTYPES[dtype], "cpu")
     # Not bfloat16: the interpreter truncates where a GPU rounds.
     differences = sum(
         dequantize_differences(dequantize_int8, name, dtype, "cpu")

@@ -14,9 +14,9 @@ import statistics
 import time
 
 from minigpt4.benchmarks.harness import bench_parser, clock, free_memory, peak_memory, report, reset_peak_memory
+from minigpt4.benchmarks.synthetic import PROMPT, random_chat, weights_name
 from minigpt4.common.commands import check_positive
 
-PROMPT = " w" * 24 + "<ImageHere>" + " w" * 23  # with <s> and 32 vectors: 80
 NEXT_QUESTION = 20
 WARMUP_ANSWERS = 2
 WEIGHTS = ("16bit", "8bit_weights", "4bit")
@@ -49,30 +49,23 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> int:
     """Time the answers that the arguments ask for, and print a line for each way."""
     args = parse_args(argv)
-    import torch
-
-    from minigpt4.benchmarks.synthetic import random_model
-    from minigpt4.common import dist_utils
     from minigpt4.fast.decoding.loop import Decoder, cached_decoding
 
-    device = dist_utils.select_device("cuda")
-    dtype = dist_utils.select_dtype(device, True, "bf16")
     for weights in args.weights:
-        model = random_model(device, dtype, args.size == "small", weights).eval()
-        model.llama_model.generation_config.eos_token_id = None  # answers never end early
-        name = "32bit" if weights == "16bit" and dtype == torch.float32 else weights
+        chat = random_chat(args.size == "small", weights)
+        model = chat.model
         for batch in args.batch:
-            row = {"weights": name, "batch": batch}
+            row = {"weights": weights_name(chat, weights), "batch": batch}
             for layers in args.layers:
                 cached_decoding.decoders[model.llama_model] = Decoder(model.llama_model, compiled=layers == "compiled")
-                row["by"] = f"minigpt4, {layers if device.type == 'cuda' else 'eager'}"
+                row["by"] = f"minigpt4, {layers if chat.device.type == 'cuda' else 'eager'}"
                 report(row | time_answers(model, batch, args, {}), args.json)
                 if args.profile:
                     profile(model, batch, args)
                 cached_decoding.clear_cache(model.llama_model)  # and the CUDA graphs
             for by, options in THEIRS.items() if args.compare and weights == "16bit" else ():
                 report(row | {"by": by} | time_answers(model, batch, args, options), args.json)
-        del model
+        del chat, model
         free_memory()
     return 0
 

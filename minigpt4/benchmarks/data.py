@@ -11,7 +11,6 @@ other work on the machine matters little. The ways take turns, and the median of
 
 import argparse
 import io
-import random
 import statistics
 import time
 from collections import deque
@@ -22,7 +21,7 @@ from itertools import chain, islice
 from PIL import Image
 
 from minigpt4.benchmarks.harness import bench_parser, report, time_in_turn
-from minigpt4.benchmarks.synthetic import photograph
+from minigpt4.benchmarks.synthetic import photographs
 from minigpt4.common.commands import check_positive
 
 consume = partial(deque, maxlen=0)  # iterates over what it is given, and keeps nothing
@@ -61,7 +60,7 @@ def main(argv: list[str]) -> int:
         samples = chain.from_iterable(map(stream.part, range(stream.num_parts)))
         works = {"pictures of the shards": [sample.image for sample in islice(samples, args.count)]}
     else:
-        works = {work: _photographs(args.count, *sides) for work, sides in SIZES.items()}
+        works = {work: photographs(args.count, *sides) for work, sides in SIZES.items()}
     for work, pictures in works.items():
         mean_kb = round(sum(map(len, pictures)) / len(pictures) / 1e3, 1)
         for row in time_ways(pictures, processor, args.rounds):
@@ -150,10 +149,3 @@ def time_loader(stream, args: argparse.Namespace) -> dict:
     start = time.perf_counter()
     count = sum(len(batch["image"]) for batch in batches)
     return {"images_per_s": round(count / (time.perf_counter() - start))}
-
-
-def _photographs(count: int, least: int, most: int) -> list[bytes]:
-    """JPEGs with sides of `least` to `most` pixels."""
-    rng = random.Random(0)
-    sides = [(rng.randint(least, most), rng.randint(least, most)) for _ in range(count)]
-    return [photograph(seed, *size) for seed, size in enumerate(sides)]

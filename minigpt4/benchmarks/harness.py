@@ -5,7 +5,6 @@ torch is imported when it is needed, so that `--help` stays quick.
 
 import argparse
 import contextlib
-import functools
 import gc
 import json
 import time
@@ -41,7 +40,6 @@ def timed(owner, method: str, device) -> Iterator[list[float]]:
     """While entered, each call of a method of the object `owner` adds its seconds to the list."""
     original, seconds = getattr(owner, method), []
 
-    @functools.wraps(original)
     def call(*args, **kwargs):
         start = clock(device)
         result = original(*args, **kwargs)

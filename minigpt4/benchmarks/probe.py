@@ -1,6 +1,7 @@
 """Real steps with the longest batch: `doctor --probe`. Everything is loaded."""
 
 import contextlib
+import math
 import tempfile
 import time
 from collections.abc import Iterable
@@ -50,7 +51,7 @@ def _train(context: RunContext) -> Iterable[Diagnostic]:
                 start = time.perf_counter()
                 loss = float(runner.train_step(batch, is_update=True))
                 seconds.append(time.perf_counter() - start)
-    if loss != loss or abs(loss) == float("inf"):
+    if not math.isfinite(loss):
         yield error("probe", f"the loss is {loss}", "Check the weights; with fp16, try run.amp_dtype=bf16.")
         return
     tokens = longest_sequence(context)

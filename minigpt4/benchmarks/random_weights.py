@@ -4,6 +4,7 @@ They load like the real files and take the same memory and time, for rehearsals 
 Files are written one at a time, and a language model shard by shard, so that twice a shard's memory is enough.
 """
 
+import functools
 import io
 import json
 import logging
@@ -20,6 +21,7 @@ from minigpt4 import PACKAGE_ROOT
 from minigpt4.benchmarks import published
 from minigpt4.benchmarks.published import PARTS, Sizes, Table
 from minigpt4.common.errors import ConfigError
+from minigpt4.common.output import whole_folder
 from minigpt4.weights import checkpoint
 from minigpt4.weights.sentencepiece import UNUSED, piece
 
@@ -108,10 +110,8 @@ def write(
     for part, (path, table, dtype) in missing.items():
         values = RandomValues(seed + PARTS.index(part))
         if part == "llm":
-            incomplete = path.with_name(f".{path.name}.part")
-            shutil.rmtree(incomplete, ignore_errors=True)  # of an interrupted run
-            _write_llm(incomplete, table, values, sizes, vicuna, as_bin, shard_gb)
-            incomplete.replace(path)
+            with whole_folder(path) as part_folder:
+                _write_llm(part_folder, table, values, sizes, vicuna, as_bin, shard_gb)
         else:
             tensors = {name: values.tensor(name, shape, dtype) for name, shape in table.items()}
             checkpoint.save(tensors if part == "vision" else {"model": tensors}, path)
@@ -129,7 +129,6 @@ def yaml_options(size: str, paths: dict[str, Path]) -> list[str]:
 
 def _write_llm(folder, table, values, sizes, vicuna, as_bin, shard_gb) -> None:
     """Write a language model's folder."""
-    folder.mkdir(exist_ok=True)
     empty = {name: torch.empty(shape, dtype=torch.float16, device="meta") for name, shape in table.items()}
     shards = split_torch_state_dict_into_shards(empty, max_shard_size=int(shard_gb * 1e9)).filename_to_tensors.values()
     stem, suffix = ("pytorch_model", "bin") if as_bin else ("model", "safetensors")
@@ -169,6 +168,7 @@ def _write_tokenizer(folder: Path, vicuna: str) -> None:
     _write_json(folder / "tokenizer_config.json", special | {"tokenizer_class": "LlamaTokenizer"})
 
 
+@functools.cache
 def _sentencepiece_model() -> bytes:
     """A model with LLaMA's settings and 2,000 learnt pieces, padded to 32,000 with pieces that occur in no text."""
     from sentencepiece import SentencePieceTrainer

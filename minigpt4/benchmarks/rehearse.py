@@ -38,7 +38,7 @@ from minigpt4.benchmarks.harness import report
 from minigpt4.benchmarks.published import SIZES
 from minigpt4.benchmarks.synthetic import ROOT, STAGE_CONFIGS, WORKLOADS, caption, photograph
 from minigpt4.common.commands import check_positive, command_parser, path_argument
-from minigpt4.common.output import only_run, own_folder
+from minigpt4.common.output import only_run, own_folder, whole_folder
 
 WORK = ("S1/16", "S2/12", "chat")
 RESULTS = "rehearsal.jsonl"  # also marks a folder as one of this command's
@@ -123,10 +123,10 @@ def rehearse(args: argparse.Namespace, size: str, load_in: str, work: str, paths
     row = {"size": size, "load_in": load_in, "work": work}
     start = time.monotonic()
     with open(log, "w", encoding="utf-8") as file:
-        process = psutil.Popen(
+        process = subprocess.Popen(
             command, cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
-        peak = threading.Thread(target=_watch_host, args=(process, row))
+        peak = threading.Thread(target=_watch_host, args=(psutil.Process(process.pid), row))
         peak.start()
         process.stdin.write("What is in this picture?\n")
         process.stdin.close()
@@ -163,10 +163,10 @@ def _command(args: argparse.Namespace, work: str, load_in: str, paths: list[str]
     return ["train.py", "--cfg-path", STAGE_CONFIGS[stage], "--options", *options]
 
 
-def _watch_host(process: psutil.Popen, row: dict) -> None:
+def _watch_host(process: psutil.Process, row: dict) -> None:
     """Keep the peak of the process's own memory in `row`, where the system tells it from shared memory."""
     with contextlib.suppress(psutil.Error, AttributeError):
-        while process.poll() is None:
+        while process.is_running():  # not `poll`, which would take the exit status from `rehearse`
             memory = process.memory_info()
             row["host_GB"] = max(row.get("host_GB", 0.0), (memory.rss - memory.shared) / 1e9)
             time.sleep(0.02)
@@ -182,18 +182,16 @@ def make_data(folder: Path, count: int = 64) -> None:
     own_folder(folder, "cc_sbu_align/filter_cap.json")
     if os.listdir(folder):
         return
-    complete, folder = folder, folder.with_name(f".{folder.name}.part")
     rng = random.Random(1)
-    (folder / "shards").mkdir(parents=True, exist_ok=True)
-    (folder / "cc_sbu_align/image").mkdir(parents=True, exist_ok=True)
     pictures = [photograph(seed, 256, 256) for seed in range(count)]
-    for shard in range(2):
-        with TarWriter(str(folder / f"shards/{shard:05}.tar")) as tar:
-            for i, picture in enumerate(pictures):
-                tar.write({"__key__": f"{shard:05}{i:04}", "jpg": picture, "json": {"caption": caption(rng, 1)}})
-    records = [{"image_id": str(i), "caption": caption(rng, stage=2)} for i in range(count)]
-    for i, picture in enumerate(pictures):
-        (folder / f"cc_sbu_align/image/{i}.jpg").write_bytes(picture)
-    (folder / "cc_sbu_align/filter_cap.json").write_text(json.dumps({"annotations": records}))
-    complete.rmdir()
-    folder.rename(complete)
+    with whole_folder(folder) as part:
+        (part / "shards").mkdir()
+        (part / "cc_sbu_align/image").mkdir(parents=True)
+        for shard in range(2):
+            with TarWriter(str(part / f"shards/{shard:05}.tar")) as tar:
+                for i, picture in enumerate(pictures):
+                    tar.write({"__key__": f"{shard:05}{i:04}", "jpg": picture, "json": {"caption": caption(rng, 1)}})
+        records = [{"image_id": str(i), "caption": caption(rng, stage=2)} for i in range(count)]
+        for i, picture in enumerate(pictures):
+            (part / f"cc_sbu_align/image/{i}.jpg").write_bytes(picture)
+        (part / "cc_sbu_align/filter_cap.json").write_text(json.dumps({"annotations": records}))

@@ -19,8 +19,10 @@ import sys
 import time
 from contextlib import contextmanager
 
+import numpy as np
+
 from minigpt4.benchmarks.harness import bench_parser, report
-from minigpt4.benchmarks.synthetic import WordTokenizer, photograph
+from minigpt4.benchmarks.synthetic import photograph, random_chat
 from minigpt4.common.commands import check_positive
 
 NEW_TOKENS = (16, 32, 64, 128, 256, 384)
@@ -53,42 +55,18 @@ def main(argv: list[str]) -> int:
         return subprocess.run([*command, "--clients", *map(str, args.clients), *["--json"] * args.json]).returncode
 
 
-class Words(WordTokenizer):
-    """Without control tokens, so that an answer ends at its length."""
-
-    special_tokens: dict[str, int] = {}
-    unk_token_id = None
-
-    def __len__(self) -> int:
-        return 1000
-
-
 @contextmanager
 def serving(small: bool, max_batch: int, clients: int):
     """Serve a model with random weights, in this process, until the context ends. Yields the address."""
     import threading
 
-    import torch
     import uvicorn
 
-    from minigpt4.benchmarks.synthetic import random_model
-    from minigpt4.common import dist_utils
-    from minigpt4.conversation import Chat
-    from minigpt4.processors import Blip2ImageEvalProcessor
     from minigpt4.serving.app import create_app
     from minigpt4.serving.batching import Batcher
     from minigpt4.serving.settings import Settings
 
-    device = dist_utils.select_device("cuda")
-
-    def load() -> Chat:
-        with torch.no_grad():
-            model = random_model(device, dist_utils.select_dtype(device, True, "bf16"), small).eval()
-        model.llama_model.generation_config.eos_token_id = None
-        model.tokenizer = Words()
-        return Chat(model, Blip2ImageEvalProcessor(), device)
-
-    batcher = Batcher(load, max_batch)
+    batcher = Batcher(lambda: random_chat(small), max_batch)
     settings = Settings(max_batch=max_batch, max_queue=2 * clients)
     server = uvicorn.Server(uvicorn.Config(create_app(batcher, settings), port=0, log_config=None))
     thread = threading.Thread(target=server.run, daemon=True)
@@ -130,14 +108,9 @@ async def measure(url: str, model: str, clients: int, seconds: float) -> dict:
         "answers": len(answers),
         "tokens_per_s": round(sum(answer["tokens"] for answer in answers) / passed, 1),
         "first_token_s": round(statistics.median(first), 3),
-        "first_token_p99_s": round(percentile(first, 0.99), 3),
-        "gap_p99_s": round(percentile(gaps, 0.99), 3),
+        "first_token_p99_s": round(float(np.percentile(first, 99)), 3),
+        "gap_p99_s": round(float(np.percentile(gaps or [0], 99)), 3),
     }
-
-
-def percentile(values: list[float], share: float) -> float:
-    """The value that `share` of all do not exceed."""
-    return sorted(values)[max(0, round(share * len(values)) - 1)] if values else 0.0
 
 
 def body(rng: random.Random, model: str) -> bytes:

@@ -18,6 +18,7 @@ WORKLOADS = {"S1/16": (1, 16), "S1/64": (1, 64), "S2/12": (2, 12)}
 # {stage: least and most tokens of a caption, with the one that ends it}
 CAPTION_TOKENS = {1: (8, 24), 2: (80, 160)}
 VOCABULARY = 32000
+PROMPT = " w" * 24 + "<ImageHere>" + " w" * 23  # of an answer; with <s> and 32 vectors: 80 tokens
 
 
 def load_config(path: Path | str, options: list[str] | None):
@@ -50,6 +51,23 @@ def random_model(device, dtype, small: bool, load_in: str = "16bit", llm_grad_ch
             round_layers(llm, load_in)
         parts = loading.vision_parts(cfg, loading.Sources(None, None, None, None), device, dtype)
         return MiniGPT4(**parts, llama_model=llm, tokenizer=WordTokenizer(), llm_grad_checkpoint=llm_grad_checkpoint)
+
+
+def random_chat(small: bool, load_in: str = "16bit"):
+    """A `Chat` with such a model, on a GPU in bfloat16 if there is one. Its answers never end early."""
+    from minigpt4.common import dist_utils
+    from minigpt4.conversation import Chat
+    from minigpt4.processors import Blip2ImageEvalProcessor
+
+    device = dist_utils.select_device("cuda")
+    model = random_model(device, dist_utils.select_dtype(device, True, "bf16"), small, load_in).eval()
+    model.llama_model.generation_config.eos_token_id = None
+    return Chat(model, Blip2ImageEvalProcessor(), device)
+
+
+def weights_name(chat, load_in: str) -> str:
+    """How a row of results calls the weights: "32bit" for those of a CPU that are not quantized."""
+    return "32bit" if load_in == "16bit" and chat.device.type == "cpu" else load_in
 
 
 def round_layers(llm, load_in: str) -> None:
@@ -125,6 +143,13 @@ def _texts(stage: int, batch_size: int, rank: int, ranks: int) -> Iterator[list[
 def caption(rng: random.Random, stage: int) -> str:
     """A caption of a length that the stage's captions have, without the token that ends it."""
     return " ".join(["w"] * (rng.randint(*CAPTION_TOKENS[stage]) - 1))
+
+
+def photographs(count: int, least: int, most: int) -> list[bytes]:
+    """JPEGs with sides of `least` to `most` pixels."""
+    rng = random.Random(0)
+    sides = [(rng.randint(least, most), rng.randint(least, most)) for _ in range(count)]
+    return [photograph(seed, *size) for seed, size in enumerate(sides)]
 
 
 def photograph(seed: int, width: int, height: int) -> bytes:

@@ -40,7 +40,7 @@ def columns_of(args: argparse.Namespace) -> dict[str, str]:
 
 @contextlib.contextmanager
 def naming_flags() -> Iterator[None]:
-    """While entered, mistakes in files that a command names are told by its flags, not by the keys of a YAML."""
+    """While entered, errors about files that a command names mention its flags, not the keys of a YAML file."""
     try:
         yield
     except (ConfigError, FileNotFoundError) as mistake:

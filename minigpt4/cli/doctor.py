@@ -12,8 +12,6 @@ that cannot be read.
 """
 
 import argparse
-import json
-from dataclasses import asdict
 
 from minigpt4.cli.arguments import add_config_arguments
 from minigpt4.common.commands import check_positive, command_parser
@@ -44,16 +42,14 @@ def main(argv: list[str] | None = None) -> int:
     """Print the diagnostics. Returns the exit status."""
     args = parse_args(argv)
     from minigpt4.doctor.checks import examine, has_errors
-    from minigpt4.doctor.diagnostic import ERROR, NOT_MADE, WARNING, as_text
+    from minigpt4.doctor.diagnostic import ERROR, NOT_MADE, WARNING, as_json, as_text, error
     from minigpt4.doctor.machine import imagined_gpu, list_gpus
     from minigpt4.doctor.run_context import RunContext
 
     try:
         cfg = Config(args)
     except (ConfigError, UnknownNameError) as mistake:
-        print(
-            json.dumps({"check": "config", "status": ERROR, "what": str(mistake), "fix": ""}) if args.json else mistake
-        )
+        print(as_json(error("config", str(mistake))) if args.json else mistake)
         return 2
     gpus = [imagined_gpu(args.gpu_memory)] * args.gpus if args.gpu_memory else list_gpus()
     context = RunContext(cfg, is_training(cfg), gpus, args.gpus, step_time=args.step_time)
@@ -65,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
         diagnostics += probe(context)
     if args.json:
         for diagnostic in diagnostics:
-            print(json.dumps(asdict(diagnostic), ensure_ascii=False))
+            print(as_json(diagnostic))
     else:
         print(as_text(diagnostics))
         counts = [sum(diagnostic.status == status for diagnostic in diagnostics) for status in (ERROR, WARNING)]

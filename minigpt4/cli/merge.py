@@ -12,7 +12,6 @@ never written to. An interrupted run leaves nothing under the name; start it aga
 import argparse
 import logging
 import shutil
-import tempfile
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -21,7 +20,7 @@ from minigpt4.cli.arguments import add_config_arguments
 from minigpt4.common.commands import command_parser, path_argument
 from minigpt4.common.config import Config
 from minigpt4.common.errors import ConfigError
-from minigpt4.common.output import only_run
+from minigpt4.common.output import only_run, whole_folder
 from minigpt4.common.schema import MiniGPT4Config
 from minigpt4.common.trained_parts import LORA, TrainedParts
 
@@ -47,17 +46,14 @@ def main(argv: list[str]) -> int:
     from minigpt4.common.logger import setup_logger
 
     setup_logger()
-    with only_run(args.out.absolute()):
+    out = args.out.resolve()
+    if out.is_dir():  # it is empty; a lock in it would be in the way
+        out.rmdir()
+    with only_run(out):
         model = load(cfg)
         merge_adapters(model.llama_model)
-        # A sibling, so that renaming it is one step.
-        part = Path(tempfile.mkdtemp(prefix=f".{args.out.name}.", dir=args.out.absolute().parent))
-        try:
-            write(model, cfg, part)
-            part.chmod(0o755)  # tempfile's folders are for the user alone
-            part.rename(args.out.absolute())
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
+        with whole_folder(out) as folder:
+            write(model, cfg, folder)
     logging.info(
         "To use it: --options model.llama_model=%s model.ckpt=%s model.lora=null", args.out, args.out / CHECKPOINT
     )
@@ -128,12 +124,12 @@ def write(model, cfg: Config, folder: Path) -> None:
     copy_other_files(cfg.model_cfg, folder)
     content = checkpoint.read_file(checkpoint.resolve(cfg.model_cfg.ckpt))
     settings = cfg.to_dict()
-    spelt = {key: None for key in settings["model"] if key.startswith("lora")}
+    unset = {key: None for key in settings["model"] if key.startswith("lora")}
     names = settings["model"]["train"]
-    spelt["train"] = names and [name for name in names if name != LORA]
+    unset["train"] = names and [name for name in names if name != LORA]
     weights = {name: value for name, value in checkpoint.weights_of(content).items() if not is_adapter(name)}
     recorded = {key: value for key, value in model.fingerprint.items() if key != LORA}
-    settings["model"] |= spelt
+    settings["model"] |= unset
     checkpoint.save({"model": weights, "config": settings, fingerprint.KEY: recorded}, folder / CHECKPOINT)
 
 

@@ -36,15 +36,19 @@ def is_there() -> bool:
     return any(Path("/dev").glob("nvidia[0-9]*"))
 
 
+def query(fields: str) -> list[str]:
+    """What nvidia-smi answers about these fields: a line for each GPU. Empty if there is no driver."""
+    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
+    try:
+        shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=SECONDS)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return shown.stdout.splitlines()
+
+
 def driver_version() -> str | None:
     """The version of NVIDIA's driver, such as "535.104.05"; None: it does not tell."""
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        shown = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    found = re.match(r"\d+(\.\d+)+$", shown.stdout, re.MULTILINE)
-    return found[0] if found else None
+    return next((line for line in query("driver_version") if re.fullmatch(r"\d+(\.\d+)+", line)), None)
 
 
 def why_unusable() -> str | None:

@@ -1,6 +1,7 @@
 """Output of commands. Nothing that a command did not write itself is replaced or removed."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,6 +51,19 @@ def write_whole(path: Path, content: str | bytes) -> Path:
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     part.write_bytes(content if isinstance(content, bytes) else content.encode(errors="backslashreplace"))
     return part.replace(path)
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes `folder`, new or empty, at the end. Nothing is left if the writing fails."""
+    part = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
+    part.mkdir(parents=True)
+    try:
+        yield part
+        part.replace(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def own_folder(folder: Path, mark: str) -> None:

@@ -12,7 +12,6 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 from minigpt4.common import facts, gpus
-from minigpt4.common.python_version import LEAST_PYTHON
 from minigpt4.common.registry import UnknownNameError, registry
 from minigpt4.common.text import pluralize
 from minigpt4.doctor.diagnostic import WARNING, Diagnostic, error, ok, verdict, warning
@@ -30,9 +29,7 @@ FP8 = (9, 0)
 
 
 def check_versions(context: RunContext) -> Iterator[Diagnostic]:
-    """Python and the libraries are in the ranges that are known to work."""
-    if sys.version_info < LEAST_PYTHON:
-        yield error("python", f"{sys.version.split()[0]} is older than 3.11", "Make an environment with a newer one.")
+    """The libraries are in the ranges that are known to work. (The package itself refuses an older Python.)"""
     libc, glibc = platform.libc_ver()
     if libc == "glibc" and tuple(map(int, glibc.split("."))) < LEAST_GLIBC:
         what = f"{glibc} is older than 2.28, which the wheels of torch need"
@@ -114,11 +111,10 @@ def check_gpu(context: RunContext) -> Iterator[Diagnostic]:
     """The GPU exists and has the types that the run computes in. `check_torch_gpu` asks whether torch can use it."""
     if not context.run.device.startswith("cuda"):
         return
-    if not context.gpus and gpus.is_there():
-        return
     if not context.gpus:
-        what = "no NVIDIA GPU was found: the run falls back to the CPU"
-        yield warning("GPU", what, "With a GPU: check the driver (nvidia-smi) and CUDA_VISIBLE_DEVICES.")
+        if not gpus.is_there():
+            what = "no NVIDIA GPU was found: the run falls back to the CPU"
+            yield warning("GPU", what, "With a GPU: check the driver (nvidia-smi) and CUDA_VISIBLE_DEVICES.")
         return
     if "+cpu" in metadata.version("torch"):
         what = f"torch {metadata.version('torch')} is built for CPUs only"

@@ -1,7 +1,8 @@
 """The result of a check."""
 
+import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 # The advice where a check itself failed, after which the run can be tried, but is not known to work.
 NOT_MADE = "The run may fail likewise. If the message names no setting of yours, please report this as a bug of doctor."
@@ -37,6 +38,11 @@ def error(check: str, what: str, fix: str = "") -> Diagnostic:
 def verdict(problem: bool, check: str, what: str, fix: str, status: str = ERROR) -> Diagnostic:
     """A diagnostic of `status` with its fix if there is a problem, else OK with the same text."""
     return Diagnostic(check, status, what, fix) if problem else ok(check, what)
+
+
+def as_json(diagnostic: Diagnostic) -> str:
+    """A diagnostic as a JSON object on one line."""
+    return json.dumps(asdict(diagnostic), ensure_ascii=False)
 
 
 def as_text(diagnostics: Iterable[Diagnostic]) -> str:

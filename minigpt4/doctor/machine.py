@@ -2,13 +2,13 @@
 
 import os
 import shutil
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
-SECONDS = 30  # for nvidia-smi, which may hang with its driver
+from minigpt4.common.gpus import query
+
 MIB = 2**20
 
 
@@ -26,14 +26,8 @@ class Gpu:
 
 def list_gpus() -> list[Gpu]:
     """The NVIDIA GPUs that CUDA_VISIBLE_DEVICES allows. Empty if there is no driver."""
-    fields = "name,compute_cap,memory.total,memory.free"
-    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
-    try:
-        shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=SECONDS)
-    except (OSError, subprocess.SubprocessError):
-        return []
     gpus: dict[int, Gpu] = {}
-    for number, line in enumerate(shown.stdout.splitlines()):
+    for number, line in enumerate(query("name,compute_cap,memory.total,memory.free")):
         try:
             name, capability, total, free = line.rsplit(", ", 3)
             major, minor = map(int, capability.split("."))

@@ -62,11 +62,8 @@ class _RopeAttention(torch.autograd.Function):
         backward_weights = weights if columns is None else [columns, column_scale]
         ctx.save_for_backward(qkv, out, lse, starts, cos, sin, *backward_weights)
         ctx.sizes, ctx.in_fp8 = (prefix_len, max_kv_len, scaling), columns is not None
-        ctx.num_kv_heads, ctx.has_added, ctx.with_prefix_gradient = (
-            num_kv_heads,
-            added is not None,
-            with_prefix_gradient,
-        )
+        ctx.num_kv_heads, ctx.has_added = num_kv_heads, added is not None
+        ctx.with_prefix_gradient = with_prefix_gradient
         return out
 
     @staticmethod

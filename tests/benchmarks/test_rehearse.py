@@ -69,9 +69,12 @@ def test_interrupted_data_are_written_again(tmp_path, monkeypatch):
     assert len(list((tmp_path / "data").rglob("*.*"))) == 5  # two shards, two pictures, filter_cap.json
 
 
-def test_a_failed_run_is_reported(tmp_path, capsys):
-    arguments = ["--out", str(tmp_path), "--size", "small", "--load-in", "16bit", "--work", "S1/16"]
-    assert rehearse.main([*arguments, "--options", "run.no_such_key=1"]) == 1
+def test_a_failed_run_is_reported(tmp_path, capsys, monkeypatch):
+    script = tmp_path / "fails.py"
+    script.write_text("raise SystemExit('no such key')")
+    monkeypatch.setattr(rehearse, "_command", lambda *_: [str(script)])
+    out = str(tmp_path / "rehearsal")
+    assert rehearse.main(["--out", out, "--size", "small", "--load-in", "16bit", "--work", "S1/16"]) == 1
     row = json.loads(capsys.readouterr().out)
     assert "exit status 1, see" in row["failed"]
-    assert "no_such_key" in row["failed"]
+    assert "no such key" in row["failed"]

@@ -20,8 +20,3 @@ def test_clients_ask_at_the_same_time(capsys, monkeypatch):
     assert row["clients"] == 3 <= row["answers"] and row["tokens_per_s"] > 0
     assert 0 < row["first_token_s"] <= row["first_token_p99_s"] < time.perf_counter() - start
     assert 0 < row["gap_p99_s"] < 10
-
-
-def test_percentile():
-    assert [serve.percentile(list(range(1, 101)), share) for share in (0.5, 0.99, 1)] == [50, 99, 100]
-    assert serve.percentile([7.0], 0.99) == 7.0 and serve.percentile([], 0.99) == 0

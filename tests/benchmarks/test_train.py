@@ -8,11 +8,20 @@ import torch
 from helpers import quantize_by_bitsandbytes
 
 from minigpt4.__main__ import main
+from minigpt4.benchmarks import train
 from minigpt4.benchmarks.step_timer import PROFILED_STEPS, useful_operations
-from minigpt4.benchmarks.synthetic import WordTokenizer, random_batches, random_model, round_layers
+from minigpt4.benchmarks.synthetic import WORKLOADS, WordTokenizer, random_batches, random_model, round_layers
 from minigpt4.quantization.bitsandbytes import LowBitLinear, replace_bitsandbytes_layers
 
-PARTS = ["language_s", "backward_s", "optimizer_s"]
+PARTS = ["vision_s", "language_s", "backward_s", "optimizer_s"]
+
+
+@pytest.fixture(autouse=True)
+def _little_work(monkeypatch):
+    """Batches of three, and one step that is timed in parts."""
+    for name, (stage, _) in WORKLOADS.items():
+        monkeypatch.setitem(WORKLOADS, name, (stage, 3))
+    monkeypatch.setattr(train, "PROFILED_STEPS", 1)
 
 
 def rows(capsys, *arguments) -> list[dict]:
@@ -26,13 +35,6 @@ def test_small(capsys):
     assert 0 < row["min_s"] <= row["median_s"] <= row["max_s"]
     assert 100 * row["images_per_s"] < row["tokens_per_s"] < 300 * row["images_per_s"]
     assert all(row[part] > 0 for part in PARTS)
-
-
-def test_the_vision_side_is_timed(capsys):
-    if not hasattr(random_model(torch.device("cpu"), torch.float32, True), "step"):
-        pytest.skip("the model has no step object yet")
-    (row,) = rows(capsys, "--small", "--work", "S1/16")
-    assert row["vision_s"] > 0
 
 
 def test_compare(capsys):
@@ -62,9 +64,9 @@ def test_fp8_says_what_it_needs():
 
 
 @pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
-@pytest.mark.parametrize("load_in", ["8bit", "4bit"])
-def test_low_bits(capsys, load_in):
-    (row,) = rows(capsys, "--small", "--work", "S1/16", "--load-in", load_in)
+@pytest.mark.parametrize("arguments", [["--load-in", "4bit"], ["--options", "model.load_in=8bit_weights"]])
+def test_low_bits(capsys, arguments):
+    (row,) = rows(capsys, "--small", "--work", "S1/16", *arguments)
     assert row["language_s"] > 0
 
 
@@ -95,11 +97,6 @@ def test_random_weights_in_low_bit_are_those_of_bitsandbytes(load_in):
         differ = (layer.weight.int() - other.weight.int()).abs()
         # In 8 bit, numbers halfway between two steps differ by one: bitsandbytes multiplies by the reciprocal.
         assert differ.max() <= (load_in == "8bit") and differ.float().mean() < 0.01
-
-
-def test_random_weights_in_8bit_weights(capsys):
-    (row,) = rows(capsys, "--small", "--work", "S1/16", "--options", "model.load_in=8bit_weights")
-    assert row["language_s"] > 0
 
 
 def test_a_config_with_its_own_data(capsys, configs):

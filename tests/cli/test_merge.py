@@ -37,6 +37,8 @@ def test_the_merged_model_is_used_without_adapters(config, tmp_path, caplog, opt
     """With the checkpoint beside it. The original weights are merged, also where the run quantised them."""
     caplog.set_level("INFO")
     out = tmp_path / "merged"
+    if options:
+        out.mkdir()
     assert merge(config, out, *options) == 0
     assert "model.lora=null" in caplog.text and str(out) in caplog.text
     keys = OmegaConf.to_container(OmegaConf.load(config))["model"]

@@ -7,7 +7,7 @@ import pytest
 from helpers import ROOT
 
 from minigpt4.common.errors import ConfigError
-from minigpt4.common.output import make_folder, only_run, own_folder
+from minigpt4.common.output import make_folder, only_run, own_folder, whole_folder
 
 
 def test_a_folder_is_ones_own_if_it_is_new_empty_or_marked(tmp_path):
@@ -36,6 +36,22 @@ def test_where_there_can_be_no_folder(tmp_path, name):
             function(tmp_path / name)
     with pytest.raises(ConfigError, match="--out .* cannot be written: "), only_run(tmp_path / "file" / "out.jsonl"):
         pass
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    (tmp_path / ".new.part").mkdir()
+    (tmp_path / ".new.part" / "left").touch()  # by a run that was killed
+    (tmp_path / "empty").mkdir()
+    for name in ("new", "empty"):
+        with whole_folder(tmp_path / name) as part:
+            (part / "file").write_text(name)
+        assert [path.name for path in (tmp_path / name).iterdir()] == ["file"]
+    with pytest.raises(ZeroDivisionError), whole_folder(tmp_path / "other") as part:
+        (part / "file").write_text(str(1 / 0))
+    with pytest.raises(OSError, match="not empty"), whole_folder(tmp_path / "new"):
+        pass
+    assert (tmp_path / "new" / "file").read_text() == "new"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "new"]
 
 
 def test_one_process_at_a_time(tmp_path):

@@ -13,6 +13,7 @@ from dataset_files import good_members, picture_bytes, write_tar
 from safetensors.torch import load_file, save_file
 
 from minigpt4.benchmarks import published
+from minigpt4.common import gpus
 from minigpt4.common.errors import ConfigError
 from minigpt4.common.registry import registry
 from minigpt4.datasets import feature_cache
@@ -581,7 +582,6 @@ def not_installed(name):
         (check_environment.metadata, "version", lambda name: "1.0", "chat", WARNING, "libraries", "torch 1.0"),
         (check_environment.metadata, "version", not_installed, "chat", ERROR, "libraries", "torchvision"),
         (check_environment.metadata, "version", lambda name: "2.14.1+cpu", "chat", ERROR, "GPU", "built for CPUs only"),
-        (check_environment.sys, "version_info", (3, 10), "chat", ERROR, "python", "older than 3.11"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -724,7 +724,7 @@ def test_an_apple_gpu(patient, monkeypatch, platform, load_in, what):
     """Told at the start too, where no NVIDIA GPU is seen."""
     patient.stage, patient.gpus = "chat", []
     patient.options = ["run.device=mps", f"model.load_in={load_in}"]
-    seen = SimpleNamespace(platform=platform, version=check_environment.sys.version, version_info=(3, 11))
+    seen = SimpleNamespace(platform=platform, version=check_environment.sys.version)
     monkeypatch.setattr(check_environment, "sys", seen)
     monkeypatch.setattr(checks, "list_gpus", lambda: [])
     found = [f for f in patient.diagnostics(ERROR) if f.check == "run.device"]
@@ -768,7 +768,7 @@ def test_gpus_as_nvidia_smi_prints_them(monkeypatch):
     """A GPU that shares the host's memory prints none of its own."""
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     printed = SimpleNamespace(stdout="NVIDIA H200, 9.0, 143771, 143156\nNVIDIA GB10, 12.1, [N/A], [N/A]\n")
-    monkeypatch.setattr(machine.subprocess, "run", lambda *args, **kwargs: printed)
+    monkeypatch.setattr(gpus.subprocess, "run", lambda *args, **kwargs: printed)
     monkeypatch.setattr(machine, "available_memory", lambda: 7)
     first, second = machine.list_gpus()
     assert first == Gpu("NVIDIA H200", (9, 0), total=143771 * 2**20, free=143156 * 2**20)

@@ -26,9 +26,9 @@ OPTIONS = [
         "model.vit_model.num_heads=7",
         "model.vit_model=null",
     ),
-    *(f"{PROCESSOR}.{bad}" for bad in ("min_scale=abc", "min_scale=.nan", "max_scale=2", "mean=3", "std=[0, 1, 1]")),
-    *(f"{PROCESSOR}.{bad}" for bad in ("image_size=abc", "name=blip2_image", "sizes=3")),
-    *(f"{PROCESSOR}={bad}" for bad in ("blip2_image_train", "[a]", "{size: 3}")),
+    # tests/processors/test_processors.py has every wrong value.
+    *(f"{PROCESSOR}.{bad}" for bad in ("min_scale=abc", "name=blip2_image", "sizes=3")),
+    *(f"{PROCESSOR}={bad}" for bad in ("blip2_image_train", "{size: 3}")),
     "datasets.cc_sbu_align.text_processor.train={name: blip_caption, max_words: many}",
     *("datasets.cc_sbu_align.sample_ratio=abc", "datasets.cc_sbu_align.sample_ratio=0", "run.device=cuda:first"),
     *("model.train=[qformer]", "model.projector=mpl", "model.lora={r: 0}", "run.lr_groups.lora={init_lr: 1}"),
@@ -146,7 +146,7 @@ def test_registration(run, tmp_path, monkeypatch, open_registry, name):
     assert re.search(expected, message), message
 
 
-@pytest.mark.parametrize("bad", ["mean=3", "name=other", "min_scale=0.5"])
+@pytest.mark.parametrize("bad", ["mean=3", "name=other"])
 def test_the_processor_of_a_chat(capsys, bad):
     """It is made before the model is loaded."""
     argv = ["--cfg-path", str(ROOT / "eval_configs/minigpt4_tiny_eval.yaml"), "--options", f"{PROCESSOR}.{bad}"]

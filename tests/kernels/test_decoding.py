@@ -3,7 +3,7 @@
 import importlib.util
 
 import pytest
-from decoding_cases import ATTENTION_CASES, DTYPES, LINEAR_CASES
+from decoding_cases import ATTENTION_CASES, LINEAR_CASES, dtypes_of
 from helpers import interpret
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton (Linux)")
@@ -16,15 +16,13 @@ def interpreted():
     return interpret("decoding_cases.py")
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", [*LINEAR_CASES, *ATTENTION_CASES])
+@pytest.mark.parametrize(("name", "dtype"), dtypes_of(LINEAR_CASES | ATTENTION_CASES))
 def test_results(interpreted, name, dtype):
     """Compared with float64. Memory is NaN before, so every element of the result has to be written."""
     assert interpreted["errors"][f"{name}, {dtype}"] < BOUNDS[dtype]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", LINEAR_CASES)
+@pytest.mark.parametrize(("name", "dtype"), dtypes_of(LINEAR_CASES))
 def test_linear_with_8_bit_weights(interpreted, name, dtype):
     assert interpreted["errors"][f"{name}, int8 and {dtype}"] < BOUNDS[dtype]
 

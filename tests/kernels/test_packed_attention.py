@@ -4,7 +4,7 @@ import importlib.util
 
 import pytest
 from helpers import interpret
-from training_cases import ATTENTION_CASES, SILU_PRODUCT_CASES
+from training_cases import ADAPTED, ATTENTION_CASES, ROPE_CASES, SILU_PRODUCT_CASES
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton (Linux)")
 
@@ -19,7 +19,7 @@ def interpreted():
     [
         *ATTENTION_CASES,
         "compiled",
-        *(f"rotated, {case}" for case in [*ATTENTION_CASES, "8 bit", "compiled"]),
+        *(f"rotated, {case}" for case in [*ROPE_CASES, "8 bit", "compiled", "with an adapter"]),
         *SILU_PRODUCT_CASES,
     ],
 )
@@ -28,9 +28,9 @@ def test_output_and_gradients(interpreted, name):
     assert max(interpreted[name]) < 2e-6
 
 
-@pytest.mark.parametrize("name", ["fused llama", "fused llama, 8 bit"])
+@pytest.mark.parametrize("name", ["", ", 8 bit", *(f", adapters: {name}" for name in ADAPTED)])
 def test_a_fused_llama_equals_transformers(interpreted, name):
-    assert max(interpreted[name]) < 1e-5
+    assert max(interpreted[f"fused llama{name}"]) < 1e-5
 
 
 def test_in_16_bit(interpreted):

@@ -134,6 +134,8 @@ def test_bad_image_size(name, size):
 def test_bad_scale_and_max_words():
     with pytest.raises(ValueError, match="min_scale <= max_scale"):
         make("blip2_image_train", min_scale=0.9, max_scale=0.2)
+    with pytest.raises(ValueError, match="max_scale"):
+        make("blip2_image_train", max_scale=2)
     with pytest.raises(ValueError, match="max_words=0"):
         make("blip_caption", max_words=0)
 

@@ -22,7 +22,7 @@ class KVCache:
         self.batch, self.length = batch, length
         self.layers: list[LayerKVCache] = []
         self.step_graph: tuple[torch.cuda.CUDAGraph, torch.Tensor] | None = None  # and its logits
-        self.prefill_graphs: dict[int, tuple | None] = {}  # by number of tokens; None: met once, not captured yet
+        self.prefill_graphs: dict[int, tuple | None] = {}  # by number of tokens; None: seen once, not captured yet
         self.pool: tuple[int, int] | None = None  # memory of all graphs, of which only one runs at a time
         self.content: torch.Tensor | None = None  # [S,D]: prompt and answer of a single row, whose keys are kept here
         self.prompt_len = 0
@@ -88,14 +88,6 @@ class KVCache:
     def update(self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *args, **kwargs):
         """Write the keys and values [B,H,S,D] of new tokens. Returns those of all visible positions [B,H,R,D]."""
         return self.layers[layer_idx].update(keys, values)
-
-    def common_prefix(self, embeds: torch.Tensor) -> int:
-        """How many of the first positions hold the beginning of [1,S,D]; at least one vector is left to be read."""
-        return common_prefix(self.content, embeds[0])
-
-    def copy_from(self, other: "KVCache", prefix_len: int) -> None:
-        """Copy the first `prefix_len` positions of another cache."""
-        self.layers = [layer.copy(self.length, prefix_len) for layer in other.layers]
 
     def grow(self, batch: int, length: int, like: "KVCache") -> None:
         """Make room for more rows and positions, with heads as those of another cache. The graphs go.
@@ -182,13 +174,6 @@ class LayerKVCache:
         rows = LayerKVCache(self.length)
         rows.keys, rows.values = self.keys[:count], self.values[:count]
         return rows
-
-    def copy(self, length: int, prefix_len: int) -> "LayerKVCache":
-        copied = LayerKVCache(length)
-        more = (0, 0, 0, 0, 0, length - prefix_len)
-        copied.keys = nn.functional.pad(self.keys[:, :prefix_len], more)
-        copied.values = nn.functional.pad(self.values[:, :prefix_len], more)
-        return copied
 
 
 def _visible_lengths(positions: torch.Tensor) -> dict:

@@ -24,7 +24,7 @@ from minigpt4.common import compat
 from minigpt4.fast.attention import ATTENTION
 from minigpt4.fast.cuda_graphs import CAPTURE_LOCK, capturing
 from minigpt4.fast.decoding.compiled_layers import compiled_copy
-from minigpt4.fast.decoding.kv_cache import KVCache
+from minigpt4.fast.decoding.kv_cache import KVCache, common_prefix
 from minigpt4.fast.self_check import EXACT_TOLERANCE, STEP_TOLERANCE, decodes_like_the_library, largest_difference
 from minigpt4.quantization.bitsandbytes import has_bitsandbytes_layers
 
@@ -197,7 +197,7 @@ class Decoder:
         """A cache for a batch, and how many of its positions hold the batch's beginning already."""
         with self._lock:
             candidates = [cache for cache in self.idle if cache.batch == len(embeds)]
-            common = {cache: cache.common_prefix(embeds) for cache in candidates}
+            common = {cache: common_prefix(cache.content, embeds[0]) for cache in candidates}
             cache = max(candidates, key=common.__getitem__, default=None)
             # A cache that shares only its beginning with the prompt belongs to another conversation, which may go on.
             if cache and 4 * common[cache] < 3 * cache.prompt_len:
@@ -212,14 +212,15 @@ class Decoder:
             del candidates, common, cache  # a cache that is not copied is freed before the new one is allocated
             cache = KVCache(len(embeds), cache_length(length), embeds.device)
             if old:
-                cache.copy_from(old, prefix_len)
+                cache.grow(1, cache.length, like=old)
+                cache.copy_row(0, old, 0, prefix_len)
         cache.content, cache.prompt_len = None, 0
         return cache, prefix_len
 
     def prefill(
         self, llm, cache: KVCache, embeds: torch.Tensor, attention_mask: torch.Tensor, prefix_len: int
     ) -> torch.Tensor:
-        """Read the prompt behind its first `prefix_len` vectors; by a graph once its padded length was met twice.
+        """Read the prompt behind its first `prefix_len` vectors; by a graph once its padded length was seen twice.
 
         Returns logits [B,V], which the next graph of the cache may overwrite.
         """
