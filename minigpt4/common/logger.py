@@ -138,7 +138,7 @@ class MetricLogger:
         return lambda: _added(totals, _values(unread))
 
     def add_totals(self, totals: Totals) -> None:
-        """Go on from sums, too."""
+        """Add sums of the part of the epoch before."""
         for name, (total, number) in totals.items():
             before = self._totals.get(name, (0.0, 0))
             self._totals[name] = before[0] + total, before[1] + number

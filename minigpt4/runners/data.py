@@ -70,7 +70,8 @@ def log_data(cfg: Config, datasets: Mapping[str, Mapping]) -> None:
         logging.info("dataset_ratios not specified, so each dataset has the same share (datasets.<name>.sample_ratio).")
     if not cfg.run_cfg.valid_splits:
         logging.info("No validation splits found.")
-    if (most := dist_utils.own_patience(cfg.run_cfg.data_timeout_s)) < cfg.run_cfg.data_timeout_s:
+    most = dist_utils.own_patience(cfg.run_cfg.data_timeout_s)
+    if most < cfg.run_cfg.data_timeout_s:
         logging.info("run.data_timeout_s is %g s here, half of run.timeout_minutes, for which other ranks wait.", most)
 
 

@@ -32,7 +32,7 @@ def prefetch(
     Close the iterator (`contextlib.closing`) if the consumer may fail: that ends the thread.
 
     waiting: the context of a wait for the next batch.
-    note_rng: gets the host's random states after the `prepare` of a batch that a thread has called ahead of time.
+    note_rng: is called with the host's random states after the batch's `prepare`, if a thread prepares ahead.
     """
     prepare = getattr(model, "prepare", lambda samples: samples)
     source = iter(batches)

@@ -39,7 +39,7 @@ class EpochProgress:
         return self._loader.take_left_out() + self._changed
 
     def state(self) -> dict[str, Any]:
-        """The state after the batches added, for `on_cpu`. It waits for no GPU."""
+        """The state after the batches added. "metrics" is a function that waits for the GPU and returns the sums."""
         changed = [(tuple(key), count) for key, count in self._changed.items()]
         return {"metrics": self.metrics.state(), "loader": self._loader.state(), "changed": changed}
 
@@ -52,11 +52,6 @@ class EpochProgress:
             self._changed.update({LeftOut(*key): count for key, count in state["changed"]})
         left_out = [entry for state in counted for entry in state["loader"]["left_out"]]
         self._loader.load_state(left_out, states[rank]["loader"]["restarts"] if rank < len(states) else [])
-
-
-def on_cpu(state: dict[str, Any]) -> dict[str, Any]:
-    """A state of `EpochProgress` as it is saved: in types that torch reads with `weights_only=True`."""
-    return {**state, "metrics": state["metrics"]()}
 
 
 def _amounts(samples: Mapping[str, Any]) -> dict[str, int]:

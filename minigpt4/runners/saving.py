@@ -11,7 +11,6 @@ from minigpt4.common import dist_utils
 from minigpt4.common.stopping import Stopped
 from minigpt4.runners import resume, validation
 from minigpt4.runners.checkpoints import Checkpoints
-from minigpt4.runners.progress import on_cpu
 from minigpt4.runners.state import rng_state, rng_states
 from minigpt4.weights import checkpoint, fingerprint
 
@@ -98,7 +97,8 @@ class Saving:
     def save_within_epoch(self) -> None:
         """Write checkpoint_<epoch>_<micro-batches>.pth with the state after the last update."""
         place = self._place
-        progress = on_cpu(place.progress or self.runner.progress.state())
+        progress = place.progress or self.runner.progress.state()
+        progress = {**progress, "metrics": progress["metrics"]()}
         rng, progress = zip(*dist_utils.gather_objects((place.rng, progress)), strict=True)
         entries = {"epoch": place.epoch, "batches": place.batches, "rng": list(rng), "progress": list(progress)}
         self._save(entries, f"at step {place.step}", f"checkpoint_{place.epoch}_{place.batches}.pth")

@@ -1,4 +1,4 @@
-"""Evaluation of a run while it trains: when, by which metric, and what gets worse."""
+"""Evaluation of a run while it trains and at its end: when, by which metric, and what gets worse."""
 
 import logging
 import math

@@ -59,11 +59,12 @@ def carry_over(source: Path, target: Path, belongs: Callable[[dict[str, Any]], b
     """
     try:
         lines = _read(source)
-    except OSError:
-        logging.info("%s is not there: the lines of the resumed run start at its checkpoint.", source)
+        kept = [line + b"\n" for line, found in lines if belongs(found)]
+        if kept:
+            target.write_bytes(b"".join(kept))
+    except OSError as error:
+        logging.info("%s: %s. The lines of the resumed run start at its checkpoint.", error.filename, error.strerror)
         return
-    kept = [line + b"\n" for line, found in lines if belongs(found)]
-    target.write_bytes(b"".join(kept))
     later = f"; {len(lines) - len(kept)} of later steps stay there" if len(kept) < len(lines) else ""
     logging.info("%d lines of %s are taken over%s.", len(kept), source, later)
 
