@@ -2,14 +2,18 @@
 
 import contextlib
 import logging
+import math
 import os
 import re
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from functools import cache
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from minigpt4.common import first_release, gpus
 from minigpt4.common.errors import ConfigError
@@ -18,6 +22,8 @@ __getattr__ = first_release.attributes_of(__name__)  # for names that are gone
 
 # The ranks on their CPUs, where the default group is that of their GPUs.
 _host_group: dist.ProcessGroup | None = None
+# Seconds that the ranks wait for each other.
+_timeout_s = math.inf
 
 
 def is_distributed() -> bool:
@@ -106,16 +112,27 @@ def init_process_group(
     if not distributed:
         raise ConfigError(f"run.distributed=False, but torchrun started {world_size} processes. Set it to True.")
     logging.info("| distributed init (rank %d, world %d): env://", int(os.environ["RANK"]), world_size)
-    global _host_group
+    global _host_group, _timeout_s
+    _timeout_s = 60 * timeout_minutes
     backend = backend or ("nccl" if device.type == "cuda" else "gloo")
-    timeout = timedelta(minutes=timeout_minutes)
+    timeout = timedelta(seconds=_timeout_s)
     dist.init_process_group(backend, timeout=timeout, device_id=device if backend == "nccl" else None)
     _host_group = dist.new_group(backend="gloo", timeout=timeout) if backend == "nccl" else None
 
 
 def destroy_process_group() -> None:
+    global _timeout_s
+    _timeout_s = math.inf
     if is_distributed():
         dist.destroy_process_group()
+
+
+def own_patience(seconds: float) -> float:
+    """Seconds that a rank waits by itself, such as for data: at most half as long as the other ranks wait for it.
+
+    So the rank that gives up first is the one that knows what it has waited for.
+    """
+    return min(seconds, _timeout_s / 2)
 
 
 @contextlib.contextmanager
@@ -147,6 +164,20 @@ def broadcast_object(value):
     return box[0]
 
 
+def from_main(function: Callable[[], Any]) -> Any:
+    """What `function` returns on rank 0, on every rank. What it raises there is raised on all, so that none waits."""
+    found = error = None
+    if is_main_process():
+        try:
+            found = function()
+        except Exception as caught:
+            error = caught
+    found, error = broadcast_object((found, error))
+    if error:
+        raise error
+    return found
+
+
 def gather_objects(value) -> list:
     """The `value` of every rank, in rank order, on every rank."""
     if not is_distributed():
@@ -172,3 +203,22 @@ def all_reduce_sum(value: torch.Tensor) -> torch.Tensor:
     total = value.to("cuda" if dist.get_backend() == "nccl" else "cpu", copy=True)
     dist.all_reduce(total)
     return total.to(value.device)
+
+
+def broadcast_tensors(tensors: Iterable[torch.Tensor]) -> None:
+    """Give the values of rank 0's tensors to those of the other ranks."""
+    if is_distributed():
+        for tensor in tensors:
+            dist.broadcast(tensor.data, src=0)
+
+
+def data_parallel(module: torch.nn.Module) -> DistributedDataParallel:
+    """A module with gradients exchanged between ranks. All ranks start from rank 0's trainable weights.
+
+    Frozen weights are the same on all ranks already, so 7B of them are not sent.
+    """
+    broadcast_tensors(parameter for parameter in module.parameters() if parameter.requires_grad)
+    with warnings.catch_warnings():
+        # torch 2.14 deprecates the name broadcast_buffers; torch 2.11 does not have the new one
+        warnings.simplefilter("ignore", FutureWarning)
+        return DistributedDataParallel(module, init_sync=False, broadcast_buffers=False)

@@ -16,10 +16,12 @@ from minigpt4.common.stopping import STOP
 PATIENCE = 10
 # Frames of a traceback that a process of several prints.
 FRAMES = 8
-# How torch reports that another process is gone.
+# How torch reports that another process is gone, or does not come for `run.timeout_minutes`.
 LOST = re.compile(
     r"^Dist\w*Error|gloo|NCCL|Connection (closed|reset|refused)|Broken pipe|[Tt]imed out (waiting|after)|Socket Timeout"
 )
+# In the environment of processes that torchrun started.
+ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 
 
 def is_mistake(error: Exception) -> bool:
@@ -36,8 +38,8 @@ def is_mistake(error: Exception) -> bool:
 def format_error(error: Exception) -> str:
     """The text that a command prints when it ends with `error`.
 
-    Most mistakes are found by all processes that torchrun started on a machine. So all but the first that finds it wait
-    here for PATIENCE seconds: torchrun ends them before they print it again.
+    Most mistakes are found by all processes of a machine. Under torchrun, all but the first that finds it wait here for
+    PATIENCE seconds: torchrun ends them before they print it again.
     """
     if not fails_first():
         time.sleep(PATIENCE)
@@ -50,7 +52,7 @@ def failure_text(error: Exception) -> str:
     """The text that a process prints when it ends with `error`. Raises `error` if this process is the only one.
 
     Of several processes, the first that fails on a machine prints its traceback, beginning with its last FRAMES frames.
-    The others wait until torchrun ends them. Without torchrun, they say in one line that they have lost it.
+    The others wait until torchrun ends them. Without torchrun, ranks that have lost another say so in one line.
     """
     if is_mistake(error):
         return format_error(error)
@@ -59,26 +61,26 @@ def failure_text(error: Exception) -> str:
     rank = f"Rank {os.environ.get('RANK', '?')} on {platform.node()}"
     if LOST.search(f"{type(error).__name__}: {error}") or not fails_first():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        if not STOP.number:  # else torchrun has asked this process to end, and will not again
+        if ERROR_FILE in os.environ and not STOP.number:  # else it will not end this process, or has asked it before
             time.sleep(2 * PATIENCE)
-        reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
-        return f"{rank} has lost another rank, whose error says why ({reason[0][:200]})."
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        hint = "Its lines say why; without any, it was killed, or is still busy after run.timeout_minutes."
+        return f"{rank} has lost another rank ({reason}). {hint}"
     trace = "".join(traceback.format_exception(error, limit=-FRAMES)).rstrip()
     return f"{rank} is the first to fail:\n{trace}"
 
 
 def fails_first() -> bool:
-    """Whether no other process of this machine has called this before; without torchrun, whether it is the first one.
+    """Whether no other process of this machine has called this before. Without torchrun, each counts as the first.
 
     torchrun makes a folder for the errors of each attempt, and removes it.
     """
-    own = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if ERROR_FILE not in os.environ:
+        return True
     try:
-        if own:
-            (Path(own).parents[1] / "first_to_fail").touch(exist_ok=False)
-            return True
+        (Path(os.environ[ERROR_FILE]).parents[1] / "first_to_fail").touch(exist_ok=False)
     except FileExistsError:
         return False
     except OSError:
-        pass
-    return int(os.environ.get("LOCAL_RANK", 0)) == 0
+        return int(os.environ.get("LOCAL_RANK", 0)) == 0
+    return True

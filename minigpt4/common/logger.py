@@ -137,9 +137,11 @@ class MetricLogger:
         totals, unread = dict(self._totals), {name: list(values) for name, values in self._unread.items()}
         return lambda: _added(totals, _values(unread))
 
-    def load_state(self, totals: Totals) -> None:
-        """Go on from sums."""
-        self._totals = dict(totals)
+    def add_totals(self, totals: Totals) -> None:
+        """Add sums of the part of the epoch before."""
+        for name, (total, number) in totals.items():
+            before = self._totals.get(name, (0.0, 0))
+            self._totals[name] = before[0] + total, before[1] + number
 
     def _read(self) -> dict[str, float]:
         """Wait for the values, and add them up. Returns the latest ones."""

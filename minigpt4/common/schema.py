@@ -82,7 +82,8 @@ class RunConfig:
     num_workers: int = setting(4, at_least=0)
     """Data-loading processes per rank."""
     data_timeout_s: float = setting(300.0, at_least=0)
-    """Seconds to wait for shards and pictures that are out of reach, before they are left out."""
+    """Seconds to wait for shards and pictures that are out of reach, before they are left out; with several ranks, at
+    most half of `timeout_minutes`."""
     log_freq: int = setting(50, at_least=1)
     """Micro-batches between two log lines."""
     seed: int = setting(42, at_least=0, at_most=2**32 - 1)

@@ -83,10 +83,9 @@ class StopRequest:
         with contextlib.suppress(Stopped):
             while True:
                 with self.interruptible():
-                    try:
-                        item = next(items)
-                    except StopIteration:
-                        return
+                    item = next(items, self)
+                if item is self:
+                    return
                 yield item
 
     def _note(self, number: int, frame: FrameType | None) -> None:

@@ -24,6 +24,7 @@ import psutil
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from minigpt4.common.dist_utils import own_patience
 from minigpt4.common.stopping import end_children, ignore_signals
 from minigpt4.datasets import patience
 
@@ -31,7 +32,8 @@ log = logging.getLogger(__name__)
 
 # Seconds without a batch after which the log says what is waited for; again after twice as long, and so on.
 QUIET = 30.0
-# A worker hangs if it is at the same file for this many seconds more than `run.data_timeout_s`.
+# A worker hangs if it is at the same file for this many seconds more than `run.data_timeout_s`, or for half of
+# `run.timeout_minutes` if other ranks wait.
 GRACE = 60.0
 # Seconds between two looks at the workers, and at their main process.
 LOOK = 1.0
@@ -90,7 +92,7 @@ class WatchedLoader:
     """
 
     def __init__(self, dataset: Dataset, sampler: Any, num_workers: int, timeout_s: float) -> None:
-        self.num_workers, self.limit = num_workers, timeout_s + GRACE
+        self.num_workers, self.limit = num_workers, own_patience(timeout_s + GRACE)
         self.status = WorkerStatus(max(num_workers, 1))
         self.loader = DataLoader(
             dataset,
@@ -147,13 +149,13 @@ class _Watch:
 
     def _run(self) -> None:
         seen: dict[int, tuple[Row, float]] = {}
-        next_line = QUIET
+        first_line = next_line = min(QUIET, self._limit / 2)
         while not self.ended.wait(LOOK):
             now, since = time.monotonic(), self.waiting_since
             rows = {row.pid: row for row in self._status.read()}
             seen = {pid: seen[pid] if seen.get(pid, (None,))[0] == row else (row, now) for pid, row in rows.items()}
             if since is None:
-                next_line = QUIET
+                next_line = first_line
                 continue
             busy = {row: now - start for row, start in seen.values() if row.text}
             if now - since >= next_line:

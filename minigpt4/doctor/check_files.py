@@ -44,7 +44,7 @@ def check_headers(context: RunContext) -> Iterator[Diagnostic]:
 
 def check_weights_files(context: RunContext) -> Iterator[Diagnostic]:
     """The loaders can read the files of vision side and checkpoints."""
-    from minigpt4.runners import state
+    from minigpt4.runners import entries
     from minigpt4.weights import checkpoint
 
     for key, source in context.sources.items():
@@ -53,8 +53,8 @@ def check_weights_files(context: RunContext) -> Iterator[Diagnostic]:
             if content is None:
                 continue
             tensors = checkpoint.weights_of(content, source).values()
-            entries = state.ENTRIES if key == "run.resume_ckpt_path" else ("config", fingerprint.KEY)
-            state.check_entries(content, source, entries)
+            names = entries.ENTRIES if key == "run.resume_ckpt_path" else ("config", fingerprint.KEY)
+            entries.check_entries(content, source, names)
         except (ConfigError, OSError) as mistake:
             yield error(key, str(mistake), REFETCH)
         else:
@@ -64,13 +64,13 @@ def check_weights_files(context: RunContext) -> Iterator[Diagnostic]:
 
 def check_numbers(context: RunContext) -> Iterator[Diagnostic]:
     """All numbers in the files of vision side and checkpoints are finite. The run looks at them as it loads them."""
-    from minigpt4.runners import state
+    from minigpt4.runners import entries
     from minigpt4.weights import checkpoint
 
     for key, source in context.sources.items():
         content = context.content(key) or {}
         used = {name: value for name, value in content.items() if name not in ("config", "best_metric")}
-        numbers = ((name.removeprefix("."), value) for name, value in state.numbers_in(used, ""))
+        numbers = ((name.removeprefix("."), value) for name, value in entries.numbers_in(used, ""))
         try:
             checkpoint.check_finite(numbers, source)
         except ConfigError as mistake:

@@ -80,8 +80,7 @@ class AnswerScorer:
         self._runner.check_stop()
         if skipped:
             logging.warning("%s: without an answer, %d in all:\n  %s", split, len(skipped), "\n  ".join(skipped[:20]))
-        found = self._scores(split, task, examples, answers) if dist_utils.is_main_process() else None
-        return dist_utils.broadcast_object(found)
+        return dist_utils.from_main(lambda: self._scores(split, task, examples, answers))
 
     def write(self, split: str, folder: Path) -> dict[str, float]:
         """Ask all questions of a split and write the results as `evaluate` does. Returns the figures, as in tables."""

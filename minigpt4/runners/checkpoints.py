@@ -1,17 +1,16 @@
-"""The checkpoints of a run: when they are written, which are kept, and from which one a run goes on.
+"""The files of checkpoints: writing them, which are kept, and from which one a run goes on.
 
 `checkpoint_3.pth` is that after epoch 3, `checkpoint_3_1200.pth` that after 1,200 micro-batches of epoch 3.
 """
 
 import logging
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from minigpt4.common import dist_utils, facts
 from minigpt4.common.schema import AUTO, RunConfig
-from minigpt4.runners.state import check_entries
+from minigpt4.runners.entries import check_entries
 from minigpt4.weights import checkpoint
 from minigpt4.weights.checkpoint import CheckpointError
 
@@ -26,67 +25,52 @@ class Checkpoints:
     """Writes the checkpoints of a run into its folder, on rank 0.
 
     If one cannot be written the run goes on, and tries again at the next save; MAX_FAILURES times in a row end it.
-    Only files that were written here, and were not changed since, are removed.
+    Only files that were written here, and were not changed since, are removed. keep_last: `run.keep_last`.
     """
 
-    def __init__(self, folder: Path, run: RunConfig) -> None:
-        self.folder, self.run = folder, run
+    def __init__(self, folder: Path, keep_last: int | None) -> None:
+        self.folder, self.keep_last = folder, keep_last
         self.last: Path | None = None
         """The newest one that was written."""
         self._written: dict[Path, tuple[int, int, int]] = {}
-        self._failures, self._saved_at = 0, time.monotonic()
-
-    def is_due(self, updates: int) -> bool:
-        """Whether `run.save_every_steps` asks for a checkpoint after so many updates of the weights."""
-        return self.run.save_every_steps is not None and updates % self.run.save_every_steps == 0
-
-    def is_time(self) -> bool:
-        """Whether `run.save_every_minutes` asks for one now, by the clock of rank 0."""
-        minutes = self.run.save_every_minutes
-        is_set = minutes is not None and dist_utils.is_main_process()
-        return is_set and time.monotonic() - self._saved_at >= 60 * minutes
+        self._failures = 0
 
     def write(self, content: dict, name: str, is_best: bool = False) -> None:
         """Write a checkpoint; if it is the best, first a copy as checkpoint_best.pth. Then remove old ones.
 
         Raises CheckpointError if this fails for the third time in a row.
         """
-        path, self._saved_at = self.folder / name, time.monotonic()
-        try:
-            for each in [*([self.folder / BEST] if is_best else []), path]:
-                if each != self.last:  # else only what the validation found is added
-                    logging.info("Saving checkpoint at epoch %d to %s.", content["epoch"], each)
-                checkpoint.save(content, each)
-        except CheckpointError as error:
-            self._failed(error)
-            return
-        self._failures, self.last = 0, path
-        self._written[path] = _identity(path)
-        self._remove_old()
+        path, what = self.folder / name, f"checkpoint at epoch {content['epoch']}"
+        if all(self._save(content, each, what) for each in [*([self.folder / BEST] if is_best else []), path]):
+            self._failures, self.last = 0, path
+            self._written[path] = _identity(path)
+            self._remove_old()
 
     def write_best(self, content: dict, step: int) -> None:
         """Write weights from which no run goes on as checkpoint_best.pth."""
-        logging.info("Saving weights of step %d to %s.", step, self.folder / BEST)
-        try:
-            checkpoint.save(content, self.folder / BEST)
-        except CheckpointError as error:
-            self._failed(error)
+        self._save(content, self.folder / BEST, f"weights of step {step}")
 
-    def _failed(self, error: CheckpointError) -> None:
-        self._failures += 1
-        on_disk = f"The newest checkpoint is {self.last}." if self.last else "There is no checkpoint of this run yet."
-        if self._failures == MAX_FAILURES:
-            raise CheckpointError(f"{error} This was the {MAX_FAILURES}rd time in a row; the run stops. {on_disk}")
-        logging.warning("%s The run goes on, and tries again at the next save. %s", error, on_disk)
+    def _save(self, content: dict, path: Path, what: str) -> bool:
+        """Write a file. Returns whether that succeeded."""
+        if path != self.last:  # else only what the validation found is added
+            logging.info("Saving %s to %s.", what, path)
+        try:
+            checkpoint.save(content, path)
+            return True
+        except CheckpointError as error:
+            self._failures += 1
+            on_disk = f"The newest checkpoint is {self.last}." if self.last else "This run has no checkpoint yet."
+            if self._failures == MAX_FAILURES:
+                times = f"This was the {MAX_FAILURES}rd time in a row; the run stops."
+                raise CheckpointError(f"{error} {times} {on_disk}") from error
+            logging.warning("%s The run goes on, and tries again at the next save. %s", error, on_disk)
+            return False
 
     def _remove_old(self) -> None:
-        keep = self.run.keep_last
         newest_first = sorted(self._written, key=facts.place_of_checkpoint, reverse=True)
-        if keep is None:  # those of epochs stay
-            within = [path for path in newest_first if facts.place_of_checkpoint(path)[1] != facts.END]
-            old = within[KEPT_WITHIN_EPOCHS:]
-        else:
-            old = newest_first[keep:]
+        within = [path for path in newest_first if facts.place_of_checkpoint(path)[1] != facts.END]
+        # Without `run.keep_last`, those of epochs stay.
+        old = within[KEPT_WITHIN_EPOCHS:] if self.keep_last is None else newest_first[self.keep_last :]
         for path in old:
             identity = self._written.pop(path)
             try:
@@ -113,16 +97,7 @@ def find(run: RunConfig, differences: Callable[[Mapping[str, Any]], list[str]]) 
     source = run.resume_ckpt_path
     if source != AUTO and not Path(source).expanduser().is_dir():
         return checkpoint.resolve(source)
-    found: Path | Exception | None = None
-    if dist_utils.is_main_process():
-        try:
-            found = _newest_valid(run, differences)
-        except Exception as error:  # raised on all ranks, so that none waits
-            found = error
-    found = dist_utils.broadcast_object(found)
-    if isinstance(found, Exception):
-        raise found
-    return found
+    return dist_utils.from_main(lambda: _newest_valid(run, differences))
 
 
 def _newest_valid(run: RunConfig, differences: Callable[[Mapping[str, Any]], list[str]]) -> Path | None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from torch import nn
 from torch.utils.data import IterableDataset
 
+from minigpt4.common import dist_utils
 from minigpt4.common.config import Config
 from minigpt4.common.errors import ConfigError
 from minigpt4.datasets.loaders import check_sizes
@@ -69,6 +70,9 @@ def log_data(cfg: Config, datasets: Mapping[str, Mapping]) -> None:
         logging.info("dataset_ratios not specified, so each dataset has the same share (datasets.<name>.sample_ratio).")
     if not cfg.run_cfg.valid_splits:
         logging.info("No validation splits found.")
+    most = dist_utils.own_patience(cfg.run_cfg.data_timeout_s)
+    if most < cfg.run_cfg.data_timeout_s:
+        logging.info("run.data_timeout_s is %g s here, half of run.timeout_minutes, for which other ranks wait.", most)
 
 
 def log_samples(cfg: Config, datasets: Mapping[str, Mapping], model: nn.Module) -> None:

@@ -1,5 +1,6 @@
 """The folder of a run."""
 
+import json
 import logging
 import re
 import secrets
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from minigpt4.common import dist_utils
+from minigpt4.runners.checkpoints import BEST
+from minigpt4.runners.health import BAD_BATCHES
 from minigpt4.tracking import metrics
 from minigpt4.weights import checkpoint
 
@@ -23,15 +26,13 @@ def reserved_folder(output_dir: str) -> Iterator[str]:
     The name is the time in seconds. A run that finds it taken gets a suffix, as in 20261130091500-2: making a folder is
     atomic, so runs that start together never share one. Folders into which nothing was written are removed at the end.
     """
-    made: list[Path] = []
-    if dist_utils.is_main_process():
-        made = _make_folder(folder_of(output_dir, datetime.now().strftime("%Y%m%d%H%M%S")))
-    name = dist_utils.broadcast_object(made[0].name if made else None)
+    now = datetime.now().strftime("%Y%m%d%H%M%S")
+    made = dist_utils.from_main(lambda: _make_folder(folder_of(output_dir, now)))
     try:
-        yield name
+        yield made[0].name
     finally:
         with suppress(OSError):  # one is not empty
-            for folder in made:
+            for folder in made if dist_utils.is_main_process() else ():
                 folder.rmdir()
 
 
@@ -45,15 +46,31 @@ def new_run_id(job_id: str) -> str:
     return f"{re.sub(r'[^A-Za-z0-9_.-]', '-', job_id)}-{secrets.token_hex(3)}"
 
 
+def start_folder(folder: Path, settings: dict[str, Any]) -> None:
+    """Make the folder of a run with log.txt, which begins with all settings.
+
+    Raises FileExistsError if it holds something.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()):
+        raise FileExistsError(f"{folder} holds another run. Start again, with another job id.")
+    (folder / "result").mkdir()  # as in the first release, for what evaluations write
+    with open(folder / "log.txt", "x", encoding="utf-8") as file:
+        file.write(json.dumps(settings, indent=4) + "\n")
+
+
 def continue_folder(
     folder: Path, earlier: Path, best_metric: float, belongs: Callable[[Mapping[str, Any]], bool]
 ) -> None:
     """Take into the folder of a resumed run what it goes on with beside the checkpoint `earlier`.
 
-    These are the lines of metrics.jsonl that `belongs` approves of, and the best checkpoint if it has this metric.
+    These are the lines of metrics.jsonl and bad_batches.jsonl that `belongs` approves of, and the best checkpoint if it
+    has this metric.
     """
     metrics.carry_over(earlier.with_name(metrics.NAME), folder / metrics.NAME, belongs)
-    best, own = earlier.with_name("checkpoint_best.pth"), folder / "checkpoint_best.pth"
+    if earlier.with_name(BAD_BATCHES).is_file():
+        metrics.carry_over(earlier.with_name(BAD_BATCHES), folder / BAD_BATCHES, belongs)
+    best, own = earlier.with_name(BEST), folder / BEST
     if best.is_file() and checkpoint.read_file(best).get("best_metric") == best_metric:
         shutil.copyfile(best, own.with_suffix(".part"))
         own.with_suffix(".part").rename(own)

@@ -48,6 +48,8 @@ class Health:
         scaler: the run's loss scaler, whose overflows are part of float16.
         max_bad_steps: skipped updates in a row after which `failure` says that the run has to stop.
         append: adds a line to a file of the run's folder; see `RunRecord.append`.
+
+    `grad_norm` is the norm of the gradient of the last update, before it was clipped.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class Health:
         self.scaler, self.max_bad_steps, self.append = scaler, max_bad_steps, append
         self.counts: Counter[str] = Counter()  # since the last `take_counts`
         self.in_a_row, self.in_spike, self.failure = 0, False, ""
+        self.grad_norm: torch.Tensor | None = None
         self.losses: deque[float] = deque(maxlen=WINDOW)
         self.digest = self._digest_at_update = ""
         self._on_gpu = device.type == "cuda"
@@ -82,6 +85,7 @@ class Health:
 
         Then weights and state stay as they are, on all ranks. step: its number, for messages.
         """
+        self.grad_norm = norm
         sums = sum(self._sums) if self._sums else norm.new_zeros(2, 2)  # a plug-in's step may not call `add`
         losses = sums[:, 1] / sums[:, 0].clamp(min=1)
         numbers = torch.cat([norm.reshape(1), losses])
@@ -169,8 +173,7 @@ class Health:
                 about = {"step": update.step, "reason": reason, "rank": rank}
                 numbers = {"loss": loss, "grad_norm": norm}
                 numbers = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
-                samples = [{"dataset": each.dataset, "key": each.key, "shard": each.shard} for each in ids]
-                self.append(BAD_BATCHES, {**about, **numbers, "samples": samples})
+                self.append(BAD_BATCHES, {**about, **numbers, "samples": [each._asdict() for each in ids]})
         ids = [each for _, part in parts.values() for each in part]
         named = "; ".join(map(str, islice(ids, SHOWN))) or "a batch without names"
         more = f" and {len(ids) - SHOWN} more" if len(ids) > SHOWN else ""

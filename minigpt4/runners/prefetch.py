@@ -3,14 +3,13 @@
 import queue
 import sys
 import threading
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
 from minigpt4.fast.cuda_graphs import CAPTURE_LOCK
-from minigpt4.runners.state import MAKING, host_rng_states, to_device
+from minigpt4.runners.state import MAKING, host_rng_state, to_device
 
 # Prefetched batches on the device, beside the one in use.
 AHEAD = 2
@@ -26,14 +25,14 @@ def prefetch(
     model,
     device: torch.device,
     waiting: Callable[[], AbstractContextManager] = nullcontext,
-    states: deque[tuple] | None = None,
+    note_rng: Callable[[dict], None] = lambda state: None,
 ) -> Iterator[dict]:
     """Each batch, in order, after the model's `prepare` and on `device`. An error of the thread is raised here.
 
     Close the iterator (`contextlib.closing`) if the consumer may fail: that ends the thread.
 
     waiting: the context of a wait for the next batch.
-    states: gets the random states of the host after each batch's `prepare`, if a thread calls that ahead of time.
+    note_rng: is called with the host's random states after the batch's `prepare`, if a thread prepares ahead.
     """
     prepare = getattr(model, "prepare", lambda samples: samples)
     source = iter(batches)
@@ -44,19 +43,19 @@ def prefetch(
             if samples is None:
                 return
             yield to_device(prepare(samples), device)
-    yield from _by_thread(source, prepare, device, waiting, states)
+    yield from _by_thread(source, prepare, device, waiting, note_rng)
 
 
-def _by_thread(source: Iterator[dict], prepare: Callable, device: torch.device, waiting, states) -> Iterator[dict]:
+def _by_thread(source: Iterator[dict], prepare: Callable, device: torch.device, waiting, note_rng) -> Iterator[dict]:
     ready: queue.Queue = queue.Queue(AHEAD)
     abandoned = threading.Event()
     copies = torch.cuda.Stream(device)
 
-    def copied(samples: dict) -> tuple[dict, torch.cuda.Event]:
+    def copied(samples: dict) -> tuple[dict, torch.cuda.Event, dict]:
         # torch keeps pinned memory until the copy is done, and frees it inside this lock, while no graph is captured.
         with CAPTURE_LOCK, torch.cuda.stream(copies):
             moved = to_device({key: _pinned(value) for key, value in samples.items()}, device)
-            return moved, copies.record_event()
+            return moved, copies.record_event(), host_rng_state()
 
     def produce() -> None:
         try:
@@ -65,8 +64,6 @@ def _by_thread(source: Iterator[dict], prepare: Callable, device: torch.device, 
                 with MAKING:
                     samples = next(source, None)
                     item = None if samples is None else copied(prepare(samples))
-                    if states is not None:
-                        states.append(host_rng_states())
                 ready.put(item)
         except BaseException as error:  # raised again by the consumer
             ready.put(error)
@@ -82,7 +79,8 @@ def _by_thread(source: Iterator[dict], prepare: Callable, device: torch.device, 
                 return
             if isinstance(item, BaseException):
                 raise item
-            moved, done = item
+            moved, done, rng = item
+            note_rng(rng)
             torch.cuda.current_stream(device).wait_event(done)
             for value in moved.values():
                 if hasattr(value, "record_stream"):

@@ -108,19 +108,17 @@ def differences(content: Mapping, cfg: Config, own: Mapping[str, Any]) -> tuple[
     recorded = dict(content.get(FACTS) or {})
     if content.get("rng") is not None:
         recorded.setdefault(RANKS, len(content["rng"]))
-    breaking = [
-        f"{name}: {recorded[name]!r} in the checkpoint, {value!r} here"
-        for name, value in own.items()
-        if name in recorded and name not in (RANKS, READERS) and not _agrees(recorded[name], value)
-    ]
-    harmless = []
-    if RANKS in own and recorded.get(RANKS, own[RANKS]) != own[RANKS]:
-        harmless.append(
-            f"{RANKS}: {recorded[RANKS]} in the checkpoint, {own[RANKS]} here. The samples of a step and the random "
-            "numbers are not those of a run without interruption"
-        )
-    if own.get(FIXED_READERS) and recorded.get(READERS, own[READERS]) != own[READERS]:
-        breaking.append(f"{READERS}: {recorded[READERS]} in the checkpoint, {own[READERS]} here")
+    breaking, harmless = [], []
+    for name, value in own.items():
+        old = recorded.get(name, value)
+        if _agrees(old, value):
+            continue
+        line = f"{name}: {old!r} in the checkpoint, {value!r} here"
+        if name == RANKS:
+            inexact = "The samples of a step and the random numbers are not those of a run without interruption"
+            harmless.append(f"{line}. {inexact}")
+        elif name != READERS or own.get(FIXED_READERS):
+            breaking.append(line)
     for key, old, new in _config_differences(content.get("config"), cfg.to_dict()):
         is_harmless = key in HARMLESS or ACT_THROUGH.get(key) in recorded
         if key == "run.max_epoch":  # the length of the schedule, unless the run was finished

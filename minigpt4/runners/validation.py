@@ -1,15 +1,18 @@
-"""Evaluation of a run while it trains: when, by which metric, and what gets worse."""
+"""Evaluation of a run while it trains and at its end: when, by which metric, and what gets worse."""
 
 import logging
 import math
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 
+from minigpt4.common import dist_utils
 from minigpt4.common.errors import ConfigError
 from minigpt4.common.registry import registry
 from minigpt4.datasets.seeding import seeded
+from minigpt4.runners.checkpoints import BEST
+from minigpt4.runners.restoring import load_weights
 from minigpt4.runners.state import undisturbed
 from minigpt4.weights import checkpoint
 
@@ -51,6 +54,8 @@ class Validation:
 
     def __init__(self, runner: "RunnerBase") -> None:
         self.runner, self.run = runner, runner.run
+        self.validated = True
+        """Whether the weights of the last checkpoint were compared with the best, if that is due."""
         self.earlier: dict[str, Results] = {}  # by EARLIER; all later results are compared with them
         self.latest: Results = {}
         self._latest_step = -1
@@ -58,15 +63,29 @@ class Validation:
         if self.run.eval_task and (self.run.valid_splits or self.run.test_splits):
             self.scorer = registry.get("scorer", "answers")(runner)
 
-    def is_due(self, updates: int) -> bool:
-        """Whether `run.eval_every_steps` asks for an evaluation after so many updates of the weights."""
-        return self.run.eval_every_steps is not None and updates % self.run.eval_every_steps == 0
+    def is_due(self) -> bool:
+        """Whether `run.eval_every_steps` asks for an evaluation now."""
+        return self.run.eval_every_steps is not None and self.runner.updates % self.run.eval_every_steps == 0
 
     def is_due_after(self, epoch: int) -> bool:
-        """Whether an epoch is followed by an evaluation."""
-        done, updates = epoch + 1, -(-self.runner.iters_per_epoch // self.run.accum_grad_iters)
-        by_epochs = done % self.run.eval_every_epochs == 0 or done >= self.run.max_epoch
-        return bool(self.run.valid_splits) and (by_epochs or self.is_due(done * updates))
+        """Whether an epoch, which has just ended, is followed by an evaluation."""
+        by_epochs = (epoch + 1) % self.run.eval_every_epochs == 0 or epoch + 1 >= self.run.max_epoch
+        return bool(self.run.valid_splits) and (by_epochs or self.is_due())
+
+    def before_first_step(self) -> None:
+        """Evaluate what a new run starts from, or what the run that is resumed has saved and not evaluated."""
+        runner = self.runner
+        if runner.step == 0:
+            self.before_training()
+        elif self.run.valid_splits and not self.validated:
+            message = "%s %d is validated first: the run that is resumed has not."
+            if runner.step % runner.iters_per_epoch == 0:
+                logging.info(message, "Epoch", runner.epoch)
+                self.after_epoch(runner.epoch)
+            elif self.is_due():
+                logging.info(message, "Step", runner.updates)
+                self.within_epoch()
+        self.validated = True
 
     def before_training(self) -> None:
         """Evaluate the weights that a new run starts from, if its evaluations are more than a loss after each epoch."""
@@ -79,14 +98,25 @@ class Validation:
 
     def within_epoch(self) -> None:
         """Evaluate, and keep the weights if they are the best so far."""
+        self.validated = False
         if self._evaluate(f"step {self.runner.updates}"):
-            self.runner.save_best()
+            self.runner.saving.save_best()
+        self.validated = True
 
     def after_epoch(self, epoch: int) -> None:
         """Evaluate, and save the epoch's checkpoint with the result."""
         is_best = self._evaluate(f"epoch {epoch}")
-        self.runner.validated = True
+        self.validated = True
         self.runner.save_checkpoint(epoch, is_best)
+
+    def of_test_splits(self) -> None:
+        """Evaluate `run.test_splits` with the weights of the best checkpoint, if the run has one."""
+        runner = self.runner
+        with self._best_weights() if self.run.test_splits and not self.run.evaluate else nullcontext():
+            for split in self.run.test_splits:
+                runner.log_stats(split, {"loss": runner.evaluate(split)}, "test/")
+                if self.scorer:
+                    runner.log_stats(split, self.scorer.write(split, runner.output_dir / split), "test/")
 
     def wrote(self, line: Mapping[str, Any]) -> bool:
         """Whether a line of metrics.jsonl is of an evaluation."""
@@ -102,11 +132,27 @@ class Validation:
         runner, recorded = self.runner, (content.get("config") or {}).get("run") or {}
         self.earlier = content.get(KEY, {}).get("earlier", {})
         if any(recorded.get(key, default) != getattr(self.run, key) for key, default in COMPARED.items()):
-            runner.validated = False
+            self.validated = False
             return
         best = content.get("best_metric", runner.best_metric)
         runner.best_metric = best if math.isfinite(best) else runner.best_metric
-        runner.validated = content.get("validated", True)
+        self.validated = content.get("validated", True)
+
+    @contextmanager
+    def _best_weights(self) -> Iterator[None]:
+        """While entered, the model has the weights of the best checkpoint of the run, if there is one."""
+        module, best = self.runner.module, self.runner.output_dir / BEST
+        found = dist_utils.from_main(best.is_file)  # the other ranks may be on other disks
+        which = best if found else f"the weights of the last epoch, since there is no {BEST}"
+        logging.info("The test splits are measured with %s.", which)
+        trained = list(checkpoint.trainable_parameters(module).values()) if found else []
+        last = [parameter.detach().clone() for parameter in trained]
+        if found and dist_utils.is_main_process():
+            load_weights(self.runner, best)
+        dist_utils.broadcast_tensors(trained)
+        yield
+        for parameter, weight in zip(trained, last, strict=True):
+            parameter.data.copy_(weight)
 
     def _evaluate(self, when: str) -> bool:
         """Measure and compare. Returns whether the weights are the best so far."""

@@ -49,34 +49,37 @@ class MetricsFile:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl, in order; those that are cut off are left out. Raises OSError."""
-    lines = []
-    for line in path.read_bytes().splitlines():
-        try:
-            found = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(found, dict) and isinstance(found.get("step"), int):
-            lines.append(found)
-    return lines
+    return [found for _, found in _read(path)]
 
 
 def carry_over(source: Path, target: Path, belongs: Callable[[dict[str, Any]], bool]) -> None:
-    """Start the metrics.jsonl of a resumed run with the lines of the earlier one that `belongs` approves of.
+    """Start a file of a resumed run with the lines of the earlier one that `belongs` approves of.
 
     So each file holds its whole run, and no step twice: the resumed run writes the others again.
     """
     try:
-        lines = read_metrics(source)
-    except OSError:
-        logging.info("%s is not there: the metrics of the resumed run start at its checkpoint.", source)
+        lines = _read(source)
+        kept = [line + b"\n" for line, found in lines if belongs(found)]
+        if kept:
+            target.write_bytes(b"".join(kept))
+    except OSError as error:
+        logging.info("%s: %s. The lines of the resumed run start at its checkpoint.", error.filename, error.strerror)
         return
-    kept = [line for line in lines if belongs(line)]
-    file = MetricsFile(target)
-    for line in kept:
-        file.write(line.pop("step"), line)
-    file.close()
     later = f"; {len(lines) - len(kept)} of later steps stay there" if len(kept) < len(lines) else ""
     logging.info("%d lines of %s are taken over%s.", len(kept), source, later)
+
+
+def _read(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
+    """The lines of a file whose objects have a step, as they are and parsed."""
+    lines = []
+    for line in path.read_bytes().splitlines():
+        try:
+            found = json.loads(line.decode("utf-8", "surrogateescape"))
+        except ValueError:
+            continue
+        if isinstance(found, dict) and isinstance(found.get("step"), int):
+            lines.append((line, found))
+    return lines
 
 
 def _as_json(value: Real | str) -> Any:

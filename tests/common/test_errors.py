@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import signal
 
 import pytest
@@ -76,6 +77,22 @@ def test_a_rank_that_lost_another_does_not_claim_to_be_the_first(several):
     assert "has lost another rank" in said and waited
     said, waited = several(1, ConfigError("run.seed"))
     assert said == "Error: run.seed" and not waited
+
+
+def test_without_torchrun_each_rank_says_what_it_knows_at_once(several, monkeypatch):
+    monkeypatch.setattr("minigpt4.common.failing.ERROR_FILE", "A_VARIABLE_THAT_IS_NOT_SET")
+    for rank, error, text in (
+        (1, ValueError("a fault"), "ValueError: a fault"),
+        (2, ConfigError("run.seed"), "Error: run.seed"),
+        (
+            3,
+            RuntimeError("[gloo/pair.cc:1] Connection closed by peer"),
+            "Rank 3 on .* has lost another rank.*closed by",
+        ),
+        (0, RuntimeError("[gloo/x.cc:1] Timed out waiting 30000ms"), "Rank 0 on .*run.timeout_minutes.*30000ms"),
+    ):
+        said, waited = several(rank, error)
+        assert re.search(text, said) and not waited
 
 
 def test_the_only_process_shows_its_traceback():

@@ -12,6 +12,7 @@ import torch
 from helpers import ROOT
 from torch.utils.data import Dataset, IterableDataset
 
+from minigpt4.common import dist_utils
 from minigpt4.datasets import patience, workers
 from minigpt4.datasets.left_out import Tally
 from minigpt4.datasets.loaders import TrainLoader, eval_loader
@@ -78,6 +79,16 @@ def test_a_worker_that_dies_or_hangs_is_named(impatient, kind, fault, evaluated,
         list(batches_of(kind(fault), evaluated))
     if fault == "hangs":
         assert "Waiting for a batch for" in caplog.text and "A data worker hangs, and is ended" in caplog.text
+
+
+def test_a_worker_that_hangs_is_named_before_other_ranks_give_up(monkeypatch, caplog):
+    """They wait for `run.timeout_minutes`, here 2 s, which is less than `run.data_timeout_s`."""
+    monkeypatch.setattr(workers, "LOOK", 0.1)
+    monkeypatch.setattr(dist_utils, "_timeout_s", 2.0)
+    start = time.monotonic()
+    with pytest.raises(DataWorkerError, match=r"datasets\.mine, /data/5\.jpg"), name_dead_workers():
+        list(TrainLoader({"mine": Faulty("hangs")}, None, 2, 1, seed=0).epoch(0, 6))
+    assert time.monotonic() - start < 300 and "Waiting for a batch for" in caplog.text
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

@@ -24,6 +24,12 @@ def test_a_run_goes_on_after_any_update(run, accum):
         torch.testing.assert_close(facts_of(resumed), expected, rtol=0, atol=0)
 
 
+def test_checkpoints_by_the_clock(run):
+    names = {path.name for path in run("timed", save_every_minutes=1e-6, max_epoch=1).output_dir.glob("*.pth")}
+    assert names == {"checkpoint_0.pth", "checkpoint_0_1.pth", "checkpoint_0_2.pth"}
+    assert not [*run("later", save_every_minutes=60, max_epoch=1).output_dir.glob("checkpoint_?_?.pth")]
+
+
 def test_auto_goes_on_from_the_newest_that_is_whole(run, caplog):
     """Of this run: others in the same folder and broken files are passed over."""
     caplog.set_level("INFO")

@@ -54,7 +54,7 @@ def test_a_folder_without_files_goes_with_its_run(tmp_path, same_second):
 def test_other_ranks_take_the_name_of_the_first(tmp_path, monkeypatch):
     """They make no folder, on whose disk it may not be."""
     monkeypatch.setattr(dist_utils, "is_main_process", lambda: False)
-    monkeypatch.setattr(dist_utils, "broadcast_object", lambda value: value or "20261130091500-3")
+    monkeypatch.setattr(dist_utils, "broadcast_object", lambda value: ([tmp_path / "20261130091500-3"], None))
     with folder.reserved_folder(str(tmp_path)) as name:
         assert name == "20261130091500-3"
     assert list(tmp_path.iterdir()) == []

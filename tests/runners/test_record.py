@@ -5,6 +5,7 @@ import json
 import pytest
 from helpers import Pictures
 
+from minigpt4.runners.health import BAD_BATCHES
 from minigpt4.tracking import metrics
 from minigpt4.tracking.metrics import read_metrics
 
@@ -63,6 +64,8 @@ def test_a_resumed_run_has_each_step_once(build_golden_model, make_runner, pool,
     whole.train()
     earlier = whole.output_dir / metrics.NAME
     earlier.write_bytes(earlier.read_bytes()[:-100])
+    bad = [b'{"step": 2, "samples": ["\xff"]}\n', b'{"step": 4}\n', b'{"step": 5}\n', b'{"step"']
+    (whole.output_dir / BAD_BATCHES).write_bytes(b"".join(bad))
     first = whole.output_dir / "checkpoint_0.pth"
     resumed = make_runner(build_golden_model(), splits, job_id="resumed", resume_ckpt_path=str(first), **settings)
     resumed.train()
@@ -74,6 +77,7 @@ def test_a_resumed_run_has_each_step_once(build_golden_model, make_runner, pool,
     assert len(found) == len(dict(found))
     assert {key: dict(found)[key] for key in expected} == pytest.approx(expected, rel=1e-6)
     assert resumed.run_id == whole.run_id
+    assert (resumed.output_dir / BAD_BATCHES).read_bytes() == b"".join(bad[:2])
 
 
 def test_a_validation_that_is_made_up_for_is_there_once(build_golden_model, make_runner, pool, monkeypatch):

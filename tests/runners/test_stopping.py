@@ -10,7 +10,7 @@ import torch
 from helpers import Augmented, Pictures, facts_of
 
 from minigpt4.common.stopping import REQUEUE, STOP, Stopped
-from minigpt4.runners import RunnerBase
+from minigpt4.runners import RunnerBase, run_log
 from minigpt4.runners.validation import Validation
 from minigpt4.weights import checkpoint
 
@@ -88,7 +88,7 @@ def test_the_second_signal_leaves_at_once():
     ("owner", "name", "call"),
     [
         (RunnerBase, "log_stats", 1),
-        (RunnerBase, "_log_data", 2),
+        (run_log, "log_epoch", 2),
         (Validation, "after_epoch", 1),
         (Validation, "state", 5),
         (checkpoint.os, "replace", 3),

@@ -6,7 +6,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from torch.utils.data import Dataset
 
-from minigpt4.common import first_release
+from minigpt4.common import dist_utils, first_release
 from minigpt4.common.errors import ConfigError, check_names
 from minigpt4.common.registry import default_yaml
 from minigpt4.common.schema import RunConfig
@@ -54,7 +54,7 @@ class BaseDatasetBuilder:
         datasets = self.build()
         for dataset in datasets.values():
             if isinstance(patience := getattr(dataset, "patience", None), Patience):
-                patience.timeout_s = self.data_timeout_s
+                patience.timeout_s = dist_utils.own_patience(self.data_timeout_s)
         return datasets
 
     def build(self) -> dict[str, Dataset]:
