@@ -13,6 +13,7 @@ from typing import Any
 
 from minigpt4.common import dist_utils
 from minigpt4.tracking import metrics
+from minigpt4.tracking.record import PICTURES
 from minigpt4.weights import checkpoint
 
 
@@ -50,9 +51,12 @@ def continue_folder(
 ) -> None:
     """Take into the folder of a resumed run what it goes on with beside the checkpoint `earlier`.
 
-    These are the lines of metrics.jsonl that `belongs` approves of, and the best checkpoint if it has this metric.
+    These are the lines of metrics.jsonl that `belongs` approves of, the pictures of the report, and the best checkpoint
+    if it has this metric.
     """
     metrics.carry_over(earlier.with_name(metrics.NAME), folder / metrics.NAME, belongs)
+    with suppress(OSError):  # there are none, or the disk is full
+        shutil.copytree(earlier.with_name(PICTURES), folder / PICTURES, dirs_exist_ok=True)
     best, own = earlier.with_name("checkpoint_best.pth"), folder / "checkpoint_best.pth"
     if best.is_file() and checkpoint.read_file(best).get("best_metric") == best_metric:
         shutil.copyfile(best, own.with_suffix(".part"))
