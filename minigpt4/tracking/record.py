@@ -34,6 +34,7 @@ class RunRecord:
 
         samples: the digest of the samples so far, for metrics.jsonl only.
         """
+        values = {name: metrics.plain(value) for name, value in values.items()}
         self._metrics.write(step, {**values, metrics.SAMPLES: samples} if samples else values)
         for name, picture in values.items():
             if is_picture(picture):
