@@ -83,7 +83,7 @@ def carry_over(source: Path, target: Path, belongs: Callable[[dict[str, Any]], b
 
 
 def plain(value: Any) -> Any:
-    """A number, or a tensor with one, as an int or a float that is the same for all readers. Others stay as they are."""
+    """A number, or a tensor with one, as an int or a float that is the same for all readers. Others stay as is."""
     if hasattr(value, "item"):
         with suppress(ValueError, RuntimeError):  # it has several
             value = value.item()
