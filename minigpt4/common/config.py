@@ -259,6 +259,7 @@ class Config:
                 raise ConfigError(f"{self._where(f'{section}.{key}', value)} must be {config_files.other_kind(value)}.")
             typed = OmegaConf.merge(typed, values)
             OmegaConf.resolve(typed)
+            OmegaConf.to_container(typed, resolve=True)  # \${x} has become ${x}, which can be read no more
         except OmegaConfBaseException as error:
             raise self._type_error(section, schema, error) from None
         for field in fields(schema):
@@ -308,7 +309,11 @@ class Config:
         hint = get_type_hints(schema).get(name)
         key = f"{section}.{name}"
         source = next((source for _, source in reversed(self._sources) if _sets(source, key)), None)
-        if hint is None or source is None or "Interpolation" in type(error).__name__:
+        if "Interpolation" in type(error).__name__:
+            told = "${…} stands for another key of its section, or as ${oc.env:NAME} for a variable."
+            key = key if name else section
+            return ConfigError(f"{key} (set in {self.origin(key)}): {str(error).splitlines()[0]}. {told}")
+        if hint is None or source is None:
             return ConfigError(f"{section} (set in {self.origin(section)}): {str(error).splitlines()[0]}")
         value = OmegaConf.to_container(OmegaConf.select(source, section), resolve=False)[name]
         expected = hint.__name__ if type(hint) is type else hint

@@ -16,7 +16,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 
 from minigpt4.common import typography
 from minigpt4.common.config_files import shipped_datasets, with_sections
@@ -72,6 +72,10 @@ def parse_options(
             value = text
         try:
             OmegaConf.update(parsed, key, value, force_add=True)
+        except GrammarParseError:
+            raise ConfigError(
+                f"--options {option!r}: its ${{ does not begin a reference, as ${{oc.env:NAME}}."
+            ) from None
         except (OmegaConfBaseException, ValueError):
             raise ConfigError(f"--options {option!r}: a key above it has a value that is no mapping.") from None
     return with_sections(parsed, "--options")

@@ -1,30 +1,26 @@
 """The page of `data check`: one file, with its pictures in it."""
 
-import base64
 import html
 import io
 from collections.abc import Iterable
 
 from minigpt4.common.files import read_regular
-from minigpt4.common.rgb import WHITE, open_image, to_rgb
+from minigpt4.common.html_page import html_page, img, small_jpeg
+from minigpt4.common.rgb import open_image
 from minigpt4.data_tools.check import DatasetReport
 from minigpt4.data_tools.findings import ERROR, KINDS, WARNING, Finding, Place
 from minigpt4.data_tools.sources import Fault, Source
 from minigpt4.data_tools.summary import by_kind, count, facts, pluralize, summary
 
 SHOWN = 60  # findings of a kind
-THUMBNAIL = 160  # pixels
 STYLE = """
-:root { color-scheme: light dark; --line: #8884; --error: #c62828; --warning: #b26a00; --note: #607d8b; }
-body { font: 15px/1.45 system-ui, sans-serif; margin: 0 auto; padding: 1rem; max-width: 72rem; }
-h1 { font-size: 1.4rem; } h2 { font-size: 1.15rem; overflow-wrap: anywhere; margin-top: 2.5rem; }
-summary { cursor: pointer; font-weight: 600; padding: .5rem 0; }
+summary { font-weight: 600; padding: .5rem 0; }
 details { border-top: 1px solid var(--line); } details[open] { padding-bottom: .75rem; }
-.error { color: var(--error); } .warning { color: var(--warning); } .note { color: var(--note); }
+.note { color: var(--soft); }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(21rem, 100%), 1fr)); gap: .75rem; }
 .card { border: 1px solid var(--line); border-radius: .4rem; padding: .5rem; font-size: .85rem; }
 .card { overflow-wrap: anywhere; }
-.card img { height: 7rem; max-width: 49%; object-fit: contain; margin-right: .3rem; background: #8882; }
+.card img { height: 7rem; max-width: 49%; object-fit: contain; margin-right: .3rem; background: var(--back); }
 .where { display: block; font-family: ui-monospace, monospace; }
 svg { width: 100%; max-width: 40rem; height: auto; display: block; } svg rect { fill: #3b82c4; }
 svg text { font-size: 11px; fill: currentColor; } .limit { stroke: var(--error); stroke-dasharray: 4 3; }
@@ -34,12 +30,8 @@ svg text { font-size: 11px; fill: currentColor; } .limit { stroke: var(--error);
 def page(reports: list[DatasetReport], note: str) -> str:
     """The whole page as HTML. note: how lengths were counted, or empty."""
     totals = f"{pluralize(count(reports, ERROR), 'error')}, {pluralize(count(reports, WARNING), 'warning')}"
-    body = [f"<h1>Data check: {totals}</h1>", f"<p>{html.escape(note)}</p>" if note else ""]
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1"><title>Data check</title>'
-        f"<style>{STYLE}</style></head><body>{''.join([*body, *map(_dataset, reports)])}</body></html>\n"
-    )
+    start = [f"<h1>Data check: {totals}</h1>", f"<p>{html.escape(note)}</p>" if note else ""]
+    return html_page("Data check", "".join([*start, *map(_dataset, reports)]), STYLE)
 
 
 def _dataset(report: DatasetReport) -> str:
@@ -55,7 +47,7 @@ def _dataset(report: DatasetReport) -> str:
     return f"<h2>{title}</h2><ul>{listed}</ul>{histogram}{''.join(sections)}"
 
 
-def _section(kind: str, found: list[Finding], thumbnails: dict[Place, str]) -> str:
+def _section(kind: str, found: list[Finding], thumbnails: dict[Place, bytes]) -> str:
     level, one, several = KINDS[kind]
     more = f"<p>… and {len(found) - SHOWN:,} more, in report.json</p>" if len(found) > SHOWN else ""
     cards = "".join(_card(finding, thumbnails) for finding in found[:SHOWN])
@@ -64,9 +56,9 @@ def _section(kind: str, found: list[Finding], thumbnails: dict[Place, str]) -> s
     return f'<details{opened}><summary>{title}</summary><div class="cards">{cards}</div>{more}</details>'
 
 
-def _card(finding: Finding, thumbnails: dict[Place, str]) -> str:
+def _card(finding: Finding, thumbnails: dict[Place, bytes]) -> str:
     places = [place for place in (finding.picture, finding.like) if place in thumbnails]
-    images = "".join(f'<img alt="" src="{thumbnails[place]}">' for place in places)
+    images = "".join(img(thumbnails[place]) for place in places)
     where, what = _escaped(finding.where), _escaped(finding.what)
     return f'<div class="card">{images}<span class="where">{where}</span>{what}</div>'
 
@@ -99,9 +91,9 @@ def _histogram(lengths: dict) -> str:
     return f'<svg viewBox="0 0 {width} {height + 20}" role="img" aria-label="{label}">{"".join(drawn)}</svg>'
 
 
-def read_thumbnails(source: Source, places: Iterable[Place]) -> dict[Place, str]:
-    """Small pictures as data: URLs. Each part is read once more, up to the last of its places."""
-    found: dict[Place, str] = {}
+def read_thumbnails(source: Source, places: Iterable[Place]) -> dict[Place, bytes]:
+    """Small pictures as JPEGs. Each part is read once more, up to the last of its places."""
+    found: dict[Place, bytes] = {}
     waiting: dict[int, dict[int, list[Place]]] = {}
     for place in sorted(places):
         waiting.setdefault(place.part, {}).setdefault(place.item, []).append(place)
@@ -111,16 +103,7 @@ def read_thumbnails(source: Source, places: Iterable[Place]) -> dict[Place, str]
                 break
             record = item.record if isinstance(item, Fault) else item
             for place in items.get(number, ()):
-                found[place] = _data_url(record.pictures[place.number])
+                picture = record.pictures[place.number]
+                content = read_regular(picture) if isinstance(picture, str) else picture
+                found[place] = small_jpeg(open_image(io.BytesIO(content)))
     return found
-
-
-def _data_url(source: str | bytes) -> str:
-    content = read_regular(source) if isinstance(source, str) else source
-    image = open_image(io.BytesIO(content))
-    image.draft(None, (THUMBNAIL, THUMBNAIL))
-    small = to_rgb(image, WHITE)
-    small.thumbnail((THUMBNAIL, THUMBNAIL))
-    buffer = io.BytesIO()
-    small.save(buffer, "JPEG", quality=80)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"

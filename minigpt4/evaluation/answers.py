@@ -22,10 +22,12 @@ def read_answers(path: str, examples: Sequence[Example]) -> tuple[dict[str, Answ
     index, found, others = _index(examples), {}, 0
     for where, item in formats.read_items(path):
         key = next((key for key in NAMES if item.get(key) is not None), None)
-        text = next((item[key] for key in TEXTS if isinstance(item.get(key), str)), None)
-        if key is None or text is None:
+        given = next((name for name in TEXTS if item.get(name) is not None), None)
+        if key is None or given is None:
             known = f"one of {', '.join(NAMES)}, and one of {', '.join(TEXTS)}"
             raise ConfigError(f"{where} has the keys {shown(list(item))}. An answer has {known}.")
+        if not isinstance(text := item[given], str):
+            raise ConfigError(f"{where}: its {given!r} is {shown(text)}; a text is expected. Put quotes around it.")
         ids = _look_up(index[key], key, str(item[key]))
         if len(ids) > 1:
             raise ConfigError(f"{where}: {len(ids)} questions have {key} {item[key]}. Name one by its question_id.")

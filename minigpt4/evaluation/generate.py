@@ -95,9 +95,9 @@ class Answerer:
         new, window = self._decoding.max_new_tokens, self._chat.window()
         length = self._chat.num_tokens(self.prompt_of(example))
         if length + new > window:
+            fix = "Lower --max-new-tokens." if length < window else "Shorten the question."
             raise PictureError(
-                f"its question takes {length} tokens and its answer up to {new}; the model has room for {window}. "
-                "Lower --max-new-tokens."
+                f"its question takes {length} tokens and its answer up to {new}; the model has room for {window}. {fix}"
             )
 
 

@@ -1,7 +1,5 @@
 """A page of answers, the worst first: pictures, questions, answers, references and scores. It needs no other file."""
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -10,15 +8,19 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from minigpt4.common.html_page import SIDE, html_page, img, small_jpeg
 from minigpt4.conversation.pictures import PictureError, open_picture
+from minigpt4.datasets.splits import spread
 from minigpt4.evaluation.example import Answer, Example
 from minigpt4.evaluation.figures import LEVEL, Figure
 
 WORST = 300  # answers that come first
 SPREAD = 200  # further answers, evenly over the rest
-SIDE = 160  # pixels of a picture
 
-TEMPLATE = Path(__file__).with_name("page.html")
+FILTER = """<form onsubmit="return false">
+  <input id="filter" type="search" aria-label="Filter" placeholder="Filter: words of a question, an answer, a mark …">
+  <small id="count"></small>
+</form>"""
 
 
 def page(
@@ -35,9 +37,10 @@ def page(
     name, first = next(iter(figures.items()))
     marks = [(flag, figure.each) for flag, figure in figures.items() if figure.flag]
     marked = np.sum([each > 0 for _, each in marks], axis=0) if marks else np.zeros(len(examples))
-    ties = [figure.each for figure in [*figures.values()][1:2]]  # the second figure decides last
-    order = np.lexsort((*ties, -marked, first.each))
-    shown = [*order[:WORST], *_spread(order[WORST:], SPREAD)]
+    ties = [_goodness(figure) for figure in [*figures.values()][1:2]]  # the second figure decides last
+    order = np.lexsort((*ties, -marked, _goodness(first)))
+    rest = order[WORST:]
+    shown = [*order[:WORST], *rest[list(spread(len(rest), SPREAD))]]
     rows = []
     for number in shown:
         example, flags = examples[number], [flag for flag, each in marks if each[number] > 0]
@@ -47,16 +50,15 @@ def page(
     summary += f"Beside each figure is its {100 * LEVEL:.0f} % interval (bootstrap)."
     if len(shown) < len(examples):
         summary += f" Shown are the {WORST} worst and {len(shown) - WORST} spread over the rest; answers.jsonl has all."
-    parts = {"title": escape(title), "summary": summary, "figures": _table(scores), "rows": "\n".join(rows)}
-    head, *rest = TEMPLATE.read_text(encoding="utf-8").split("{rows}")
-    for key in ("title", "summary", "figures"):
-        head = head.replace(f"{{{key}}}", parts[key])
-    return parts["rows"].join([head, *rest])
+    style, script = (Path(__file__).with_suffix(end).read_text(encoding="utf-8") for end in (".css", ".js"))
+    numbers = f'<div class="wide"><table>{_table(scores)}</table></div>'
+    head = [f"<h1>{escape(title)}</h1>", f"<p>{summary}</p>", numbers, FILTER]
+    return html_page(title, "\n".join([*head, *rows, f"<script>\n{script}</script>"]), style)
 
 
-def _spread(items: np.ndarray, count: int) -> np.ndarray:
-    """At most `count` of the items, evenly spaced."""
-    return items[np.unique(np.linspace(0, len(items) - 1, count).round().astype(int))] if len(items) else items
+def _goodness(figure: Figure) -> np.ndarray:
+    """[n]: the figure of each example, or what rises as it falls if lower is better."""
+    return -figure.each if figure.better == "lower" else figure.each
 
 
 def _table(scores: Mapping[str, Any]) -> str:
@@ -75,17 +77,15 @@ def _table(scores: Mapping[str, Any]) -> str:
 
 def _row(example: Example, answer: str, score: str, flags: Sequence[str]) -> str:
     thumbnails = filter(None, map(thumbnail, example.pictures))
-    pictures = "".join(f'<img alt="" src="{_as_url(image)}">' for image in thumbnails)
-    question = "".join(
-        f'<p class="question">{escape(text)}</p>' for text in [*_earlier(example), example.question] if text
-    )
+    pictures = "".join(img(small_jpeg(image)) for image in thumbnails)
+    question = "".join(f'<p class="soft">{escape(text)}</p>' for text in [*_earlier(example), example.question] if text)
     group = "" if example.id.startswith(example.group) else example.group
     label = escape(f"{group} {example.id}".strip())
     references = escape("\n".join(dict.fromkeys(example.references)))
-    marks = "".join(f'<span class="flag">{escape(flag)}</span>' for flag in flags)
+    marks = "".join(f'<span class="error">{escape(flag)}</span>' for flag in flags)
     return (
         f"<article><div>{pictures}</div>"
-        f'<div>{question}<p>{escape(answer) or "(nothing)"}</p><p class="references">{references}</p>'
+        f'<div>{question}<p>{escape(answer) or "(nothing)"}</p><p class="soft references">{references}</p>'
         f'<small>{label}</small></div><div class="score">{score}{marks}</div></article>'
     )
 
@@ -97,7 +97,7 @@ def _earlier(example: Example) -> list[str]:
 
 
 def thumbnail(picture: Any) -> Image.Image | None:
-    """A picture of an example, of at most SIDE pixels a side; None for cached features, and if it cannot be read."""
+    """A picture of an example, at most SIDE pixels a side; None for cached features, and if it cannot be read."""
     try:
         image = _from_tensor(picture()) if callable(picture) else open_picture(picture)
     except PictureError:
@@ -105,12 +105,6 @@ def thumbnail(picture: Any) -> Image.Image | None:
     if image:
         image.thumbnail((SIDE, SIDE))
     return image
-
-
-def _as_url(image: Image.Image) -> str:
-    content = io.BytesIO()
-    image.save(content, "JPEG", quality=80)
-    return "data:image/jpeg;base64," + base64.b64encode(content.getvalue()).decode()
 
 
 def _from_tensor(pixels: Any) -> Image.Image | None:

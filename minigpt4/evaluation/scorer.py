@@ -147,5 +147,5 @@ def _in_tables(figures: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
 def _shown(number: int, example: Example, answer: Answer | None) -> str:
     """An answer as a line, beside its question and its first reference."""
     question = f"{example.question} → " if example.question else ""
-    text = "(none)" if answer is None else " ".join(answer.text.split()) or "(nothing)"
-    return f"{number}. {question}{text}  [{example.references[0]}]"
+    text = "(none)" if answer is None else answer.text.strip() or "(nothing)"
+    return " ".join(f"{number}. {question}{text}  [{example.references[0]}]".split())

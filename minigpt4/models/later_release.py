@@ -4,7 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from omegaconf import OmegaConf
 
+from minigpt4.common.config_files import load_yaml
 from minigpt4.common.dist_utils import select_dtype
 from minigpt4.common.registry import registry
 from minigpt4.models.mini_gpt4 import MiniGPT4
@@ -16,7 +18,10 @@ class LaterMiniGPT4(MiniGPT4):
 
     PRETRAINED_MODEL_CONFIG_DICT = {
         **MiniGPT4.PRETRAINED_MODEL_CONFIG_DICT,
-        "pretrain_vicuna0": "configs/models/minigpt4.yaml",
+        # The first name is that code's own; VLMEvalKit has the others.
+        **dict.fromkeys(
+            ("pretrain_vicuna0", "pretrain_vicuna_7b", "pretrain_vicuna_13b"), "configs/models/minigpt4.yaml"
+        ),
     }
 
     @classmethod
@@ -32,8 +37,10 @@ class LaterMiniGPT4(MiniGPT4):
     def from_config(
         cls, cfg: Mapping, device: str | torch.device | None = None, dtype: torch.dtype | None = None
     ) -> "LaterMiniGPT4":
-        """As `MiniGPT4.from_config`."""
+        """As `MiniGPT4.from_config`. Without a device, the section is as it is in the caller's file."""
         if device is None:
+            defaults = cls.default_config_path(cfg.get("model_type", cls.config_class.model_type))
+            cfg = OmegaConf.merge(load_yaml(defaults).model, cfg)
             gpu = cfg.get("device_8bit")
             device = "cpu" if gpu is None or not torch.cuda.is_available() else f"cuda:{gpu}"
         device = torch.device(device)

@@ -16,6 +16,7 @@ from minigpt4.common import dist_utils
 from minigpt4.runners.checkpoints import BEST
 from minigpt4.runners.health import BAD_BATCHES
 from minigpt4.tracking import metrics
+from minigpt4.tracking.record import PICTURES
 from minigpt4.weights import checkpoint
 
 
@@ -64,12 +65,14 @@ def continue_folder(
 ) -> None:
     """Take into the folder of a resumed run what it goes on with beside the checkpoint `earlier`.
 
-    These are the lines of metrics.jsonl and bad_batches.jsonl that `belongs` approves of, and the best checkpoint if it
-    has this metric.
+    These are the lines of metrics.jsonl and bad_batches.jsonl that `belongs` approves of, the pictures of the report,
+    and the best checkpoint if it has this metric.
     """
     metrics.carry_over(earlier.with_name(metrics.NAME), folder / metrics.NAME, belongs)
     if earlier.with_name(BAD_BATCHES).is_file():
         metrics.carry_over(earlier.with_name(BAD_BATCHES), folder / BAD_BATCHES, belongs)
+    with suppress(OSError):  # there are none, or the disk is full
+        shutil.copytree(earlier.with_name(PICTURES), folder / PICTURES, dirs_exist_ok=True)
     best, own = earlier.with_name(BEST), folder / BEST
     if best.is_file() and checkpoint.read_file(best).get("best_metric") == best_metric:
         shutil.copyfile(best, own.with_suffix(".part"))

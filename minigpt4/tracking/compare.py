@@ -1,11 +1,11 @@
 """What differs between two runs, from the files in their folders: settings, environment, numbers, samples."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from omegaconf import OmegaConf
+import yaml
 
 from minigpt4.common.errors import ConfigError
 from minigpt4.tracking import metrics
@@ -46,17 +46,17 @@ class Numbers(NamedTuple):
 
 def settings(folders: tuple[Path, Path]) -> list[Difference]:
     """Settings that differ. Raises ConfigError for a folder that is no run's."""
-    return _differences(*(OmegaConf.to_container(OmegaConf.load(_file(each, CONFIG))) for each in folders))
+    return _differences(*(_mapping(_file(each, CONFIG), yaml.safe_load) for each in folders))
 
 
 def environments(folders: tuple[Path, Path]) -> list[Difference]:
     """Versions, machine, variables and git states that differ. Raises ConfigError for a folder that is no run's."""
     found = []
     for folder in folders:
-        about = json.loads(_file(folder, ENVIRONMENT).read_text(encoding="utf-8"))
-        about["git"] = {f"repository {number}": state for number, state in enumerate(about["git"])}
+        about = _mapping(_file(folder, ENVIRONMENT), json.loads)
+        about["git"] = {f"repository {number}": state for number, state in enumerate(about.get("git", []))}
         for state in about["git"].values():
-            state.pop("folder")
+            state.pop("folder", None)
         found.append(about)
     return [each for each in _differences(*found) if not each.name.startswith(OF_EACH_RUN)]
 
@@ -93,6 +93,17 @@ def _file(folder: Path, name: str) -> Path:
     if not (folder / name).is_file():
         raise ConfigError(f"{folder} is no folder of a run: it has no {name}.")
     return folder / name
+
+
+def _mapping(path: Path, parse: Callable[[str], Any]) -> dict:
+    """The content of a file of settings. Raises ConfigError for one that is damaged."""
+    try:
+        content = parse(path.read_text(encoding="utf-8"))
+    except (ValueError, yaml.YAMLError):
+        content = None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} is damaged: it cannot be read as settings. Restore it, or compare other runs.")
+    return content
 
 
 def _differences(first: Mapping, second: Mapping) -> list[Difference]:

@@ -11,11 +11,14 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
 NAME = "metrics.jsonl"
+EXACT = 2**53
+"""Beyond it, whole numbers are floats: some readers, and trackers, would round them."""
 SAMPLES = "samples"
 """The name of the digest of all samples so far, by which runs are compared."""
 
@@ -77,16 +80,28 @@ def _read(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
             found = json.loads(line.decode("utf-8", "surrogateescape"))
         except ValueError:
             continue
-        if isinstance(found, dict) and isinstance(found.get("step"), int):
+        if isinstance(found, dict) and type(found.get("step")) is int and abs(found["step"]) <= EXACT:
             lines.append((line, found))
     return lines
 
 
-def _as_json(value: Real | str) -> Any:
-    """A value of a type and size that every JSON reader takes."""
-    if isinstance(value, str | bool | int):
+def plain(value: Any) -> Any:
+    """A number, or a tensor with one, as an int or a float that is the same for all readers. Others stay as is."""
+    if hasattr(value, "item"):
+        with suppress(ValueError, RuntimeError):  # it has several
+            value = value.item()
+    if not isinstance(value, Real) or isinstance(value, int) and abs(value) <= EXACT:
         return value
-    return float(value) if math.isfinite(value) else None
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
+
+
+def _as_json(value: Real | str) -> Any:
+    """A value that every JSON reader takes."""
+    value = plain(value)
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _open_to_append(path: Path):

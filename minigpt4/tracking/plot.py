@@ -39,7 +39,7 @@ class Run(NamedTuple):
     def curve(self, metric: str) -> tuple[list[int], list[float]]:
         """Steps and values, as far as they are numbers."""
         points = [(line["step"], line[metric]) for line in self.lines if isinstance(line.get(metric), int | float)]
-        return [step for step, _ in points], [value for _, value in points]
+        return [step for step, _ in points], [metrics.plain(value) for _, value in points]
 
 
 def find_runs(paths: Sequence[Path]) -> list[Run]:

@@ -7,9 +7,15 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
+from minigpt4.common.html_page import small_jpeg
+from minigpt4.common.output import write_whole
 from minigpt4.tracking import metrics, process
-from minigpt4.tracking.trackers import RunInfo
+from minigpt4.tracking.trackers import RunInfo, is_picture
+
+PICTURES = "pictures"
+"""The folder of the latest picture of each name."""
 
 
 class RunRecord:
@@ -24,11 +30,15 @@ class RunRecord:
         self._to_start, self._trackers = list(trackers), []
 
     def log(self, step: int, values: Mapping[str, Any], samples: str = "") -> None:
-        """Record numbers, texts and pictures (PIL images) by name. Pictures are for trackers only.
+        """Record numbers, texts and pictures (PIL images) by name. Pictures go to trackers and, small, to PICTURES.
 
         samples: the digest of the samples so far, for metrics.jsonl only.
         """
+        values = {name: metrics.plain(value) for name, value in values.items()}
         self._metrics.write(step, {**values, metrics.SAMPLES: samples} if samples else values)
+        for name, picture in values.items():
+            if is_picture(picture):
+                self._keep(name, picture)
         while self._to_start:
             self._start(self._to_start.pop(0))
         self._trackers = [tracker for tracker in self._trackers if tracker.log(step, values)]
@@ -46,6 +56,15 @@ class RunRecord:
                 file.write(json.dumps(entry, ensure_ascii=False) + "\n")
         except OSError as error:  # the log on the screen says the same
             logging.warning("Nothing was added to %s; the run goes on. %s", name, error)
+
+    def _keep(self, name: str, picture: Any) -> None:
+        """Write a picture for the report, in place of an earlier one of this name."""
+        folder = Path(self.run.folder) / PICTURES
+        try:
+            folder.mkdir(exist_ok=True)
+            write_whole(folder / f"{quote(name, safe=' ')}.jpg", small_jpeg(picture))
+        except Exception as error:  # Pillow raises any kind for a file that it has not read yet, and cannot
+            logging.warning("The report will lack the picture %s; the run goes on. %s", name, error)
 
     def close(self) -> None:
         """Close files and trackers, for which the run waits `process.PATIENCE` seconds at most."""

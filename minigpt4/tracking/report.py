@@ -12,9 +12,12 @@ from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
+from minigpt4.common.html_page import html_page, img
 from minigpt4.common.output import write_whole
 from minigpt4.tracking import metrics, plot
+from minigpt4.tracking.record import PICTURES
 from minigpt4.tracking.run_files import CONFIG, ENVIRONMENT, without_passwords
 
 NAME = "report.html"
@@ -22,6 +25,7 @@ NAME = "report.html"
 MAIN_PACKAGES = ("minigpt4", "torch", "transformers", "timm", "bitsandbytes", "numpy")
 # Names of texts that are warnings begin so.
 WARNING = "warning/"
+MOST_PICTURES = 100
 # Counts of what was left out and the like: `verb/dataset/cause`.
 COUNT = re.compile(r"(left_out|cut_off|broke_up)/([^/]*)/(.*)")
 
@@ -47,17 +51,13 @@ def report(folder: Path) -> str:
         _section("Curves", _curves(run)),
         _section("Results", _results(run)),
         _section("Evaluations", "".join(_evaluations(folder))),
-        _section("Answers", "".join(_answers(run))),
+        _section("Answers", "".join(_answers(run, _pictures(folder)))),
         _section("Settings that differ from the defaults", _settings(about["changed_settings"])),
         _section("Data", _data(run) if run.lines else ""),
         _section("Environment", _environment(about)),
         _section("To start it again", _again(about, config)),
     ]
-    style = Path(__file__).with_suffix(".css").read_text(encoding="utf-8")
-    head = "<meta charset=utf-8><meta name=viewport content='width=device-width, initial-scale=1'>"
-    head += f"<title>{_text(run.name)}</title><style>{style}</style>"
-    body = "\n".join(parts)
-    return f"<!doctype html>\n<html lang=en><head>{head}</head>\n<body>{body}</body></html>\n"
+    return html_page(run.name, "\n".join(parts), Path(__file__).with_suffix(".css").read_text(encoding="utf-8"))
 
 
 def _tiles(run: plot.Run) -> str:
@@ -133,11 +133,27 @@ def _evaluations(folder: Path) -> Iterator[str]:
         yield f"<p class=soft>{_text(about)}</p>{_table(['', 'value', 'from', 'to'], rows)}"
 
 
-def _answers(run: plot.Run) -> Iterator[str]:
-    """The latest text of each name, such as answers of an evaluation."""
+def _pictures(folder: Path) -> dict[str, str]:
+    """{name: element} of the pictures that a run has recorded."""
+    paths = sorted((folder / PICTURES).glob("*.jpg"))[:MOST_PICTURES]
+    return {unquote(path.stem): img(path.read_bytes()) for path in paths}
+
+
+def _answers(run: plot.Run, pictures: dict[str, str]) -> Iterator[str]:
+    """The latest text of each name, such as answers of an evaluation beside their pictures; then other pictures."""
     for name, (step, text) in _latest_texts(run).items():
-        if not name.startswith(WARNING):
-            yield f"<p class=soft>{_text(name)}, step {step:,}</p><pre>{_text(text)}</pre>"
+        if name.startswith(WARNING):
+            continue
+        yield f"<p class=soft>{_text(name)}, step {step:,}</p>"
+        lines, prefix = text.split("\n"), f"{name.removesuffix('_answers')}_picture/"
+        beside = [pictures.pop(f"{prefix}{number}", "") for number in range(1, len(lines) + 1)]
+        if any(beside):
+            rows = (f"<li>{each}<span>{_text(line)}</span></li>" for each, line in zip(beside, lines, strict=True))
+            yield f"<ul class=answers>{''.join(rows)}</ul>"
+        else:
+            yield f"<pre>{_text(text)}</pre>"
+    for name, picture in pictures.items():
+        yield f"<figure>{picture}<figcaption>{_text(name)}</figcaption></figure>"
 
 
 def _warnings(run: plot.Run) -> Iterator[str]:

@@ -139,6 +139,8 @@ def test_option_values(option, expected):
         ("run.imports=[.mine]", r"^'\.mine' \(--import, run\.imports\) is not the name of a module"),
         ("datasets.cc_sbu=3", r"datasets\.cc_sbu in --options must be a mapping, not 3"),
         ("run.output_dir=${nope}", r"run .*Interpolation key 'nope' not found"),
+        (r"run.name=\${nope}", r"run\.name .*'nope' not found.*oc\.env:NAME"),
+        ("run.name=a${b", r"'run\.name=a\$\{b'.*oc\.env:NAME"),
         ("model.vit_precision=fp61", r"is not one of fp16, fp32\. Did you mean 'fp16'\?"),
         *((f"run.{key}=0", rf"run\.{key} = 0 .* must be at least 1") for key in AT_LEAST_ONE),
         ("run.amp_dtype=fp8", r"run\.amp_dtype = 'fp8' .* is not one of auto, bf16, fp16"),

@@ -2,7 +2,6 @@
 
 import io
 import tarfile
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +9,6 @@ from helpers import ROOT
 from omegaconf import OmegaConf
 from PIL import Image
 
-from minigpt4.common.config import Config
 from minigpt4.common.registry import registry
 from minigpt4.conversation import conversation
 from minigpt4.conversation.conversation import (
@@ -30,11 +28,9 @@ PROCESSOR = {"name": "blip2_image_eval", "image_size": 64}
 
 @pytest.fixture(scope="module")
 def model():
-    """As the adapter builds it: from the model's section alone, with the number of a GPU, and then `to`."""
-    cfg = Config(SimpleNamespace(cfg_path=ROOT / "eval_configs/minigpt4_tiny_eval.yaml", options=[]))
-    own = {"arch": "minigpt4", "model_type": "pretrain_vicuna_7b", "low_resource": False}
-    settings = OmegaConf.create({**cfg.to_dict()["model"], **own})
-    settings.device_8bit = 0
+    """As the adapter builds it: from the model's section of its file, with the number of a GPU, and then `to`."""
+    settings = OmegaConf.load(ROOT / "eval_configs/minigpt4_tiny_eval.yaml").model
+    settings.update({"arch": "minigpt4", "low_resource": False, "device_8bit": 0, "prompt_path": ""})
     return registry.get_model_class(settings.arch).from_config(settings).to("cpu").eval()
 
 
@@ -136,6 +132,8 @@ def test_without_a_device_the_model_is_built_on_the_gpu_that_the_settings_name(m
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     LaterMiniGPT4.from_config({"device_8bit": 1})
     LaterMiniGPT4.from_config({})
-    LaterMiniGPT4.from_config({"device_8bit": 1}, "cpu", torch.float32)
+    LaterMiniGPT4.from_config({"device_8bit": 1, "model_type": "pretrain_vicuna_7b"}, "cpu", torch.float32)
     gpu, cpu = (torch.device("cuda:1"), torch.bfloat16), (torch.device("cpu"), torch.float32)
     assert seen == [gpu, cpu, cpu]
+    with pytest.raises(KeyError, match="pretrain_vicuna0"):
+        LaterMiniGPT4.from_config({"model_type": "pretrain_llama2"})

@@ -51,7 +51,7 @@ def test_the_page_in_a_browser(width, tmp_path):
         tab.on("console", lambda message: said.append(message.text))
         tab.goto(f"file://{tmp_path}/answers.html")
         assert tab.title() == "A & B"
-        assert tab.inner_text("article >> nth=0 >> .flag") == "no end sign"  # wrong, and marked
+        assert tab.inner_text("article >> nth=0 >> .error") == "no end sign"  # wrong, and marked
         assert "Is there a <b>4</b>?" in tab.inner_text("article >> nth=0")
         assert tab.locator("img").count() == 6
         assert all(tab.eval_on_selector_all("img", "all => all.map(one => one.naturalWidth > 0)"))

@@ -191,7 +191,7 @@ def test_settings_of_pope_have_figures_of_their_own(tmp_path):
         (lines({"image_id": 42, "answer": "red"}), ("2 questions", "image_id 42", "question_id")),
         (lines({"question_id": 420, "answer": "a"}, {"question_id": 420, "answer": "b"}), ("line 2", "second answer")),
         (lines({"question_id": 9, "answer": "a"}), ("no answer to these references", "question_id")),
-        (lines({"question_id": 420, "answer": 3}), ("line 1", "question_id", "answer")),
+        (lines({"question_id": 420, "answer": 3}), ("line 1", "answer", "3", "text")),
         (lines({"answer": "red"}), ("line 1", "image_id")),
         ("{", ("line 1", "not JSON")),
     ],

@@ -87,3 +87,11 @@ def test_settings_and_environment_explain_but_do_not_decide(runs, capsys):
 
 def test_a_folder_that_is_no_runs(runs, tmp_path):
     assert "is no folder of a run: it has no config.yaml" in main(["compare", str(runs[0]), str(tmp_path)])
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "environment.json"])
+@pytest.mark.parametrize("content", [b"", b"[1]", b"a: [\n\t", b"\xff{"])
+def test_a_damaged_file_is_named(runs, name, content):
+    (runs[1] / name).write_bytes(content)
+    error = main(["compare", *map(str, runs)])
+    assert str(runs[1] / name) in error and "damaged" in error

@@ -2,9 +2,14 @@
 
 import math
 
+import numpy as np
 import pytest
+import torch
 
 from minigpt4.tracking.metrics import MetricsFile, read_metrics
+from minigpt4.tracking.plot import read_run
+from minigpt4.tracking.record import RunRecord
+from minigpt4.tracking.trackers import RunInfo
 
 
 def test_numbers_keep_every_digit(tmp_path):
@@ -15,6 +20,20 @@ def test_numbers_keep_every_digit(tmp_path):
     del values["no"]  # a picture, for example
     assert line.pop("time") > 1e9
     assert line == {"step": 3, **values, "nan": None, "inf": None}
+
+
+def test_numbers_are_the_same_for_all_readers(tmp_path):
+    """Whole numbers that some of them would round, or refuse, and those of NumPy and torch."""
+    given = {"a": 2**53, "b": 2**53 + 1, "c": 10**400, "d": np.int64(3), "e": torch.tensor(0.5), "f": True}
+    record = RunRecord(RunInfo("1", "run", str(tmp_path), {}), [])
+    record.log(1, {**given, "g": torch.ones(2), "h": np.float32(0.25)})
+    record.close()
+    (line,) = read_metrics(tmp_path / "metrics.jsonl")
+    found = {"a": 2**53, "b": 2.0**53, "c": None, "d": 3, "e": 0.5, "f": True, "h": 0.25}
+    assert {name: line[name] for name in line if name not in ("step", "time")} == found
+    assert isinstance(line["b"], float) and isinstance(line["d"], int)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1' + "0" * 400 + '}\n{"step": 1' + "0" * 30 + "}\n")
+    assert read_run(tmp_path).curve("loss") == ([1], [math.inf])
 
 
 @pytest.mark.parametrize("cut", range(1, 30, 4))
