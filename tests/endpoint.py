@@ -37,7 +37,9 @@ class Served:
 
     def __init__(self, url: str, batcher: Batcher):
         self.url, self.batcher = url, batcher
-        self.http = httpx.Client(base_url=url, timeout=60, trust_env=False)
+        # No connection is used twice: the server closes idle ones if others need their places, or after a while.
+        new_each_time = httpx.Limits(max_keepalive_connections=0)
+        self.http = httpx.Client(base_url=url, timeout=60, trust_env=False, limits=new_each_time)
 
     def get(self, path: str, **options) -> httpx.Response:
         return self.http.get(path, **options)

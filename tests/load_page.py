@@ -2,6 +2,7 @@
 
     python tests/load_page.py                                      # 16 visitors for two minutes, on the tiny default
     python tests/load_page.py --visitors 4 --seconds 20
+    python tests/load_page.py --half-open 500                      # beside so many requests that never arrive in full
 
 It starts demo.py. Each visitor uploads a picture of its own, asks two questions, leaves, and repeats this. The answers
 are greedy, and must equal those that the visitor got when it was alone. The exit status is 1 if an answer differs, a
@@ -12,6 +13,7 @@ request fails, files remain, or the server's memory grows. With a model in 16 or
 import argparse
 import io
 import json
+import socket
 import statistics
 import subprocess
 import sys
@@ -131,6 +133,42 @@ def crowd(url: str, visitors: int, seconds: float, expected: list[list[str]]) ->
 
 
 @contextmanager
+def half_open(url: str, number: int) -> Iterator[None]:
+    """Meanwhile, so many connections send half a header or half a body, and come again when the server closes them."""
+    host, port = url.split("/")[2].split(":")
+    head = b"POST /pictures?name=x.png HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/octet-stream\r\n"
+    connections: list[socket.socket | None] = [None] * number
+    ended = threading.Event()
+
+    def closed(connection: socket.socket) -> bool:
+        try:
+            return not connection.recv(1000, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+
+    def keep() -> None:
+        while not ended.wait(0.5):
+            for n, connection in enumerate(connections):
+                if connection is None or closed(connection):
+                    if connection:
+                        connection.close()
+                    connections[n] = socket.create_connection((host, int(port)))
+                    connections[n].sendall(head + b"Content-Length: 1000\r\n\r\nab" if n % 2 else head)
+
+    thread = threading.Thread(target=keep)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        for connection in filter(None, connections):
+            connection.close()
+
+
+@contextmanager
 def served(cfg_path: str, folder: Path, options: list[str] | None = None) -> Iterator[tuple[str, subprocess.Popen]]:
     """Run demo.py in a process of its own. Yields the URL and the process once the model is loaded.
 
@@ -157,11 +195,17 @@ def served(cfg_path: str, folder: Path, options: list[str] | None = None) -> Ite
         server.wait()
 
 
+def _sizes(process: psutil.Process) -> str:
+    memory = process.memory_full_info()
+    return f"RSS {memory.rss / 2**20:.0f} MB, PSS {memory.pss / 2**20:.0f} MB, {process.num_fds()} open files"
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cfg-path", default="eval_configs/minigpt4_tiny_eval.yaml")
     parser.add_argument("--visitors", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=120)
+    parser.add_argument("--half-open", type=int, default=0, metavar="N", help="connections beside the visitors")
     parser.add_argument("--options", nargs="+", metavar="KEY=VALUE", help="settings for demo.py")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder, served(args.cfg_path, Path(folder), args.options) as (url, server):
@@ -169,15 +213,17 @@ def main(argv: list[str] | None = None) -> int:
         expected = [visit(url, number) for number in range(args.visitors)]
         print(f"{len({str(answers) for answers in expected})} different answers among {args.visitors} visitors")
         process, memory, start = psutil.Process(server.pid), [], time.monotonic()
-        with ThreadPoolExecutor(1) as pool:
+        print(f"before: {_sizes(process)}")
+        with ThreadPoolExecutor(1) as pool, half_open(url, args.half_open):
             running = pool.submit(crowd, url, args.visitors, args.seconds, expected)
             while not running.done():
                 memory.append(process.memory_info().rss / 2**20)
                 if len(memory) % 10 == 1:
-                    print(f"{time.monotonic() - start:6.0f} s {memory[-1]:8.0f} MB", flush=True)
+                    print(f"{time.monotonic() - start:6.0f} s: {_sizes(process)}", flush=True)
                 time.sleep(1)
         visits, problems = running.result()
         time.sleep(2)
+        print(f"after: {_sizes(process)}")
         problems += [f"remaining file: {path}" for path in Path(folder).rglob("*.*") if path.name != "log.txt"]
         log = (Path(folder) / "log.txt").read_text()
         problems += [line for line in log.splitlines() if "Traceback" in line or "failed" in line]

@@ -21,6 +21,7 @@ MAX_BODIES = 100  # that are being received,
 MAX_BODY_BYTES = 200 * 2**20  # and all their bytes
 BODY_SECONDS = 60
 GRACE_SECONDS = 10
+FILES = 4096  # open at a time: all that wait (uvicorn: 2048) are accepted before the first connection is closed
 
 
 class Connection(H11Protocol):
@@ -28,6 +29,9 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
+        # uvicorn's own time, 5 s, is also when many clients (httpx, openai) let a connection go. One that is closed
+        # while it sends the next request would fail.
+        self.timeout_keep_alive = 2 * HEADER_SECONDS
         self._wait_for_request()
         if len(self.connections) > MAX_CONNECTIONS:
             self._make_room()
@@ -88,6 +92,8 @@ class Bodies:
                 try:
                     self._admit(limit, request, 0)
                     async for chunk in request.stream():
+                        if limit not in self._received:  # others have ended it: the timeout comes at the next await
+                            continue
                         size += len(chunk)
                         if size <= self._max_bytes:
                             body += chunk
@@ -126,8 +132,24 @@ def _address(client: tuple | None) -> str:
     return client[0] if client else ""
 
 
+def allow_files() -> None:
+    """Let this process open FILES files, or as many as the system permits, in place of the usual 1024.
+
+    Where none is left, asyncio accepts nobody and is busy with thousands of log lines; uvloop resets new connections.
+    """
+    try:
+        import resource
+    except ImportError:  # Windows, which has no such limit
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < FILES:
+        most = FILES if hard == resource.RLIM_INFINITY else min(FILES, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
 def server_config(app: ASGIApp, **options) -> uvicorn.Config:
     """The settings of the endpoint's server; `options` as for uvicorn."""
+    allow_files()
     return uvicorn.Config(
         app, http=Connection, ws="none", log_config=None, server_header=False, timeout_graceful_shutdown=GRACE_SECONDS,
         **options,

@@ -26,11 +26,12 @@ from minigpt4.serving.connections import Bodies
 from minigpt4.serving.errors import ApiError
 from minigpt4.serving.guard import client_network
 from minigpt4.web.answers import ANSWER_SECONDS, Answering, Message, PageError, Question, prepare
+from minigpt4.web.formulas import read_formulas
 from minigpt4.web.pictures import MAX_PICTURES, Uploads, read_upload
 
 STATIC = Path(__file__).with_name("static")
 EXAMPLES = Path(__file__).parents[1] / "assets" / "examples"
-STATIC_FILES = ("page.css", "page.js", "view.js", "store.js", "markdown.js", "icon.svg")
+STATIC_FILES = ("page.css", "page.js", "view.js", "store.js", "markdown.js", "formulas.js", "icon.svg")
 JSON_BYTES = 2 * 2**20  # limit of a question with its conversation
 REFUSED = {408: "slow", 413: "large_file", 415: "bad_request", 503: "busy"}  # texts for the errors of `Bodies`
 # Requests at a time, of all and of one client.
@@ -117,6 +118,7 @@ class Page:
             Route("/pictures/{upload}/{number:int}", self._preview),
             Route("/forget", self._forget, methods=["POST"]),
             Route("/answer", self._answer, methods=["POST"]),
+            Route("/formulas", self._formulas, methods=["POST"]),
             Route("/feedback", self._judge, methods=["POST"]),
             *(Route(f"/{name}", self._static) for name in STATIC_FILES),
         ]
@@ -197,6 +199,15 @@ class Page:
             prepared = await asyncio.to_thread(prepare, answering.batcher.chat, self.uploads, question)
             updates = answering.updates(prepared, owner)
             return EventStream(updates, stack.pop_all().close, time.monotonic() + ANSWER_SECONDS)
+
+    async def _formulas(self, request: Request) -> Response:
+        """The MathML of formulas in answers."""
+        formulas = await self._read_json(request)
+        if not (isinstance(formulas, list) and all(isinstance(each, str) for each in formulas)):
+            raise PageError(400, "bad_request", detail="formulas")
+        with self._place("uploads", client_network(request.scope), MAX_UPLOADS, OWN_UPLOADS):
+            read = asyncio.get_running_loop().run_in_executor(self._readers, read_formulas, formulas)
+            return JSONResponse(await read, headers=HEADERS)
 
     async def _judge(self, request: Request) -> Response:
         """Append a visitor's judgement of an answer to the file."""

@@ -51,11 +51,12 @@ def serve(
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     from minigpt4.common.logger import setup_logger
-    from minigpt4.serving.connections import Connection
+    from minigpt4.serving.connections import Connection, allow_files
     from minigpt4.web.page import Page
     from minigpt4.web.pictures import video_folder
 
     setup_logger()
+    allow_files()
     logging.getLogger("httpx").setLevel(logging.WARNING)
     with video_folder() as folder:
         page = Page(folder, concurrency, max_upload_mb, emoji, Path(feedback) if feedback else None, root_path)

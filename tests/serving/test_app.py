@@ -9,7 +9,8 @@ import threading
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
+from functools import partial
 
 import httpx
 import pytest
@@ -275,11 +276,36 @@ def test_a_request_that_never_arrives(serve, monkeypatch):
     monkeypatch.setattr("minigpt4.serving.connections.BODY_SECONDS", 0.3)
     served = serve()
     host, port = served.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port))) as client:
+    with socket.create_connection((host, int(port)), timeout=60) as client:
         client.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n")
         client.sendall(b"Content-Length: 100\r\n\r\n{")
         assert b" 408 " in client.recv(1000)
     served.wait_for(requests=0)
+
+
+def test_the_server_may_open_files_for_all_connections():
+    """Many systems permit 1024 unless more are asked for."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(1024, hard), hard))
+    try:
+        connections.server_config(None)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == min(connections.FILES, hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_an_idle_connection_is_kept_longer_than_uvicorn_does(serve, monkeypatch):
+    """After its 5 s, httpx drops one, too: a request that is sent at that moment would fail."""
+    shorter = partial(connections.uvicorn.Config, timeout_keep_alive=0.1)
+    monkeypatch.setattr(connections.uvicorn, "Config", shorter)
+    served = serve()
+    host, port = served.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=60) as client:
+        for seconds in (0.5, 0):
+            client.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert b" 200 " in client.recv(10_000)
+            time.sleep(seconds)
 
 
 @pytest.mark.parametrize("sent", ["nothing", "half a header", "half a body", "a body but for its end"])
@@ -293,34 +319,25 @@ def test_five_hundred_that_send_no_whole_request_deny_nobody(serve, gate, monkey
     content = {"nothing": b"", "half a header": header}.get(sent, header + body)
     served = serve(max_upload_mb=1, max_queue=2)
 
-    def ask():
-        return httpx.post(f"{served.url}/v1/chat/completions", json=BODY, trust_env=False, timeout=60)
-
     host, port = served.url.removeprefix("http://").split(":")
-    clients = []
-    try:
+    with ExitStack() as clients:
         for n in range(120 if len(content) < 10_000 else 30):
-            clients.append(socket.create_connection((host, int(port)), timeout=20))
+            client = clients.enter_context(socket.create_connection((host, int(port)), timeout=60))
             with suppress(OSError):  # it may have been closed already
-                clients[-1].sendall(content)
+                client.sendall(content)
             if n % 10 == 0:
-                assert httpx.get(f"{served.url}/health", trust_env=False).json()["requests"] == 0
+                assert served.health()["requests"] == 0
         with ThreadPoolExecutor(2) as pool:
-            asked = [
-                pool.submit(httpx.post, f"{served.url}/v1/chat/completions", json=BODY, trust_env=False) for _ in "ab"
-            ]
+            asked = [pool.submit(served.post, BODY) for _ in "ab"]
             served.wait_for(requests=2)
-            assert ask().status_code == 429
+            error(served.post(BODY), 429)
             gate.open()
             assert [request.result().status_code for request in asked] == [200, 200]
-    finally:
-        for client in clients:
-            client.close()
 
 
 def test_a_header_that_never_ends(serve, monkeypatch):
     """Also behind a request that was answered."""
-    monkeypatch.setattr(connections, "HEADER_SECONDS", 0.5)
+    monkeypatch.setattr(connections, "HEADER_SECONDS", 1)
     served = serve()
     host, port = served.url.removeprefix("http://").split(":")
     for before in (b"", b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"):

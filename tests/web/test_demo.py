@@ -43,14 +43,16 @@ def test_the_whole_command(golden_config, tmp_path):
             output.index("Initializing Chat") < output.index("Loading LLAMA") < output.index("Initialization Finished")
         )
         url, account = f"http://127.0.0.1:{port}/", re.search(r"User: (\S+)  Password: (\S{12,})", output).groups()
-        assert [httpx.get(url, auth=auth).status_code for auth in (None, ("minigpt4", "guess"), account)] == [
+        assert [
+            httpx.get(url, auth=auth, timeout=60).status_code for auth in (None, ("minigpt4", "guess"), account)
+        ] == [
             401,
             401,
             200,
         ]
-        assert httpx.get(f"{url}health").json()["status"] == "ready"
+        assert httpx.get(f"{url}health", timeout=60).json()["status"] == "ready"
         video = {"params": {"name": "clip.mp4"}, "content": b"\0\0\0\x20ftyp" + bytes(2000), "headers": BYTES}
-        assert httpx.post(f"{url}pictures", auth=account, **video).status_code == 400
+        assert httpx.post(f"{url}pictures", auth=account, timeout=60, **video).status_code == 400
         assert len(list(tmp_path.glob("minigpt4-videos-*"))) == 1
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0

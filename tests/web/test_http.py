@@ -22,6 +22,7 @@ from video_files import bad_videos, write_video
 from web.conftest import wait_until
 
 from minigpt4.conversation import CONV_VISION
+from minigpt4.serving import connections
 from minigpt4.web import page as page_module
 from minigpt4.web import pictures
 from minigpt4.web.answers import PageError, Question, prepare
@@ -139,13 +140,15 @@ def test_places_are_limited_for_all_and_for_one_client(page, http, monkeypatch):
     assert not page._open["uploads"] and not page._open["questions"]
 
 
-def test_half_open_connections_and_slow_bodies_deny_nobody(page, http):
-    """300 of each: the connections of a client that has too many go first, and the bodies that are oldest."""
+def test_half_open_connections_and_slow_bodies_deny_nobody(page, http, monkeypatch):
+    """The connections of a client that has too many go first, and the bodies that are oldest."""
+    monkeypatch.setattr(connections, "MAX_CONNECTIONS", 40)
+    monkeypatch.setattr(connections, "MAX_BODIES", 10)
     port = int(page.url.split(":")[-1].strip("/"))
     head = b"POST /pictures?name=x.png HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/octet-stream\r\n"
     with ExitStack() as stack:
-        for n in range(600):
-            slow = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+        for n in range(80):
+            slow = stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=60))
             slow.sendall(head + b"Content-Length: 1000\r\n\r\nab" if n % 2 else head)
         with httpx.Client(base_url=page.url, timeout=60) as late:
             assert late.get("health").status_code == 200
@@ -230,6 +233,20 @@ def test_markup_in_texts_has_no_effect_on_the_prompt(page, chat):
     prompt = prepare(chat, page.uploads, Question(messages=messages)).prompt
     assert prompt.count("<ImageHere>") == 1
     assert (prompt.count("###Human:"), prompt.count("###Assistant:")) == (2, 2)
+
+
+def test_formulas(http):
+    """What is no formula, or would take long, is left as it was written."""
+    pytest.importorskip("latex2mathml")
+    good, bad = (
+        r"\sqrt{x_1} \le \alpha",
+        [r"\nosuch{x}", r"\newcommand{\a}{xx}\a", r"\def\a{x}\a", "x" * 1001, "^" * 1000],
+    )
+    found = http.post("formulas", json=[good, *bad]).json()
+    assert "<msqrt>" in found[0] and found[1:] == [None] * len(bad)
+    assert http.post("formulas", json=["x" * 900] * 50).json()[-1] is None
+    for wrong in ({}, [1], "x", None):
+        assert http.post("formulas", json=wrong).status_code == 400
 
 
 def test_questions_that_are_refused(page, chat):
@@ -372,7 +389,9 @@ def test_malformed_requests_do_not_stop_the_server(page, http):
         if draw.random() < 0.2:
             place = draw.randrange(len(content))
             content = content[:place] + draw.randbytes(5) + content[place + draw.randrange(9) :]
-        path = draw.choice(["answer", "answer", "feedback", "forget", "pictures", "pictures?name=%00&frames=%ff"])
+        path = draw.choice(
+            ["answer", "answer", "feedback", "forget", "formulas", "pictures", "pictures?name=%00&frames=%ff"]
+        )
         kind = "application/octet-stream" if "pictures" in path else "application/json"
         response = http.post(path, content=content, headers={"content-type": kind})
         statuses.add(response.status_code)

@@ -285,6 +285,8 @@ def test_a_talk_survives_a_reload_and_a_server_that_forgot(page, chat, visit, mo
 
 ANSWER = """# Title
 Some **bold**, *slanted* and `inline <b>` text, 2 * 3 * 4, snake_case_name and $$x_1 * y_1 * z$$ for $5 and $6.
+A $$-shop, or $$$; $E = mc^2$, \\(\\alpha\\) and `$a^2$`, but \\$a^2$, US$5_a$ and $\\nonsense{x}$:
+\\[\\frac{1}{\\href{javascript:alert(1)}{\\style{color:red}{x}}}\\]
 
 1. one
    - nested & <ImageHere>
@@ -317,9 +319,20 @@ def test_what_is_copied_is_what_the_model_wrote(visit, monkeypatch):
     code = ANSWER.split("```")[1].removeprefix("python\n").removesuffix("\n")
     assert shown.locator("pre").inner_text() == code
     counts = {"h3": 1, "strong": 1, "em": 1, "ol > li": 2, "ol ul > li": 1, "td": 2, "pre": 1}
+    counts |= {"math": 4, "math[display=block] mfrac": 1}
+    wait(tab, "document.querySelectorAll('math').length == 4")
+    assert shown.locator("math :is([href], [style])").count() == 0
     assert {name: shown.locator(name).count() for name in counts} == counts
     assert tab.locator("#messages :is(script, a, [onerror], [src*='192.0.2.1'])").count() == 0
-    for written in ("2 * 3 * 4", "snake_case_name", "$$x_1 * y_1 * z$$ for $5 and $6.", "<ImageHere>", "&copy;"):
+    for written in (
+        "2 * 3 * 4",
+        "snake_case_name",
+        "for $5 and $6.",
+        "$$-shop, or $$$;",
+        "but $a^2$, US$5_a$ and $\\nonsense{x}$:",
+        "<ImageHere>",
+        "&copy;",
+    ):
         assert written in shown.inner_text()
     for button, copied in ((tab.locator(".assistant > .actions").get_by_text("Copy"), ANSWER), (".code button", code)):
         tab.locator(button).click() if isinstance(button, str) else button.click()
@@ -328,6 +341,9 @@ def test_what_is_copied_is_what_the_model_wrote(visit, monkeypatch):
     tab.evaluate("getSelection().selectAllChildren(document.querySelector('#messages pre'))")
     tab.keyboard.press("Control+c")
     assert tab.evaluate("navigator.clipboard.readText()").rstrip("\n") == code
+    tab.evaluate("getSelection().selectAllChildren(document.querySelector('[data-testid=bot] p'))")
+    tab.keyboard.press("Control+c")
+    assert "$$x_1 * y_1 * z$$ for $5 and $6." in tab.evaluate("navigator.clipboard.readText()")
     tab.evaluate("Object.defineProperty(navigator, 'clipboard', {value: undefined, configurable: true})")  # without TLS
     tab.locator(".assistant > .actions").get_by_text("Copy").click()
     tab.evaluate("delete navigator.clipboard")

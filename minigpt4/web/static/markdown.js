@@ -1,5 +1,7 @@
 /* Markdown as elements. Texts become text nodes only, so a model's answer has no markup of its own, and nothing in it
- * is fetched: links and pictures stay texts. Formulas stay as they were written. */
+ * is fetched: links and pictures stay texts. */
+
+import { formula } from "./formulas.js"
 
 /** The blocks of a text, as elements. copyButton(text) makes a button that copies a block of code. */
 export function blocks(text, copyButton) {
@@ -123,7 +125,9 @@ function table(lines) {
 const INLINE = new RegExp(
   [
     /(?<code>(?<ticks>`+)(?<inside>[^`]|[^`][\s\S]*?[^`])\k<ticks>(?!`))/,
-    /(?<formula>\$\$[\s\S]+?\$\$)/, // whose stars and underscores are no emphasis
+    // Formulas, whose stars and underscores are no emphasis. `$` is also money, and `$$` a class of prices.
+    /(?<block>\$\$(?<tex1>[^$]+)\$\$|\\\[(?<tex2>[\s\S]+?)\\\])/,
+    /(?<math>(?<![\w$\\])\$(?=\S)(?<tex3>[^$\n]*?[^\s$\\])\$(?![\d$])|\\\((?<tex4>[\s\S]+?)\\\))/,
     /(?<escaped>\\[!-/:-@[-`{-~])/,
     /(?<strong>\*\*(?=\S)(?<bold>[\s\S]*?\S)\*\*|__(?=\S)(?<bold2>[\s\S]*?\S)__(?!\w))/,
     /(?<em>\*(?=[^\s*])(?<slanted>[^*\n]*?[^\s*])\*|(?<!\w)_(?=[^\s_])(?<slanted2>[^_\n]*?[^\s_])_(?!\w))/,
@@ -141,7 +145,7 @@ function inline(text) {
     nodes.push(text.slice(at, match.index))
     at = match.index + match[0].length
     if (found.code) nodes.push(element("code", found.inside.replace(/^ (.*\S.*) $/s, "$1")))
-    else if (found.formula) nodes.push(found.formula)
+    else if (found.block || found.math) nodes.push(math(match[0], found))
     else if (found.escaped) nodes.push(found.escaped.slice(1))
     else if (found.strong) nodes.push(element("strong", ...inline(found.bold ?? found.bold2)))
     else if (found.em) nodes.push(element("em", ...inline(found.slanted ?? found.slanted2)))
@@ -149,4 +153,10 @@ function inline(text) {
   }
   nodes.push(text.slice(at))
   return nodes.filter((node) => node !== "")
+}
+
+/** A formula, or its text if nothing in it is a sign of one. */
+function math(written, { block, tex1, tex2, tex3, tex4 }) {
+  const tex = (tex1 ?? tex2 ?? tex3 ?? tex4).trim()
+  return /[\\^_={}<>+]|^[a-zA-Z]$/.test(tex) ? formula(written, tex, Boolean(block)) : written
 }

@@ -1,5 +1,6 @@
 /* The page: the conversation is here; the server keeps pictures and answers questions (web/page.py). */
 
+import { copyAsWritten } from "./formulas.js"
 import { Files, keep, recall } from "./store.js"
 import { $, announce, button, copy, editor, figure, fill, label, make, notice, setting, t, translate } from "./view.js"
 
@@ -539,6 +540,7 @@ function connect() {
 
 function connectDrops() {
   const hasFiles = (event) => event.dataTransfer?.types.includes("Files")
+  addEventListener("copy", copyAsWritten)
   addEventListener("dragover", (event) => {
     if (!hasFiles(event)) return
     event.preventDefault()
