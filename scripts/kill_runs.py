@@ -5,9 +5,9 @@
 
 A case is DATA-RANKS-WORKERS-ACCUM: `shards` (stage 1) or `files` (stage 2), processes, data workers of each, and
 micro-batches of a step. Each case first trains without interruption. Then the same run is started with
-run.resume_ckpt_path=auto, killed by SIGKILL with all its processes after a random time, and started again, until it is
-done; all cases in turn, until --kills runs were killed. --out is a new folder, or one of this script. The status is 1
-if a weight differs, or if more steps were lost than those since the last save.
+run.resume_ckpt_path=auto, killed by SIGKILL with all its processes at a random moment of a random phase, and started
+again, until it is done; all cases in turn, until --kills runs were killed. --out is a new folder, or one of this
+script. The status is 1 if a weight differs, or if more steps were lost than those since the last save.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -38,6 +39,9 @@ CASES = [
 ]
 EPOCHS, BATCHES, SAVE_EVERY = 2, 24, 3
 MOST_KILLS_OF_A_RUN = 5
+# Phases, and the lines of the log that they begin with.
+LOADING, STEPS, SAVING, EVALUATION = "loading", "steps", "saving", "evaluation"
+BEGINNINGS = {STEPS: "Start training epoch", SAVING: "Saving checkpoint", EVALUATION: "Averaged stats"}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -77,11 +81,20 @@ def start(words: list[str], log: Path) -> subprocess.Popen:
         return subprocess.Popen(words, cwd=ROOT, env=env, stdout=file, stderr=file, start_new_session=True)
 
 
-def wait_for_steps(process: subprocess.Popen, log: Path) -> float:
-    """Wait until a run begins to train, or ends. Returns the time."""
-    while process.poll() is None and "Start training epoch" not in log.read_text(errors="replace"):
-        time.sleep(0.05)
+def wait_for(process: subprocess.Popen, log: Path, phase: str, count: int = 1) -> float:
+    """Wait until a phase has begun `count` times, or the run ends. Returns the time."""
+    while process.poll() is None and log.read_text(errors="replace").count(BEGINNINGS[phase]) < count:
+        time.sleep(0.01)
     return time.monotonic()
+
+
+def phase_of(log: Path) -> str:
+    """The phase that a run was in when it was killed."""
+    text = log.read_text(errors="replace")
+    if BEGINNINGS[STEPS] not in text and BEGINNINGS[SAVING] not in text:  # a resumed run may evaluate first
+        return EVALUATION if "is validated first" in text else LOADING
+    last = [line for line in text.splitlines() if "[INFO]" in line][-1]
+    return next((phase for phase in (SAVING, EVALUATION) if BEGINNINGS[phase] in last), STEPS)
 
 
 def kill(process: subprocess.Popen) -> None:
@@ -129,31 +142,34 @@ class Case:
         output, log = args.out / name / "whole", args.out / name / "whole.log"
         log.parent.mkdir(parents=True)
         began, process = time.monotonic(), start(command(args, weights, name, output), log)
-        self.until_steps = wait_for_steps(process, log) - began
+        self.until_steps = wait_for(process, log, STEPS) - began
         if process.wait():
             sys.exit(f"{name}: the run failed: {log}")
         self.seconds, self.expected = time.monotonic() - began - self.until_steps, weights_of(output)
         shown = f"{self.until_steps:.0f} s until it trains and {self.seconds:.0f} s more"
         print(f"{name}: {shown} without interruption, {self.expected}", flush=True)
 
-    def run_killed(self, number: int, most_kills: int, draw: random.Random) -> tuple[int, list[str]]:
-        """Run once with kills. Returns the number of kills, and what is wrong."""
-        output, kills, done, wrong = self.args.out / self.name / f"run{number}", 0, 0, []
+    def wait_for_moment(self, process: subprocess.Popen, log: Path, draw: random.Random) -> int:
+        """Wait until a run is to be killed. Returns its status; raises TimeoutExpired if it has not ended by then."""
+        phase, part = draw.choice([LOADING, STEPS, SAVING, EVALUATION]), draw.random()
+        if phase == LOADING:
+            return process.wait(part * self.until_steps)
+        wait_for(process, log, phase, 1 if phase == STEPS else draw.randint(1, EPOCHS))
+        # Saving takes some 10 ms, and a validation a tenth of the time.
+        return process.wait(part * {STEPS: self.seconds, SAVING: 0.03, EVALUATION: self.seconds / 10}[phase])
+
+    def run_killed(self, number: int, most_kills: int, draw: random.Random) -> tuple[list[str], list[str]]:
+        """Run once with kills. Returns the phases in which it was killed, and what is wrong."""
+        output, kills, done, wrong = self.args.out / self.name / f"run{number}", [], 0, []
         words = command(self.args, self.weights, self.name, output, "run.resume_ckpt_path=auto")
         while True:
-            log = output.with_name(f"{output.name}.{kills}.log")
+            log = output.with_name(f"{output.name}.{len(kills)}.log")
             process = start(words, log)
             try:
-                if kills == most_kills:
-                    status = process.wait()
-                elif draw.random() < 0.2:  # while it loads
-                    status = process.wait(draw.random() * self.until_steps)
-                else:
-                    wait_for_steps(process, log)
-                    status = process.wait(draw.random() * self.seconds)
+                status = process.wait() if len(kills) == most_kills else self.wait_for_moment(process, log, draw)
             except subprocess.TimeoutExpired:
                 kill(process)
-                kills += 1
+                kills.append(phase_of(log))
                 status = None
             resumed = step_resumed(log)
             if resumed >= 0:
@@ -179,17 +195,20 @@ def main(argv: list[str] | None = None) -> int:
     make_data(args.out / "data")
     paths = random_weights.write(args.out / "weights", args.size)
     weights = random_weights.yaml_options(args.size, paths)
-    draw, kills, wrong = random.Random(args.seed), 0, []
+    draw, phases, wrong = random.Random(args.seed), Counter(), []
     args.out = args.out / time.strftime("%Y%m%d-%H%M%S")
     (args.out).mkdir()
     (args.out / "data").symlink_to(args.out.parent / "data")
     cases = [Case(args, weights, name) for name in args.cases]
     number = 0
-    while kills < args.kills:
+    while (kills := phases.total()) < args.kills:
         case = cases[number % len(cases)]
         killed, problems = case.run_killed(number, min(args.kills - kills, MOST_KILLS_OF_A_RUN), draw)
-        kills, number, wrong = kills + killed, number + 1, wrong + problems
-        print(f"{case.name}: killed {killed} times, {kills} in all; {problems or 'the same weights'}", flush=True)
+        phases.update(killed)
+        number, wrong = number + 1, wrong + problems
+        where = ", ".join(killed) or "never"
+        print(f"{case.name}: killed in: {where}; {phases.total()} in all; {problems or 'the same weights'}", flush=True)
+    print(f"Kills by phase: {dict(phases)}.")
     print("\n".join(wrong) or f"{kills} kills in {number} runs: all weights are those of uninterrupted runs.")
     return len(wrong)
 
