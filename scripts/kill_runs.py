@@ -110,8 +110,8 @@ def kill(process: subprocess.Popen) -> None:
 
 def weights_of(output: Path) -> str:
     """The SHA-256 of the trained weights of a finished run, in the newest folder of `output`."""
-    # A run that was killed after its last save leaves nothing to train, and the next one writes no checkpoint.
-    last = checkpoints_in(max(path.parent for path in output.glob("*/checkpoint_*.pth")))[0]
+    # A run that was killed after its last save leaves nothing to train: the next one writes no checkpoint of its own.
+    last = checkpoints_in(max(path.parent for path in output.glob("*/checkpoint_[0-9]*.pth")))[0]
     digest = hashlib.sha256()
     for name, tensor in sorted(torch.load(last, map_location="cpu", weights_only=True)["model"].items()):
         digest.update(name.encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
