@@ -11,17 +11,18 @@ script. The status is 1 if a weight differs, or if more steps were lost than tho
 """
 
 import argparse
+import contextlib
 import hashlib
 import os
 import random
 import re
-import signal
 import subprocess
 import sys
 import time
 from collections import Counter
 from pathlib import Path
 
+import psutil
 import torch
 
 from minigpt4.benchmarks import random_weights
@@ -98,14 +99,14 @@ def phase_of(log: Path) -> str:
 
 
 def kill(process: subprocess.Popen) -> None:
-    """Kill all processes of a run, workers and ranks included, and wait until none is left."""
-    while True:
-        try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            return
-        process.poll()
-        time.sleep(0.05)
+    """Kill all processes of a run and wait until none is left: torchrun, its ranks (in sessions of their own), workers."""
+    own = psutil.Process(process.pid)
+    processes = [own, *own.children(recursive=True)]
+    for each in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            each.kill()
+    process.wait()
+    psutil.wait_procs(processes)
 
 
 def weights_of(output: Path) -> str:
