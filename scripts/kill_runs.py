@@ -99,7 +99,7 @@ def phase_of(log: Path) -> str:
 
 
 def kill(process: subprocess.Popen) -> None:
-    """Kill all processes of a run and wait until none is left: torchrun, its ranks (in sessions of their own), workers."""
+    """Kill torchrun, its ranks, which are sessions of their own, and their workers; wait until none is left."""
     own = psutil.Process(process.pid)
     processes = [own, *own.children(recursive=True)]
     for each in processes:
