@@ -40,9 +40,13 @@ CASES = [
 ]
 EPOCHS, BATCHES, SAVE_EVERY = 2, 24, 3
 MOST_KILLS_OF_A_RUN = 5
-# Phases, and the lines of the log that they begin with.
 LOADING, STEPS, SAVING, EVALUATION = "loading", "steps", "saving", "evaluation"
+# Phases, and the lines of the log that they begin with.
 BEGINNINGS = {STEPS: "Start training epoch", SAVING: "Saving checkpoint", EVALUATION: "Averaged stats"}
+# Other lines of a phase.
+LINES = {"Train: data epoch": STEPS, "is validated first": EVALUATION} | {
+    line: name for name, line in BEGINNINGS.items()
+}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -92,10 +96,8 @@ def wait_for(process: subprocess.Popen, log: Path, phase: str, count: int = 1) -
 def phase_of(log: Path) -> str:
     """The phase that a run was in when it was killed."""
     text = log.read_text(errors="replace")
-    if BEGINNINGS[STEPS] not in text and BEGINNINGS[SAVING] not in text:  # a resumed run may evaluate first
-        return EVALUATION if "is validated first" in text else LOADING
-    last = [line for line in text.splitlines() if "[INFO]" in line][-1]
-    return next((phase for phase in (SAVING, EVALUATION) if BEGINNINGS[phase] in last), STEPS)
+    found = {text.rfind(line): phase for line, phase in LINES.items()}
+    return found[max(found)] if max(found) >= 0 else LOADING
 
 
 def kill(process: subprocess.Popen) -> None:
