@@ -5,20 +5,23 @@
 
 A case is DATA-RANKS-WORKERS-ACCUM: `shards` (stage 1) or `files` (stage 2), processes, data workers of each, and
 micro-batches of a step. Each case first trains without interruption. Then the same run is started with
-run.resume_ckpt_path=auto, killed by SIGKILL with all its processes after a random time, and started again, until it is
-done; all cases in turn, until --kills runs were killed. --out is a new folder, or one of this script. The status is 1
-if a weight differs, or if more steps were lost than those since the last save.
+run.resume_ckpt_path=auto, killed by SIGKILL with all its processes at a random moment of a random phase, and started
+again, until it is done; all cases in turn, until --kills runs were killed. --out is a new folder, or one of this
+script. The status is 1 if a weight differs, or if more steps were lost than those since the last save.
 """
 
 import argparse
+import contextlib
 import os
 import random
 import re
-import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
+
+import psutil
 
 from minigpt4.benchmarks import random_weights
 from minigpt4.benchmarks.published import SIZES
@@ -36,6 +39,13 @@ CASES = [
 ]
 EPOCHS, BATCHES, SAVE_EVERY = 2, 24, 3
 MOST_KILLS_OF_A_RUN = 5
+LOADING, STEPS, SAVING, EVALUATION = "loading", "steps", "saving", "evaluation"
+# Phases, and the lines of the log that they begin with.
+BEGINNINGS = {STEPS: "Start training epoch", SAVING: "Saving checkpoint", EVALUATION: "Averaged stats"}
+# Other lines of a phase.
+LINES = {"Train: data epoch": STEPS, "is validated first": EVALUATION} | {
+    line: name for name, line in BEGINNINGS.items()
+}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -75,28 +85,35 @@ def start(words: list[str], log: Path) -> subprocess.Popen:
         return subprocess.Popen(words, cwd=ROOT, env=env, stdout=file, stderr=file, start_new_session=True)
 
 
-def wait_for_steps(process: subprocess.Popen, log: Path) -> float:
-    """Wait until a run begins to train, or ends. Returns the time."""
-    while process.poll() is None and "Start training epoch" not in log.read_text(errors="replace"):
-        time.sleep(0.05)
+def wait_for(process: subprocess.Popen, log: Path, phase: str, count: int = 1) -> float:
+    """Wait until a phase has begun `count` times, or the run ends. Returns the time."""
+    while process.poll() is None and log.read_text(errors="replace").count(BEGINNINGS[phase]) < count:
+        time.sleep(0.01)
     return time.monotonic()
 
 
+def phase_of(log: Path) -> str:
+    """The phase that a run was in when it was killed."""
+    text = log.read_text(errors="replace")
+    found = {text.rfind(line): phase for line, phase in LINES.items()}
+    return found[max(found)] if max(found) >= 0 else LOADING
+
+
 def kill(process: subprocess.Popen) -> None:
-    """Kill all processes of a run, workers and ranks included, and wait until none is left."""
-    while True:
-        try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            return
-        process.poll()
-        time.sleep(0.05)
+    """Kill torchrun, its ranks, which are sessions of their own, and their workers; wait until none is left."""
+    own = psutil.Process(process.pid)
+    processes = [own, *own.children(recursive=True)]
+    for each in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            each.kill()
+    process.wait()
+    psutil.wait_procs(processes)
 
 
 def weights_of(output: Path) -> str:
     """The SHA-256 of the trained weights of a finished run, in the newest folder of `output`."""
-    # A run that was killed after its last save leaves nothing to train, and the next one writes no checkpoint.
-    last = checkpoints_in(max(path.parent for path in output.glob("*/checkpoint_*.pth")))[0]
+    # A run that was killed after its last save leaves nothing to train: the next one writes no checkpoint of its own.
+    last = checkpoints_in(max(path.parent for path in output.glob("*/checkpoint_[0-9]*.pth")))[0]
     return f"{last.name} {weights_digest(last)}"
 
 
@@ -124,31 +141,34 @@ class Case:
         output, log = args.out / name / "whole", args.out / name / "whole.log"
         log.parent.mkdir(parents=True)
         began, process = time.monotonic(), start(command(args, weights, name, output), log)
-        self.until_steps = wait_for_steps(process, log) - began
+        self.until_steps = wait_for(process, log, STEPS) - began
         if process.wait():
             sys.exit(f"{name}: the run failed: {log}")
         self.seconds, self.expected = time.monotonic() - began - self.until_steps, weights_of(output)
         shown = f"{self.until_steps:.0f} s until it trains and {self.seconds:.0f} s more"
         print(f"{name}: {shown} without interruption, {self.expected}", flush=True)
 
-    def run_killed(self, number: int, most_kills: int, draw: random.Random) -> tuple[int, list[str]]:
-        """Run once with kills. Returns the number of kills, and what is wrong."""
-        output, kills, done, wrong = self.args.out / self.name / f"run{number}", 0, 0, []
+    def wait_for_moment(self, process: subprocess.Popen, log: Path, draw: random.Random) -> int:
+        """Wait until a run is to be killed. Returns its status; raises TimeoutExpired if it has not ended by then."""
+        phase, part = draw.choice([LOADING, STEPS, SAVING, EVALUATION]), draw.random()
+        if phase == LOADING:
+            return process.wait(part * self.until_steps)
+        wait_for(process, log, phase, 1 if phase == STEPS else draw.randint(1, EPOCHS))
+        # Saving takes some 10 ms, and a validation a tenth of the time.
+        return process.wait(part * {STEPS: self.seconds, SAVING: 0.03, EVALUATION: self.seconds / 10}[phase])
+
+    def run_killed(self, number: int, most_kills: int, draw: random.Random) -> tuple[list[str], list[str]]:
+        """Run once with kills. Returns the phases in which it was killed, and what is wrong."""
+        output, kills, done, wrong = self.args.out / self.name / f"run{number}", [], 0, []
         words = command(self.args, self.weights, self.name, output, "run.resume_ckpt_path=auto")
         while True:
-            log = output.with_name(f"{output.name}.{kills}.log")
+            log = output.with_name(f"{output.name}.{len(kills)}.log")
             process = start(words, log)
             try:
-                if kills == most_kills:
-                    status = process.wait()
-                elif draw.random() < 0.2:  # while it loads
-                    status = process.wait(draw.random() * self.until_steps)
-                else:
-                    wait_for_steps(process, log)
-                    status = process.wait(draw.random() * self.seconds)
+                status = process.wait() if len(kills) == most_kills else self.wait_for_moment(process, log, draw)
             except subprocess.TimeoutExpired:
                 kill(process)
-                kills += 1
+                kills.append(phase_of(log))
                 status = None
             resumed = step_resumed(log)
             if resumed >= 0:
@@ -174,17 +194,20 @@ def main(argv: list[str] | None = None) -> int:
     make_data(args.out / "data")
     paths = random_weights.write(args.out / "weights", args.size)
     weights = random_weights.yaml_options(args.size, paths)
-    draw, kills, wrong = random.Random(args.seed), 0, []
+    draw, phases, wrong = random.Random(args.seed), Counter(), []
     args.out = args.out / time.strftime("%Y%m%d-%H%M%S")
     (args.out).mkdir()
     (args.out / "data").symlink_to(args.out.parent / "data")
     cases = [Case(args, weights, name) for name in args.cases]
     number = 0
-    while kills < args.kills:
+    while (kills := phases.total()) < args.kills:
         case = cases[number % len(cases)]
         killed, problems = case.run_killed(number, min(args.kills - kills, MOST_KILLS_OF_A_RUN), draw)
-        kills, number, wrong = kills + killed, number + 1, wrong + problems
-        print(f"{case.name}: killed {killed} times, {kills} in all; {problems or 'the same weights'}", flush=True)
+        phases.update(killed)
+        number, wrong = number + 1, wrong + problems
+        where = ", ".join(killed) or "never"
+        print(f"{case.name}: killed in: {where}; {phases.total()} in all; {problems or 'the same weights'}", flush=True)
+    print(f"Kills by phase: {dict(phases)}.")
     print("\n".join(wrong) or f"{kills} kills in {number} runs: all weights are those of uninterrupted runs.")
     return len(wrong)
 

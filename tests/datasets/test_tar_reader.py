@@ -2,6 +2,7 @@
 
 import bz2
 import gzip
+import io
 import json
 import logging
 import lzma
@@ -255,3 +256,30 @@ def test_tars_joined_by_cat_are_named(tmp_path):
     first, second = (write_tar(tmp_path / f"{name}.tar", pairs(name)) for name in "ab")
     (tmp_path / "c.tar").write_bytes(first.read_bytes() + second.read_bytes())
     assert read(tmp_path / "c.tar") == ({"a": "a"}, {tar_reader.JOINED: 1})
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_members_are_those_that_tarfile_reads(tmp_path, form):
+    """Plain ones, and from an unusual one on all others. Of a tar that is cut off, those up to there."""
+    names = ["a.jpg", "a.txt", "d" * 60 + "/" + "e" * 60 + "/b.jpg", "é.jpg", "c.mp4", "x" * 90 + "/y.txt", "z.json"]
+    for unusual in ([], ["folder/"] if form == tarfile.USTAR_FORMAT else ["l" * 300 + ".jpg"]):
+        path = tmp_path / "0.tar"
+        with tarfile.open(path, "w", format=form) as tar:
+            for number, name in enumerate([*names[:4], *unusual, *names[4:]]):
+                info = tarfile.TarInfo(name)
+                info.type = tarfile.DIRTYPE if name == "folder/" else tarfile.REGTYPE
+                info.size, info.mtime = 0 if name == "folder/" else 400 * number, 1.5e9 + number / 4
+                tar.addfile(info, io.BytesIO(name[0].encode("latin-1") * info.size))
+        with tarfile.open(path) as tar:
+            expected = [(info.name, tar.extractfile(info).read()) for info in tar if info.isreg()]
+        content = path.read_bytes()
+        for end in range(0, len(content) + 1, 256):
+            found, problem = [], ""
+            try:
+                for key, suffix, data, _ in tar_reader.read_members(io.BytesIO(content[:end]), ["jpg", "mp4"]):
+                    found.append((f"{key}.{suffix}", data))
+            except tar_reader.ShardError as error:
+                problem = error.cause
+            assert found == expected[: len(found)]
+            assert problem or found == expected
+        assert not problem

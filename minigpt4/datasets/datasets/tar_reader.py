@@ -9,6 +9,7 @@ import gzip
 import io
 import lzma
 import os
+import re
 import tarfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,10 @@ TEXT_SUFFIXES = ("json", "txt")
 UNPACKERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
 BUFFER = 1 << 18
 BLOCK = tarfile.BLOCKSIZE
+# Records about the next member that change nothing here.
+TIMES = re.compile(rb"(\d+ [acm]time=[\d.]+\n)+\0*")
+# A hidden member. With one before it, a broken header is the end of the tar for tarfile, as after any other.
+NO_MEMBER = tarfile.TarInfo("._").tobuf()
 # Bytes of incomplete samples that wait for their other members. The oldest are given up beyond that.
 MAX_WAITING = 256 << 20
 
@@ -114,20 +119,30 @@ def read_members(raw: io.RawIOBase, pictures: Collection[str]) -> Iterator[Membe
 
     Raises ShardError, once: for what is no tar, at the place where it is broken, or at its end if that is missing.
     """
-    wanted, first = {*pictures, *TEXT_SUFFIXES}, True
+    wanted, first, start = {*pictures, *TEXT_SUFFIXES}, True, b""
     try:
-        with tarfile.open(fileobj=_unpacked(raw), mode="r|") as tar:
-            first = False
-            for info in tar:
-                tar.members = []  # or it would keep them all
-                if is_hidden(info.name):
+        file = _unpacked(raw)
+        # tarfile needs five times as long for a member. So it gets the rest of a tar from the first unusual one on.
+        while plain := _plain_header(header := file.read(BLOCK)):
+            name, size, is_file = plain
+            padded = size + -size % BLOCK
+            if not is_file:
+                header += file.read(padded)
+                if TIMES.fullmatch(header, BLOCK):
                     continue
-                key, suffix = split_name(info.name, pictures)
-                if info.islnk() or info.issym():
-                    yield key, f"{suffix} (a link)", None, BLOCK  # its file may have been anywhere before
-                elif info.isreg():
-                    content = tar.extractfile(info).read() if suffix in wanted else None
-                    yield key, suffix, content, BLOCK + info.size + -info.size % BLOCK
+                break
+            first, start = False, NO_MEMBER
+            key, suffix = split_name(name, pictures)
+            content = file.read(padded) if suffix in wanted else None
+            if content is not None and len(content) < size:
+                raise EOFError("unexpected end of data")
+            if not is_hidden(name):
+                yield key, suffix, content and content[:size], BLOCK + padded
+            if content is None:
+                _pass_over(file, padded)
+        with tarfile.open(fileobj=_Chained(start + header, file), mode="r|", encoding="utf-8") as tar:
+            first = False
+            yield from _members_of(tar, wanted, pictures)
             _check_end(tar)
     except OutOfReach as error:
         raise ShardError(UNREADABLE, str(error)) from error
@@ -137,6 +152,58 @@ def read_members(raw: io.RawIOBase, pictures: Collection[str]) -> Iterator[Membe
         cut_off = isinstance(error, EOFError) or "unexpected end" in str(error)
         cause = UNREADABLE if first else CUT_OFF if cut_off else CORRUPT
         raise ShardError(cause, f"{type(error).__name__}: {error}") from error
+
+
+def _plain_header(header: bytes) -> tuple[str, int, bool] | None:
+    """(name, bytes, whether it is a file) of the header of a file, or of records about the next one. None: of another
+    kind, or broken.
+    """
+    kind = header[156:157]
+    if kind not in (b"0", b"x") or header[257:262] != b"ustar":
+        return None
+    try:
+        size, checksum = int(header[124:136].strip(b" \0"), 8), int(header[148:156].strip(b" \0"), 8)
+    except ValueError:  # such as a number in binary
+        return None
+    if size < 0 or sum(header) - sum(header[148:156]) + 8 * ord(" ") != checksum:
+        return None
+    name, folder = (
+        part.partition(b"\0")[0].decode("utf-8", "surrogateescape") for part in (header[:100], header[345:500])
+    )
+    return f"{folder}/{name}" if folder else name, size, kind == b"0"
+
+
+def _pass_over(file: io.BufferedIOBase, size: int) -> None:
+    """Read bytes without keeping them. Raises EOFError if there are fewer."""
+    while size:
+        read = len(file.read(min(size, BUFFER)))
+        if not read:
+            raise EOFError("unexpected end of data")
+        size -= read
+
+
+class _Chained:
+    """Bytes, and after them a file."""
+
+    def __init__(self, start: bytes, file: io.BufferedIOBase) -> None:
+        self._start, self._file = start, file
+
+    def read(self, size: int) -> bytes:
+        start, self._start = self._start[:size], self._start[size:]
+        return start or self._file.read(size)
+
+
+def _members_of(tar: tarfile.TarFile, wanted: Collection[str], pictures: Collection[str]) -> Iterator[Member]:
+    for info in tar:
+        tar.members = []  # or it would keep them all
+        if is_hidden(info.name):
+            continue
+        key, suffix = split_name(info.name, pictures)
+        if info.islnk() or info.issym():
+            yield key, f"{suffix} (a link)", None, BLOCK  # its file may have been anywhere before
+        elif info.isreg():
+            content = tar.extractfile(info).read() if suffix in wanted else None
+            yield key, suffix, content, BLOCK + info.size + -info.size % BLOCK
 
 
 def _unpacked(raw: io.RawIOBase) -> io.BufferedIOBase:
