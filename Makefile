@@ -15,8 +15,9 @@ VENV ?= .venv
 PIP = $(VENV)/bin/pip install --quiet
 BIN = $(VENV)/bin
 IMG2DATASET_VENV = .venv-img2dataset
-# Two processes; the tests of a file stay together, for the models that they share.
-PYTEST = $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+# Three processes also for two cores, because some tests wait. The tests of a file stay together, for the models that
+# they share.
+PYTEST = $(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 .PHONY: quickstart check test style rehearsal lint lock clean
 

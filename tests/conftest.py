@@ -61,6 +61,8 @@ SLOW_TESTS = (
 
 
 LONGEST_FILES = (
+    "tests/benchmarks/test_train.py",
+    "tests/doctor/test_estimate.py",
     "tests/kernels/test_packed_attention.py",
     "tests/test_tutorial.py",
     "tests/web/test_page.py",
