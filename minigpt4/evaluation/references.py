@@ -47,12 +47,13 @@ class Folder:
         with suppress(OSError):
             self._there = set(os.listdir(self.folder))
 
-    def __call__(self, *names: str) -> str:
-        """The path of the first of some names that is there. Raises ConfigError, without the place, if none is."""
+    def __call__(self, where: str, *names: str) -> str:
+        """The path of the first of some names that is there. Raises ConfigError about `where` if none is."""
         found = next((name for name in names if name in self._there), None)
         if found is None and self.check and not os.path.exists(os.path.join(self.folder, names[0])):
             raise ConfigError(
-                f"asks about a picture {' or '.join(names)}, which is not in {self.folder}. Name its folder: --images"
+                f"{where} asks about a picture {' or '.join(names)}, which is not in {self.folder}. Name its folder: "
+                "--images"
             )
         return os.path.join(self.folder, found or names[0])
 
@@ -272,7 +273,7 @@ def _read_coco(path: str, folder: Folder, group: str) -> Iterator[Example]:
     for (image, file), texts in captions.items():
         if None in texts:
             raise ConfigError(f"{path} image_id {image} has no 'caption'. Use the captions file (captions_*.json).")
-        picture = _found(path, image, folder, file or f"{image}.jpg")
+        picture = folder(f"{path} {image}", file or f"{image}.jpg")
         names = {"image_id": str(image), "image": picture}
         yield Example(str(image), PICTURE, tuple(texts), (picture,), names, group)
 
@@ -281,7 +282,7 @@ def _read_align(path: str, folder: Folder, group: str) -> Iterator[Example]:
     """The filter_cap.json of stage 2: {"annotations": [{"image_id", "caption"}]}, and image/<image_id>.jpg."""
     for item in _list(_load(path), "annotations"):
         image, caption = _need(path, item, "image_id", "caption")
-        picture = _found(path, image, folder, f"image/{image}.jpg", f"{image}.jpg")
+        picture = folder(f"{path} {image}", f"image/{image}.jpg", f"{image}.jpg")
         names = {"image_id": str(image), "image": picture}
         yield Example(str(image), PICTURE, (caption,), (picture,), names, group)
 
@@ -303,7 +304,7 @@ def _read_vqa(paths: list[str], images: str | None, check: bool) -> Iterator[Exa
             about = f"{path} question_id {number}"
             answers = tuple(str(_need(about, each, "answer")[0]) for each in annotated[number]["answers"])
             digits = f"{image:012d}.jpg" if isinstance(image, int) else f"{image}.jpg"
-            picture = _found(path, number, folder, f"COCO_{subtype}_{digits}", digits, f"{image}.jpg", f"{image}.png")
+            picture = folder(f"{path} {number}", f"COCO_{subtype}_{digits}", digits, f"{image}.jpg", f"{image}.png")
             group = str(annotated[number].get("answer_type") or "")
             yield _question(number, image, question, answers, picture, group)
 
@@ -312,7 +313,7 @@ def _read_textvqa(path: str, folder: Folder, group: str) -> Iterator[Example]:
     """TextVQA: {"data": [{"question", "image_id", "question_id", "answers"}]}."""
     for item in _list(_load(path), "data"):
         number, image, question, answers = _need(path, item, "question_id", "image_id", "question", "answers")
-        picture = _found(path, number, folder, f"{image}.jpg", f"{image}.png")
+        picture = folder(f"{path} {number}", f"{image}.jpg", f"{image}.png")
         yield _question(number, image, question, tuple(answers), picture, group)
 
 
@@ -320,7 +321,7 @@ def _read_gqa(path: str, folder: Folder, group: str) -> Iterator[Example]:
     """GQA: {question id: {"question", "answer", "imageId"}}."""
     for number, item in _load(path).items():
         image, question, answer = _need(f"{path} {number}", item, "imageId", "question", "answer")
-        picture = _found(path, number, folder, f"{image}.jpg", f"{image}.png")
+        picture = folder(f"{path} {number}", f"{image}.jpg", f"{image}.png")
         yield _question(number, image, question, (answer,), picture, group)
 
 
@@ -336,7 +337,7 @@ def _read_scienceqa(path: str, folder: Folder, group: str) -> Iterator[Example]:
         pictures, parts = (), (text,)
         if item.get("image"):
             place = os.path.join(item.get("split") or "", number, *_need(f"{path} {number}", item, "image"))
-            pictures, parts = (_found(path, number, folder, place),), (None, text)
+            pictures, parts = (folder(f"{path} {number}", place),), (None, text)
         subject, messages = str(item.get("subject") or group), (("user", parts),)
         yield Example(number, messages, (choices[right],), pictures, names, subject, tuple(choices))
 
@@ -347,7 +348,7 @@ def _read_pope(path: str, folder: Folder, group: str) -> Iterator[Example]:
         number, image, question, label = _need(where, item, "question_id", "image", "text", "label")
         if label not in ("yes", "no"):
             raise ConfigError(f"{where} has the label {label!r}; yes or no is expected.")
-        picture = _found(path, number, folder, image)
+        picture = folder(f"{path} {number}", image)
         yield _question(number, None, question, (label,), picture, group)
 
 
@@ -389,10 +390,3 @@ def _need(where: str, item: Any, *keys: str) -> list:
             kind = "text" if TYPES[key] is str else "list"
             raise ConfigError(f"{where}: its {key!r} is {reprlib.repr(item[key])}; a {kind} is expected.")
     return [item[key] for key in keys]
-
-
-def _found(path: str, number: Any, folder: Folder, *names: str) -> str:
-    try:
-        return folder(*names)
-    except ConfigError as error:
-        raise ConfigError(f"{path} {number} {error}") from None
