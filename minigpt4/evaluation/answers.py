@@ -30,7 +30,9 @@ def read_answers(path: str, examples: Sequence[Example]) -> tuple[dict[str, Answ
             raise ConfigError(f"{where}: its {given!r} is {shown(text)}; a text is expected. Put quotes around it.")
         ids = _look_up(index[key], key, str(item[key]))
         if len(ids) > 1:
-            raise ConfigError(f"{where}: {len(ids)} questions have {key} {item[key]}. Name one by its question_id.")
+            raise ConfigError(
+                f"{where}: {len(ids)} questions have {key} {item[key]}. Name one by its id: {', '.join(ids[:3])}."
+            )
         if ids and ids[0] in found:
             raise ConfigError(f"{where} is a second answer for {key} {item[key]}. Leave one.")
         if ids:

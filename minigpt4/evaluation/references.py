@@ -47,12 +47,13 @@ class Folder:
         with suppress(OSError):
             self._there = set(os.listdir(self.folder))
 
-    def __call__(self, *names: str) -> str:
-        """The path of the first of some names that is there. Raises ConfigError, without the place, if none is."""
+    def __call__(self, where: str, *names: str) -> str:
+        """The path of the first of some names that is there. Raises ConfigError about `where` if none is."""
         found = next((name for name in names if name in self._there), None)
         if found is None and self.check and not os.path.exists(os.path.join(self.folder, names[0])):
             raise ConfigError(
-                f"asks about a picture {' or '.join(names)}, which is not in {self.folder}. Name its folder: --images"
+                f"{where} asks about a picture {' or '.join(names)}, which is not in {self.folder}. Name its folder: "
+                "--images"
             )
         return os.path.join(self.folder, found or names[0])
 
@@ -84,12 +85,8 @@ def read_examples(
         by_format.setdefault(recognise(path) if format == "auto" else format, []).append(path)
     found, task = [], ""
     for name, group in by_format.items():
-        if name in READERS:
-            each_task, reader = READERS[name]
-            examples = [*reader(group, images, check)]
-        else:
-            examples = [*_read_records(group, images, name, columns, check)]
-            each_task = task_for(examples)
+        examples = [*_read(name, group, images, columns, check)]
+        each_task = READERS[name][0] if name in READERS else task_for(examples)
         for example in examples:
             if not example.references or not all(isinstance(text, str) for text in example.references):
                 shown = f"{example.id} has the references {reprlib.repr(list(example.references))}"
@@ -246,51 +243,52 @@ def _processed(get: Callable[[], Any], number: int | None) -> Any:
     return normalise(default_collate([picture]))["image"][0]
 
 
-def _read_records(
-    paths: list[str], images: str | None, format: str, columns: Mapping[str, str] | None, check: bool
+def _read(
+    format: str, paths: list[str], images: str | None, columns: Mapping[str, str] | None, check: bool
 ) -> Iterator[Example]:
+    """The examples of files of one format. Of several files each is a group, unless it has groups itself."""
+    if format == "vqa":
+        yield from _read_vqa(paths, images, check)
+        return
     for path in paths:
+        group = Path(path).stem if len(paths) > 1 else ""
+        if format in READERS:
+            yield from READERS[format][1](path, Folder(images, path, check), group)
+            continue
         _, records = formats.read_records(path, images, format, columns, "data", check)
         if not isinstance(records, Sequence):
             raise ConfigError(f"--data {path} is a shard. Name files or a folder.")
-        group = Path(path).stem if len(paths) > 1 else ""
         yield from from_records((records[index] for index in range(len(records))), group)
 
 
-# One function for each format of benchmarks: (paths, images, check) -> examples.
+# One function for each format of benchmarks: (path, folder of the pictures, group) -> examples.
 
 
-def _read_coco(paths: list[str], images: str | None, check: bool) -> Iterator[Example]:
+def _read_coco(path: str, folder: Folder, group: str) -> Iterator[Example]:
     """COCO's captions: all captions of an image are the references of one example."""
-    for path in paths:
-        captions: dict[tuple, list[str]] = {}
-        for annotation in open_coco(path).items:
-            _, image, file, caption = json.loads(annotation)
-            captions.setdefault((image, file), []).append(caption)
-        folder = Folder(images, path, check)
-        for (image, file), texts in captions.items():
-            if None in texts:
-                raise ConfigError(f"{path} image_id {image} has no 'caption'. Use the captions file (captions_*.json).")
-            picture = _found(path, image, folder, file or f"{image}.jpg")
-            names = {"image_id": str(image), "image": picture}
-            group = Path(path).stem if len(paths) > 1 else ""
-            yield Example(str(image), PICTURE, tuple(texts), (picture,), names, group)
+    captions: dict[tuple, list[str]] = {}
+    for annotation in open_coco(path).items:
+        _, image, file, caption = json.loads(annotation)
+        captions.setdefault((image, file), []).append(caption)
+    for (image, file), texts in captions.items():
+        if None in texts:
+            raise ConfigError(f"{path} image_id {image} has no 'caption'. Use the captions file (captions_*.json).")
+        picture = folder(f"{path} {image}", file or f"{image}.jpg")
+        names = {"image_id": str(image), "image": picture}
+        yield Example(str(image), PICTURE, tuple(texts), (picture,), names, group)
 
 
-def _read_align(paths: list[str], images: str | None, check: bool) -> Iterator[Example]:
+def _read_align(path: str, folder: Folder, group: str) -> Iterator[Example]:
     """The filter_cap.json of stage 2: {"annotations": [{"image_id", "caption"}]}, and image/<image_id>.jpg."""
-    for path in paths:
-        folder = Folder(images, path, check)
-        for item in _list(_load(path), "annotations"):
-            image, caption = _need(path, item, "image_id", "caption")
-            picture = _found(path, image, folder, f"image/{image}.jpg", f"{image}.jpg")
-            names = {"image_id": str(image), "image": picture}
-            group = Path(path).stem if len(paths) > 1 else ""
-            yield Example(str(image), PICTURE, (caption,), (picture,), names, group)
+    for item in _list(_load(path), "annotations"):
+        image, caption = _need(path, item, "image_id", "caption")
+        picture = folder(f"{path} {image}", f"image/{image}.jpg", f"{image}.jpg")
+        names = {"image_id": str(image), "image": picture}
+        yield Example(str(image), PICTURE, (caption,), (picture,), names, group)
 
 
 def _read_vqa(paths: list[str], images: str | None, check: bool) -> Iterator[Example]:
-    """VQAv2 and OK-VQA: a file of questions and one of annotations, in any order."""
+    """VQAv2 and OK-VQA: a file of questions and one of annotations, in any order, of all files together."""
     files = {path: _load(path) for path in paths}
     annotations = [(path, each) for path, file in files.items() for each in _list(file, "annotations")]
     annotated = {_need(path, each, "question_id", "answers")[0]: each for path, each in annotations}
@@ -306,60 +304,52 @@ def _read_vqa(paths: list[str], images: str | None, check: bool) -> Iterator[Exa
             about = f"{path} question_id {number}"
             answers = tuple(str(_need(about, each, "answer")[0]) for each in annotated[number]["answers"])
             digits = f"{image:012d}.jpg" if isinstance(image, int) else f"{image}.jpg"
-            picture = _found(path, number, folder, f"COCO_{subtype}_{digits}", digits, f"{image}.jpg", f"{image}.png")
+            picture = folder(f"{path} {number}", f"COCO_{subtype}_{digits}", digits, f"{image}.jpg", f"{image}.png")
             group = str(annotated[number].get("answer_type") or "")
             yield _question(number, image, question, answers, picture, group)
 
 
-def _read_textvqa(paths: list[str], images: str | None, check: bool) -> Iterator[Example]:
+def _read_textvqa(path: str, folder: Folder, group: str) -> Iterator[Example]:
     """TextVQA: {"data": [{"question", "image_id", "question_id", "answers"}]}."""
-    for path in paths:
-        folder = Folder(images, path, check)
-        for item in _list(_load(path), "data"):
-            number, image, question, answers = _need(path, item, "question_id", "image_id", "question", "answers")
-            picture = _found(path, number, folder, f"{image}.jpg", f"{image}.png")
-            yield _question(number, image, question, tuple(answers), picture)
+    for item in _list(_load(path), "data"):
+        number, image, question, answers = _need(path, item, "question_id", "image_id", "question", "answers")
+        picture = folder(f"{path} {number}", f"{image}.jpg", f"{image}.png")
+        yield _question(number, image, question, tuple(answers), picture, group)
 
 
-def _read_gqa(paths: list[str], images: str | None, check: bool) -> Iterator[Example]:
+def _read_gqa(path: str, folder: Folder, group: str) -> Iterator[Example]:
     """GQA: {question id: {"question", "answer", "imageId"}}."""
-    for path in paths:
-        folder = Folder(images, path, check)
-        for number, item in _load(path).items():
-            image, question, answer = _need(f"{path} {number}", item, "imageId", "question", "answer")
-            picture = _found(path, number, folder, f"{image}.jpg", f"{image}.png")
-            yield _question(number, image, question, (answer,), picture)
+    for number, item in _load(path).items():
+        image, question, answer = _need(f"{path} {number}", item, "imageId", "question", "answer")
+        picture = folder(f"{path} {number}", f"{image}.jpg", f"{image}.png")
+        yield _question(number, image, question, (answer,), picture, group)
 
 
-def _read_scienceqa(paths: list[str], images: str | None, check: bool) -> Iterator[Example]:
+def _read_scienceqa(path: str, folder: Folder, group: str) -> Iterator[Example]:
     """ScienceQA: {id: {"question", "choices", "answer": index, "hint", "image", "split"}}, some without a picture."""
-    for path in paths:
-        folder = Folder(images, path, check)
-        for number, item in _load(path).items():
-            question, choices, right = _need(f"{path} {number}", item, "question", "choices", "answer")
-            if not isinstance(right, int) or not 0 <= right < len(choices):
-                raise ConfigError(f"{path} {number} has the answer {right!r}; an index of its choices is expected.")
-            listed = [f"{chr(ord('A') + n)}. {choice}" for n, choice in enumerate(choices)]
-            text = "\n".join([*map(str, filter(None, [item.get("hint"), question])), *listed])
-            names = {"id": number, "question_id": number}
-            pictures, parts = (), (text,)
-            if item.get("image"):
-                place = os.path.join(item.get("split") or "", number, *_need(f"{path} {number}", item, "image"))
-                pictures, parts = (_found(path, number, folder, place),), (None, text)
-            group, messages = str(item.get("subject") or ""), (("user", parts),)
-            yield Example(number, messages, (choices[right],), pictures, names, group, tuple(choices))
+    for number, item in _load(path).items():
+        question, choices, right = _need(f"{path} {number}", item, "question", "choices", "answer")
+        if not isinstance(right, int) or not 0 <= right < len(choices):
+            raise ConfigError(f"{path} {number} has the answer {right!r}; an index of its choices is expected.")
+        listed = [f"{chr(ord('A') + n)}. {choice}" for n, choice in enumerate(choices)]
+        text = "\n".join([*map(str, filter(None, [item.get("hint"), question])), *listed])
+        names = {"id": number, "question_id": number}
+        pictures, parts = (), (text,)
+        if item.get("image"):
+            place = os.path.join(item.get("split") or "", number, *_need(f"{path} {number}", item, "image"))
+            pictures, parts = (folder(f"{path} {number}", place),), (None, text)
+        subject, messages = str(item.get("subject") or group), (("user", parts),)
+        yield Example(number, messages, (choices[right],), pictures, names, subject, tuple(choices))
 
 
-def _read_pope(paths: list[str], images: str | None, check: bool) -> Iterator[Example]:
+def _read_pope(path: str, folder: Folder, group: str) -> Iterator[Example]:
     """POPE: {"question_id", "image", "text", "label": "yes" or "no"} on each line; each file is a setting."""
-    for path in paths:
-        folder = Folder(images, path, check)
-        for where, item in formats.read_items(path):
-            number, image, question, label = _need(where, item, "question_id", "image", "text", "label")
-            if label not in ("yes", "no"):
-                raise ConfigError(f"{where} has the label {label!r}; yes or no is expected.")
-            picture = _found(path, number, folder, image)
-            yield _question(number, None, question, (label,), picture, Path(path).stem if len(paths) > 1 else "")
+    for where, item in formats.read_items(path):
+        number, image, question, label = _need(where, item, "question_id", "image", "text", "label")
+        if label not in ("yes", "no"):
+            raise ConfigError(f"{where} has the label {label!r}; yes or no is expected.")
+        picture = folder(f"{path} {number}", image)
+        yield _question(number, None, question, (label,), picture, group)
 
 
 READERS: dict[str, tuple[str, Callable]] = {
@@ -400,10 +390,3 @@ def _need(where: str, item: Any, *keys: str) -> list:
             kind = "text" if TYPES[key] is str else "list"
             raise ConfigError(f"{where}: its {key!r} is {reprlib.repr(item[key])}; a {kind} is expected.")
     return [item[key] for key in keys]
-
-
-def _found(path: str, number: Any, folder: Folder, *names: str) -> str:
-    try:
-        return folder(*names)
-    except ConfigError as error:
-        raise ConfigError(f"{path} {number} {error}") from None

@@ -118,7 +118,7 @@ class Wandb(Tracker):
 
 
 @registry.register("tracker", "trackio")
-class Trackio(Tracker):
+class Trackio(Wandb):  # whose methods Trackio has, too
     """Trackio, on this machine unless TRACKIO_SPACE_ID names a Space: `trackio show --project minigpt4`."""
 
     package = "trackio"
@@ -130,10 +130,3 @@ class Trackio(Tracker):
         name = run.name if run.id in run.name else f"{run.name} {run.id}"  # it knows runs by their names
         project = os.environ.get("TRACKIO_PROJECT", "minigpt4")
         self.run = trackio.init(project=project, name=name, config=run.config, resume="allow", embed=False)
-
-    def log(self, step, values):
-        shown = {name: self.image(value) if is_picture(value) else value for name, value in values.items()}
-        self.run.log(shown, step=step)
-
-    def close(self):
-        self.run.finish()

@@ -175,20 +175,23 @@ def test_pictures_are_found_by_the_names_of_benchmarks(tmp_path):
     assert [len(example.pictures) for example in examples] == [0, 1]
 
 
-def test_settings_of_pope_have_figures_of_their_own(tmp_path):
-    paths = [tmp_path / f"coco_pope_{setting}.json" for setting in ("random", "popular")]
+@pytest.mark.parametrize("form", ["pope", "textvqa", "gqa", "coco", "cc_sbu_align", "questions"])
+def test_each_of_several_files_is_a_group(form, tmp_path):
+    """Such as the settings of POPE, whose questions have the same numbers in all files."""
+    (content,) = FORMS[form][0].values()
+    paths = [tmp_path / f"{name}.{'jsonl' if form == 'questions' else 'json'}" for name in ("random", "popular")]
     for path in paths:
-        path.write_text(lines(*POPE))
-    _, examples = references.read_examples([str(path) for path in paths], check=False)
-    assert [(example.group, example.id) for example in examples] == [
-        (path.stem, f"{path.stem}/{number}") for path in paths for number in (1, 2)
-    ]
+        path.write_text(content)
+    _, (*examples,) = references.read_examples([str(path) for path in paths], check=False)
+    half = len(examples) // 2
+    assert [example.group for example in examples] == ["random"] * half + ["popular"] * half
+    assert all(example.id.startswith(f"{example.group}/") for example in examples)
 
 
 @pytest.mark.parametrize(
     ("answers", "words"),
     [
-        (lines({"image_id": 42, "answer": "red"}), ("2 questions", "image_id 42", "question_id")),
+        (lines({"image_id": 42, "answer": "red"}), ("2 questions", "image_id 42", "its id: 420")),
         (lines({"question_id": 420, "answer": "a"}, {"question_id": 420, "answer": "b"}), ("line 2", "second answer")),
         (lines({"question_id": 9, "answer": "a"}), ("no answer to these references", "question_id")),
         (lines({"question_id": 420, "answer": 3}), ("line 1", "answer", "3", "text")),

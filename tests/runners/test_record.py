@@ -8,6 +8,7 @@ from helpers import Pictures
 from minigpt4.runners.health import BAD_BATCHES
 from minigpt4.tracking import metrics
 from minigpt4.tracking.metrics import read_metrics
+from minigpt4.tracking.record import PICTURES
 
 
 def lines_of(runner):
@@ -66,9 +67,12 @@ def test_a_resumed_run_has_each_step_once(build_golden_model, make_runner, pool,
     earlier.write_bytes(earlier.read_bytes()[:-100])
     bad = [b'{"step": 2, "samples": ["\xff"]}\n', b'{"step": 4}\n', b'{"step": 5}\n', b'{"step"']
     (whole.output_dir / BAD_BATCHES).write_bytes(b"".join(bad))
+    (whole.output_dir / PICTURES).mkdir()
+    (whole.output_dir / PICTURES / "a picture.jpg").touch()
     first = whole.output_dir / "checkpoint_0.pth"
     resumed = make_runner(build_golden_model(), splits, job_id="resumed", resume_ckpt_path=str(first), **settings)
     resumed.train()
+    assert [path.name for path in (resumed.output_dir / PICTURES).iterdir()] == ["a picture.jpg"]
     names = ("loss", "lr", "train_loss", "val_loss", "grad_norm")
     steps = [line["step"] for line in lines_of(resumed) if "loss" in line]
     assert steps == list(range(1, 9)) and "are taken over; " in caplog.text
