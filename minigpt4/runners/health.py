@@ -173,7 +173,8 @@ class Health:
                 about = {"step": update.step, "reason": reason, "rank": rank}
                 numbers = {"loss": loss, "grad_norm": norm}
                 numbers = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
-                self.append(BAD_BATCHES, {**about, **numbers, "samples": [each._asdict() for each in ids]})
+                samples = [{"dataset": each.dataset, "key": each.key, "shard": each.shard} for each in ids]
+                self.append(BAD_BATCHES, {**about, **numbers, "samples": samples})
         ids = [each for _, part in parts.values() for each in part]
         named = "; ".join(map(str, islice(ids, SHOWN))) or "a batch without names"
         more = f" and {len(ids) - SHOWN} more" if len(ids) > SHOWN else ""
