@@ -68,9 +68,9 @@ class Reply:
         """Server-sent events until all answers have ended. An error becomes an event, too."""
         try:
             async for chunk in self._chunks():
-                yield _event(chunk)
+                yield event(chunk)
         except ApiError as error:
-            yield _event(error.body())
+            yield event(error.body())
         yield DONE
 
     async def _chunks(self) -> AsyncIterator[dict]:
@@ -142,5 +142,6 @@ def _choice(index: int, reason: str | None, **content: dict) -> dict:
     return {"index": index, **content, "logprobs": None, "finish_reason": reason}
 
 
-def _event(content: dict) -> str:
+def event(content: dict) -> str:
+    """A server-sent event."""
     return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"

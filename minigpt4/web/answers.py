@@ -5,7 +5,6 @@ The browser holds the conversation and sends all of it with each question. Answe
 """
 
 import asyncio
-import json
 import logging
 import threading
 import time
@@ -22,13 +21,13 @@ from minigpt4.conversation import Chat, Conversation, Decoding
 from minigpt4.conversation.conversation import IMAGE_TURN
 from minigpt4.serving.answer import Answer, Prompt
 from minigpt4.serving.batching import Batcher
+from minigpt4.serving.replies import UPDATE_SECONDS, event
 from minigpt4.serving.sampling import RowSampling
 from minigpt4.web.pictures import MAX_PICTURES, Uploads
 
 MAX_CHARACTERS = 20_000  # in a question
 MAX_MESSAGES = 400
 MOST = {"num_beams": 10, "max_new_tokens": 1000, "max_length": Decoding.max_length}  # as on the page's sliders
-UPDATE_SECONDS = 0.04  # at most 25 updates a second reach the browser, whatever the model's speed
 LINE_SECONDS = 0.1  # how often the place in line is looked at
 ANSWER_SECONDS = 3600  # an answer ends after that
 REMEMBERED = 20  # answers from whose time the waiting time is estimated
@@ -214,12 +213,12 @@ class Answering:
                     start = time.monotonic()
                 before, update = update, {"started": True} if answer.started else self._line(answer)
                 if update != before:
-                    yield _event(update)
+                    yield event(update)
             while True:
                 changed.clear()
                 finish, text = answer.finish, answer.text()
                 if text != shown:
-                    yield _event({"add": text[len(shown) :]} if text.startswith(shown) else {"text": text})
+                    yield event({"add": text[len(shown) :]} if text.startswith(shown) else {"text": text})
                     shown = text
                 if finish:
                     break
@@ -227,13 +226,13 @@ class Answering:
                 await changed.wait()
             seconds = time.monotonic() - start
             if finish == "error":
-                yield _event({"error": "failed", "values": {}})
+                yield event({"error": "failed", "values": {}})
             else:
                 self._seconds.append(seconds)
                 notes = _notes(prepared, len(answer.ids))
-                yield _event({"end": finish, "tokens": len(answer.ids), "seconds": seconds, "notes": notes})
+                yield event({"end": finish, "tokens": len(answer.ids), "seconds": seconds, "notes": notes})
         finally:
-            self._stop(answer)
+            self.batcher.cancel([answer])
 
     def _start(self, prepared: Prepared, client: str, wake: Callable[[], None]) -> Answer | _Alone:
         chat, decoding = self.batcher.chat, prepared.fitting
@@ -254,12 +253,6 @@ class Answering:
         self.batcher.submit([answer])
         return answer
 
-    def _stop(self, answer: Answer | _Alone) -> None:
-        if isinstance(answer, Answer):
-            self.batcher.cancel([answer])
-        else:
-            answer.end("cancelled")
-
     def _line(self, answer: Answer | _Alone) -> dict:
         place = self.batcher.place(answer) or 1
         if not self._seconds:
@@ -272,7 +265,3 @@ def _notes(prepared: Prepared, tokens: int) -> list[str]:
     """Keys of texts that belong to an answer."""
     full = tokens == prepared.fitting.max_new_tokens < prepared.decoding.max_new_tokens
     return ["outgrown"] * prepared.outgrown + ["full"] * full
-
-
-def _event(update: dict) -> str:
-    return f"data: {json.dumps(update, ensure_ascii=False)}\n\n"

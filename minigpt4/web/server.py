@@ -6,11 +6,12 @@ environment variables when it is imported, and both take seconds.
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -69,10 +70,13 @@ def serve(
         others = os.environ.get("no_proxy") or os.environ.get("NO_PROXY", "")
         with _no_proxy(f"localhost,127.0.0.1,::1,{host},{others}" if share else "*"):
             server = _gradio_server(checks, root_path)
-            _, page.url, shared = server.launch(
-                server_name=host, server_port=port, share=share, prevent_thread_lock=True, quiet=True,
-                footer_links=[], run_history=False, enable_monitoring=False, ssr_mode=False, root_path=root_path,
-            )  # fmt: skip
+            if share:
+                logging.info("--share: gradio's tunnel. Its program (frpc) is downloaded unless that was done before.")
+            with redirect_stdout(io.StringIO()):  # what happened is said below
+                _, page.url, shared = server.launch(
+                    server_name=host, server_port=port, share=share, prevent_thread_lock=True, quiet=True,
+                    footer_links=[], run_history=False, enable_monitoring=False, ssr_mode=False, root_path=root_path,
+                )  # fmt: skip
         # The first connection is gradio's own. Later ones are bounded in time and number.
         server.get_blocks().server.config.http_protocol_class = Connection
         try:

@@ -238,14 +238,11 @@ def test_markup_in_texts_has_no_effect_on_the_prompt(page, chat):
 def test_formulas(http):
     """What is no formula, or would take long, is left as it was written."""
     pytest.importorskip("latex2mathml")
-    good, bad = (
-        r"\sqrt{x_1} \le \alpha",
-        [r"\nosuch{x}", r"\newcommand{\a}{xx}\a", r"\def\a{x}\a", "x" * 1001, "^" * 1000],
-    )
-    found = http.post("formulas", json=[good, *bad]).json()
+    bad = [r"\nosuch{x}", r"\newcommand{\a}{xx}\a", r"\def\a{x}\a", "x" * 1001, "^" * 1000]
+    found = http.post("formulas", json=[r"\sqrt{x_1} \le \alpha", *bad]).json()
     assert "<msqrt>" in found[0] and found[1:] == [None] * len(bad)
     assert http.post("formulas", json=["x" * 900] * 50).json()[-1] is None
-    for wrong in ({}, [1], "x", None):
+    for wrong in ({}, [1], "x"):
         assert http.post("formulas", json=wrong).status_code == 400
 
 
