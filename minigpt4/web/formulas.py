@@ -25,7 +25,7 @@ def _mathml(formula: str) -> str | None:
     from latex2mathml.converter import convert
 
     try:
-        mathml = convert(formula)
+        mathml = convert(formula, display="block")  # what limits look like in a line of text, the browser knows
     except Exception:  # of many kinds, RecursionError among them
         return None
     return None if "\\" in mathml or "&#x0005C;" in mathml else mathml  # an unknown command
