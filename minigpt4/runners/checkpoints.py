@@ -31,8 +31,8 @@ class Checkpoints:
 
     def __init__(self, folder: Path, run: RunConfig) -> None:
         self.folder, self.run = folder, run
-        self.last: Path | None = None
-        """The newest one that was written."""
+        self.last = Path(run.resume_ckpt_path) if run.resume_ckpt_path and not run.evaluate else None
+        """The newest one: that which was written last, or from which the run goes on."""
         self._written: dict[Path, tuple[int, int, int]] = {}
         self._failures, self._saved_at = 0, time.monotonic()
 
@@ -74,7 +74,9 @@ class Checkpoints:
 
     def _failed(self, error: CheckpointError) -> None:
         self._failures += 1
-        on_disk = f"The newest checkpoint is {self.last}." if self.last else "There is no checkpoint of this run yet."
+        on_disk = "There is no checkpoint of this run on the disk."
+        if self.last and self.last.is_file():
+            on_disk = f"The newest checkpoint is {self.last}."
         if self._failures == MAX_FAILURES:
             raise CheckpointError(f"{error} This was the {MAX_FAILURES}rd time in a row; the run stops. {on_disk}")
         logging.warning("%s The run goes on, and tries again at the next save. %s", error, on_disk)

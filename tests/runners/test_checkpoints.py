@@ -113,6 +113,24 @@ def test_a_disk_that_is_full_for_a_while(run, monkeypatch, caplog, fails):
     assert caplog.text.count("tries again at the next save. The newest checkpoint is") == 2
 
 
+def test_a_folder_that_vanishes(make_runner, build_golden_model, caplog):
+    """What is named as saved is on the disk: an own checkpoint, or that from which the run goes on."""
+    first = make_runner(build_golden_model(), job_id="first", iters_per_epoch=1, max_epoch=4)
+    first.save_checkpoint(0)
+    folder, saved = first.output_dir, str(first.last_checkpoint)
+    settings = {"iters_per_epoch": 1, "max_epoch": 4, "resume_ckpt_path": saved}
+    again = make_runner(build_golden_model(), job_id="again", **settings)
+    again.output_dir.rename(folder.with_name("moved"))
+    again.save_checkpoint(1)
+    assert f"The newest checkpoint is {saved}." in caplog.text
+    folder.rename(folder.with_name("also moved"))
+    first.save_checkpoint(1)
+    assert "There is no checkpoint of this run on the disk." in caplog.text
+    folder.with_name("also moved").rename(folder)
+    first.save_checkpoint(1)
+    assert [p.name for p in sorted(folder.glob("*.pth"))] == ["checkpoint_0.pth", "checkpoint_1.pth"]
+
+
 def test_only_own_files_are_removed(make_runner, build_golden_model):
     runner = make_runner(build_golden_model(), keep_last=2)
     folder = runner.output_dir
