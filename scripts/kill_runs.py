@@ -11,17 +11,18 @@ script. The status is 1 if a weight differs, or if more steps were lost than tho
 """
 
 import argparse
+import contextlib
 import hashlib
 import os
 import random
 import re
-import signal
 import subprocess
 import sys
 import time
 from collections import Counter
 from pathlib import Path
 
+import psutil
 import torch
 
 from minigpt4.benchmarks import random_weights
@@ -39,9 +40,13 @@ CASES = [
 ]
 EPOCHS, BATCHES, SAVE_EVERY = 2, 24, 3
 MOST_KILLS_OF_A_RUN = 5
-# Phases, and the lines of the log that they begin with.
 LOADING, STEPS, SAVING, EVALUATION = "loading", "steps", "saving", "evaluation"
+# Phases, and the lines of the log that they begin with.
 BEGINNINGS = {STEPS: "Start training epoch", SAVING: "Saving checkpoint", EVALUATION: "Averaged stats"}
+# Other lines of a phase.
+LINES = {"Train: data epoch": STEPS, "is validated first": EVALUATION} | {
+    line: name for name, line in BEGINNINGS.items()
+}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -91,21 +96,19 @@ def wait_for(process: subprocess.Popen, log: Path, phase: str, count: int = 1) -
 def phase_of(log: Path) -> str:
     """The phase that a run was in when it was killed."""
     text = log.read_text(errors="replace")
-    if BEGINNINGS[STEPS] not in text and BEGINNINGS[SAVING] not in text:  # a resumed run may evaluate first
-        return EVALUATION if "is validated first" in text else LOADING
-    last = [line for line in text.splitlines() if "[INFO]" in line][-1]
-    return next((phase for phase in (SAVING, EVALUATION) if BEGINNINGS[phase] in last), STEPS)
+    found = {text.rfind(line): phase for line, phase in LINES.items()}
+    return found[max(found)] if max(found) >= 0 else LOADING
 
 
 def kill(process: subprocess.Popen) -> None:
-    """Kill all processes of a run, workers and ranks included, and wait until none is left."""
-    while True:
-        try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            return
-        process.poll()
-        time.sleep(0.05)
+    """Kill torchrun, its ranks, which are sessions of their own, and their workers; wait until none is left."""
+    own = psutil.Process(process.pid)
+    processes = [own, *own.children(recursive=True)]
+    for each in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            each.kill()
+    process.wait()
+    psutil.wait_procs(processes)
 
 
 def weights_of(output: Path) -> str:
