@@ -24,7 +24,7 @@ import psutil
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from minigpt4.common.stopping import end_children, ignore_signals
+from minigpt4.common.stopping import end_children, end_commands, ignore_signals
 from minigpt4.datasets import patience
 
 log = logging.getLogger(__name__)
@@ -162,6 +162,7 @@ class _Watch:
             for row, seconds in busy.items():
                 if seconds > self._limit and self._kill:
                     log.error("A data worker hangs, and is ended: %s", _describe({row: seconds}))
+                    end_commands(row.pid)
                     _kill(row.pid)
 
 
@@ -221,6 +222,7 @@ def _end_with(parent: int) -> None:
     """End this process when its parent has ended. torch's own check waits for a worker that reads or sends."""
     while os.getppid() == parent:
         time.sleep(LOOK)
+    end_commands(os.getpid())
     os._exit(1)
 
 
