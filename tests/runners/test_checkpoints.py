@@ -52,7 +52,9 @@ def test_a_folder_whose_newest_is_broken(run, caplog):
     first = run("first", save_every_steps=2)
     for path in first.output_dir.glob("checkpoint_1*.pth"):
         path.write_bytes(path.read_bytes()[:50])
+    (first.output_dir / "checkpoint_best.pth").write_bytes(b"PK")
     run("second", resume_ckpt_path=str(first.output_dir))
+    assert "The best checkpoint so far is not copied" in caplog.text
     assert f"Resuming after epoch 0 from {first.output_dir / 'checkpoint_0.pth'}" in caplog.text
     for path in first.output_dir.glob("checkpoint_0*.pth"):
         path.unlink()
