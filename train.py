@@ -17,7 +17,7 @@ from minigpt4.cli.arguments import add_config_arguments
 from minigpt4.common.commands import accept_any_text, check_dashes
 from minigpt4.common.config import Config
 from minigpt4.common.failing import failure_text
-from minigpt4.common.stopping import STOP, Stopped
+from minigpt4.common.stopping import STOP, Stopped, leave
 from minigpt4.doctor.checks import log_warnings, preflight
 
 
@@ -93,7 +93,7 @@ if __name__ == "__main__":
     try:
         main()
     except Stopped as stop:
-        sys.exit(stop.status)
+        leave(stop.status)
     except KeyboardInterrupt:
         sys.exit(130)  # as a shell reports Ctrl-C
     except Exception as error:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from minigpt4.common import first_release, gpus
@@ -116,8 +117,25 @@ def init_process_group(
     _timeout_s = 60 * timeout_minutes
     backend = backend or ("nccl" if device.type == "cuda" else "gloo")
     timeout = timedelta(seconds=_timeout_s)
-    dist.init_process_group(backend, timeout=timeout, device_id=device if backend == "nccl" else None)
+    store, rank, world_size = _rendezvous(timeout)
+    device_id = device if backend == "nccl" else None
+    dist.init_process_group(
+        backend, store=store, rank=rank, world_size=world_size, timeout=timeout, device_id=device_id
+    )
     _host_group = dist.new_group(backend="gloo", timeout=timeout) if backend == "nccl" else None
+
+
+def _rendezvous(timeout: timedelta) -> tuple[dist.Store, int, int]:
+    """The store by which processes find each other, this one's rank, and their number.
+
+    torchrun (torch 2.14) keeps one store for all attempts of --max-restarts. Without a prefix, a process of the second
+    could read the address of one of the first, which is gone, and wait for it. On several machines, agents may count
+    the attempts differently.
+    """
+    store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+    if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    return store, rank, world_size
 
 
 def destroy_process_group() -> None:

@@ -4,14 +4,18 @@ SIGTERM and SIGUSR1 end with status REQUEUE, Ctrl-C with 130. A second signal le
 """
 
 import contextlib
+import logging
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
 from types import FrameType
 from typing import Any
+
+import psutil
 
 REQUEUE = 75
 """Status (EX_TEMPFAIL) of a run that was asked to stop, and can go on."""
@@ -115,12 +119,32 @@ def ignore_signals() -> None:
 
 
 def end_children() -> None:
-    """Kill the data workers of this process. One that hangs would keep the process waiting at its end."""
+    """Kill the data workers of this process, and their commands (`pipe:` shards).
+
+    A worker that hangs would keep the process waiting at its end.
+    """
     children = multiprocessing.active_children()
     if children and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch raises an error in its handler
     for child in children:
+        end_commands(child.pid)
         child.kill()
+
+
+def end_commands(pid: int) -> None:
+    """Kill all processes that a process has started. One that waits would outlive it."""
+    with contextlib.suppress(psutil.Error):
+        for command in psutil.Process(pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                command.kill()
+
+
+def leave(status: int) -> None:
+    """End this process now that all is saved: Python would first collect its garbage, for seconds."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _end_with(parent: int) -> None:

@@ -25,7 +25,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from minigpt4.common.dist_utils import own_patience
-from minigpt4.common.stopping import end_children, ignore_signals
+from minigpt4.common.stopping import end_children, end_commands, ignore_signals
 from minigpt4.datasets import patience
 
 log = logging.getLogger(__name__)
@@ -164,6 +164,7 @@ class _Watch:
             for row, seconds in busy.items():
                 if seconds > self._limit and self._kill:
                     log.error("A data worker hangs, and is ended: %s", _describe({row: seconds}))
+                    end_commands(row.pid)
                     with suppress(ProcessLookupError):
                         os.kill(row.pid, signal.SIGKILL)
 
@@ -217,6 +218,7 @@ def _end_with(parent: int) -> None:
     """End this process when its parent has ended. torch's own check waits for a worker that reads or sends."""
     while os.getppid() == parent:
         time.sleep(LOOK)
+    end_commands(os.getpid())
     os._exit(1)
 
 

@@ -28,10 +28,10 @@ class Checkpoints:
     Only files that were written here, and were not changed since, are removed. keep_last: `run.keep_last`.
     """
 
-    def __init__(self, folder: Path, keep_last: int | None) -> None:
+    def __init__(self, folder: Path, keep_last: int | None, resumed: Path | None) -> None:
         self.folder, self.keep_last = folder, keep_last
-        self.last: Path | None = None
-        """The newest one that was written."""
+        self.last = resumed
+        """The newest one: that which was written last, or from which the run goes on."""
         self._written: dict[Path, tuple[int, int, int]] = {}
         self._failures = 0
 
@@ -59,7 +59,9 @@ class Checkpoints:
             return True
         except CheckpointError as error:
             self._failures += 1
-            on_disk = f"The newest checkpoint is {self.last}." if self.last else "This run has no checkpoint yet."
+            on_disk = "There is no checkpoint of this run on the disk."
+            if self.last and self.last.is_file():
+                on_disk = f"The newest checkpoint is {self.last}."
             if self._failures == MAX_FAILURES:
                 times = f"This was the {MAX_FAILURES}rd time in a row; the run stops."
                 raise CheckpointError(f"{error} {times} {on_disk}") from error

@@ -74,7 +74,12 @@ def continue_folder(
     with suppress(OSError):  # there are none, or the disk is full
         shutil.copytree(earlier.with_name(PICTURES), folder / PICTURES, dirs_exist_ok=True)
     best, own = earlier.with_name(BEST), folder / BEST
-    if best.is_file() and checkpoint.read_file(best).get("best_metric") == best_metric:
+    try:
+        is_best = best.is_file() and checkpoint.read_file(best).get("best_metric") == best_metric
+    except checkpoint.CheckpointError as error:  # a run can go on without it
+        logging.warning("The best checkpoint so far is not copied: %s", error)
+        return
+    if is_best:
         shutil.copyfile(best, own.with_suffix(".part"))
         own.with_suffix(".part").rename(own)
         logging.info("%s is the best checkpoint so far; it is copied.", best)

@@ -128,7 +128,7 @@ class RunnerBase:
 
     @property
     def last_checkpoint(self) -> Path | None:
-        """The newest checkpoint that this run has written."""
+        """The newest checkpoint that this run has written, or from which it goes on."""
         return self.saving.files.last
 
     @property

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -34,7 +35,9 @@ class Saving:
     """Saves the state of a runner. All methods are called on all ranks; rank 0 writes."""
 
     def __init__(self, runner: "RunnerBase") -> None:
-        self.runner, self.files = runner, Checkpoints(runner.output_dir, runner.run.keep_last)
+        run = runner.run
+        resumed = Path(run.resume_ckpt_path) if run.resume_ckpt_path and not run.evaluate else None
+        self.runner, self.files = runner, Checkpoints(runner.output_dir, run.keep_last, resumed)
         self._host_rng: dict[str, Any] | None = None
         self._place: Place | None = None  # after the last update, if that is not the end of an epoch
         self._saved_step, self._saved_at = 0, time.monotonic()

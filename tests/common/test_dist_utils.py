@@ -1,5 +1,7 @@
 """The choice of device and type, and joining a process group."""
 
+from datetime import timedelta
+
 import pytest
 import torch
 
@@ -12,8 +14,22 @@ def test_a_rank_does_not_wait_for_hours(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, **given: joined.update(given))
+    monkeypatch.setattr(dist_utils, "rendezvous", lambda url, timeout: iter([(torch.distributed.HashStore(), 0, 2)]))
     dist_utils.init_process_group(torch.device("cpu"))
     assert 60 < joined["timeout"].total_seconds() < 3600
+
+
+def test_each_attempt_of_torchrun_has_a_store_of_its_own(monkeypatch):
+    """torch 2.14 keeps one for all, with addresses of processes that are gone."""
+    store = torch.distributed.HashStore()
+    monkeypatch.setattr(dist_utils, "rendezvous", lambda url, timeout: iter([(store, 0, 2)]))
+    for attempt in "012":
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
+        own, *world = dist_utils._rendezvous(timedelta(seconds=1))
+        assert not own.check(["address"]) and world == [0, 2]
+        own.set("address", attempt)
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")  # agents of several machines count for themselves
+    assert dist_utils._rendezvous(timedelta(seconds=1))[0] is store
 
 
 def test_several_processes_need_run_distributed(monkeypatch):

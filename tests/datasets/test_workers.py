@@ -125,22 +125,24 @@ def test_texts_that_are_long_or_no_utf_8():
 
 @pytest.mark.slow
 def test_no_worker_outlives_a_main_process_that_is_killed():
-    """Idle, reading, and with a batch that nobody takes."""
+    """Idle, reading from a command, which ends as well, and with a batch that nobody takes."""
     code = """if True:
-        import sys, time, torch
+        import subprocess, sys, time, torch
         sys.path[:0] = ["tests", "tests/datasets"]
         from test_workers import Faulty
         from minigpt4.datasets.loaders import TrainLoader
         sample = {"image": torch.zeros(10**7), "text_input": "a"}
-        Faulty.__getitem__ = lambda self, i: time.sleep(60) if i > 9 else sample
+        Faulty.__getitem__ = lambda self, i: subprocess.run(["sleep", "60"]) if i > 9 else sample
         for batch in TrainLoader({"mine": Faulty("")}, None, 1, 4, seed=0).epoch(0, 12):
             print("ready", flush=True)
             time.sleep(60)
     """
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "ready\n"
-    children = psutil.Process(process.pid).children(recursive=True)
-    assert len(children) >= 4
+    children, deadline = [], time.monotonic() + 30
+    while "sleep" not in [each.name() for each in children] and time.monotonic() < deadline:
+        children = psutil.Process(process.pid).children(recursive=True)
+    assert len(children) >= 5
     process.kill()
     process.wait()
     _, alive = psutil.wait_procs(children, timeout=10)

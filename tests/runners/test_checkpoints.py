@@ -58,7 +58,9 @@ def test_a_folder_whose_newest_is_broken(run, caplog):
     first = run("first", save_every_steps=2)
     for path in first.output_dir.glob("checkpoint_1*.pth"):
         path.write_bytes(path.read_bytes()[:50])
+    (first.output_dir / "checkpoint_best.pth").write_bytes(b"PK")
     run("second", resume_ckpt_path=str(first.output_dir))
+    assert "The best checkpoint so far is not copied" in caplog.text
     assert f"Resuming after epoch 0 from {first.output_dir / 'checkpoint_0.pth'}" in caplog.text
     for path in first.output_dir.glob("checkpoint_0*.pth"):
         path.unlink()
@@ -117,6 +119,24 @@ def test_a_disk_that_is_full_for_a_while(run, monkeypatch, caplog, fails):
         runner = run("full", **settings)
         assert {p.name for p in runner.output_dir.glob("*.pth*")} >= {"checkpoint_1_2.pth", "checkpoint_1.pth"}
     assert caplog.text.count("tries again at the next save. The newest checkpoint is") == 2
+
+
+def test_a_folder_that_vanishes(make_runner, build_golden_model, caplog):
+    """What is named as saved is on the disk: an own checkpoint, or that from which the run goes on."""
+    first = make_runner(build_golden_model(), job_id="first", iters_per_epoch=1, max_epoch=4)
+    first.save_checkpoint(0)
+    folder, saved = first.output_dir, str(first.last_checkpoint)
+    settings = {"iters_per_epoch": 1, "max_epoch": 4, "resume_ckpt_path": saved}
+    again = make_runner(build_golden_model(), job_id="again", **settings)
+    again.output_dir.rename(folder.with_name("moved"))
+    again.save_checkpoint(1)
+    assert f"The newest checkpoint is {saved}." in caplog.text
+    folder.rename(folder.with_name("also moved"))
+    first.save_checkpoint(1)
+    assert "There is no checkpoint of this run on the disk." in caplog.text
+    folder.with_name("also moved").rename(folder)
+    first.save_checkpoint(1)
+    assert [p.name for p in sorted(folder.glob("*.pth"))] == ["checkpoint_0.pth", "checkpoint_1.pth"]
 
 
 def test_only_own_files_are_removed(make_runner, build_golden_model):
