@@ -24,7 +24,7 @@ __getattr__ = first_release.attributes_of(__name__)  # for names that are gone
 # The ranks on their CPUs, where the default group is that of their GPUs.
 _host_group: dist.ProcessGroup | None = None
 # Seconds that the ranks wait for each other.
-_timeout_s = math.inf
+others_wait_s = math.inf
 
 
 def is_distributed() -> bool:
@@ -113,10 +113,10 @@ def init_process_group(
     if not distributed:
         raise ConfigError(f"run.distributed=False, but torchrun started {world_size} processes. Set it to True.")
     logging.info("| distributed init (rank %d, world %d): env://", int(os.environ["RANK"]), world_size)
-    global _host_group, _timeout_s
-    _timeout_s = 60 * timeout_minutes
+    global _host_group, others_wait_s
+    others_wait_s = 60 * timeout_minutes
     backend = backend or ("nccl" if device.type == "cuda" else "gloo")
-    timeout = timedelta(seconds=_timeout_s)
+    timeout = timedelta(seconds=others_wait_s)
     store, rank, world_size = _rendezvous(timeout)
     device_id = device if backend == "nccl" else None
     dist.init_process_group(
@@ -139,8 +139,8 @@ def _rendezvous(timeout: timedelta) -> tuple[dist.Store, int, int]:
 
 
 def destroy_process_group() -> None:
-    global _timeout_s
-    _timeout_s = math.inf
+    global others_wait_s
+    others_wait_s = math.inf
     if is_distributed():
         dist.destroy_process_group()
 
@@ -150,7 +150,7 @@ def own_patience(seconds: float) -> float:
 
     So the rank that gives up first is the one that knows what it has waited for.
     """
-    return min(seconds, _timeout_s / 2)
+    return min(seconds, others_wait_s / 2)
 
 
 @contextlib.contextmanager

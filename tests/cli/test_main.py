@@ -28,8 +28,10 @@ def test_unknown_command():
     assert main(["chatt"]) == f"Unknown command 'chatt'. Known: {', '.join(COMMANDS)}."
 
 
-def test_an_error_of_one_rank_is_printed_after_a_while(monkeypatch):
+def test_an_error_of_one_rank_is_printed_after_a_while(monkeypatch, tmp_path):
     """If all ranks fail alike, torchrun ends the others before they print it."""
+    (tmp_path / "attempt").mkdir()
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "attempt" / "0" / "error.json"))
     waited = []
     monkeypatch.setattr("time.sleep", waited.append)
     mistake = ["bench", "train", "--cfg-path", "missing.yaml"]

@@ -84,7 +84,7 @@ def test_a_worker_that_dies_or_hangs_is_named(impatient, kind, fault, evaluated,
 def test_a_worker_that_hangs_is_named_before_other_ranks_give_up(monkeypatch, caplog):
     """They wait for `run.timeout_minutes`, here 2 s, which is less than `run.data_timeout_s`."""
     monkeypatch.setattr(workers, "LOOK", 0.1)
-    monkeypatch.setattr(dist_utils, "_timeout_s", 2.0)
+    monkeypatch.setattr(dist_utils, "others_wait_s", 2.0)
     start = time.monotonic()
     with pytest.raises(DataWorkerError, match=r"datasets\.mine, /data/5\.jpg"), name_dead_workers():
         list(TrainLoader({"mine": Faulty("hangs")}, None, 2, 1, seed=0).epoch(0, 6))
