@@ -339,14 +339,15 @@ def test_a_resume_with_another_seed_is_refused_before_the_model_is_loaded(config
     assert run_folder(tmp_path, "stage1") == path  # the refused run leaves no folder
 
 
-def test_a_mistake_is_reported_once_per_machine(configs):
+def test_a_mistake_is_reported_once_per_machine(configs, tmp_path):
+    (tmp_path / "attempt").mkdir()
+    torchrun = {"TORCHELASTIC_ERROR_FILE": str(tmp_path / "attempt" / "0" / "error.json")}
     command = [sys.executable, str(ROOT / "train.py"), "--cfg-path", str(configs["stage1"]), "--options", "run.sed=1"]
-    first, second = (
-        subprocess.Popen(command, env={**os.environ, "LOCAL_RANK": rank}, stderr=subprocess.PIPE, text=True)
-        for rank in ("0", "1")
-    )
-    assert "seed" in first.communicate(timeout=60)[1]
-    assert first.returncode == 1
-    assert second.poll() is None  # it waits until torchrun, for which the first has failed, ends it
+    env = {**os.environ, **torchrun}
+    first = subprocess.run(command, env=env | {"LOCAL_RANK": "0"}, capture_output=True, text=True, timeout=60)
+    assert first.returncode == 1 and "seed" in first.stderr
+    second = subprocess.Popen(command, env=env | {"LOCAL_RANK": "1"}, stderr=subprocess.PIPE, text=True)
+    with pytest.raises(subprocess.TimeoutExpired):  # it waits until torchrun, for which the first has failed, ends it
+        second.wait(timeout=5)
     second.terminate()
     assert second.communicate(timeout=60)[1] == ""

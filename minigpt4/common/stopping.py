@@ -15,8 +15,6 @@ from collections.abc import Iterable, Iterator
 from types import FrameType
 from typing import Any
 
-import psutil
-
 REQUEUE = 75
 """Status (EX_TEMPFAIL) of a run that was asked to stop, and can go on."""
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
@@ -133,6 +131,8 @@ def end_children() -> None:
 
 def end_commands(pid: int) -> None:
     """Kill all processes that a process has started. One that waits would outlive it."""
+    import psutil  # a machine without the requirements is told so by what is imported at first
+
     with contextlib.suppress(psutil.Error):
         for command in psutil.Process(pid).children(recursive=True):
             with contextlib.suppress(psutil.Error):

@@ -1,6 +1,7 @@
 """The routes: keys, limits, timeouts, and clients that disconnect."""
 
 import asyncio
+import http.client
 import io
 import json
 import socket
@@ -9,7 +10,7 @@ import threading
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from functools import partial
 
 import httpx
@@ -301,10 +302,13 @@ def test_an_idle_connection_is_kept_longer_than_uvicorn_does(serve, monkeypatch)
     monkeypatch.setattr(connections.uvicorn, "Config", shorter)
     served = serve()
     host, port = served.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=60) as client:
+    with closing(http.client.HTTPConnection(host, int(port), timeout=60)) as client:
+        client.connect()
+        client.auto_open = 0  # no second connection
         for seconds in (0.5, 0):
-            client.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
-            assert b" 200 " in client.recv(10_000)
+            client.request("GET", "/health")
+            response = client.getresponse()
+            assert response.status == 200 and response.read()
             time.sleep(seconds)
 
 
