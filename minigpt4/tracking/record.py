@@ -62,7 +62,8 @@ class RunRecord:
         folder = Path(self.run.folder) / PICTURES
         try:
             folder.mkdir(exist_ok=True)
-            write_whole(folder / f"{quote(name, safe=' ')}.jpg", small_jpeg(picture))
+            small = small_jpeg(picture.copy())  # of a file not read yet, it would leave the trackers a small one, too
+            write_whole(folder / f"{quote(name, safe=' ')}.jpg", small)
         except Exception as error:  # Pillow raises any kind for a file that it has not read yet, and cannot
             logging.warning("The report will lack the picture %s; the run goes on. %s", name, error)
 

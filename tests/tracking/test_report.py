@@ -66,6 +66,14 @@ def test_pictures_are_beside_their_answers(folder):
     assert "<figcaption>one/of &#x27;my own&#x27; ü" in page and page.count("<img") == 3 and large.size == (4000, 1000)
 
 
+def test_the_report_leaves_a_picture_as_it_is(folder):
+    """Pillow can read a small JPEG from a large one, but then the large one is gone, which trackers get next."""
+    Image.new("RGB", (2000, 1000)).save(folder / "large.jpg")
+    picture = Image.open(folder / "large.jpg")
+    RunRecord(RunInfo("1", "run", str(folder), {}), []).log(101, {"a": picture})
+    assert picture.size == (2000, 1000)
+
+
 def test_without_matplotlib_the_curves_alone_are_missing(folder, monkeypatch):
     monkeypatch.setattr(report, "find_spec", lambda name: None)
     page = report.write_report(folder).read_text(encoding="utf-8")
