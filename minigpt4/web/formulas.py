@@ -5,7 +5,8 @@ import re
 from itertools import accumulate
 
 MAX_CHARACTERS = 1000  # of a formula; reading one takes up to 0.2 s
-MAX_ALL = 10_000  # characters of all formulas of a request
+MAX_ALL = 10_000  # characters of all formulas of a request,
+LEAST = 10  # each of which counts as this many at least
 # A short definition can stand for gigabytes.
 _DEFINITION = re.compile(r"\\(\w*def|\w*command|let|DeclareMathOperator)(?![a-zA-Z])")
 
@@ -15,7 +16,7 @@ def read_formulas(formulas: list[str]) -> list[str | None]:
 
     This is for texts that are no formulas, for commands that are not known, and without the library latex2mathml.
     """
-    ends = accumulate(map(len, formulas))
+    ends = accumulate(max(len(formula), LEAST) for formula in formulas)
     return [_mathml(formula) if end <= MAX_ALL else None for formula, end in zip(formulas, ends, strict=True)]
 
 

@@ -242,6 +242,7 @@ def test_formulas(http):
     found = http.post("formulas", json=[r"\sqrt{x_1} \le \alpha", *bad]).json()
     assert "<msqrt>" in found[0] and found[1:] == [None] * len(bad)
     assert http.post("formulas", json=["x" * 900] * 50).json()[-1] is None
+    assert http.post("formulas", json=["x"] * 5000).json()[-1] is None
     for wrong in ({}, [1], "x"):
         assert http.post("formulas", json=wrong).status_code == 400
 
