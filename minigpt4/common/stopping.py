@@ -141,9 +141,11 @@ def end_commands(pid: int) -> None:
 
 def leave(status: int) -> None:
     """End this process now that all is saved: Python would first collect its garbage, for seconds."""
+    end_children()  # at its end, Python would do so
     logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # nobody reads it, or there is none
+            stream.flush()
     os._exit(status)
 
 

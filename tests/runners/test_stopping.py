@@ -3,11 +3,13 @@
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
 import torch
-from helpers import Augmented, Pictures, facts_of
+from helpers import ROOT, Augmented, Pictures, facts_of
 
 from minigpt4.common.stopping import REQUEUE, STOP, Stopped
 from minigpt4.runners import RunnerBase, run_log
@@ -64,6 +66,15 @@ def test_a_signal_in_every_phase(run, monkeypatch, tmp_path, phase):
     assert stopped.value.status == REQUEUE == 75 and time.monotonic() - start < 30
     resumed = run("resumed", **settings)
     torch.testing.assert_close(facts_of(resumed), expected, rtol=0, atol=0)
+
+
+def test_a_run_whose_output_nobody_reads_has_its_status():
+    code = "from minigpt4.common.stopping import leave; input(); print('a line'); leave(75)"
+    command, pipe = [sys.executable, "-E", "-c", code], subprocess.PIPE  # without PYTHONUNBUFFERED
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, cwd=ROOT) as process:
+        process.stdout.close()
+        process.stdin.write(b"\n")
+    assert process.returncode == 75
 
 
 def test_the_second_signal_leaves_at_once():
