@@ -283,3 +283,10 @@ def test_members_are_those_that_tarfile_reads(tmp_path, form):
             assert found == expected[: len(found)]
             assert problem or found == expected
         assert not problem
+
+
+def test_a_header_that_is_cut_off_is_no_member():
+    """It ends in zeros, so its checksum is right without them."""
+    header = tarfile.TarInfo("a.txt").tobuf(tarfile.USTAR_FORMAT)[:400]
+    with pytest.raises(tar_reader.ShardError):
+        assert not next(tar_reader.read_members(io.BytesIO(header), ["jpg"]))

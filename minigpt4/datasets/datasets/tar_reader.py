@@ -159,7 +159,7 @@ def _plain_header(header: bytes) -> tuple[str, int, bool] | None:
     kind, or broken.
     """
     kind = header[156:157]
-    if kind not in (b"0", b"x") or header[257:262] != b"ustar":
+    if len(header) < BLOCK or kind not in (b"0", b"x") or header[257:262] != b"ustar":
         return None
     try:
         size, checksum = int(header[124:136].strip(b" \0"), 8), int(header[148:156].strip(b" \0"), 8)
