@@ -4,6 +4,7 @@ import contextlib
 import logging
 import math
 import os
+import pickle
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -190,10 +191,18 @@ def from_main(function: Callable[[], Any]) -> Any:
             found = function()
         except Exception as caught:
             error = caught
-    found, error = broadcast_object((found, error))
-    if error:
-        raise error
+    found, sent = broadcast_object((found, error and _portable(error)))
+    if sent:
+        raise error or sent
     return found
+
+
+def _portable(error: Exception) -> Exception:
+    """An error as other processes can raise it. Those of plug-ins may not survive pickling."""
+    try:
+        return pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
 
 
 def gather_objects(value) -> list:

@@ -1,5 +1,6 @@
 """The choice of device and type, and joining a process group."""
 
+import pickle
 from datetime import timedelta
 
 import pytest
@@ -65,3 +66,30 @@ def test_the_computing_type(monkeypatch, device, amp, amp_dtype, expected):
     """`auto` on a GPU without bfloat16."""
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
     assert dist_utils.select_dtype(torch.device(device), amp, amp_dtype) == expected
+
+
+class OfAPlugIn(Exception):
+    def __init__(self, wanted, given):
+        super().__init__(f"{wanted} wanted, {given} given")
+        self.tell = lambda: wanted
+
+
+@pytest.mark.parametrize("error", [OfAPlugIn(1, 2), UnicodeDecodeError("utf-8", b"a", 0, 1, "bad")])
+def test_an_error_of_rank_0_is_raised_on_all(monkeypatch, error):
+    """Also one that cannot be pickled: rank 0 raises the error itself."""
+    sent = []
+
+    def broadcast(value):
+        sent.append(pickle.dumps(value))
+        return pickle.loads(sent[0])
+
+    def fail():
+        raise error
+
+    monkeypatch.setattr(dist_utils, "broadcast_object", broadcast)
+    with pytest.raises(type(error)) as caught:
+        dist_utils.from_main(fail)
+    assert caught.value is error
+    monkeypatch.setattr(dist_utils, "is_main_process", lambda: False)
+    with pytest.raises(Exception, match=r"wanted|decode"):
+        dist_utils.from_main(fail)
