@@ -103,9 +103,10 @@ class Bodies:
                 finally:
                     dropped = self._received.pop(limit, None) is None
         except TimeoutError:
-            if dropped:
-                raise ApiError(503, "Too many requests are being received; try again later.", "busy") from None
-            raise ApiError(408, f"The request took longer than {BODY_SECONDS} s to arrive.") from None
+            if not dropped:
+                raise ApiError(408, f"The request took longer than {BODY_SECONDS} s to arrive.") from None
+        if dropped:  # perhaps with its last chunk, before the timeout
+            raise ApiError(503, "Too many requests are being received; try again later.", "busy")
         if size > self._max_bytes:
             message = f"The request is larger than {self._max_bytes / 2**20:.3g} MB. Send smaller or fewer pictures."
             raise ApiError(413, message, "request_too_large")

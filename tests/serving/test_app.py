@@ -20,6 +20,7 @@ from PIL import Image
 
 from minigpt4.serving import connections
 from minigpt4.serving.app import EventStream
+from minigpt4.serving.errors import ApiError
 from minigpt4.serving.settings import Settings
 
 HI = user(text("Hi"))
@@ -460,3 +461,23 @@ def test_a_placeholder_in_a_text_gets_no_other_users_picture(served, pictures):
 def test_damaged_data_urls_name_no_content(served):
     response = served.ask(user({"type": "image_url", "image_url": {"url": data_url(b"secret") + "$"}}))
     assert "messages[0].content[0]" in error(response, 400)["message"]
+
+
+def test_a_body_that_others_have_ended_is_not_taken_for_a_whole_one():
+    """Its last chunk may arrive before the timeout that ends it."""
+    bodies = connections.Bodies(1000)
+
+    class Sending:
+        headers = {"content-type": "application/json"}
+        client = ("192.0.2.1", 1)
+
+        async def stream(self):
+            yield b"[1,"
+            for limit in list(bodies._received):  # as `_admit` does for another body
+                del bodies._received[limit]
+                limit.reschedule(asyncio.get_running_loop().time())
+            yield b"2]"
+
+    with pytest.raises(ApiError) as refused:
+        asyncio.run(bodies.read(Sending()))
+    assert refused.value.status == 503
