@@ -12,12 +12,13 @@ _DEFINITION = re.compile(r"\\(\w*def|\w*command|let|DeclareMathOperator)(?![a-zA
 
 
 def read_formulas(formulas: list[str]) -> list[str | None]:
-    """The MathML of each formula; None: it is shown as it was written.
+    """The MathML of the formulas up to MAX_ALL; None: one is shown as it was written.
 
-    This is for texts that are no formulas, for commands that are not known, and without the library latex2mathml.
+    None is for texts that are no formulas, for commands that are not known, and without the library latex2mathml.
     """
     ends = accumulate(max(len(formula), LEAST) for formula in formulas)
-    return [_mathml(formula) if end <= MAX_ALL else None for formula, end in zip(formulas, ends, strict=True)]
+    count = max(1, sum(end <= MAX_ALL for end in ends))
+    return [_mathml(formula) for formula in formulas[:count]]
 
 
 def _mathml(formula: str) -> str | None:

@@ -44,6 +44,7 @@ export function copyAsWritten(event) {
 async function ask() {
   const asked = [...waiting]
   waiting.clear()
+  if (!asked.length) return
   const request = { method: "POST", headers: { "Content-Type": "application/json" } }
   try {
     const response = await fetch("formulas", { ...request, body: JSON.stringify(asked.map(([tex]) => tex)) })
@@ -53,6 +54,9 @@ async function ask() {
       known.set(tex, found[number])
       for (const shown of elements) typeset(shown, found[number])
     })
+    const rest = found.length ? asked.slice(found.length) : [] // the server reads so many at a time
+    for (const [tex, elements] of rest) waiting.set(tex, [...elements, ...(waiting.get(tex) ?? [])])
+    if (rest.length) await ask()
   } catch {
     // They stay as they were written, and are asked about again when the answer is shown again.
   }
