@@ -27,7 +27,7 @@ from minigpt4.tracking.metrics import read_metrics
 
 
 def make_runner(folder, model, splits, job_id, **run):
-    path = folder / "run.yaml"
+    path = folder / f"run{dist_utils.get_rank()}.yaml"  # one that the other is writing would be read half
     path.write_text("run: {amp: False, device: cpu, num_workers: 0, max_epoch: 1}\n")
     settings = {"output_dir": folder / "output", "iters_per_epoch": 3, "init_lr": 0.01} | run
     options = [f"run.{key}={value}" for key, value in settings.items()]
@@ -55,8 +55,13 @@ def on_two_ranks():
         def run(function, *args):
             port = free_port()
             calls = [processes.apply_async(as_rank, (rank, port, function, *args)) for rank in range(2)]
+            deadline = time.monotonic() + 200
+            while not all(call.ready() for call in calls) and time.monotonic() < deadline:
+                for call in calls:  # the other may wait for one that has failed
+                    assert not call.ready() or call.successful(), call.get()
+                time.sleep(0.01)
             for call in calls:
-                call.get(timeout=200)
+                call.get(timeout=0)
 
         yield run
 
