@@ -133,5 +133,12 @@ def _of_all_runs(output_dir: Path) -> Iterator[Path]:
     """The checkpoints in all run folders, first those of the run that wrote one last."""
     folders = [folder for folder in output_dir.iterdir() if folder.is_dir()] if output_dir.is_dir() else []
     runs = [found for folder in folders if (found := facts.checkpoints_in(folder))]
-    for found in sorted(runs, key=lambda paths: max(path.stat().st_mtime_ns for path in paths), reverse=True):
+    for found in sorted(runs, key=lambda paths: max(map(_written_at, paths)), reverse=True):
         yield from found
+
+
+def _written_at(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:  # another run has just removed it
+        return 0
