@@ -10,7 +10,7 @@ from torch.utils.data import default_collate
 from torchvision import transforms
 from torchvision.transforms.functional import pil_to_tensor
 
-from minigpt4.benchmarks.data import photograph
+from minigpt4.benchmarks.synthetic import photograph
 from minigpt4.common.registry import registry
 from minigpt4.processors import (
     Blip2ImageEvalProcessor,
