@@ -128,8 +128,9 @@ def rehearse(args: argparse.Namespace, size: str, load_in: str, work: str, paths
         )
         peak = threading.Thread(target=_watch_host, args=(psutil.Process(process.pid), row))
         peak.start()
-        process.stdin.write("What is in this picture?\n")
-        process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # it has failed already
+            process.stdin.write("What is in this picture?\n")
+            process.stdin.close()
         for line in process.stdout:
             file.write(line)
             if "ready_s" not in row and ("Train: data epoch: [0]" in line or line.startswith("[image 1")):

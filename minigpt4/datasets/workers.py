@@ -55,6 +55,18 @@ class WorkerStatus:
 
     def __init__(self, num_workers: int) -> None:
         self._rows = torch.zeros(num_workers, SIZE, dtype=torch.uint8).share_memory_()
+        self._ended = torch.zeros(1, dtype=torch.bool).share_memory_()
+        self._owner = os.getpid()
+
+    @property
+    def ended(self) -> bool:
+        """Whether the workers are to end."""
+        return bool(self._ended)
+
+    def end(self) -> None:
+        """Ask the workers to end. A copy in another process, forked from the owner, does nothing."""
+        if os.getpid() == self._owner:
+            self._ended.fill_(True)
 
     def writer(self, worker: int) -> Callable[[str], None]:
         """A function that writes what a worker is at, for `patience.listen`."""
@@ -105,6 +117,9 @@ class WatchedLoader:
             generator=torch.Generator(),  # by default, each epoch would draw from the global generator
         )
         _statuses.add(self.status)
+        # When Python's garbage collector finds this loader, the queues by which torch asks workers to end are closed
+        # already: it would wait for each worker in turn, 10 s, because they ignore signals.
+        weakref.finalize(self, self.status.end)
         atexit.unregister(end_children)
         atexit.register(end_children)
 
@@ -211,15 +226,15 @@ def _start(status: WorkerStatus, worker: int) -> None:
     patience.listen(status.writer(worker))
     ignore_signals()
     _silence_hangups()
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True, name="parent watch").start()
+    threading.Thread(target=_end_with, args=(os.getppid(), status), daemon=True, name="parent watch").start()
 
 
-def _end_with(parent: int) -> None:
-    """End this process when its parent has ended. torch's own check waits for a worker that reads or sends."""
-    while os.getppid() == parent:
+def _end_with(parent: int, status: WorkerStatus) -> None:
+    """End this process when its parent or loader has. torch's own check waits for a worker that reads or sends."""
+    while os.getppid() == parent and not status.ended:
         time.sleep(LOOK)
     end_commands(os.getpid())
-    os._exit(1)
+    os._exit(0)
 
 
 def _silence_hangups() -> None:

@@ -1,5 +1,6 @@
 """Data workers that die, hang, fail, or lose their main process."""
 
+import gc
 import os
 import signal
 import subprocess
@@ -79,6 +80,20 @@ def test_a_worker_that_dies_or_hangs_is_named(impatient, kind, fault, evaluated,
         list(batches_of(kind(fault), evaluated))
     if fault == "hangs":
         assert "Waiting for a batch for" in caplog.text and "A data worker hangs, and is ended" in caplog.text
+
+
+def test_workers_end_with_a_loader_that_python_collects():
+    """torch alone waits 10 s for each of them."""
+    loader = TrainLoader({"mine": Faulty("fails")}, None, 2, 2, seed=0)
+    batches = loader.epoch(0, 6)
+    next(batches)
+    pids = [child.pid for child in psutil.Process().children()]
+    circle = [loader, batches]
+    circle.append(circle)
+    del loader, batches, circle
+    start = time.monotonic()
+    gc.collect()
+    assert time.monotonic() - start < 10 and not any(map(psutil.pid_exists, pids))
 
 
 def test_a_worker_that_hangs_is_named_before_other_ranks_give_up(monkeypatch, caplog):
