@@ -481,7 +481,8 @@ def test_a_worker_prints_no_traceback_when_its_main_process_ends(monkeypatch, ca
     """The receiver of a batch hangs up, like a stopped process. By default, the worker prints a traceback."""
     if not quiet:
         monkeypatch.setattr(workers, "_silence_hangups", lambda: None)
-    (address,) = set(batches := iter(workers.WatchedLoader(WorkerAddress(), [0], 1, 60.0).loader))
+    watched = workers.WatchedLoader(WorkerAddress(), [0], 1, 60.0)
+    (address,) = set(batches := iter(watched.loader))
     for _ in range(2):  # the second is answered after the first was handled
         with socket.socket(socket.AF_UNIX) as caller:
             caller.connect(address)
