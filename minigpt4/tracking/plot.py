@@ -26,7 +26,7 @@ UNITS = {
 }
 # Not drawn, unless they are asked for.
 OTHERS = ("step", "time", "epoch", "train_lr", "train_loss", "step_seconds", "data_seconds", "tokens_per_second")
-OTHERS += ("host_memory_mib", "eval_seconds")
+OTHERS += ("host_memory_mib", "eval_seconds", "skipped_updates", "loss_spikes", "float16_overflows")
 MAX_MARKERS = 30
 
 
