@@ -1,7 +1,7 @@
 # Each command installs what it needs first:
 #   make quickstart    prepare the pictures, train the tiny default on the CPU, caption pictures it never saw
 #   make check         the linters and the quick tests, for every commit: about three minutes
-#   make test          the linters and all tests: about 11 minutes
+#   make test          the linters and all tests: about 8 minutes
 #   make lint          let ruff correct and format the code
 #   make clean         remove the environments that make created, and nothing else
 #   make rehearsal     try out how the data of stage 1 is made, with img2dataset in its own environment: two minutes
