@@ -140,7 +140,10 @@ def end_commands(pid: int) -> None:
 
 
 def leave(status: int) -> None:
-    """End this process now that all is saved: Python would first collect its garbage, for seconds."""
+    """End this process now that all is saved.
+
+    At Python's own end, output that nobody reads would change the status, by which a job script requeues.
+    """
     end_children()  # at its end, Python would do so
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):
