@@ -141,9 +141,13 @@ def test_gradients_are_clipped_after_they_are_accumulated(build_golden_model, ma
     assert norms[4:] == pytest.approx([0.01, 0.01], rel=1e-3) and found[0.01][1][1] == norms[0] > 0.02
 
 
-def test_a_spike_of_the_loss_is_named(build_golden_model, make_runner, caplog):
+@pytest.mark.parametrize("of_another_dataset", [0.0, 10.0])
+def test_a_spike_of_the_loss_is_named(of_another_dataset, build_golden_model, make_runner, caplog):
+    """Every fourth loss is higher by `of_another_dataset`, which is no spike."""
     runner = make_runner(build_golden_model(), iters_per_epoch=MIN_WINDOW + 10, init_lr=1e-6, min_lr=0)
-    plant(runner, "loss", {3, MIN_WINDOW + 5, MIN_WINDOW + 6}, 50.0)  # the first is not judged, the last goes on
+    # The first is not judged, the last goes on.
+    plant(runner, "loss", {3, MIN_WINDOW + 5, MIN_WINDOW + 6}, 50.0)
+    plant(runner, "loss", range(0, MIN_WINDOW + 4, 4), of_another_dataset)
     runner.train()
     (entry,) = named(runner)
     assert entry["step"] == MIN_WINDOW + 6 and "spike" in entry["reason"] and len(entry["samples"]) == 3
