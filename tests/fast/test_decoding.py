@@ -84,7 +84,9 @@ def random_llm(kind="llama"):
 
     torch.manual_seed(0)
     config = AutoConfig.for_model(**SIZES | (KINDS | OTHERS)[kind])
-    return AutoModelForCausalLM.from_config(config).requires_grad_(False).eval()
+    llm = AutoModelForCausalLM.from_config(config).requires_grad_(False).eval()
+    llm.get_input_embeddings().weight[0] = 0  # as a padding token has in published models
+    return llm
 
 
 @pytest.fixture

@@ -39,6 +39,7 @@ def random_llm(dtype=torch.float32, **sizes):
     config = LlamaConfig(vocab_size=VOCABULARY, initializer_range=0.1, **sizes)
     llm = LlamaForCausalLM(config).to("cuda", dtype).requires_grad_(False).eval()
     llm.generation_config.eos_token_id = None
+    llm.get_input_embeddings().weight[0] = 0  # as a padding token has in published models
     return llm
 
 

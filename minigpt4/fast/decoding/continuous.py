@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from minigpt4.fast.decoding.kv_cache import KVCache, common_prefix
-from minigpt4.fast.decoding.loop import LONGEST_PREFILL, SHORTEST_PREFILL, Decoder, cache_length
+from minigpt4.fast.decoding.loop import LONGEST_PREFILL, SHORTEST_PREFILL, Decoder, cache_length, warm_up_ids
 
 PART = LONGEST_PREFILL  # vectors of a prompt that are read between two steps
 SHORT_ROW = 640  # tokens of a row at the start, where memory is short; the cache grows when longer ones come
@@ -162,7 +162,7 @@ class ContinuousBatch:
         prompts = [2**n for n in range(SHORTEST_PREFILL.bit_length() - 1, LONGEST_PREFILL.bit_length())]
         # Each length is read twice: the second time its prefill is captured.
         for n in range(max(2 * len(prompts), len(self._rows))):
-            ids = torch.full((min(prompts[n // 2 % len(prompts)], length - 2),), n, device=device)
+            ids = warm_up_ids(self.llm, n, min(prompts[n // 2 % len(prompts)], length - 2))
             for _ in self.join(embedding(ids), max_new_tokens=1):
                 pass
             if n == 0:
@@ -170,7 +170,7 @@ class ContinuousBatch:
                 needed = rows * sum(2 * layer.keys.nbytes for layer in cache.layers) * cache_length(length)
                 short = needed / cache.length > torch.cuda.mem_get_info(device)[0] / 2
                 self._grow(len(self._rows), cache_length(min(length, SHORT_ROW) if short else length))
-            self.set_ids(ids[:1], self.active - 1)
+            self.set_ids(ids[-1:], self.active - 1)
             self.step()
             if self.active == len(self._rows):
                 self.leave(self.active - 1, [])

@@ -100,9 +100,8 @@ class CachedDecoding:
         def greedy(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
             return logits.argmax(dim=-1)
 
-        for token, length in enumerate(lengths):
-            # Other tokens each time, or nothing would be read.
-            ids = torch.full((1, length), token, device=llm.device)
+        for number, length in enumerate(lengths):
+            ids = warm_up_ids(llm, number, length).unsqueeze(0)
             embeds = llm.get_input_embeddings()(ids)
             steps = max(prompt_len + answer_len - length, 1)
             with closing(self.decode(llm, embeds, torch.ones_like(ids), steps, greedy)) as run:
@@ -128,6 +127,14 @@ def has_supported_layers(llm) -> bool:
         and compat.attends_to_all_before(config)
         and len(set(getattr(llm, "hf_device_map", {}).values())) <= 1
     )
+
+
+def warm_up_ids(llm, number: int, length: int) -> torch.Tensor:
+    """The ids [length] of a warm-up's prompt. It begins unlike those of other numbers, or nothing would be read.
+
+    They differ, so that not all are padding tokens, whose embedding may be zero: compiled steps are to be compared.
+    """
+    return torch.arange(number, number + length, device=llm.device) % llm.get_input_embeddings().num_embeddings
 
 
 def cache_length(tokens: int) -> int:
