@@ -502,6 +502,22 @@ def test_one_click_on_an_example_is_answered(page, visit):
     assert [button.get_attribute("aria-pressed") for button in (good, bad)] == ["false", "true"]
 
 
+def test_pictures_leave_the_newest_question_in_view(visit):
+    """Pictures are no taller than their row, are not loaded again with each message, and do not push the end away."""
+    tab = visit(viewport=PHONE)
+    upload(tab, PICTURE, *sorted(page_module.EXAMPLES.glob("drawings/*.png")))
+    first = tab.query_selector("#messages figure img")
+    at_end = "chatbot.scrollHeight - chatbot.scrollTop - chatbot.clientHeight < 2"
+    tab.evaluate("chatbot.scrollTop = 0")
+    for number in (1, 2, 3):
+        ask(tab, f"Question {number}?")
+        wait_for_end(tab, number)
+        wait(tab, at_end)
+        tab.wait_for_timeout(50)
+        assert tab.evaluate(at_end) and in_view(tab, "[data-testid=user] >> nth=-1")
+    assert tab.evaluate("image => image === document.querySelector('#messages figure img')", first)
+
+
 def test_two_visitors_have_separate_talks(page, visit):
     first, second = visit(), visit()
     for tab, name in ((first, "first"), (second, "second")):

@@ -39,6 +39,7 @@ let editing = false
 let ready = false
 let leaving = false
 let following = true
+let lastTop = 0 // where the conversation was scrolled to
 const blobs = {}
 const uploading = new Map()
 
@@ -66,10 +67,12 @@ function row(message, last) {
   const item = make("li", { className: message.role })
   if (message.role === "user") {
     const isLast = messages.indexOf(message) === last - 1 && !running
+    const pictures = make("div", { className: "pictures" })
     for (const number of message.files) {
       const asked = message.text || messages.indexOf(message) < last
-      item.append(figure(files[number], asked ? null : () => removeFile(number)))
+      pictures.append(figure(files[number], asked ? null : () => removeFile(number)))
     }
+    if (message.files.length) item.append(pictures)
     if (isLast && editing) {
       item.append(editor(message.text, edited, () => stopEditing()))
     } else if (message.text) {
@@ -123,10 +126,16 @@ function actions(message, isLast) {
 function toEnd() {
   following = true
   chatbot.scrollTop = chatbot.scrollHeight
+  lastTop = chatbot.scrollTop
 }
 
 function connectScrolling() {
-  chatbot.onscroll = () => (following = chatbot.scrollHeight - chatbot.scrollTop - chatbot.clientHeight < NEAR)
+  chatbot.onscroll = () => {
+    // The event comes late: a picture may have been loaded since, and the end be far away, without anybody scrolling.
+    const isNear = chatbot.scrollHeight - chatbot.scrollTop - chatbot.clientHeight < NEAR
+    if (isNear || chatbot.scrollTop < lastTop) following = isNear
+    lastTop = chatbot.scrollTop
+  }
   const follow = new ResizeObserver(() => following && messages.length && toEnd())
   follow.observe($("#messages"))
   follow.observe(chatbot)

@@ -100,12 +100,12 @@ export function figure(file, remove) {
     const frames = make("div", { className: "frames" })
     for (let number = 0; number < pictures; number++) {
       const values = { name, number: number + 1, count: pictures }
-      frames.append(make("img", { src: `pictures/${id}/${number}`, alt: t("frame", values), loading: "lazy" }))
+      frames.append(picture(`pictures/${id}/${number}`, t("frame", values)))
     }
     made.append(...(url ? [player] : []), frames)
     made.append(make("figcaption", {}, t("frames_seen", { name, count: pictures })))
   } else {
-    const image = make("img", { src: url ?? `pictures/${id}/0`, alt: t("picture", { name }) })
+    const image = picture(url ?? `pictures/${id}/0`, t("picture", { name }))
     image.onerror = () => {
       image.onerror = null
       image.src = `pictures/${id}/0` // a format that this browser does not show
@@ -114,6 +114,13 @@ export function figure(file, remove) {
   }
   if (remove) made.append(button("", remove, { className: "remove", "aria-label": t("remove", { name }) }))
   return made
+}
+
+const shown = {}
+
+/** The picture at this address: always the same element, since a new one has no height until it is loaded. */
+function picture(src, alt) {
+  return (shown[src] ??= make("img", { src, alt }))
 }
 
 function enlarge(image) {
