@@ -10,17 +10,13 @@ from minigpt4.common.errors import ConfigError
 
 
 @contextmanager
-def only_run(path: Path, main: bool = True) -> Iterator[None]:
+def only_run(path: Path) -> Iterator[None]:
     """While entered, no other run writes to this folder, or to this file, whose folder is created.
 
-    main: False for the ranks that rely on rank 0.
     Raises ConfigError if another run does, and if nothing can be written there.
     """
     from filelock import FileLock, Timeout
 
-    if not main:
-        yield
-        return
     lock = FileLock(path / ".lock" if path.is_dir() else path.parent / f".{path.name}.lock")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
