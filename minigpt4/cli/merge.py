@@ -112,18 +112,21 @@ def write(model, cfg: Config, folder: Path) -> None:
     from transformers import GenerationConfig
 
     from minigpt4.common.facts import is_adapter
+    from minigpt4.models.lora import MERGED, digest
     from minigpt4.weights import checkpoint, fingerprint
 
     llm = model.llama_model
     llm.generation_config = GenerationConfig()  # the folder's own follows; the library refuses to write Vicuna's
+    content = checkpoint.read_file(checkpoint.resolve(cfg.model_cfg.ckpt))
+    weights = checkpoint.weights_of(content)
+    setattr(llm.config, MERGED, [*getattr(llm.config, MERGED, ()), digest(weights)])
     llm.save_pretrained(folder)
     copy_other_files(cfg.model_cfg, folder)
-    content = checkpoint.read_file(checkpoint.resolve(cfg.model_cfg.ckpt))
     settings = cfg.to_dict()
     unset = {key: None for key in settings["model"] if key.startswith("lora")}
     names = settings["model"]["train"]
     unset["train"] = names and [name for name in names if name != LORA]
-    weights = {name: value for name, value in checkpoint.weights_of(content).items() if not is_adapter(name)}
+    weights = {name: value for name, value in weights.items() if not is_adapter(name)}
     recorded = {key: value for key, value in model.fingerprint.items() if key != LORA}
     settings["model"] |= unset
     checkpoint.save({"model": weights, "config": settings, fingerprint.KEY: recorded}, folder / CHECKPOINT)

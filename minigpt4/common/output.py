@@ -79,6 +79,10 @@ def whole_folder(folder: Path) -> Iterator[Path]:
                     path.rename(folder / path.name)
             else:
                 part.replace(folder)
+        except Exception as error:
+            if not isinstance(error, OSError) and "(os error " in str(error):  # of a library in Rust, on a full disk
+                raise ConfigError(f"--out {folder} cannot be written: {error}. Name another place.") from error
+            raise
         finally:
             shutil.rmtree(part, ignore_errors=True)
             lock.unlink(missing_ok=True)

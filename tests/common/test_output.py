@@ -48,6 +48,11 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
         assert [path.name for path in (tmp_path / name).iterdir()] == ["file"]
     with pytest.raises(ZeroDivisionError), whole_folder(tmp_path / "other") as part:
         (part / "file").write_text(str(1 / 0))
+    with (
+        pytest.raises(ConfigError, match="--out .*/other cannot be written: .*No space"),
+        whole_folder(tmp_path / "other"),
+    ):
+        raise RuntimeError("I/O error: No space left on device (os error 28)")  # as safetensors says it
     with pytest.raises(OSError, match="not empty"), whole_folder(tmp_path / "new"):
         pass
     assert (tmp_path / "new" / "file").read_text() == "new"
