@@ -210,8 +210,8 @@ def from_chat_template(render: Callable[[list[dict]], str], eos: str) -> Templat
     end = after[: after.index(eos) + len(eos)] if eos in after else after
     if not end:
         raise ConfigError(
-            "model.template=auto: the tokenizer's chat template writes nothing after an answer, so that the model would "
-            "not learn to end one. Give model.template a name or a mapping."
+            "model.template=auto: the tokenizer's chat template writes nothing after an answer, so the model would not "
+            "learn to end one. Give model.template a name or a mapping."
         )
     again = render(messages[:3]).removeprefix(start + first + before + answer + end) + before.removeprefix(asked)
     try:
