@@ -67,7 +67,7 @@ class TextFile:
     """The bytes of a text file in UTF-8. Files in UTF-16 or UTF-32 with a byte-order mark are recoded in memory."""
 
     def __init__(self, path: str) -> None:
-        """Raises ConfigError if the file is not in the encoding that its mark announces, or has none and is not UTF-8."""
+        """Raises ConfigError if the file is not in the encoding that its mark announces, without one UTF-8."""
         self.path = path
         self._recoded: bytes | None = None
         with open(path, "rb") as file:
