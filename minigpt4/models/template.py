@@ -21,11 +21,6 @@ from minigpt4.models.tokenizer import chat_template
 # A picture in a message, in the form of the published weights.
 PICTURE = f"<Img>{IMAGE_SLOT}</Img>"
 
-LACKING = {
-    "question": "the text around a question, such as 'USER: {} ASSISTANT:'",
-    "end": "the text by which the model learns to end an answer, such as </s>",
-}
-
 
 @dataclass(frozen=True)
 class Template:
@@ -184,7 +179,7 @@ def resolve(cfg: MiniGPT4Config) -> Template:
         check_names(value, [f.name for f in fields(Template)], lambda name: f"model.template has no key {name}")
         for name in ("question", "end"):
             if value.get(name) in (None, ""):
-                raise ConfigError(f"model.template={dict(value)} lacks {name}, {LACKING[name]}.")
+                raise ConfigError(f"model.template={dict(value)} lacks {name}. It needs question and end.")
         return Template(**value)
     if value == "auto":
         return from_chat_template(*chat_template(cfg.llama_model, cfg.trust_remote_code))
