@@ -31,10 +31,7 @@ def raised(action) -> Exception:
         (ConfigError("run.seed"), "Error: run.seed"),
         (UnknownNameError("run.task"), "Error: run.task"),
         (UnusableDataError("datasets.x: nothing"), "Error: datasets.x: nothing"),
-        (
-            UnusableDataError("Caught …\nTraceback …\nx.UnusableDataError: datasets.x\n"),
-            "Error: datasets.x",
-        ),  # a worker's
+        (UnusableDataError("Caught …\nTraceback …\nx.UnusableDataError: of a worker\n"), "Error: of a worker"),
     ],
 )
 def test_mistakes(error, text, monkeypatch):
