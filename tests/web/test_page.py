@@ -368,6 +368,8 @@ def test_answering_again_and_editing(visit):
     wait_until(lambda: tab.evaluate("document.querySelector('#send').checkVisibility()"))
     wait_for_end(tab, 2)
     tab.get_by_role("button", name="Edit").click()
+    tab.locator(".edit textarea").fill("A long question. " * 20)
+    assert tab.evaluate("(e => e.scrollHeight <= e.clientHeight)(document.querySelector('.edit textarea'))")
     tab.locator(".edit textarea").fill("<ImageHere> third?")
     tab.keyboard.press("Enter")
     wait(tab, "document.querySelectorAll('[data-testid=user]')[1].innerText == '<ImageHere> third?'")
@@ -490,7 +492,7 @@ def test_everybody_can_use_the_page(visit, monkeypatch, size, scheme, locale):
 
 def test_one_click_on_an_example_is_answered(page, visit):
     tab = visit(path="?lang=zh")
-    assert tab.evaluate("[...document.querySelectorAll('#examples img')].every(image => image.naturalWidth > 0)")
+    wait(tab, "[...document.querySelectorAll('#examples img')].every(image => image.naturalWidth > 0)")
     question = tab.inner_text("#examples button >> nth=0")
     tab.click("#examples button >> nth=0")
     wait_for_end(tab, word="每秒")

@@ -2,7 +2,7 @@
 
 import { copyAsWritten } from "./formulas.js"
 import { Files, keep, recall } from "./store.js"
-import { $, announce, button, copy, editor, figure, fill, label, make, notice, setting, t, translate } from "./view.js"
+import { $, announce, button, copy, editor, figure, fill, grow, label, make, notice, setting, t, translate } from "./view.js"
 
 const SETTINGS = [
   { name: "num_beams", type: "range", min: 1, max: 10, step: 1, value: 1 },
@@ -262,7 +262,9 @@ async function answerAgain(text) {
 function edit() {
   editing = true
   render()
-  $(".edit textarea").focus()
+  const area = $(".edit textarea")
+  grow(area)
+  area.focus()
 }
 
 function stopEditing() {
@@ -310,7 +312,7 @@ function takeBack(before, reply, question, stopped, error) {
   messages = [...before, ...added.filter((message) => message.files.some((number) => !known.has(number)))]
   messages = messages.filter((message) => message.role !== "failed")
   if (!box.value) box.value = question
-  resize()
+  grow(box)
   const isOwnFault = error.status >= 400 && error.status < 500 && ![408, 429].includes(error.status)
   if (stopped || isOwnFault) notice(stopped ? t("left_line") : error.message)
   else messages.push({ role: "failed", question, text: reply.text, reason: error.message })
@@ -386,7 +388,7 @@ function restart() {
   editing = false
   notice()
   render()
-  resize()
+  grow(box)
   $("#start").focus()
 }
 
@@ -439,11 +441,6 @@ async function restore() {
 }
 
 // The frame of the page
-
-function resize() {
-  box.style.height = "auto"
-  box.style.height = `${box.scrollHeight}px`
-}
 
 function showSettings(open) {
   $("#settings").hidden = !open
@@ -498,8 +495,8 @@ function connect() {
   }
   $("#box").onsubmit = (event) => {
     event.preventDefault()
-    ask(box.value).then(resize)
-    resize()
+    ask(box.value).then(() => grow(box))
+    grow(box)
   }
   $("#stop").onclick = () => running?.controller.abort()
   $("#restart").onclick = restart
@@ -514,7 +511,7 @@ function connect() {
   $("#dark").onclick = () => theme(isDark() ? "light" : "dark")
   $("#viewer").onclick = () => $("#viewer").close()
   box.oninput = () => {
-    resize()
+    grow(box)
     keep("draft", box.value)
   }
   box.onkeydown = (event) => {
@@ -578,5 +575,5 @@ buildExamples()
 showSettings(matchMedia("(min-width: 1100px)").matches)
 connect()
 await restore()
-resize()
+grow(box)
 await waitForModel()

@@ -123,9 +123,16 @@ function enlarge(image) {
   viewer.showModal()
 }
 
+/** Make a text area on the page as high as its text, up to its max-height. */
+export function grow(area) {
+  area.style.height = "auto"
+  area.style.height = `${area.scrollHeight + area.offsetHeight - area.clientHeight}px`
+}
+
 /** The form in which the last question is edited. */
 export function editor(text, save, cancel) {
-  const area = make("textarea", { value: text, rows: 3, dir: "auto", "aria-label": t("edit") })
+  const area = make("textarea", { value: text, rows: 1, dir: "auto", "aria-label": t("edit") })
+  area.oninput = () => grow(area)
   area.onkeydown = (event) => {
     if (event.isComposing) return
     if (event.key === "Escape") cancel()
