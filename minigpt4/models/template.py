@@ -44,6 +44,8 @@ class Template:
 
     def __post_init__(self) -> None:
         for name, text in asdict(self).items():
+            if text is None:
+                raise ConfigError(f"model.template has no {name}. A mapping needs question, with {{}}, and end.")
             if not isinstance(text, bool if name == "bos" else str):
                 raise ConfigError(f"model.template: {name}={text!r} must be a text; bos, true or false.")
             if name != "bos" and IMAGE_SLOT in text or name == "start" and "{}" in text:
