@@ -266,7 +266,7 @@ def test_a_table_with_other_columns_names_the_flags_and_they_help(run, tmp_path)
     with pytest.raises(ConfigError, match=r"^\[.*my.csv.*a.tar'\] has shards and files"):
         run(table, tmp_path / "a.tar")
     (tmp_path / "gone.csv").write_text("image,caption\nnone.png,A dog.\n")
-    with pytest.raises(ConfigError, match=r"none.png.* --images names another folder"):
+    with pytest.raises(ConfigError, match=r"none.png.* --images, names another folder"):
         main(["convert", f"{tmp_path}/gone.csv", "--to", "jsonl", "--out", f"{tmp_path}/out"])
 
 
