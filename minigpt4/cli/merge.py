@@ -61,7 +61,7 @@ def check(cfg: Config, out: Path) -> None:
     if cfg.model_cfg.get("arch") != MiniGPT4Config.arch:
         raise ConfigError(f"model.arch={cfg.model_cfg.get('arch')}: only the adapters of mini_gpt4 can be merged.")
     if TrainedParts(cfg.model_cfg).lora is None:
-        raise ConfigError(f"model.lora is not set in {cfg.origin('model.lora')}: there are no adapters to merge.")
+        raise ConfigError("model.lora is not set, so there are no adapters to merge. Set it as the run had it.")
     if not cfg.model_cfg.ckpt:
         raise ConfigError("model.ckpt is not set. Name the checkpoint with the trained adapters.")
     cfg.check_paths(keys=("model.llama_model", "model.ckpt"))

@@ -3,6 +3,7 @@
 torch is not imported here. The loaders find this in the registry, so that a reader of the model need not.
 """
 
+import json
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, fields
 from typing import Any
@@ -139,13 +140,17 @@ def check_parts(trained: Mapping[str, Any], recorded: Any, own: Mapping[str, Any
     b_matrices = [value for name, value in trained.items() if ".lora_B." in name]
     theirs, mine = recorded.get("lora"), own.get("lora")
     if b_matrices and not mine:
-        settings = theirs or {"r": b_matrices[0].shape[1]}
+        settings = json.dumps(theirs or {"r": b_matrices[0].shape[1]})  # as YAML reads it, null included
         raise ConfigError(
             f"{source} has LoRA adapters, and model.lora is not set. Set it to what they were trained with, "
             f"{settings}, {fix}."
         )
     if theirs and mine and theirs != mine:
-        differing = [f"{key}={theirs.get(key)!r}, not {mine[key]!r}" for key in mine if mine[key] != theirs.get(key)]
+        differing = [
+            f"{key}={json.dumps(theirs.get(key))}, not {json.dumps(value)}"
+            for key, value in mine.items()
+            if value != theirs.get(key)
+        ]
         raise ConfigError(
             f"{source} was trained with other LoRA adapters: {'; '.join(differing)}. Change model.lora, {fix}."
         )

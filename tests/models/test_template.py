@@ -90,6 +90,7 @@ def test_vicuna_v1():
         ({"question": "{}", "end": "E", "stop": "E"}, "stop"),
         ({"question": "{}"}, "lacks end"),
         ({"question": "{}", "end": ""}, "lacks end"),
+        ({"end": "E"}, "lacks question"),
         ({"question": "{} {}", "end": "E"}, "one {}"),
         ({"question": 5, "end": "E"}, "question=5"),
         ({"question": "{}", "end": "E", "bos": "no"}, "bos='no'"),

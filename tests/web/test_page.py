@@ -445,7 +445,7 @@ def test_pictures_and_videos(page, visit, tmp_path, monkeypatch):
     assert tab.locator("figure .remove").count() == 0
     assert len(page.uploads.by_id) == 4
     tab.get_by_role("button", name="Show drop.png at its full size").click()
-    assert tab.locator("#viewer img").bounding_box()["width"] == 700
+    wait(tab, "document.querySelector('#viewer img').getBoundingClientRect().width == 700")
     tab.keyboard.press("Escape")
     assert not tab.is_visible("#viewer")
 

@@ -5,6 +5,7 @@ import codecs
 import json
 import os
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
@@ -355,6 +356,22 @@ def test_folder(tmp_path):
     ]
     assert list(records.ids) == ["a.jpg", "v1.0.webp", "sub/b.PNG"]
     assert records[2].where == f"{tmp_path}/sub/b.PNG"
+
+
+@pytest.mark.parametrize(
+    ("names", "pattern"),
+    [
+        (["00000.parquet", "00000.tar", "00001.parquet", "00000_stats.json", "a.txt"], "*.tar"),
+        (["x/a.jsonl", "a.txt"], "x/*.jsonl"),
+        (["a.txt"], "*.parquet"),
+    ],
+)
+def test_a_folder_without_pictures_names_the_files_that_it_has(tmp_path, names, pattern):
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("")
+    with pytest.raises(ConfigError, match=re.escape(f"or as {tmp_path}/{pattern}.")):
+        read_records(str(tmp_path))
 
 
 def test_folder_of_texts_beside_a_folder_of_pictures(tmp_path):
