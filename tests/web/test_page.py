@@ -350,6 +350,20 @@ def test_what_is_copied_is_what_the_model_wrote(visit, monkeypatch):
     assert tab.evaluate("navigator.clipboard.readText()") == ANSWER
 
 
+def test_lists_quotations_and_tables_run_from_right_to_left(visit, monkeypatch):
+    answer = "- قلب\n- red\n\n1. قلب\n\n> قلب\n\n|قلب|أحمر|\n|-|-|\n|1|2|\n\n```\nقلب = 1\n```\n\n- heart"
+    monkeypatch.setattr(Answer, "text", lambda self: answer if self.finish else "")
+    tab = visit()
+    upload(tab, PICTURE)
+    ask(tab, "What is it?")
+    wait_for_end(tab)
+    parts = "document.querySelectorAll('[data-testid=bot] :is(ul, ol, blockquote, table, pre)')"
+    styles = tab.evaluate(f"[...{parts}].map(each => getComputedStyle(each).direction)")
+    assert styles == ["rtl", "rtl", "rtl", "rtl", "ltr", "ltr"]
+    bullet = "getComputedStyle(document.querySelector('[data-testid=bot] ul')).listStyleType"
+    assert tab.evaluate(bullet) == "disc"  # and no circle: the talk's own list does not count
+
+
 def test_answering_again_and_editing(visit):
     tab = visit()
     upload(tab, PICTURE)

@@ -77,7 +77,11 @@ function copyCode(code) {
 /** Show an answer's text in its bubble. */
 export function fill(bubble, message) {
   bubble.classList.toggle("waiting", !message.text && message.state !== "done")
-  if (message.text) bubble.replaceChildren(...blocks(message.text, copyCode))
+  if (message.text) {
+    const shown = blocks(message.text, copyCode)
+    for (const each of shown) each.dir = "auto" // a part with `dir` of its own would not count for its list or quotation
+    bubble.replaceChildren(...shown)
+  }
   else bubble.replaceChildren(message.state === "done" ? "…" : waiting(message))
 }
 
