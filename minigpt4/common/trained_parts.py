@@ -106,6 +106,9 @@ def _lora_settings(model_cfg: MiniGPT4Config) -> LoraSettings | None:
     if given is None and (model_cfg.lora_r or 0) > 0:
         given = {name: getattr(model_cfg, f"lora_{name}") for name in ("r", "alpha", "dropout", "target_modules")}
     if given is None:
+        for name in ("lora_alpha", "lora_dropout", "lora_target_modules") if model_cfg.lora_r is None else ():
+            if getattr(model_cfg, name) is not None:
+                raise ConfigError(f"model.{name} is set, and model.lora_r is not: there are no adapters. Set both.")
         return None
     if not isinstance(given, Mapping):
         raise ConfigError(f"model.lora={given!r} must be a mapping, such as {{r: 64, alpha: 16}}.")

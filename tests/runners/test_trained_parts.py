@@ -128,6 +128,7 @@ def test_what_trains(build_golden_model, make_runner, pool, train, freeze, expec
         ({"train": ["projektor"]}, "Did you mean 'projector'"),
         ({"train": ["lora"], "lora": LORA}, r"leaves the projector out.*model\.ckpt"),
         ({"lora": LORA, "lora_r": 4}, "mean the same"),
+        ({"lora_alpha": 4}, "lora_r is not"),
         ({"lora": "all"}, "must be a mapping"),
     ],
 )

@@ -368,6 +368,8 @@ def test_answering_again_and_editing(visit):
     wait_until(lambda: tab.evaluate("document.querySelector('#send').checkVisibility()"))
     wait_for_end(tab, 2)
     tab.get_by_role("button", name="Edit").click()
+    tab.locator(".edit textarea").fill("A long question. " * 20)
+    assert tab.evaluate("(e => e.scrollHeight <= e.clientHeight)(document.querySelector('.edit textarea'))")
     tab.locator(".edit textarea").fill("<ImageHere> third?")
     tab.keyboard.press("Enter")
     wait(tab, "document.querySelectorAll('[data-testid=user]')[1].innerText == '<ImageHere> third?'")
@@ -490,7 +492,7 @@ def test_everybody_can_use_the_page(visit, monkeypatch, size, scheme, locale):
 
 def test_one_click_on_an_example_is_answered(page, visit):
     tab = visit(path="?lang=zh")
-    assert tab.evaluate("[...document.querySelectorAll('#examples img')].every(image => image.naturalWidth > 0)")
+    wait(tab, "[...document.querySelectorAll('#examples img')].every(image => image.naturalWidth > 0)")
     question = tab.inner_text("#examples button >> nth=0")
     tab.click("#examples button >> nth=0")
     wait_for_end(tab, word="每秒")
@@ -500,6 +502,22 @@ def test_one_click_on_an_example_is_answered(page, visit):
     bad.click()
     wait_until(lambda: page.feedback.exists() and page.feedback.read_text().count("\n") == lines + 1)
     assert [button.get_attribute("aria-pressed") for button in (good, bad)] == ["false", "true"]
+
+
+def test_pictures_leave_the_newest_question_in_view(visit):
+    """Pictures are no taller than their row, are not loaded again with each message, and do not push the end away."""
+    tab = visit(viewport=PHONE)
+    upload(tab, PICTURE, *sorted(page_module.EXAMPLES.glob("drawings/*.png")))
+    first = tab.query_selector("#messages figure img")
+    at_end = "chatbot.scrollHeight - chatbot.scrollTop - chatbot.clientHeight < 2"
+    tab.evaluate("chatbot.scrollTop = 0")
+    for number in (1, 2, 3):
+        ask(tab, f"Question {number}?")
+        wait_for_end(tab, number)
+        wait(tab, at_end)
+        tab.wait_for_timeout(50)
+        assert tab.evaluate(at_end) and in_view(tab, "[data-testid=user] >> nth=-1")
+    assert tab.evaluate("image => image === document.querySelector('#messages figure img')", first)
 
 
 def test_two_visitors_have_separate_talks(page, visit):

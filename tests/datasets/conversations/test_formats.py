@@ -572,6 +572,13 @@ def test_encodings(tmp_path, encoding, name):
     assert messages_of(records) == [turns(at(tmp_path, "ä.jpg"), "🐈 ½")] * 2
 
 
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_an_encoding_that_nothing_announces(tmp_path, encoding):
+    (tmp_path / "x.jsonl").write_bytes(lines({"prompt": "q", "answer": "a"}).encode(encoding))
+    with pytest.raises(ConfigError, match=r"x\.jsonl begins with .*UTF-16 without a mark"):
+        read_records(str(tmp_path / "x.jsonl"))
+
+
 def test_ids_are_stable_when_records_are_added(tmp_path):
     pictures(tmp_path, "a.jpg")
     items = [{"image": "a.jpg", "caption": f"Caption {n}"} for n in range(4)]
