@@ -219,6 +219,7 @@ def test_stopping_and_waiting_in_line(one_at_a_time, chat, visit, monkeypatch):
     second.get_by_role("button", name="Stop").click()
     wait_until(lambda: not page.batcher.waiting)
     wait(second, "document.querySelector('#notice').innerText.includes('left the line')")
+    assert second.get_attribute("#notice", "class") == ""  # no fault
     assert second.input_value("#box textarea") == "And me?"
     assert second.locator(".assistant").count() == 0
     first.evaluate("document.querySelector('#chatbot').scrollTop = 0")
@@ -426,6 +427,7 @@ def test_pictures_and_videos(page, visit, tmp_path, monkeypatch):
     (tmp_path / "large.bmp").write_bytes(b"BM" + bytes(2 * 2**20))
     tab.set_input_files("#files", str(tmp_path / "large.bmp"))
     wait(tab, "document.querySelector('#notice').innerText.startsWith('large.bmp is too large')")
+    assert tab.get_attribute("#notice", "class") == "problem"
     held = []
     tab.route(re.compile(r"/pictures\?"), lambda route: held.append(route))
     tab.set_input_files("#files", str(tmp_path / "bad.png"))

@@ -173,7 +173,7 @@ async function addFiles(list) {
         .then(() => true)
         .catch((error) => {
           removeFile(number)
-          notice(error.message)
+          notice(error.message, "problem")
           return false
         })
       uploading.set(number, upload)
@@ -323,7 +323,8 @@ function takeBack(before, reply, question, stopped, error) {
   if (!box.value) box.value = question
   grow(box)
   const isOwnFault = error.status >= 400 && error.status < 500 && ![408, 429].includes(error.status)
-  if (stopped || isOwnFault) notice(stopped ? t("left_line") : error.message)
+  if (stopped) notice(t("left_line"))
+  else if (isOwnFault) notice(error.message, "problem")
   else messages.push({ role: "failed", question, text: reply.text, reason: error.message })
   toEnd()
 }

@@ -44,8 +44,9 @@ export function button(text, onclick, properties = {}) {
   return make("button", { type: "button", onclick, ...properties }, text)
 }
 
-export function notice(text = "") {
-  $("#notice").textContent = text
+/** Say something above the box; className: "problem" for what went wrong. */
+export function notice(text = "", className = "") {
+  Object.assign($("#notice"), { textContent: text, className })
 }
 
 export function announce(text) {
