@@ -1,13 +1,17 @@
 """The long run of soak.py, in short. Memory is judged in the long one only: at first it grows by itself."""
 
+import gc
+
 import pytest
 from soak import is_level, measure
 
 
 @pytest.mark.slow
 def test_open_files_stay_level(tmp_path):
+    gc.collect()  # what earlier tests of this process have left open would be closed meanwhile
     found = measure(tmp_path, steps=200, workers=2)
-    assert len(found) >= 18 and len({files for _, _, files in found[2:]}) == 1
+    files = [files for _, _, files in found[2:]]
+    assert len(found) >= 18 and max(files) == files[0]
 
 
 @pytest.mark.parametrize(("memory", "files", "level"), [(100.9, 50, True), (102.0, 50, False), (100.0, 51, False)])
