@@ -144,13 +144,14 @@ class ContinuousBatch:
     def _alike(self, embeds: torch.Tensor) -> list[Row]:
         """The rows that may begin as a prompt does. PROBES vectors of each are compared, all in one look."""
         rows = [row for row in self._rows if row.content is not None and row.least_common < len(embeds)]
-        steps = [row.least_common // PROBES for row in rows]
-        found = [row.content[: PROBES * step : step] for row, step in zip(rows, steps, strict=True) if step]
-        if not found:
-            return rows
-        places = torch.arange(PROBES) * torch.tensor([step for step in steps if step]).unsqueeze(1)
-        same = (torch.stack(found) == embeds[places.to(embeds.device)]).flatten(1).all(dim=1).tolist()
-        return [row for row, step in zip(rows, steps, strict=True) if not step or same.pop(0)]
+        long = [row for row in rows if row.least_common >= PROBES]
+        if long:
+            steps = [row.least_common // PROBES for row in long]
+            probes = [row.content[: PROBES * step : step] for row, step in zip(long, steps, strict=True)]
+            places = (torch.arange(PROBES) * torch.tensor(steps).unsqueeze(1)).to(embeds.device)
+            same = (torch.stack(probes) == embeds[places]).flatten(1).all(dim=1).tolist()
+            long = [row for row, is_same in zip(long, same, strict=True) if is_same]
+        return [row for row in rows if row.least_common < PROBES] + long
 
     def _prompt_cache_for(self, length: int, source: Row | None, prefix_len: int) -> KVCache:
         """The cache for a single prompt, with the first vectors of a row."""
