@@ -117,7 +117,7 @@ def main(argv: list[str] | None = None) -> None:
     with contextlib.suppress(KeyboardInterrupt), serve(**options, emoji=emoji) as page:
         log_warnings(warnings)
         if needs_password:
-            hint = "Other machines can reach this page. --auth sets another password, --open lets everybody in."
+            hint = "The page asks for these. --auth sets another password, --open lets everybody in."
             logging.warning("User: %s  Password: %s  %s", *accounts[0], hint)
 
         def check_weights() -> None:

@@ -68,9 +68,9 @@ def main(argv: list[str] | None = None) -> None:
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         logging.info("number of trainable parameters: %d", trainable)
         runner = runner_class(cfg, task, model, datasets, job_id)
+        folder = folder_of(cfg.run_cfg.output_dir, job_id)
+        dist_utils.from_main(lambda: write_run_files(cfg, folder, dist_utils.get_world_size()))
         if dist_utils.is_main_process():
-            folder = folder_of(cfg.run_cfg.output_dir, job_id)
-            write_run_files(cfg, folder, dist_utils.get_world_size())
             write_console_to(folder / "console.log")
         try:
             runner.train()

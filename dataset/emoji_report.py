@@ -9,6 +9,7 @@ Each question is asked in the model's own template, after the right answers to t
 
 import argparse
 import json
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,9 +20,11 @@ from emoji_questions import ROOT, topic_of
 
 from minigpt4.cli.arguments import add_config_arguments
 from minigpt4.common.config import Config
+from minigpt4.common.failing import format_error, is_mistake
 from minigpt4.conversation import Chat, open_picture
 from minigpt4.conversation.conversation import IMAGE_TURN
 from minigpt4.conversation.loading import load_chat
+from minigpt4.conversation.pictures import PictureError
 from minigpt4.fast.decoding.loop import cached_decoding
 
 BATCH_SIZE = 64
@@ -87,4 +90,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except Exception as error:
+        if not is_mistake(error) and not isinstance(error, PictureError):
+            raise
+        sys.exit(format_error(error))

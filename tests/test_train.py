@@ -250,7 +250,7 @@ def test_a_prompt_without_image_slot(configs, tmp_path, parts):
     match = r"No line of model\.prompt_path=.*holds <ImageHere>"
     fails(configs, "stage2", *options, error=ValueError, match=match, early="model.prompt_path")
     options = [f"model.ckpt={ckpt}", "model.prompt_template=Human:"]
-    match = r"prompt_template='Human:' has no \{\}"
+    match = r"prompt_template='Human:' must have one \{\}"
     fails(configs, "stage2", *options, error=ValueError, match=match, early="model.prompt_template")
 
 

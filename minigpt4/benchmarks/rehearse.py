@@ -21,7 +21,6 @@ import argparse
 import contextlib
 import json
 import logging
-import os
 import random
 import subprocess
 import sys
@@ -38,7 +37,7 @@ from minigpt4.benchmarks.harness import report
 from minigpt4.benchmarks.published import SIZES
 from minigpt4.benchmarks.synthetic import ROOT, STAGE_CONFIGS, WORKLOADS, caption, photograph
 from minigpt4.common.commands import check_positive, command_parser, path_argument
-from minigpt4.common.output import only_run, own_folder, whole_folder
+from minigpt4.common.output import is_taken, only_run, own_folder, whole_folder
 
 WORK = ("S1/16", "S2/12", "chat")
 RESULTS = "rehearsal.jsonl"  # also marks a folder as one of this command's
@@ -181,7 +180,7 @@ def make_data(folder: Path, count: int = 64) -> None:
     from webdataset import TarWriter
 
     own_folder(folder, "cc_sbu_align/filter_cap.json")
-    if os.listdir(folder):
+    if is_taken(folder):
         return
     rng = random.Random(1)
     pictures = [photograph(seed, 256, 256) for seed in range(count)]

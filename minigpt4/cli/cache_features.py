@@ -54,8 +54,7 @@ def main(argv: list[str]) -> int:
     setup_logger()
     for name in cfg.datasets_cfg:
         own_folder(args.out / name, feature_cache.MANIFEST)  # a wrong --out is reported before models are loaded
-    with dist_utils.process_group(cfg.run_cfg) as device, only_run(args.out, dist_utils.is_main_process()):
-        dist_utils.barrier()  # rank 0 has found that no other run writes there
+    with dist_utils.process_group(cfg.run_cfg) as device, dist_utils.entered_by_main(only_run(args.out)):
         sources = {name: (source_dataset(cfg, name), manifest_of(cfg, name)) for name in cfg.datasets_cfg}
         model = load_vision(cfg, device)
         with ThreadPoolExecutor(args.threads) as pool:

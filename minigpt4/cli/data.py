@@ -9,6 +9,7 @@ Each of the three has its own --help; docs/own_data.md shows what they print.
 """
 
 import argparse
+import contextlib
 
 from minigpt4.cli.arguments import add_config_arguments, add_files_arguments, columns_of, naming_flags
 from minigpt4.common.commands import check_positive, command_parser, path_argument
@@ -82,7 +83,8 @@ def add_workers(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: list[str]) -> int:
     args = parse_args(argv)
-    return {"check": run_check, "show": run_show, "convert": run_convert}[args.action](args)
+    with contextlib.nullcontext() if args.cfg_path else naming_flags():
+        return {"check": run_check, "show": run_show, "convert": run_convert}[args.action](args)
 
 
 def run_check(args: argparse.Namespace) -> int:
@@ -164,5 +166,4 @@ def open_sources(args: argparse.Namespace) -> tuple[Config | None, list]:
             raise ConfigError(f"{args.cfg_path} has no datasets.")
         return cfg, list(sources_of_config(cfg))
     info = {"images": args.images, "format": args.format, "columns": columns_of(args)}
-    with naming_flags():
-        return None, [source_of_files(args.storage, info)]
+    return None, [source_of_files(args.storage, info)]

@@ -98,10 +98,10 @@ def _score_model(args: argparse.Namespace, cfg: Config) -> int:
         task, examples, dataset = _examples(args, cfg)
         check_prompt(args.prompt, examples)
         settings = settings_of(args, cfg)
-        if dist_utils.is_main_process():
-            own_folder(args.out, MARK)
-            # A mistake shows before the model is loaded.
-            check_output(args.out / ANSWERS, settings | {"questions": digest(examples)}, LINES)
+        dist_utils.from_main(lambda: own_folder(args.out, MARK))
+        asked = settings | {"questions": digest(examples)}
+        # A mistake shows before the model is loaded.
+        dist_utils.from_main(lambda: check_output(args.out / ANSWERS, asked, LINES))
         decoding = Decoding(**arguments.given(args, Decoding))
         with seeded(cfg.run_cfg.seed):  # weights that are in no file are the same each time, and on all ranks
             chat = load_chat(cfg, device)

@@ -20,7 +20,7 @@ from minigpt4.cli.arguments import add_config_arguments
 from minigpt4.common.commands import command_parser, path_argument
 from minigpt4.common.config import Config
 from minigpt4.common.errors import ConfigError
-from minigpt4.common.output import only_run, whole_folder
+from minigpt4.common.output import is_taken, whole_folder
 from minigpt4.common.schema import MiniGPT4Config
 from minigpt4.common.trained_parts import LORA, TrainedParts
 
@@ -46,14 +46,10 @@ def main(argv: list[str]) -> int:
     from minigpt4.common.logger import setup_logger
 
     setup_logger()
-    out = args.out.resolve()
-    if out.is_dir():  # it is empty; a lock in it would be in the way
-        out.rmdir()
-    with only_run(out):
+    with whole_folder(args.out.resolve()) as folder:
         model = load(cfg)
         merge_adapters(model.llama_model)
-        with whole_folder(out) as folder:
-            write(model, cfg, folder)
+        write(model, cfg, folder)
     logging.info(
         "To use it: --options model.llama_model=%s model.ckpt=%s model.lora=null", args.out, args.out / CHECKPOINT
     )
@@ -65,11 +61,11 @@ def check(cfg: Config, out: Path) -> None:
     if cfg.model_cfg.get("arch") != MiniGPT4Config.arch:
         raise ConfigError(f"model.arch={cfg.model_cfg.get('arch')}: only the adapters of mini_gpt4 can be merged.")
     if TrainedParts(cfg.model_cfg).lora is None:
-        raise ConfigError(f"model.lora is not set in {cfg.origin('model.lora')}: there are no adapters to merge.")
+        raise ConfigError("model.lora is not set, so there are no adapters to merge. Set it as the run had it.")
     if not cfg.model_cfg.ckpt:
         raise ConfigError("model.ckpt is not set. Name the checkpoint with the trained adapters.")
     cfg.check_paths(keys=("model.llama_model", "model.ckpt"))
-    if out.is_file() or out.is_dir() and any(out.iterdir()):
+    if is_taken(out):
         raise ConfigError(
             f"--out {out} exists and is not empty. Nothing was changed. Name a folder that is new or empty."
         )
@@ -116,18 +112,21 @@ def write(model, cfg: Config, folder: Path) -> None:
     from transformers import GenerationConfig
 
     from minigpt4.common.facts import is_adapter
+    from minigpt4.models.lora import MERGED, digest
     from minigpt4.weights import checkpoint, fingerprint
 
     llm = model.llama_model
     llm.generation_config = GenerationConfig()  # the folder's own follows; the library refuses to write Vicuna's
+    content = checkpoint.read_file(checkpoint.resolve(cfg.model_cfg.ckpt))
+    weights = checkpoint.weights_of(content)
+    setattr(llm.config, MERGED, [*getattr(llm.config, MERGED, ()), digest(weights)])
     llm.save_pretrained(folder)
     copy_other_files(cfg.model_cfg, folder)
-    content = checkpoint.read_file(checkpoint.resolve(cfg.model_cfg.ckpt))
     settings = cfg.to_dict()
     unset = {key: None for key in settings["model"] if key.startswith("lora")}
     names = settings["model"]["train"]
     unset["train"] = names and [name for name in names if name != LORA]
-    weights = {name: value for name, value in checkpoint.weights_of(content).items() if not is_adapter(name)}
+    weights = {name: value for name, value in weights.items() if not is_adapter(name)}
     recorded = {key: value for key, value in model.fingerprint.items() if key != LORA}
     settings["model"] |= unset
     checkpoint.save({"model": weights, "config": settings, fingerprint.KEY: recorded}, folder / CHECKPOINT)

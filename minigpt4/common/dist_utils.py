@@ -197,6 +197,14 @@ def from_main(function: Callable[[], Any]) -> Any:
     return found
 
 
+@contextlib.contextmanager
+def entered_by_main(manager: contextlib.AbstractContextManager[None]) -> Iterator[None]:
+    """While entered, rank 0 has entered `manager`. What it raises on entering is raised on all ranks."""
+    with contextlib.ExitStack() as stack:
+        from_main(lambda: stack.enter_context(manager))
+        yield
+
+
 def _portable(error: Exception) -> Exception:
     """An error as other processes can raise it. Those of plug-ins may not survive pickling."""
     try:

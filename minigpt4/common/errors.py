@@ -12,6 +12,14 @@ class ConfigError(ValueError):
     """
 
 
+class UnusableDataError(RuntimeError):
+    """Data of which hardly anything can be used. The commands print the message without a traceback."""
+
+    def __str__(self) -> str:
+        """The message, without the traceback that torch puts before one of a data worker."""
+        return super().__str__().rpartition(f"{type(self).__name__}: ")[2].strip()
+
+
 def check_names(names: Iterable[str], known: Collection[str], unknown: Callable[[str], str]) -> None:
     """Raise ConfigError with the known names for the first name that is not among them.
 

@@ -8,7 +8,7 @@ import time
 import traceback
 from pathlib import Path
 
-from minigpt4.common.errors import ConfigError
+from minigpt4.common.errors import ConfigError, UnusableDataError
 from minigpt4.common.registry import UnknownNameError
 from minigpt4.common.stopping import STOP
 
@@ -32,7 +32,7 @@ def is_mistake(error: Exception) -> bool:
     """
     if isinstance(error, OSError):
         return error.errno is None or error.filename is not None
-    return isinstance(error, (ConfigError, UnknownNameError, FloatingPointError))
+    return isinstance(error, (ConfigError, UnusableDataError, UnknownNameError, FloatingPointError))
 
 
 def format_error(error: Exception) -> str:

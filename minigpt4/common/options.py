@@ -107,7 +107,7 @@ def _read_yaml(text: str, key: str, type_of: Callable[[str], KeyType]) -> Any:
     if text.startswith("#") or text.isspace():
         return text
     # A brace range of shards, such as {00000..01255}.tar, is no mapping.
-    structured = text[0] in "[\"'" or (text[0] == "{" and ":" in text)
+    structured = text[0] in "[\"'" or (text[0] == "{" and ":" in text) or text == "{}"
     try:
         value = OmegaConf.to_container(OmegaConf.create(f"value: {text}"), resolve=False)["value"]
         written = yaml.load(f"value: {text}", yaml.BaseLoader)["value"]

@@ -8,22 +8,28 @@ from pathlib import Path
 
 from minigpt4.common.errors import ConfigError
 
+PART = ".part"
+"""The end of the names of files and folders that are not whole yet."""
+
 
 @contextmanager
-def only_run(path: Path, main: bool = True) -> Iterator[None]:
+def only_run(path: Path) -> Iterator[None]:
     """While entered, no other run writes to this folder, or to this file, whose folder is created.
 
-    main: False for the ranks that rely on rank 0.
     Raises ConfigError if another run does, and if nothing can be written there.
     """
+    with _locked(path / ".lock" if path.is_dir() else path.parent / f".{path.name}.lock", path):
+        yield
+
+
+@contextmanager
+def _locked(file: Path, path: Path) -> Iterator[None]:
+    """While entered, no other process has locked `file`. Errors name `path`."""
     from filelock import FileLock, Timeout
 
-    if not main:
-        yield
-        return
-    lock = FileLock(path / ".lock" if path.is_dir() else path.parent / f".{path.name}.lock")
+    lock = FileLock(file)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(blocking=False)
     except Timeout:
         raise ConfigError(f"--out {path}: another run is writing there. Wait for it, or name another place.") from None
@@ -55,15 +61,38 @@ def write_whole(path: Path, content: str | bytes) -> Path:
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes `folder`, new or empty, at the end. Nothing is left if the writing fails."""
-    part = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
-    part.mkdir(parents=True)
-    try:
-        yield part
-        part.replace(folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    """A folder to fill, which becomes `folder`, new or empty, at the end.
+
+    If the writing fails nothing is left, and an empty folder stays. Raises ConfigError as `only_run` does.
+    """
+    # Where `folder` cannot be replaced, its files are moved into it.
+    fixed = folder.is_dir() and (os.path.ismount(folder) or not os.access(folder.parent, os.W_OK))
+    part = folder / PART if fixed else folder.with_name(f".{folder.name}{PART}")
+    lock = part.with_name(f"{part.name}.lock")
+    with _locked(lock, folder):
+        shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
+        part.mkdir()
+        try:
+            yield part
+            if fixed:
+                for path in part.iterdir():
+                    path.rename(folder / path.name)
+            else:
+                part.replace(folder)
+        except Exception as error:
+            if not isinstance(error, OSError) and "(os error " in str(error):  # of a library in Rust, on a full disk
+                raise ConfigError(f"--out {folder} cannot be written: {error}. Name another place.") from error
+            raise
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+            lock.unlink(missing_ok=True)
+
+
+def is_taken(path: Path) -> bool:
+    """Whether there is something at a path, beside what `whole_folder` may have left when it was killed."""
+    if path.is_dir():
+        return any(name not in (PART, f"{PART}.lock") for name in os.listdir(path))
+    return os.path.lexists(path)
 
 
 def own_folder(folder: Path, mark: str) -> None:

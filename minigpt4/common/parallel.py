@@ -74,7 +74,7 @@ def write_answers(batches: Iterable[Batch], output: Output, unit: str, total: in
             bar.update(batch.size)
     output.finish()
     skipped = {name: cause for each in dist_utils.gather_objects(own) for name, cause in each.items()}
-    file = output.write_errors(skipped) if dist_utils.is_main_process() else None
+    file = dist_utils.from_main(lambda: output.write_errors(skipped))
     reasons = [f"{name}: {cause}" for name, cause in skipped.items()]
     if reasons:
         listed = [*reasons[:LISTED], f"… All are in {file}."] if file and len(reasons) > LISTED else reasons

@@ -56,10 +56,9 @@ def open_output(name: Path | None, settings: dict[str, Any], lines: Lines) -> It
         raise ConfigError(f"--out {name} is a folder; name a file in it.")
     if path.exists() and not (path.is_file() and os.access(path, os.R_OK | os.W_OK)):
         raise ConfigError(f"--out {name} is no file that can be written. Leave --out away to write to the screen.")
-    main = dist_utils.is_main_process()
-    if main:
-        check_output(path, settings, lines)  # before a file for the lock is written beside somebody else's file
-    with only_run(path, main):
+    # Before a file for the lock is written beside somebody else's file.
+    dist_utils.from_main(lambda: check_output(path, settings, lines))
+    with dist_utils.entered_by_main(only_run(path)):
         yield Output(path, settings, lines)
 
 
@@ -84,10 +83,9 @@ class Output:
             return
         if dist_utils.is_distributed():
             self._own = path.with_name(f"{path.name}.part{dist_utils.get_rank()}")
-        if dist_utils.is_main_process():
-            check_output(path, settings, lines)
-            kept = json.dumps({"command": lines.command, "settings": settings})
-            write_whole(_settings_file(path), f"{kept}\n")
+        dist_utils.from_main(lambda: check_output(path, settings, lines))
+        kept = json.dumps({"command": lines.command, "settings": settings})
+        dist_utils.from_main(lambda: write_whole(_settings_file(path), f"{kept}\n"))
         self.finish()  # an earlier run
         if path.is_file():
             self.done = {lines.key_of(line) for line in whole_lines(path, lines)}
@@ -109,15 +107,17 @@ class Output:
         from minigpt4.common import dist_utils
 
         dist_utils.barrier()  # all ranks have written
+        if self._path:
+            dist_utils.from_main(self._append_parts)
+
+    def _append_parts(self) -> None:
         lines = self._lines
-        if self._path and dist_utils.is_main_process():
-            for part in _parts(self._path):
-                # A part that was appended, but not yet removed when a run ended, is not appended again.
-                done = {lines.key_of(line) for line in whole_lines(self._path, lines)} if self._path.exists() else set()
-                with self._path.open("ab") as file:
-                    file.writelines(line for line in whole_lines(part, lines) if lines.key_of(line) not in done)
-                part.unlink()
-        dist_utils.barrier()
+        for part in _parts(self._path):
+            # A part that was appended, but not yet removed when a run ended, is not appended again.
+            done = {lines.key_of(line) for line in whole_lines(self._path, lines)} if self._path.exists() else set()
+            with self._path.open("ab") as file:
+                file.writelines(line for line in whole_lines(part, lines) if lines.key_of(line) not in done)
+            part.unlink()
 
     def write_errors(self, errors: dict[str, str]) -> Path | None:
         """Keep why items have no line, {name: cause}, in place of what an earlier run kept. Returns the file."""

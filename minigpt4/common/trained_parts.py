@@ -3,6 +3,7 @@
 torch is not imported here. The loaders find this in the registry, so that a reader of the model need not.
 """
 
+import json
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, fields
 from typing import Any
@@ -105,6 +106,9 @@ def _lora_settings(model_cfg: MiniGPT4Config) -> LoraSettings | None:
     if given is None and (model_cfg.lora_r or 0) > 0:
         given = {name: getattr(model_cfg, f"lora_{name}") for name in ("r", "alpha", "dropout", "target_modules")}
     if given is None:
+        for name in ("lora_alpha", "lora_dropout", "lora_target_modules") if model_cfg.lora_r is None else ():
+            if getattr(model_cfg, name) is not None:
+                raise ConfigError(f"model.{name} is set, and model.lora_r is not: there are no adapters. Set both.")
         return None
     if not isinstance(given, Mapping):
         raise ConfigError(f"model.lora={given!r} must be a mapping, such as {{r: 64, alpha: 16}}.")
@@ -136,13 +140,17 @@ def check_parts(trained: Mapping[str, Any], recorded: Any, own: Mapping[str, Any
     b_matrices = [value for name, value in trained.items() if ".lora_B." in name]
     theirs, mine = recorded.get("lora"), own.get("lora")
     if b_matrices and not mine:
-        settings = theirs or {"r": b_matrices[0].shape[1]}
+        settings = json.dumps(theirs or {"r": b_matrices[0].shape[1]})  # as YAML reads it, null included
         raise ConfigError(
             f"{source} has LoRA adapters, and model.lora is not set. Set it to what they were trained with, "
             f"{settings}, {fix}."
         )
     if theirs and mine and theirs != mine:
-        differing = [f"{key}={theirs.get(key)!r}, not {mine[key]!r}" for key in mine if mine[key] != theirs.get(key)]
+        differing = [
+            f"{key}={json.dumps(theirs.get(key))}, not {json.dumps(value)}"
+            for key, value in mine.items()
+            if value != theirs.get(key)
+        ]
         raise ConfigError(
             f"{source} was trained with other LoRA adapters: {'; '.join(differing)}. Change model.lora, {fix}."
         )

@@ -3,6 +3,7 @@
 import logging
 from collections import Counter
 
+from minigpt4.common.errors import UnusableDataError
 from minigpt4.common.text import printable
 
 log = logging.getLogger(__name__)
@@ -85,7 +86,7 @@ class Gate(Tally):
         if self.kept <= self.MIN_KEPT * self.seen:
             causes = ", ".join(f"{count} × {cause}" for cause, count in self.causes.most_common())
             shard, count = self.bad_shards.most_common(1)[0]
-            raise RuntimeError(
+            raise UnusableDataError(
                 f"datasets.{self.name}: of the last {self.seen} samples only {self.kept} could be used: {causes}; "
                 f"in {len(self.bad_shards)} of {self.num_shards} shards, e.g. {shard} ({count} times). "
                 f"Check the shards, or name others with --options datasets.{self.name}.build_info.storage=…"

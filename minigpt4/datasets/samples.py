@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from minigpt4.common.errors import UnusableDataError
 from minigpt4.datasets.captions import Unusable, usable
 from minigpt4.datasets.left_out import Tally
 from minigpt4.weights.checkpoint import is_finite
@@ -60,7 +61,7 @@ def all_finite(value: Any) -> bool:
 def usable_samples(samples: Iterable[Any], tally: Tally) -> Iterator[Any]:
     """Leave out samples with a text that cannot be trained on, or with numbers that are not finite.
 
-    Raises RuntimeError for MAX_BAD_IN_A_ROW of them.
+    Raises UnusableDataError for MAX_BAD_IN_A_ROW of them.
     """
     bad_in_a_row = 0
     for sample in samples:
@@ -75,7 +76,7 @@ def usable_samples(samples: Iterable[Any], tally: Tally) -> Iterator[Any]:
             tally.drop(str(cause), identify(sample, tally.name).key or "a sample")
             bad_in_a_row += 1
             if bad_in_a_row == MAX_BAD_IN_A_ROW:
-                raise RuntimeError(f"datasets.{tally.name}: {cause}: {bad_in_a_row} samples in a row.") from None
+                raise UnusableDataError(f"datasets.{tally.name}: {cause}: {bad_in_a_row} samples in a row.") from None
         else:
             bad_in_a_row = 0
             yield sample

@@ -202,7 +202,7 @@ def check_conversations(context: RunContext) -> Iterator[Diagnostic]:
             check_sizes({name: dataset}, [1.0], context.run.batch_size_train, context.world_size)
             sample = next(iter(dataset))
         except (ConfigError, RuntimeError) as mistake:
-            yield error(key, str(mistake), "docs/own_data.md shows each format.")
+            yield error(key, str(mistake), "minigpt4 data check lists all. docs/own_data.md shows each format.")
             continue
         (_, asked), (_, answer) = sample["text_input"][-2:]
         size = pluralize(len(dataset), "record") if hasattr(dataset, "__len__") else "a stream"

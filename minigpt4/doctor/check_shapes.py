@@ -88,6 +88,7 @@ def check_checkpoints(context: RunContext) -> Iterator[Diagnostic]:
     from minigpt4.models import loading
     from minigpt4.weights import checkpoint
 
+    loading.check_projector_name(context.model)
     for key in CHECKPOINT_KEYS:
         content = context.content(key)
         if content is None:
@@ -102,7 +103,7 @@ def check_checkpoints(context: RunContext) -> Iterator[Diagnostic]:
             loading.load_rest(context.meta_model, cfg, sources, torch.device("meta"))
         except ConfigError as mistake:
             fix = f"Change {key}, or model.llama_model and model.qformer to those that it was trained with."
-            yield error(key, str(mistake), fix)
+            yield error(key, str(mistake), fix if isinstance(mistake, checkpoint.CheckpointError) else "")
         else:
             yield ok(key, f"{cfg.ckpt} fits")
         yield from _check_fingerprint(context, key, content.get(fingerprint.KEY))

@@ -33,7 +33,7 @@ def read_answers(path: str, examples: Sequence[Example]) -> tuple[dict[str, Answ
             raise ConfigError(
                 f"{where}: {len(ids)} questions have {key} {item[key]}. Name one by its id: {', '.join(ids[:3])}."
             )
-        if ids and ids[0] in found:
+        if ids and ids[0] in found and found[ids[0]].text != text:  # equal questions may have an answer each
             raise ConfigError(f"{where} is a second answer for {key} {item[key]}. Leave one.")
         if ids:
             found[ids[0]] = Answer(text, item.get("ended"))
@@ -49,7 +49,7 @@ def _index(examples: Sequence[Example]) -> dict[str, dict[str, list[str]]]:
     """{key: {value: ids}} of all names of the examples. A picture is known by its path and by its name alone."""
     index: dict[str, dict[str, list[str]]] = {key: {} for key in NAMES}
     for example in examples:
-        names = {*example.names.items(), ("id", example.id)}
+        names = {*example.names.items(), *(("id", each) for each in (example.id, *example.merged))}
         if "image" in example.names:
             names.add(("image", os.path.basename(example.names["image"])))
         for key, value in names:

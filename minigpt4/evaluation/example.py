@@ -27,6 +27,8 @@ class Example:
     """Examples of a group get figures of their own, beside those of all examples."""
     choices: tuple[str, ...] = ()
     """The answers to choose from."""
+    merged: tuple[str, ...] = ()
+    """Ids of equal questions, whose references are among these."""
 
     def __str__(self) -> str:
         return self.id

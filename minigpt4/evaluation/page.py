@@ -15,6 +15,7 @@ from minigpt4.evaluation.example import Answer, Example
 from minigpt4.evaluation.figures import LEVEL, Figure
 
 WORST = 300  # answers that come first
+IDS = 10  # of equal questions
 SPREAD = 200  # further answers, evenly over the rest
 
 FILTER = """<form onsubmit="return false">
@@ -80,7 +81,7 @@ def _row(example: Example, answer: str, score: str, flags: Sequence[str]) -> str
     pictures = "".join(img(small_jpeg(image)) for image in thumbnails)
     question = "".join(f'<p class="soft">{escape(text)}</p>' for text in [*_earlier(example), example.question] if text)
     group = "" if example.id.startswith(example.group) else example.group
-    label = escape(f"{group} {example.id}".strip())
+    label = escape(f"{group} {', '.join([example.id, *example.merged][:IDS])}".strip())
     references = escape("\n".join(dict.fromkeys(example.references)))
     marks = "".join(f'<span class="error">{escape(flag)}</span>' for flag in flags)
     return (

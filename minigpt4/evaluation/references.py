@@ -164,7 +164,9 @@ def from_records(records: Iterable[Record], group: str = "") -> Iterator[Example
         new = Example(record.id, tuple(messages), ("".join(answer),), pictures, names, group)
         key = (new.messages, pictures)
         old = merged.get(key)
-        merged[key] = replace(old, references=old.references + new.references) if old else new
+        if old:
+            new = replace(old, references=old.references + new.references, merged=(*old.merged, new.id))
+        merged[key] = new
     yield from merged.values()
 
 

@@ -56,8 +56,7 @@ def evaluate(
     with open_output(folder / ANSWERS, settings, LINES) as output:
         skipped = answer_all(examples, answerer, output, batch_size, until_stopped)
         check_stop()
-        if dist_utils.is_main_process():
-            write_results(folder, name, task, examples, settings)
+        dist_utils.from_main(lambda: write_results(folder, name, task, examples, settings))
     return skipped
 
 

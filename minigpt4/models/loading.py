@@ -13,6 +13,7 @@ from torch import nn
 
 from minigpt4.common import facts
 from minigpt4.common.errors import ConfigError, check_names
+from minigpt4.common.eval_mode import evaluating
 from minigpt4.common.model_schema import BLIP2_URL, MiniGPT4Config
 from minigpt4.common.registry import registry
 from minigpt4.common.text import pluralize
@@ -146,6 +147,8 @@ def load_rest(model: nn.Module, cfg: MiniGPT4Config, sources: Sources, device: t
 
     The model remembers the names of the latter: its own checkpoints hold them, even if they do not train.
     """
+    if cfg.projector != "linear":
+        _check_projector(model, cfg)
     if sources.qformer:
         used = qformer.checkpoint_filter_fn(sources.qformer)
         _say_unused(sources.qformer, used, cfg.q_former_model)
@@ -161,7 +164,9 @@ def load_rest(model: nn.Module, cfg: MiniGPT4Config, sources: Sources, device: t
                 f"{cfg.ckpt} holds another projector, with {', '.join(sorted(given))}, than model.projector="
                 f"{cfg.projector}. Set it to the one that was trained: {', '.join(registry.names('projector'))}."
             )
-        if adapters and not adapters & trained.keys():
+        if adapters & trained.keys():
+            registry.get("adapters", "lora").check_not_merged(model.llama_model, trained, cfg.ckpt)
+        elif adapters:
             logging.warning(
                 "%s has no LoRA adapters. Those of the model change nothing until they are trained.", cfg.ckpt
             )
@@ -208,6 +213,25 @@ def _say_unused(state: State, used: State, source: str) -> None:
         logging.info("Not used of %s: %s", source, listed)
 
 
+def check_projector_name(cfg: MiniGPT4Config) -> None:
+    """Raise ConfigError for a projector that is not registered."""
+    check_names([cfg.projector], registry.names("projector"), lambda name: f"model.projector={name} is not registered")
+
+
+def _check_projector(model: nn.Module, cfg: MiniGPT4Config) -> None:
+    """Raise ConfigError for a projector that does not map [1,Q,W] to [1,Q,D], Q queries."""
+    queries, width = model.query_tokens.detach(), model.llama_model.get_input_embeddings().embedding_dim
+    expected = torch.Size([*queries.shape[:2], width])
+    with torch.no_grad(), evaluating(model.llama_proj):
+        found = model.llama_proj(queries.float())
+    if getattr(found, "shape", None) != expected:
+        shown = tuple(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
+        raise ConfigError(
+            f"model.projector={cfg.projector} maps {tuple(queries.shape)} to {shown}; the language model needs "
+            f"{tuple(expected)}. Correct the class, or name another: {', '.join(registry.names('projector'))}."
+        )
+
+
 def check_trained(trained: State | None, recorded: dict | None, cfg: MiniGPT4Config) -> None:
     """Compare the trained parts of a checkpoint with the config, before other weights are read.
 
@@ -215,7 +239,7 @@ def check_trained(trained: State | None, recorded: dict | None, cfg: MiniGPT4Con
     neither be trained nor loaded.
     """
     parts = trained_parts(cfg)
-    check_names([cfg.projector], registry.names("projector"), lambda name: f"model.projector={name} is not registered")
+    check_projector_name(cfg)
     if trained is None:
         if "projector" not in parts.names:
             raise ConfigError(

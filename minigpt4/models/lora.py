@@ -6,7 +6,8 @@ at zero. peft is imported only where adapters are asked for.
 K inputs and N outputs of a layer, r rank.
 """
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 
 import torch
@@ -14,9 +15,13 @@ from torch import nn
 
 from minigpt4.common import compat
 from minigpt4.common.errors import ConfigError
+from minigpt4.common.facts import is_adapter
 from minigpt4.common.model_schema import LoraSettings
 from minigpt4.common.registry import registry
 from minigpt4.common.text import pluralize
+
+MERGED = "minigpt4_merged"
+"""In a language model's config.json: the digests of the adapters that were merged into it."""
 
 
 @registry.register("adapters", "lora")
@@ -48,6 +53,23 @@ class LoraAdapters:
         if settings.dropout:
             _recompute_with_equal_dropout(llm)
 
+    @staticmethod
+    def check_not_merged(llm: nn.Module, trained: Mapping[str, torch.Tensor], source: str) -> None:
+        """Raise ConfigError if the adapters of the checkpoint `source` are in the weights of the model already."""
+        if digest(trained) in getattr(llm.config, MERGED, ()):
+            raise ConfigError(
+                f"The LoRA adapters of {source} are merged into model.llama_model already. Set model.lora=null, and "
+                "model.ckpt to the checkpoint_merged.pth beside these weights; or name the original language model."
+            )
+
+
+def digest(trained: Mapping[str, torch.Tensor]) -> str:
+    """Identifies the adapters of a checkpoint."""
+    content = hashlib.sha256()
+    for name in sorted(filter(is_adapter, trained)):
+        content.update(name.encode() + trained[name].float().cpu().numpy().tobytes())
+    return content.hexdigest()[:16]
+
 
 def adapted_layers(llm: nn.Module) -> Iterator[nn.Module]:
     """peft's layers in a model."""
@@ -59,7 +81,8 @@ def adapted_layers(llm: nn.Module) -> Iterator[nn.Module]:
 def target_names(llm: nn.Module, settings: LoraSettings) -> list[str]:
     """The full names of the linear layers that get adapters.
 
-    Raises ConfigError for a number of `layers` and a name of `target_modules` that the model lacks.
+    Raises ConfigError for a number of `layers` and a name of `target_modules` that the model lacks, and for a rank `r`
+    above that of the layers.
     """
     layers = compat.decoder_layers(llm)
     chosen = range(len(layers)) if settings.layers is None else settings.layers
@@ -85,7 +108,11 @@ def target_names(llm: nn.Module, settings: LoraSettings) -> list[str]:
                 f"model.lora.target_modules lists {target!r}; the linear layers of the language model are "
                 f"{', '.join(known)}."
             )
-    return [name for name in names if name.rpartition(".")[2] in settings.target_modules]
+    names = [name for name in names if name.rpartition(".")[2] in settings.target_modules]
+    widest = max(min(part.in_features, part.out_features) for part in map(llm.get_submodule, names))
+    if settings.r > widest:
+        raise ConfigError(f"model.lora.r={settings.r} must be at most {widest}, the rank of the largest of its layers.")
+    return names
 
 
 def merged_weight(layer: nn.Module) -> torch.Tensor:

@@ -26,7 +26,7 @@ PICTURE = f"<Img>{IMAGE_SLOT}</Img>"
 class Template:
     """The fixed texts of a conversation; in `system`, `question` and `next_question`, `{}` stands for the message.
 
-    Raises ConfigError if one of these has no `{}`, and for what is no text or has the place of an image.
+    Raises ConfigError if one of these has not one `{}`, and for what is no text or has the place of an image.
     """
 
     question: str
@@ -48,8 +48,8 @@ class Template:
                 raise ConfigError(f"model.template: {name}={text!r} must be a text; bos, true or false.")
             if name != "bos" and IMAGE_SLOT in text or name == "start" and "{}" in text:
                 raise ConfigError(f"model.template: {name}={text!r} holds a place of messages: {{}} or {IMAGE_SLOT}.")
-            if name in ("question", "system", "next_question") and text and "{}" not in text:
-                raise ConfigError(f"model.template: {name}={text!r} has no {{}} where the message goes.")
+            if name in ("question", "system", "next_question") and text and text.count("{}") != 1:
+                raise ConfigError(f"model.template: {name}={text!r} must have one {{}}, where the message goes.")
 
     @property
     def separators(self) -> list[str]:
@@ -129,10 +129,10 @@ def from_prompt(prompt_template: str, end: str) -> Template:
     """The template of the first release's keys `prompt_template`, with `{}` for the question, and `end_sym`.
 
     A question that begins with `end` does so once only: the answer before it ends with it. Raises ConfigError for a
-    text without `{}`.
+    text without one `{}`.
     """
-    if "{}" not in prompt_template:
-        raise ConfigError(f"model.prompt_template={prompt_template!r} has no {{}} where the prompt goes.")
+    if prompt_template.count("{}") != 1:
+        raise ConfigError(f"model.prompt_template={prompt_template!r} must have one {{}}, where the prompt goes.")
     start, _, rest = prompt_template.partition("{}")
     after = prompt_template.removeprefix(end)
     return FirstRelease(start=start, system="{}" + start, question="{}" + rest, next_question=after, end=end)
@@ -177,7 +177,10 @@ def resolve(cfg: MiniGPT4Config) -> Template:
         return from_prompt(cfg.prompt_template, cfg.end_sym)
     if isinstance(value, Mapping):
         check_names(value, [f.name for f in fields(Template)], lambda name: f"model.template has no key {name}")
-        return Template(**{"question": None, "end": None} | dict(value))
+        for name in ("question", "end"):
+            if value.get(name) in (None, ""):
+                raise ConfigError(f"model.template={dict(value)} lacks {name}. It needs question and end.")
+        return Template(**value)
     if value == "auto":
         return from_chat_template(*chat_template(cfg.llama_model, cfg.trust_remote_code))
     check_names([value], [*TEMPLATES, "auto"], lambda name: f"model.template={name!r} is not known")
@@ -191,7 +194,7 @@ def from_chat_template(render: Callable[[list[dict]], str], eos: str) -> Templat
         render: writes messages {"role", "content"}, and the beginning of an answer unless the last one is an answer.
         eos: the text of the end token. If it follows an answer, it is its end, and the text after it is not learnt.
 
-    Raises ConfigError if these texts depend on the messages.
+    Raises ConfigError if these texts depend on the messages, and if nothing ends an answer.
     """
     system, first, answer, second = (f"⟦{name}⟧" for name in ("system", "first", "answer", "second"))
     turns = [("user", first), ("assistant", answer), ("user", second), ("assistant", answer), ("user", first)]
@@ -200,10 +203,15 @@ def from_chat_template(render: Callable[[list[dict]], str], eos: str) -> Templat
     # Text between the beginning of an answer and its content stands before every answer.
     before, _, after = render(messages[:2]).removeprefix(start + first).partition(answer)
     end = after[: after.index(eos) + len(eos)] if eos in after else after
+    if not end:
+        raise ConfigError(
+            "model.template=auto: the tokenizer's chat template writes nothing after an answer, so the model would not "
+            "learn to end one. Give model.template a name or a mapping."
+        )
     again = render(messages[:3]).removeprefix(start + first + before + answer + end) + before.removeprefix(asked)
     try:
         with_system = render([{"role": "system", "content": system}, *messages[:1]]).partition(first)[0]
-    except Exception:  # jinja's own, raised by templates that refuse a system text
+    except Exception:  # of a template that refuses a system text
         with_system = ""
     found = Template(
         question="{}" + before,

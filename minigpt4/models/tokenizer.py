@@ -70,7 +70,7 @@ def load_tokenizer(llama_model: str, trust_remote_code: bool = False) -> Tokeniz
 def chat_template(llama_model: str, trust_remote_code: bool = False) -> tuple[Callable[[list[dict]], str], str]:
     """The chat template of a language model's tokenizer and the text of its end token, for `from_chat_template`.
 
-    Raises ConfigError if it has no chat template.
+    Raises ConfigError if it has no chat template; the function does if the template fails.
     """
     from transformers import AutoTokenizer
 
@@ -80,7 +80,11 @@ def chat_template(llama_model: str, trust_remote_code: bool = False) -> tuple[Ca
 
     def render(messages: list[dict]) -> str:
         asked = messages[-1]["role"] == "user"
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asked)
+        try:
+            return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asked)
+        except Exception as error:  # jinja's, and any that the template's own expressions raise
+            fails = f"the chat template of {llama_model} fails ({type(error).__name__}: {error})"
+            raise ConfigError(f"model.template=auto: {fails}. Give a name or a mapping.") from error
 
     return render, tokenizer.eos_token
 

@@ -131,8 +131,14 @@ def _newest_valid(run: RunConfig, differences: Callable[[Mapping[str, Any]], lis
 
 def _of_all_runs(output_dir: Path) -> Iterator[Path]:
     """The checkpoints in all run folders, first those of the run that wrote one last."""
-    folders = [folder for folder in output_dir.iterdir() if folder.is_dir()] if output_dir.is_dir() else []
-    runs = [found for folder in folders if (found := facts.checkpoints_in(folder))]
+    runs = []
+    for folder in output_dir.iterdir() if output_dir.is_dir() else ():
+        try:
+            found = facts.checkpoints_in(folder) if folder.is_dir() else []
+        except OSError as error:  # another user's
+            logging.warning("run.resume_ckpt_path=auto: %s is passed over: %s.", folder, error.strerror)
+            continue
+        runs += [found] if found else []
     for found in sorted(runs, key=lambda paths: max(map(_written_at, paths)), reverse=True):
         yield from found
 

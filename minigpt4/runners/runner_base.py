@@ -80,11 +80,10 @@ class RunnerBase:
             self._prepare_training()
         elif self.run.resume_ckpt_path:
             restoring.load_weights(self, Path(self.run.resume_ckpt_path))
-        if dist_utils.is_main_process():
-            start_folder(self.output_dir, cfg.to_dict())
-            if self.step:
-                earlier, is_behind = Path(self.run.resume_ckpt_path), partial(restoring.is_behind, self)
-                continue_folder(self.output_dir, earlier, self.best_metric, is_behind)
+        dist_utils.from_main(lambda: start_folder(self.output_dir, cfg.to_dict()))
+        if self.step:
+            earlier, is_behind = Path(self.run.resume_ckpt_path), partial(restoring.is_behind, self)
+            dist_utils.from_main(lambda: continue_folder(self.output_dir, earlier, self.best_metric, is_behind))
         self.record = run_log.record_of(self)
 
     @classmethod

@@ -89,7 +89,6 @@ class Saving:
         except Stopped:
             if self._place and self._place.step > self._saved_step:
                 self.save_within_epoch()
-            dist_utils.agree(0)  # torchrun ends the others as soon as one ends, and rank 0 may still write
             raise
 
     def save_epoch(self, epoch: int, is_best: bool = False) -> None:
@@ -110,8 +109,7 @@ class Saving:
     def save_best(self) -> None:
         """Write the weights of the middle of an epoch as checkpoint_best.pth. Runs are not resumed from there."""
         content = self._weights(f"at step {self.runner.step}")
-        if dist_utils.is_main_process():
-            self.files.write_best(content, self.runner.step)
+        dist_utils.from_main(lambda: self.files.write_best(content, self.runner.step))
 
     def _save(self, entries: dict[str, Any], when: str, name: str, is_best: bool = False) -> None:
         runner, self._saved_at = self.runner, time.monotonic()
@@ -127,8 +125,7 @@ class Saving:
             "grad_norm": None if norm is None else float(norm),
         }
         content = self._weights(when) | state | entries
-        if dist_utils.is_main_process():
-            self.files.write(content, name, is_best)
+        dist_utils.from_main(lambda: self.files.write(content, name, is_best))
 
     def _weights(self, when: str) -> dict[str, Any]:
         """The entries of a checkpoint that describe the weights. Raises FloatingPointError if some are not finite."""

@@ -147,8 +147,8 @@ class Validation:
         logging.info("The test splits are measured with %s.", which)
         trained = list(checkpoint.trainable_parameters(module).values()) if found else []
         last = [parameter.detach().clone() for parameter in trained]
-        if found and dist_utils.is_main_process():
-            load_weights(self.runner, best)
+        if found:
+            dist_utils.from_main(lambda: load_weights(self.runner, best) and None)
         dist_utils.broadcast_tensors(trained)
         yield
         for parameter, weight in zip(trained, last, strict=True):

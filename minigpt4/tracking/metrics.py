@@ -16,6 +16,8 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
+from minigpt4.common.text import pluralize
+
 NAME = "metrics.jsonl"
 EXACT = 2**53
 """Beyond it, whole numbers are floats: some readers, and trackers, would round them."""
@@ -69,7 +71,7 @@ def carry_over(source: Path, target: Path, belongs: Callable[[dict[str, Any]], b
         logging.info("%s: %s. The lines of the resumed run start at its checkpoint.", error.filename, error.strerror)
         return
     later = f"; {len(lines) - len(kept)} of later steps stay there" if len(kept) < len(lines) else ""
-    logging.info("%d lines of %s are taken over%s.", len(kept), source, later)
+    logging.info("Taken over from %s: %s%s.", source, pluralize(len(kept), "line"), later)
 
 
 def _read(path: Path) -> list[tuple[bytes, dict[str, Any]]]:

@@ -68,8 +68,7 @@ def read_run(folder: Path) -> Run:
 
 def metrics_to_draw(runs: Sequence[Run]) -> list[str]:
     """The metrics that say most: loss, results of evaluations, learning rate, gradient, speed, memory."""
-    names = dict.fromkeys(name for run in runs for line in run.lines for name in line)
-    names = [name for name in names if any(run.curve(name)[0] for run in runs)]
+    names = _curves(runs)
     usual = [name for name in UNITS if name in names and name not in OTHERS]
     results = [name for name in names if name not in (*UNITS, *OTHERS) and "/" not in name]
     return usual[:1] + results + usual[1:]
@@ -79,6 +78,12 @@ def need_matplotlib() -> None:
     """Raise ConfigError if it is not installed."""
     if find_spec("matplotlib") is None:
         raise ConfigError("Curves are drawn with matplotlib, which is not installed: pip install matplotlib")
+
+
+def _curves(runs: Sequence[Run]) -> list[str]:
+    """The names that have numbers, in the order of the files; digests and texts have none."""
+    names = dict.fromkeys(name for run in runs for line in run.lines for name in line)
+    return [name for name in names if any(run.curve(name)[0] for run in runs)]
 
 
 def draw(runs: Sequence[Run], names: Sequence[str], columns: int = 2):
@@ -98,7 +103,7 @@ def _draw(runs: Sequence[Run], names: Sequence[str], columns: int):
     panels = iter(figure.subplots(rows, columns, squeeze=False).flat)
     for name, panel in zip(names, panels, strict=False):
         if not any(run.curve(name)[0] for run in runs):
-            known = sorted({key for run in runs for line in run.lines for key in line} - {"step", "time"})
+            known = sorted({*_curves(runs)} - {"step", "time"})
             raise ConfigError(f"No run has the metric {name!r}. Known: {', '.join(known)}.")
         for number, run in enumerate(runs):
             _draw_curve(panel, *run.curve(name), color=f"C{number}", smooth=name != "lr")

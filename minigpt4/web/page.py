@@ -95,7 +95,7 @@ class Page:
         }
         # Four at the same time, so that a slow file does not block other visitors.
         self._readers = ThreadPoolExecutor(4, "reading")
-        self._open: dict[str, Counter] = {"questions": Counter(), "uploads": Counter()}
+        self._open: dict[str, Counter] = {"questions": Counter(), "uploads": Counter(), "formulas": Counter()}
         self.app = self._make_app()
 
     @property
@@ -205,7 +205,7 @@ class Page:
         formulas = await self._read_json(request)
         if not (isinstance(formulas, list) and all(isinstance(each, str) for each in formulas)):
             raise PageError(400, "bad_request", detail="formulas")
-        with self._place("uploads", client_network(request.scope), MAX_UPLOADS, OWN_UPLOADS):
+        with self._place("formulas", client_network(request.scope), MAX_UPLOADS, OWN_UPLOADS):
             read = asyncio.get_running_loop().run_in_executor(self._readers, read_formulas, formulas)
             return JSONResponse(await read, headers=HEADERS)
 

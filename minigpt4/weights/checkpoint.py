@@ -93,7 +93,10 @@ def _kind(value: object) -> str:
 def _files_in(folder: Path) -> str:
     """Advice that names a file of weights in a folder."""
     names = sorted(f.name for f in folder.iterdir() if f.suffix in (".pth", ".safetensors", ".bin", ".pt"))
-    return f"Give a file, such as {folder / names[-1]}." if names else "Give the file itself."
+    if names:
+        return f"Give a file, such as {folder / names[-1]}."
+    runs = sorted(folder.glob("*/checkpoint_*.pth"), key=os.path.getmtime)
+    return f"Give a run's folder, such as {runs[-1].parent}." if runs else "Give the file itself."
 
 
 def check_archive(path: Path) -> None:

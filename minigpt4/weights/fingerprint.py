@@ -9,6 +9,7 @@ A fingerprint also names the trained parts that differ from the paper's one line
 D width of the language model.
 """
 
+import json
 import logging
 
 import numpy as np
@@ -82,7 +83,8 @@ def check(recorded: dict | None, own: dict | None, source: str, allow_mismatch: 
         )
         _refuse(f"{message} Change model.ckpt (run.resume_ckpt_path) or model.llama_model", allow_mismatch)
     if _other_template(recorded, own):
-        trained = recorded.get("template") or {name: recorded.get(name) for name in TEXTS}
+        theirs = recorded.get("template") or {name: recorded.get(name) for name in TEXTS}
+        trained = json.dumps(theirs, ensure_ascii=False)
         message = (
             f"{source} was trained with another template: {trained}. Set model.template to its name (auto, if it is "
             "the tokenizer's own) or to that mapping, or to null with these model.prompt_template and model.end_sym"

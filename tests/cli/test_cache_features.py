@@ -216,8 +216,7 @@ def test_a_stream_with_hardly_any_pictures_is_an_error(configs, tmp_path):
         members = [(f"{i}.{suffix}", b"x") for i in range(60) for suffix in ("jpg", "txt")]
         write_tar(tmp_path / f"{shard}.tar", members)
     options = [f"datasets.{name}.build_info.storage={tmp_path}/*.tar" for name in ("laion", "cc_sbu")]
-    with pytest.raises(RuntimeError, match="an image that is not one, or is broken"):
-        cache(configs["stage1"], tmp_path / "f", *options)
+    assert "an image that is not one, or is broken" in cache(configs["stage1"], tmp_path / "f", *options)
 
 
 # --- what is refused

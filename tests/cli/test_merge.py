@@ -6,6 +6,7 @@ from lora_models import LORA, SAMPLES, adapters, save, trained
 from omegaconf import OmegaConf
 
 from minigpt4.__main__ import main
+from minigpt4.common.errors import ConfigError
 from minigpt4.models import MiniGPT4
 
 pytest.importorskip("peft")
@@ -49,6 +50,9 @@ def test_the_merged_model_is_used_without_adapters(config, tmp_path, caplog, opt
     assert not adapters(merged) and adapters(expected)
     difference = (logits(merged) - logits(expected)).norm() / logits(expected).norm()
     assert 0 < difference <= 1e-5
+    assert "merged into model.llama_model already" in merge(config, tmp_path / "twice", f"model.llama_model={out}")
+    with pytest.raises(ConfigError, match="merged into model.llama_model already"):
+        MiniGPT4.from_config(keys | {"llama_model": str(out)})
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".merged.") and p.is_dir()] == []
 
 

@@ -8,7 +8,7 @@ import signal
 import pytest
 
 from minigpt4.__main__ import main
-from minigpt4.common.errors import ConfigError
+from minigpt4.common.errors import ConfigError, UnusableDataError
 from minigpt4.common.failing import failure_text, format_error, is_mistake
 from minigpt4.common.registry import UnknownNameError
 
@@ -30,6 +30,8 @@ def raised(action) -> Exception:
         (FileNotFoundError("/x holds no weights."), "Error: /x holds no weights."),
         (ConfigError("run.seed"), "Error: run.seed"),
         (UnknownNameError("run.task"), "Error: run.task"),
+        (UnusableDataError("datasets.x: nothing"), "Error: datasets.x: nothing"),
+        (UnusableDataError("Caught …\nTraceback …\nx.UnusableDataError: of a worker\n"), "Error: of a worker"),
     ],
 )
 def test_mistakes(error, text, monkeypatch):

@@ -7,7 +7,7 @@ import pytest
 from helpers import ROOT
 
 from minigpt4.common.errors import ConfigError
-from minigpt4.common.output import make_folder, only_run, own_folder, whole_folder
+from minigpt4.common.output import is_taken, make_folder, only_run, own_folder, whole_folder
 
 
 def test_a_folder_is_ones_own_if_it_is_new_empty_or_marked(tmp_path):
@@ -48,10 +48,37 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
         assert [path.name for path in (tmp_path / name).iterdir()] == ["file"]
     with pytest.raises(ZeroDivisionError), whole_folder(tmp_path / "other") as part:
         (part / "file").write_text(str(1 / 0))
+    with (
+        pytest.raises(ConfigError, match="--out .*/other cannot be written: .*No space"),
+        whole_folder(tmp_path / "other"),
+    ):
+        raise RuntimeError("I/O error: No space left on device (os error 28)")  # as safetensors says it
     with pytest.raises(OSError, match="not empty"), whole_folder(tmp_path / "new"):
         pass
     assert (tmp_path / "new" / "file").read_text() == "new"
+    (tmp_path / "empty" / "file").unlink()
+    with whole_folder(tmp_path / "empty") as part:
+        (part / "file").write_text("of the first")
+        with pytest.raises(ConfigError, match="another run is writing there"), whole_folder(tmp_path / "empty"):
+            pass
+    assert (tmp_path / "empty" / "file").read_text() == "of the first"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "new"]
+
+
+def test_a_folder_that_cannot_be_replaced_is_filled_whole_or_not_at_all(tmp_path, monkeypatch):
+    """Such as the place of a mounted disk."""
+    monkeypatch.setattr("os.path.ismount", lambda path: path == tmp_path)
+    with pytest.raises(ZeroDivisionError), whole_folder(tmp_path) as part:
+        (part / "file").write_text(str(1 / 0))
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / ".part").mkdir()
+    (tmp_path / ".part" / "left").touch()  # by a run that was killed
+    assert not is_taken(tmp_path)
+    with whole_folder(tmp_path) as part:
+        (part / "sub").mkdir()
+        (part / "sub" / "file").touch()
+    assert [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("*"))] == ["sub", "sub/file"]
+    assert is_taken(tmp_path)
 
 
 def test_one_process_at_a_time(tmp_path):
@@ -66,8 +93,6 @@ def test_one_process_at_a_time(tmp_path):
     )
     assert other.stdout.readline() == b"held\n"
     with pytest.raises(ConfigError, match="another run is writing there"), only_run(path):
-        pass
-    with only_run(path, main=False):  # another rank of the same run
         pass
     other.kill()
     other.wait()

@@ -263,6 +263,11 @@ def test_a_table_with_other_columns_names_the_flags_and_they_help(run, tmp_path)
         run(table, "--columns", "image=picture", "--columns", "caption=word")
     (data,) = run(table, "--columns", "image=picture", "--columns", "caption=words")
     assert data["usable"] == 1
+    with pytest.raises(ConfigError, match=r"^\[.*my.csv.*a.tar'\] has shards and files"):
+        run(table, tmp_path / "a.tar")
+    (tmp_path / "gone.csv").write_text("image,caption\nnone.png,A dog.\n")
+    with pytest.raises(ConfigError, match=r"none.png.* --images, names another folder"):
+        main(["convert", f"{tmp_path}/gone.csv", "--to", "jsonl", "--out", f"{tmp_path}/out"])
 
 
 @pytest.mark.parametrize(("limit", "line"), [(20, "max_txt_len=20 cuts no sample"), (3, "max_txt_len=3 cuts 100.0 %")])

@@ -13,6 +13,7 @@ from dataset_files import good_members, picture_bytes, write_shards, write_tar
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from minigpt4.common.errors import ConfigError
 from minigpt4.datasets.datasets.image_text_stream import ImageTextStream
 from minigpt4.datasets.datasets.shards import expand_shards
 from minigpt4.processors import BaseProcessor, BlipCaptionProcessor
@@ -45,6 +46,13 @@ def test_samples_are_processed(shards):
     number = int(sample["image_id"].split("/")[1])
     assert sample == {"image": (20, 20), "text_input": f"a sample {number}", "image_id": sample["image_id"]}
     assert sample["image_id"] == f"{number // 30:05d}.tar/{number:09d}"
+
+
+@pytest.mark.parametrize(("method", "called"), [("load", "image_fields"), ("text_of", "processed_text")])
+def test_a_plug_in_that_overrides_what_training_does_not_call_is_told(shards, method, called):
+    own = type("Own", (ImageTextStream,), {method: lambda self, sample: None})
+    with pytest.raises(ConfigError, match=rf"datasets\.mine: Own overrides {method}, .* Override {called}:"):
+        own(f"{shards}/*.tar", BaseProcessor(), BaseProcessor(), "mine")
 
 
 def test_it_has_no_length_and_no_end(shards):

@@ -8,6 +8,8 @@ from dataset_files import picture_bytes
 from minigpt4.__main__ import main
 from minigpt4.common.errors import ConfigError
 from minigpt4.evaluation import references
+from minigpt4.evaluation.answers import read_answers
+from minigpt4.evaluation.page import _row
 from minigpt4.evaluation.results import LINES
 
 CAT, DOG = "A cat on a red sofa.", "A dog runs in the park."
@@ -186,6 +188,17 @@ def test_each_of_several_files_is_a_group(form, tmp_path):
     half = len(examples) // 2
     assert [example.group for example in examples] == ["random"] * half + ["popular"] * half
     assert all(example.id.startswith(f"{example.group}/") for example in examples)
+
+
+def test_equal_questions_are_one_that_has_all_their_ids(tmp_path):
+    """An answer may name any of them."""
+    records = [{"id": name, "prompt": "What?", "answer": name} for name in ("a", "b", "c")]
+    (tmp_path / "data.jsonl").write_text(lines(*records))
+    _, (example,) = references.read_examples([str(tmp_path / "data.jsonl")])
+    assert example.references == ("a", "b", "c")
+    (tmp_path / "answers.jsonl").write_text(lines({"id": "b", "answer": "x"}, {"id": "c", "answer": "x"}))
+    assert read_answers(str(tmp_path / "answers.jsonl"), [example])[0]["a"].text == "x"
+    assert "<small>a, b, c</small>" in _row(example, "x", "0.0", [])
 
 
 @pytest.mark.parametrize(

@@ -119,6 +119,7 @@ def test_layers_and_modules(build_golden_model):
         ({"target_modules": ["query"]}, r"target_modules lists 'query'.*q_proj"),
         ({"layers": [0, 9]}, "layers lists 9"),
         ({"layers": []}, "no target_modules or layers"),
+        ({"r": 1_000_000}, r"lora\.r=1000000 must be at most \d+,"),
     ],
 )
 def test_layers_that_are_not_there(build_golden_model, wrong, words):

@@ -7,6 +7,7 @@ from torch import nn
 
 from minigpt4.common.errors import ConfigError
 from minigpt4.common.registry import registry
+from minigpt4.models.projectors import MLP
 from minigpt4.weights.checkpoint import CheckpointError
 
 
@@ -39,6 +40,19 @@ def test_another_size_is_refused(build_golden_model, tmp_path):
     path = save(model, tmp_path / "a.pth", **{"llama_proj.2.weight": torch.zeros(2, 2)})
     with pytest.raises(CheckpointError, match=r"llama_proj\.2\.weight has shape \(2, 2\)"):
         build_golden_model(projector="mlp", ckpt=path)
+
+
+@pytest.mark.parametrize(
+    ("forward", "words"),
+    [
+        (lambda self, x: torch.cat([x, x], dim=-1), r"to \(1, 8, 48\); .* needs \(1, 8, 40\)"),
+        (lambda self, x: (x,), "to tuple; "),
+    ],
+)
+def test_a_projector_of_another_shape(build_golden_model, monkeypatch, forward, words):
+    monkeypatch.setattr(MLP, "forward", forward)
+    with pytest.raises(ConfigError, match=rf"model\.projector=mlp maps .* {words}"):
+        build_golden_model(projector="mlp")
 
 
 def test_an_unknown_name(build_golden_model):

@@ -1,8 +1,11 @@
 """The text around the messages of a conversation, against chat templates of tokenizers."""
 
+import shutil
+
 import pytest
 from conversation_cases import CHATML, LLAMA2, renderer
 
+from minigpt4 import PACKAGE_ROOT
 from minigpt4.common.errors import ConfigError
 from minigpt4.common.schema import MiniGPT4Config
 from minigpt4.models.template import PICTURE, TEMPLATES, Template, from_chat_template, from_prompt, join_parts, resolve
@@ -41,11 +44,20 @@ def test_a_chat_template_without_a_system_text():
         "{{ messages | length }}" + CHATML,
         CHATML.replace("m.content", "m.content | upper"),
         "{% for m in messages[-1:] %}{{ m.content }}{% endfor %}",
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}",  # nothing ends an answer
     ],
 )
 def test_a_chat_template_with_texts_that_change(text):
     with pytest.raises(ConfigError, match="model.template=auto"):
         from_chat_template(renderer(text), "<|im_end|>")
+
+
+@pytest.mark.parametrize("text", ["{{ raise_exception('never') }}", "{% for", "{{ a.b.c }}", "{{ 1 / 0 }}"])
+def test_a_chat_template_that_fails(tmp_path, text):
+    shutil.copytree(PACKAGE_ROOT / "assets/tiny/llama", tmp_path, dirs_exist_ok=True)
+    (tmp_path / "chat_template.jinja").write_text(text)
+    with pytest.raises(ConfigError, match=rf"model\.template=auto: the chat template of {tmp_path} fails \("):
+        resolve(MiniGPT4Config(template="auto", llama_model=str(tmp_path)))
 
 
 def test_the_keys_of_the_first_release_equal_vicuna_v0():
@@ -76,7 +88,10 @@ def test_vicuna_v1():
         ("vicuna", "vicuna_v0"),
         ({"question": "Q", "end": "E"}, "question='Q'"),
         ({"question": "{}", "end": "E", "stop": "E"}, "stop"),
-        ({"question": "{}"}, "end=None"),
+        ({"question": "{}"}, "lacks end"),
+        ({"question": "{}", "end": ""}, "lacks end"),
+        ({"end": "E"}, "lacks question"),
+        ({"question": "{} {}", "end": "E"}, "one {}"),
         ({"question": 5, "end": "E"}, "question=5"),
         ({"question": "{}", "end": "E", "bos": "no"}, "bos='no'"),
         ({"question": "<ImageHere>{}", "end": "E"}, "question='<ImageHere>{}'"),

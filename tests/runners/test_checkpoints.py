@@ -7,6 +7,8 @@ import pytest
 import torch
 from helpers import facts_of
 
+from minigpt4.common import facts
+from minigpt4.runners import checkpoints
 from minigpt4.weights import checkpoint
 from minigpt4.weights.checkpoint import CheckpointError
 
@@ -51,6 +53,23 @@ def test_auto_goes_on_from_the_newest_that_is_whole(run, caplog):
     torch.testing.assert_close(facts_of(third), expected, rtol=0, atol=0)
     run("4", **settings)
     assert "Nothing left to train" in caplog.text  # the third has finished
+
+
+def test_auto_passes_over_a_folder_that_cannot_be_read(tmp_path, monkeypatch, caplog):
+    """Such as another user's."""
+    for name in ("mine", "others"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "checkpoint_0.pth").touch()
+    listed = facts.checkpoints_in
+
+    def denied(folder):
+        if folder.name == "others":
+            raise PermissionError(13, "Permission denied")
+        return listed(folder)
+
+    monkeypatch.setattr(facts, "checkpoints_in", denied)
+    assert [*checkpoints._of_all_runs(tmp_path)] == [tmp_path / "mine" / "checkpoint_0.pth"]
+    assert f"{tmp_path / 'others'} is passed over: Permission denied" in caplog.text
 
 
 def test_a_folder_whose_newest_is_broken(run, caplog):

@@ -18,9 +18,11 @@ from lora_models import LORA, trained
 from minigpt4.benchmarks.scaling import ScalingTimer, without_exchange
 from minigpt4.common import dist_utils
 from minigpt4.common.config import Config
+from minigpt4.common.resumable import Lines, open_output
 from minigpt4.common.stopping import REQUEUE, STOP, Stopped
 from minigpt4.datasets.samples import SampleId
 from minigpt4.runners import RunnerBase
+from minigpt4.runners.checkpoints import BEST
 from minigpt4.runners.health import BAD_BATCHES
 from minigpt4.tasks import ImageTextPretrainTask
 from minigpt4.tracking.metrics import read_metrics
@@ -176,6 +178,39 @@ def test_ranks_resume_and_evaluate_together(on_two_ranks, build_golden_model, po
     first, second = ({k: v for line in each for k, v in line.items() if k.startswith("val_")} for each in lines)
     assert first.pop("val_loss") == pytest.approx(second.pop("val_loss"), rel=1e-6)
     assert first == second and len(first) > 10
+
+
+def faulty_rank(rank, folder, model, pool):
+    """Errors that rank 0 alone can have: in the run's folder, its checkpoints, and the file of a command."""
+    splits = {"train": Pictures(*pool), "val": Pictures(*pool)}
+    runner = make_runner(folder, model, splits, "job", valid_splits="[val]", test_splits="[val]", batch_size_train=2)
+    ours, lines = folder / f"{rank}.jsonl", Lines("minigpt4 try", "line", b"{", lambda entry: entry["id"])
+    ours.write_text("somebody else's\n")
+    ours.with_name("1.jsonl").unlink(missing_ok=True)
+    missing = folder / "missing" / "checkpoint.pth"
+    runner.saving.files._failures, runner.saving.files.folder = 2, missing.parent
+    (runner.output_dir / BEST).write_text("broken")
+    attempts = {
+        "folder": lambda: make_runner(folder, model, splits, "job", batch_size_train=2),
+        "save": runner.saving.save_best,
+        "best": runner.validation.of_test_splits,
+        "output": lambda: open_output(ours, {}, lines).__enter__(),
+    }
+    messages = {}
+    for name, attempt in attempts.items():
+        try:
+            attempt()
+        except Exception as error:
+            messages[name] = f"{type(error).__name__}: {error}"
+    torch.save(messages, folder / f"rank{rank}.pth")
+
+
+def test_an_error_on_rank_0_alone_ends_all_ranks_with_its_message(on_two_ranks, build_golden_model, pool, tmp_path):
+    on_two_ranks(faulty_rank, tmp_path, build_golden_model(), pool)
+    first, second = (torch.load(tmp_path / f"rank{rank}.pth") for rank in range(2))
+    assert first == second and len(first) == 4, (first, second)
+    assert first["folder"].startswith("FileExistsError") and "3rd time" in first["save"]
+    assert BEST in first["best"] and "0.jsonl" in first["output"]
 
 
 def timed_rank(rank, folder, model, pool):

@@ -75,7 +75,7 @@ def test_a_resumed_run_has_each_step_once(build_golden_model, make_runner, pool,
     assert [path.name for path in (resumed.output_dir / PICTURES).iterdir()] == ["a picture.jpg"]
     names = ("loss", "lr", "train_loss", "val_loss", "grad_norm")
     steps = [line["step"] for line in lines_of(resumed) if "loss" in line]
-    assert steps == list(range(1, 9)) and "are taken over; " in caplog.text
+    assert steps == list(range(1, 9)) and "Taken over from " in caplog.text
     expected = {(line["step"], name): line[name] for line in lines_of(whole) for name in names if name in line}
     found = [((line["step"], name), line[name]) for line in lines_of(resumed) for name in names if name in line]
     assert len(found) == len(dict(found))

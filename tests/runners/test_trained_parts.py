@@ -13,11 +13,11 @@ pytest.importorskip("peft")
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        (None, r"has LoRA adapters, and model\.lora is not set.*'r': 2"),
+        (None, r"has LoRA adapters, and model\.lora is not set.*\"r\": 2.*\"layers\": null"),
         ({"r": 4}, "r=2, not 4"),
         ({"alpha": 3}, "alpha=6, not 3"),
         ({"target_modules": ["q_proj"]}, "target_modules="),
-        ({"layers": [0]}, "layers=None, not"),
+        ({"layers": [0]}, "layers=null, not"),
     ],
 )
 def test_other_adapters_are_refused(build_golden_model, make_runner, tmp_path, changed, words):
@@ -128,6 +128,7 @@ def test_what_trains(build_golden_model, make_runner, pool, train, freeze, expec
         ({"train": ["projektor"]}, "Did you mean 'projector'"),
         ({"train": ["lora"], "lora": LORA}, r"leaves the projector out.*model\.ckpt"),
         ({"lora": LORA, "lora_r": 4}, "mean the same"),
+        ({"lora_alpha": 4}, "lora_r is not"),
         ({"lora": "all"}, "must be a mapping"),
     ],
 )

@@ -37,6 +37,12 @@ def test_each_curve_has_the_numbers_of_its_run(two):
     assert len(lr) == 100 and lr[-1].tolist() == pytest.approx([100, 0.01])
 
 
+def test_a_digest_is_no_metric(make_run, tmp_path):
+    run = plot.read_run(make_run(tmp_path / "1", samples="5f1e"))
+    with pytest.raises(ConfigError, match="No run has the metric 'samples'. Known: (?!.*samples)"):
+        plot.draw([run], ["samples"])
+
+
 def test_a_long_curve_is_smoothed_without_a_shift(two):
     _, mean = plot.draw(plot.find_runs(two[:1]), ["images_per_second"]).axes[0].lines
     assert mean.get_ydata() == pytest.approx([92] * 100, abs=1.01)

@@ -7,6 +7,7 @@ import random
 import socket
 import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 
@@ -136,6 +137,9 @@ def test_places_are_limited_for_all_and_for_one_client(page, http, monkeypatch):
     for response in (show(http), ask(http, [upload])):
         assert (response.status_code, response.json()["error"]) == (429, "busy")
     monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setitem(page._open, "uploads", Counter(others=page_module.MAX_UPLOADS))
+        assert (show(http).status_code, http.post("formulas", json=["x"]).status_code) == (429, 200)
     assert show(http).status_code == 200
     assert not page._open["uploads"] and not page._open["questions"]
 

@@ -350,6 +350,20 @@ def test_what_is_copied_is_what_the_model_wrote(visit, monkeypatch):
     assert tab.evaluate("navigator.clipboard.readText()") == ANSWER
 
 
+def test_lists_quotations_and_tables_run_from_right_to_left(visit, monkeypatch):
+    answer = "- قلب\n- red\n\n1. قلب\n\n> قلب\n\n|قلب|أحمر|\n|-|-|\n|1|2|\n\n```\nقلب = 1\n```\n\n- heart"
+    monkeypatch.setattr(Answer, "text", lambda self: answer if self.finish else "")
+    tab = visit()
+    upload(tab, PICTURE)
+    ask(tab, "What is it?")
+    wait_for_end(tab)
+    parts = "document.querySelectorAll('[data-testid=bot] :is(ul, ol, blockquote, table, pre)')"
+    styles = tab.evaluate(f"[...{parts}].map(each => getComputedStyle(each).direction)")
+    assert styles == ["rtl", "rtl", "rtl", "rtl", "ltr", "ltr"]
+    bullet = "getComputedStyle(document.querySelector('[data-testid=bot] ul')).listStyleType"
+    assert tab.evaluate(bullet) == "disc"  # and no circle: the talk's own list does not count
+
+
 def test_answering_again_and_editing(visit):
     tab = visit()
     upload(tab, PICTURE)
@@ -368,6 +382,8 @@ def test_answering_again_and_editing(visit):
     wait_until(lambda: tab.evaluate("document.querySelector('#send').checkVisibility()"))
     wait_for_end(tab, 2)
     tab.get_by_role("button", name="Edit").click()
+    tab.locator(".edit textarea").fill("A long question. " * 20)
+    assert tab.evaluate("(e => e.scrollHeight <= e.clientHeight)(document.querySelector('.edit textarea'))")
     tab.locator(".edit textarea").fill("<ImageHere> third?")
     tab.keyboard.press("Enter")
     wait(tab, "document.querySelectorAll('[data-testid=user]')[1].innerText == '<ImageHere> third?'")
@@ -429,7 +445,7 @@ def test_pictures_and_videos(page, visit, tmp_path, monkeypatch):
     assert tab.locator("figure .remove").count() == 0
     assert len(page.uploads.by_id) == 4
     tab.get_by_role("button", name="Show drop.png at its full size").click()
-    assert tab.locator("#viewer img").bounding_box()["width"] == 700
+    wait(tab, "document.querySelector('#viewer img').getBoundingClientRect().width == 700")
     tab.keyboard.press("Escape")
     assert not tab.is_visible("#viewer")
 
@@ -490,7 +506,7 @@ def test_everybody_can_use_the_page(visit, monkeypatch, size, scheme, locale):
 
 def test_one_click_on_an_example_is_answered(page, visit):
     tab = visit(path="?lang=zh")
-    assert tab.evaluate("[...document.querySelectorAll('#examples img')].every(image => image.naturalWidth > 0)")
+    wait(tab, "[...document.querySelectorAll('#examples img')].every(image => image.naturalWidth > 0)")
     question = tab.inner_text("#examples button >> nth=0")
     tab.click("#examples button >> nth=0")
     wait_for_end(tab, word="每秒")
@@ -500,6 +516,22 @@ def test_one_click_on_an_example_is_answered(page, visit):
     bad.click()
     wait_until(lambda: page.feedback.exists() and page.feedback.read_text().count("\n") == lines + 1)
     assert [button.get_attribute("aria-pressed") for button in (good, bad)] == ["false", "true"]
+
+
+def test_pictures_leave_the_newest_question_in_view(visit):
+    """Pictures are no taller than their row, are not loaded again with each message, and do not push the end away."""
+    tab = visit(viewport=PHONE)
+    upload(tab, PICTURE, *sorted(page_module.EXAMPLES.glob("drawings/*.png")))
+    first = tab.query_selector("#messages figure img")
+    at_end = "chatbot.scrollHeight - chatbot.scrollTop - chatbot.clientHeight < 2"
+    tab.evaluate("chatbot.scrollTop = 0")
+    for number in (1, 2, 3):
+        ask(tab, f"Question {number}?")
+        wait_for_end(tab, number)
+        wait(tab, at_end)
+        tab.wait_for_timeout(50)
+        assert tab.evaluate(at_end) and in_view(tab, "[data-testid=user] >> nth=-1")
+    assert tab.evaluate("image => image === document.querySelector('#messages figure img')", first)
 
 
 def test_two_visitors_have_separate_talks(page, visit):

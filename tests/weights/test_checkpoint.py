@@ -225,11 +225,13 @@ def test_a_full_disk(tmp_path, monkeypatch):
 
 
 def test_checkpoint_folder_means_its_newest(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
     for epoch in (0, 9, 10):
-        (tmp_path / f"checkpoint_{epoch}.pth").touch()
-    assert checkpoint.resolve(str(tmp_path)).name == "checkpoint_10.pth"
-    with pytest.raises(FileNotFoundError, match="without a checkpoint_N"):
-        checkpoint.resolve(str(tmp_path.parent))
+        (run / f"checkpoint_{epoch}.pth").touch()
+    assert checkpoint.resolve(str(run)).name == "checkpoint_10.pth"
+    with pytest.raises(FileNotFoundError, match=f"without a checkpoint_N.*a run's folder, such as {run}"):
+        checkpoint.resolve(str(tmp_path))
 
 
 def test_only_one_module_reads_and_writes_pickles():

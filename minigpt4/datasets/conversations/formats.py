@@ -191,7 +191,7 @@ def _paths(storage: str | Sequence[str], name: str) -> tuple[list[str], bool]:
     if all(streamed):
         return expand_shards(items, name), True
     if any(streamed):
-        raise ConfigError(f"{key} has shards and files. Make them two datasets.")
+        raise ConfigError(f"{key}={storage} has shards and files. Make them two datasets.")
     paths = []
     for item in items:
         path = os.path.expanduser(item)

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from functools import partial
@@ -40,6 +41,7 @@ def open_folder(folder: str, images: str | None) -> ListedRecords:
     """
     top = images or folder
     found: list[str] = []
+    others: Counter[str] = Counter()  # patterns that name files which are neither pictures nor their texts
     seen: set[str] = set()  # a link may lead to a folder above it
     for place, folders, names in os.walk(top, onerror=_unreadable, followlinks=True):
         if (own := os.path.realpath(place)) in seen:
@@ -50,10 +52,14 @@ def open_folder(folder: str, images: str | None) -> ListedRecords:
         for name in sorted(name for name in names if not name.startswith(".")):
             if name.lower().endswith(SUFFIXES):
                 found.append(os.path.relpath(os.path.join(place, name), top))
+            elif not name.lower().endswith(".txt"):
+                others[os.path.join(place, f"*{os.path.splitext(name)[1]}")] += 1
     if not found:
+        # img2dataset writes a table beside each shard.
+        pattern = max(others, key=lambda each: (".tar" in each, others[each]), default=os.path.join(top, "*.parquet"))
         raise ConfigError(
             f"{top} has no pictures ({', '.join(SUFFIXES)}). A folder is read as pictures with a .txt of the same name "
-            f"each. Name other files one by one, or as {top.rstrip('/')}/*.parquet."
+            f"each. Name other files one by one, or as {pattern}."
         )
     return ListedRecords(found, partial(_read_pair, folder), os.path.join(top, ""), "{item}")
 

@@ -49,7 +49,7 @@ class PictureFolder:
         if self.listings is not None and not self._exists(path):
             raise ConfigError(
                 f"has the picture {shown(value)}, but there is no file {path}. Paths are relative to {self.named}; "
-                "build_info.images names another folder."
+                "images of build_info, or --images, names another folder."
             )
         return Picture(path)
 

@@ -67,7 +67,7 @@ class TextFile:
     """The bytes of a text file in UTF-8. Files in UTF-16 or UTF-32 with a byte-order mark are recoded in memory."""
 
     def __init__(self, path: str) -> None:
-        """Raises ConfigError if the file is not in the encoding that its mark announces."""
+        """Raises ConfigError if the file is not in the encoding that its mark announces, without one UTF-8."""
         self.path = path
         self._recoded: bytes | None = None
         with open(path, "rb") as file:
@@ -78,6 +78,8 @@ class TextFile:
                     self._recoded = decode(head + file.read()).encode()
                 except ConfigError as error:
                     raise ConfigError(f"{path} {error}") from None
+            elif b"\0" in head:
+                raise ConfigError(f"{path} begins with {head!r}: no text, or UTF-16 without a mark. Save it in UTF-8.")
         self.start = len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0
 
     def open(self) -> BinaryIO:

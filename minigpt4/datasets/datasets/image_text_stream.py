@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
+from minigpt4.common.errors import ConfigError
 from minigpt4.datasets.captions import Incomplete, Unusable, read_caption, usable
 from minigpt4.datasets.datasets.shard_stream import ShardStream
 from minigpt4.datasets.datasets.shards import expand_shards
@@ -47,7 +48,16 @@ class ImageTextStream(ShardStream):
         shuffle_buffer: int = 1000,
         share: Share | None = None,
     ) -> None:
-        """storage: see `expand_shards`. name: the dataset's name in the YAML, for messages."""
+        """storage: see `expand_shards`. name: the dataset's name in the YAML, for messages.
+
+        Raises ConfigError for a subclass that overrides a method which training does not call.
+        """
+        for method, called in (("load", "image_fields"), ("text_of", "processed_text")):
+            if getattr(type(self), method) is not getattr(ImageTextStream, method):
+                raise ConfigError(
+                    f"datasets.{name}: {type(self).__name__} overrides {method}, which training does not call. "
+                    f"Override {called}: training and {method} call it."
+                )
         super().__init__(expand_shards(storage, name), name, share, shuffle_buffer)
         self.vis_processor, self.text_processor = vis_processor, text_processor
 

@@ -8,7 +8,7 @@ from typing import Any, Self
 import numpy as np
 from torch.utils.data import Dataset
 
-from minigpt4.common.errors import ConfigError
+from minigpt4.common.errors import ConfigError, UnusableDataError
 from minigpt4.common.files import read_regular
 from minigpt4.datasets.captions import Unusable
 from minigpt4.datasets.datasets.packed_strings import PackedStrings
@@ -56,7 +56,7 @@ class RecordDataset(Dataset):
             item = self.item_or_none(candidate % len(self))
             if item is not None:
                 return item
-        raise RuntimeError(
+        raise UnusableDataError(
             f"datasets.{self.name}: {tries} records in a row, from {self.where(index)} on, cannot be used. The "
             "warnings above say why. Are their pictures really pictures?"
         )

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from torch.utils.data import IterableDataset, get_worker_info
 
+from minigpt4.common.errors import UnusableDataError
 from minigpt4.common.text import pluralize
 from minigpt4.datasets.captions import Unusable
 from minigpt4.datasets.datasets.shard_reader import Position, ShardReader
@@ -44,8 +45,8 @@ class ShardStream(IterableDataset):
     (seed, epoch, rank, worker): the same four give the same samples, any other four give others. It starts at a random
     place in its first shard, so that short epochs do not only see the beginnings of large shards (URLs and `pipe:` are
     read from their start). Samples that cannot be used, and shards that cannot be read, are left out, counted and
-    reported by warnings. When nearly all samples are left out, iteration raises RuntimeError that names the causes and
-    a shard. Shards that are out of reach are waited for (`datasets.patience`).
+    reported by warnings. When nearly all are left out, iteration raises UnusableDataError, which names the causes and a
+    shard. Shards that are out of reach are waited for (`datasets.patience`).
 
     Evaluation reads the shards once (`one_pass`), and so does `cache-features` (`common.contracts.CacheableDataset`).
 
@@ -150,7 +151,7 @@ class ShardStream(IterableDataset):
         self.decoded.open_window()
 
     def raw_samples(self, shards: Iterable[str]) -> Iterator[Any]:
-        """The samples of shards, in order. Raises RuntimeError if none of very many belongs to the stream."""
+        """The samples of shards, in order. Raises UnusableDataError if none of very many belongs to the stream."""
         without = 0
         for shard in shards:
             self.read.check()
@@ -160,7 +161,7 @@ class ShardStream(IterableDataset):
                 without = 0
                 yield sample
             if self.share and without > 10 * len(self.shards):
-                raise RuntimeError(
+                raise UnusableDataError(
                     f"datasets.{self.name}: no sample is left to train on: build_info.val={self.share.val} takes all."
                 )
 

@@ -67,7 +67,7 @@ class Group:
     """Whether no further member is waited for."""
 
     def __str__(self) -> str:
-        return f"{self.key} has {', '.join('.' + suffix for suffix in self.suffixes)}"
+        return f"{self.key} has {', '.join('.' + suffix for suffix in self.suffixes) or 'no members'}"
 
     @property
     def has_text(self) -> bool:

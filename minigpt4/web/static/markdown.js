@@ -52,7 +52,6 @@ const BLOCK = /^\s{0,3}(`{3}|~{3}|#{1,6}\s|>|[-*+]\s|\d{1,9}[.)]\s)/
 function element(name, ...children) {
   const made = document.createElement(name)
   made.append(...children)
-  if (/^(p|li|h\d|td|th)$/.test(name)) made.dir = "auto"
   return made
 }
 

@@ -2,7 +2,7 @@
 
 import { copyAsWritten } from "./formulas.js"
 import { Files, keep, recall } from "./store.js"
-import { $, announce, button, copy, editor, figure, fill, label, make, notice, setting, t, translate } from "./view.js"
+import { $, announce, button, copy, editor, figure, fill, grow, label, make, notice, setting, t, translate } from "./view.js"
 
 const SETTINGS = [
   { name: "num_beams", type: "range", min: 1, max: 10, step: 1, value: 1 },
@@ -39,6 +39,7 @@ let editing = false
 let ready = false
 let leaving = false
 let following = true
+let lastTop = 0 // where the conversation was scrolled to
 const blobs = {}
 const uploading = new Map()
 
@@ -66,10 +67,12 @@ function row(message, last) {
   const item = make("li", { className: message.role })
   if (message.role === "user") {
     const isLast = messages.indexOf(message) === last - 1 && !running
+    const pictures = make("div", { className: "pictures" })
     for (const number of message.files) {
       const asked = message.text || messages.indexOf(message) < last
-      item.append(figure(files[number], asked ? null : () => removeFile(number)))
+      pictures.append(figure(files[number], asked ? null : () => removeFile(number)))
     }
+    if (message.files.length) item.append(pictures)
     if (isLast && editing) {
       item.append(editor(message.text, edited, () => stopEditing()))
     } else if (message.text) {
@@ -123,10 +126,16 @@ function actions(message, isLast) {
 function toEnd() {
   following = true
   chatbot.scrollTop = chatbot.scrollHeight
+  lastTop = chatbot.scrollTop
 }
 
 function connectScrolling() {
-  chatbot.onscroll = () => (following = chatbot.scrollHeight - chatbot.scrollTop - chatbot.clientHeight < NEAR)
+  chatbot.onscroll = () => {
+    // The event comes late: a picture may have been loaded since, and the end be far away, without anybody scrolling.
+    const isNear = chatbot.scrollHeight - chatbot.scrollTop - chatbot.clientHeight < NEAR
+    if (isNear || chatbot.scrollTop < lastTop) following = isNear
+    lastTop = chatbot.scrollTop
+  }
   const follow = new ResizeObserver(() => following && messages.length && toEnd())
   follow.observe($("#messages"))
   follow.observe(chatbot)
@@ -262,7 +271,9 @@ async function answerAgain(text) {
 function edit() {
   editing = true
   render()
-  $(".edit textarea").focus()
+  const area = $(".edit textarea")
+  grow(area)
+  area.focus()
 }
 
 function stopEditing() {
@@ -310,7 +321,7 @@ function takeBack(before, reply, question, stopped, error) {
   messages = [...before, ...added.filter((message) => message.files.some((number) => !known.has(number)))]
   messages = messages.filter((message) => message.role !== "failed")
   if (!box.value) box.value = question
-  resize()
+  grow(box)
   const isOwnFault = error.status >= 400 && error.status < 500 && ![408, 429].includes(error.status)
   if (stopped || isOwnFault) notice(stopped ? t("left_line") : error.message)
   else messages.push({ role: "failed", question, text: reply.text, reason: error.message })
@@ -386,7 +397,7 @@ function restart() {
   editing = false
   notice()
   render()
-  resize()
+  grow(box)
   $("#start").focus()
 }
 
@@ -439,11 +450,6 @@ async function restore() {
 }
 
 // The frame of the page
-
-function resize() {
-  box.style.height = "auto"
-  box.style.height = `${box.scrollHeight}px`
-}
 
 function showSettings(open) {
   $("#settings").hidden = !open
@@ -498,8 +504,8 @@ function connect() {
   }
   $("#box").onsubmit = (event) => {
     event.preventDefault()
-    ask(box.value).then(resize)
-    resize()
+    ask(box.value).then(() => grow(box))
+    grow(box)
   }
   $("#stop").onclick = () => running?.controller.abort()
   $("#restart").onclick = restart
@@ -514,7 +520,7 @@ function connect() {
   $("#dark").onclick = () => theme(isDark() ? "light" : "dark")
   $("#viewer").onclick = () => $("#viewer").close()
   box.oninput = () => {
-    resize()
+    grow(box)
     keep("draft", box.value)
   }
   box.onkeydown = (event) => {
@@ -578,5 +584,5 @@ buildExamples()
 showSettings(matchMedia("(min-width: 1100px)").matches)
 connect()
 await restore()
-resize()
+grow(box)
 await waitForModel()

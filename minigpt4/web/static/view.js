@@ -77,7 +77,11 @@ function copyCode(code) {
 /** Show an answer's text in its bubble. */
 export function fill(bubble, message) {
   bubble.classList.toggle("waiting", !message.text && message.state !== "done")
-  if (message.text) bubble.replaceChildren(...blocks(message.text, copyCode))
+  if (message.text) {
+    const shown = blocks(message.text, copyCode)
+    for (const each of shown) each.dir = "auto" // a part with `dir` of its own would not count for its list or quotation
+    bubble.replaceChildren(...shown)
+  }
   else bubble.replaceChildren(message.state === "done" ? "…" : waiting(message))
 }
 
@@ -100,12 +104,12 @@ export function figure(file, remove) {
     const frames = make("div", { className: "frames" })
     for (let number = 0; number < pictures; number++) {
       const values = { name, number: number + 1, count: pictures }
-      frames.append(make("img", { src: `pictures/${id}/${number}`, alt: t("frame", values), loading: "lazy" }))
+      frames.append(picture(`pictures/${id}/${number}`, t("frame", values)))
     }
     made.append(...(url ? [player] : []), frames)
     made.append(make("figcaption", {}, t("frames_seen", { name, count: pictures })))
   } else {
-    const image = make("img", { src: url ?? `pictures/${id}/0`, alt: t("picture", { name }) })
+    const image = picture(url ?? `pictures/${id}/0`, t("picture", { name }))
     image.onerror = () => {
       image.onerror = null
       image.src = `pictures/${id}/0` // a format that this browser does not show
@@ -116,6 +120,13 @@ export function figure(file, remove) {
   return made
 }
 
+const shown = {}
+
+/** The picture at this address: always the same element, since a new one has no height until it is loaded. */
+function picture(src, alt) {
+  return (shown[src] ??= make("img", { src, alt }))
+}
+
 function enlarge(image) {
   const viewer = $("#viewer")
   viewer.querySelector("img")?.remove()
@@ -123,9 +134,16 @@ function enlarge(image) {
   viewer.showModal()
 }
 
+/** Make a text area on the page as high as its text, up to its max-height. */
+export function grow(area) {
+  area.style.height = "auto"
+  area.style.height = `${area.scrollHeight + area.offsetHeight - area.clientHeight}px`
+}
+
 /** The form in which the last question is edited. */
 export function editor(text, save, cancel) {
-  const area = make("textarea", { value: text, rows: 3, dir: "auto", "aria-label": t("edit") })
+  const area = make("textarea", { value: text, rows: 1, dir: "auto", "aria-label": t("edit") })
+  area.oninput = () => grow(area)
   area.onkeydown = (event) => {
     if (event.isComposing) return
     if (event.key === "Escape") cancel()

@@ -5,6 +5,7 @@ import codecs
 import json
 import os
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
@@ -357,6 +358,22 @@ def test_folder(tmp_path):
     assert records[2].where == f"{tmp_path}/sub/b.PNG"
 
 
+@pytest.mark.parametrize(
+    ("names", "pattern"),
+    [
+        (["00000.parquet", "00000.tar", "00001.parquet", "00000_stats.json", "a.txt"], "*.tar"),
+        (["x/a.jsonl", "a.txt"], "x/*.jsonl"),
+        (["a.txt"], "*.parquet"),
+    ],
+)
+def test_a_folder_without_pictures_names_the_files_that_it_has(tmp_path, names, pattern):
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("")
+    with pytest.raises(ConfigError, match=re.escape(f"or as {tmp_path}/{pattern}.")):
+        read_records(str(tmp_path))
+
+
 def test_folder_of_texts_beside_a_folder_of_pictures(tmp_path):
     pictures(tmp_path, "images/x/a.jpg")
     (tmp_path / "texts/x").mkdir(parents=True)
@@ -553,6 +570,13 @@ def test_encodings(tmp_path, encoding, name):
     (tmp_path / name).write_bytes(mark + text.encode(encoding))
     _, records = read_records(str(tmp_path / name))
     assert messages_of(records) == [turns(at(tmp_path, "ä.jpg"), "🐈 ½")] * 2
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_an_encoding_that_nothing_announces(tmp_path, encoding):
+    (tmp_path / "x.jsonl").write_bytes(lines({"prompt": "q", "answer": "a"}).encode(encoding))
+    with pytest.raises(ConfigError, match=r"x\.jsonl begins with .*UTF-16 without a mark"):
+        read_records(str(tmp_path / "x.jsonl"))
 
 
 def test_ids_are_stable_when_records_are_added(tmp_path):

@@ -66,7 +66,7 @@ def folder(tmp_path):
         ({"image": "a.jpg", "prompt": "Q"}, ["['image', 'prompt']", "'answer'"]),
         ({"prompt": "", "answer": "A"}, ["nothing in message 1"]),
         ({"image": 5, "caption": "x"}, ["5", "path"]),
-        ({"image": "none.jpg", "caption": "x"}, ["'none.jpg'", "FOLDER/none.jpg", "build_info.images"]),
+        ({"image": "none.jpg", "caption": "x"}, ["'none.jpg'", "FOLDER/none.jpg", "--images"]),
         ({"image": "c/a.jpg", "caption": "x"}, ["FOLDER/c/a.jpg"]),
         ({"image": "folder.jpg", "caption": "x"}, ["FOLDER/folder.jpg"]),
         ({"image": "/none/a.jpg", "caption": "x"}, ["no file /none/a.jpg"]),
@@ -211,7 +211,7 @@ def test_folders(folder):
         ({"annotations": [{"id": 1, "image_id": 1, "bbox": []}]}, ["annotations[0]", "captions_*.json"]),
         ({"annotations": [{"id": 1, "caption": "x"}]}, ["'image_id'"]),
         ({"images": [{"file_name": "a.jpg"}]}, ["'id'"]),
-        ({"images": [{"id": 1, "file_name": "none.jpg"}]}, ["annotations[0]", "none.jpg", "build_info.images"]),
+        ({"images": [{"id": 1, "file_name": "none.jpg"}]}, ["annotations[0]", "none.jpg", "--images"]),
         ({"images": [{"id": 1}]}, ["annotations[0]", "file_name"]),
     ],
 )
