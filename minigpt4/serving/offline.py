@@ -19,6 +19,7 @@ from minigpt4.serving.sampling import RowSampling
 from minigpt4.serving.together import AnswersTogether
 
 ENCODED_AT_ONCE = 16  # items whose pictures are encoded together
+FREE_SHARE = 8  # places wait until one in so many is free: prompts that are read together take hardly longer than one
 WRITTEN_LATE = 16  # times the places: so many answers may be complete while an earlier one is not
 
 
@@ -68,6 +69,9 @@ class OfflineAnswers:
             self._reading.append(future)
 
     def _take(self) -> Answer | None:
+        free = self._places - self._together.running
+        if self._together.running and free < self._places // FREE_SHARE:
+            return None
         if not self._ready and len(self._in_order) < WRITTEN_LATE * self._places:
             self._encode()
         return self._ready.popleft() if self._ready else None

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from minigpt4.conversation import Chat
-from minigpt4.fast.decoding.continuous import ContinuousBatch
+from minigpt4.fast.decoding.continuous import ContinuousBatch, NewRow
 from minigpt4.fast.decoding.loop import CachedDecoding
 from minigpt4.models.generation import continue_embeds
 from minigpt4.models.sampling import Sampling, token_texts
@@ -24,6 +24,7 @@ from minigpt4.serving.sampling import RowChoice, choose
 
 STALL_SECONDS = 0.05  # between two rounds, prompts are read for about this long, and at least a part of one
 IMAGES_AT_ONCE = 4
+READ_AT_ONCE = 8  # prompts, of which the short ones take hardly longer together than one
 ENCODED_BYTES = 64 * 2**20  # of embeddings that are kept: 250 pictures with Vicuna-7B
 
 Take = Callable[[], Answer | None]
@@ -39,8 +40,8 @@ class AnswersTogether:
     def __init__(self, chat: Chat, max_answers: int):
         self._chat, self._max_answers = chat, max_answers
         self._encoded = EncodedPictures(chat)
-        self._answers: list[Answer] = []  # in the order of the rows of the batch
-        self._beginning: tuple[Answer, Iterator[None]] | None = None  # and what is left to be read of its prompt
+        self._beginning: tuple[list[Answer], Iterator[None]] | None = None  # and what is left to be read of them
+        self._alone: list[Answer] = []  # that failed to begin with others
         self._batch = self._new_batch()
         self._batch.warm_up(chat.window())
         token_texts(chat.model.tokenizer)  # a second, for a large vocabulary
@@ -50,8 +51,13 @@ class AnswersTogether:
         return ContinuousBatch(llm, self._chat.decoding_loop.decoder(llm), self._max_answers)
 
     @property
+    def running(self) -> int:
+        """How many answers are computed together now."""
+        return len(self._batch.owners)
+
+    @property
     def busy(self) -> bool:
-        return bool(self._answers or self._beginning)
+        return bool(self.running or self._beginning or self._alone)
 
     def round(self, take: Take, give_way: Take) -> None:
         """Compute a token of each answer, then let others begin. An answer that fails ends with an error.
@@ -63,91 +69,110 @@ class AnswersTogether:
         try:
             self._step(give_way)
         except Exception as error:
-            logging.exception("%d answers failed.", len(self._answers))
-            for answer in self._answers:
+            logging.exception("%d answers failed.", self.running)
+            for answer in self._batch.owners:
                 answer.end("error", error)
-            self._answers, self._batch = [], self._new_batch()
+            self._batch = self._new_batch()
         self._begin(take)
 
     def _step(self, give_way: Take) -> None:
-        batch, answers = self._batch, [*self._answers]
+        batch, answers = self._batch, self._batch.owners
         if not answers:
             return
         read_ids = batch.read_ids()
         if not batch.decoder.graphs:  # an answer that has ended needs no step
             self._add_tokens(answers, read_ids(), give_way)
-        while self._answers:
+        while batch.owners:
             try:
                 batch.step()
                 break
             except torch.OutOfMemoryError as error:  # the newest one gives way
                 logging.warning("An answer failed: %s", error)
-                self._answers[-1].end("error", error)
-                self._leave(len(self._answers) - 1)
+                answer = min(reversed(batch.owners), key=lambda answer: answer.turn_tokens)
+                answer.end("error", error)
+                batch.leave(answer, answer.ids)
         if batch.decoder.graphs:  # while the GPU computes the step
             self._add_tokens(answers, read_ids(), give_way)
-        if self._answers:
-            self._choose(batch.logits, first_row=0)
+        if batch.owners:
+            batch.set_ids(_choose(batch.owners, batch.logits))
 
     def _add_tokens(self, answers: list[Answer], ids: list[int], give_way: Take) -> None:
         for answer, token in zip(answers, ids, strict=True):
             answer.add_token(token)
         interrupted = give_way()  # here, where all tokens that were chosen for it have been added
-        for row in reversed(range(len(self._answers))):
-            if self._answers[row].finish or self._answers[row] is interrupted:
-                self._leave(row)
-
-    def _leave(self, row: int) -> None:
-        self._batch.leave(row, self._answers[row].ids)
-        last = self._answers.pop()
-        if row < len(self._answers):  # as in the batch
-            self._answers[row] = last
-
-    def _choose(self, logits: torch.Tensor, first_row: int) -> None:
-        """Choose the next token of the rows from `first_row` on, from logits [B,V]."""
-        answers = self._answers[first_row:]
-        for answer, row in zip(answers, logits.split(1), strict=True):
-            if not answer.shortest.all_may_end:
-                row.copy_(answer.shortest(torch.tensor([answer.ids], dtype=torch.long), row))
-        choices = [RowChoice(answer.sampling, answer.ids, answer.random.random()) for answer in answers]
-        self._batch.set_ids(choose(logits, choices), first_row)
+        for answer in self._batch.owners:
+            if answer.finish or answer is interrupted:
+                self._batch.leave(answer, answer.ids)
 
     def _begin(self, take: Take) -> None:
         """Read prompts for STALL_SECONDS, and at least a part of one; without running answers, until there is one."""
         start = time.monotonic()
         while True:
             if self._beginning is None:
-                answer = take() if len(self._answers) < self._max_answers else None
-                if answer is None:
+                answers = self._next_answers(take)
+                if not answers:
                     return
-                self._beginning = answer, self._read(answer)
-            answer, parts = self._beginning
+                self._beginning = answers, self._read(answers)
+            answers, parts = self._beginning
             try:
-                if answer.finish or next(parts, parts) is parts:
+                if all(answer.finish for answer in answers) or next(parts, parts) is parts:
                     self._beginning = None
             except Exception as error:
-                level = logging.WARNING if isinstance(error, torch.OutOfMemoryError) else logging.ERROR
-                logging.log(level, "An answer failed: %s", error, exc_info=level == logging.ERROR)
-                answer.end("error", error)
                 self._beginning = None
-            if self._answers and time.monotonic() - start > STALL_SECONDS:
+                self._begin_failed([answer for answer in answers if answer not in self._batch.owners], error)
+            if self.running and time.monotonic() - start > STALL_SECONDS:
                 return
 
-    def _read(self, answer: Answer) -> Iterator[None]:
-        """Read an answer's prompt and choose its first token, in steps of bounded time."""
-        images, prompt = [], answer.prompt
-        for start in range(0, len(prompt.images), IMAGES_AT_ONCE):
-            images += self._encoded(prompt.images[start : start + IMAGES_AT_ONCE])
+    def _next_answers(self, take: Take) -> list[Answer]:
+        """The answers that begin next. Their prompts are read together, if they are short."""
+        if self._alone:
+            return [self._alone.pop(0)]
+        answers = []
+        while len(answers) < min(READ_AT_ONCE, self._max_answers - self.running) and (answer := take()):
+            answers.append(answer)
+        return answers
+
+    def _begin_failed(self, answers: list[Answer], error: Exception) -> None:
+        """End an answer that could not begin. Several begin again one by one: perhaps one is the cause."""
+        if len(answers) > 1:
+            self._alone += answers
+            return
+        level = logging.WARNING if isinstance(error, torch.OutOfMemoryError) else logging.ERROR
+        logging.log(level, "An answer failed: %s", error, exc_info=error if level == logging.ERROR else None)
+        for answer in answers:
+            answer.end("error", error)
+
+    def _read(self, answers: list[Answer]) -> Iterator[None]:
+        """Read the prompts of answers and choose their first tokens, in steps of bounded time."""
+        images, encoded = [image for answer in answers for image in answer.prompt.images], []
+        for start in range(0, len(images), IMAGES_AT_ONCE):
+            encoded += self._encoded(images[start : start + IMAGES_AT_ONCE])
             yield
-        (embeds,), _ = self._chat.model.context([prompt.text], images)
-        if answer.ids:  # it was interrupted
-            ids = torch.tensor(answer.ids, device=embeds.device)
-            embeds = torch.cat([embeds, self._chat.model.llama_model.get_input_embeddings()(ids).to(embeds.dtype)])
-        for logits in self._batch.join(embeds, answer.max_tokens - len(answer.ids)):
-            if logits is None:
-                yield
-        self._answers.append(answer)
-        self._choose(logits, first_row=len(self._answers) - 1)
+        rest, rows = iter(encoded), []
+        for answer in answers:
+            own = [next(rest) for _ in answer.prompt.images]
+            if not answer.finish:
+                rows.append(NewRow(answer, self._context(answer, own), answer.max_tokens - len(answer.ids)))
+        for joined in self._batch.join(rows):
+            if joined:
+                self._batch.set_ids(_choose(*joined), joined[0])
+            yield
+
+    def _context(self, answer: Answer, images: list[torch.Tensor]) -> torch.Tensor:
+        """The vectors [S,D] of an answer's prompt, and of its tokens, if it was interrupted."""
+        (embeds,), _ = self._chat.model.context([answer.prompt.text], images)
+        if not answer.ids:
+            return embeds
+        ids = torch.tensor(answer.ids, device=embeds.device)
+        return torch.cat([embeds, self._chat.model.llama_model.get_input_embeddings()(ids).to(embeds.dtype)])
+
+
+def _choose(answers: list[Answer], logits: torch.Tensor) -> torch.Tensor:
+    """The next tokens [n] of answers, from their logits [n,V]."""
+    for answer, row in zip(answers, logits.split(1), strict=True):
+        if not answer.shortest.all_may_end:
+            row.copy_(answer.shortest(torch.tensor([answer.ids], dtype=torch.long), row))
+    return choose(logits, [RowChoice(answer.sampling, answer.ids, answer.random.random()) for answer in answers])
 
 
 class EncodedPictures:

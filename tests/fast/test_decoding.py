@@ -14,7 +14,7 @@ from minigpt4.common import compat
 from minigpt4.fast import cuda_graphs
 from minigpt4.fast.decoding import continuous, loop
 from minigpt4.fast.decoding.compiled_layers import compiled_copy
-from minigpt4.fast.decoding.continuous import ContinuousBatch
+from minigpt4.fast.decoding.continuous import ContinuousBatch, NewRow
 from minigpt4.fast.decoding.kv_cache import KVCache, LayerKVCache
 from minigpt4.fast.decoding.loop import MAX_IDLE_CACHES, Decoder, cache_length, cached_decoding
 from minigpt4.models.generation import continue_embeds
@@ -695,16 +695,16 @@ def test_a_cache_that_cannot_grow_keeps_its_rows(llm, monkeypatch):
         grow(*args)
 
     with torch.no_grad():
-        (logits,) = batch.join(first, 24)
+        ((_, logits),) = batch.join([NewRow("first", first, 24)])
         batch.set_ids(logits.argmax(dim=-1))
         monkeypatch.setattr(LayerKVCache, "grow", failing)
         with pytest.raises(torch.OutOfMemoryError):
-            list(batch.join(long, 150))
+            list(batch.join([NewRow("long", long, 150)]))
         found = []
         while len(found) < 24:
             found.append(batch.read_ids()()[0])
             batch.step()
             batch.set_ids(batch.logits.argmax(dim=-1))
-        batch.leave(0, found)
+        batch.leave("first", found)
     assert found == expected[0]
     assert answer_together(batch, [(long, 24)], 2, 0) == expected[1:]
