@@ -80,7 +80,8 @@ def command(args: argparse.Namespace, weights: list[str], case: str, output: Pat
 
 
 def start(words: list[str], log: Path) -> subprocess.Popen:
-    env = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    env = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": path}
     with open(log, "w") as file:
         return subprocess.Popen(words, cwd=ROOT, env=env, stdout=file, stderr=file, start_new_session=True)
 
