@@ -76,11 +76,11 @@ def uncompiled(model) -> None:
     """Let everything that was set up compute as it is: no compiler, no graphs."""
     from minigpt4.fast.llama import FusedLlama
     from minigpt4.fast.vit import FusedViT
-    from minigpt4.models.mini_gpt4 import summed_cross_entropy
+    from minigpt4.models.mini_gpt4 import cross_entropies
 
     step = model.step
     step.graphed_vision = step.loss_and_gradient = None
-    step.summed_cross_entropy = summed_cross_entropy
+    step.cross_entropies = cross_entropies
     for part in model.modules():
         part._compiled_call_impl = None
     if step.fused_llama:

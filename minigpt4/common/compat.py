@@ -27,6 +27,19 @@ def raise_recompile_limit(limit: int) -> None:
         torch._dynamo.config.recompile_limit = limit
 
 
+def same_kernels(split_sums: bool = True) -> dict[str, bool]:
+    """Options of torch.compile with which each process gets the same kernels, so that a run can be repeated.
+
+    By default torch times kernels that add up in different orders and takes the fastest one, which is now this one and
+    now that. `tests/fast/test_same_kernels_gpu.py` fails where the options do not suffice. Without them: a kernel of
+    our own for each sum.
+
+    split_sums: False: no sum is split into parts, whose number depends on the sizes of the batch that comes first, and
+        which is another one in a resumed run.
+    """
+    return {"deterministic": True, "split_reductions": split_sums}
+
+
 def may_be_dynamic(tensor: Any, dim: int) -> None:
     """Tell torch.compile that a dimension changes from call to call.
 

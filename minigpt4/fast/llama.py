@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from minigpt4.common import compat
 from minigpt4.common.facts import is_adapter
 from minigpt4.fast.attention import Segments, joint_attention
 from minigpt4.fast.fused_linear import GROUPS, FusedSlice
@@ -75,8 +76,9 @@ class FusedLlama:
         """compiled: by torch.compile, with one compilation for all layers and lengths."""
         self.llm, self.pre_attention, self.post_attention = llm, _pre_attention, _post_attention
         if compiled:
-            self.pre_attention = torch.compile(_pre_attention, dynamic=True)
-            self.post_attention = torch.compile(_post_attention, dynamic=True)
+            options = compat.same_kernels()
+            self.pre_attention = torch.compile(_pre_attention, dynamic=True, options=options)
+            self.post_attention = torch.compile(_post_attention, dynamic=True, options=options)
 
     def __call__(
         self, embeds: torch.Tensor, micro_batch: MicroBatch, leaves: Mapping[nn.Parameter, torch.Tensor] | None = None

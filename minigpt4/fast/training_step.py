@@ -24,7 +24,7 @@ from minigpt4.fast.llama import FusedLlama, supports_fused_llama
 from minigpt4.fast.packing.batch import MicroBatch, PackedBatch, Sizes, pack
 from minigpt4.fast.self_check import TrainingCheck, sees_like_the_library
 from minigpt4.fast.vit import FusedViT, supports_fused_vit
-from minigpt4.models.mini_gpt4 import MiniGPT4, PlainStep, summed_cross_entropy
+from minigpt4.models.mini_gpt4 import MiniGPT4, PlainStep, cross_entropies
 from minigpt4.models.vision import is_vision
 from minigpt4.quantization.bitsandbytes import has_bitsandbytes_layers
 from minigpt4.quantization.fp8 import MULTIPLE, Fp8Linear, convert_linear_layers, supports_fp8
@@ -63,7 +63,7 @@ class FastStep(PlainStep):
         self.adapters = tuple(p for name, p in llm.named_parameters() if is_adapter(name) and p.requires_grad)
         self.quantized = has_bitsandbytes_layers(llm)  # bitsandbytes' own, which were not exchanged for ours
         self.fused_llama, self.fused_vit = None, None
-        self.summed_cross_entropy = summed_cross_entropy
+        self.cross_entropies = cross_entropies
         if compiled:
             self._compile(model, check, fp8)
         self._capture(model, compiled)
@@ -108,7 +108,7 @@ class FastStep(PlainStep):
             if self.fused_llama and is_micro_batch
             else model.predict(embeds, part)
         )
-        return self.summed_cross_entropy(logits, part.targets)
+        return self.cross_entropies(logits, part.targets).sum()
 
     def _loss_and_gradient(self, model, image_embeds: torch.Tensor, numbers: torch.Tensor, sizes: Sizes) -> tuple:
         """The summed loss of a micro-batch and its gradients: of the image vectors, and of `adapters`."""
@@ -144,8 +144,11 @@ class FastStep(PlainStep):
             else:
                 layers += vit.blocks
         for layer in layers:
-            layer.compile()
-        self.summed_cross_entropy = torch.compile(summed_cross_entropy, dynamic=True)  # in one pass over the logits
+            layer.compile(options=compat.same_kernels())
+        # In one pass over the logits.
+        self.cross_entropies = torch.compile(
+            cross_entropies, dynamic=True, options=compat.same_kernels(split_sums=False)
+        )
         logging.info("Layers will be compiled at the first step, which takes half a minute the first time.")
 
     def _capture(self, model, compiled: bool) -> None:

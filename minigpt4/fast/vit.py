@@ -39,7 +39,7 @@ class FusedViT:
     def __init__(self, vit: EvaViT, compiled: bool):
         """compiled: by torch.compile, with one compilation for all blocks."""
         self.vit = vit
-        self.block_fn = torch.compile(run_block) if compiled else run_block
+        self.block_fn = torch.compile(run_block, options=compat.same_kernels()) if compiled else run_block
 
     def __call__(self, image: torch.Tensor) -> torch.Tensor:
         """Images [B,3,S,S] to image tokens [B,N,D], as `EvaViT.forward`."""

@@ -44,13 +44,13 @@ class PlainStep:
     def loss(self, model: "MiniGPT4", image_embeds: torch.Tensor, batch: prompt.PaddedBatch) -> torch.Tensor:
         """The mean cross-entropy over the labels of a batch, given its images [B,Q,D]."""
         logits = model.predict(model.embed(batch, image_embeds), batch)  # [B,K,V]
-        return summed_cross_entropy(logits, batch.targets) / max(batch.num_labels, 1)
+        return cross_entropies(logits, batch.targets).sum() / max(batch.num_labels, 1)
 
 
-def summed_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """The sum of the cross-entropies of logits [B,K,V] and targets [B,K], in float32."""
+def cross_entropies(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The cross-entropies [B*K] float32 of logits [B,K,V] and targets [B,K]; 0 where a target is to be ignored."""
     logits, targets = logits.float().flatten(0, 1), targets.flatten()
-    return F.cross_entropy(logits, targets, ignore_index=prompt.IGNORE_INDEX, reduction="sum")
+    return F.cross_entropy(logits, targets, ignore_index=prompt.IGNORE_INDEX, reduction="none")
 
 
 @registry.register_model("mini_gpt4")
