@@ -181,9 +181,10 @@ class MiniGPT4(vision.Vision):
         """Tokenise and collate the texts of a batch. The runner does this on the host, during the step before.
 
         Adds "tokens", "tokens_of" (their texts), "num_cut" (how many of these are longer than `max_txt_len`) and
-        "drawn_prompt" (unless the batch has one).
+        "drawn_prompt" (unless the batch has one), which a batch from the runner decides by its "prompt_draw".
         """
-        texts, drawn = samples["text_input"], samples.get("drawn_prompt") or self._draw_prompt()
+        texts = samples["text_input"]
+        drawn = samples.get("drawn_prompt") or self._draw_prompt(samples.get("prompt_draw"))
         found = prompt.encode_batch(self.tokenizer, texts, drawn, self.text_settings)
         if found.images_seen is not None:
             samples = texts.select_images(samples, found.images_seen)
@@ -195,11 +196,17 @@ class MiniGPT4(vision.Vision):
         num_query_tokens = self.query_tokens.shape[1]
         return prompt.TextSettings(num_query_tokens, self.max_txt_len, self.end_sym, self.template, self.learn_on)
 
-    def _draw_prompt(self) -> str:
-        """A random prompt in training, the first one in evaluation, the image alone if there are no prompts."""
+    def _draw_prompt(self, draw: float | None) -> str:
+        """A random prompt in training, the first one in evaluation, the image alone if there are no prompts.
+
+        draw: a random number from 0 to 1, 1 excluded, that decides; None: one of this process.
+        """
         if not self.prompt_list:
             return prompt.IMAGE_SLOT
-        return random.choice(self.prompt_list) if self.training else self.prompt_list[0]
+        if not self.training:
+            return self.prompt_list[0]
+        draw = random.random() if draw is None else draw
+        return self.prompt_list[int(draw * len(self.prompt_list))]
 
     def accelerate(self, packed: bool, compiled: bool, fp8: bool = False) -> None:
         """Compute training steps with `fast/training_step.py` from now on. Only fp8 changes results beyond rounding.

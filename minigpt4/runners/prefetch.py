@@ -26,6 +26,7 @@ def prefetch(
     device: torch.device,
     waiting: Callable[[], AbstractContextManager] = nullcontext,
     note_rng: Callable[[dict], None] = lambda state: None,
+    by_thread: bool = True,
 ) -> Iterator[dict]:
     """Each batch, in order, after the model's `prepare` and on `device`. An error of the thread is raised here.
 
@@ -33,10 +34,11 @@ def prefetch(
 
     waiting: the context of a wait for the next batch.
     note_rng: is called with the host's random states after the batch's `prepare`, if a thread prepares ahead.
+    by_thread: False: this thread makes the batches, which draws random numbers (`RunnerBase._with_draw` says why).
     """
     prepare = getattr(model, "prepare", lambda samples: samples)
     source = iter(batches)
-    if device.type != "cuda":
+    if device.type != "cuda" or not by_thread:
         while True:
             with waiting():
                 samples = next(source, None)

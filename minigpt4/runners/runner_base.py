@@ -4,6 +4,7 @@ import contextlib
 import datetime
 import logging
 import math
+import random
 import time
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -23,6 +24,7 @@ from minigpt4.common.stopping import STOP, Stopped
 from minigpt4.common.trained_parts import rates_of_parts
 from minigpt4.datasets import workers
 from minigpt4.datasets.loaders import TrainLoader, eval_loader
+from minigpt4.datasets.seeding import derive_seed
 from minigpt4.quantization.fp8 import check_fp8_supported
 from minigpt4.runners import data, restoring, resume, run_log, validation
 from minigpt4.runners.folder import continue_folder, folder_of, new_run_id, start_folder
@@ -208,14 +210,27 @@ class RunnerBase:
         Then they raise Stopped together.
         """
         length, waiting = self.iters_per_epoch, self.stop.interruptible
-        source = map(self._sanitize, self.loader.epoch(epoch, length, first))
-        ahead = prefetch(source, self.module, self.device, waiting, self.saving.note_host_rng)
+        found = enumerate(self.loader.epoch(epoch, length, first), first)
+        source = (self._sanitize(self._with_draw(samples, epoch, number)) for number, samples in found)
+        by_thread = self.run.num_workers > 0
+        ahead = prefetch(source, self.module, self.device, waiting, self.saving.note_host_rng, by_thread)
         with contextlib.closing(ahead) as batches:
             for _ in range(first, length):
                 with contextlib.suppress(Stopped):
                     samples = next(batches)
                 self.check_stop()
                 yield samples
+
+    def _with_draw(self, samples: dict, epoch: int, number: int) -> dict:
+        """Add "prompt_draw" to a batch: a random number from 0 to 1, 1 excluded, by which the model draws a prompt.
+
+        It follows from the batch's place in the run, since the random states of the process do not serve in the thread
+        that prepares batches: whenever torch.compile has compiled, it sets them back to what they were before.
+        """
+        if not isinstance(samples, Mapping):
+            return samples  # `to_device` says what is wrong
+        own = random.Random(derive_seed("prompt", self.run.seed, dist_utils.get_rank(), epoch, number))
+        return {**samples, "prompt_draw": own.random()}
 
     def _sanitize(self, samples: dict) -> dict:
         return self.module.sanitize(samples) if hasattr(self.module, "sanitize") else samples

@@ -111,6 +111,18 @@ def test_a_consumer_that_fails_ends_the_thread(fake_gpu, build_golden_model, mak
         pytest.fail("the error was lost")
 
 
+def test_the_consumers_own_thread_may_make_the_batches(fake_gpu):
+    makers = []
+
+    def batches():
+        for n in range(3):
+            makers.append(threading.current_thread())
+            yield {"n": n}
+
+    assert [batch["n"] for batch in prefetch(batches(), Doubling(), CUDA, by_thread=False)] == [0, 2, 4]
+    assert set(makers) == {threading.current_thread()}
+
+
 def test_an_iterator_that_is_never_used_starts_nothing(fake_gpu):
     prefetch(numbers(3), Doubling(), CUDA).close()
     assert not prefetch_threads()

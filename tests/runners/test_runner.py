@@ -116,6 +116,25 @@ def test_resumed_equals_uninterrupted(build_golden_model, make_runner):
     assert [p.name for p in sorted(resumed.output_dir.glob("*.pth"))] == ["checkpoint_1.pth", "checkpoint_2.pth"]
 
 
+def test_prompts_follow_from_the_place_in_the_run(build_golden_model, make_runner):
+    """In the thread that draws them, random states come back from before whenever torch.compile has compiled."""
+    model = build_golden_model()
+    model.prompt_list = [f"###Human: {i} <Img><ImageHere></Img> ###Assistant: " for i in range(4)]
+    runner = make_runner(model.train(), iters_per_epoch=12)
+
+    def prompts(epoch, first=0):
+        drawn = []
+        for samples in runner._batches(epoch, first):
+            drawn.append(samples["drawn_prompt"])
+            random.seed(7)
+        return drawn
+
+    whole = prompts(0)
+    assert prompts(0, 5) == whole[5:]
+    assert prompts(1) != whole
+    assert len(set(whole)) > 2
+
+
 def test_resume_on_another_device_keeps_the_optimiser_of_this_one(build_golden_model, make_runner):
     """A GPU's is fused, with the loss scaler's checks in it; a checkpoint of the CPU or the first release is not."""
     first = make_runner(build_golden_model(), job_id="first", iters_per_epoch=1)

@@ -37,8 +37,11 @@ def test_the_same_run_twice(tmp_path, data, setting, capsys):
 
 
 @pytest.mark.parametrize("setting", ["the default", "LoRA"])
-def test_a_resumed_run_trains_the_weights_of_one_that_went_on(tmp_path, data, setting):
-    options = [*data, *EPOCHS, *SETTINGS[setting]]
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_resumed_run_trains_the_weights_of_one_that_went_on(tmp_path, data, setting, num_workers):
+    """With several prompts, of which one is drawn for each batch."""
+    more = [f"run.num_workers={num_workers}", "model.prompt_path=prompts/alignment.txt"]
+    options = [*data, *EPOCHS, *SETTINGS[setting], *more]
     whole, _ = train_twice(tmp_path, options)
     path = whole / "checkpoint_0.pth"
     resumed = train_twice(tmp_path / "resumed", [*options, f"run.resume_ckpt_path={path}"])
