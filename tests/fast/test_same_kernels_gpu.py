@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 
 
 FP8 = pytest.mark.skipif(
-    torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9), reason="needs a GPU with fp8"
+    torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0), reason="needs a GPU with fp8"
 )
 
 
