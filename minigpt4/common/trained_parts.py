@@ -143,7 +143,7 @@ def check_parts(trained: Mapping[str, Any], recorded: Any, own: Mapping[str, Any
         settings = json.dumps(theirs or {"r": b_matrices[0].shape[1]})  # as YAML reads it, null included
         raise ConfigError(
             f"{source} has LoRA adapters, and model.lora is not set. Set it to what they were trained with, "
-            f"{settings}, {fix}."
+            f"--options 'model.lora={settings}', {fix}."
         )
     if theirs and mine and theirs != mine:
         differing = [

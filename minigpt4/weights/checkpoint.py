@@ -311,7 +311,7 @@ def resolve(path: str) -> Path:
     newest = checkpoints_in(resolved)
     if not newest:
         raise NoCheckpointError(
-            f"{path} is a folder without a checkpoint_N.pth, so no run's own folder. {_files_in(resolved)}"
+            f"{path} is a folder without a checkpoint_N.pth, which each epoch of a run writes. {_files_in(resolved)}"
         )
     return newest[0]
 

@@ -13,7 +13,7 @@ pytest.importorskip("peft")
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        (None, r"has LoRA adapters, and model\.lora is not set.*\"r\": 2.*\"layers\": null"),
+        (None, r"has LoRA adapters, and model\.lora is not set.*--options 'model\.lora=.*\"r\": 2.*\"layers\": null"),
         ({"r": 4}, "r=2, not 4"),
         ({"alpha": 3}, "alpha=6, not 3"),
         ({"target_modules": ["q_proj"]}, "target_modules="),
