@@ -77,10 +77,10 @@ class OfflineAnswers:
         return self._ready.popleft() if self._ready else None
 
     def _encode(self) -> None:
-        """Encode the pictures of the next items that have been read; without running answers, wait for one."""
+        """Encode the pictures of the next items that have been read; if all before are complete, wait for one."""
         taken: list[tuple[str, list[torch.Tensor]]] = []
         while self._reading and len(taken) < ENCODED_AT_ONCE:
-            if not self._reading[0].done() and (taken or self._together.busy):
+            if not self._reading[0].done() and (taken or self._in_order):
                 break
             name, pictures = self._reading.popleft().result()
             self._read_ahead()
