@@ -19,7 +19,7 @@ from minigpt4.serving.sampling import RowSampling
 from minigpt4.serving.together import AnswersTogether
 
 ENCODED_AT_ONCE = 16  # items whose pictures are encoded together
-FREE_SHARE = 8  # places wait until one in so many is free: prompts that are read together take hardly longer than one
+FREE_SHARE = 8  # one place in so many must be free before answers begin: prompts are read faster together
 WRITTEN_LATE = 16  # times the places: so many answers may be complete while an earlier one is not
 
 

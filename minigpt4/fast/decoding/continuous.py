@@ -25,14 +25,14 @@ from minigpt4.fast.decoding.loop import LONGEST_PREFILL, SHORTEST_PREFILL, Decod
 
 PART = LONGEST_PREFILL  # vectors of prompts that are read between two steps
 SHORT_ROW = 640  # tokens of a row at the start, where memory is short; the cache grows when longer ones come
-PROBES = 8  # vectors of a prompt that are looked at first
+PROBES = 8  # vectors of a prompt that are compared first
 
 
 class NewRow(NamedTuple):
     """A prompt that is to become an active row."""
 
     owner: Any
-    """Whose row it is; what `ContinuousBatch.owners` calls it."""
+    """Identifies the row, as in `ContinuousBatch.owners`."""
     embeds: torch.Tensor
     """[S,D]"""
     max_new_tokens: int
@@ -40,15 +40,15 @@ class NewRow(NamedTuple):
 
 @dataclass(eq=False)
 class Row:
-    """A row of the cache: the vectors [S,D] whose keys it holds, and how many of them are the prompt.
-
-    owner: None: the row is free.
-    """
+    """A row of the cache."""
 
     owner: Any = None
+    """None: the row is free."""
     content: torch.Tensor | None = None
+    """[S,D]: the vectors whose keys it holds. Those of an active row's answer are missing until it leaves."""
     prompt_len: int = 0
     num_tokens: int = 0
+    """Positions that have been written."""
 
     @property
     def least_common(self) -> int:
@@ -148,7 +148,7 @@ class ContinuousBatch:
         return (row, common[row]) if row and common[row] >= row.least_common else (None, 0)
 
     def _alike(self, embeds: torch.Tensor) -> list[Row]:
-        """The rows that may begin as a prompt does. PROBES vectors of each are compared, all in one look."""
+        """The rows that may begin as a prompt does. PROBES vectors of each are compared, with one wait for the GPU."""
         rows = [row for row in self._rows if row.content is not None and row.least_common < len(embeds)]
         long = [row for row in rows if row.least_common >= PROBES]
         if long:
