@@ -163,6 +163,7 @@ class AnswersTogether:
             for answer in joined:
                 answers.remove(answer)
             yield
+            rows[:] = [row for row in rows if not row.owner.finish]
 
     def _context(self, answer: Answer, images: list[torch.Tensor]) -> torch.Tensor:
         """The vectors [S,D] of an answer's prompt, and of its tokens, if it was interrupted."""

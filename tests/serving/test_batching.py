@@ -285,6 +285,18 @@ def test_an_answer_that_goes_on_is_not_read_again(chat, talkative, monkeypatch):
     assert lengths[0] > 2 and max(lengths[1:]) == 1
 
 
+def test_an_answer_that_is_cancelled_before_it_begins_is_not_read(chat, talkative, monkeypatch, steps):
+    monkeypatch.setattr(continuous, "PART", 32)
+    monkeypatch.setattr(together, "STALL_SECONDS", 0)
+    texts = ["###Human: a###Assistant:", *(f"###Human: {word * 150}###Assistant:" for word in ("c ", "d "))]
+    expected = [each.ids for each in answers_in_rounds(chat, texts[:2], lambda _: None)]
+    num_parts = steps.count("prompt")
+    texts.insert(1, texts.pop())
+    found = answers_in_rounds(chat, texts, lambda answers: answers[1].end("cancelled"), most=3)
+    assert [found[0].ids, found[2].ids] == expected and not found[1].ids
+    assert steps.count("prompt") == 2 * num_parts
+
+
 def test_clients_get_equal_shares(chat, gate):
     """Of the waiting answers, those of the client with the fewest running ones are next."""
     prompt = Prompt("x", [], 3)

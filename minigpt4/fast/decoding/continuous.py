@@ -89,16 +89,17 @@ class ContinuousBatch:
         return self._logits[self._index()]
 
     def join(
-        self, prompts: list[NewRow], choose: Callable[[list[Any], torch.Tensor], torch.Tensor]
+        self, waiting: list[NewRow], choose: Callable[[list[Any], torch.Tensor], torch.Tensor]
     ) -> Iterator[list[Any]]:
         """Read prompts, short ones together. Yields at least after each PART vectors.
 
         Yields the owners whose rows are active from then on: none while parts of a prompt are left to be read. Raises
         OutOfMemoryError, and what `choose` raises; the active rows, and those that were yielded, are then as before.
 
-        choose: returns the first tokens [n] int64 for owners and their logits [n,V] float32.
+        Args:
+            waiting: the prompts. They are taken out of this list when they are read; one that is removed is not read.
+            choose: returns the first tokens [n] int64 for owners and their logits [n,V] float32.
         """
-        waiting = [*prompts]
         while waiting:
             source, prefix_len = self._find_prefix(waiting[0].embeds)
             group = self._take_group(waiting, alone=source is not None)
