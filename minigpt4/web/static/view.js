@@ -171,7 +171,7 @@ export function setting({ name, type, min, max, step, value }, changed) {
     row.append(number)
     const range = type === "range" ? make("input", { type, min, max, step, value, "aria-label": t(name) }) : null
     const update = (text) => {
-      const given = text === "" ? null : Math.min(Math.max(Number(text), min), max)
+      const given = text === "" ? null : Math.min(Math.max(step === 1 ? Math.round(text) : Number(text), min), max)
       const kept = given === null && range ? value : given
       number.value = kept ?? ""
       if (range) range.value = kept
