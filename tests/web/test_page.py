@@ -516,6 +516,31 @@ def test_whatever_goes_wrong_is_said_in_the_visitors_language(page, chat, visit,
             is_chinese("#notice", {"MAX_MESSAGES": "对话太长", "MAX_CHARACTERS": "字符"}[setting])
 
 
+def test_videos_notices_and_names_fit(page, visit, tmp_path):
+    tab = visit(viewport=PHONE, color_scheme="dark", accept_downloads=True)
+    upload(tab, write_video(tmp_path / "clip.webm"))
+    video, frames, remove = (tab.locator(f"figure {each}").bounding_box() for each in ("video", ".frames", ".remove"))
+    assert (video["x"], video["width"]) == (frames["x"], frames["width"])
+    assert remove["x"] + remove["width"] < video["x"] + video["width"]
+    (tmp_path / f"{'x' * 150}.png").write_text("x")
+    tab.set_input_files("#files", str(tmp_path / f"{'x' * 150}.png"))
+    wait(tab, "document.querySelector('#notice').innerText")
+    assert tab.evaluate(
+        "document.documentElement.scrollWidth <= innerWidth && notice.scrollWidth <= notice.clientWidth"
+    )
+    ask(tab, "What?")
+    wait_for_end(tab)
+    copying, note = tab.locator(".actions >> text=Copy"), tab.locator(".actions span")
+    start = "each => each.getBoundingClientRect().x + parseFloat(getComputedStyle(each).paddingLeft)"
+    assert note.evaluate(start) >= copying.evaluate(start)
+    tab.click("#download summary")
+    with tab.expect_download() as download:
+        tab.click("#markdown")
+    assert "clip.webm: the model sees these 8 frames" in download.value.path().read_text(encoding="utf-8")
+    color = "getComputedStyle(document.querySelector('.frames img')).color"  # of its name, if it is gone, on white
+    assert sum(map(int, re.findall(r"\d+", tab.evaluate(color)))) < 3 * 120
+
+
 def test_a_picture_that_is_gone_for_good_can_be_added_again(page, visit):
     tab = visit()
     upload(tab, PICTURE)

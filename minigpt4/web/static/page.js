@@ -426,19 +426,19 @@ function download(name, type, text) {
 }
 
 const spoken = () => messages.filter((message) => message.role !== "failed")
-const names = (message) => (message.files ?? []).map((number) => files[number].name)
+const shownIn = (message) => (message.files ?? []).map((number) => files[number])
 
 function asMarkdown() {
   const parts = spoken().map((message) => {
     const who = t(message.role === "user" ? "you" : "model")
-    const pictures = names(message).map((name) => `*${t("picture", { name })}*`)
+    const pictures = shownIn(message).map(({ name, video, pictures: count }) => `*${t(video ? "frames_seen" : "picture", { name, count })}*`)
     return `**${who}**\n\n${[...pictures, message.text].filter(Boolean).join("\n\n")}\n`
   })
   return `# MiniGPT-4\n\n${parts.join("\n")}`
 }
 
 function asJson() {
-  const talk = spoken().map((message) => ({ role: message.role, text: message.text, files: names(message) }))
+  const talk = spoken().map((message) => ({ role: message.role, text: message.text, files: shownIn(message).map(({ name }) => name) }))
   return JSON.stringify({ messages: talk, settings }, null, 2) + "\n"
 }
 

@@ -99,7 +99,7 @@ export function figure(file, remove) {
   if (!id) {
     made.append(make("div", { className: "reading" }, t("reading")))
   } else if (video) {
-    const player = make("video", { src: url ?? "", controls: true, preload: "metadata", width: 320 })
+    const player = make("video", { src: url ?? "", controls: true, preload: "metadata" })
     player.setAttribute("aria-label", name)
     player.onerror = () => player.remove() // a format that this browser does not play
     const frames = make("div", { className: "frames" })
