@@ -483,6 +483,9 @@ def test_whatever_goes_wrong_is_said_in_the_visitors_language(page, chat, visit,
         tab.set_input_files("#files", str(tmp_path / name))
         is_chinese("#notice", part)
     names = ""
+    tab.route("**/examples/*", lambda route: route.abort())
+    tab.click("#examples button >> nth=0")
+    is_chinese("#notice", "断开")
     upload(tab, *[PICTURE] * 17)
     ask(tab, "Hi?")
     is_chinese("#notice", "17")
@@ -547,7 +550,7 @@ def test_a_picture_that_is_gone_for_good_can_be_added_again(page, visit):
     ask(tab, "First?")
     wait_for_end(tab)
     page.uploads.by_id.clear()
-    tab.evaluate("new Promise(done => (indexedDB.deleteDatabase('minigpt4').onblocked = done))")
+    tab.evaluate("new Promise(done => (indexedDB.deleteDatabase('minigpt4').onblocked = () => done()))")
     tab.reload()
     ask(tab, "Second?")
     wait(tab, "document.querySelector('#notice').innerText.includes('Add it again')")

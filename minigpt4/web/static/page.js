@@ -491,7 +491,8 @@ function buildExamples() {
   const items = config.examples.map((name, index) => {
     const question = asked(index)
     const use = async () => {
-      const blob = await (await fetch(`examples/${name}`)).blob()
+      const blob = await fetch(`examples/${name}`).then((response) => response.blob()).catch(() => null)
+      if (!blob) return notice(t("broken"), "problem")
       await addFiles([new File([blob], name, { type: blob.type })])
       if (Object.keys(files).length) await ask(question)
     }
