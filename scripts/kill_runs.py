@@ -37,7 +37,7 @@ CASES = [
     for ranks in (1, 2)
     for workers, accum in ((0, 2), (1, 1), (4, 3))
 ]
-EPOCHS, BATCHES, SAVE_EVERY = 2, 24, 3
+EPOCHS, SAVE_EVERY = 2, 3
 MOST_KILLS_OF_A_RUN = 5
 LOADING, STEPS, SAVING, EVALUATION = "loading", "steps", "saving", "evaluation"
 # Phases, and the lines of the log that they begin with.
@@ -54,6 +54,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--kills", type=int, default=100, metavar="N", help="(%(default)s)")
     parser.add_argument("--size", default="small", choices=list(SIZES), help="of the model (%(default)s)")
     parser.add_argument("--cases", nargs="+", default=CASES, metavar="CASE", help="(all)")
+    parser.add_argument("--batches", type=int, default=24, metavar="N", help="micro-batches of an epoch (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the moments (%(default)s)")
     parser.add_argument("--options", nargs="+", default=[], metavar="KEY=VALUE", help="more settings for all runs")
     return parser.parse_args(argv)
@@ -66,7 +67,7 @@ def command(args: argparse.Namespace, weights: list[str], case: str, output: Pat
         storage = dict.fromkeys(("laion", "cc_sbu"), args.out / "data/shards/{00000..00001}.tar")
     else:
         storage = {"cc_sbu_align": args.out / "data/cc_sbu_align"}
-    run = {"output_dir": output, "max_epoch": EPOCHS, "iters_per_epoch": BATCHES, "num_workers": workers, "log_freq": 1}
+    run = {"output_dir": output, "max_epoch": EPOCHS, "iters_per_epoch": args.batches, "num_workers": workers, "log_freq": 1}
     run |= {"batch_size_train": 2, "accum_grad_iters": accum, "save_every_steps": SAVE_EVERY, "report": False}
     run |= {"valid_splits": "[val]", "init_lr": 1e-3, "warmup_steps": 5, "warmup_lr": 1e-5}
     options = [f"run.{key}={value}" for key, value in run.items()]
@@ -118,18 +119,18 @@ def weights_of(output: Path) -> str:
     return f"{last.name} {weights_digest(last)}"
 
 
-def steps_done(log: Path) -> int:
-    """Micro-batches that a run has reported."""
+def steps_done(log: Path, batches: int) -> int:
+    """Micro-batches that a run has reported. batches: of an epoch."""
     found = re.findall(r"data epoch: \[(\d+)\]  \[ *(\d+)/", log.read_text(errors="replace"))
-    return max((int(epoch) * BATCHES + int(batch) + 1 for epoch, batch in found), default=0)
+    return max((int(epoch) * batches + int(batch) + 1 for epoch, batch in found), default=0)
 
 
-def step_resumed(log: Path) -> int:
+def step_resumed(log: Path, batches: int) -> int:
     """The micro-batches behind the checkpoint that a run goes on from; 0: it starts anew, -1: it is not known yet."""
     text = log.read_text(errors="replace")
     if found := re.search(r"Resuming after (?:batch (\d+) of )?epoch (\d+)", text):
         epoch = int(found[2])
-        return epoch * BATCHES + int(found[1]) if found[1] else (epoch + 1) * BATCHES
+        return epoch * batches + int(found[1]) if found[1] else (epoch + 1) * batches
     return 0 if "a new run starts" in text else -1
 
 
@@ -171,12 +172,12 @@ class Case:
                 kill(process)
                 kills.append(phase_of(log))
                 status = None
-            resumed = step_resumed(log)
+            resumed = step_resumed(log, self.args.batches)
             if resumed >= 0:
                 if done - resumed > SAVE_EVERY * self.accum:
                     wrong.append(f"{log}: {done} micro-batches were done, and it goes on after {resumed}")
                 print(f"{self.name}: {done} micro-batches done, goes on after {resumed}", flush=True)
-                done = steps_done(log) or resumed
+                done = steps_done(log, self.args.batches) or resumed
             if status is not None:
                 break
         if status:

@@ -201,12 +201,10 @@ class MiniGPT4(vision.Vision):
 
         draw: a random number from 0 to 1, 1 excluded, that decides; None: one of this process.
         """
-        if not self.prompt_list:
-            return prompt.IMAGE_SLOT
-        if not self.training:
-            return self.prompt_list[0]
-        draw = random.random() if draw is None else draw
-        return self.prompt_list[int(draw * len(self.prompt_list))]
+        if self.training and self.prompt_list:
+            draw = random.random() if draw is None else draw
+            return self.prompt_list[int(draw * len(self.prompt_list))]
+        return self.prompt_list[0] if self.prompt_list else prompt.IMAGE_SLOT
 
     def accelerate(self, packed: bool, compiled: bool, fp8: bool = False) -> None:
         """Compute training steps with `fast/training_step.py` from now on. Only fp8 changes results beyond rounding.
