@@ -552,6 +552,7 @@ def test_a_picture_that_is_gone_for_good_can_be_added_again(page, visit):
     page.uploads.by_id.clear()
     tab.evaluate("new Promise(done => (indexedDB.deleteDatabase('minigpt4').onblocked = () => done()))")
     tab.reload()
+    wait(tab, "document.querySelector('figure img.gone')?.alt == 'Picture rgb.png'")
     ask(tab, "Second?")
     wait(tab, "document.querySelector('#notice').innerText.includes('Add it again')")
     assert tab.input_value("#box textarea") == "Second?" and tab.locator("figure").count() == 0

@@ -110,10 +110,11 @@ export function figure(file, remove) {
     made.append(...(url ? [player] : []), frames)
     made.append(make("figcaption", {}, t("frames_seen", { name, count: pictures })))
   } else {
-    const image = picture(url ?? `pictures/${id}/0`, t("picture", { name }))
+    const served = `pictures/${id}/0`
+    const image = picture(url ?? served, t("picture", { name }))
     image.onerror = () => {
-      image.onerror = null
-      image.src = `pictures/${id}/0` // a format that this browser does not show
+      if (image.src.endsWith(served)) image.className = "gone"
+      else image.src = served // a format that this browser does not show
     }
     made.append(button(image, () => enlarge(image), { className: "show", "aria-label": t("enlarge", { name }) }))
   }
