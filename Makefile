@@ -12,7 +12,8 @@
 unexport PYTHONDONTWRITEBYTECODE
 PYTHON ?= python3
 VENV ?= .venv
-PIP = $(VENV)/bin/pip install --quiet
+# Without the filter, setuptools warns in a box of asterisks of what an editable installation means.
+PIP = PYTHONWARNINGS='ignore:Editable installation' $(VENV)/bin/pip install --quiet
 BIN = $(VENV)/bin
 IMG2DATASET_VENV = .venv-img2dataset
 # Three processes also for two cores, because some tests wait. The tests of a file stay together, for the models that

@@ -9,6 +9,7 @@ import argparse
 import io
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -37,7 +38,10 @@ def run(command: list[str], log: Path | None = None, plugins: str = "") -> str:
         lines.append(line)
         print(line, end="", flush=True)
     if process.wait():
-        sys.exit(f"The command failed with status {process.returncode}.")
+        options = [option for option in sys.argv[2:] if not option.startswith("run.resume_ckpt_path=")]
+        again = shlex.join(["python", "dataset/quickstart.py", "--options", *options, "run.resume_ckpt_path=auto"])
+        failed = f"The command failed with status {process.returncode}."
+        sys.exit(f"{failed} To go on from the newest checkpoint:\n  {again}")
     if log:
         log.write_text("".join(lines), encoding="utf-8")
     return "".join(lines)

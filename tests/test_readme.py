@@ -2,6 +2,7 @@
 
 import ast
 import re
+import tomllib
 from dataclasses import fields
 from pathlib import Path
 
@@ -72,6 +73,13 @@ def test_options_of_the_readme_parse():
     assert options
     for group in options:
         parse_options([option.strip("'`") for option in re.findall(r"'[^']*'|\S+", group)])
+
+
+def test_installation_lists_all_extras():
+    table = (ROOT / "docs/installation.md").read_text(encoding="utf-8").split("| extra |")[1].split("\n\n")[0]
+    named = [name for row in table.splitlines() for name in re.findall(r"`(\w+)`", row.split("|")[1])]
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    assert sorted(named) == sorted(extras)
 
 
 def test_fidelity_names_tests_that_exist():

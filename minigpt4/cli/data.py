@@ -92,8 +92,10 @@ def run_check(args: argparse.Namespace) -> int:
     from minigpt4.data_tools.check import check
     from minigpt4.data_tools.findings import ERROR, WARNING
     from minigpt4.data_tools.lengths import lengths_of
+    from minigpt4.data_tools.pictures import opencv
     from minigpt4.data_tools.summary import as_text, count
 
+    opencv()  # if it is missing, that is no fault of each picture
     if args.out:
         report.prepare(args.out)
     cfg, sources = open_sources(args)

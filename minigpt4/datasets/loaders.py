@@ -219,7 +219,7 @@ def check_sizes(datasets: Mapping[str, Dataset], ratios: list[float], batch_size
             share = f" ({per_rank} for each of {world_size} ranks)" if world_size > 1 else ""
             raise ConfigError(
                 f"batch_size_train={batch_size} needs at least {batch_size} samples per rank; "
-                f"{name} has {len(dataset)}{share}. Lower run.batch_size_train (--options "
+                f"{name} has {len(dataset)}{share} to train on. Lower run.batch_size_train (--options "
                 f"run.batch_size_train={max(per_rank, 1)}) or add data to datasets.{name}.build_info.storage."
             )
 

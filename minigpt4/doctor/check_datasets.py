@@ -199,12 +199,16 @@ def check_conversations(context: RunContext) -> Iterator[Diagnostic]:
         key = f"datasets.{name}.build_info"
         try:
             dataset = context.training_dataset(name)
-            check_sizes({name: dataset}, [1.0], context.run.batch_size_train, context.world_size)
             sample = next(iter(dataset))
         except (ConfigError, RuntimeError) as mistake:
             yield error(
                 key, str(mistake), "python -m minigpt4 data check lists all. docs/own_data.md shows each format."
             )
+            continue
+        try:
+            check_sizes({name: dataset}, [1.0], context.run.batch_size_train, context.world_size)
+        except ConfigError as too_few:  # the message has the fix
+            yield error(key, str(too_few))
             continue
         (_, asked), (_, answer) = sample["text_input"][-2:]
         size = pluralize(len(dataset), "record") if hasattr(dataset, "__len__") else "a stream"

@@ -124,13 +124,13 @@ def _evaluations(folder: Path) -> Iterator[str]:
     """The figures of each evaluation in the run's folder, as `evaluate` and `run.test_splits` write them."""
     for path in sorted(folder.glob("*/scores.json")):
         scores = json.loads(path.read_text(encoding="utf-8"))
-        rows = (
-            [name, *(round(figure[end] * figure["scale"], 1) for end in ("value", "low", "high"))]
-            for name, figure in scores["figures"].items()
-        )
+        rows = []
+        for name, figure in scores["figures"].items():
+            value, low, high = (f"{figure[end] * figure['scale']:.1f}" for end in ("value", "low", "high"))
+            rows.append([name, value, f"{low} to {high}"])
         name = path.parent.name
         about = f"{name}: task {scores['task']}, {scores['n']:,} answers. {name}/answers.html has them."
-        yield f"<p class=soft>{_text(about)}</p>{_table(['', 'value', 'from', 'to'], rows)}"
+        yield f"<p class=soft>{_text(about)}</p>{_table(['', 'value', '95 % interval'], rows)}"
 
 
 def _pictures(folder: Path) -> dict[str, str]:

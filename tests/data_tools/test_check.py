@@ -2,6 +2,7 @@
 
 import base64
 import json
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -223,6 +224,13 @@ def test_arguments_that_do_not_fit(arguments, words, capsys):
     with pytest.raises(SystemExit) as end:
         main(["check", *arguments])
     assert end.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_missing_opencv_is_said_once_before_anything_is_read(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    with pytest.raises(ConfigError, match="pip install opencv-python-headless"):
+        run(write_faulty_jsonl(tmp_path))
+    assert not run.folder.exists()
 
 
 def test_a_folder_of_another_is_left_alone(tmp_path):

@@ -273,7 +273,7 @@ def test_no_datasets():
 
 def test_dataset_smaller_than_a_batch():
     with pytest.raises(
-        ValueError, match=r"^batch_size_train=96 needs at least 96 samples per rank; few has 14\. Lower run"
+        ValueError, match=r"^batch_size_train=96 needs at least 96 samples per rank; few has 14 to train on\. Lower run"
     ):
         TrainLoader({"few": Numbers(14)}, None, 96, 0, seed=0)
     with pytest.raises(ValueError, match=r"few has 14 \(7 for each of 2 ranks\).*run.batch_size_train=7"):

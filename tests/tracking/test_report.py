@@ -40,7 +40,7 @@ def test_the_page_holds_everything(folder):
     text = re.sub(r"<style>.*?</style>|<svg.*?</svg>|<[^>]+>", " ", page, flags=re.DOTALL)
     words_of_the_page = """a &lt;b&gt; &amp; c|waiting for data|10.0%|val_loss|0.125|CIDEr|0.25|run.init_lr|0.003|66.7%
         |left out: no text|&lt;script&gt;a cat|Step 90, val: exact is 7.1; before training it was 29.7
-        |exact &lt;name&gt;|55.5|heldout: task match
+        |exact &lt;name&gt;|95 % interval|55.5|53.0 to 58.0|heldout: task match
         |1,594 answers|torch|python train.py --cfg-path|sample_ratio: 2"""
     for words in map(str.strip, words_of_the_page.split("|")):
         assert words in text, words

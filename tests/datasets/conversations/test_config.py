@@ -78,6 +78,10 @@ def test_doctor_shows_a_record_and_names_a_mistake(tmp_path):
     (found,) = check_datasets.check_conversations(RunContext(cfg))
     assert (found.check, found.status) == ("datasets.mine.build_info", "ok")
     assert "6 records" in found.what and "What? → A0." in found.what
+    large = config(tmp_path, {"mine": section}, "run.batch_size_train=7")
+    (found,) = check_datasets.check_conversations(RunContext(large))
+    assert found.status == "error" and "run.batch_size_train=6" in found.what
+    assert "data check" not in found.fix  # it would find nothing
     with open(storage, "a") as file:
         file.write('\n{"prompt": "no answer"}')
     (found,) = check_datasets.check_conversations(RunContext(cfg))
