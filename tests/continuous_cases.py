@@ -30,13 +30,12 @@ def answer_together(batch: ContinuousBatch, work: list[tuple[torch.Tensor, int]]
         free = max_rows - len(batch.owners)
         if joining is None and waiting and free and (not batch.owners or rng.random() < 0.4):
             count = rng.randint(1, min(3, free, len(waiting)))
-            joining = batch.join([NewRow(number, *work[number]) for number in waiting[-count:]])
+            joining = batch.join([NewRow(number, *work[number]) for number in waiting[-count:]], likeliest)
             del waiting[-count:]
-        if joining:
-            joined = next(joining, joining)
-            if joined is joining:  # all have been read
-                joining = None
-            elif joined:
-                owners, logits = joined
-                batch.set_ids(logits.argmax(dim=-1), owners)
+        if joining and next(joining, None) is None:  # all have been read
+            joining = None
     return ids
+
+
+def likeliest(owners: list, logits: torch.Tensor) -> torch.Tensor:
+    return logits.argmax(dim=-1)

@@ -30,12 +30,12 @@ def raise_recompile_limit(limit: int) -> None:
 def same_kernels(split_sums: bool = True) -> dict[str, bool]:
     """Options of torch.compile with which each process gets the same kernels, so that a run can be repeated.
 
-    By default torch times kernels that add up in different orders and takes the fastest one, which is now this one and
-    now that. `tests/fast/test_same_kernels_gpu.py` fails where the options do not suffice. Without them: a kernel of
-    our own for each sum.
+    By default torch times kernels that add up in different orders, and each process may find another one fastest.
+    `tests/fast/test_same_kernels_gpu.py` fails where the options do not suffice. If torch.compile takes them no longer
+    (it then raises "Unexpected optimization option"), write a kernel for each sum.
 
-    split_sums: False: no sum is split into parts, whose number depends on the sizes of the batch that comes first, and
-        which is another one in a resumed run.
+    split_sums: whether long sums may be split into parts. Their number depends on the sizes of the batch that is
+        compiled first, which is another one in a resumed run.
     """
     return {"deterministic": True, "split_reductions": split_sums}
 

@@ -84,10 +84,14 @@ class ModelExtras(Protocol):
     def prepare(self, samples: Samples) -> Samples:
         """Return the batch with all host work done, such as tokenisation.
 
-        Called once for each training batch before it is copied to the device; on a GPU by a thread of its own, while
-        the step before is computed. Values with a method `to` are then moved to the device, and those with
-        `pin_memory` and `record_stream` are copied asynchronously. Evaluation does not call it.
-        If it is absent, batches go to the device as the loader made them.
+        Called once for each training batch before it is copied to the device. On a GPU with data workers, a thread of
+        its own calls it while the step before is computed. Values with a method `to` are then moved to the device, and
+        those with `pin_memory` and `record_stream` are copied asynchronously. Evaluation does not call it.
+
+        To draw something at random, use the batch's "prompt_draw", a number from 0 to below 1 that a resumed run
+        repeats. In the thread, random states of the process may be set back at any time.
+
+        If `prepare` is absent, batches go to the device as the loader made them.
         """
 
 

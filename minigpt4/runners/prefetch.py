@@ -34,7 +34,8 @@ def prefetch(
 
     waiting: the context of a wait for the next batch.
     note_rng: is called with the host's random states after the batch's `prepare`, if a thread prepares ahead.
-    by_thread: False: this thread makes the batches, which draws random numbers (`RunnerBase._with_draw` says why).
+    by_thread: whether a thread makes the batches if `device` is a GPU. Without data workers none can: making a batch
+        sets the random states of the process, and torch.compile, in the calling thread, sets them back.
     """
     prepare = getattr(model, "prepare", lambda samples: samples)
     source = iter(batches)

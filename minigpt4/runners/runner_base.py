@@ -222,13 +222,13 @@ class RunnerBase:
                 yield samples
 
     def _with_draw(self, samples: dict, epoch: int, number: int) -> dict:
-        """Add "prompt_draw" to a batch: a random number from 0 to 1, 1 excluded, by which the model draws a prompt.
+        """Add "prompt_draw" to a batch that the model prepares: a random number from 0 to below 1, by which it draws.
 
-        It follows from the batch's place in the run, since the random states of the process do not serve in the thread
-        that prepares batches: whenever torch.compile has compiled, it sets them back to what they were before.
+        The number follows from the batch's place in the run. In the thread that prepares batches, random states of the
+        process do not serve: whenever torch.compile has compiled, it sets them back to their values from before.
         """
-        if not isinstance(samples, Mapping):
-            return samples  # `to_device` says what is wrong
+        if not (hasattr(self.module, "prepare") and isinstance(samples, Mapping)):
+            return samples  # if it is no dict, `to_device` says so
         own = random.Random(derive_seed("prompt", self.run.seed, dist_utils.get_rank(), epoch, number))
         return {**samples, "prompt_draw": own.random()}
 

@@ -44,6 +44,8 @@ class Answer:
         finish: None until the answer has ended, then "stop", "length", "cancelled" or "error".
         error: why it ended with "error".
         first_token_at: time (`time.monotonic()`) of the first token.
+        number: a random number from 0 to below 1 that decides on the next token. Each token has one, however often it
+            is chosen.
     """
 
     tokenizer: Tokenizer
@@ -67,7 +69,8 @@ class Answer:
         self._stop = StopOnText(self.tokenizer, *self.stops) if self.stops else None
         self._ends = end_ids(self.tokenizer)
         self.shortest = MinNewTokens(self.tokenizer, (self.min_tokens, self.stops))
-        self.random = random.Random(self.sampling.seed)  # one number for each token
+        self._random = random.Random(self.sampling.seed)
+        self.number = self._random.random()
         self._news, self._turn_start = threading.Event(), 0
 
     def begin_turn(self) -> None:
@@ -75,15 +78,16 @@ class Answer:
         self.started, self._turn_start = True, len(self.ids)
 
     @property
-    def turn_tokens(self) -> int:
-        """Tokens since then."""
-        return len(self.ids) - self._turn_start
+    def turn_ids(self) -> list[int]:
+        """The token ids since then."""
+        return self.ids[self._turn_start :]
 
     def add_token(self, token: int) -> None:
         """Append a token, and end the answer if the token, a stop text, the length or the deadline requires it."""
         if self.finish:
             return
         self.ids.append(token)
+        self.number = self._random.random()
         self.first_token_at = self.first_token_at or time.monotonic()
         if token in self._ends or (self._stop and self._stop.reached(self.ids)):
             self.end("stop")

@@ -190,15 +190,15 @@ class Batcher(threading.Thread):
         """
         with self._queue_changed:
             running = self._places()
-            candidates = [answer for answer in self.running if answer.turn_tokens]
+            candidates = [answer for answer in self.running if answer.turn_ids]
             if not (self.waiting and candidates) or len(self.running) < self._max_batch:
                 return None
             fewest = min(running[_client(answer)] for answer in self.waiting)
-            answer = max(candidates, key=lambda answer: (running[_client(answer)], answer.turn_tokens))
+            answer = max(candidates, key=lambda answer: (running[_client(answer)], len(answer.turn_ids)))
             if running[_client(answer)] < fewest + 2:
-                answer = max(candidates, key=lambda answer: answer.turn_tokens)
+                answer = max(candidates, key=lambda answer: len(answer.turn_ids))
                 others = any(_client(each) != _client(answer) for each in self.waiting)
-                if answer.turn_tokens < TURN_TOKENS or not others:
+                if len(answer.turn_ids) < TURN_TOKENS or not others:
                     return None
             self.running.remove(answer)
             self.waiting.append(answer)

@@ -19,7 +19,7 @@ from minigpt4.serving.sampling import RowSampling
 from minigpt4.serving.together import AnswersTogether
 
 ENCODED_AT_ONCE = 16  # items whose pictures are encoded together
-FREE_SHARE = 8  # places wait until one in so many is free: prompts that are read together take hardly longer than one
+FREE_SHARE = 8  # one place in so many must be free before answers begin: prompts are read faster together
 WRITTEN_LATE = 16  # times the places: so many answers may be complete while an earlier one is not
 
 
@@ -77,10 +77,10 @@ class OfflineAnswers:
         return self._ready.popleft() if self._ready else None
 
     def _encode(self) -> None:
-        """Encode the pictures of the next items that have been read; without running answers, wait for one."""
+        """Encode the pictures of the next items that have been read; if all before are complete, wait for one."""
         taken: list[tuple[str, list[torch.Tensor]]] = []
         while self._reading and len(taken) < ENCODED_AT_ONCE:
-            if not self._reading[0].done() and (taken or self._together.busy):
+            if not self._reading[0].done() and (taken or self._in_order):
                 break
             name, pictures = self._reading.popleft().result()
             self._read_ahead()

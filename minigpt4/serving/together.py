@@ -40,8 +40,8 @@ class AnswersTogether:
     def __init__(self, chat: Chat, max_answers: int):
         self._chat, self._max_answers = chat, max_answers
         self._encoded = EncodedPictures(chat)
-        self._beginning: tuple[list[Answer], Iterator[None]] | None = None  # and what is left to be read of them
-        self._alone: list[Answer] = []  # that failed to begin with others
+        self._beginning: tuple[list[Answer], Iterator[None]] | None = None  # those to be read still, and the reading
+        self._alone: list[Answer] = []  # that begin again, one by one
         self._batch = self._new_batch()
         self._batch.warm_up(chat.window())
         token_texts(chat.model.tokenizer)  # a second, for a large vocabulary
@@ -73,6 +73,9 @@ class AnswersTogether:
             for answer in self._batch.owners:
                 answer.end("error", error)
             self._batch = self._new_batch()
+            if self._beginning:  # in the batch that is gone
+                self._alone += self._beginning[0]
+                self._beginning = None
         self._begin(take)
 
     def _step(self, give_way: Take) -> None:
@@ -88,9 +91,9 @@ class AnswersTogether:
                 break
             except torch.OutOfMemoryError as error:  # the newest one gives way
                 logging.warning("An answer failed: %s", error)
-                answer = min(reversed(batch.owners), key=lambda answer: answer.turn_tokens)
+                answer = min(reversed(batch.owners), key=lambda answer: len(answer.turn_ids))
                 answer.end("error", error)
-                batch.leave(answer, answer.ids)
+                batch.leave(answer, answer.turn_ids)
         if batch.decoder.graphs:  # while the GPU computes the step
             self._add_tokens(answers, read_ids(), give_way)
         if batch.owners:
@@ -102,7 +105,7 @@ class AnswersTogether:
         interrupted = give_way()  # here, where all tokens that were chosen for it have been added
         for answer in self._batch.owners:
             if answer.finish or answer is interrupted:
-                self._batch.leave(answer, answer.ids)
+                self._batch.leave(answer, answer.turn_ids)
 
     def _begin(self, take: Take) -> None:
         """Read prompts for STALL_SECONDS, and at least a part of one; without running answers, until there is one."""
@@ -119,7 +122,7 @@ class AnswersTogether:
                     self._beginning = None
             except Exception as error:
                 self._beginning = None
-                self._begin_failed([answer for answer in answers if answer not in self._batch.owners], error)
+                self._begin_failed(answers, error)
             if self.running and time.monotonic() - start > STALL_SECONDS:
                 return
 
@@ -143,7 +146,10 @@ class AnswersTogether:
             answer.end("error", error)
 
     def _read(self, answers: list[Answer]) -> Iterator[None]:
-        """Read the prompts of answers and choose their first tokens, in steps of bounded time."""
+        """Read the prompts of answers and choose their first tokens, in steps of bounded time.
+
+        Answers are taken out of the list as soon as they run.
+        """
         images, encoded = [image for answer in answers for image in answer.prompt.images], []
         for start in range(0, len(images), IMAGES_AT_ONCE):
             encoded += self._encoded(images[start : start + IMAGES_AT_ONCE])
@@ -153,10 +159,11 @@ class AnswersTogether:
             own = [next(rest) for _ in answer.prompt.images]
             if not answer.finish:
                 rows.append(NewRow(answer, self._context(answer, own), answer.max_tokens - len(answer.ids)))
-        for joined in self._batch.join(rows):
-            if joined:
-                self._batch.set_ids(_choose(*joined), joined[0])
+        for joined in self._batch.join(rows, _choose):
+            for answer in joined:
+                answers.remove(answer)
             yield
+            rows[:] = [row for row in rows if not row.owner.finish]
 
     def _context(self, answer: Answer, images: list[torch.Tensor]) -> torch.Tensor:
         """The vectors [S,D] of an answer's prompt, and of its tokens, if it was interrupted."""
@@ -172,7 +179,7 @@ def _choose(answers: list[Answer], logits: torch.Tensor) -> torch.Tensor:
     for answer, row in zip(answers, logits.split(1), strict=True):
         if not answer.shortest.all_may_end:
             row.copy_(answer.shortest(torch.tensor([answer.ids], dtype=torch.long), row))
-    return choose(logits, [RowChoice(answer.sampling, answer.ids, answer.random.random()) for answer in answers])
+    return choose(logits, [RowChoice(answer.sampling, answer.ids, answer.number) for answer in answers])
 
 
 class EncodedPictures:
@@ -234,7 +241,7 @@ class AnswersAlone:
             return torch.tensor([answer.finish is not None], device=input_ids.device)
 
         def sample(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-            token = choose(scores.float().clone(), [RowChoice(answer.sampling, answer.ids, answer.random.random())])
+            token = choose(scores.float().clone(), [RowChoice(answer.sampling, answer.ids, answer.number)])
             return torch.full_like(scores, -torch.inf).scatter_(1, token.unsqueeze(1), 0.0)
 
         model = self._chat.model

@@ -6,7 +6,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from continuous_cases import answer_together
+from continuous_cases import answer_together, likeliest
 from helpers import ROOT
 from torch import nn
 
@@ -682,10 +682,14 @@ def test_a_prompt_that_begins_as_another_is_read_from_there_on(llm, reads):
     assert found == theirs(llm, goes_on[None], max_new_tokens=10)[0]
 
 
-def test_a_cache_that_cannot_grow_keeps_its_rows(llm, monkeypatch):
-    """Where memory is short in the middle, an active row goes on, and the prompt can be tried again."""
+@pytest.mark.parametrize("cache", ["of the rows", "of a prompt that goes on"])
+def test_a_cache_that_cannot_grow_keeps_its_rows(llm, monkeypatch, cache):
+    """Where memory is short in the middle, an active row goes on, and any prompt can be tried again."""
     (first, _), *_, (long, _) = conversations()
-    expected = [theirs(llm, embeds[None], max_new_tokens=24)[0] for embeds in (first, long)]
+    if cache != "of the rows":
+        long = torch.cat([first, long, long])
+    other = prompts(60, seed=9)[0][0]
+    expected = [theirs(llm, embeds[None], max_new_tokens=24)[0] for embeds in (first, other, long)]
     batch, grow, calls = ContinuousBatch(llm, Decoder(llm), max_rows=2), LayerKVCache.grow, []
 
     def failing(*args):
@@ -695,11 +699,10 @@ def test_a_cache_that_cannot_grow_keeps_its_rows(llm, monkeypatch):
         grow(*args)
 
     with torch.no_grad():
-        ((_, logits),) = batch.join([NewRow("first", first, 24)])
-        batch.set_ids(logits.argmax(dim=-1))
+        assert [*batch.join([NewRow("first", first, 24)], likeliest)] == [["first"]]
         monkeypatch.setattr(LayerKVCache, "grow", failing)
         with pytest.raises(torch.OutOfMemoryError):
-            list(batch.join([NewRow("long", long, 150)]))
+            list(batch.join([NewRow("long", long, 150)], likeliest))
         found = []
         while len(found) < 24:
             found.append(batch.read_ids()()[0])
@@ -707,4 +710,4 @@ def test_a_cache_that_cannot_grow_keeps_its_rows(llm, monkeypatch):
             batch.set_ids(batch.logits.argmax(dim=-1))
         batch.leave("first", found)
     assert found == expected[0]
-    assert answer_together(batch, [(long, 24)], 2, 0) == expected[1:]
+    assert [answer_together(batch, [(embeds, 24)], 2, 0)[0] for embeds in (other, long)] == expected[1:]

@@ -117,7 +117,7 @@ def test_resumed_equals_uninterrupted(build_golden_model, make_runner):
 
 
 def test_prompts_follow_from_the_place_in_the_run(build_golden_model, make_runner):
-    """In the thread that draws them, random states come back from before whenever torch.compile has compiled."""
+    """Whatever random states the process has meanwhile: torch.compile sets them back."""
     model = build_golden_model()
     model.prompt_list = [f"###Human: {i} <Img><ImageHere></Img> ###Assistant: " for i in range(4)]
     runner = make_runner(model.train(), iters_per_epoch=12)

@@ -13,13 +13,14 @@ from endpoint import assistant, image, serving, text, user
 from PIL import Image
 
 from minigpt4.conversation import CONV_VISION, open_picture
-from minigpt4.serving import batching
+from minigpt4.fast.decoding import continuous
+from minigpt4.serving import batching, together
 from minigpt4.serving.answer import Answer, Prompt
 from minigpt4.serving.batching import Batcher
 from minigpt4.serving.prepare import image_urls, read_prompt
 from minigpt4.serving.protocol import Message
 from minigpt4.serving.sampling import RowChoice, RowSampling, choose
-from minigpt4.serving.together import EncodedPictures
+from minigpt4.serving.together import AnswersTogether, EncodedPictures
 
 
 def content(response):
@@ -203,6 +204,97 @@ def test_without_memory_one_request_fails(served, chat, talkative, monkeypatch, 
     if cause == "prompt":
         response = served.ask(user(text("c " * 150)))
         assert response.status_code == 503 and response.json()["error"]["code"] == "out_of_memory"
+
+
+def answers_in_rounds(chat, texts, give_way, most=2):
+    """Seeded answers, all of which begin in the first round if there is room. give_way: is called with them."""
+    rows = AnswersTogether(chat, most)
+    answers = [
+        Answer(chat.model.tokenizer, Prompt(text, [], chat.num_tokens(text)), RowSampling(seed=3), 12, ["###"])
+        for text in texts
+    ]
+    waiting = [*answers]
+
+    def take():
+        if waiting:
+            waiting[0].begin_turn()
+            return waiting.pop(0)
+
+    def interrupted():
+        waiting.extend(found := [*filter(None, [give_way(answers)])])
+        return found[0] if found else None
+
+    with torch.no_grad():
+        while not all(answer.finish for answer in answers):
+            rows.round(take, interrupted)
+    return answers
+
+
+@pytest.mark.parametrize("cause", ["choose", "step", "prompt"])
+def test_a_failure_while_answers_begin_changes_no_other(chat, talkative, monkeypatch, cause):
+    """A choice of first tokens is made again; a step, or a long prompt after an interruption, fails its own answers."""
+    monkeypatch.setattr(continuous, "PART", 32)
+    monkeypatch.setattr(together, "STALL_SECONDS", 0)
+    texts = ["###Human: a###Assistant:", f"###Human: {'c ' * 150}###Assistant:"]
+    expected = [answers_in_rounds(chat, [words], lambda _: None)[0].ids for words in texts]
+    forward, choose_ids, due = chat.model.llama_model.forward, together.choose, [cause]
+
+    def fail(error):
+        due.clear()
+        raise error("broken")
+
+    def failing_forward(*args, **kwargs):
+        is_step = kwargs["inputs_embeds"].shape[1] == 1
+        if due == ["step"] and is_step:
+            fail(RuntimeError)
+        if due == ["interrupted"] and not is_step:
+            fail(torch.OutOfMemoryError)
+        return forward(*args, **kwargs)
+
+    def failing_choice(*args):
+        found = choose_ids(*args)
+        return fail(torch.OutOfMemoryError) if due == ["choose"] else found
+
+    def give_way(answers):
+        if due == ["prompt"]:
+            due[:] = ["interrupted"]
+            return answers[0]
+
+    monkeypatch.setattr(chat.model.llama_model, "forward", failing_forward)
+    monkeypatch.setattr(together, "choose", failing_choice)
+    found = answers_in_rounds(chat, texts, give_way)
+    failed = {"choose": [], "step": [0], "prompt": [1]}[cause]
+    assert [n for n, answer in enumerate(found) if answer.finish == "error"] == failed
+    assert [each.ids for n, each in enumerate(found) if n not in failed] == [
+        ids for n, ids in enumerate(expected) if n not in failed
+    ]
+
+
+def test_an_answer_that_goes_on_is_not_read_again(chat, talkative, monkeypatch):
+    forward, lengths = chat.model.llama_model.forward, []
+
+    def watched(*args, **kwargs):
+        lengths.append(kwargs["inputs_embeds"].shape[1])
+        return forward(*args, **kwargs)
+
+    def give_way(answers):
+        return answers[0] if len(answers[0].ids) in (4, 8) else None
+
+    monkeypatch.setattr(chat.model.llama_model, "forward", watched)
+    answers_in_rounds(chat, ["###Human: Hello###Assistant:"], give_way, most=1)
+    assert lengths[0] > 2 and max(lengths[1:]) == 1
+
+
+def test_an_answer_that_is_cancelled_before_it_begins_is_not_read(chat, talkative, monkeypatch, steps):
+    monkeypatch.setattr(continuous, "PART", 32)
+    monkeypatch.setattr(together, "STALL_SECONDS", 0)
+    texts = ["###Human: a###Assistant:", *(f"###Human: {word * 150}###Assistant:" for word in ("c ", "d "))]
+    expected = [each.ids for each in answers_in_rounds(chat, texts[:2], lambda _: None)]
+    num_parts = steps.count("prompt")
+    texts.insert(1, texts.pop())
+    found = answers_in_rounds(chat, texts, lambda answers: answers[1].end("cancelled"), most=3)
+    assert [found[0].ids, found[2].ids] == expected and not found[1].ids
+    assert steps.count("prompt") == 2 * num_parts
 
 
 def test_clients_get_equal_shares(chat, gate):

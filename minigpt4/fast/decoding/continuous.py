@@ -25,14 +25,14 @@ from minigpt4.fast.decoding.loop import LONGEST_PREFILL, SHORTEST_PREFILL, Decod
 
 PART = LONGEST_PREFILL  # vectors of prompts that are read between two steps
 SHORT_ROW = 640  # tokens of a row at the start, where memory is short; the cache grows when longer ones come
-PROBES = 8  # vectors of a prompt that are looked at first
+PROBES = 8  # vectors of a prompt that are compared first
 
 
 class NewRow(NamedTuple):
     """A prompt that is to become an active row."""
 
     owner: Any
-    """Whose row it is; what `ContinuousBatch.owners` calls it."""
+    """Identifies the row, as in `ContinuousBatch.owners`."""
     embeds: torch.Tensor
     """[S,D]"""
     max_new_tokens: int
@@ -40,15 +40,15 @@ class NewRow(NamedTuple):
 
 @dataclass(eq=False)
 class Row:
-    """A row of the cache: the vectors [S,D] whose keys it holds, and how many of them are the prompt.
-
-    owner: None: the row is free.
-    """
+    """A row of the cache."""
 
     owner: Any = None
+    """None: the row is free."""
     content: torch.Tensor | None = None
+    """[S,D]: the vectors whose keys it holds. Those of an active row's answer are missing until it leaves."""
     prompt_len: int = 0
     num_tokens: int = 0
+    """Positions that have been written."""
 
     @property
     def least_common(self) -> int:
@@ -88,14 +88,18 @@ class ContinuousBatch:
         """[N,V] float32 of the last step, of the rows that are active still. The next step may overwrite them."""
         return self._logits[self._index()]
 
-    def join(self, prompts: list[NewRow]) -> Iterator[tuple[list[Any], torch.Tensor] | None]:
+    def join(
+        self, waiting: list[NewRow], choose: Callable[[list[Any], torch.Tensor], torch.Tensor]
+    ) -> Iterator[list[Any]]:
         """Read prompts, short ones together. Yields at least after each PART vectors.
 
-        Yields the owners of some and their logits [n,V] float32, or None while parts of one are left to be read. The
-        prompts of these owners are active rows from then on. `set_ids` must be called for them before the next step.
-        Raises OutOfMemoryError; the rows that are active then are as before.
+        Yields the owners whose rows are active from then on: none while parts of a prompt are left to be read. Raises
+        OutOfMemoryError, and what `choose` raises; the active rows, and those that were yielded, are then as before.
+
+        Args:
+            waiting: the prompts. They are taken out of this list when they are read; one that is removed is not read.
+            choose: returns the first tokens [n] int64 for owners and their logits [n,V] float32.
         """
-        waiting = [*prompts]
         while waiting:
             source, prefix_len = self._find_prefix(waiting[0].embeds)
             group = self._take_group(waiting, alone=source is not None)
@@ -108,13 +112,16 @@ class ContinuousBatch:
                     part = embeds[None, start : start + PART]
                     logits = self.decoder.prefill(self.llm, cache, part, part.new_ones(part.shape[:2]), start)
                     if start + PART < len(embeds):
-                        yield None
+                        yield []
             # A token may be computed after the last one.
             length = max(len(prompt.embeds) + prompt.max_new_tokens for prompt in group) + 1
             self._make_room(len(group), length, like=cache)
+            owners = [prompt.owner for prompt in group]
+            ids = choose(owners, logits)  # before a row is active, since it may fail
             for number, prompt in enumerate(group):
-                self._take_row(prompt, source, cache, number)
-            yield [prompt.owner for prompt in group], logits
+                place = self._take_row(prompt, source, cache, number)
+                self._cache.ids[place] = ids[number]
+            yield owners
 
     def _take_group(self, waiting: list[NewRow], alone: bool) -> list[NewRow]:
         """Take the prompts that are read next: the first one, and those after it that can be read with it."""
@@ -142,7 +149,7 @@ class ContinuousBatch:
         return (row, common[row]) if row and common[row] >= row.least_common else (None, 0)
 
     def _alike(self, embeds: torch.Tensor) -> list[Row]:
-        """The rows that may begin as a prompt does. PROBES vectors of each are compared, all in one look."""
+        """The rows that may begin as a prompt does. PROBES vectors of each are compared, with one wait for the GPU."""
         rows = [row for row in self._rows if row.content is not None and row.least_common < len(embeds)]
         long = [row for row in rows if row.least_common >= PROBES]
         if long:
@@ -155,8 +162,11 @@ class ContinuousBatch:
 
     def _prompt_cache_for(self, length: int, source: Row | None, prefix_len: int) -> KVCache:
         """The cache for a single prompt, with the first vectors of a row."""
-        if self._prompt_cache.length <= length:
-            self._prompt_cache = KVCache(1, cache_length(length + 1), self._prompt_cache.ids.device)
+        # Where memory was short, only some layers are allocated.
+        is_incomplete = self._prompt_cache.layers and not self._prompt_cache.allocated
+        if self._prompt_cache.length <= length or is_incomplete:
+            longer = max(cache_length(length + 1), self._prompt_cache.length)
+            self._prompt_cache = KVCache(1, longer, self._prompt_cache.ids.device)
         if prefix_len:
             if not self._prompt_cache.allocated:
                 self._prompt_cache.grow(1, self._prompt_cache.length, like=self._cache)
@@ -175,8 +185,8 @@ class ContinuousBatch:
         self._first_rows.clear()  # and their graphs
         self._cache.grow(rows, length, like)
 
-    def _take_row(self, prompt: NewRow, source: Row | None, cache: KVCache, number: int) -> None:
-        """Copy the prompt in a row of `cache` to a free row, which is active then."""
+    def _take_row(self, prompt: NewRow, source: Row | None, cache: KVCache, number: int) -> int:
+        """Copy the prompt in a row of `cache` to a free row, which is active then. Returns the place of this row."""
         free = [row for row in self._rows[: self._cache.batch] if row.owner is None]
         unused = [row for row in free if row.content is None]
         # The row of the conversation that goes on, or an unused one, or the one that was left the longest ago.
@@ -188,15 +198,11 @@ class ContinuousBatch:
         place = self._rows.index(row)
         self._cache.copy_row(place, cache, number, row.num_tokens)
         self._cache.positions[place] = row.num_tokens
+        return place
 
-    def set_ids(self, ids: torch.Tensor, owners: list[Any] | None = None) -> None:
-        """Set the tokens [n] int64 of these owners' rows, or of all active ones, which the next step continues."""
-        if owners is None:
-            self._cache.ids[self._index()] = ids
-            return
-        places = {row.owner: place for place, row in enumerate(self._rows)}
-        for owner, token in zip(owners, ids, strict=True):
-            self._cache.ids[places[owner]] = token
+    def set_ids(self, ids: torch.Tensor) -> None:
+        """Set the tokens [N] int64 of the active rows, which the next step continues."""
+        self._cache.ids[self._index()] = ids
 
     def read_ids(self) -> Callable[[], list[int]]:
         """Start to copy the tokens that were set to the host. Returns a function that waits for them alone."""
@@ -219,7 +225,7 @@ class ContinuousBatch:
             row.num_tokens += 1
 
     def leave(self, owner: Any, ids: list[int]) -> None:
-        """End an active row, whose new tokens these are."""
+        """End an active row. `ids` are its tokens since it joined."""
         row = next(row for row in self._rows if row.owner == owner)
         new = torch.tensor(ids[: row.num_tokens - row.prompt_len], dtype=torch.long, device=row.content.device)
         answer = self.llm.get_input_embeddings()(new).to(row.content.dtype)
@@ -236,14 +242,13 @@ class ContinuousBatch:
         # Each length is read twice: the second time its prefill is captured.
         for n in range(max(2 * len(prompts), len(self._rows))):
             ids = warm_up_ids(self.llm, n, min(prompts[n // 2 % len(prompts)], length - 2))
-            for _ in self.join([NewRow(n, embedding(ids), max_new_tokens=1)]):
+            for _ in self.join([NewRow(n, embedding(ids), max_new_tokens=1)], lambda _, logits: logits.argmax(dim=-1)):
                 pass
             if n == 0:
                 rows, cache = len(self._rows), self._prompt_cache
                 needed = rows * sum(2 * layer.keys.nbytes for layer in cache.layers) * cache_length(length)
                 short = needed / cache.length > torch.cuda.mem_get_info(device)[0] / 2
                 self._grow(len(self._rows), cache_length(min(length, SHORT_ROW) if short else length), like=cache)
-            self.set_ids(ids[-1:], [n])
             self.step()
             if len(self.owners) == len(self._rows):
                 self.leave(n, [])
