@@ -3,6 +3,8 @@
 python -m minigpt4 chat cat.jpg --cfg-path eval_configs/minigpt4_tiny_eval.yaml
 python -m minigpt4 caption --dir photos --out captions.jsonl --cfg-path eval_configs/minigpt4_eval.yaml
 python -m minigpt4 serve --cfg-path eval_configs/minigpt4_eval.yaml
+
+Two commands are scripts: python train.py trains, python demo.py serves the web page.
 """
 
 import os
