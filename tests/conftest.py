@@ -177,6 +177,15 @@ def _isolate():
     logging.captureWarnings(False)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _find_triton():
+    """torch remembers whether it has found Triton. The first to ask must not be a test that sees no GPU."""
+    if torch.cuda.is_available():
+        from torch.utils._triton import has_triton
+
+        has_triton()
+
+
 @pytest.fixture(autouse=True)
 def _hide_gpus(request):
     """Only tests that need a GPU see one. All others do the same on every machine, and so do the processes they start.
