@@ -67,14 +67,9 @@ def command(args: argparse.Namespace, weights: list[str], case: str, output: Pat
         storage = dict.fromkeys(("laion", "cc_sbu"), args.out / "data/shards/{00000..00001}.tar")
     else:
         storage = {"cc_sbu_align": args.out / "data/cc_sbu_align"}
-    run = {
-        "output_dir": output,
-        "max_epoch": EPOCHS,
-        "iters_per_epoch": args.batches,
-        "num_workers": workers,
-        "log_freq": 1,
-    }
-    run |= {"batch_size_train": 2, "accum_grad_iters": accum, "save_every_steps": SAVE_EVERY, "report": False}
+    run = {"output_dir": output, "max_epoch": EPOCHS, "iters_per_epoch": args.batches, "num_workers": workers}
+    run |= {"batch_size_train": 2, "accum_grad_iters": accum, "save_every_steps": SAVE_EVERY}
+    run |= {"log_freq": 1, "report": False}
     run |= {"valid_splits": "[val]", "init_lr": 1e-3, "warmup_steps": 5, "warmup_lr": 1e-5}
     options = [f"run.{key}={value}" for key, value in run.items()]
     for name, path in storage.items():
