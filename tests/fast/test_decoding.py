@@ -413,7 +413,7 @@ def compiles(monkeypatch):
     monkeypatch.setattr(loop, "_start_copy", lambda ids: ids.clone)
     monkeypatch.setattr(loop, "Decoder", lambda llm, graphs=None: Decoder(llm, graphs=True))
     counter, compiler = CompileCounter(), torch.compile
-    monkeypatch.setattr(torch, "compile", lambda call: compiler(call, backend=counter, fullgraph=True))
+    monkeypatch.setattr(torch, "compile", lambda call, **_: compiler(call, backend=counter, fullgraph=True))
     torch._dynamo.reset()
     yield counter
     torch._dynamo.reset()
@@ -599,7 +599,7 @@ def test_warming_up_prepares_a_cache_that_anyone_takes(llm, compiles, monkeypatc
 
 
 def test_without_a_compiler_decoding_goes_on(llm, compiles, monkeypatch, caplog):
-    def fail(call):
+    def fail(call, **options):
         raise RuntimeError("no C compiler")
 
     monkeypatch.setattr(torch, "compile", fail)

@@ -52,7 +52,7 @@ class CompiledLayer(nn.Module):
     def __init__(self, layer: nn.Module, index: int):
         super().__init__()
         self.layer, self.index = layer, index
-        self.compiled = torch.compile(layer.forward)
+        self.compiled = torch.compile(layer.forward, options=compat.same_kernels())
 
     def forward(self, *args, **kwargs):
         # Models name the argument differently.
