@@ -101,7 +101,8 @@ class _Fp8Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        return fp8_matmul(quantize_rows_by_kernel(gradient), *ctx.saved_tensors).to(ctx.dtype), *[None] * 6
+        rounded = quantize_rows_by_kernel(gradient) if ctx.from_norm else quantize_rows(gradient)
+        return fp8_matmul(rounded, *ctx.saved_tensors).to(ctx.dtype), *[None] * 6
 
 
 class Fp8Linear(nn.Linear):
