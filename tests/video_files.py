@@ -1,7 +1,7 @@
 """Writes small videos for tests."""
 
+import contextlib
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +29,7 @@ def write_pictures(path: Path, pictures: list, fps: float, size: tuple[int, int]
 
     import av
 
-    with av.open(str(path), "w") as container:
+    with normal_priority(), av.open(str(path), "w") as container:
         codec = codec or CODECS[path.suffix]
         stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1000), options=options)
         stream.width, stream.height = size
@@ -38,11 +38,23 @@ def write_pictures(path: Path, pictures: list, fps: float, size: tuple[int, int]
         for picture in pictures:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, "rgb24")))
         container.mux(stream.encode())
-    if codec == "libsvtav1" and sys.platform == "linux":
-        # Where it may (as root), this encoder gives its caller real-time priority, which processes inherit that are
-        # started later. A browser then starved the whole machine.
-        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
     return path
+
+
+@contextlib.contextmanager
+def normal_priority():
+    """Give back the priority of this thread.
+
+    As root, libsvtav1 gives its caller real-time priority. Processes that are started later inherit it, and a browser
+    then starved the whole machine.
+    """
+    has_policies = hasattr(os, "sched_setscheduler")  # Linux
+    before = (os.sched_getscheduler(0), os.sched_getparam(0)) if has_policies else None
+    try:
+        yield
+    finally:
+        if has_policies:
+            os.sched_setscheduler(0, *before)
 
 
 def bad_videos(folder: Path) -> dict[str, str]:
