@@ -3,11 +3,12 @@
 `videos.open_video` runs this script, which imports nothing of this package. Video decoders are large and written in C:
 a malicious file can crash them or take over their process. So this process has little memory, no environment variables,
 no other task and, where Linux lets it go, no network. It writes the frames to stdout as an .npy array [N,H,W,3] uint8.
-If it refuses a file, it writes the reason to stdout and exits with status 2.
+If it refuses a file, it writes [reason, kind, values] (see `PictureError`) to stdout as JSON and exits with status 2.
 """
 
 import ctypes
 import io
+import json
 import os
 import sys
 from bisect import bisect_right
@@ -28,7 +29,11 @@ NEW_USER, NEW_NETWORK = 0x10000000, 0x40000000  # CLONE_NEWUSER, CLONE_NEWNET
 
 
 class Refusal(Exception):
-    """A video is not accepted. The message is the reason, and follows the name of the file."""
+    """A video is not accepted. The message is the reason, and follows the name of the file; see `PictureError`."""
+
+    def __init__(self, message: str, kind: str = "damaged", **values: str | float):
+        super().__init__(message)
+        self.kind, self.values = kind, values
 
 
 def limit_memory() -> None:
@@ -58,7 +63,9 @@ def middles(frames: int, count: int, seconds: float) -> list[int]:
     if count < 1:
         raise Refusal("cannot be decoded: it has no frames.")
     if seconds > MAX_SECONDS:
-        raise Refusal(f"is {seconds / 60:.0f} minutes long; at most {MAX_SECONDS // 60} are accepted. Cut it first.")
+        minutes, most = round(seconds / 60), MAX_SECONDS // 60
+        message = f"is {minutes} minutes long; at most {most} are accepted. Cut it first."
+        raise Refusal(message, "long_video", minutes=minutes, most=most)
     frames = min(frames, count)
     return [(2 * n + 1) * count // (2 * frames) for n in range(frames)]
 
@@ -80,9 +87,9 @@ def draw_with_av(file, frames: int):
             raise Refusal("cannot be decoded: it has no video.")
         codec = stream.codec_context and stream.codec_context.codec.canonical_name
         if codec not in CODECS:
-            raise Refusal(
-                f"is coded as {codec or 'something unknown'}; accepted are {', '.join(CODECS)}. Convert it first."
-            )
+            accepted = ", ".join(CODECS)
+            message = f"is coded as {codec or 'something unknown'}; accepted are {accepted}. Convert it first."
+            raise Refusal(message, "bad_codec", codec=codec or "?", accepted=accepted)
         stream.codec_context.thread_count, stream.codec_context.thread_type = 2, "AUTO"
         packets = [(p.pts, p.is_keyframe) for p in container.demux(stream) if p.size and not p.is_discard]
         places = middles(frames, len(packets), len(packets) / float(stream.average_rate or 1))
@@ -172,7 +179,7 @@ def main() -> int:
 
             array = draw_with_av(file, int(frames)) if decoder == "av" else draw_with_decord(path, int(frames))
     except Refusal as error:
-        sys.stdout.write(str(error))
+        sys.stdout.write(json.dumps([str(error), error.kind, error.values]))
         return 2
     content = io.BytesIO()
     np.save(content, array)

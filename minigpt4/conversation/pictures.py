@@ -19,7 +19,16 @@ HEIF = "HEIF"
 
 
 class PictureError(ValueError):
-    """A file is not a usable picture or video. The message gives the reason and the file's name without its folder."""
+    """A file is not a usable picture or video. The message gives the reason and the file's name without its folder.
+
+    Args:
+        kind: the reason in one word, by which the web page chooses a text in the visitor's language (`texts.json`).
+        values: of that text, beside the file's name.
+    """
+
+    def __init__(self, message: str, kind: str = "damaged", **values: str | float):
+        super().__init__(message)
+        self.kind, self.values = kind, values
 
 
 def open_picture(
@@ -50,9 +59,10 @@ def open_picture(
         with open_regular(source) as file:
             return _read(file, max_pixels, formats)
     except UnidentifiedImageError:
-        raise PictureError(f"{name} is not a picture that can be read. Accepted: {accepted(formats)}.") from None
+        message = f"{name} is not a picture that can be read. Accepted: {accepted(formats)}."
+        raise PictureError(message, "not_picture", formats=accepted(formats)) from None
     except Image.DecompressionBombError as error:
-        raise PictureError(f"{name} {error}") from None
+        raise PictureError(f"{name} {error}", "large_picture", most=max_pixels / 1e6) from None
     except OSError as error:
         raise PictureError(f"{name} cannot be read: {error.strerror or 'it is damaged or cut short'}.") from None
     except Exception as error:  # Pillow's decoders raise SyntaxError, ValueError, struct.error … on damaged files
@@ -89,7 +99,7 @@ def name_of(path: str | Path) -> str:
 
 def accepted(formats: tuple[str, ...]) -> str:
     """The formats and HEIC, for messages."""
-    heif = "HEIC" if importlib.util.find_spec("pillow_heif") else "HEIC (with `pip install pillow-heif`)"
+    heif = "HEIC" if importlib.util.find_spec("pillow_heif") else "HEIC (`pip install pillow-heif`)"
     return ", ".join([*formats, heif])
 
 

@@ -7,6 +7,7 @@ holes.
 
 import importlib.util
 import io
+import json
 import os
 import subprocess
 import sys
@@ -58,7 +59,7 @@ def open_video(path: str | Path, frames: int = FRAMES, backend: str = "av") -> l
         raise PictureError(f"A {type(path).__name__} is no video. Give the path of a file.")
     name = name_of(path)
     if importlib.util.find_spec(backend) is None:
-        raise PictureError(f"{name} is a video: it takes `pip install {backend}`.")
+        raise PictureError(f"{name} is a video: it takes `pip install {backend}`.", "no_videos")
     _check_container(path, name)
     folders = [os.path.abspath(folder) for folder in sys.path]  # PYTHONPATH is one of the variables that it lacks
     command = [sys.executable, "-P", str(WORKER), os.path.abspath(path), str(frames), backend, *folders]
@@ -71,9 +72,11 @@ def open_video(path: str | Path, frames: int = FRAMES, backend: str = "av") -> l
             env=environment,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
-        raise PictureError(f"{name} takes more than {SECONDS} s to decode. Cut or shrink it first.") from None
+        message = f"{name} takes more than {SECONDS} s to decode. Cut or shrink it first."
+        raise PictureError(message, "slow_video", seconds=SECONDS) from None
     if result.returncode == 2:
-        raise PictureError(f"{name} {result.stdout.decode().strip()}")
+        reason, kind, values = json.loads(result.stdout)
+        raise PictureError(f"{name} {reason}", kind, **values)
     if result.returncode:
         raise PictureError(f"{name} cannot be decoded: it is damaged, or too large.")
     import numpy as np
@@ -96,4 +99,4 @@ def _check_container(path: str | Path, name: str) -> None:
     avi = head.startswith(b"RIFF") and head[8:] == b"AVI "
     if not (mp4 or matroska or avi):
         kinds = ", ".join(suffix[1:].upper() for suffix in SUFFIXES)
-        raise PictureError(f"{name} is not a video that can be read. Accepted: {kinds}.")
+        raise PictureError(f"{name} is not a video that can be read. Accepted: {kinds}.", "not_video", formats=kinds)

@@ -50,8 +50,8 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     role: Literal["user", "assistant"]
-    text: str = Field(default="", max_length=200_000)
-    pictures: list[str] = Field(default=[], max_length=MAX_PICTURES)
+    text: str = ""
+    pictures: list[str] = []
 
 
 class Question(BaseModel):
@@ -59,7 +59,7 @@ class Question(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
-    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
+    messages: list[Message] = Field(min_length=1)
     settings: dict[str, bool | int | float | None] = {}
 
     def check(self) -> Decoding:
@@ -69,6 +69,8 @@ class Question(BaseModel):
             raise PageError(400, "ask_something")
         if len(text) > MAX_CHARACTERS:
             raise PageError(400, "long_question", characters=len(text), most=MAX_CHARACTERS)
+        if len(self.messages) > MAX_MESSAGES:
+            raise PageError(400, "long_talk")
         unknown = self.settings.keys() - {each.name for each in fields(Decoding)}
         if unknown:
             raise PageError(400, "bad_setting", detail=f"{min(unknown)[:100]!r}")
@@ -102,6 +104,10 @@ class Prepared:
 def prepare(chat: Chat, uploads: Uploads, question: Question) -> Prepared:
     """Read a question. Raises PageError: also 410 for uploads that are gone, with their names as `missing`."""
     decoding = question.check()
+    shown = [uploads.get(upload_id) for message in question.messages for upload_id in message.pictures]
+    pictures = sum(len(upload.pixels) if upload else 1 for upload in shown)
+    if pictures > MAX_PICTURES:
+        raise PageError(400, "too_many_pictures", pictures=pictures, most=MAX_PICTURES)
     conv, pixels, missing = chat.new_conversation(), [], []
     for message in question.messages:
         for upload_id in message.pictures:
@@ -117,8 +123,6 @@ def prepare(chat: Chat, uploads: Uploads, question: Question) -> Prepared:
             chat.ask(message.text, conv)
     if missing:
         raise PageError(410, "gone", missing=missing)
-    if len(pixels) > MAX_PICTURES:
-        raise PageError(400, "too_many_pictures", pictures=len(pixels), most=MAX_PICTURES)
     waiting = conv.copy()
     waiting.append_message(conv.roles[1], None)
     try:
@@ -134,14 +138,15 @@ class _Alone:
 
     def __init__(self, chat: Chat, prepared: Prepared, changed: Callable[[], None]):
         self._chat, self._prepared, self._changed = chat, prepared, changed
-        self.started, self.finish, self.ids, self._text = False, None, [], ""
+        self.started, self.finish, self.error, self.ids, self._text = False, None, None, [], ""
         threading.Thread(target=self._run, name="alone", daemon=True).start()
 
     def text(self) -> str:
         return self._text
 
-    def end(self, finish: str) -> None:
-        self.finish = self.finish or finish
+    def end(self, finish: str, error: Exception | None = None) -> None:
+        if not self.finish:
+            self.error, self.finish = error, finish
         self._changed()
 
     def _run(self) -> None:
@@ -151,9 +156,9 @@ class _Alone:
         try:
             if not self.finish:
                 self._answer()
-        except Exception:
+        except Exception as error:
             logging.exception("An answer failed.")
-            self.end("error")
+            self.end("error", error)
         finally:
             _one_alone.release()
 
@@ -226,7 +231,7 @@ class Answering:
                 await changed.wait()
             seconds = time.monotonic() - start
             if finish == "error":
-                yield event({"error": "failed", "values": {}})
+                yield event({"error": _failure(answer), "values": {}})
             else:
                 self._seconds.append(seconds)
                 notes = _notes(prepared, len(answer.ids))
@@ -259,6 +264,13 @@ class Answering:
             return {"line": place, "seconds": None}
         mean = sum(self._seconds) / len(self._seconds)
         return {"line": place, "seconds": round(mean * (1 + (place - 1) // self.batch))}
+
+
+def _failure(answer: Answer | _Alone) -> str:
+    """The key of the text that says why an answer failed."""
+    if isinstance(answer.error, torch.OutOfMemoryError):
+        return "out_of_memory"
+    return "failed" if answer.started else "stopping"
 
 
 def _notes(prepared: Prepared, tokens: int) -> list[str]:

@@ -169,7 +169,7 @@ class Page:
             try:
                 upload = await asyncio.get_running_loop().run_in_executor(self._readers, read_upload, *read)
             except PictureError as error:
-                raise PageError(400, "bad_picture", detail=str(error)) from None
+                raise PageError(400, error.kind, **error.values, name=name) from None
         return JSONResponse({"id": self.uploads.add(upload), "pictures": len(upload.pixels)}, headers=HEADERS)
 
     async def _preview(self, request: Request) -> Response:
@@ -230,7 +230,8 @@ class Page:
             return await bodies.read(request, kind)
         except ApiError as error:
             megabytes = round(self._config["max_upload_mb"], 1)
-            raise PageError(error.status, REFUSED[error.status], name=name, megabytes=megabytes, detail=kind) from None
+            code = "long_talk" if error.status == 413 and bodies is self._questions else REFUSED[error.status]
+            raise PageError(error.status, code, name=name, megabytes=megabytes, detail=kind) from None
         except ClientDisconnect:
             raise PageError(408, "slow") from None
 
@@ -265,4 +266,4 @@ async def _page_error(request: Request, error: PageError) -> Response:
 
 
 async def _server_error(request: Request, error: Exception) -> Response:
-    return JSONResponse({"error": "failed", "values": {}}, 500, HEADERS)
+    return JSONResponse({"error": "server_failed", "values": {}}, 500, HEADERS)

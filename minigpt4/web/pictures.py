@@ -19,7 +19,7 @@ import filelock
 import torch
 from PIL import Image
 
-from minigpt4.conversation import PictureError, open_picture, open_video
+from minigpt4.conversation import open_picture, open_video
 from minigpt4.conversation.pictures import FORMATS
 from minigpt4.conversation.videos import is_video
 
@@ -66,10 +66,7 @@ def read_upload(content: bytes, name: str, frames: int, owner: str, processor: C
         with tempfile.NamedTemporaryFile(dir=folder, suffix=Path(name).suffix) as file:
             file.write(content)
             file.flush()
-            try:
-                pictures = open_video(file.name, min(frames, MAX_PICTURES))
-            except PictureError as error:
-                raise PictureError(str(error).replace(Path(file.name).name, name)) from None
+            pictures = open_video(file.name, min(frames, MAX_PICTURES))
     else:
         pictures = [open_picture(content, name, formats=FORMATS)]
     return Upload([processor(picture) for picture in pictures], [_preview(picture) for picture in pictures], owner)

@@ -120,7 +120,8 @@ def test_damaged_files_raise_nothing_else(tmp_path):
 def test_the_decoding_process_has_no_secrets(tmp_path, monkeypatch):
     """Its only variable is one that Python itself sets."""
     worker = tmp_path / "worker.py"
-    worker.write_text("import os, sys; print(sorted(set(os.environ) - {'LC_CTYPE'})); sys.exit(2)")
+    names = "str(sorted(set(os.environ) - {'LC_CTYPE'}))"
+    worker.write_text(f"import json, os, sys; print(json.dumps([{names}, 'damaged', {{}}])); sys.exit(2)")
     monkeypatch.setattr(videos, "WORKER", worker)
     monkeypatch.setenv("HF_TOKEN", "secret")
     with pytest.raises(PictureError, match=r"^x.mp4 \[\]$"):

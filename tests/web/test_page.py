@@ -8,14 +8,20 @@ import json
 import re
 import shutil
 import time
+from unittest.mock import Mock
 
 import pytest
+import torch
 from helpers import GOLDEN
 from PIL import Image
 from video_files import write_video
 from web.conftest import wait_until
 
+from minigpt4.conversation.draw_frames import CODECS
+from minigpt4.conversation.pictures import FORMATS
+from minigpt4.conversation.videos import SUFFIXES
 from minigpt4.serving.answer import Answer
+from minigpt4.web import answers
 from minigpt4.web import page as page_module
 
 CHROMIUM = shutil.which("chromium")
@@ -450,6 +456,110 @@ def test_pictures_and_videos(page, visit, tmp_path, monkeypatch):
     wait(tab, "document.querySelector('#viewer img').getBoundingClientRect().width == 700")
     tab.keyboard.press("Escape")
     assert not tab.is_visible("#viewer")
+
+
+def test_whatever_goes_wrong_is_said_in_the_visitors_language(page, chat, visit, tmp_path, monkeypatch):
+    tab = visit(locale="zh-CN")
+    write_video(tmp_path / "camera.avi", codec="mjpeg")
+    (tmp_path / "text.mp4").write_text("x")
+    (tmp_path / "text.png").write_text("x")
+    (tmp_path / "cut.png").write_bytes(PICTURE.read_bytes()[:60])
+    Image.new("1", (8200, 8200)).save(tmp_path / "huge.png")
+    parts = {
+        "text.png": "JPEG",
+        "cut.png": "损坏",
+        "huge.png": "64",
+        "text.mp4": "MP4",
+    }
+
+    def is_chinese(selector, part):
+        wait(tab, f"document.querySelector('{selector}')?.innerText.includes('{part}')")
+        text = tab.inner_text(selector)
+        words = set(re.findall("[A-Za-z]{2,}", text.replace("`pip install pillow-heif`", "")))
+        assert re.search("[\u4e00-\u9fff]", text) and words <= {"MB"} | set(re.findall("[A-Za-z]+", names)), text
+
+    for name, part in (parts | {"camera.avi": "mjpeg"}).items():
+        names = f"{name} mjpeg {', '.join((*CODECS, *FORMATS, *SUFFIXES, 'HEIC')).upper()} {', '.join(CODECS)}"
+        tab.set_input_files("#files", str(tmp_path / name))
+        is_chinese("#notice", part)
+    names = ""
+    tab.route("**/examples/*", lambda route: route.abort())
+    tab.click("#examples button >> nth=0")
+    is_chinese("#notice", "断开")
+    upload(tab, *[PICTURE] * 17)
+    ask(tab, "Hi?")
+    is_chinese("#notice", "17")
+    tab.click("#restart")
+    upload(tab, PICTURE)
+    tab.click("#settings summary")
+    tab.fill("#setting-max_new_tokens", "2.5")  # is made a whole number
+    ask(tab, "Hi?")
+    wait_for_end(tab, word="每秒")
+    failures = {"内存": torch.OutOfMemoryError("CUDA out of memory"), "模型": ZeroDivisionError("division")}
+    for part, error in failures.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(chat.model, "context", Mock(side_effect=error))
+            for beams in ("1", "2"):
+                tab.fill("#setting-num_beams", beams)
+                tab.keyboard.press("Tab")
+                ask(tab, "Again?")
+                is_chinese(".failed .problem", part)
+    for status, body, part in (
+        (403, {"error": {"message": "A page of another site."}}, "403"),
+        (502, "<html>", "断开"),
+    ):
+        tab.route("**/answer", lambda route: route.fulfill(status=status, body=json.dumps(body)))  # noqa: B023
+        ask(tab, "Again?")
+        is_chinese(".failed .problem" if status == 502 else "#notice", part)
+    tab.unroute_all()
+    for setting in ("MAX_MESSAGES", "MAX_CHARACTERS"):
+        with monkeypatch.context() as patch:
+            patch.setattr(answers, setting, 2)
+            ask(tab, "Again?")
+            is_chinese("#notice", {"MAX_MESSAGES": "对话太长", "MAX_CHARACTERS": "字符"}[setting])
+
+
+def test_videos_notices_and_names_fit(page, visit, tmp_path):
+    tab = visit(viewport=PHONE, color_scheme="dark", accept_downloads=True)
+    upload(tab, write_video(tmp_path / "clip.webm"))
+    video, frames, remove = (tab.locator(f"figure {each}").bounding_box() for each in ("video", ".frames", ".remove"))
+    assert (video["x"], video["width"]) == (frames["x"], frames["width"])
+    assert remove["x"] + remove["width"] < video["x"] + video["width"]
+    (tmp_path / f"{'x' * 150}.png").write_text("x")
+    tab.set_input_files("#files", str(tmp_path / f"{'x' * 150}.png"))
+    wait(tab, "document.querySelector('#notice').innerText")
+    assert tab.evaluate(
+        "document.documentElement.scrollWidth <= innerWidth && notice.scrollWidth <= notice.clientWidth"
+    )
+    ask(tab, "What?")
+    wait_for_end(tab)
+    copying, note = tab.locator(".actions >> text=Copy"), tab.locator(".actions span")
+    start = "each => each.getBoundingClientRect().x + parseFloat(getComputedStyle(each).paddingLeft)"
+    assert note.evaluate(start) >= copying.evaluate(start)
+    tab.click("#download summary")
+    with tab.expect_download() as download:
+        tab.click("#markdown")
+    assert "clip.webm: the model sees these 8 frames" in download.value.path().read_text(encoding="utf-8")
+    color = "getComputedStyle(document.querySelector('.frames img')).color"  # of its name, if it is gone, on white
+    assert sum(map(int, re.findall(r"\d+", tab.evaluate(color)))) < 3 * 120
+
+
+def test_a_picture_that_is_gone_for_good_can_be_added_again(page, visit):
+    tab = visit()
+    upload(tab, PICTURE)
+    ask(tab, "First?")
+    wait_for_end(tab)
+    page.uploads.by_id.clear()
+    tab.evaluate("new Promise(done => (indexedDB.deleteDatabase('minigpt4').onblocked = () => done()))")
+    tab.reload()
+    wait(tab, "document.querySelector('figure img.gone')?.alt == 'Picture rgb.png'")
+    ask(tab, "Second?")
+    wait(tab, "document.querySelector('#notice').innerText.includes('Add it again')")
+    assert tab.input_value("#box textarea") == "Second?" and tab.locator("figure").count() == 0
+    upload(tab, PICTURE)
+    tab.click("#send")
+    wait_for_end(tab, 2)
+    assert texts(tab, "user") == ["First?", "Second?"]
 
 
 TOO_SMALL = """[...document.querySelectorAll('button, summary, input')].filter(each => {

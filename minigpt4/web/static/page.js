@@ -171,11 +171,7 @@ async function addFiles(list) {
       message.files.push(number)
       const upload = send(number)
         .then(() => true)
-        .catch((error) => {
-          removeFile(number)
-          notice(error.message, "problem")
-          return false
-        })
+        .catch((error) => lose(number, error))
       uploading.set(number, upload)
       return upload.finally(() => uploading.delete(number)).then(render)
     }).concat(started()),
@@ -196,10 +192,8 @@ function started() {
 async function send(number, tries = TRIES) {
   const { name } = files[number]
   const blob = blobs[number] ?? (await database.get(number))
-  if (!blob) throw new Error(t("gone"))
-  if (blob.size > config.max_upload_mb * 2 ** 20) {
-    throw new Error(t("large_file", { name, megabytes: config.max_upload_mb }))
-  }
+  if (!blob) throw fault("gone", {}, 410)
+  if (blob.size > config.max_upload_mb * 2 ** 20) throw fault("large_file", { name, megabytes: config.max_upload_mb }, 413)
   const query = new URLSearchParams({ name, frames: settings.frames ?? 8 })
   const response = await post(`pictures?${query}`, blob)
   if (response.status === 429 && tries > 1) {
@@ -217,22 +211,40 @@ function post(path, body, options = {}) {
   const type = isJson ? "application/json" : "application/octet-stream"
   const request = { method: "POST", headers: { "Content-Type": type }, body: isJson ? JSON.stringify(body) : body }
   return fetch(path, { ...request, ...options }).catch((error) => {
-    throw error.name === "AbortError" ? error : Object.assign(new Error(t("broken")), { status: 0 })
+    throw error.name === "AbortError" ? error : fault("broken")
   })
 }
 
-/** The error of a response, with its status and whatever else the server says. */
+/** An error that the visitor reads as the text of a key of texts.json. status: of the response; 0: there was none. */
+function fault(key, values = {}, status = 0) {
+  return Object.assign(new Error(t(key, values)), { values, status })
+}
+
+/** The error of a response. The checks before the page, and proxies, have no key for it. */
 async function problem(response) {
-  const { error, values } = await response.json().catch(() => ({ error: "refused", values: {} }))
-  return Object.assign(new Error(t(error, { status: response.status, ...values })), { status: response.status, values })
+  const { error, values } = await response.json().catch(() => ({}))
+  const { status } = response
+  if (typeof error === "string") return fault(error, values, status)
+  return fault([502, 503, 504].includes(status) ? "broken" : "refused", { status }, status)
 }
 
 function removeFile(number) {
-  for (const message of messages) message.files = message.files?.filter((other) => other !== number)
-  messages = messages.filter((message) => message.role !== "user" || message.text || message.files.length)
   if (files[number]?.id) post("forget", [files[number].id]).catch(() => {})
   delete files[number]
+  messages = withoutRemoved(messages)
   render()
+}
+
+function withoutRemoved(list) {
+  for (const message of list) message.files = message.files?.filter((number) => number in files)
+  return list.filter((message) => message.role !== "user" || message.text || message.files.length)
+}
+
+/** Remove a file that cannot be uploaded, and say why. */
+function lose(number, error) {
+  removeFile(number)
+  notice(error.message, "problem")
+  return false
 }
 
 // Questions
@@ -318,7 +330,7 @@ function speed({ tokens, seconds }) {
 function takeBack(before, reply, question, stopped, error) {
   const added = messages.slice(messages.indexOf(reply) + 1).filter((message) => message.role === "user")
   const known = new Set(before.flatMap((message) => message.files ?? []))
-  messages = [...before, ...added.filter((message) => message.files.some((number) => !known.has(number)))]
+  messages = withoutRemoved([...before, ...added.filter((message) => message.files.some((number) => !known.has(number)))])
   messages = messages.filter((message) => message.role !== "failed")
   if (!box.value) box.value = question
   grow(box)
@@ -343,16 +355,20 @@ async function read(asked, reply, again = true) {
   if (response.status === 410 && again) {
     const { values } = await problem(response)
     const gone = Object.keys(files).filter((number) => values.missing.includes(files[number].id))
-    await Promise.all(gone.map((number) => send(number)))
+    const sendAgain = (number) => send(number).catch((error) => {
+      if (error.status === 410) removeFile(number) // the browser has lost it, too
+      throw error
+    })
+    await Promise.all(gone.map(sendAgain))
     return read(asked, reply, false)
   }
   if (!response.ok) throw await problem(response)
   for await (const update of updates(response)) {
-    if (update.error) throw Object.assign(new Error(t(update.error)), { status: 500 })
+    if (update.error) throw fault(update.error, update.values, 500)
     if (update.end) return update
     follow(reply, update)
   }
-  throw Object.assign(new Error(t("broken")), { status: 0 })
+  throw fault("broken")
 }
 
 async function* updates(response) {
@@ -360,7 +376,7 @@ async function* updates(response) {
   let received = ""
   for (;;) {
     const { done, value } = await reader.read().catch((error) => {
-      throw error.name === "AbortError" ? error : Object.assign(new Error(t("broken")), { status: 0 })
+      throw error.name === "AbortError" ? error : fault("broken")
     })
     if (done) return
     received += value
@@ -410,19 +426,19 @@ function download(name, type, text) {
 }
 
 const spoken = () => messages.filter((message) => message.role !== "failed")
-const names = (message) => (message.files ?? []).map((number) => files[number].name)
+const shownIn = (message) => (message.files ?? []).map((number) => files[number])
 
 function asMarkdown() {
   const parts = spoken().map((message) => {
     const who = t(message.role === "user" ? "you" : "model")
-    const pictures = names(message).map((name) => `*${t("picture", { name })}*`)
+    const pictures = shownIn(message).map(({ name, video, pictures: count }) => `*${t(video ? "frames_seen" : "picture", { name, count })}*`)
     return `**${who}**\n\n${[...pictures, message.text].filter(Boolean).join("\n\n")}\n`
   })
   return `# MiniGPT-4\n\n${parts.join("\n")}`
 }
 
 function asJson() {
-  const talk = spoken().map((message) => ({ role: message.role, text: message.text, files: names(message) }))
+  const talk = spoken().map((message) => ({ role: message.role, text: message.text, files: shownIn(message).map(({ name }) => name) }))
   return JSON.stringify({ messages: talk, settings }, null, 2) + "\n"
 }
 
@@ -432,7 +448,7 @@ async function restore() {
   for (const [number, file] of Object.entries(files)) {
     blobs[number] = await database.get(Number(number))
     if (blobs[number]) file.url = URL.createObjectURL(blobs[number])
-    if (!file.id) send(number).catch(() => removeFile(number)).then(render)
+    if (!file.id) send(number).catch((error) => lose(number, error)).then(render)
   }
   const cut = messages.find((message) => message.role === "assistant" && message.state !== "done")
   if (cut?.text) {
@@ -475,7 +491,8 @@ function buildExamples() {
   const items = config.examples.map((name, index) => {
     const question = asked(index)
     const use = async () => {
-      const blob = await (await fetch(`examples/${name}`)).blob()
+      const blob = await fetch(`examples/${name}`).then((response) => response.blob()).catch(() => null)
+      if (!blob) return notice(t("broken"), "problem")
       await addFiles([new File([blob], name, { type: blob.type })])
       if (Object.keys(files).length) await ask(question)
     }

@@ -99,7 +99,7 @@ export function figure(file, remove) {
   if (!id) {
     made.append(make("div", { className: "reading" }, t("reading")))
   } else if (video) {
-    const player = make("video", { src: url ?? "", controls: true, preload: "metadata", width: 320 })
+    const player = make("video", { src: url ?? "", controls: true, preload: "metadata" })
     player.setAttribute("aria-label", name)
     player.onerror = () => player.remove() // a format that this browser does not play
     const frames = make("div", { className: "frames" })
@@ -110,10 +110,11 @@ export function figure(file, remove) {
     made.append(...(url ? [player] : []), frames)
     made.append(make("figcaption", {}, t("frames_seen", { name, count: pictures })))
   } else {
-    const image = picture(url ?? `pictures/${id}/0`, t("picture", { name }))
+    const served = `pictures/${id}/0`
+    const image = picture(url ?? served, t("picture", { name }))
     image.onerror = () => {
-      image.onerror = null
-      image.src = `pictures/${id}/0` // a format that this browser does not show
+      if (image.src.endsWith(served)) image.className = "gone"
+      else image.src = served // a format that this browser does not show
     }
     made.append(button(image, () => enlarge(image), { className: "show", "aria-label": t("enlarge", { name }) }))
   }
@@ -171,7 +172,7 @@ export function setting({ name, type, min, max, step, value }, changed) {
     row.append(number)
     const range = type === "range" ? make("input", { type, min, max, step, value, "aria-label": t(name) }) : null
     const update = (text) => {
-      const given = text === "" ? null : Math.min(Math.max(Number(text), min), max)
+      const given = text === "" ? null : Math.min(Math.max(step === 1 ? Math.round(text) : Number(text), min), max)
       const kept = given === null && range ? value : given
       number.value = kept ?? ""
       if (range) range.value = kept
