@@ -27,17 +27,15 @@ def raise_recompile_limit(limit: int) -> None:
         torch._dynamo.config.recompile_limit = limit
 
 
-def same_kernels(split_sums: bool = True) -> dict[str, bool]:
-    """Options of torch.compile with which each process gets the same kernels, so that a run can be repeated.
+def choose_kernels_for(tensor: Any, dim: int, size: int) -> None:
+    """Let torch.compile choose kernels as if a dimension, which changes from call to call, had this size.
 
-    By default torch times kernels that add up in different orders, and each process may find another one fastest.
-    `tests/fast/test_same_kernels_gpu.py` fails where the options do not suffice. If torch.compile takes them no longer
-    (it then raises "Unexpected optimization option"), write a kernel for each sum.
-
-    split_sums: whether long sums may be split into parts. Their number depends on the sizes of the batch that is
-        compiled first, which is another one in a resumed run.
+    `mark_dynamic` is documented, its `hint_override` (torch 2.10 and later) hardly. Without it, compiling raises a
+    TypeError. Then: compile with a batch of that size before the first one.
     """
-    return {"deterministic": True, "split_reductions": split_sums}
+    import torch
+
+    torch._dynamo.mark_dynamic(tensor, dim, hint_override=size)
 
 
 def may_be_dynamic(tensor: Any, dim: int) -> None:

@@ -10,6 +10,7 @@ The numbers are those of transformers' forward pass, to rounding. Three things d
 T tokens, K labels, D width, V vocabulary, r rank.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -17,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from minigpt4.common import compat
 from minigpt4.common.facts import is_adapter
 from minigpt4.fast.attention import Segments, joint_attention
+from minigpt4.fast.compilation import compile_for_any_length, same_kernels
 from minigpt4.fast.fused_linear import GROUPS, FusedSlice
 from minigpt4.fast.packing.batch import MicroBatch
 from minigpt4.kernels.dispatch import use_triton
@@ -76,9 +77,11 @@ class FusedLlama:
         """compiled: by torch.compile, with one compilation for all layers and lengths."""
         self.llm, self.pre_attention, self.post_attention = llm, _pre_attention, _post_attention
         if compiled:
-            options = compat.same_kernels()
-            self.pre_attention = torch.compile(_pre_attention, dynamic=True, options=options)
-            self.post_attention = torch.compile(_post_attention, dynamic=True, options=options)
+            # On a CPU, torch.compile looks into the attention, which depends on the lengths of sequences.
+            on_gpu = use_triton(llm.get_input_embeddings().weight)
+            compile_function = compile_for_any_length if on_gpu else functools.partial(torch.compile, dynamic=True)
+            self.pre_attention = compile_function(_pre_attention, options=same_kernels())
+            self.post_attention = compile_function(_post_attention, options=same_kernels())
 
     def __call__(
         self, embeds: torch.Tensor, micro_batch: MicroBatch, leaves: Mapping[nn.Parameter, torch.Tensor] | None = None

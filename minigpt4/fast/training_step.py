@@ -18,6 +18,7 @@ from minigpt4.common.errors import ConfigError
 from minigpt4.common.facts import is_adapter, tokens_per_micro_batch
 from minigpt4.common.registry import registry
 from minigpt4.fast.attention import allow_packing, disallow_packing
+from minigpt4.fast.compilation import compile_for_any_length, same_kernels
 from minigpt4.fast.cuda_graphs import GraphedFunction
 from minigpt4.fast.fused_linear import fuse_projections, fused_layers
 from minigpt4.fast.llama import FusedLlama, supports_fused_llama
@@ -144,11 +145,9 @@ class FastStep(PlainStep):
             else:
                 layers += vit.blocks
         for layer in layers:
-            layer.compile(options=compat.same_kernels())
+            layer.compile(options=same_kernels())
         # In one pass over the logits.
-        self.cross_entropies = torch.compile(
-            cross_entropies, dynamic=True, options=compat.same_kernels(split_sums=False)
-        )
+        self.cross_entropies = compile_for_any_length(cross_entropies, same_kernels(split_sums=False))
         logging.info("Layers will be compiled at the first step, which takes half a minute the first time.")
 
     def _capture(self, model, compiled: bool) -> None:

@@ -18,6 +18,7 @@ from timm.models.eva import EvaBlock
 from torch import nn
 
 from minigpt4.common import compat
+from minigpt4.fast.compilation import same_kernels
 from minigpt4.kernels.dispatch import use_triton
 from minigpt4.models.eva_vit import EvaViT
 from minigpt4.quantization.fp8 import Fp8Linear, fp8_matmul
@@ -39,7 +40,7 @@ class FusedViT:
     def __init__(self, vit: EvaViT, compiled: bool):
         """compiled: by torch.compile, with one compilation for all blocks."""
         self.vit = vit
-        self.block_fn = torch.compile(run_block, options=compat.same_kernels()) if compiled else run_block
+        self.block_fn = torch.compile(run_block, options=same_kernels()) if compiled else run_block
 
     def __call__(self, image: torch.Tensor) -> torch.Tensor:
         """Images [B,3,S,S] to image tokens [B,N,D], as `EvaViT.forward`."""

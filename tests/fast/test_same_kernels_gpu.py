@@ -21,7 +21,7 @@ FP8 = pytest.mark.skipif(
 )
 
 
-@pytest.mark.parametrize("kind", ["16bit", "4bit", pytest.param("fp8", marks=FP8)])
+@pytest.mark.parametrize("kind", ["16bit", "4bit", "lora", pytest.param("fp8", marks=FP8)])
 def test_the_first_batch_and_the_cache_have_no_influence(tmp_path, kind):
     names = list(BATCHES)
     found, processes = defaultdict(set), []

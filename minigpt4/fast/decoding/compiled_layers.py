@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from minigpt4.common import compat
+from minigpt4.fast.compilation import same_kernels
 from minigpt4.fast.decoding.kv_cache import KVCache
 from minigpt4.fast.self_check import shared_copy
 from minigpt4.quantization.bitsandbytes import BLOCK, LowBitLinear
@@ -52,7 +53,7 @@ class CompiledLayer(nn.Module):
     def __init__(self, layer: nn.Module, index: int):
         super().__init__()
         self.layer, self.index = layer, index
-        self.compiled = torch.compile(layer.forward, options=compat.same_kernels())
+        self.compiled = torch.compile(layer.forward, options=same_kernels())
 
     def forward(self, *args, **kwargs):
         # Models name the argument differently.
