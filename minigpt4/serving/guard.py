@@ -2,22 +2,23 @@
 
     app = HostCheck(PasswordCheck(app, accounts), host="0.0.0.0", allowed=["chat.example.org"])
 
-Both are ASGI applications around another one.
+Both are ASGI applications around another one. The caller chooses how they answer what they refuse (`Refuse`).
 """
 
 import base64
 import hmac
 import ipaddress
+import math
 import os
 import socket
 import time
 from collections import OrderedDict, deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
-from starlette.responses import JSONResponse, PlainTextResponse
+from starlette.responses import JSONResponse, Response
 
 from minigpt4.common.errors import ConfigError
 
@@ -26,6 +27,15 @@ ANY = "*"
 TRIES = 10  # wrong passwords or keys of an address within BRAKE_SECONDS, before it has to wait
 BRAKE_SECONDS = 60
 REMEMBERED = 10_000  # addresses
+
+MESSAGES = {
+    "wrong_host": "This server is not called {name!r}. If it should be, start it with --allow-host {name}.",
+    "other_site": "A page of another site has sent this request.",
+}
+
+# The answer to a request that is refused, from: the request's headers, a status, the reason in one word, values of a
+# sentence about it, and further headers of the answer.
+Refuse = Callable[[Headers, int, str, dict[str, str | int], dict[str, str]], Response]
 
 
 def read_secrets(variable: str, file: str | None) -> list[str]:
@@ -75,37 +85,48 @@ class HostCheck:
         host: the address or name on which the server listens.
         allowed: further names, or ANY.
         own_pages_only: also refuse what pages of other sites send, other than GET.
+        refuse: answers what is refused: 403, "wrong_host" with the name, or "other_site".
     """
 
-    def __init__(self, app, host: str, allowed: Iterable[str] = (), own_pages_only: bool = False):
-        self._app, self._own_pages_only = app, own_pages_only
+    def __init__(
+        self, app, host: str, allowed: Iterable[str] = (), own_pages_only: bool = False, refuse: Refuse | None = None
+    ):
+        self._app, self._own_pages_only, self._refuse = app, own_pages_only, refuse or _refuse_as_openai
         machine = socket.gethostname()
         self._own = {name.lower() for name in ("localhost", host, machine, f"{machine}.local", socket.getfqdn())}
         self.allowed = {name.lower().rstrip(".") for name in allowed}
 
     async def __call__(self, scope, receive, send) -> None:
-        problem = self._problem(scope) if scope["type"] in ("http", "websocket") else None
-        if problem is None:
-            await self._app(scope, receive, send)
-        else:
-            error = {"message": problem, "type": "invalid_request_error", "param": None, "code": "wrong_host"}
-            await JSONResponse({"error": error}, 403)(scope, receive, send)
+        answer = self._app
+        if scope["type"] in ("http", "websocket"):
+            headers = Headers(scope=scope)
+            problem = self._problem(headers, scope.get("method"))
+            if problem:
+                answer = self._refuse(headers, 403, *problem, {})
+        await answer(scope, receive, send)
 
-    def _problem(self, scope) -> str | None:
-        headers = Headers(scope=scope)
+    def _problem(self, headers: Headers, method: str | None) -> tuple[str, dict[str, str | int]] | None:
+        """Why a request is refused, and values for a sentence about it."""
         host = headers.get("host", "")
         name = _host_name(host)
         if ANY not in self.allowed and name not in self._own | self.allowed and not _is_address(name):
             shown = name[:100].encode("ascii", "replace").decode()
-            return f"This server is not called {shown!r}. If it should be, start it with --allow-host {shown}."
-        if self._own_pages_only and scope.get("method") not in ("GET", "HEAD"):
+            return "wrong_host", {"name": shown}
+        if self._own_pages_only and method not in ("GET", "HEAD"):
             site, origin = headers.get("sec-fetch-site"), headers.get("origin")
             # A proxy may change Host, so the page's own name can be one of the allowed ones.
             same = origin is None or urlsplit(origin).netloc.lower() == host.lower()
             own = site in ("same-origin", "none") if site else same or _host_name(origin) in self.allowed
             if not own:
-                return "A page of another site has sent this request."
+                return "other_site", {}
         return None
+
+
+def _refuse_as_openai(headers: Headers, status: int, reason: str, values: dict, more: dict[str, str]) -> Response:
+    """In the form of OpenAI's errors, which programs read."""
+    message = MESSAGES[reason].format(**values)
+    error = {"message": message, "type": "invalid_request_error", "param": None, "code": reason}
+    return JSONResponse({"error": error}, status, more)
 
 
 def _host_name(host: str) -> str:
@@ -168,31 +189,31 @@ class PasswordCheck:
 
     Args:
         accounts: (user, password) of those who may pass.
+        refuse: answers what is refused: 401, "password_needed", or 429, "guesses" with the seconds to wait.
         public: paths for which nothing is asked.
     """
 
-    def __init__(self, app, accounts: Iterable[tuple[str, str]], public: Iterable[str] = ()):
+    def __init__(self, app, accounts: Iterable[tuple[str, str]], refuse: Refuse, public: Iterable[str] = ()):
         self._app, self._accounts, self._public = app, [f"{user}:{word}" for user, word in accounts], set(public)
-        self._brake = Brake()
+        self._refuse, self._brake = refuse, Brake()
 
     async def __call__(self, scope, receive, send) -> None:
         if scope["type"] == "lifespan" or scope["path"] in self._public:
             await self._app(scope, receive, send)
             return
+        headers = Headers(scope=scope)
         try:
-            passed = self._passes(scope)
+            answer = self._app
+            if not self._passes(headers, client_network(scope)):
+                more = {"WWW-Authenticate": 'Basic realm="MiniGPT-4", charset="UTF-8"'}
+                answer = self._refuse(headers, 401, "password_needed", {}, more)
         except TooManyGuesses as error:
-            headers = {"Retry-After": f"{error.seconds:.0f}"}
-            await PlainTextResponse(str(error), 429, headers)(scope, receive, send)
-            return
-        if passed:
-            await self._app(scope, receive, send)
-        else:
-            headers = {"WWW-Authenticate": 'Basic realm="MiniGPT-4", charset="UTF-8"'}
-            await PlainTextResponse("A user and a password are needed.", 401, headers)(scope, receive, send)
+            seconds = math.ceil(error.seconds)
+            answer = self._refuse(headers, 429, "guesses", {"seconds": seconds}, {"Retry-After": str(seconds)})
+        await answer(scope, receive, send)
 
-    def _passes(self, scope) -> bool:
-        kind, _, code = Headers(scope=scope).get("authorization", "").partition(" ")
+    def _passes(self, headers: Headers, address: str) -> bool:
+        kind, _, code = headers.get("authorization", "").partition(" ")
         if kind.lower() != "basic":
             return False  # a browser's first request, not a guess
         try:
@@ -200,4 +221,4 @@ class PasswordCheck:
         except ValueError:
             given = ""
         right = [hmac.compare_digest(given.encode(), account.encode()) for account in self._accounts]
-        return self._brake.check(client_network(scope), given, any(right))
+        return self._brake.check(address, given, any(right))

@@ -28,6 +28,7 @@ from minigpt4.serving.guard import client_network
 from minigpt4.web.answers import ANSWER_SECONDS, Answering, Message, PageError, Question, prepare
 from minigpt4.web.formulas import read_formulas
 from minigpt4.web.pictures import MAX_PICTURES, Uploads, read_upload
+from minigpt4.web.refusals import Refusals
 
 STATIC = Path(__file__).with_name("static")
 EXAMPLES = Path(__file__).parents[1] / "assets" / "examples"
@@ -85,8 +86,10 @@ class Page:
         self._files, self._questions = Bodies(int(max_upload_mb * 2**20)), Bodies(JSON_BYTES)
         self._feedback, self._started = feedback, time.monotonic()
         self._examples = EXAMPLES / ("emoji" if emoji else "drawings")
+        texts = json.loads((STATIC / "texts.json").read_text(encoding="utf-8"))
+        self.refuse = Refusals(texts, HEADERS)
         self._config = {
-            "texts": json.loads((STATIC / "texts.json").read_text(encoding="utf-8")),
+            "texts": texts,
             "examples": [path.name for path in sorted(self._examples.iterdir())],
             "emoji": emoji,
             "feedback": feedback is not None,

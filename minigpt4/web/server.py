@@ -62,8 +62,8 @@ def serve(
     with video_folder() as folder:
         page = Page(folder, concurrency, max_upload_mb, emoji, Path(feedback) if feedback else None, root_path)
         checks = HostCheck(
-            PasswordCheck(page.app, auth, public=["/health"]) if auth else page.app,
-            host, allow_host, own_pages_only=True,
+            PasswordCheck(page.app, auth, page.refuse, public=["/health"]) if auth else page.app,
+            host, allow_host, own_pages_only=True, refuse=page.refuse,
         )  # fmt: skip
         # gradio makes a client when it is imported, and asks its own server whether it is there. Only sharing the page
         # takes a proxy.

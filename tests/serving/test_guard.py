@@ -30,6 +30,10 @@ def ask(app, method="GET", path="/", client="1.2.3.4", **headers):
     return asyncio.run(send())
 
 
+def refuse(headers, status, reason, values, more):
+    return PlainTextResponse(reason, status, more)
+
+
 def basic(text):
     return f"Basic {base64.b64encode(text.encode()).decode()}"
 
@@ -47,6 +51,18 @@ def test_only_own_names_are_served(host, status):
     app = HostCheck(INNER, "0.0.0.0", ["chat.example.org"])
     assert ask(app, host=host) == status
     assert ask(HostCheck(INNER, "0.0.0.0", ["*"]), host=host) == 200
+
+
+def test_a_request_without_headers_is_refused():
+    """HTTP/1.0 allows it."""
+    scope = {"type": "http", "method": "GET", "path": "/", "headers": []}
+    sent = []
+
+    async def send(message):
+        sent.append(message)
+
+    asyncio.run(HostCheck(INNER, "127.0.0.1")(scope, None, send))
+    assert sent[0]["status"] == 403
 
 
 def test_pages_of_other_sites_send_nothing():
@@ -68,7 +84,7 @@ def test_pages_of_other_sites_send_nothing():
 def test_passwords_and_the_brake(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(guard.time, "monotonic", lambda: now[0])
-    app = PasswordCheck(INNER, [("ann", "s:crét"), ("bob", "b")], public=["/health"])
+    app = PasswordCheck(INNER, [("ann", "s:crét"), ("bob", "b")], refuse, public=["/health"])
     assert [ask(app), ask(app, path="/health")] == [401, 200]
     assert ask(app, authorization=basic("ann:s:crét")) == ask(app, authorization=basic("bob:b")) == 200
     for n in range(guard.TRIES):

@@ -50,6 +50,7 @@ def test_the_whole_command(golden_config, tmp_path):
             401,
             200,
         ]
+        assert httpx.get(url, timeout=60, headers={"Accept-Language": "zh"}).headers["content-language"] == "zh"
         assert httpx.get(f"{url}health", timeout=60).json()["status"] == "ready"
         video = {"params": {"name": "clip.mp4"}, "content": b"\0\0\0\x20ftyp" + bytes(2000), "headers": BYTES}
         assert httpx.post(f"{url}pictures", auth=account, timeout=60, **video).status_code == 400

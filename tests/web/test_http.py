@@ -24,12 +24,14 @@ from video_files import bad_videos, write_video
 from web.conftest import wait_until
 
 from minigpt4.conversation import CONV_VISION
-from minigpt4.serving import connections
+from minigpt4.serving import connections, guard
+from minigpt4.serving.guard import HostCheck, PasswordCheck
 from minigpt4.web import page as page_module
 from minigpt4.web import pictures
 from minigpt4.web.answers import PageError, Question, prepare
 from minigpt4.web.pictures import Upload, Uploads, video_folder
 
+TEXTS = json.loads((ROOT / "minigpt4/web/static/texts.json").read_text(encoding="utf-8"))
 PICTURE = (GOLDEN / "images" / "rgb.png").read_bytes()
 
 
@@ -59,12 +61,51 @@ def test_gradio_prints_no_hints_and_none_of_its_routes_is_served(page, http):
 def test_only_the_pages_own_names_and_pages_are_served(http):
     for host in ("evil.example", "127.0.0.1.evil.example:80"):
         for path in ("", "config.json", "health"):
-            response = http.get(path, headers={"host": host, "origin": f"http://{host}"})
-            assert response.status_code == 403
+            response = http.get(path, headers={"host": host, "origin": f"http://{host}", "accept-language": "zh"})
+            assert (response.status_code, response.json()["error"]) == (403, "wrong_host")
+            assert response.headers["content-language"] == "zh"
             assert not any(name.startswith("access-control") for name in response.headers)
     foreign = {"origin": "http://evil.example", "sec-fetch-site": "cross-site"}
     assert http.post("pictures?name=x.png", content=PICTURE, headers=BYTES | foreign).status_code == 403
     assert http.post("answer", content="{}", headers={"content-type": "text/plain"}).status_code == 415
+
+
+@pytest.mark.parametrize(
+    ("accepted", "language"),
+    [
+        *((accepted, "en") for accepted in ("", "en-GB", "fr", "*", "zh;q=0, de", "zh;q=x, en", "en;q=0.9, zh;q=0.8")),
+        *((accepted, "zh") for accepted in ("zh", "zh-CN,zh;q=0.9,en;q=0.8", "fr, ZH-TW ; q=0.3, en; q=0.2")),
+    ],
+)
+def test_whoever_is_refused_is_told_why_in_his_language(page, accepted, language):
+    app = PasswordCheck(page.app, [("ann", "right")], page.refuse)
+    app = HostCheck(app, "127.0.0.1", own_pages_only=True, refuse=page.refuse)
+
+    async def answers(accept):
+        headers = {"accept-language": accepted, "accept": accept}
+        transport = httpx.ASGITransport(app=app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:1") as client:
+            name = await client.get("/", headers=headers | {"host": "evil.example"})
+            site = await client.post("/forget", content="[]", headers=headers | {"origin": "http://evil.example"})
+            unknown = await client.get("/", headers=headers)
+            for _ in range(guard.TRIES + 1):
+                guess = await client.get("/", headers=headers, auth=("ann", "wrong"))
+            return name, site, unknown, guess
+
+    shown = asyncio.run(answers("text/html,application/xhtml+xml,*/*;q=0.8"))
+    read = asyncio.run(answers("*/*"))
+    expected = [(403, "wrong_host"), (403, "other_site"), (401, "password_needed"), (429, "guesses")]
+    for text, data, (status, key) in zip(shown, read, expected, strict=True):
+        assert text.status_code == data.status_code == status
+        body = data.json()
+        assert body["error"] == key
+        assert text.headers["content-language"] == language
+        sentence = re.sub(r"\\\{\w+\\\}", ".+", re.escape(TEXTS[language][key]))
+        assert re.fullmatch(sentence, text.text), text.text
+        assert re.fullmatch(sentence, body["message"])
+        assert text.headers["x-content-type-options"] == "nosniff"
+    assert shown[3].headers["retry-after"] in shown[3].text
+    assert "Basic" in shown[2].headers["www-authenticate"]
 
 
 def test_the_policy_lets_the_page_fetch_nothing_elsewhere(http):
@@ -442,15 +483,14 @@ def test_folders_of_killed_processes_are_deleted(tmp_path, monkeypatch):
 
 def test_every_text_is_in_every_language():
     """Those that are asked for are there, too."""
-    tables = json.loads((ROOT / "minigpt4/web/static/texts.json").read_text(encoding="utf-8"))
-    assert {"en", "zh"} <= set(tables)
-    for name, table in tables.items():
-        assert list(table) == list(tables["en"]), name
+    assert {"en", "zh"} <= set(TEXTS)
+    for name, table in TEXTS.items():
+        assert list(table) == list(TEXTS["en"]), name
         for key, text in table.items():
-            wanted, found = (set(part.split("}")[0] for part in t.split("{")[1:]) for t in (tables["en"][key], text))
+            wanted, found = (set(part.split("}")[0] for part in t.split("{")[1:]) for t in (TEXTS["en"][key], text))
             assert wanted == found, key
     web, conversation = ROOT / "minigpt4/web", ROOT / "minigpt4/conversation"
     files = [*web.glob("*.py"), *web.glob("static/*.js"), *web.glob("static/*.html"), *conversation.glob("*.py")]
     calls = r"""PageError\(\d+, |(?:PictureError|Refusal)\((?:f".*"|message), |\bt\(|fault\(|data-(?:text|label)="""
     keys = {key for file in files for key in re.findall(rf'(?:{calls})"(\w+)"', file.read_text(encoding="utf-8"))}
-    assert {"bad_codec", "large_picture", "no_videos", "busy", "broken", "drop"} <= keys <= set(tables["en"])
+    assert {"bad_codec", "large_picture", "no_videos", "busy", "broken", "drop"} <= keys <= set(TEXTS["en"])

@@ -519,6 +519,26 @@ def test_whatever_goes_wrong_is_said_in_the_visitors_language(page, chat, visit,
             is_chinese("#notice", {"MAX_MESSAGES": "对话太长", "MAX_CHARACTERS": "字符"}[setting])
 
 
+def test_a_server_that_cannot_be_reached_is_asked_less_and_less_often(page, visit):
+    tab, asked = visit(), []
+
+    def drop(route):
+        asked.append(route.request.url)
+        route.abort()
+
+    tab.clock.install()
+    tab.route("**/progress", drop)
+    tab.reload()
+    wait(tab, "document.querySelector('#status').innerText.includes('as soon as it answers')")
+    for _ in range(60):
+        tab.clock.run_for(1000)
+        tab.wait_for_timeout(10)
+    assert 5 <= len(asked) <= 8  # after 1, 2, 4, 8, 15, 15 … seconds
+    tab.unroute_all()
+    tab.clock.run_for(15_000)
+    tab.wait_for_selector("#start:not([disabled])")
+
+
 def test_videos_notices_and_names_fit(page, visit, tmp_path):
     tab = visit(viewport=PHONE, color_scheme="dark", accept_downloads=True)
     upload(tab, write_video(tmp_path / "clip.webm"))

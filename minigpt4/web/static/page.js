@@ -17,6 +17,7 @@ const SETTINGS = [
   { name: "frames", type: "range", min: 1, max: 16, step: 1, value: 8 },
 ]
 const MAIN_SETTINGS = 2 // those before "More settings"
+const MOST_SECONDS = 15 // between two requests to a server that cannot be reached
 const TRIES = 20 // of an upload that finds the server busy
 const NEAR = 80 // pixels from the end of the conversation within which it follows the answer
 
@@ -502,15 +503,17 @@ function buildExamples() {
   $("#examples").replaceChildren(...items)
 }
 
+/** Wait until the model is loaded. A server that cannot be reached is asked less and less often. */
 async function waitForModel() {
-  for (;;) {
+  for (let seconds = 1; ;) {
     const state = await fetch("progress").then((response) => response.json()).catch(() => null)
     ready = state?.ready ?? false
     $("#status").textContent = ready ? "" : state ? t("progress", state) : t("unreachable")
     $("#start").disabled = !ready
     for (const each of document.querySelectorAll("#examples button")) each.disabled = !ready
     if (ready) return
-    await new Promise((resolve) => setTimeout(resolve, 1000))
+    await new Promise((resolve) => setTimeout(resolve, seconds * 1000))
+    seconds = state ? 1 : Math.min(2 * seconds, MOST_SECONDS)
   }
 }
 

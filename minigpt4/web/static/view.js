@@ -112,9 +112,11 @@ export function figure(file, remove) {
   } else {
     const served = `pictures/${id}/0`
     const image = picture(url ?? served, t("picture", { name }))
+    let triedServed = !url
     image.onerror = () => {
-      if (image.src.endsWith(served)) image.className = "gone"
+      if (triedServed) image.className = "gone"
       else image.src = served // a format that this browser does not show
+      triedServed = true
     }
     made.append(button(image, () => enlarge(image), { className: "show", "aria-label": t("enlarge", { name }) }))
   }
