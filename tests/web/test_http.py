@@ -104,8 +104,9 @@ def test_whoever_is_refused_is_told_why_in_his_language(page, accepted, language
         assert re.fullmatch(sentence, text.text), text.text
         assert re.fullmatch(sentence, body["message"])
         assert text.headers["x-content-type-options"] == "nosniff"
-    assert shown[3].headers["retry-after"] in shown[3].text
-    assert "Basic" in shown[2].headers["www-authenticate"]
+    for answers in (shown, read):
+        assert answers[3].headers["retry-after"] in answers[3].text
+        assert "Basic" in answers[2].headers["www-authenticate"]
 
 
 def test_the_policy_lets_the_page_fetch_nothing_elsewhere(http):

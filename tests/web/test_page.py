@@ -539,6 +539,70 @@ def test_a_server_that_cannot_be_reached_is_asked_less_and_less_often(page, visi
     tab.wait_for_selector("#start:not([disabled])")
 
 
+def test_a_server_that_loads_again_is_asked_every_second(page, visit):
+    tab, asked, answers = visit(), [], []
+
+    def answer(route):
+        asked.append(route.request.url)
+        route.fulfill(json=answers[-1]) if answers else route.abort()
+
+    tab.clock.install()
+    tab.route("**/progress", answer)
+    tab.reload()
+    wait(tab, "document.querySelector('#status').innerText.includes('as soon as it answers')")
+    for _ in range(31):  # until it waits for 15 s
+        tab.clock.run_for(1000)
+        tab.wait_for_timeout(10)
+    answers.append({"ready": False, "progress": "Loading", "seconds": 1})
+    tab.clock.run_for(15_000)
+    wait(tab, "document.querySelector('#status').innerText.includes('Loading')")
+    before = len(asked)
+    for _ in range(5):
+        tab.clock.run_for(1000)
+        tab.wait_for_timeout(30)
+    assert len(asked) - before >= 4
+
+
+@pytest.mark.parametrize(
+    ("key", "values", "status"),
+    [("guesses", {"seconds": 42}, 429), ("password_needed", {}, 401), ("wrong_host", {"name": "a.example"}, 403)],
+)
+@pytest.mark.parametrize(("locale", "language"), [("en-US", "en"), ("zh-CN", "zh")])
+def test_a_refusal_while_the_page_waits_is_said_in_the_visitors_language(
+    page, visit, key, values, status, locale, language
+):
+    tab, asked = visit(locale=locale), []
+
+    def refuse(route):
+        asked.append(route.request.url)
+        route.fulfill(status=status, json={"error": key, "values": values})
+
+    tab.clock.install()
+    tab.route("**/progress", refuse)
+    tab.reload()
+    wait(tab, "document.querySelector('#status').innerText")
+    expected = page._config["texts"][language][key].format(**values)
+    assert tab.locator("#status").inner_text() == expected
+    for _ in range(20):
+        tab.clock.run_for(1000)
+        tab.wait_for_timeout(10)
+    assert len(asked) <= 6
+
+
+def test_an_upload_after_too_many_guesses_is_not_tried_again(page, visit):
+    tab, asked = visit(locale="zh-CN"), []
+
+    def refuse(route):
+        asked.append(route.request.url)
+        body = {"error": "guesses", "values": {"seconds": 42}}
+        route.fulfill(status=429, json=body, headers={"Retry-After": "42"})
+
+    tab.route("**/pictures?*", refuse)
+    tab.set_input_files("#files", str(PICTURE))
+    wait(tab, "document.querySelector('#notice').innerText.includes('42')")
+    assert len(asked) == 1
+
+
 def test_videos_notices_and_names_fit(page, visit, tmp_path):
     tab = visit(viewport=PHONE, color_scheme="dark", accept_downloads=True)
     upload(tab, write_video(tmp_path / "clip.webm"))

@@ -197,7 +197,8 @@ async function send(number, tries = TRIES) {
   if (blob.size > config.max_upload_mb * 2 ** 20) throw fault("large_file", { name, megabytes: config.max_upload_mb }, 413)
   const query = new URLSearchParams({ name, frames: settings.frames ?? 8 })
   const response = await post(`pictures?${query}`, blob)
-  if (response.status === 429 && tries > 1) {
+  const isBusy = response.status === 429 && !response.headers.has("Retry-After") // which too many guesses get
+  if (isBusy && tries > 1) {
     await new Promise((resolve) => setTimeout(resolve, 500 + 1000 * Math.random()))
     return send(number, tries - 1)
   }
@@ -503,17 +504,21 @@ function buildExamples() {
   $("#examples").replaceChildren(...items)
 }
 
-/** Wait until the model is loaded. A server that cannot be reached is asked less and less often. */
+/** Wait until the model is loaded. A server that cannot be reached, or refuses, is asked less and less often. */
 async function waitForModel() {
   for (let seconds = 1; ;) {
     const state = await fetch("progress").then((response) => response.json()).catch(() => null)
-    ready = state?.ready ?? false
-    $("#status").textContent = ready ? "" : state ? t("progress", state) : t("unreachable")
+    const isLoading = typeof state?.ready === "boolean"
+    const isRefused = typeof state?.error === "string"
+    ready = isLoading && state.ready
+    const reason = isRefused ? t(state.error, state.values) : t("unreachable")
+    $("#status").textContent = ready ? "" : isLoading ? t("progress", state) : reason
     $("#start").disabled = !ready
     for (const each of document.querySelectorAll("#examples button")) each.disabled = !ready
     if (ready) return
+    if (isLoading) seconds = 1
     await new Promise((resolve) => setTimeout(resolve, seconds * 1000))
-    seconds = state ? 1 : Math.min(2 * seconds, MOST_SECONDS)
+    if (!isLoading) seconds = Math.min(2 * seconds, MOST_SECONDS)
   }
 }
 
