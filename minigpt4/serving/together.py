@@ -85,22 +85,19 @@ class AnswersTogether:
         read_ids = batch.read_ids()
         if not batch.decoder.graphs:  # an answer that has ended needs no step
             self._add_tokens(answers, read_ids(), give_way)
-        self._for_all(batch.step)
+        while batch.owners:
+            try:
+                batch.step()
+                break
+            except torch.OutOfMemoryError as error:  # the newest one gives way
+                logging.warning("An answer failed: %s", error)
+                answer = min(reversed(batch.owners), key=lambda answer: len(answer.turn_ids))
+                answer.end("error", error)
+                batch.leave(answer, answer.turn_ids)
         if batch.decoder.graphs:  # while the GPU computes the step
             self._add_tokens(answers, read_ids(), give_way)
-        self._for_all(lambda: batch.set_ids(_choose(batch.owners, batch.logits)))
-
-    def _for_all(self, compute: Callable[[], None]) -> None:
-        """Compute something for all running answers. Where memory is short, the newest one fails, not all."""
-        while self._batch.owners:
-            try:
-                compute()
-                return
-            except torch.OutOfMemoryError as error:
-                logging.warning("An answer failed: %s", error)
-                answer = min(reversed(self._batch.owners), key=lambda answer: len(answer.turn_ids))
-                answer.end("error", error)
-                self._batch.leave(answer, answer.turn_ids)
+        if batch.owners:
+            batch.set_ids(_choose(batch.owners, batch.logits))
 
     def _add_tokens(self, answers: list[Answer], ids: list[int], give_way: Take) -> None:
         for answer, token in zip(answers, ids, strict=True):

@@ -170,19 +170,14 @@ def test_pictures_are_encoded_once(served, chat, pictures, monkeypatch):
     assert seen == [2, 1, 1]
 
 
-@pytest.mark.parametrize("cause", ["prompt", "step", "choice"])
+@pytest.mark.parametrize("cause", ["prompt", "step"])
 def test_without_memory_one_request_fails(served, chat, talkative, monkeypatch, cause):
-    """Where a prompt, a step or the choice of its tokens needs more than there is, the others go on."""
-    forward, choose, short = chat.model.llama_model.forward, together._choose, []
-
-    def failing_choice(answers, logits):
-        if short and cause == "choice" and len(answers) == 3:
-            raise torch.OutOfMemoryError("no memory")
-        return choose(answers, logits)
+    """Where a prompt or a step needs more than there is, the others go on."""
+    forward, short = chat.model.llama_model.forward, []
 
     def failing(*args, **kwargs):
         rows, length = kwargs["inputs_embeds"].shape[:2]
-        if short and (cause == "step" and rows == 3 or cause == "prompt" and length > 100):
+        if short and (rows == 3 if cause == "step" else length > 100):
             raise torch.OutOfMemoryError("no memory")
         return forward(*args, **kwargs)
 
@@ -201,7 +196,6 @@ def test_without_memory_one_request_fails(served, chat, talkative, monkeypatch, 
         served.batcher.submit([each])
         wait([each])
     monkeypatch.setattr(chat.model.llama_model, "forward", failing)
-    monkeypatch.setattr(together, "_choose", failing_choice)
     short.append(True)
     served.batcher.submit(found)
     wait(found)
